@@ -1,0 +1,47 @@
+"""The names things go by."""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple, TypeAlias
+
+BlockId: TypeAlias = int
+"""Index of a KV block in one node's pool."""
+
+NodeId: TypeAlias = str
+"""Name of a node as the config gives it, e.g. ``d0``."""
+
+PeerId: TypeAlias = str
+"""One process on the network: ``name#incarnation``. A restarted process is another peer."""
+
+ROUTER: PeerId = "router"
+"""Where a node sends what is for its router: the link, not one incarnation of it."""
+
+MESSAGER: PeerId = "messager"
+"""Where a node sends what is for its own cache messager."""
+
+
+class Attempt(NamedTuple):
+    """One try at serving a request: the key of every hold, transfer and answer.
+
+    The router raises ``epoch`` each time it tries a request again, so whatever belongs to an earlier try
+    can be told from the present one and dropped.
+    """
+
+    request_id: str
+    epoch: int
+
+
+def new_incarnation() -> str:
+    """Return a name no other start of any process will have."""
+    return secrets.token_hex(4)
+
+
+def peer_id(name: str, incarnation: str) -> PeerId:
+    """Return the network name of one incarnation of ``name``."""
+    return f"{name}#{incarnation}"
+
+
+def peer_name(peer: PeerId) -> str:
+    """Return the part of ``peer`` that outlives a restart."""
+    return peer.partition("#")[0]

@@ -1,0 +1,153 @@
+"""The contract of a role: events in, actions out.
+
+A role is a machine: ``handle(event, now)`` changes its state and returns what its surroundings must do. It never
+awaits, reads a clock, touches a socket or draws a random number, so the same machine runs on sockets (``shell``), on a
+fake network under test and on virtual time. Each action that starts work is answered by exactly one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from kvrelay.core.ids import PeerId
+from kvrelay.core.messages.base import Message
+from kvrelay.core.step import StepPlan, StepResult
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A decoded message came in. ``payload``: raw parts that followed it (KV frames only)."""
+
+    peer: PeerId
+    message: Message
+    payload: tuple[memoryview, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Nothing more will come from ``peer``, and nothing reaches it: refused, gone, or its queue stayed full."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerComputed:
+    """The KV of one layer of the running step is in the pool."""
+
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Answers RunStep."""
+
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """Answers RunStep when the engine raised: nothing was sampled, the KV of the batch is undefined."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """Answers SetTimer."""
+
+    key: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of every machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """The operator wants this process to end: take nothing new, finish or hand back what runs, then Exit."""
+
+
+CoreEvent: TypeAlias = (
+    Received | PeerLost | LayerComputed | StepDone | StepFailed | TimerFired | Started | StopRequested
+)
+
+# ---------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``message``. If it cannot be queued at once, a PeerLost follows."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open a connection to the process that listens at ``address`` and call it ``peer``."""
+
+    peer: PeerId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Forget ``peer``: drop what is queued for it and whatever it still sends."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run one model step; StepDone or StepFailed follows, after LayerComputed for each layer."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Fire ``key`` at time ``at_s``; setting it again moves it."""
+
+    key: Hashable
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    """Forget the timer ``key``; none is no fault."""
+
+    key: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Write a log line. For people: nothing depends on it."""
+
+    level: str
+    event: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """This process is done."""
+
+    reason: str = ""
+
+
+CoreAction: TypeAlias = Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | Log | Exit
+
+
+class Machine(Protocol):
+    """What a shell, a fake network or a simulator drives. Roles add their own events and actions to the core ones."""
+
+    def handle(self, event: object, now: float) -> Sequence[object]:
+        """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""

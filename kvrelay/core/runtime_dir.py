@@ -1,0 +1,40 @@
+"""A directory for the ipc sockets of one cluster on one host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+VARIABLE = "KVRELAY_RUNTIME_DIR"
+"""Tells a process where its ipc sockets go."""
+
+_MAX_PATH_BYTES = 64
+"""Room enough is left for a socket's name: an ipc path has at most 107 bytes."""
+
+
+@contextmanager
+def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
+    """Give a directory that only this user can enter; it is gone afterwards.
+
+    If a parent process made one already (``KVRELAY_RUNTIME_DIR``) that is it, and its maker removes it. The name is
+    random, so one that a killed process left behind is in nobody's way.
+    """
+    if given := env.get(VARIABLE):
+        yield Path(given)
+        return
+    path = Path(tempfile.mkdtemp(prefix="kvrelay-", dir=_parent(env)))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _parent(env: Mapping[str, str]) -> str:
+    for candidate in (env.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
+        if candidate and len(candidate.encode()) <= _MAX_PATH_BYTES and os.access(candidate, os.W_OK | os.X_OK):
+            return candidate
+    return "/tmp"
