@@ -1,0 +1,147 @@
+"""A checkpoint in Hugging Face layout: which tensors it must have, and reading them one by one.
+
+``model.safetensors``, or shards listed in ``model.safetensors.index.json``, in float32, float16 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvrelay.core.errors import CheckpointError
+from kvrelay.engine.decoder_config import DecoderConfig
+from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors
+
+OnProgress = Callable[[int, int], None]
+"""Told (bytes read, bytes in all) as a checkpoint is read."""
+
+Float32 = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+_INDEX_NAME, _SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+_HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
+_LISTED_PROBLEMS = 8
+
+
+def expected_shapes(config: DecoderConfig) -> dict[str, Shape]:
+    """Return every tensor a checkpoint of ``config`` has, with its shape (matrices are [out, in])."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for layer in range(config.num_layers):
+        shapes.update({f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(config)})
+    return shapes
+
+
+def _layer_shapes(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
+    hidden, ffn, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    linears = [
+        ("self_attn.q_proj", q_size, hidden, config.qkv_bias),
+        ("self_attn.k_proj", kv_size, hidden, config.qkv_bias),
+        ("self_attn.v_proj", kv_size, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, q_size, config.out_bias),
+        ("mlp.gate_proj", ffn, hidden, config.mlp_bias),
+        ("mlp.up_proj", ffn, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, ffn, config.mlp_bias),
+    ]
+    for name, out_size, in_size, bias in linears:
+        yield f"{name}.weight", (out_size, in_size)
+        if bias:
+            yield f"{name}.bias", (out_size,)
+    yield "input_layernorm.weight", (hidden,)
+    yield "post_attention_layernorm.weight", (hidden,)
+    if config.qk_norm:
+        yield "self_attn.q_norm.weight", (head_dim,)
+        yield "self_attn.k_norm.weight", (head_dim,)
+
+
+class Checkpoint:
+    """The tensors of one checkpoint, checked against what its config needs.
+
+    Each tensor is meant to be taken once: taking it counts towards progress and the digest.
+    """
+
+    def __init__(self, config: DecoderConfig, tensors: dict[str, StoredTensor], on_progress: OnProgress) -> None:
+        self.config = config
+        self._tensors = tensors
+        self._on_progress = on_progress
+        self._bytes_total = sum(tensor.raw.nbytes for tensor in tensors.values())
+        self._bytes_read = 0
+        self._digests: dict[str, str] = {}
+
+    @classmethod
+    def open(cls, model_dir: Path, config: DecoderConfig, on_progress: OnProgress) -> Checkpoint:
+        """Map the files of ``model_dir``; raise CheckpointError that names missing, unknown and misshapen tensors."""
+        tensors: dict[str, StoredTensor] = {}
+        for path in _shards(model_dir):
+            tensors.update(read_safetensors(path))
+        shapes = expected_shapes(config)
+        harmless = {name for name in tensors if _is_harmless(name, config)}
+        problems = _problems(shapes, {name: tensor.shape for name, tensor in tensors.items() if name not in harmless})
+        if problems:
+            more = len(problems) - _LISTED_PROBLEMS
+            rest = [f"and {more} more"] if more > 0 else []
+            raise CheckpointError(
+                "; ".join([f"{model_dir} does not fit its config.json", *problems[:_LISTED_PROBLEMS], *rest])
+            )
+        return cls(config, {name: tensors[name] for name in shapes}, on_progress)
+
+    def has(self, name: str) -> bool:
+        """Return whether this checkpoint has a tensor ``name``."""
+        return name in self._tensors
+
+    def take(self, name: str) -> Float32:
+        """Return a tensor as float32, possibly read-only and not to be kept."""
+        tensor = self._tensors[name]
+        self._digests[name] = f"{name} {tensor.dtype} {tensor.shape} {_xxh3(tensor.raw)}"
+        self._bytes_read += tensor.raw.nbytes
+        self._on_progress(self._bytes_read, self._bytes_total)
+        return tensor.float32()
+
+    def digest(self, *more: object) -> str:
+        """Return what tells this model from every other, once all of its tensors have been taken.
+
+        ``more``: whatever else changes the KV that the model computes.
+        """
+        lines = [repr(self.config), *map(repr, more), *(self._digests[name] for name in sorted(self._tensors))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _shards(model_dir: Path) -> list[Path]:
+    """Return the files that hold the tensors."""
+    index = model_dir / _INDEX_NAME
+    if not index.exists():
+        return [model_dir / _SINGLE_NAME]
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} has no weight_map: {error!r}") from error
+    return [model_dir / Path(name).name for name in sorted(names)]
+
+
+def _is_harmless(name: str, config: DecoderConfig) -> bool:
+    """Whether ``name`` says nothing the config does not: old files carry RoPE tables or a copy of tied embeddings."""
+    return name.endswith(_HARMLESS_SUFFIXES) or (config.tied_embeddings and name == "lm_head.weight")
+
+
+def _problems(expected: dict[str, Shape], found: dict[str, Shape]) -> list[str]:
+    missing = [f"{name} {list(expected[name])} is missing" for name in expected if name not in found]
+    unknown = [f"{name} {list(found[name])} is not part of the model" for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {list(found[name])}, the config says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return missing + misshapen + unknown
+
+
+def _xxh3(raw: npt.NDArray[np.generic]) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,174 @@
+"""An engine without a model or Paddle: its tokens are a hash of what the KV pool holds.
+
+For each token it writes into every layer words that derive from the layer, the position and a hash of all tokens up
+to it. To sample, it reads the K and V of every position of the context back through the block table and hashes that.
+So a block that is wrong, missing, stale or out of place gives another token, which is what tests of the machinery
+around it need. The tokens depend on the context alone (and, if they are drawn, on the seed): not on node, batch or
+chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.core.config import FakeEngineConfig
+from kvrelay.core.errors import EngineError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import Attempt
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs
+from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
+from kvrelay.engine.batch import PoolLimits, Span, ragged_batch
+from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
+from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
+
+_REMEMBERED_SEQUENCES = 4096
+
+
+class FakeEngine:
+    """See the module and ``interface.Engine``. ``sleep`` is called with the seconds each layer takes."""
+
+    def __init__(
+        self,
+        config: FakeEngineConfig,
+        block_size: int,
+        num_blocks: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.geometry = fake_geometry(config, block_size)
+        self._words = KVWords(self.geometry)
+        self.memory = KVMemory.create(self.geometry, num_blocks)
+        self.max_model_len = config.max_model_len
+        self.vocab_size = config.vocab_size
+        self._config = config
+        self._sleep = sleep
+        self._limits = PoolLimits(block_size, num_blocks, config.max_model_len)
+        self._contexts: OrderedDict[Attempt, Context] = OrderedDict()
+        slots = num_blocks * block_size
+        planes = (config.num_layers * 2, slots, self._words.words_per_token)
+        self._pool = self.memory.planes.reshape(-1).view(np.uint64).reshape(planes)
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+        """See Engine. Takes ``step_seconds`` as the config's cost model gives it."""
+        layer_s = step_seconds(self._config, plan.batch) / self.geometry.num_layers
+        steps = self.layers(plan)
+        for layer in range(self.geometry.num_layers):
+            next(steps)
+            if layer_s > 0:
+                self._sleep(layer_s)
+            on_layer(layer)
+        result = next(steps)
+        if not isinstance(result, StepResult):
+            raise EngineError("a step with more layers than the model")
+        return result
+
+    def layers(self, plan: StepPlan) -> Iterator[int | StepResult]:
+        """Yield each layer as soon as its KV is in the pool, then the result: for whoever lets time pass in between."""
+        if not plan.batch:
+            raise EngineError("a step without sequences")
+        batch = ragged_batch(plan.batch, self._limits)
+        chains = np.concatenate([self._chain(span, plan.batch[span.index]) for span in batch.spans])
+        words = self._words.of_tokens(chains if batch.written_rows is None else chains[batch.written_rows])
+        for layer in range(self.geometry.num_layers):
+            planes = slice(2 * layer, 2 * layer + 2)
+            self._pool[planes, batch.slot_mapping] = words[planes]
+            yield layer
+        sampled = [SampledTokens([], []) for _ in plan.batch]
+        for span in batch.spans:
+            item = plan.batch[span.index]
+            if item.samples:
+                sampled[span.index] = self._sample(span, item)
+        yield StepResult(plan.step, sampled)
+
+    def close(self) -> None:
+        """See Engine."""
+        del self._pool
+        self.memory.close()
+
+    def _sample(self, span: Span, item: ScheduledSequence) -> SampledTokens:
+        """Read the context back and sample after the newest token, and after each draft that is accepted."""
+        drafts = item.drafts or ()
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for place, draft in enumerate((*drafts, None)):
+            slots = span.context_slots[: span.context_len - len(drafts) + place]
+            # no slot is outside of the pool, so nothing is clipped: it is merely the quick mode
+            context = self._words.context_hash(np.take(self._pool, slots, axis=1, mode="clip"))
+            tokens, entries = sample_fake(self._config, ahead(item.sequence, token_ids), context)
+            token_ids += tokens
+            logprobs += entries
+            if tokens[0] != draft:
+                break
+        return SampledTokens(token_ids, logprobs)
+
+    def _chain(self, span: Span, item: ScheduledSequence) -> npt.NDArray[np.uint64]:
+        """Return the chained hash at each position of ``span``, going on from where the sequence was last."""
+        attempt, drafts = item.sequence.attempt, item.drafts or ()
+        context = self._contexts.pop(attempt, None)
+        if context is None or context.num_tokens > span.start:
+            context = Context()
+        chain = context.extend(item.sequence.token_ids[context.num_tokens : span.context_len - len(drafts)])
+        self._contexts[attempt] = context
+        if drafts:
+            chain = np.concatenate([chain, replace(context).extend(drafts)])
+        if len(self._contexts) > _REMEMBERED_SEQUENCES:
+            self._contexts.popitem(last=False)
+        return chain[-span.num_tokens :]
+
+
+def fake_geometry(config: FakeEngineConfig, block_size: int) -> KVGeometry:
+    """Return the shape of a fake engine's KV cache: one byte per element."""
+    return KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype="uint8",
+        model_digest=f"fake-{config.vocab_size}",
+    )
+
+
+def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledSequence]) -> float:
+    """Return how long a step of ``batch`` takes: a sum over its tokens, decodes and their context."""
+    prefill = sum(item.num_tokens for item in batch if item.num_tokens > 1)
+    decodes = sum(item.num_tokens == 1 for item in batch)
+    context = sum(item.start + item.num_tokens for item in batch)
+    return (
+        config.step_s
+        + prefill * config.prefill_token_s
+        + decodes * config.decode_token_s
+        + context * config.context_token_s
+    )
+
+
+def sample_fake(config: FakeEngineConfig, sequence: Sequence, context_hash: int) -> SampledTokens:
+    """Return the token after a context of ``context_hash``, by the same sampler that real logits go through."""
+    params = sequence.sampling
+    eos = () if params.ignore_eos else tuple(params.eos_token_ids)
+    favourite = favourite_token(context_hash, config.vocab_size, eos, config.eos_every)
+    if params.temperature < GREEDY_BELOW and params.num_logprobs is None and not changes_logits(sequence):
+        return SampledTokens([favourite], [])
+    logits = fake_logits(context_hash, config.vocab_size, favourite)
+    return sample(logits[None], [sequence])[0]
+
+
+def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> list[int]:
+    """Return all output tokens a clean run of ``spec`` gives, computed without a pool."""
+    words = KVWords(fake_geometry(config, block_size))
+    sequence = Sequence(spec)
+    context = Context()
+    total = words.context_hash(words.of_tokens(context.extend(sequence.token_ids)))
+    while True:
+        sequence.token_ids += sample_fake(config, sequence, total).token_ids
+        if sequence.finish_reason() is not None:
+            return sequence.token_ids[sequence.num_prompt_tokens :]
+        position = context.num_tokens
+        newest = words.of_tokens(context.extend(sequence.token_ids[position:]))
+        total = (total + words.context_hash(newest, position)) % (1 << 64)

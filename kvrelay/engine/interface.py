@@ -1,0 +1,32 @@
+"""What a node asks of an engine. Everything above this line is device- and model-neutral."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.step import StepPlan, StepResult
+
+
+class Engine(Protocol):
+    """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
+
+    ``memory`` holds the pool's blocks, ``geometry`` their shape, ``max_model_len`` the longest sequence it can compute.
+    """
+
+    geometry: KVGeometry
+    memory: KVMemory
+    max_model_len: int
+    vocab_size: int
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+        """Compute ``plan`` and sample.
+
+        Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
+        order. Raises EngineError if the step fails; the KV of the batch's new tokens is undefined then.
+        """
+
+    def close(self) -> None:
+        """Give back the pool's memory and the weights."""

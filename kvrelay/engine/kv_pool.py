@@ -1,0 +1,121 @@
+"""The KV pool as the kernels see it: the node's shared memory itself, or a copy of it on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.core.ids import Attempt, BlockId
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.step import ScheduledSequence
+from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.kernels import LayerKV
+from kvrelay.engine.paddle_runtime import paddle
+
+_HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+"""How numpy holds each type; it has no bfloat16, and Paddle takes uint16 for it."""
+
+
+class KVPool(Protocol):
+    """Keys and values of all layers, kept equal to the node's KVMemory wherever somebody else reads or writes it."""
+
+    layers: list[LayerKV]
+
+    def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Make the context that ``scheduled`` builds upon, which others may have written, visible to the kernels."""
+
+    def after_layer(self, layer: int, batch: RaggedBatch) -> None:
+        """Make the KV that the kernels wrote for ``batch`` in ``layer`` visible in the memory."""
+
+
+class MappedPool:
+    """The memory's own pages as Paddle tensors, for a CPU: nothing is ever copied.
+
+    Only one may be made of a memory: two live Paddle tensors on one address abort the process.
+    """
+
+    def __init__(self, memory: KVMemory) -> None:
+        planes = host_planes(memory)
+        self.layers = [LayerKV(paddle.from_dlpack(keys), paddle.from_dlpack(values)) for keys, values in planes]
+
+    def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """See KVPool."""
+
+    def after_layer(self, layer: int, batch: RaggedBatch) -> None:
+        """See KVPool."""
+
+
+class _Resident(NamedTuple):
+    """What a device block holds: the first ``num_tokens`` tokens of block number ``position`` of a sequence."""
+
+    attempt: Attempt
+    position: int
+    num_tokens: int
+
+
+class StagedPool:
+    """A copy of the memory on the device Paddle computes on.
+
+    New KV is copied to the memory layer by layer, before it is announced. Context that this pool did not see being
+    computed for the same request came from elsewhere (a transfer, a storage, another request's prefix) and is copied
+    from the memory first. The copying is tested on a CPU; it has not been run on a GPU.
+    """
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._host = host_planes(memory)
+        self._block_size = memory.geometry.block_size
+        self._resident: dict[BlockId, _Resident] = {}
+        shape, dtype = list(self._host[0].keys.shape), memory.geometry.dtype
+        self.layers = [LayerKV(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in self._host]
+
+    def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """See KVPool."""
+        missing = [block for item in scheduled for block in self._missing(item)]
+        if missing:
+            offsets = np.arange(self._block_size)
+            slots = (np.array(missing)[:, None] * self._block_size + offsets).reshape(-1)
+            for device, host in zip(self.layers, self._host, strict=True):
+                _copy_in(device.keys, host.keys, slots)
+                _copy_in(device.values, host.values, slots)
+
+    def after_layer(self, layer: int, batch: RaggedBatch) -> None:
+        """See KVPool."""
+        slots = paddle.to_tensor(batch.slot_mapping)
+        for device, host in zip(self.layers[layer], self._host[layer], strict=True):
+            host[batch.slot_mapping] = paddle.gather(device, slots).numpy()
+
+    def _missing(self, item: ScheduledSequence) -> list[BlockId]:
+        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
+        missing: list[BlockId] = []
+        end = item.start + item.num_tokens
+        there = max(item.start, item.sequence.num_computed_tokens)
+        for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
+            first = index * self._block_size
+            needed = min(there - first, self._block_size)
+            has = self._resident.get(block)
+            known = has is not None and has[:2] == (item.sequence.attempt, index) and has.num_tokens >= needed
+            if needed > 0 and not known:
+                missing.append(block)
+            filled = min(end - first, self._block_size)
+            self._resident[block] = _Resident(item.sequence.attempt, index, filled)
+        return missing
+
+
+def host_planes(memory: KVMemory) -> list[LayerKV]:
+    """Return keys and values of each layer of ``memory`` as numpy arrays by slot, on the same pages."""
+    geometry = memory.geometry
+    shape = (memory.num_blocks * geometry.block_size, geometry.num_kv_heads, geometry.head_dim)
+    dtype = _HOST_DTYPES[geometry.dtype]
+
+    def plane(layer: int, kv: int) -> npt.NDArray[np.generic]:
+        typed: npt.NDArray[np.generic] = memory.planes[layer, kv].view(dtype)
+        return typed.reshape(shape)
+
+    return [LayerKV(plane(layer, 0), plane(layer, 1)) for layer in range(geometry.num_layers)]
+
+
+def _copy_in(device: paddle.Tensor, host: npt.NDArray[np.generic], slots: npt.NDArray[np.int64]) -> None:
+    paddle.scatter_(device, paddle.to_tensor(slots), paddle.to_tensor(host[slots]))

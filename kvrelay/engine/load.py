@@ -1,0 +1,88 @@
+"""Making the engine a node's config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.errors import CheckpointError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.engine.fake import FakeEngine
+from kvrelay.engine.interface import Engine
+
+if TYPE_CHECKING:
+    from kvrelay.engine.decoder_config import DecoderConfig
+
+OnProgress = Callable[[int, int], None]
+
+
+def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
+    """Return the engine of ``node``, ready to run; a fake one in no time and without importing Paddle.
+
+    ``on_progress`` is told (bytes read, bytes in all) while a checkpoint is read. Raises CheckpointError if the model
+    cannot be loaded as configured.
+    """
+    if node.engine.kind == "fake":
+        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.num_blocks)
+    return _load_paddle_engine(node, on_progress)
+
+
+def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
+    """Load a checkpoint; Paddle is imported here and nowhere before."""
+    from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
+    from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
+    from kvrelay.engine.decoder_config import read_decoder_config  # noqa: PLC0415
+    from kvrelay.engine.paddle_engine import PaddleEngine  # noqa: PLC0415
+    from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
+    from kvrelay.engine.portable import PortableKernels  # noqa: PLC0415
+
+    dtype = _compute_dtype(node)
+    model_dir = Path(node.model.path)
+    config = read_decoder_config(model_dir)
+    max_model_len = _max_model_len(node, config)
+    checkpoint = Checkpoint.open(model_dir, config, on_progress)
+    set_device(node.engine.device)
+    set_num_threads(node.threads)
+    kernels = PortableKernels(dtype, config.num_heads, config.num_kv_heads, config.head_dim)
+    weights = load_weights(checkpoint, kernels)
+    geometry = KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=node.cache.block_size,
+        dtype=dtype,
+        model_digest=checkpoint.digest(max_model_len if config.rope.kind == "dynamic" else None),
+    )
+    decoder = Decoder(config, weights, kernels, max_model_len)
+    return PaddleEngine(
+        decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"
+    )
+
+
+def _compute_dtype(node: NodeConfig) -> str:
+    """Return the type to compute in. Raises CheckpointError if the device or the kernels cannot."""
+    if node.engine.device == "gpu":
+        wanted = "bfloat16" if node.model.dtype == "auto" else node.model.dtype
+        if node.cache.dtype not in ("auto", wanted):
+            raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {wanted}")
+        return wanted
+    for key, dtype in (("model.dtype", node.model.dtype), ("cache.dtype", node.cache.dtype)):
+        if dtype not in ("auto", "float32"):
+            raise CheckpointError(
+                f"{key} {dtype}: the portable kernels compute in float32 on a CPU, because Paddle multiplies no other "
+                "type there; use auto or float32 (checkpoints of any of the three types are read)"
+            )
+    return "float32"
+
+
+def _max_model_len(node: NodeConfig, config: DecoderConfig) -> int:
+    """Return the longest sequence: the configured one, or as long as the model was made for."""
+    asked, rope = node.model.max_model_len, config.rope
+    longest = config.max_position_embeddings
+    if rope.kind in ("linear", "dynamic", "yarn"):
+        longest = max(longest, int(rope.original_max_position * rope.factor))
+    if asked is not None and asked > longest:
+        raise CheckpointError(f"model.max_model_len {asked} is more than the {longest} the checkpoint is made for")
+    return asked or config.max_position_embeddings

@@ -1,0 +1,218 @@
+"""The kernels in Paddle's own operators: they run wherever Paddle does, in float32 on a CPU.
+
+Attention is a plain matmul, softmax, matmul: Paddle's ``scaled_dot_product_attention`` takes a hundred times as long
+on a CPU. Keys and values are gathered token by token in head-major order, which costs no transposition afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.engine.batch import RaggedBatch, Span
+from kvrelay.engine.kernels import LayerKV, Tensor
+from kvrelay.engine.paddle_runtime import paddle
+
+_MASKED = -1e30
+_MAX_SCORES = 1 << 21
+_LONGEST_TILE = 256
+
+
+class PackedWeight(NamedTuple):
+    """A matrix [out, in] and perhaps a bias [out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries of ``num_seqs`` sequences, ``num_queries`` each, in consecutive rows, that attend in one go.
+
+    ``slot_rows`` [num_seqs, G, T]: where each head of each context token lies in the pool seen as [slots * G, D].
+    ``mask`` is added to the scores seen as [num_seqs * H * num_queries / len(mask), *mask.shape]; None if nothing is
+    masked.
+    """
+
+    first_row: int
+    num_seqs: int
+    num_queries: int
+    slot_rows: Tensor
+    mask: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_seqs * self.num_queries
+
+
+@dataclass(frozen=True, slots=True)
+class PortablePlan:
+    """A step's slots and the rows that go there (None: all), and its tiles in row order for each window in use."""
+
+    slot_mapping: Tensor
+    written_rows: Tensor | None
+    tiles: dict[int | None, list[_Tile]]
+
+
+class PortableKernels:
+    """Kernels made of Paddle operators, for ``num_heads`` query and ``num_kv_heads`` key/value heads."""
+
+    def __init__(self, dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.dtype = dtype
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+
+    def upload(self, array: npt.NDArray[Any]) -> Tensor:
+        """See Kernels. A float32 array is shared on a CPU: it must be writable, and uploaded only once."""
+        if array.dtype != np.float32:
+            return paddle.to_tensor(array)
+        if self.dtype == "float32" and paddle.get_device() == "cpu":
+            return paddle.from_dlpack(array)
+        return paddle.to_tensor(array).cast(self.dtype)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
+        """See Kernels."""
+        return PackedWeight(weight, bias)
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """See Kernels."""
+        return paddle.nn.functional.embedding(token_ids, table)
+
+    def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
+        """See Kernels."""
+        out = paddle.matmul(x, packed.weight, transpose_y=True)
+        return out if packed.bias is None else out.add_(packed.bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Kernels."""
+        return paddle.incubate.nn.functional.fused_rms_norm(x, weight, None, eps, x.ndim - 1)[0]
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See Kernels."""
+        total = x.add_(residual)
+        return self.rms_norm(total, weight, eps), total
+
+    def rope(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """See Kernels."""
+        swapped = paddle.roll(heads, self._head_dim // 2, -1)
+        return (heads * cosine).add_(swapped.multiply_(sine))
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See Kernels."""
+        ffn = gate_up.shape[-1] // 2
+        return paddle.nn.functional.silu(gate_up[:, :ffn]).multiply_(gate_up[:, ffn:])
+
+    def take_rows(self, x: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+        """See Kernels."""
+        return paddle.gather(x, paddle.to_tensor(rows))
+
+    def download(self, x: Tensor) -> npt.NDArray[np.float32]:
+        """See Kernels."""
+        values: npt.NDArray[np.float32] = x.cast("float32").numpy()
+        return values
+
+    def write_kv(self, keys: Tensor, values: Tensor, layer: LayerKV, plan: PortablePlan) -> None:
+        """See Kernels."""
+        if plan.written_rows is not None:
+            if plan.written_rows.shape[0] == 0:
+                return
+            keys, values = paddle.gather(keys, plan.written_rows), paddle.gather(values, plan.written_rows)
+        paddle.scatter_(layer.keys, plan.slot_mapping, keys)
+        paddle.scatter_(layer.values, plan.slot_mapping, values)
+
+    def plan_attention(self, batch: RaggedBatch, windows: Sequence[int | None]) -> PortablePlan:
+        """See Kernels."""
+        tiles = {window: self._tiles(batch.spans, window) for window in set(windows)}
+        written = None if batch.written_rows is None else paddle.to_tensor(batch.written_rows)
+        return PortablePlan(paddle.to_tensor(batch.slot_mapping), written, tiles)
+
+    def attention(self, queries: Tensor, layer: LayerKV, plan: PortablePlan, window: int | None) -> Tensor:
+        """See Kernels."""
+        keys = layer.keys.reshape([-1, self._head_dim])
+        values = layer.values.reshape([-1, self._head_dim])
+        outputs = [self._attend(queries, keys, values, tile) for tile in plan.tiles[window]]
+        return outputs[0] if len(outputs) == 1 else paddle.concat(outputs)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, tile: _Tile) -> Tensor:
+        """Return [tile.num_rows, H * D] from all queries [N, H, D] and the layer's keys and values [slots * G, D]."""
+        heads, groups, dim, count = self._num_heads, self._num_kv_heads, self._head_dim, tile.num_queries
+        mine = queries[tile.first_row : tile.first_row + tile.num_rows] * self._scale
+        if count > 1:
+            mine = mine.transpose([1, 0, 2])
+        mine = mine.reshape([tile.num_seqs, groups, heads // groups * count, dim])
+        embedding = paddle.nn.functional.embedding
+        scores = paddle.matmul(mine, embedding(tile.slot_rows, keys), transpose_y=True)
+        if tile.mask is not None:
+            scores = scores.reshape([-1, *tile.mask.shape]).add_(tile.mask).reshape(scores.shape)
+        weights = paddle.nn.functional.softmax(scores, -1)
+        out = paddle.matmul(weights, embedding(tile.slot_rows, values))
+        if count > 1:
+            out = out.reshape([heads, count, dim]).transpose([1, 0, 2])
+        return out.reshape([tile.num_rows, heads * dim])
+
+    def _tiles(self, spans: Sequence[Span], window: int | None) -> list[_Tile]:
+        """Cut ``spans`` into tiles: decodes of similar context together, prompt chunks in pieces of bounded size."""
+        groups: list[list[Span]] = []
+        for span in (span for span in spans if span.num_tokens == 1):
+            if groups and _visible(span, window) <= 2 * _visible(groups[-1][0], window) + 16:
+                groups[-1].append(span)
+            else:
+                groups.append([span])
+        tiles = [self._decode_tile(group, window) for group in groups]
+        for span in (span for span in spans if span.num_tokens > 1):
+            tiles += self._prefill_tiles(span, window)
+        return tiles
+
+    def _decode_tile(self, spans: Sequence[Span], window: int | None) -> _Tile:
+        """One query each of several sequences. Short contexts are padded with their own first slot, and masked."""
+        longest = max(_visible(span, window) for span in spans)
+        slots = np.empty((len(spans), longest), np.int64)
+        mask = np.zeros((len(spans), self._num_heads, longest), np.float32)
+        for row, span in enumerate(spans):
+            visible = _visible(span, window)
+            slots[row, :visible] = span.context_slots[span.context_len - visible :]
+            slots[row, visible:] = slots[row, 0]
+            mask[row, :, visible:] = _MASKED
+        padded = any(_visible(span, window) != longest for span in spans)
+        flat = mask.reshape(-1, longest) if padded else None
+        return self._tile(spans[0].first_row, 1, slots, flat)
+
+    def _prefill_tiles(self, span: Span, window: int | None) -> list[_Tile]:
+        """Consecutive queries of one sequence, each tile with just the context it can see."""
+        length = max(16, min(_LONGEST_TILE, _MAX_SCORES // (self._num_heads * span.context_len)))
+        tiles = []
+        for first in range(span.start, span.context_len, length):
+            queries = np.arange(first, min(first + length, span.context_len))
+            seen_from = 0 if window is None else max(0, first - window + 1)
+            positions = np.arange(seen_from, queries[-1] + 1)
+            hidden = positions > queries[:, None]
+            if window is not None:
+                hidden |= positions <= queries[:, None] - window
+            mask = np.where(hidden, np.float32(_MASKED), np.float32(0))
+            row = span.first_row + first - span.start
+            tiles.append(self._tile(row, len(queries), span.context_slots[None, positions], mask))
+        return tiles
+
+    def _tile(
+        self, first_row: int, num_queries: int, slots: npt.NDArray[np.int64], mask: npt.NDArray[np.float32] | None
+    ) -> _Tile:
+        groups = self._num_kv_heads
+        slot_rows = slots[:, None, :] * groups + np.arange(groups)[None, :, None]
+        return _Tile(
+            first_row=first_row,
+            num_seqs=len(slots),
+            num_queries=num_queries,
+            slot_rows=paddle.to_tensor(slot_rows),
+            mask=None if mask is None else paddle.to_tensor(mask).cast(self.dtype),
+        )
+
+
+def _visible(span: Span, window: int | None) -> int:
+    """Return how many positions the last token of ``span`` attends to."""
+    return span.context_len if window is None else min(window, span.context_len)

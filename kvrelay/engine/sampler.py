@@ -1,0 +1,193 @@
+"""Choosing output tokens from logits, on the host.
+
+Order of operations and their meaning are vLLM's: logit_bias, penalties, min_tokens; then greedy, or temperature,
+min_p, top_k, top_p and a draw. Log probabilities are those of the model itself, before any of it.
+
+The draw inverts the distribution function in vocabulary order with one uniform number that is a hash of the request's
+seed and the token's position. So a token depends on nothing but its context and seed, and a logit that differs in its
+last bits moves a boundary by as little, instead of exchanging neighbours in a sorted order.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence as Seq
+from copy import copy
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvrelay.core.errors import EngineError
+from kvrelay.core.request import SamplingParams, Sequence, TokenLogprobs
+from kvrelay.core.step import SampledTokens, ScheduledSequence
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: dividing by it would overflow."""
+
+_SEED_MASK = (1 << 64) - 1
+
+
+def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[SampledTokens]:
+    """Return the output tokens of ``batch``, one entry each.
+
+    ``logits`` [rows, vocab_size] has, in order of the batch, a row for each one that samples, or one more than it has
+    drafts. Raises EngineError if a logit is not finite.
+    """
+    if all(item.drafts is None for item in batch):
+        plain = iter(sample(logits, [item.sequence for item in batch if item.samples]))
+        return [next(plain) if item.samples else SampledTokens([], []) for item in batch]
+    sampled, row = [], 0
+    for item in batch:
+        num_rows = 1 + len(item.drafts or ()) if item.samples else 0
+        rows, row = logits[row : row + num_rows], row + num_rows
+        sampled.append(verify(rows, item.sequence, item.drafts or ()) if item.samples else SampledTokens([], []))
+    return sampled
+
+
+def verify(logits: Float32, sequence: Sequence, drafts: Seq[int]) -> SampledTokens:
+    """Return the tokens that sampling one by one would give as far as ``drafts`` guessed them, and the one after.
+
+    ``logits`` [1 + len(drafts), vocab_size]: after the newest token and after each draft. A guess is accepted if it is
+    what its place samples anyway. That happens with the probability the model gives the guess, as in rejection sampling
+    of a proposal that is certain of itself; and because random numbers are keyed by position, the very same
+    tokens come out as without guesses. Raises EngineError if a logit is not finite.
+    """
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    for row, draft in zip(logits, (*drafts, None), strict=True):
+        tokens, entries = sample(row[None], [ahead(sequence, token_ids)])[0]
+        token_ids += tokens
+        logprobs += entries
+        if tokens[0] != draft:
+            break
+    return SampledTokens(token_ids, logprobs)
+
+
+def ahead(sequence: Sequence, token_ids: list[int]) -> Sequence:
+    """Return ``sequence`` as it is when ``token_ids`` have been appended."""
+    if not token_ids:
+        return sequence
+    ahead = copy(sequence)
+    ahead.token_ids = [*sequence.token_ids, *token_ids]
+    return ahead
+
+
+def sample(logits: Float32, sequences: Seq[Sequence]) -> list[SampledTokens]:
+    """Return one output token for each row of ``logits`` [len(sequences), vocab_size], which belong to ``sequences``.
+
+    Raises EngineError if a logit is not finite.
+    """
+    _refuse_non_finite(logits, sequences)
+    greedy = np.argmax(logits, axis=-1) if logits.size else ()
+    return [
+        _sample_row(row, int(token), sequence) for row, token, sequence in zip(logits, greedy, sequences, strict=True)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the random number in [0, 1) of the token at ``position`` of a sequence with ``seed``."""
+    digest = xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed & _SEED_MASK, position))
+    return (digest >> 11) * 2.0**-53
+
+
+def token_logprobs(row: Float32, token_id: int, num_logprobs: int) -> TokenLogprobs:
+    """Return the log softmax of ``row`` at ``token_id`` and at its highest entries, lower ids first in ties."""
+    highest = float(row.max())
+    log_total = highest + float(np.log(np.exp(row - np.float32(highest)).sum(dtype=np.float64)))
+    top = _highest(row, num_logprobs)
+    return TokenLogprobs(float(row[token_id]) - log_total, top, [float(row[item]) - log_total for item in top])
+
+
+def changes_logits(sequence: Sequence) -> bool:
+    """Return whether anything but the temperature and the filters bears on this sequence's next token."""
+    params = sequence.sampling
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or sequence.num_output_tokens < params.min_tokens
+    )
+
+
+def _refuse_non_finite(logits: Float32, sequences: Seq[Sequence]) -> None:
+    if not logits.size or (np.isfinite(logits.min()) and np.isfinite(logits.max())):
+        return
+    rows = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
+    names = ", ".join(sequences[row].spec.request_id for row in rows.tolist())
+    raise EngineError(f"the model gave logits that are not finite for {names}")
+
+
+def _sample_row(row: Float32, greedy: int, sequence: Sequence) -> SampledTokens:
+    """Sample one sequence; ``greedy`` is where its raw logits are highest."""
+    params = sequence.sampling
+    adjusted = _adjust(row, sequence) if changes_logits(sequence) else row
+    if params.temperature >= GREEDY_BELOW:
+        token = _draw(_filtered(adjusted, params), uniform(params.seed, sequence.num_tokens))
+    else:
+        token = greedy if adjusted is row else int(np.argmax(adjusted))
+    if params.num_logprobs is None:
+        return SampledTokens([token], [])
+    return SampledTokens([token], [token_logprobs(row, token, params.num_logprobs)])
+
+
+def _adjust(row: Float32, sequence: Sequence) -> Float32:
+    """Return a copy of ``row`` with logit_bias, penalties and min_tokens applied."""
+    params, adjusted = sequence.sampling, row.copy()
+    for token_id, bias in params.logit_bias.items():
+        adjusted[token_id] += bias
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(sequence.token_ids)
+        values = adjusted[seen]
+        penalty = np.float32(params.repetition_penalty)
+        adjusted[seen] = np.where(values > 0, values / penalty, values * penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        output, counts = np.unique(sequence.token_ids[sequence.num_prompt_tokens :], return_counts=True)
+        output = output.astype(np.intp)
+        adjusted[output] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+    if sequence.num_output_tokens < params.min_tokens:
+        adjusted[[*params.eos_token_ids, *params.stop_token_ids]] = -np.inf
+    return adjusted
+
+
+def _filtered(row: Float32, params: SamplingParams) -> Float64:
+    """Return unnormalised probabilities [vocab_size] after temperature, min_p, top_k and top_p."""
+    scaled = row.astype(np.float64) / params.temperature
+    weights: Float64 = np.exp(scaled - scaled.max())
+    if params.min_p > 0.0:
+        weights[weights < params.min_p] = 0.0  # the highest weight is 1
+    if 0 < params.top_k < len(weights):
+        weights[weights < np.partition(weights, -params.top_k)[-params.top_k]] = 0.0
+    if params.top_p < 1.0:
+        weights[weights < _top_p_threshold(weights, params.top_p)] = 0.0
+    return weights
+
+
+def _top_p_threshold(weights: Float64, top_p: float) -> float:
+    """Return the lowest weight among the fewest highest ones whose sum reaches ``top_p`` of the total."""
+    total = weights.sum()
+    # all below this cutoff together are less than 1 - top_p of the total, so they need not be sorted
+    candidates = np.sort(weights[weights >= (1.0 - top_p) * total / len(weights)])[::-1]
+    last = int(np.searchsorted(np.cumsum(candidates), top_p * total))
+    return float(candidates[min(last, len(candidates) - 1)])
+
+
+def _draw(weights: Float64, random: float) -> int:
+    """Return the token where the distribution function of ``weights`` passes ``random``, in vocabulary order."""
+    cumulated = np.cumsum(weights)
+    token = int(np.searchsorted(cumulated, random * cumulated[-1], side="right"))
+    return min(token, int(np.flatnonzero(weights)[-1]))
+
+
+def _highest(row: Float32, count: int) -> list[int]:
+    """Return the indices of the ``count`` highest entries in falling order, lower indices first in ties."""
+    if count == 0:
+        return []
+    threshold = np.partition(row, -count)[-count] if count < len(row) else row.min()
+    candidates = np.flatnonzero(row >= threshold)
+    order: list[int] = candidates[np.argsort(-row[candidates], kind="stable")][:count].tolist()
+    return order
