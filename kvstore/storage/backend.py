@@ -1,0 +1,48 @@
+"""What a place for values has to be able to do to become a ``KVStore`` (see ``store.Store``).
+
+A backend may take as long as it likes and raise StorageUnavailableError: deadlines, pauses after failures and most
+counting are done around it. It works a call's blocks in order and notes each as soon as it is done, because the call
+may end at any time; what has not been noted by then has not happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvstore.storage.calls import GetCall, PutCall
+from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
+
+
+class Backend(Protocol):
+    """One place for the values of one geometry. All methods are called from one event loop and do not block it."""
+
+    counters: StoreCounters
+    """Of these it keeps ``corrupt_blocks`` and ``evicted_blocks``, and ``errors`` of single blocks."""
+
+    async def open(self) -> None:
+        """As in KVStore."""
+
+    async def put(self, call: PutCall) -> None:
+        """Store what ``call`` packs; note each block in ``call.outcomes``."""
+
+    async def get(self, call: GetCall) -> None:
+        """Read values and ``call.deliver`` them; count and delete the bad ones."""
+
+    async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
+        """Return which blocks are there."""
+
+    async def delete(self, block_hashes: Sequence[bytes]) -> int:
+        """As in KVStore."""
+
+    async def clear(self) -> int:
+        """As in KVStore."""
+
+    async def stats(self) -> StoreStats:
+        """As in KVStore."""
+
+    async def verify(self) -> VerifyReport:
+        """As in KVStore."""
+
+    async def close(self) -> None:
+        """As in KVStore."""

@@ -1,0 +1,14 @@
+"""Long lists in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield ``items`` in order, ``size`` at a time and the rest at last."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,144 @@
+"""A put or get under way, as the backend's threads see it.
+
+The caller's arrays are lent for the length of the call. A thread touches them only inside ``pack`` and ``deliver``,
+which copy one block and cannot hang; between them stands memory of the backend's own. So a call can end at its
+deadline although a disk or a peer still holds a thread, and nothing reaches the caller's memory afterwards. The copy is
+cheap: the bytes are in the CPU's cache from the digest anyway, and I/O on one run of bytes is faster than on many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum, auto
+
+import numpy as np
+
+from kvrelay.core.errors import LocalProtocolError
+from kvstore.block_hash import HASH_BYTES
+from kvstore.storage.block_format import BlockFormat, Value
+from kvstore.storage.interface import BlockView, PutOutcome
+
+
+class Delivery(Enum):
+    """What became of a value that a backend read."""
+
+    DONE = auto()
+    BAD = auto()
+    """It is not what was stored."""
+    LATE = auto()
+    """The call has ended."""
+
+
+class Loan:
+    """Says whether borrowed memory may still be touched. Made on the loop."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._loop = asyncio.get_running_loop()
+        self._mutex = threading.Lock()
+        self._num_users = 0
+        self._returned = asyncio.Event()
+
+    @contextmanager
+    def use(self) -> Iterator[bool]:
+        """``with loan.use() as lent:`` and only if ``lent`` touch the memory. By any thread."""
+        with self._mutex:
+            lent = not self.ended
+            self._num_users += lent
+        try:
+            yield lent
+        finally:
+            if lent:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        with self._mutex:
+            self._num_users -= 1
+            awaited = self.ended and not self._num_users
+        if awaited:
+            self._loop.call_soon_threadsafe(self._returned.set)
+
+    async def end(self) -> None:
+        """Take the memory back: wait for copies that run, and let no other begin."""
+        with self._mutex:
+            self.ended = True
+            in_use = self._num_users > 0
+        if in_use:
+            await self._returned.wait()
+
+
+class PutCall:
+    """Blocks on their way into a store."""
+
+    def __init__(self, block_format: BlockFormat, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> None:
+        _require_fit(block_format, block_hashes, blocks)
+        self.block_hashes = block_hashes
+        self.outcomes = [PutOutcome.FAILED] * len(block_hashes)
+        self.loan = Loan()
+        self._format = block_format
+        self._blocks = blocks
+
+    def pack(self, index: int, value: Value) -> bool:
+        """Fill ``value`` with the stored form of block ``index``; False if the call has ended. By any thread."""
+        with self.loan.use() as lent:
+            if lent:
+                self._format.payload(value)[...] = self._blocks[index]
+        if lent:
+            self._format.seal(value, self.block_hashes[index])
+        return lent
+
+    def part(self, indices: Sequence[int]) -> PutCall:
+        """Return the call for some of the blocks alone; it borrows their memory on the same terms."""
+        part = PutCall(self._format, [self.block_hashes[i] for i in indices], [self._blocks[i] for i in indices])
+        part.loan = self.loan
+        return part
+
+
+class GetCall:
+    """Blocks on their way out of a store."""
+
+    def __init__(self, block_format: BlockFormat, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> None:
+        _require_fit(block_format, block_hashes, blocks)
+        self.block_hashes = block_hashes
+        self.hits = [False] * len(block_hashes)
+        self.loan = Loan()
+        self._format = block_format
+        self._blocks = blocks
+
+    def deliver(self, index: int, value: Value) -> Delivery:
+        """Check ``value`` and copy its KV to the caller's block ``index``. By any thread."""
+        if not self._format.is_good(value, self.block_hashes[index]):
+            return Delivery.BAD
+        with self.loan.use() as lent:
+            if not lent:
+                return Delivery.LATE
+            self._blocks[index][...] = self._format.payload(value)
+            self.hits[index] = True
+        return Delivery.DONE
+
+    def part(self, indices: Sequence[int]) -> GetCall:
+        """Return the call for some of the blocks alone; it borrows their memory on the same terms."""
+        part = GetCall(self._format, [self.block_hashes[i] for i in indices], [self._blocks[i] for i in indices])
+        part.loan = self.loan
+        return part
+
+
+def require_hashes(block_hashes: Sequence[bytes]) -> None:
+    """Raise LocalProtocolError unless all are block hashes."""
+    for block_hash in block_hashes:
+        if len(block_hash) != HASH_BYTES:
+            raise LocalProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(block_hash)}")
+
+
+def _require_fit(block_format: BlockFormat, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> None:
+    require_hashes(block_hashes)
+    if len(block_hashes) != len(blocks):
+        raise LocalProtocolError(f"{len(block_hashes)} block hashes for {len(blocks)} blocks")
+    for block in blocks:
+        if block.shape != block_format.block_shape or block.dtype != np.uint8:
+            raise LocalProtocolError(
+                f"a block is {block_format.block_shape} of uint8 here, not {block.shape} of {block.dtype}"
+            )

@@ -1,0 +1,139 @@
+"""What a store of KV blocks is to those who use it: the nodes' shells and the ``kvrelay store`` command.
+
+A block is named by its block hash (``kvstore.block_hash``) and holds the KV of all layers. Its bytes are in the
+caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides: ``KVMemory.planes[:, :, block_id]`` as
+it is.
+
+Whose memory it is: the caller lends the arrays of ``put`` and ``get`` for the length of the call and must keep them
+(pin the blocks) until it returns. Afterwards nothing here reads or writes them, whatever happened: not when the
+deadline passed, not when the call was cancelled, not when a disk still hangs in a read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+BlockView: TypeAlias = npt.NDArray[np.uint8]
+"""One block in the caller's memory, ``[num_layers, 2, plane_block_bytes]``."""
+
+
+class PutOutcome(StrEnum):
+    """What became of one block of a ``put``."""
+
+    WRITTEN = "written"
+    PRESENT = "present"
+    """The store had it already; nothing was written."""
+    FAILED = "failed"
+    """It is not in the store: full, down, or not in time."""
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Totals of one store object since it was made; they only grow."""
+
+    hit_blocks: int = 0
+    missed_blocks: int = 0
+    """Asked for by ``get`` and not delivered, for whatever reason."""
+    corrupt_blocks: int = 0
+    """Found, but not what was once stored; deleted, and among the missed."""
+    read_bytes: int = 0
+    """KV bytes of the hits."""
+    written_blocks: int = 0
+    present_blocks: int = 0
+    failed_blocks: int = 0
+    written_bytes: int = 0
+    """KV bytes of the written blocks."""
+    evicted_blocks: int = 0
+    """Dropped by this object to make room; a backend that evicts by itself does not tell."""
+    timeouts: int = 0
+    """Calls that reached their deadline."""
+    errors: int = 0
+    """Calls that the backend failed."""
+    skipped: int = 0
+    """Calls answered at once because the backend has just failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a backend holds now, by all processes that use it, for this geometry.
+
+    ``used_bytes`` and ``capacity_bytes`` include the backend's own overhead; ``None``: the backend does not tell.
+    """
+
+    backend: str
+    num_blocks: int | None
+    used_bytes: int | None
+    capacity_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What ``verify`` found: blocks read, and those that were bad and are deleted now."""
+
+    num_blocks: int
+    num_corrupt: int
+
+
+class KVStore(Protocol):
+    """Blocks by block hash, for one ``KVGeometry``: other models and shapes are not seen and not touched.
+
+    All methods are called from one event loop, any number at a time, and never block it. ``put``, ``get``,
+    ``longest_prefix`` and ``delete`` end within the configured ``timeout_s`` and raise nothing because of the backend:
+    what it cannot do is a miss or a failed put, and counted. They raise LocalProtocolError for arguments that do not
+    fit. The others are for operators and raise StorageUnavailableError if the backend cannot be reached or is not in
+    time.
+    """
+
+    @property
+    def counters(self) -> StoreCounters:
+        """What this object did so far. For heartbeats and metrics; no I/O."""
+
+    async def open(self) -> None:
+        """Make the store ready. By a node when it starts, once, before anything else.
+
+        A server that is down is no error: the store starts empty-handed and finds it later. Raises StorageError if the
+        store can never work as configured; it is closed then.
+        """
+
+    async def put(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[PutOutcome]:
+        """Store ``blocks[i]`` as ``block_hashes[i]``. By D on preemption, by P and D when a request has finished.
+
+        Blocks the store has are not written again. They are tried in order, so that what is stored at the deadline is
+        the beginning of the sequence. May evict others.
+        """
+
+    async def get(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[bool]:
+        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. By P on admission, by D on resume.
+
+        Where False, ``blocks[i]`` is as it was. Verified before it is delivered. Counts as a use for eviction.
+        """
+
+    async def longest_prefix(self, block_hashes: Sequence[bytes]) -> int:
+        """Return how many of the first blocks are in the store. Before ``get``, to know what to make room for.
+
+        A hint: they may be gone, or turn out corrupt, when they are read.
+        """
+
+    async def delete(self, block_hashes: Sequence[bytes]) -> int:
+        """Drop these blocks; return how many there were. By whoever learns that a block is wrong."""
+
+    async def clear(self) -> int:
+        """Drop all blocks; return how many there were, as far as the backend knows. ``kvrelay store clear``."""
+
+    async def stats(self) -> StoreStats:
+        """Return what the store holds. ``kvrelay store stats``; may look at everything, so not in a loop."""
+
+    async def verify(self) -> VerifyReport:
+        """Read everything, delete what is corrupt. ``kvrelay store verify``; takes as long as it takes.
+
+        Raises StorageError if the backend cannot list what it holds.
+        """
+
+    async def close(self) -> None:
+        """Give back threads, files and connections, within ``timeout_s``. Calls under way end as misses. Idempotent."""

@@ -1,0 +1,47 @@
+"""Backend ``none``: holds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.storage.calls import GetCall, PutCall
+from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
+
+
+class NoBackend:
+    """Every put fails and every get misses; nothing is an error."""
+
+    def __init__(self) -> None:
+        self.counters = StoreCounters()
+
+    async def open(self) -> None:
+        """Do nothing."""
+
+    async def put(self, call: PutCall) -> None:
+        """Store nothing."""
+
+    async def get(self, call: GetCall) -> None:
+        """Find nothing."""
+
+    async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
+        """Find nothing."""
+        return [False] * len(block_hashes)
+
+    async def delete(self, block_hashes: Sequence[bytes]) -> int:
+        """Return 0."""
+        return 0
+
+    async def clear(self) -> int:
+        """Return 0."""
+        return 0
+
+    async def stats(self) -> StoreStats:
+        """Return an empty store without room."""
+        return StoreStats("none", 0, 0, 0)
+
+    async def verify(self) -> VerifyReport:
+        """Return that nothing is wrong."""
+        return VerifyReport(0, 0)
+
+    async def close(self) -> None:
+        """Do nothing."""
