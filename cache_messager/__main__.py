@@ -1,0 +1,38 @@
+"""The process of one cache messager: settings come as one line of JSON on standard input, which stays open.
+
+Only nodes start it (``cache_messager.launch``). Its life is its node's: it ignores SIGINT and SIGTERM, which often
+reach all processes of a cluster at once while the node needs it to drain, and ends when standard input does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import msgspec
+import setproctitle
+import uvloop
+
+from cache_messager.service import serve
+from cache_messager.settings import MessagerSettings
+from kvrelay.core.ids import peer_name
+from kvrelay.core.logging import log_event, set_up_logging
+
+
+def main() -> int:
+    """Serve until the node ends; return the process's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=MessagerSettings)
+    name = peer_name(settings.node)
+    setproctitle.setproctitle(f"kvrelay messager {name}")
+    set_up_logging(f"{name}.messager", settings.log_level)
+    os.sched_setaffinity(0, settings.cpus or range(os.cpu_count() or 1))
+    reason = uvloop.run(serve(settings, sys.stdin.fileno()))
+    log_event("info", "stopped", {"reason": reason})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

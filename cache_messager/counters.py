@@ -1,0 +1,32 @@
+"""What a messager counts; the names are those its node shows in its metrics."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Counters: TypeAlias = dict[str, float]
+"""Totals by name; they only grow."""
+
+_NAMES = (
+    "frames_sent",
+    "bytes_sent",
+    "frames_written",
+    "bytes_written",
+    "stale_frames",
+    "duplicate_frames",
+    "corrupt_frames",
+    "unexpected_acks",
+    "pending_signals_total",
+    "transfers_done",
+    "transfers_failed",
+    "links_shm",
+    "links_ipc",
+    "links_tcp",
+    "links_refused",
+    "links_lost",
+)
+
+
+def new_counters() -> Counters:
+    """Return every counter at zero, so that each is there from the first report on."""
+    return dict.fromkeys(_NAMES, 0.0)

@@ -1,0 +1,110 @@
+"""One expectation of D's messager: which blocks may be written, and which have been."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from cache_messager.block_mask import mask_of
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import Attempt
+from kvrelay.core.lifecycle import Lifecycle, Table
+from kvrelay.core.messages.base import Message
+from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.core.messages.node_to_messager import ExpectKV
+
+
+class ExpectationStatus(StrEnum):
+    """Where an expectation stands; see the package's picture."""
+
+    RECEIVING = "receiving"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+TRANSITIONS: Table[ExpectationStatus] = {
+    ExpectationStatus.RECEIVING: frozenset({ExpectationStatus.DRAINING, ExpectationStatus.ENDED}),
+    ExpectationStatus.DRAINING: frozenset({ExpectationStatus.ENDED}),
+    ExpectationStatus.ENDED: frozenset(),
+}
+
+
+class Expectation:
+    """One attempt's KV on its way in. A frame claims its blocks, is written, and they are never written again.
+
+    ``link_id`` is the link its first frame came by. ``num_writing`` writes are under way. ``farewell`` is what the node
+    is told when nothing writes to the blocks any more.
+    """
+
+    __slots__ = (
+        "_claimed",
+        "_num_layers",
+        "_num_written",
+        "_written",
+        "attempt",
+        "farewell",
+        "lifecycle",
+        "link_id",
+        "message",
+        "num_bytes",
+        "num_writing",
+    )
+
+    def __init__(self, message: ExpectKV, num_layers: int, now: float) -> None:
+        self.message = message
+        self.attempt = Attempt(message.request_id, message.epoch)
+        self.lifecycle = Lifecycle(f"expectation {self.attempt}", TRANSITIONS, ExpectationStatus.RECEIVING, now)
+        self.link_id: int | None = None
+        self.num_writing = 0
+        self.num_bytes = 0
+        self.farewell: Message | None = None
+        self._num_layers = num_layers
+        self._num_written = 0
+        self._claimed = [0] * num_layers
+        self._written = [0] * num_layers
+
+    @property
+    def status(self) -> ExpectationStatus:
+        """Where it stands."""
+        return self.lifecycle.status
+
+    @property
+    def is_written(self) -> bool:
+        """Whether every layer of every block is in the pool."""
+        return self._num_written == self._num_layers * len(self.message.target_block_ids)
+
+    def problem_with(self, frame: KVFrame, geometry: KVGeometry) -> str | None:
+        """Return how ``frame`` differs from what is expected, or None."""
+        offset, count = frame.first_block - self.message.first_block, len(frame.target_block_ids)
+        if not 0 <= frame.layer < self._num_layers:
+            return f"layer {frame.layer} of {self._num_layers}"
+        if offset < 0 or count == 0 or self.message.target_block_ids[offset : offset + count] != frame.target_block_ids:
+            return f"{count} blocks from block {frame.first_block} on are not those reserved"
+        if frame.num_bytes != count * geometry.layer_block_bytes:
+            return f"{frame.num_bytes} bytes for {count} blocks of {geometry.layer_block_bytes}"
+        claimed = self._claimed[frame.layer] & _mask(frame)
+        if claimed not in (0, _mask(frame)):
+            return f"some of {count} blocks from block {frame.first_block} on came before in another frame"
+        return None
+
+    def is_claimed(self, frame: KVFrame) -> bool:
+        """Tell whether the frame's blocks are written or being written already."""
+        return self._claimed[frame.layer] & _mask(frame) != 0
+
+    def has_written(self, frame: KVFrame) -> bool:
+        """Tell whether the frame's blocks are written already."""
+        return self._written[frame.layer] & _mask(frame) == _mask(frame)
+
+    def claim(self, frame: KVFrame) -> None:
+        """Note that the frame's blocks are being written."""
+        self._claimed[frame.layer] |= _mask(frame)
+        self.num_writing += 1
+
+    def wrote(self, frame: KVFrame) -> None:
+        """Note that the frame's blocks are in the pool."""
+        self._written[frame.layer] |= _mask(frame)
+        self._num_written += len(frame.target_block_ids)
+        self.num_bytes += frame.num_bytes
+
+
+def _mask(frame: KVFrame) -> int:
+    return mask_of(frame.first_block, len(frame.target_block_ids))

@@ -1,0 +1,85 @@
+"""What a messager is told when it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import PeerId
+from kvrelay.core.kv_handle import KVMemoryHandle
+
+if TYPE_CHECKING:  # the messager's process has no use for pydantic and starts faster without it
+    from kvrelay.core.config import NodeConfig
+
+
+class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a messager needs to know.
+
+    ``me`` is its name among messagers, ``node`` the incarnation it works for, listening at ``node_address``. ``pool``
+    is the node's KV memory. Link files are made in ``runtime_dir``. ``cpus`` are those it may run on, all by default:
+    a node may be pinned, and its messager must not stand in its way. The rest is from the config's sections
+    ``transfer`` and ``cluster``.
+    """
+
+    me: PeerId
+    node: PeerId
+    node_address: str
+    geometry: KVGeometry
+    pool: KVMemoryHandle
+    host: str
+    runtime_dir: str
+    cpus: list[int] | None = None
+    link: str = "auto"
+    layerwise: bool = True
+    checksum: bool = True
+    timeout_s: float = 60.0
+    max_inflight_bytes: int = 64 << 20
+    heartbeat_s: float = 1.0
+    peer_timeout_s: float = 5.0
+    log_level: str = "info"
+
+    @classmethod
+    def for_node(
+        cls,
+        config: NodeConfig,
+        *,
+        node: PeerId,
+        node_address: str,
+        geometry: KVGeometry,
+        pool: KVMemoryHandle,
+        runtime_dir: str,
+    ) -> MessagerSettings:
+        """Return the settings of the messager of the node that ``config`` describes and ``node`` is a start of."""
+        name, _, incarnation = node.partition("#")
+        return cls(
+            me=f"{name}.messager#{incarnation}",
+            node=node,
+            node_address=node_address,
+            geometry=geometry,
+            pool=pool,
+            host=config.host,
+            runtime_dir=runtime_dir,
+            link=config.transfer.link,
+            layerwise=config.transfer.layerwise,
+            checksum=config.transfer.checksum,
+            timeout_s=config.transfer.timeout_s,
+            max_inflight_bytes=config.transfer.max_inflight_bytes,
+            heartbeat_s=config.cluster.heartbeat_s,
+            peer_timeout_s=config.cluster.peer_timeout_s,
+            log_level=config.cluster.log_level,
+        )
+
+
+def host_id() -> str:
+    """Return a name that two processes share only if they see the same files, processes and memory.
+
+    Containers have a host name and namespaces of their own: messagers in two of them reach each other by tcp.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespaces = [str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("mnt", "pid")]
+    return hashlib.sha256("\n".join([boot_id, socket.gethostname(), *namespaces]).encode()).hexdigest()[:32]

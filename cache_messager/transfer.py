@@ -1,0 +1,222 @@
+"""One transfer as P's messager sees it: what was signalled, what waits, what is under way, what D has."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from cache_messager.block_mask import mask_of, runs_of
+from cache_messager.pending import PendingSignal
+from kvrelay.core.errors import LocalProtocolError
+from kvrelay.core.ids import Attempt, BlockId, PeerId
+from kvrelay.core.lifecycle import Lifecycle, Table
+from kvrelay.core.messages.base import LayerTransfer, Message
+from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.core.messages.node_to_messager import KVSpan, OpenTransfer
+
+
+class TransferStatus(StrEnum):
+    """Where a transfer stands; see the package's picture."""
+
+    PENDING = "pending"
+    SENDING = "sending"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+TRANSITIONS: Table[TransferStatus] = {
+    TransferStatus.PENDING: frozenset({TransferStatus.SENDING, TransferStatus.ENDED}),
+    TransferStatus.SENDING: frozenset({TransferStatus.DRAINING, TransferStatus.ENDED}),
+    TransferStatus.DRAINING: frozenset({TransferStatus.ENDED}),
+    TransferStatus.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class BlockRange:
+    """Consecutive blocks of one layer that wait to be sent; ``block_ids[i]`` holds block ``first_block + i``."""
+
+    layer: int
+    first_block: int
+    block_ids: list[BlockId]
+
+    @property
+    def end_block(self) -> int:
+        """The block after the last."""
+        return self.first_block + len(self.block_ids)
+
+    def split(self, num_blocks: int) -> BlockRange:
+        """Take the first ``num_blocks`` blocks off this range and return them."""
+        head = BlockRange(self.layer, self.first_block, self.block_ids[:num_blocks])
+        self.first_block += len(head.block_ids)
+        self.block_ids = self.block_ids[num_blocks:]
+        return head
+
+
+class FrameKey(NamedTuple):
+    """What tells a transfer's frames apart."""
+
+    layer: int
+    first_block: int
+
+
+class _Layer:
+    """How far one layer is: ``signalled`` as a block mask, times in seconds since 1970."""
+
+    __slots__ = ("first_sent_s", "last_written_s", "num_bytes", "signalled")
+
+    def __init__(self) -> None:
+        self.signalled = 0
+        self.first_sent_s = 0.0
+        self.last_written_s = 0.0
+        self.num_bytes = 0
+
+
+class Transfer:
+    """One attempt's KV on its way. Each block of each layer is queued, sent and acknowledged once.
+
+    ``busy_since_s`` is when it last made progress, or last began to have something to send. ``farewell`` is what its
+    node is told when nothing reads its blocks any more.
+    """
+
+    __slots__ = (
+        "_layers",
+        "_num_signalled",
+        "_num_written",
+        "_tails",
+        "attempt",
+        "busy_since_s",
+        "farewell",
+        "first_block",
+        "inflight",
+        "lifecycle",
+        "peer",
+        "pending",
+        "queue",
+        "target_block_ids",
+    )
+
+    def __init__(self, attempt: Attempt, num_layers: int, now: float) -> None:
+        self.attempt = attempt
+        self.lifecycle = Lifecycle(f"transfer {attempt}", TRANSITIONS, TransferStatus.PENDING, now)
+        self.pending: list[PendingSignal] = []
+        self.peer: PeerId = ""
+        self.first_block = 0
+        self.target_block_ids: list[BlockId] = []
+        self.queue: deque[BlockRange] = deque()
+        self.inflight: dict[FrameKey, int] = {}
+        self.busy_since_s = now
+        self.farewell: Message | None = None
+        self._layers = [_Layer() for _ in range(num_layers)]
+        self._tails: dict[int, BlockRange] = {}
+        self._num_signalled = 0
+        self._num_written = 0
+
+    @property
+    def status(self) -> TransferStatus:
+        """Where it stands."""
+        return self.lifecycle.status
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that D has."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    @property
+    def is_signalled(self) -> bool:
+        """Whether every layer of every block is computed."""
+        return self._num_signalled == len(self._layers) * len(self.target_block_ids)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether D has every layer of every block."""
+        return self._num_written == len(self._layers) * len(self.target_block_ids)
+
+    def open(self, message: OpenTransfer, now: float) -> list[PendingSignal]:
+        """Learn where the blocks go; return what was signalled before, in order."""
+        self.lifecycle.move(TransferStatus.SENDING, now)
+        self.peer = message.link.peer
+        self.first_block = message.first_block
+        self.target_block_ids = message.target_block_ids
+        pending, self.pending = self.pending, []
+        return pending
+
+    def signal(self, layer: int, span: KVSpan, now: float) -> None:
+        """Queue the blocks of ``span`` that D wants and that were not queued before, in ``layer``.
+
+        Raises LocalProtocolError if the span goes beyond the blocks D has reserved.
+        """
+        first = max(span.first_block, self.first_block)
+        end = span.first_block + len(span.source_block_ids)
+        if end > self.first_block + len(self.target_block_ids):
+            raise LocalProtocolError(f"block {end - 1} was signalled, but D has reserved none for it")
+        if first >= end:
+            return
+        if not self.queue and not self.inflight:
+            self.busy_since_s = now
+        progress = self._layers[layer]
+        fresh = mask_of(first, end - first) & ~progress.signalled
+        progress.signalled |= fresh
+        for run_first, count in runs_of(fresh):
+            offset = run_first - span.first_block
+            self._queue(layer, run_first, span.source_block_ids[offset : offset + count])
+            self._num_signalled += count
+
+    def _queue(self, layer: int, first_block: int, block_ids: list[BlockId]) -> None:
+        """Queue a range, or lengthen the one of this layer that still waits."""
+        tail = self._tails.get(layer)
+        if tail is not None and tail.end_block == first_block:
+            tail.block_ids.extend(block_ids)
+        else:
+            self._tails[layer] = BlockRange(layer, first_block, block_ids)
+            self.queue.append(self._tails[layer])
+
+    def next_frame(self, max_blocks: int) -> BlockRange:
+        """Take at most ``max_blocks`` blocks off the queue: one layer's, consecutive."""
+        head = self.queue[0]
+        if len(head.block_ids) > max_blocks:
+            return head.split(max_blocks)
+        self.queue.popleft()
+        if self._tails.get(head.layer) is head:
+            del self._tails[head.layer]
+        return head
+
+    def send(self, blocks: BlockRange, num_bytes: int, *, name_sources: bool, now: float) -> KVFrame:
+        """Return the frame for ``blocks``, which is under way from here on; its digest is not known here."""
+        self.inflight[FrameKey(blocks.layer, blocks.first_block)] = num_bytes
+        layer = self._layers[blocks.layer]
+        layer.first_sent_s = layer.first_sent_s or now
+        first, end = blocks.first_block - self.first_block, blocks.end_block - self.first_block
+        return KVFrame(
+            request_id=self.attempt.request_id,
+            epoch=self.attempt.epoch,
+            layer=blocks.layer,
+            first_block=blocks.first_block,
+            target_block_ids=self.target_block_ids[first:end],
+            source_block_ids=blocks.block_ids if name_sources else [],
+            num_bytes=num_bytes,
+            digest=0,
+        )
+
+    def written(self, layer: int, num_bytes: int, num_blocks: int, now: float) -> None:
+        """Note that D has a frame of ``layer``."""
+        progress = self._layers[layer]
+        progress.last_written_s = now
+        progress.num_bytes += num_bytes
+        self._num_written += num_blocks
+        self.busy_since_s = now
+
+    def drop_queue(self) -> None:
+        """Send nothing more."""
+        self.queue.clear()
+        self._tails.clear()
+
+    def timeline(self) -> list[LayerTransfer]:
+        """Return how each layer went, by layer."""
+        return [
+            LayerTransfer(index, layer.first_sent_s, layer.last_written_s, layer.num_bytes)
+            for index, layer in enumerate(self._layers)
+            if layer.num_bytes
+        ]
