@@ -1,0 +1,21 @@
+"""Life cycle of a request in the decode node and in the mixed node.
+
+::
+
+    from P                     RESERVING ───> RECEIVING ─────────────────────────┐
+                               blocks set     P writes KV into them;             │
+                               aside          the hand-off comes                 v
+    from the router  WAITING ──────────────────────────> RUNNING_PREFILL ──> RUNNING_DECODE ──> ENDED
+    (mixed node)     no blocks                           chunk by chunk          │   one token a step
+                                                               ^                 v
+                                                               └──────────── PREEMPTED
+                                                     recomputed or loaded    no blocks
+
+    CLOSING follows any of them: over, but the running step or the messager still uses the blocks.
+
+``state`` is the machine; ``requests`` (all of them, and how they end), ``reservations`` (what D has to do with P) and
+``steps`` are parts of it. ``schedule`` decides what a step computes and who gives way, with the policies of
+``kvstore.reserve`` (what to keep free for running requests), ``preempt`` (who is the victim), ``waiting`` (who is next)
+and ``speculate`` (what to guess ahead). ``request`` holds what D knows of one request, ``service`` runs it all in a
+process.
+"""

@@ -1,0 +1,13 @@
+"""``python -m decode_node CONFIG NAME`` runs one node; the ``kvrelay`` command does the same with more comfort."""
+
+from __future__ import annotations
+
+import sys
+
+from decode_node.service import run
+from kvrelay.core.config import ClusterConfig
+
+__all__ = ["run"]
+
+if __name__ == "__main__":
+    sys.exit(run(ClusterConfig.load(sys.argv[1]), sys.argv[2]))

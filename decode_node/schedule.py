@@ -1,0 +1,320 @@
+"""What a decode or mixed node computes next, and who gives way when blocks run out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from decode_node.preempt import victim_order
+from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.speculate import NoProposer, proposer
+from decode_node.waiting import WaitingQueue
+from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
+from kvrelay.core.ids import BlockId
+from kvrelay.core.step import ScheduledSequence
+from kvstore.block_hash import BlockHasher
+from kvstore.kv_cache import KVCache
+from kvstore.promised import PromisedBlocks
+from kvstore.reserve import reserve_policy
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One decision: ``chunks[i]`` is of ``requests[i]``.
+
+    ``admitted`` just got their blocks; ``outgrown`` decodes alone and has no block to grow into.
+    """
+
+    requests: list[DecodeRequest] = field(default_factory=list)
+    chunks: list[ScheduledSequence] = field(default_factory=list)
+    admitted: list[DecodeRequest] = field(default_factory=list)
+    preempted: list[DecodeRequest] = field(default_factory=list)
+    outgrown: DecodeRequest | None = None
+
+    def add(self, request: DecodeRequest, budget: int) -> int:
+        """Let the step compute the next tokens of a prefill, at most ``budget``; return how many."""
+        num_known = len(request.token_ids)
+        start = min(request.num_computed_tokens, num_known - 1)
+        num_tokens = min(num_known - start, budget)
+        self.requests.append(request)
+        self.chunks.append(ScheduledSequence(request, start, num_tokens, start + num_tokens == num_known))
+        return num_tokens
+
+
+class Scheduler:
+    """Who runs, who waits, and the pool they share.
+
+    Requests that have blocks are in exactly one of ``receiving`` (reserved for P, its KV on the way), ``prefilling``
+    and ``decoding``, each in the order of joining; requests without are in ``waiting``. The caller moves a request's
+    status, and calls between steps only: nothing here is being computed while it changes.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, speculative: SpeculativeConfig, kv: KVCache, hasher: BlockHasher
+    ) -> None:
+        self.kv = kv
+        self._hasher = hasher
+        block_size = hasher.block_size
+        self.waiting = WaitingQueue(config)
+        self.receiving: dict[DecodeRequest, None] = {}
+        self.prefilling: dict[DecodeRequest, None] = {}
+        self.decoding: dict[DecodeRequest, None] = {}
+        self.reserve = reserve_policy(config, block_size)
+        self._order = victim_order(config)
+        self._proposer = proposer(speculative)
+        self._token_budget = config.max_num_batched_tokens
+        self._max_num_seqs = config.max_num_seqs
+        self._watermark_blocks = int(config.watermark * kv.num_blocks)
+        self._block_size = block_size
+        self._by_priority = config.enable_priority_scheduling
+        self._promised = PromisedBlocks()
+        self._turn = 0
+        self.preemptions = {"growth": 0, "priority": 0}
+
+    @property
+    def num_preempted(self) -> int:
+        """Preemptions so far; ``preemptions`` has them by cause."""
+        return sum(self.preemptions.values())
+
+    @property
+    def num_holding(self) -> int:
+        """Requests that have blocks."""
+        return len(self.receiving) + len(self.prefilling) + len(self.decoding)
+
+    def growing(self) -> list[DecodeRequest]:
+        """Return the requests that have blocks and will want more: all of them."""
+        return [*self.receiving, *self.prefilling, *self.decoding]
+
+    def reserved_blocks(self) -> int:
+        """Return what the policy keeps free now."""
+        return self.reserve.reserved_blocks(self.growing())
+
+    # ------------------------------------------------------------ a step
+
+    def schedule(self, now: float) -> Schedule:
+        """Decide the next step: decodes, chunks of running prefills, then newcomers if nobody had to give way."""
+        schedule = Schedule()
+        stalled = self._make_room(schedule)
+        if self._by_priority and self.waiting and not schedule.preempted:
+            self._make_way(schedule, self.waiting.ordered(now)[0], now)
+        schedule.requests = self._in_turn([request for request in self.decoding if request not in stalled])
+        budget = self._token_budget - self._add_decodes(schedule)
+        budget = self._continue_prefills(schedule, budget)
+        if not schedule.preempted:
+            self._admit(schedule, budget, now)
+        if schedule.chunks:
+            self.reserve.step_scheduled()
+        elif not self.num_holding and not self.waiting:
+            self.reserve.idle()
+        return schedule
+
+    def _in_turn(self, decodes: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Return all of ``decodes`` or, if they are more than the token budget, those whose turn it is."""
+        if len(decodes) <= self._token_budget:
+            return decodes
+        first = self._turn % len(decodes)
+        self._turn += self._token_budget
+        return (decodes[first:] + decodes[:first])[: self._token_budget]
+
+    def _make_room(self, schedule: Schedule) -> set[DecodeRequest]:
+        """Give every decode the block its next token needs, at the cost of other decodes if need be.
+
+        Returns the decodes that must sit this step out. One that decodes alone does so while others have blocks that
+        cannot be taken (their KV is being received or computed; they will decode soon); if there are no others, it has
+        outgrown the pool.
+        """
+        size = self._block_size
+        needy = [request for request in self.decoding if len(request.token_ids) > len(request.block_table) * size]
+        if not needy:
+            return set()
+        if not self.kv.can_allocate(len(needy)):
+            needy = self._preempt(schedule, needy)
+        if not self.kv.can_allocate(len(needy)):
+            if self.kv.num_referenced == len(needy[0].block_table):
+                schedule.outgrown = needy[0]
+            return set(needy)
+        for request, block in zip(needy, self.kv.allocate(len(needy)), strict=True):
+            request.block_table.append(block)
+        return set()
+
+    def _preempt(self, schedule: Schedule, needy: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Take blocks from victims until the needy that stay can grow; return those. One decode always stays."""
+        victims = iter(self._order(list(self.decoding)))
+        waiting_for = set(needy)
+        while len(self.decoding) > 1:
+            room = self.reserve.room_blocks(len(self.decoding)) if schedule.preempted else 0
+            if self.kv.can_allocate(len(waiting_for) + room):
+                break
+            victim = next(victims)
+            waiting_for.discard(victim)
+            self._give_up(victim, schedule)
+        self._requeue(schedule.preempted, "growth")
+        return [request for request in needy if request in waiting_for]
+
+    def _make_way(self, schedule: Schedule, urgent: DecodeRequest, now: float) -> None:
+        """Take blocks from decodes less urgent than ``urgent`` if that lets it in at the next step.
+
+        Less urgent as the queue sees it: a victim that had waited longer would be before ``urgent`` there again, and
+        the two would change places at every step.
+        """
+        matched, num_new = self._blocks_of(urgent)
+        if self.fits(urgent, num_new, matched):
+            return
+        urgency = self.waiting.urgency(urgent, now)
+        victims = [
+            victim
+            for victim in self._order(list(self.decoding))
+            if victim.priority > urgent.priority and self.waiting.urgency(victim, now) > urgency
+        ]
+        victims = victims[: len(self.decoding) - 1]
+        if not self.kv.can_allocate(num_new - sum(len(victim.block_table) for victim in victims), matched):
+            return
+        for victim in victims:
+            self._give_up(victim, schedule)
+            if self.fits(urgent, num_new, matched):
+                break
+        self._requeue(schedule.preempted, "priority")
+
+    def _give_up(self, victim: DecodeRequest, schedule: Schedule) -> None:
+        """Take the blocks of ``victim``. Those that are full stay matchable until somebody needs them."""
+        del self.decoding[victim]
+        self.publish(victim)
+        self.kv.unpin(victim.block_table)
+        victim.block_table = []
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        schedule.preempted.append(victim)
+
+    def _requeue(self, victims: list[DecodeRequest], cause: str) -> None:
+        if victims:
+            self.preemptions[cause] += len(victims)
+            self.waiting.requeue(victims)
+            self.reserve.preempted(list(self.decoding))
+
+    def _add_decodes(self, schedule: Schedule) -> int:
+        """Add the newest token of each decode, and guesses for what follows; return how many tokens that is."""
+        if isinstance(self._proposer, NoProposer):
+            schedule.chunks = [
+                ScheduledSequence(request, request.num_computed_tokens, 1, True) for request in schedule.requests
+            ]
+            return len(schedule.chunks)
+        num_tokens = len(schedule.requests)
+        for request in schedule.requests:
+            drafts = self._drafts(request, self._token_budget - num_tokens)
+            size = 1 + len(drafts or ())
+            schedule.chunks.append(ScheduledSequence(request, request.num_computed_tokens, size, True, drafts))
+            num_tokens += size - 1
+        return num_tokens
+
+    def _drafts(self, request: DecodeRequest, budget: int) -> tuple[int, ...] | None:
+        """Return guesses that cost nobody anything: within budget and output length, in blocks nobody else needs."""
+        limit = min(budget, request.remaining_output_tokens - 1)
+        drafts = self._proposer.propose(request, max(0, limit))
+        if drafts:
+            num_slots = len(request.token_ids) + len(drafts)
+            num_new = -(-num_slots // self._block_size) - len(request.block_table)
+            if num_new > 0:
+                if self.kv.num_free < num_new + self._watermark_blocks:
+                    return ()
+                request.block_table += self.kv.allocate(num_new)
+        return drafts
+
+    def _continue_prefills(self, schedule: Schedule, budget: int) -> int:
+        """Add the next chunk of each running prefill as far as the budget goes; return what is left of it."""
+        for request in self.prefilling:
+            if budget <= 0:
+                break
+            budget -= schedule.add(request, budget)
+        return budget
+
+    # ------------------------------------------------------------ admission
+
+    def _admit(self, schedule: Schedule, budget: int, now: float) -> None:
+        """Give blocks and a first chunk to waiting requests, in order, until one does not fit.
+
+        One whose next block is being computed for another is passed over until it is there to share.
+        """
+        for request in self.waiting.ordered(now):
+            if budget <= 0 or self.num_holding >= self._max_num_seqs:
+                return
+            matched, num_new = self._blocks_of(request)
+            if len(matched) < len(request.hashes) and request.hashes[len(matched)] in self._promised:
+                continue
+            if not self.fits(request, num_new, matched):
+                return
+            self._take_blocks(request, num_new, matched)
+            self.waiting.remove(request)
+            self.prefilling[request] = None
+            if self.kv.prefix_caching:
+                # A copy: the request's own list grows with its output, what is promised does not.
+                self._promised.promise(request, tuple(request.hashes), len(matched))
+            schedule.admitted.append(request)
+            budget -= schedule.add(request, budget)
+
+    def _blocks_of(self, request: DecodeRequest) -> tuple[list[BlockId], int]:
+        """Return the blocks that hold a prefix of ``request`` already, and how many more it needs to be computed here.
+
+        Its newest token is always computed again, for the next one's logits, but never written again.
+        """
+        matched = self.kv.match(request.hashes)
+        return matched, -(-len(request.token_ids) // self._block_size) - len(matched)
+
+    def _take_blocks(self, request: DecodeRequest, num_new: int, matched: list[BlockId]) -> None:
+        self.kv.pin(matched)
+        request.block_table = [*matched, *self.kv.allocate(num_new)]
+        request.num_computed_tokens = len(matched) * self._block_size
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+        self.kv.record_query(len(request.token_ids), request.num_computed_tokens)
+
+    def publish(self, request: DecodeRequest) -> None:
+        """Make the full blocks of ``request`` that are computed matchable."""
+        # A request that ended within accepted guesses has computed tokens that it does not have.
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
+        if num_full > len(request.hashes):
+            self._hasher.extend(request.hashes, request.token_ids)
+        self.publish_blocks(request, num_full)
+        self._promised.keep(request, num_full)
+
+    def publish_blocks(self, request: DecodeRequest, num_blocks: int) -> None:
+        """Make the first ``num_blocks`` blocks of ``request`` matchable; nothing reads or writes them at present.
+
+        Where others have published the same contents it takes theirs and gives its own copies back. Copies would cost
+        twice: what it publishes behind them keeps those of the others from being evicted, though nobody else needs
+        them, and a request alone could not grow into their place.
+        """
+        hashes, table = request.hashes[:num_blocks], request.block_table
+        self.kv.publish(hashes, table[:num_blocks])
+        shared = [(place, block) for place, block in enumerate(self.kv.match(hashes)) if table[place] != block]
+        if not shared:
+            return
+        self.kv.pin([block for _, block in shared])
+        copies = [table[place] for place, _ in shared]
+        for place, block in shared:
+            table[place] = block
+        self.kv.unpin(copies)
+
+    def leave_prefill(self, request: DecodeRequest) -> None:
+        """Take ``request`` out of those being prefilled: it is through, or given up."""
+        del self.prefilling[request]
+        self._promised.withdraw(request)
+
+    def fits(self, request: DecodeRequest, num_new: int, matched: Sequence[BlockId]) -> bool:
+        """Return whether ``request`` may have ``num_new`` blocks beside ``matched`` and leave enough to the running.
+
+        When nobody has blocks the reserve is for nobody: whatever fits may come, so the reserve never leaves a node
+        idle.
+        """
+        if not self.num_holding:
+            return self.kv.can_allocate(num_new, matched)
+        kept_free = self.reserved_blocks() + self.reserve.charge_blocks(request) + self._watermark_blocks
+        return self.kv.can_allocate(num_new + kept_free, matched)
+
+    def may_reserve(self, priority: int, now: float) -> str | None:
+        """Return why no reservation can be granted now, whatever its size, or None."""
+        if self.num_holding + len(self.waiting) >= self._max_num_seqs:
+            return f"max_num_seqs ({self._max_num_seqs}) requests are here"
+        preempted = (request for request in self.waiting if request.status is DecodeStatus.PREEMPTED)
+        if any(not self._by_priority or self.waiting.urgency(request, now) <= priority for request in preempted):
+            return "preempted requests wait for blocks"
+        return None

@@ -1,0 +1,18 @@
+"""Runs a decode node or a mixed node."""
+
+from __future__ import annotations
+
+from decode_node.state import DecodeMachine
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.node.service import run_node
+
+
+def run(config: ClusterConfig, node_name: str) -> int:
+    """Serve as the node called ``node_name``; return the process's exit status."""
+    node = config.node(node_name)
+
+    def make_machine(registration: Register) -> DecodeMachine:
+        return DecodeMachine(node, registration)
+
+    return run_node(node, make_machine, layer_events=False)

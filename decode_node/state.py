@@ -1,0 +1,265 @@
+"""The state machine of the decode node and of the mixed node."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import msgspec
+
+from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.requests import Requests
+from decode_node.reservations import Reservations
+from decode_node.schedule import Scheduler
+from decode_node.steps import Steps
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.errors import NeverFitsError, QueueFullError, TransferError
+from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
+from kvrelay.core.machine import (
+    CoreAction,
+    Exit,
+    Log,
+    PeerLost,
+    Received,
+    SetTimer,
+    Started,
+    StepDone,
+    StepFailed,
+    StopRequested,
+    TimerFired,
+)
+from kvrelay.core.membership import Membership
+from kvrelay.core.messages.base import ErrorInfo, Load, Message
+from kvrelay.core.messages.messager_to_node import (
+    KVArrived,
+    KVCancelled,
+    KVExpected,
+    KVFailed,
+    MessagerReady,
+    MessagerStats,
+)
+from kvrelay.core.messages.node_to_messager import StopMessager
+from kvrelay.core.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
+from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.core.origin import may_send
+from kvrelay.core.outbox import Outbox
+from kvrelay.core.request import RequestSpec
+from kvstore.block_hash import BlockHasher
+from kvstore.kv_cache import KVCache
+
+HEARTBEAT = "heartbeat"
+DRAIN_DEADLINE = "drain deadline"
+
+
+class DecodeMachine:
+    """Takes requests over from P, or whole from the router (mixed), and decodes them.
+
+    A mixed node joins the cluster when it is started, a decode node when its messager is up. What it owes: to P an
+    answer to each reservation it asks for; to the router, for each request handed off or sent here, all its tokens and
+    one that finishes it, or RequestFailed.
+    """
+
+    def __init__(self, node: NodeConfig, registration: Register) -> None:
+        self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
+        self._node = node
+        self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
+        self._outbox = Outbox()
+        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher)
+        self._requests = Requests(node.name, self.scheduler, self._outbox)
+        self._reservations = Reservations(node, self.scheduler, self._requests, self._outbox)
+        self._steps = Steps(node, self.scheduler, self._requests, self._outbox)
+        self._membership = Membership(registration)
+        self._leaving = False
+        self._messager_stats = MessagerStats(counters={})
+
+    # ------------------------------------------------------------ events
+
+    def handle(self, event: object, now: float) -> list[CoreAction]:
+        """Take ``event``; see ``kvrelay.core.machine``."""
+        self._outbox.now = now
+        self._on_event(event)
+        self._steps.start()
+        if self._leaving and not self._requests:
+            self._leave()
+        return self._outbox.take()
+
+    def _on_event(self, event: object) -> None:
+        match event:
+            case StepDone(result=result):
+                self._steps.done(result)
+            case Received(peer=peer, message=message):
+                self._reservations.heard(peer)
+                self._on_message(peer, message)
+            case StepFailed(reason=reason):
+                self._steps.failed(reason)
+            case TimerFired(key="heartbeat"):
+                self._heartbeat()
+            case TimerFired(key="drain deadline"):
+                self._fail_all("the node is stopping")
+            case PeerLost(peer=peer, reason=reason):
+                self._peer_lost(peer, reason)
+            case Started() if self._node.role == "mixed":
+                self._join()
+            case StopRequested():
+                self._stop_requested()
+
+    def _on_message(self, peer: PeerId, message: Message) -> None:
+        match message:
+            case _ if not may_send(peer, message):
+                told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
+                self._outbox.do(told)
+            case Generate(request=spec):
+                self._generate(spec)
+            case ReserveBlocks():
+                self._reservations.reserve(peer, message, self._inadmissible(message.num_tokens))
+            case HandOff():
+                self._reservations.hand_off(peer, message)
+            case RenewReservations(attempts=attempts):
+                self._reservations.renew(peer, attempts)
+            case (
+                Abort(request_id=request_id, epoch=epoch)
+                | CancelReservation(request_id=request_id, epoch=epoch)
+                | KVExpected(request_id=request_id, epoch=epoch)
+                | KVArrived(request_id=request_id, epoch=epoch)
+                | KVFailed(request_id=request_id, epoch=epoch)
+                | KVCancelled(request_id=request_id, epoch=epoch)
+            ):
+                request = self._requests.find(Attempt(request_id, epoch))
+                if request is not None:
+                    self._on_request_message(peer, request, message)
+            case Registered() | RegisterAgain() | RegistrationRefused():
+                actions, router_changed = self._membership.receive(message)
+                self._outbox.do(*actions)
+                if router_changed:
+                    self._abort_all()
+            case MessagerReady(link=link):
+                self._reservations.link = link
+                self._join()
+            case MessagerStats():
+                self._messager_stats = message
+            case Drain() if not self._leaving:
+                self._stop_requested()
+
+    def _on_request_message(self, peer: PeerId, request: DecodeRequest, message: Message) -> None:
+        match message:
+            case KVFailed(error=error):
+                self._reservations.kv_failed(request, error)
+            case KVCancelled():
+                request.messager_holds = False
+                self._requests.end_if_unused(request)
+            case _ if request.is_over:
+                pass
+            case CancelReservation() if peer != request.sender or not request.is_reserved:
+                pass  # handed off, and all its KV is here: it is P's no more
+            case Abort() | CancelReservation():
+                self._requests.close(request)
+            case KVExpected() if request.status is DecodeStatus.RESERVING:
+                self._reservations.expected(request)
+            case KVArrived(num_bytes=num_bytes):
+                self._reservations.arrived(request, num_bytes)
+
+    # ------------------------------------------------------------ whole requests (mixed)
+
+    def _generate(self, spec: RequestSpec) -> None:
+        if self._requests.find(spec.attempt) is not None:
+            return
+        tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
+        error = self._inadmissible(len(tokens))
+        if error is not None:
+            self._requests.report(spec.attempt, error)
+            return
+        request = DecodeRequest(spec, self._hasher.hashes(tokens), DecodeStatus.WAITING, self._outbox.now)
+        request.mark("queued", self._outbox.now)
+        self._requests.add(request)
+        self.scheduler.waiting.add(request)
+
+    def _inadmissible(self, num_tokens: int) -> ErrorInfo | None:
+        """Return why no request of ``num_tokens`` would be taken now, whatever is free."""
+        if self._leaving:
+            leaving = ErrorInfo.of(QueueFullError(f"{self._node.name} is leaving"))
+            return msgspec.structs.replace(leaving, retryable=True)
+        num_blocks = -(-num_tokens // self._hasher.block_size)
+        if num_blocks > self.kv.num_blocks:
+            message = f"{num_tokens} tokens need {num_blocks} KV blocks, {self._node.name} has {self.kv.num_blocks}"
+            return ErrorInfo.of(NeverFitsError(message))
+        return None
+
+    # ------------------------------------------------------------ life of the node
+
+    def _set_timer(self, key: str, delay_s: float) -> None:
+        self._outbox.do(SetTimer(key, self._outbox.now + delay_s))
+
+    def _join(self) -> None:
+        self._outbox.do(*self._membership.join())
+        self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+
+    def _heartbeat(self) -> None:
+        self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+        self._outbox.do(*self._membership.beat(self.load()))
+        self._reservations.heartbeat()
+
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
+        if peer == MESSAGER:
+            self._fail_all(f"the node's cache messager is gone: {reason}")
+            self._outbox.do(Log("error", "messager lost", {"reason": reason}), Exit("messager lost"))
+        elif peer == ROUTER:
+            self._outbox.do(Log("error", "router lost", {"reason": reason}))
+            self._abort_all()
+        else:
+            self._reservations.lost(peer, reason)
+
+    def _fail_all(self, reason: str) -> None:
+        self._reservations.give_up_all(self._requests.open(), TransferError(reason))
+
+    def _abort_all(self) -> None:
+        for request in self._requests.open():
+            self._requests.close(request)
+
+    def _stop_requested(self) -> None:
+        if self._leaving:
+            self._fail_all("the node is stopping")
+            return
+        self._leaving = True
+        self._outbox.send(ROUTER, Leaving())
+        self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
+
+    def _leave(self) -> None:
+        self._outbox.send(ROUTER, Drained())
+        if self._node.role != "mixed":
+            self._outbox.send(MESSAGER, StopMessager())
+        self._outbox.do(Exit("drained"))
+
+    # ------------------------------------------------------------ for people
+
+    def load(self) -> Load:
+        """Describe how busy the node is, for heartbeats."""
+        scheduler = self.scheduler
+        waiting, reserved_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
+        return Load(
+            num_waiting=len(waiting),
+            num_running=len(scheduler.prefilling) + len(scheduler.decoding),
+            num_receiving=len(scheduler.receiving),
+            free_blocks=self.kv.num_free,
+            evictable_blocks=self.kv.num_evictable,
+            used_blocks=self.kv.num_used,
+            queued_tokens=sum(len(request.token_ids) for request in waiting),
+            gauges={
+                **self._messager_stats.gauges,
+                "reserve_level": scheduler.reserve.level,
+                "reserved_blocks": float(reserved_blocks),
+                "reserved_tokens": float(reserved_blocks * self._hasher.block_size),
+            },
+            counters={
+                **self._steps.counters,
+                **self._reservations.counters,
+                "preemptions": float(scheduler.num_preempted),
+                **{f"preemptions_{cause}": float(count) for cause, count in scheduler.preemptions.items()},
+                **asdict(self.kv.stats),
+                **self._messager_stats.counters,
+            },
+        )
+
+    def assert_quiescent(self) -> None:
+        """Raise LocalProtocolError unless nothing is running, held or owed."""
+        self._requests.assert_quiescent()
+        self.kv.assert_quiescent()

@@ -1,0 +1,111 @@
+"""Steps on D: starting them, and taking what they sampled."""
+
+from __future__ import annotations
+
+from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.requests import Requests
+from decode_node.schedule import Schedule, Scheduler
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError
+from kvrelay.core.ids import ROUTER
+from kvrelay.core.machine import RunStep
+from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.core.messages.node_to_router import RequestOutput, TokensOut
+from kvrelay.core.outbox import Outbox
+from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+
+
+class Steps:
+    """At most one step at a time. ``counters`` only grow."""
+
+    def __init__(self, node: NodeConfig, scheduler: Scheduler, requests: Requests, outbox: Outbox) -> None:
+        self._node = node
+        self._scheduler = scheduler
+        self._requests = requests
+        self._outbox = outbox
+        self._number = 0
+        self.counters = dict.fromkeys(
+            ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
+        )
+
+    def start(self) -> None:
+        """Run the next step, if none runs and there is anything to compute."""
+        if self._requests.step is not None:
+            return
+        schedule = self._scheduler.schedule(self._outbox.now)
+        for request in schedule.preempted:
+            request.lifecycle.move(DecodeStatus.PREEMPTED, self._outbox.now)
+            request.mark("preempted", self._outbox.now)
+        for request in schedule.admitted:
+            request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, self._outbox.now)
+            request.mark("prefill", self._outbox.now)
+        if schedule.outgrown is not None:
+            self._fail_outgrown(schedule.outgrown)
+        if schedule.chunks:
+            self._number += 1
+            self._requests.step = schedule
+            self._outbox.do(RunStep(StepPlan(self._number, schedule.chunks)))
+        elif schedule.outgrown is not None:
+            self.start()  # there is room for those who wait now
+
+    def _fail_outgrown(self, request: DecodeRequest) -> None:
+        num_blocks = self._scheduler.kv.num_blocks
+        message = f"the KV cache of {self._node.name} ({num_blocks} blocks) is full with this request alone"
+        self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))
+
+    def done(self, result: StepResult) -> None:
+        """Take what the step sampled; the router gets it in one message."""
+        schedule = self._end()
+        self.counters["steps"] += 1
+        outputs: list[RequestOutput] = []
+        for request, chunk, sampled in zip(schedule.requests, schedule.chunks, result.sampled, strict=True):
+            if request.is_over:
+                self._requests.end_if_unused(request)
+                continue
+            num_rejected = 0 if chunk.drafts is None else self._rejected(chunk.drafts, sampled)
+            request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
+            if request in self._scheduler.prefilling:
+                self._chunk_done(request, chunk.num_tokens)
+            if sampled.token_ids:
+                outputs.append(self._sampled(request, sampled))
+        if outputs:
+            self.counters["decode_tokens"] += sum([len(output.token_ids) for output in outputs])
+            self._outbox.send(ROUTER, TokensOut(outputs=outputs))
+
+    def failed(self, reason: str) -> None:
+        """End every request of the step with an error."""
+        for request in self._end().requests:
+            if request.is_over:
+                self._requests.end_if_unused(request)
+            else:
+                self._requests.fail(request, ErrorInfo.of(EngineError(reason)))
+
+    def _end(self) -> Schedule:
+        schedule, self._requests.step = self._requests.step, None
+        if schedule is None:
+            raise LocalProtocolError(f"step {self._number} ended twice")
+        return schedule
+
+    def _rejected(self, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
+        """Count the guesses of one request in one step; return how many were wrong."""
+        num_accepted = len(sampled.token_ids) - 1
+        self.counters["draft_tokens"] += len(drafts)
+        self.counters["accepted_draft_tokens"] += num_accepted
+        return len(drafts) - num_accepted
+
+    def _chunk_done(self, request: DecodeRequest, num_tokens: int) -> None:
+        self.counters["prefill_tokens"] += num_tokens
+        self._scheduler.publish(request)
+        if request.num_computed_tokens == len(request.token_ids):
+            self._scheduler.leave_prefill(request)
+            request.begin_decode(self._outbox.now)
+            self._scheduler.decoding[request] = None
+
+    def _sampled(self, request: DecodeRequest, sampled: SampledTokens) -> RequestOutput:
+        output = request.take(sampled)
+        if output.finish_reason is not None:
+            request.mark("done", self._outbox.now)
+            if self._node.cache.output_caching:
+                self._scheduler.publish(request)
+            self._requests.close(request)
+        return output

@@ -1,0 +1,111 @@
+"""Runs one node: loads the engine, starts the messager, drives the machine until it exits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import uvloop
+
+from cache_messager.launch import launched
+from cache_messager.settings import MessagerSettings
+from kvrelay.core.clock import Clock
+from kvrelay.core.collector import calm_collector
+from kvrelay.core.compute import ComputeThread
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
+from kvrelay.core.logging import log_event, progress_log
+from kvrelay.core.machine import Machine, PeerLost, RunStep
+from kvrelay.core.membership import REFUSED
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.core.runtime_dir import runtime_dir
+from kvrelay.core.shell import Shell
+from kvrelay.core.transport import Transport
+from kvrelay.engine.interface import Engine
+from kvrelay.engine.load import load_engine
+
+MakeMachine: TypeAlias = Callable[[Register], Machine]
+"""Builds a role's machine from what it registers as."""
+
+
+def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool) -> int:
+    """Serve as ``node`` until told to stop; return the process's exit status: 0 stopped, 1 broken, 2 refused.
+
+    ``layer_events``: the machine wants to know of each layer computed.
+    """
+    engine = load_engine(node, progress_log(f"{node.name} checkpoint"))
+    try:
+        reason = uvloop.run(_serve(node, engine, make_machine, layer_events))
+    finally:
+        engine.close()
+    log_event("info", "stopped", {"reason": reason})
+    if reason == REFUSED:
+        return 2
+    return 0 if reason == "drained" else 1
+
+
+async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, layer_events: bool) -> str:
+    incarnation = new_incarnation()
+    me = peer_id(node.name, incarnation)
+    shell = Shell(make_machine(_registration(node, incarnation, engine)), clock=Clock())
+    compute = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
+    shell.handle_with(RunStep, compute.perform)
+    transport = Transport(me, shell.post)
+    compute.start()
+    calm_collector()
+    try:
+        with runtime_dir() as directory:
+            transport.bind(node.address, f"ipc://{directory}/{me}")
+            transport.connect(ROUTER, node.router.control)
+            if node.role == "mixed":
+                return await shell.run(transport)
+            return await _run_with_messager(node, engine, me, directory, shell, transport)
+    finally:
+        compute.stop()
+        transport.close()
+
+
+async def _run_with_messager(
+    node: NodeConfig, engine: Engine, me: PeerId, directory: Path, shell: Shell, transport: Transport
+) -> str:
+    settings = MessagerSettings.for_node(
+        node,
+        node=me,
+        node_address=f"ipc://{directory}/{me}",
+        geometry=engine.geometry,
+        pool=engine.memory.handle,
+        runtime_dir=str(directory),
+    )
+    transport.alias(MESSAGER, settings.me)
+    async with launched(settings) as messager:
+        watch = asyncio.create_task(_watch(messager, shell))
+        try:
+            return await shell.run(transport)
+        finally:
+            watch.cancel()
+
+
+def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Register:
+    max_model_len = min(engine.max_model_len, node.model.max_model_len or engine.max_model_len)
+    return Register(
+        node_id=node.name,
+        incarnation=incarnation,
+        role=node.role,
+        address=node.address,
+        pid=os.getpid(),
+        model=node.model.name,
+        max_model_len=max_model_len,
+        max_num_seqs=node.scheduler.max_num_seqs,
+        num_blocks=node.cache.num_blocks,
+        geometry=engine.geometry,
+    )
+
+
+async def _watch(messager: Process, shell: Shell) -> None:
+    """Tell the machine at once when the messager dies."""
+    status = await messager.wait()
+    shell.post(PeerLost(MESSAGER, f"it exited with status {status}"))

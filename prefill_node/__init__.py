@@ -1,0 +1,18 @@
+"""Life cycle of a request in the prefill node.
+
+::
+
+    QUEUED ──────────> RUNNING_PREFILL ──────────> SENDING ──────────> ENDED
+    no blocks yet      owns blocks, chunk by       first token is      nothing uses
+      │                chunk; D is asked for a     out; KV still on    its blocks
+      │                reservation meanwhile       its way to D          ^
+      │                     │                         │                  │
+      └─────────────────────┴──────────> CLOSING <────┘──────────────────┘
+                         over, but a step or the messager still uses its blocks
+
+A request that wants one token only, or whose first token ends it, never needs a decode node.
+
+``state`` is the machine; ``admission``, ``steps`` and ``reservations`` are parts of it. ``policy`` and ``schedule``
+decide who gets blocks and what a step computes; ``request`` holds what P knows of one request, ``service`` runs it all
+in a process.
+"""

@@ -1,0 +1,13 @@
+"""``python -m prefill_node CONFIG NAME`` runs one node; the ``kvrelay`` command does the same with more comfort."""
+
+from __future__ import annotations
+
+import sys
+
+from kvrelay.core.config import ClusterConfig
+from prefill_node.service import run
+
+__all__ = ["run"]
+
+if __name__ == "__main__":
+    sys.exit(run(ClusterConfig.load(sys.argv[1]), sys.argv[2]))

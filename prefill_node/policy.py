@@ -1,0 +1,92 @@
+"""Who gets blocks on a prefill node, and what a step computes: the two policies of ``scheduler.prefill_policy``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.ids import BlockId
+from kvrelay.core.step import ScheduledSequence
+from kvstore.kv_cache import KVCache
+from kvstore.reserve import reserve_policy
+from prefill_node.request import PrefillRequest
+from prefill_node.schedule import prefill_schedule
+
+Batch = list[tuple[PrefillRequest, ScheduledSequence]]
+
+
+class PrefillPolicy(Protocol):
+    """Called by the machine. Requests that have blocks are being computed (running) or all computed and sending."""
+
+    def admits(
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+    ) -> bool:
+        """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``here`` have theirs."""
+
+    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
+        """Return the chunks of the next step, of requests in ``running``, which is in order of admission."""
+
+
+class DedicatedPolicy:
+    """Nothing is kept free, because nothing on P grows; the whole budget is for prompts."""
+
+    def __init__(self, node: NodeConfig, kv: KVCache) -> None:
+        self._kv = kv
+        self._token_budget = node.scheduler.max_num_batched_tokens
+        self._block_size = node.cache.block_size
+
+    def admits(
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+    ) -> bool:
+        """Whatever fits."""
+        return self._kv.can_allocate(num_new, matched)
+
+    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
+        """First come, first served."""
+        return prefill_schedule(running, self._token_budget, self._block_size)
+
+
+class SharedPolicy:
+    """What a prefill node does if it runs the scheduler of a node that also decodes: the baseline.
+
+    The reserve is kept for every request that has blocks, as if it would decode here; requests that are only sending
+    still count against ``max_num_seqs`` and take the token of the budget that a decode would.
+    """
+
+    def __init__(self, node: NodeConfig, kv: KVCache) -> None:
+        self._kv = kv
+        self._max_num_seqs = node.scheduler.max_num_seqs
+        self._token_budget = node.scheduler.max_num_batched_tokens
+        self._block_size = node.cache.block_size
+        self._watermark_blocks = int(node.scheduler.watermark * kv.num_blocks)
+        self._reserve = reserve_policy(node.scheduler, node.cache.block_size)
+
+    def admits(
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+    ) -> bool:
+        """Whatever leaves the reserve of all that are here."""
+        if not here:
+            self._reserve.idle()
+            return self._kv.can_allocate(num_new, matched)
+        if len(here) >= self._max_num_seqs:
+            return False
+        reserved = self._reserve.reserved_blocks([request.sequence for request in here])
+        kept_free = reserved + self._reserve.charge_blocks(newcomer.sequence)
+        return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
+
+    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
+        """First come, first served, with what the others leave of the budget."""
+        batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size)
+        if batch:
+            self._reserve.step_scheduled()
+        return batch
+
+
+def prefill_policy(node: NodeConfig, kv: KVCache) -> PrefillPolicy:
+    """Return the policy that ``node`` names."""
+    match node.scheduler.prefill_policy:
+        case "dedicated":
+            return DedicatedPolicy(node, kv)
+        case "shared":
+            return SharedPolicy(node, kv)

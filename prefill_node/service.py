@@ -1,0 +1,18 @@
+"""Runs a prefill node."""
+
+from __future__ import annotations
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.node.service import run_node
+from prefill_node.state import PrefillMachine
+
+
+def run(config: ClusterConfig, node_name: str) -> int:
+    """Serve as the node called ``node_name``; return the process's exit status."""
+    node = config.node(node_name)
+
+    def make_machine(registration: Register) -> PrefillMachine:
+        return PrefillMachine(node, registration)
+
+    return run_node(node, make_machine, layer_events=True)

@@ -1,0 +1,373 @@
+"""The prefill node's state machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import msgspec
+
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
+from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
+from kvrelay.core.machine import (
+    CoreAction,
+    Exit,
+    LayerComputed,
+    Log,
+    PeerLost,
+    Received,
+    SetTimer,
+    StepDone,
+    StepFailed,
+    StopRequested,
+    TimerFired,
+)
+from kvrelay.core.membership import Membership
+from kvrelay.core.messages.base import ErrorInfo, Load, Message, NodeAddress
+from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.core.messages.messager_to_node import (
+    MessagerReady,
+    MessagerStats,
+    TransferClosed,
+    TransferDone,
+    TransferFailed,
+)
+from kvrelay.core.messages.node_to_messager import CachedSignal, CloseTransfer, StopMessager
+from kvrelay.core.messages.node_to_router import (
+    Drained,
+    Leaving,
+    Register,
+    RequestFailed,
+    RequestOutput,
+    TokensOut,
+)
+from kvrelay.core.messages.router_to_node import (
+    Abort,
+    AssignDecode,
+    Drain,
+    Prefill,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from kvrelay.core.origin import may_send
+from kvrelay.core.outbox import Outbox
+from kvrelay.core.request import RequestSpec
+from kvrelay.core.step import SampledTokens, StepResult
+from kvstore.block_hash import BlockHasher
+from kvstore.kv_cache import KVCache
+from prefill_node.admission import Admission
+from prefill_node.policy import prefill_policy
+from prefill_node.request import Holder, PrefillRequest, PrefillStatus, Reservation
+from prefill_node.reservations import Reservations
+from prefill_node.steps import Steps
+
+HEARTBEAT = "heartbeat"
+DRAIN_DEADLINE = "drain deadline"
+
+
+class PrefillMachine:
+    """Computes prompts, moves their KV to decode nodes and gives first tokens to the router.
+
+    It joins the cluster when its messager is up. What it owes: for each Prefill a first token or
+    RequestFailed to the router; for each reservation it asked for, a hand-off or a cancellation to D; for each
+    request it told its messager of, a CloseTransfer unless the transfer ended by itself.
+    """
+
+    def __init__(self, node: NodeConfig, registration: Register) -> None:
+        self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
+        self._node = node
+        self._block_size = node.cache.block_size
+        self._hasher = BlockHasher(registration.geometry.model_digest, self._block_size)
+        self._outbox = Outbox()
+        self._membership = Membership(registration)
+        self._policy = prefill_policy(node, self.kv)
+        self._admission = Admission(self.kv, self._policy, self._block_size)
+        self._reservations = Reservations(node, self._outbox, self._fail)
+        self._steps = Steps(self._outbox, self._block_size)
+        self._requests: dict[Attempt, PrefillRequest] = {}
+        self._running: dict[Attempt, PrefillRequest] = {}
+        self._sending: dict[Attempt, PrefillRequest] = {}
+        self._leaving = False
+        self._counters = {"steps": 0.0, "prefill_tokens": 0.0, "kv_bytes_sent": 0.0}
+        self._messager_stats = MessagerStats(counters={})
+
+    # ------------------------------------------------------------ events
+
+    def handle(self, event: object, now: float) -> list[CoreAction]:
+        """Take ``event``; see ``kvrelay.core.machine``."""
+        self._outbox.now = now
+        self._on_event(event)
+        while len(self._admission) and (request := self._admission.admit(self._here())):
+            self._begin(request)
+        if self._running and not self._steps.is_running:
+            self._steps.start(self._policy.schedule(self._running.values(), len(self._sending)))
+        if self._leaving and not self._requests:
+            self._leave()
+        return self._outbox.take()
+
+    def _on_event(self, event: object) -> None:
+        match event:
+            case Received(peer=peer, message=message):
+                self._reservations.heard(peer)
+                self._on_message(peer, message)
+            case LayerComputed(layer=layer):
+                self._steps.layer_computed(layer)
+            case StepDone(result=result):
+                self._step_done(result)
+            case StepFailed(reason=reason):
+                self._step_failed(reason)
+            case TimerFired(key="heartbeat"):
+                self._heartbeat()
+            case TimerFired(key="drain deadline"):
+                self._fail_all("the node is stopping")
+            case TimerFired(key=Attempt() as attempt):
+                request = self._requests.get(attempt)
+                if request is not None and not request.is_over:
+                    self._reservations.overdue(request)
+            case PeerLost(peer=peer, reason=reason):
+                self._peer_lost(peer, reason)
+            case StopRequested():
+                self._stop_requested()
+
+    def _on_message(self, peer: PeerId, message: Message) -> None:
+        match message:
+            case _ if not may_send(peer, message):
+                told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
+                self._outbox.do(told)
+            case Prefill(request=spec, decode_node=decode_node):
+                self._prefill(spec, decode_node)
+            case (
+                Abort(request_id=request_id, epoch=epoch)
+                | AssignDecode(request_id=request_id, epoch=epoch)
+                | BlocksReserved(request_id=request_id, epoch=epoch)
+                | ReservationRefused(request_id=request_id, epoch=epoch)
+                | ReservationEnded(request_id=request_id, epoch=epoch)
+                | TransferDone(request_id=request_id, epoch=epoch)
+                | TransferFailed(request_id=request_id, epoch=epoch)
+                | TransferClosed(request_id=request_id, epoch=epoch)
+            ):
+                self._on_request_message(peer, self._requests.get(Attempt(request_id, epoch)), message)
+            case Registered() | RegisterAgain() | RegistrationRefused():
+                actions, router_changed = self._membership.receive(message)
+                self._outbox.do(*actions)
+                if router_changed:
+                    self._abort_all()
+            case MessagerReady():
+                self._outbox.do(*self._membership.join())
+                self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+            case MessagerStats():
+                self._messager_stats = message
+            case Drain() if not self._leaving:
+                self._stop_requested()
+
+    def _on_request_message(self, peer: PeerId, request: PrefillRequest | None, message: Message) -> None:
+        match message:
+            case TransferDone() if request:
+                self._transferred(request, message)
+            case TransferFailed(error=error) if request:
+                self._transfer_failed(request, error)
+            case TransferClosed() if request:
+                self._release(request, Holder.MESSAGER)
+            case BlocksReserved() | ReservationRefused() | ReservationEnded():
+                self._reservations.take_answer(peer, request, message)
+            case _ if request is None or request.is_over:
+                pass
+            case Abort():
+                self._close(request, "aborted")
+            case AssignDecode(decode_node=decode_node) if request.reservation is Reservation.REFUSED:
+                request.decode_node = decode_node
+                self._reservations.ask(request, self._requests.values())
+
+    def _set_timer(self, key: str, delay_s: float) -> None:
+        self._outbox.do(SetTimer(key, self._outbox.now + delay_s))
+
+    # ------------------------------------------------------------ admission
+
+    def _prefill(self, spec: RequestSpec, decode_node: NodeAddress | None) -> None:
+        if spec.attempt in self._requests:
+            return
+        tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
+        error = self._inadmissible(len(tokens))
+        if error is not None:
+            self._outbox.send(ROUTER, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
+            return
+        request = PrefillRequest(spec, decode_node, self._hasher.hashes(tokens), self._outbox.now)
+        request.mark("queued", self._outbox.now)
+        self._requests[spec.attempt] = request
+        self._admission.add(request)
+
+    def _inadmissible(self, num_tokens: int) -> ErrorInfo | None:
+        if self._leaving:
+            return msgspec.structs.replace(ErrorInfo.of(QueueFullError("the node is leaving")), retryable=True)
+        num_blocks = -(-num_tokens // self._block_size)
+        if num_blocks > self.kv.num_blocks:
+            message = f"{num_tokens} tokens need {num_blocks} KV blocks, {self._node.name} has {self.kv.num_blocks}"
+            return ErrorInfo.of(NeverFitsError(message))
+        return None
+
+    def _here(self) -> list[PrefillRequest]:
+        """Return those that have blocks."""
+        return [*self._sending.values(), *self._running.values()]
+
+    def _begin(self, request: PrefillRequest) -> None:
+        """``request`` has its blocks: compute it, and have D reserve its own meanwhile."""
+        request.lifecycle.move(PrefillStatus.RUNNING_PREFILL, self._outbox.now)
+        request.mark("prefill", self._outbox.now)
+        request.holders.add(Holder.REQUEST)
+        self._running[request.attempt] = request
+        if request.decode_node is None:
+            return
+        request.holders.add(Holder.MESSAGER)
+        self._reservations.ask(request, self._requests.values())
+        span = request.take_span(request.num_cached_tokens // self._block_size)
+        if span is not None:
+            self._outbox.send(MESSAGER, CachedSignal(span=span))
+
+    # ------------------------------------------------------------ steps
+
+    def _step_done(self, result: StepResult) -> None:
+        outputs: list[RequestOutput] = []
+        self._counters["steps"] += 1
+        for (request, chunk), sampled in zip(self._steps.end(), result.sampled, strict=True):
+            self._counters["prefill_tokens"] += chunk.num_tokens
+            if not request.is_over:
+                request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+                self._admission.publish(request)
+                if sampled.token_ids:
+                    outputs.append(self._first_token(request, sampled))
+            self._release(request, Holder.STEP)
+        if outputs:
+            self._outbox.send(ROUTER, TokensOut(outputs=outputs))
+
+    def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
+        """The prompt is through: on to D with it, unless its first token ends it."""
+        request.mark("first_token", self._outbox.now)
+        output = request.take_first_token(sampled)
+        if output.finish_reason is not None:
+            self._close(request, "finished with its first token")
+            return output
+        request.lifecycle.move(PrefillStatus.SENDING, self._outbox.now)
+        self._sending[request.attempt] = self._running.pop(request.attempt)
+        self._admission.computes_no_more(request)
+        self._reservations.hand_off(request)
+        # From here on the blocks are kept for the messager, which reads them until D has them all.
+        self._release(request, Holder.REQUEST)
+        return output
+
+    def _step_failed(self, reason: str) -> None:
+        for request, _ in self._steps.end():
+            if not request.is_over:
+                self._fail(request, ErrorInfo.of(EngineError(reason)))
+            self._release(request, Holder.STEP)
+
+    # ------------------------------------------------------------ endings
+
+    def _transferred(self, request: PrefillRequest, message: TransferDone) -> None:
+        request.layers = message.layers
+        request.mark("transferred", self._outbox.now)
+        self._counters["kv_bytes_sent"] += message.num_bytes
+        self._release(request, Holder.MESSAGER)
+
+    def _transfer_failed(self, request: PrefillRequest, error: ErrorInfo) -> None:
+        if not request.is_over:
+            request.holders.discard(Holder.MESSAGER)
+            self._fail(request, error)
+        else:
+            self._release(request, Holder.MESSAGER)
+
+    def _fail(self, request: PrefillRequest, error: ErrorInfo) -> None:
+        failed = RequestFailed(request_id=request.spec.request_id, epoch=request.spec.epoch, error=error)
+        self._outbox.send(ROUTER, failed)
+        self._close(request, error.message)
+
+    def _close(self, request: PrefillRequest, reason: str) -> None:
+        """End ``request`` as far as anyone outside is concerned; its blocks stay until nobody uses them."""
+        self._reservations.cancel(request, reason)
+        if Holder.MESSAGER in request.holders:
+            close = CloseTransfer(request_id=request.spec.request_id, epoch=request.spec.epoch)
+            self._outbox.send(MESSAGER, close)
+        self._running.pop(request.attempt, None)
+        self._sending.pop(request.attempt, None)
+        self._admission.computes_no_more(request)
+        request.lifecycle.move(PrefillStatus.CLOSING, self._outbox.now)
+        self._release(request, Holder.REQUEST)
+
+    def _release(self, request: PrefillRequest, holder: Holder) -> None:
+        """``holder`` no longer uses the blocks; the last one gives them back and ends the request."""
+        if request.status is PrefillStatus.ENDED:
+            return
+        request.holders.discard(holder)
+        if request.holders:
+            return
+        self.kv.unpin(request.sequence.block_table)
+        request.lifecycle.move(PrefillStatus.ENDED, self._outbox.now)
+        del self._requests[request.attempt]
+        self._sending.pop(request.attempt, None)
+        self._outbox.send(ROUTER, request.timeline(self._node.name))
+
+    def _open_requests(self) -> list[PrefillRequest]:
+        return [request for request in self._requests.values() if not request.is_over]
+
+    def _fail_all(self, reason: str) -> None:
+        for request in self._open_requests():
+            self._fail(request, ErrorInfo.of(TransferError(reason)))
+
+    def _abort_all(self) -> None:
+        for request in self._open_requests():
+            self._close(request, "the router that sent it is gone")
+
+    # ------------------------------------------------------------ peers and timers
+
+    def _heartbeat(self) -> None:
+        self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+        self._outbox.do(*self._membership.beat(self.load()))
+        self._reservations.renew(self._requests.values())
+
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
+        if peer == MESSAGER:
+            self._fail_all(f"the node's cache messager is gone: {reason}")
+            self._outbox.do(Log("error", "messager lost", {"reason": reason}), Exit("messager lost"))
+        elif peer == ROUTER:
+            self._outbox.do(Log("error", "router lost", {"reason": reason}))
+            self._abort_all()
+        else:
+            self._reservations.lost(peer, reason, self._requests.values())
+
+    def _stop_requested(self) -> None:
+        if self._leaving:
+            self._fail_all("the node is stopping")
+            return
+        self._leaving = True
+        self._outbox.send(ROUTER, Leaving())
+        self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
+
+    def _leave(self) -> None:
+        self._outbox.send(ROUTER, Drained())
+        self._outbox.send(MESSAGER, StopMessager())
+        self._outbox.do(Exit("drained"))
+
+    # ------------------------------------------------------------ for people
+
+    def load(self) -> Load:
+        """Describe how busy the node is, for heartbeats."""
+        unfinished = [*self._admission, *self._running.values()]
+        return Load(
+            num_waiting=len(self._admission),
+            num_running=len(self._running),
+            num_sending=len(self._sending),
+            free_blocks=self.kv.num_free,
+            evictable_blocks=self.kv.num_evictable,
+            used_blocks=self.kv.num_used,
+            queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
+            gauges=self._messager_stats.gauges,
+            counters={**self._counters, **asdict(self.kv.stats), **self._messager_stats.counters},
+        )
+
+    def assert_quiescent(self) -> None:
+        """Raise LocalProtocolError unless nothing is running, held or owed."""
+        self.kv.assert_quiescent()
+        owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
+        if owed or len(self._admission) or self._steps.is_running:
+            stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
+            raise LocalProtocolError(f"prefill node not quiescent: {stories}")
