@@ -1,0 +1,22 @@
+"""``python -m router CONFIG`` runs the router; the ``kvrelay`` command does the same with more comfort."""
+
+from __future__ import annotations
+
+import sys
+
+import uvloop
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.logging import log_event
+from router.server import serve
+
+
+def run(config: ClusterConfig) -> int:
+    """Run the router of ``config`` until it is told to stop; return the process's exit status."""
+    reason = uvloop.run(serve(config))
+    log_event("info", "router ended", {"reason": reason})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(ClusterConfig.load(sys.argv[1])))

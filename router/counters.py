@@ -1,0 +1,27 @@
+"""What a router has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Numbers that only grow while the process lives. All but the last few count requests."""
+
+    submitted: int = 0
+    refused: int = 0
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+    attempts: int = 0
+    retries: int = 0
+    decode_refusals: int = 0
+    stale_messages: int = 0
+    nodes_lost: int = 0
+    registrations_refused: int = 0
+    kv_bytes_moved: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return all of them by name."""
+        return asdict(self)

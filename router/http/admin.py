@@ -1,0 +1,173 @@
+"""What is not generation: models, tokens, health, metrics, and the state of the cluster."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+import kvrelay
+from kvrelay.core.errors import KVRelayError, ModelNotFoundError
+from kvrelay.core.messages.base import ErrorInfo
+from router.http.asgi import json_object, read_body, send_error, send_json
+from router.metrics import Metrics
+from router.openai.chat import chat_prompt
+from router.openai.errors import AnswerError
+from router.openai.generation import ClientLeftError
+from router.openai.models import check_model, model_card
+from router.openai.sampling import check_token_ids
+from router.openai.schemas import DetokenizeRequest, Fields, TokenizeChatRequest, TokenizeTextRequest, parse
+from router.registry import Node
+from router.service import RouterService
+
+
+class AdminEndpoints:
+    """Small requests that are answered at once."""
+
+    def __init__(self, service: RouterService, metrics: Metrics) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._started_s = service.clock.now()
+
+    # ------------------------------------------------------------ models
+
+    async def models(self, _: Request) -> Response:
+        """``GET /v1/models``."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/{id}``; the id may have slashes."""
+        try:
+            check_model(request.path_params["model_id"], self._service.model)
+        except ModelNotFoundError as error:
+            return _error_response(AnswerError.of(error))
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, object]:
+        service = self._service
+        return model_card(service.model, created_s=int(self._started_s), max_model_len=service.max_model_len)
+
+    # ------------------------------------------------------------ state
+
+    async def health(self, _: Request) -> Response:
+        """``GET /health``: this process is alive."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """``GET /ready``: 200 if a request would be served now, else 503 with the reason."""
+        reason = self._service.machine.unready_reason()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return _error_response(AnswerError(ErrorInfo(code="not_ready", message=reason, http_status=503)))
+
+    async def version(self, _: Request) -> Response:
+        """``GET /version``."""
+        return JSONResponse({"version": kvrelay.__version__})
+
+    async def metrics(self, _: Request) -> Response:
+        """``GET /metrics`` in Prometheus' text format."""
+        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def cluster(self, _: Request) -> Response:
+        """``GET /cluster``: nodes with their load, requests by status, what has happened so far."""
+        machine = self._service.machine
+        counters = machine.requests.counters
+        return JSONResponse(
+            {
+                "model": self._service.model.name,
+                "ready": machine.unready_reason() is None,
+                "not_ready_because": machine.unready_reason(),
+                "nodes": [_node_status(node) for node in machine.registry],
+                "requests": {
+                    **{status.value: count for status, count in machine.requests.by_status.items()},
+                    **counters.as_dict(),
+                },
+            }
+        )
+
+    async def timeline(self, request: Request) -> Response:
+        """``GET /cluster/requests/{request_id}``: when what happened to a request in progress or recently ended."""
+        request_id = request.path_params["request_id"]
+        timeline = self._service.machine.requests.timelines.get(request_id)
+        if timeline is None:
+            message = f"no request {request_id!r} is in progress or among the last that ended"
+            return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
+        return JSONResponse(timeline)
+
+    async def drain(self, request: Request) -> Response:
+        """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
+        node_id = request.path_params["node_id"]
+        if self._service.machine.registry.named(node_id) is None:
+            message = f"no node is called {node_id!r}"
+            return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
+        self._service.drain(node_id)
+        return JSONResponse({"status": "draining"}, 202)
+
+
+class TokenEndpoint:
+    """``POST /tokenize`` and ``/detokenize``, as vLLM has them."""
+
+    def __init__(self, service: RouterService, *, back: bool) -> None:
+        self._service = service
+        self._back = back
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        try:
+            body = json_object(await read_body(receive, self._service.config.router.max_body_bytes))
+            await send_json(send, self._detokenized(body) if self._back else self._tokenized(body))
+        except ClientLeftError:
+            return
+        except AnswerError as error:
+            await send_error(send, error)
+        except KVRelayError as error:
+            await send_error(send, AnswerError.of(error))
+
+    def _tokenized(self, body: dict[str, object]) -> dict[str, object]:
+        kind: type[Fields] = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
+        request = parse(kind, body)
+        model = self._service.model
+        if isinstance(request, TokenizeChatRequest):
+            check_model(request.model, model)
+            token_ids, strings = chat_prompt(request, model), request.return_token_strs
+        else:
+            assert isinstance(request, TokenizeTextRequest)
+            check_model(request.model, model)
+            add_special_tokens = request.add_special_tokens is not False
+            token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=add_special_tokens)
+            strings = request.return_token_strs
+        return {
+            "count": len(token_ids),
+            "max_model_len": self._service.max_model_len,
+            "tokens": token_ids,
+            "token_strs": model.tokenizer.tokens_of(token_ids) if strings else None,
+        }
+
+    def _detokenized(self, body: dict[str, object]) -> dict[str, object]:
+        request = parse(DetokenizeRequest, body)
+        model = self._service.model
+        check_model(request.model, model)
+        check_token_ids(request.tokens, model.vocab_size, "tokens")
+        return {"prompt": model.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+
+
+def _node_status(node: Node) -> dict[str, object]:
+    registration = node.registration
+    return {
+        "name": node.node_id,
+        "role": node.role.value,
+        "state": "draining" if node.leaving else "ready",
+        "address": registration.address,
+        "pid": registration.pid,
+        "incarnation": registration.incarnation,
+        "num_requests": len(node.pending),
+        "max_num_seqs": registration.max_num_seqs,
+        "max_model_len": registration.max_model_len,
+        "num_blocks": registration.num_blocks,
+        "num_heartbeats": node.num_heartbeats,
+        "load": node.load_as_dict(),
+    }
+
+
+def _error_response(error: AnswerError) -> Response:
+    return JSONResponse(error.body, error.status)

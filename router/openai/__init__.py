@@ -1,0 +1,1 @@
+"""The OpenAI API: requests read and checked, answers and streams written. See ``schemas`` for every field."""

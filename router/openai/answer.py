@@ -1,0 +1,137 @@
+"""From deltas to an answer: one JSON object, or a stream of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from kvrelay.core.request import TokenLogprobs
+from router.openai.choice import Choice, Delta, usage
+from router.openai.errors import AnswerError
+from router.openai.sampling import num_logprobs
+from router.openai.schemas import GenerationFields
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Style(Protocol):
+    """What completions and chat completions do differently. One object serves one answer."""
+
+    object_name: str
+    chunk_object_name: str
+
+    def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
+        """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
+
+    def full_choice(
+        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> dict[str, object]:
+        """Return a whole choice as an item of ``choices``, likewise."""
+
+    def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
+        """Return what the answer itself, or its first chunk, tells of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What all parts of one answer say alike. ``created_s``: whole seconds since 1970."""
+
+    answer_id: str
+    created_s: int
+    model: str
+
+    def as_dict(self, object_name: str) -> dict[str, object]:
+        """Return the common fields."""
+        return {"id": self.answer_id, "object": object_name, "created": self.created_s, "model": self.model}
+
+
+class Answer:
+    """Writes one answer in one style, as ``request`` wants it."""
+
+    def __init__(self, head: AnswerHead, style: Style, choices: Sequence[Choice], request: GenerationFields) -> None:
+        self._head = head
+        self._style = style
+        self._choices = choices
+        self._with_token_ids = bool(request.return_token_ids)
+        self._with_details = self._with_token_ids or num_logprobs(request) is not None
+        options = request.stream_options
+        self._with_usage = options is not None and bool(options.include_usage)
+        self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
+        self._begun = [False] * len(choices)
+
+    async def full(self, deltas: AsyncIterator[Delta]) -> dict[str, object]:
+        """Return the whole answer when it is complete."""
+        received: list[list[Delta]] = [[] for _ in self._choices]
+        async for delta in deltas:
+            received[delta.index].append(delta)
+        body = self._head.as_dict(self._style.object_name)
+        body["choices"] = [self._whole(choice, parts) for choice, parts in zip(self._choices, received, strict=True)]
+        body["usage"] = usage(self._choices)
+        return body | self._style.prompt_fields(self._choices)
+
+    async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+        """Yield server-sent events as deltas come in, ``[DONE]`` last.
+
+        An error after the first event is an event too, since the status has been sent; before, it is raised.
+        """
+        begun = False
+        try:
+            async for delta in deltas:
+                if self._is_news(delta):
+                    begun = True
+                    yield event(self._chunk(delta))
+        except AnswerError as error:
+            if not begun:
+                raise
+            yield event(error.body)
+            yield DONE
+            return
+        if self._with_usage:
+            yield event({**self._chunk_head(), "choices": [], "usage": usage(self._choices)})
+        yield DONE
+
+    def _is_news(self, delta: Delta) -> bool:
+        """Tell whether a chunk is worth sending: always for the first tokens, since clients take time by it."""
+        return bool(delta.text or delta.finish_reason or self._with_details or not self._begun[delta.index])
+
+    def _chunk(self, delta: Delta) -> dict[str, object]:
+        choice, first = self._choices[delta.index], not self._begun[delta.index]
+        self._begun[delta.index] = True
+        item: dict[str, object] = {"index": delta.index, **self._style.chunk_choice(choice, delta, first=first)}
+        item["finish_reason"] = delta.finish_reason
+        if delta.finish_reason is not None:
+            item["stop_reason"] = delta.stop_reason
+        body = self._chunk_head()
+        if self._with_token_ids:
+            item["token_ids"] = delta.token_ids
+        if first:
+            body |= self._style.prompt_fields([choice])
+        body["choices"] = [item]
+        if self._with_continuous_usage:
+            body["usage"] = usage([choice])
+        return body
+
+    def _chunk_head(self) -> dict[str, object]:
+        return self._head.as_dict(self._style.chunk_object_name)
+
+    def _whole(self, choice: Choice, parts: list[Delta]) -> dict[str, object]:
+        token_ids = [token_id for part in parts for token_id in part.token_ids]
+        logprobs = [item for part in parts for item in part.logprobs]
+        text = "".join(part.text for part in parts)
+        item: dict[str, object] = {
+            "index": choice.index,
+            **self._style.full_choice(choice, text, token_ids, logprobs),
+            "finish_reason": parts[-1].finish_reason,
+            "stop_reason": parts[-1].stop_reason,
+        }
+        if self._with_token_ids:
+            item["token_ids"] = token_ids
+        return item
+
+
+def event(body: dict[str, object]) -> bytes:
+    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so no text can end it early."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -1,0 +1,76 @@
+"""``/v1/chat/completions``: messages, through the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvrelay.core.request import TokenLogprobs
+from router.model import ServedModel
+from router.openai.choice import Choice, Delta
+from router.openai.logprobs import chat_logprobs
+from router.openai.schemas import ChatCompletionRequest, ChatFields
+from router.text.token_bytes import TokenBytes
+
+ROLE = "assistant"
+
+
+def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
+    """Return the token ids of a chat. Raises InvalidRequestError if the template refuses it."""
+    text = model.tokenizer.render_chat(
+        [message.model_dump() for message in fields.messages],
+        add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
+        continue_final_message=bool(fields.continue_final_message),
+        variables=fields.chat_template_kwargs,
+    )
+    # The template has put the special tokens there already.
+    return model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens))
+
+
+class ChatCompletions:
+    """How chats become prompts, and how their answers look."""
+
+    name = "chat"
+    id_prefix = "chatcmpl-"
+    schema = ChatCompletionRequest
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def prompts(self, request: ChatCompletionRequest) -> list[list[int]]:
+        """Return the token ids of the one prompt. Raises InvalidRequestError if the chat template refuses it."""
+        return [chat_prompt(request, self._model)]
+
+    def style(self, request: ChatCompletionRequest, choices: Sequence[Choice]) -> ChatStyle:
+        """Return what writes the answer."""
+        return ChatStyle(self._model.tokenizer.token_bytes, request)
+
+
+class ChatStyle:
+    """A chat completion's choices: a ``message``, or in a stream a ``delta`` whose first also tells the role."""
+
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+
+    def __init__(self, token_bytes: TokenBytes, request: ChatCompletionRequest) -> None:
+        self._token_bytes = token_bytes
+        self._with_logprobs = bool(request.logprobs)
+        self._with_token_ids = bool(request.return_token_ids)
+
+    def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
+        """Return the new text and logprobs if asked for. The role comes with the first token, not before it."""
+        content = {"role": ROLE, "content": delta.text} if first else {"content": delta.text}
+        return {"delta": content, "logprobs": self._logprobs_of(delta.token_ids, delta.logprobs)}
+
+    def full_choice(
+        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> dict[str, object]:
+        """Return the message and logprobs."""
+        message = {"role": ROLE, "content": text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs_of(token_ids, logprobs)}
+
+    def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
+        """Return the prompt's token ids if the client wants token ids."""
+        return {"prompt_token_ids": choices[0].request.prompt_token_ids} if self._with_token_ids else {}
+
+    def _logprobs_of(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, object] | None:
+        return chat_logprobs(self._token_bytes, token_ids, logprobs) if self._with_logprobs else None

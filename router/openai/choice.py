@@ -1,0 +1,87 @@
+"""One choice of an answer while its tokens come in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.core.request import FinishReason, TokenLogprobs
+from router.events import NewRequest, TokensDelivered
+from router.text.output_text import OutputText, TextOptions
+from router.text.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new in choice ``index``; with a ``finish_reason`` it is the last.
+
+    ``stop_reason``: the stop string, or the client's stop token id, that ended it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Choice:
+    """Makes deltas of what the machine delivers for one request, and counts its tokens."""
+
+    def __init__(
+        self, index: int, prompt_index: int, request: NewRequest, token_bytes: TokenBytes, options: TextOptions
+    ) -> None:
+        self.index = index
+        self.prompt_index = prompt_index
+        self.request = request
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.stop_matched = False
+        self.finished = False
+        self._text = OutputText(token_bytes, request.prompt_token_ids, options)
+
+    @property
+    def request_id(self) -> str:
+        """The id of its request."""
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How long its prompt is."""
+        return len(self.request.prompt_token_ids)
+
+    def take(self, tokens: TokensDelivered) -> Delta:
+        """Return what ``tokens`` add. Once finished, a choice must be given no more."""
+        stopped = tokens.finish_reason is FinishReason.STOP
+        text, num_tokens, stop = self._text.push(tokens.token_ids, stopped=stopped)
+        finish_reason, stop_reason = tokens.finish_reason, tokens.stop_token_id
+        if finish_reason is not None and stop is None:
+            rest, _, stop = self._text.finish()
+            text += rest
+        if stop is not None:
+            finish_reason, stop_reason, self.stop_matched = FinishReason.STOP, None, True
+        self.num_tokens += num_tokens
+        self.num_cached_tokens = max(self.num_cached_tokens, tokens.num_cached_tokens)
+        self.finished = finish_reason is not None
+        return Delta(
+            self.index,
+            text,
+            tokens.token_ids[:num_tokens],
+            tokens.logprobs[:num_tokens],
+            finish_reason,
+            stop if stop is not None else stop_reason,
+        )
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, object]:
+    """Return the ``usage`` of an answer: each prompt counts once, whatever ``n`` is."""
+    prompts = {choice.prompt_index: choice for choice in reversed(choices)}.values()
+    num_prompt_tokens = sum(choice.num_prompt_tokens for choice in prompts)
+    num_tokens = sum(choice.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)},
+    }

@@ -1,0 +1,109 @@
+"""``/v1/completions``: prompts as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvrelay.core.errors import InvalidRequestError
+from kvrelay.core.request import TokenLogprobs
+from router.model import ServedModel
+from router.openai.choice import Choice, Delta
+from router.openai.logprobs import CompletionLogprobs
+from router.openai.sampling import check_token_ids
+from router.openai.schemas import CompletionRequest
+
+
+class Completions:
+    """How completions become prompts, and how their answers look."""
+
+    name = "completions"
+    id_prefix = "cmpl-"
+    schema = CompletionRequest
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt. Raises InvalidRequestError if there are none, or unknown ones."""
+        prompts = [self._token_ids(prompt, request) for prompt in _each(request.prompt)]
+        if not all(prompts):
+            raise InvalidRequestError("prompt: has no tokens", param="prompt")
+        return prompts
+
+    def style(self, request: CompletionRequest, choices: Sequence[Choice]) -> CompletionStyle:
+        """Return what writes the answer."""
+        texts = [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
+        return CompletionStyle(self._model, request, choices, texts)
+
+    def _token_ids(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
+        if isinstance(prompt, str):
+            add_special_tokens = request.add_special_tokens is not False
+            return self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        check_token_ids(prompt, self._model.vocab_size, "prompt")
+        return prompt
+
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(prompt)
+
+
+class CompletionStyle:
+    """A completion's choices: ``text``, behind its prompt's if the client wants an echo."""
+
+    object_name = "text_completion"
+    chunk_object_name = "text_completion"
+
+    def __init__(
+        self,
+        model: ServedModel,
+        request: CompletionRequest,
+        choices: Sequence[Choice],
+        prompt_texts: Sequence[str] | None,
+    ) -> None:
+        self._with_token_ids = bool(request.return_token_ids)
+        self._prompt_texts = prompt_texts
+        self._logprobs = None
+        if request.logprobs is not None:
+            token_bytes, num_logprobs = model.tokenizer.token_bytes, request.logprobs
+            self._logprobs = [CompletionLogprobs(token_bytes, num_logprobs) for _ in choices]
+
+    def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
+        """Return the new text, logprobs if asked for, and the prompt's part with the first."""
+        text = self._echo(choice) + delta.text if first else delta.text
+        item: dict[str, object] = {
+            "text": text,
+            "logprobs": self._logprobs_of(choice, delta.token_ids, delta.logprobs),
+        }
+        return item | self._prompt_ids(choice) if first else item
+
+    def full_choice(
+        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> dict[str, object]:
+        """Return text and logprobs."""
+        return {
+            "text": self._echo(choice) + text,
+            "logprobs": self._logprobs_of(choice, token_ids, logprobs),
+            **self._prompt_ids(choice),
+        }
+
+    def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
+        """Return nothing: here the choices tell of their prompts."""
+        return {}
+
+    def _echo(self, choice: Choice) -> str:
+        return self._prompt_texts[choice.prompt_index] if self._prompt_texts else ""
+
+    def _logprobs_of(
+        self, choice: Choice, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> dict[str, object] | None:
+        return self._logprobs[choice.index].of(token_ids, logprobs) if self._logprobs else None
+
+    def _prompt_ids(self, choice: Choice) -> dict[str, object]:
+        return {"prompt_token_ids": choice.request.prompt_token_ids} if self._with_token_ids else {}
+
+
+def _each(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """Return the prompts in ``prompt``, which may be one or several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    several: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
+    return several or [[item for item in prompt if isinstance(item, int)]]

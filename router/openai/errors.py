@@ -1,0 +1,55 @@
+"""Errors in the form OpenAI clients know."""
+
+from __future__ import annotations
+
+import math
+
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.messages.base import ErrorInfo
+from router.events import RequestErrored
+
+
+class AnswerError(Exception):
+    """What a client is told instead of an answer: one error with its HTTP status."""
+
+    def __init__(self, error: ErrorInfo, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, cause: KVRelayError | RequestErrored) -> AnswerError:
+        """Return the answer for an error of our own or one that a request ended with."""
+        errored = RequestErrored.of(cause) if isinstance(cause, KVRelayError) else cause
+        return cls(errored.error, param=errored.param, retry_after_s=errored.retry_after_s)
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self.error.http_status
+
+    @property
+    def body(self) -> dict[str, object]:
+        """``{"error": {"message", "type", "param", "code"}}``."""
+        return {
+            "error": {
+                "message": self.error.message,
+                "type": _type_of(self.status),
+                "param": self.param,
+                "code": self.error.code,
+            }
+        }
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """``Retry-After`` in whole seconds, if it makes sense to come back."""
+        if self.retry_after_s is None:
+            return []
+        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
+
+
+def _type_of(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"

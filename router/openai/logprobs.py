@@ -1,0 +1,71 @@
+"""Logprobs in the two forms OpenAI's APIs have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvrelay.core.request import TokenLogprobs
+from router.text.token_bytes import TokenBytes
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+class CompletionLogprobs:
+    """``logprobs`` of a completion's choice; keeps count of where in the text each token is."""
+
+    def __init__(self, token_bytes: TokenBytes, num_logprobs: int) -> None:
+        self._token_bytes = token_bytes
+        self._num_logprobs = num_logprobs
+        self._text_offset = 0
+
+    def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, object]:
+        """Return the next tokens' logprobs, as parallel lists."""
+        tokens = [_name(self._token_bytes, token_id) for token_id in token_ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._text_offset)
+            self._text_offset += len(token)
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [max(item.logprob, LOWEST) for item in logprobs],
+            "tokens": tokens,
+            "top_logprobs": [self._top(token, item) for token, item in zip(tokens, logprobs, strict=True)],
+        }
+
+    def _top(self, token: str, item: TokenLogprobs) -> dict[str, float]:
+        """Return the most likely tokens and, if not among them, the one that was chosen."""
+        pairs = list(zip(item.top_token_ids, item.top_logprobs, strict=True))[: self._num_logprobs]
+        top = {_name(self._token_bytes, token_id): max(logprob, LOWEST) for token_id, logprob in pairs}
+        return {**top, token: top.get(token, max(item.logprob, LOWEST))}
+
+
+def chat_logprobs(
+    token_bytes: TokenBytes, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> dict[str, object]:
+    """Return ``logprobs`` of a chat completion's choice: one object per token."""
+    content = [
+        {
+            **_entry(token_bytes, token_id, item.logprob),
+            "top_logprobs": [
+                _entry(token_bytes, top_id, logprob)
+                for top_id, logprob in zip(item.top_token_ids, item.top_logprobs, strict=True)
+            ],
+        }
+        for token_id, item in zip(token_ids, logprobs, strict=True)
+    ]
+    return {"content": content}
+
+
+def _entry(token_bytes: TokenBytes, token_id: int, logprob: float) -> dict[str, object]:
+    piece = token_bytes.of(token_id)
+    return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST), "bytes": list(piece)}
+
+
+def _name(token_bytes: TokenBytes, token_id: int) -> str:
+    r"""Return a token's text, or ``bytes:\xf0\x9f`` if it is but a part of a character, so that no two are alike."""
+    piece = token_bytes.of(token_id)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

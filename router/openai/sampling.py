@@ -1,0 +1,102 @@
+"""From what a client asked for to what a node is told: every default filled in, every bound of the model checked."""
+
+from __future__ import annotations
+
+from kvrelay.core.errors import InvalidRequestError, PromptTooLongError
+from kvrelay.core.request import SamplingParams
+from router.model import ServedModel
+from router.openai.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationFields
+from router.text.output_text import TextOptions
+
+
+def sampling_params(
+    request: GenerationFields, model: ServedModel, *, num_prompt_tokens: int, max_model_len: int, seed: int
+) -> SamplingParams:
+    """Return the parameters for one prompt, with ``seed`` as its own.
+
+    Raises PromptTooLongError if prompt and output exceed ``max_model_len``, InvalidRequestError if a token id is not in
+    the vocabulary or ``min_tokens`` is more than what may be generated.
+    """
+    max_tokens = _max_tokens(request, num_prompt_tokens, max_model_len)
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens: {min_tokens} is more than max_tokens, which is {max_tokens}", param="min_tokens"
+        )
+    stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
+    check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
+    check_token_ids(logit_bias, model.vocab_size, "logit_bias")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        seed=seed & INT64,
+        temperature=_chosen(request, model, "temperature", 1.0),
+        top_p=_chosen(request, model, "top_p", 1.0),
+        top_k=max(0, int(_chosen(request, model, "top_k", 0))),
+        min_p=_chosen(request, model, "min_p", 0.0),
+        repetition_penalty=_chosen(request, model, "repetition_penalty", 1.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=logit_bias,
+        eos_token_ids=list(model.eos_token_ids),
+        stop_token_ids=stop_token_ids,
+        ignore_eos=bool(request.ignore_eos),
+        num_logprobs=num_logprobs(request),
+    )
+
+
+def text_options(request: GenerationFields) -> TextOptions:
+    """Return how the client wants its text."""
+    return TextOptions(
+        stop=tuple(request.stop or ()),
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        min_tokens=request.min_tokens or 0,
+    )
+
+
+def num_logprobs(request: GenerationFields) -> int | None:
+    """Return how many alternatives to report per token; None: no logprobs at all."""
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if isinstance(request, ChatCompletionRequest) and request.logprobs:
+        return request.top_logprobs or 0
+    return None
+
+
+def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:
+    """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"{param}: {token_id} is no token id of this model, whose vocabulary has {vocab_size}", param=param
+            )
+
+
+def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:
+    """Return how many tokens to generate at most: what was asked for, else all that the model has room for."""
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise PromptTooLongError(
+            f"the prompt has {num_prompt_tokens} tokens; the model's length is {max_model_len}, with the output",
+            param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+        )
+    param = "max_tokens"
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        param = "max_completion_tokens"
+    asked: int | None = getattr(request, param)
+    if asked is None or (asked > room and param not in request.model_fields_set):
+        return room
+    if asked > room:
+        raise PromptTooLongError(
+            f"{param}: {asked} tokens after a prompt of {num_prompt_tokens} are {asked + num_prompt_tokens}; "
+            f"the model's length is {max_model_len}",
+            param=param,
+        )
+    return asked
+
+
+def _chosen(request: GenerationFields, model: ServedModel, name: str, default: float) -> float:
+    """Return the client's value, else the model's (``generation_config.json``), else the API's."""
+    value: float | None = getattr(request, name)
+    return model.default_sampling.get(name, default) if value is None else value

@@ -1,0 +1,47 @@
+"""The output tokens of one request, put in order."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvrelay.core.messages.node_to_router import RequestOutput
+
+
+class OutputOrder:
+    """Takes what nodes send in any order and gives it back in order, each token once.
+
+    The first token comes from P and the others from D, over different connections, so the second may be here first.
+    """
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self._early: dict[int, RequestOutput] = {}
+
+    def take(self, output: RequestOutput) -> list[RequestOutput]:
+        """Return what can be delivered now that ``output`` is here: it, what waited for it, or nothing."""
+        self._early[output.index] = output
+        ready = []
+        while self._early and (first := min(self._early)) <= len(self.token_ids):
+            following = self._without_known(self._early.pop(first))
+            if following is not None:
+                self.token_ids += following.token_ids
+                ready.append(following)
+        return ready
+
+    def forget_early(self) -> None:
+        """Drop what waits for a token that will never come: the attempt that made it is over."""
+        self._early.clear()
+
+    def _without_known(self, output: RequestOutput) -> RequestOutput | None:
+        """Return ``output`` less the tokens already delivered, or None if nothing of it is new."""
+        known = len(self.token_ids) - output.index
+        if known <= 0:
+            return output
+        if known >= len(output.token_ids):
+            return None
+        return msgspec.structs.replace(
+            output,
+            index=len(self.token_ids),
+            token_ids=output.token_ids[known:],
+            logprobs=output.logprobs[known:],
+        )

@@ -1,0 +1,99 @@
+"""Which nodes have which request: chosen by the policies, written down at the nodes, taken back again."""
+
+from __future__ import annotations
+
+from kvrelay.core.config import Role
+from kvrelay.core.ids import PeerId
+from router.policies import Policy
+from router.registry import Node, Registry
+from router.request import RoutedRequest
+
+
+class Placement:
+    """Gives requests to nodes and takes them back. A request and its nodes always tell the same of each other."""
+
+    def __init__(self, registry: Registry, prefill_policy: Policy, decode_policy: Policy) -> None:
+        self._registry = registry
+        self._prefill_policy = prefill_policy
+        self._decode_policy = decode_policy
+
+    def enter(self, request: RoutedRequest) -> Node | None:
+        """Choose the node that begins ``request``: a mixed one, or a prefill node if there is a decode node for it.
+
+        Nodes that failed it come last. Without any, return None.
+        """
+        nodes = self._registry.available(Role.MIXED)
+        if request.wants_one_token or self._registry.available(Role.DECODE):
+            nodes += self._registry.available(Role.PREFILL)
+        nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
+        if not nodes:
+            return None
+        chosen = self._prefill_policy.choose(nodes, request.new.prompt_token_ids)
+        chosen.pending[request.request_id] = request.num_tokens
+        if chosen.role is Role.MIXED:
+            request.decode = chosen.peer
+        else:
+            request.prefill = chosen.peer
+        return chosen
+
+    def assign_decode(self, request: RoutedRequest) -> Node | None:
+        """Choose a decode node among those that have not refused. Without any, return None."""
+        nodes = [node for node in self._registry.available(Role.DECODE) if node.peer not in request.refused_by]
+        nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
+        if not nodes:
+            return None
+        chosen = self._decode_policy.choose(nodes, request.new.prompt_token_ids)
+        chosen.pending[request.request_id] = 0
+        request.decode = chosen.peer
+        return chosen
+
+    def adopt_decode(self, request: RoutedRequest, peer: PeerId) -> bool:
+        """A node sends tokens of the present attempt: if that is a decode node, it is the one that has the request.
+
+        Only assignments that crossed on their way make it another than the one assigned last. Return whether it is one.
+        """
+        node = self._registry.get(peer)
+        if node is None or node.role is not Role.DECODE:
+            return False
+        self.release_decode(request)
+        node.pending[request.request_id] = 0
+        request.decode = peer
+        return True
+
+    def has_untried(self, request: RoutedRequest) -> bool:
+        """Tell whether ``request`` could be served by nodes that have neither failed it nor have it now."""
+        tried = request.avoid.union(request.nodes)
+        roles = {node.role for node in self._registry if node.peer not in tried and not node.leaving}
+        return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+    def prompt_is_computed(self, request: RoutedRequest) -> None:
+        """The prompt is no more work for its nodes."""
+        for node in self._nodes(request):
+            node.pending[request.request_id] = 0
+
+    def release_prefill(self, request: RoutedRequest) -> None:
+        """The prefill node has nothing of ``request`` any more that others depend on."""
+        self._release(request, request.prefill)
+        request.prefill = None
+
+    def release_decode(self, request: RoutedRequest) -> None:
+        """The decode node has nothing of ``request``."""
+        self._release(request, request.decode)
+        request.decode = None
+
+    def release(self, request: RoutedRequest) -> None:
+        """No node has ``request`` any more."""
+        self.release_prefill(request)
+        self.release_decode(request)
+
+    def held(self) -> dict[str, list[str]]:
+        """Return the requests of each node that has any."""
+        return {node.node_id: list(node.pending) for node in self._registry if node.pending}
+
+    def _release(self, request: RoutedRequest, peer: PeerId | None) -> None:
+        node = self._registry.get(peer)
+        if node is not None:
+            node.pending.pop(request.request_id, None)
+
+    def _nodes(self, request: RoutedRequest) -> list[Node]:
+        return [node for peer in request.nodes if (node := self._registry.get(peer)) is not None]

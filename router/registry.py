@@ -1,0 +1,176 @@
+"""The nodes that may be given work, and how they come and go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvrelay.core.config import Role
+from kvrelay.core.geometry import PROTOCOL_VERSION
+from kvrelay.core.ids import NodeId, PeerId, peer_id
+from kvrelay.core.liveness import Liveness
+from kvrelay.core.messages.base import Load, NodeAddress
+from kvrelay.core.messages.node_to_router import Register
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A registered node. ``pending``: its requests of this router, with the prompt tokens each must yet compute.
+
+    ``load`` is what its last heartbeat said, of which there were ``num_heartbeats`` so far.
+    """
+
+    peer: PeerId
+    registration: Register
+    load: Load = field(default_factory=Load)
+    num_heartbeats: int = 0
+    leaving: bool = False
+    pending: dict[str, int] = field(default_factory=dict)
+    _foreign_requests: int = 0
+    _foreign_tokens: int = 0
+
+    @property
+    def node_id(self) -> NodeId:
+        """Its name in the config."""
+        return self.registration.node_id
+
+    @property
+    def role(self) -> Role:
+        """What it does."""
+        return Role(self.registration.role)
+
+    @property
+    def address(self) -> NodeAddress:
+        """Where another node reaches it."""
+        return NodeAddress(peer=self.peer, address=self.registration.address)
+
+    def load_as_dict(self) -> dict[str, Any]:
+        """Return what it last said of its load."""
+        return msgspec.structs.asdict(self.load)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """How many requests it may run at once."""
+        return max(1, self.registration.max_num_seqs)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests on it, those of other routers too."""
+        return len(self.pending) + self._foreign_requests
+
+    @property
+    def pending_tokens(self) -> int:
+        """Prompt tokens it must yet compute, likewise."""
+        return sum(self.pending.values()) + self._foreign_tokens
+
+    def take_load(self, load: Load) -> None:
+        """Note what a heartbeat says.
+
+        What this router gave the node it knows better, and at once; what the node has beyond that is others'.
+        """
+        self.load = load
+        num_requests = load.num_waiting + load.num_running + load.num_receiving
+        self._foreign_requests = max(0, num_requests - len(self.pending))
+        self._foreign_tokens = max(0, load.queued_tokens - sum(self.pending.values()))
+
+
+class Registry:
+    """Nodes by peer, in the order they registered. All serve one model with one KV geometry."""
+
+    def __init__(self, model: str, peer_timeout_s: float) -> None:
+        self._model = model
+        self._liveness = Liveness(peer_timeout_s)
+        self._nodes: dict[PeerId, Node] = {}
+        self._last_departure_s = -math.inf
+        self._rivals: dict[PeerId, tuple[PeerId, Register]] = {}
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def get(self, peer: PeerId | None) -> Node | None:
+        """Return the node that ``peer`` is, if it is registered."""
+        return None if peer is None else self._nodes.get(peer)
+
+    def named(self, node_id: NodeId) -> Node | None:
+        """Return the node with this name."""
+        return next((node for node in self if node.node_id == node_id), None)
+
+    def available(self, *roles: Role) -> list[Node]:
+        """Return the nodes of these roles that take new work."""
+        return [node for node in self if node.role in roles and not node.leaving]
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest sequence every node can serve, if there is a node."""
+        return min((node.registration.max_model_len for node in self), default=None)
+
+    def unready_reason(self) -> str | None:
+        """Return why no request could be served now, or None."""
+        if self.available(Role.MIXED) or (self.available(Role.PREFILL) and self.available(Role.DECODE)):
+            return None
+        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
+        return f"no {' and no '.join(missing)} node is registered, nor a mixed one"
+
+    # ------------------------------------------------------------ coming
+
+    def mismatch(self, peer: PeerId, registration: Register) -> str | None:
+        """Return why this node must not join, or None."""
+        if peer != peer_id(registration.node_id, registration.incarnation):
+            return f"{registration.node_id} registers over the connection of {peer}"
+        if registration.role not in list(Role):
+            return f"unknown role {registration.role!r}"
+        if registration.geometry.protocol_version != PROTOCOL_VERSION:
+            return f"protocol version {registration.geometry.protocol_version}, the router's is {PROTOCOL_VERSION}"
+        if registration.model != self._model:
+            return f"model {registration.model!r}, the cluster serves {self._model!r}"
+        for node in self:
+            if node.node_id != registration.node_id:
+                differences = node.registration.geometry.differences(registration.geometry)
+                return f"KV geometry differs from {node.node_id}'s: {'; '.join(differences)}" if differences else None
+        return None
+
+    def rival(self, registration: Register) -> Node | None:
+        """Return the registered node that has this name and another incarnation."""
+        node = self.named(registration.node_id)
+        return node if node is not None and node.registration.incarnation != registration.incarnation else None
+
+    def contest(self, holder: Node, peer: PeerId, registration: Register) -> None:
+        """Let ``registration`` wait until ``holder``, which has its name, shows a sign of life or is lost."""
+        self._rivals[holder.peer] = (peer, registration)
+
+    def settle(self, holder: PeerId) -> tuple[PeerId, Register] | None:
+        """Return who waits for the name of ``holder``, and forget it."""
+        return self._rivals.pop(holder, None)
+
+    def add(self, peer: PeerId, registration: Register, now: float) -> Node:
+        """Take a node in, or note that it registered again."""
+        node = self._nodes.setdefault(peer, Node(peer, registration))
+        self._liveness.watch(peer, now)
+        self._liveness.heard(peer, now)
+        return node
+
+    # ------------------------------------------------------------ staying and going
+
+    def heard(self, peer: PeerId, now: float) -> None:
+        """Note a sign of life."""
+        self._liveness.heard(peer, now)
+
+    def silent(self, now: float) -> list[PeerId]:
+        """Return the nodes not heard of for too long."""
+        return self._liveness.lost(now)
+
+    def remove(self, peer: PeerId, now: float) -> Node | None:
+        """Forget a node; return it if it was there."""
+        self._liveness.forget(peer)
+        node = self._nodes.pop(peer, None)
+        if node is not None:
+            self._last_departure_s = now
+        return node
+
+    def may_come_back(self, now: float, within_s: float) -> bool:
+        """Tell whether a node is leaving, or left at most ``within_s`` ago: it is probably being restarted."""
+        return any(node.leaving for node in self) or now - self._last_departure_s <= within_s

@@ -1,0 +1,84 @@
+"""One router process: HTTP server, machine and sockets on one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.collector import calm_collector
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import ConfigError
+from router.http.app import make_app
+from router.metrics import Metrics
+from router.model import load_model
+from router.service import RouterService
+
+CONNECTION_BACKLOG = 2048
+"""Connections the kernel takes for us before we do."""
+
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients keep theirs, so that none closes just as it is used."""
+
+FLUSH_TIMEOUT_S = 5
+"""How long clients may take to read the last of their answers when the router ends."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the shell has them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def http_server(app: Starlette, host: str, port: int) -> HttpServer:
+    """Return a server for ``app`` that is not running yet."""
+    settings = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        date_header=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+    )
+    return HttpServer(settings)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=CONNECTION_BACKLOG)
+    except OSError as error:
+        raise ConfigError([f"router.port: cannot listen at {host}:{port}: {error.strerror}"]) from error
+
+
+async def serve(config: ClusterConfig) -> str:
+    """Serve until told to stop; return why it ended.
+
+    Raises CheckpointError if the tokenizer cannot be read, ConfigError if an address is taken.
+    """
+    clock = Clock()
+    service = RouterService(config, load_model(config), clock)
+    metrics = Metrics(service.machine, clock.now)
+    server = http_server(make_app(service, metrics), config.router.host, config.router.port)
+    calm_collector()
+    with _listen(config.router.host, config.router.port) as listener:
+        http = asyncio.create_task(server.serve([listener]))
+        try:
+            return await service.run()
+        finally:
+            server.should_exit = True
+            await http

@@ -1,0 +1,131 @@
+"""The router's shell: the machine on real sockets, and a place for each client to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import ConfigError, InvalidRequestError
+from kvrelay.core.ids import new_incarnation, peer_id
+from kvrelay.core.machine import StopRequested
+from kvrelay.core.shell import Shell
+from kvrelay.core.transport import Transport
+from router.events import (
+    ClientGone,
+    Deliver,
+    Delivery,
+    DrainRequested,
+    NewRequest,
+    StopMatched,
+    Submitted,
+    TokensDelivered,
+)
+from router.limits import Limits
+from router.model import ServedModel
+from router.state import RouterMachine, RouterSettings
+
+Sink = Callable[[str, Delivery], None]
+
+
+def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
+    """Return what the machine must know of ``config``."""
+    router, cluster = config.router, config.cluster
+    return RouterSettings(
+        model=config.model.name,
+        incarnation=incarnation,
+        prefill_policy=router.prefill_policy,
+        decode_policy=router.decode_policy,
+        heartbeat_s=cluster.heartbeat_s,
+        peer_timeout_s=cluster.peer_timeout_s,
+        drain_timeout_s=cluster.drain_timeout_s,
+        limits=Limits(
+            max_queued_requests=router.max_queued_requests,
+            max_attempts=router.max_attempts,
+            request_timeout_s=router.request_timeout_s,
+            node_wait_s=router.node_wait_s,
+            peer_timeout_s=cluster.peer_timeout_s,
+        ),
+    )
+
+
+class RouterService:
+    """The machine, its shell, and who waits for which request. All calls come from the loop's thread."""
+
+    def __init__(self, config: ClusterConfig, model: ServedModel, clock: Clock) -> None:
+        self.config = config
+        self.model = model
+        self.clock = clock
+        self._incarnation = new_incarnation()
+        self.machine = RouterMachine(router_settings(config, self._incarnation))
+        self._sinks: dict[str, Sink] = {}
+        self._shell: Shell | None = None
+        self.control_addresses: list[str] = []
+
+    async def run(self) -> str:
+        """Serve until told to stop and done; return why it ended. Raises ConfigError if it cannot listen for nodes."""
+        shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
+        transport = Transport(peer_id("router", self._incarnation), shell.post)
+        try:
+            self.control_addresses = self._bind(transport)
+            return await shell.run(transport)
+        finally:
+            transport.close()
+
+    def _bind(self, transport: Transport) -> list[str]:
+        address = self.config.router.control
+        try:
+            return transport.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError([f"router.control: cannot listen at {address}: {error.strerror}"]) from error
+
+    # ------------------------------------------------------------ for the HTTP side
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence this cluster serves, in tokens."""
+        return min(self.model.max_model_len, self.machine.registry.max_model_len or self.model.max_model_len)
+
+    def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
+        """Have ``requests`` served; ``deliver(request_id, delivery)`` is called until each has ended.
+
+        Raises InvalidRequestError if one of the ids is in use.
+        """
+        for request in requests:
+            if request.request_id in self._sinks:
+                raise InvalidRequestError(
+                    f"a request with the id {request.request_id} is in progress", param="X-Request-Id"
+                )
+        for request in requests:
+            self._sinks[request.request_id] = deliver
+        self._post(Submitted(tuple(requests)))
+
+    def stop_matched(self, request_id: str) -> None:
+        """No more tokens are wanted: the text has come to a stop string."""
+        self._post(StopMatched(request_id))
+
+    def client_gone(self, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        self._post(ClientGone(request_id))
+
+    def drain(self, node_id: str) -> None:
+        """Give this node nothing new, and tell it to finish what it has and leave."""
+        self._post(DrainRequested(node_id))
+
+    def stop(self) -> None:
+        """Take nothing new, finish what runs, end."""
+        self._post(StopRequested())
+
+    def _post(self, event: object) -> None:
+        if self._shell is None:
+            raise RuntimeError("the router's shell is not running")
+        self._shell.post(event)
+
+    def _deliver(self, action: Deliver) -> None:
+        if isinstance(action.delivery, TokensDelivered):
+            sink = self._sinks[action.request_id]
+        else:
+            sink = self._sinks.pop(action.request_id)
+        sink(action.request_id, action.delivery)

@@ -1,0 +1,46 @@
+"""Token ids to text, one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from router.text.token_bytes import TokenBytes
+
+
+class Detokenizer:
+    """Makes the text that follows a prompt. The cost per token is constant.
+
+    What has been returned never changes: bytes that may yet become a character are held until they are one, or until
+    what follows proves that they never will be (then they are U+FFFD, as in any UTF-8 decoder).
+    """
+
+    def __init__(
+        self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._token_bytes = token_bytes
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # Text that continues a visible prompt keeps its leading space.
+        self._begun = any(not self._skips(token_id) for token_id in reversed(prompt_token_ids))
+
+    def push(self, token_id: int) -> str:
+        """Return the text that ``token_id`` completes, which may be empty."""
+        if self._skips(token_id):
+            return ""
+        piece = self._token_bytes.of(token_id) if self._begun else self._token_bytes.of_first(token_id)
+        self._begun = True
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """Return the rest: a replacement character if the last character never became complete."""
+        return self._utf8.decode(b"", final=True)
+
+    def _skips(self, token_id: int) -> bool:
+        return self._skip_special_tokens and self._token_bytes.is_special(token_id)
+
+
+def decode(token_bytes: TokenBytes, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Return the text of ``token_ids`` as a text of its own."""
+    detokenizer = Detokenizer(token_bytes, skip_special_tokens=skip_special_tokens)
+    return "".join([*map(detokenizer.push, token_ids), detokenizer.finish()])

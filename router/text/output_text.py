@@ -1,0 +1,61 @@
+"""The text of one choice while its tokens come in: detokenized, ended by stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from router.text.detokenizer import Detokenizer
+from router.text.stop import StopMatcher
+from router.text.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How a client wants its text. ``min_tokens``: no stop string ends it before the token after that many."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+
+
+class TextDelta(NamedTuple):
+    """New text; how many of the tokens it took to get there; the stop string that ended it, if one did."""
+
+    text: str
+    num_tokens: int
+    stop: str | None
+
+
+class OutputText:
+    """Text for the output tokens that follow ``prompt_token_ids``."""
+
+    def __init__(self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int], options: TextOptions) -> None:
+        self._options = options
+        self._detokenizer = Detokenizer(token_bytes, prompt_token_ids, skip_special_tokens=options.skip_special_tokens)
+        self._matcher = StopMatcher(options.stop, include_stop=options.include_stop)
+        self._num_tokens = 0
+
+    def push(self, token_ids: Sequence[int], *, stopped: bool = False) -> TextDelta:
+        """Take new tokens; tokens after the one that completes a stop string are not looked at.
+
+        ``stopped``: the last of them is the token that ended the request, so it is shown only if the client wants that.
+        """
+        shown: list[str] = []
+        for count, token_id in enumerate(token_ids, 1):
+            self._num_tokens += 1
+            if stopped and count == len(token_ids) and not self._options.include_stop:
+                break
+            text = self._detokenizer.push(token_id)
+            scan = self._matcher.push(text, armed=self._num_tokens > self._options.min_tokens)
+            shown.append(scan.text)
+            if scan.matched is not None:
+                return TextDelta("".join(shown), count, scan.matched)
+        return TextDelta("".join(shown), len(token_ids), None)
+
+    def finish(self) -> TextDelta:
+        """Return the text still held when the tokens are at their end."""
+        scan = self._matcher.push(self._detokenizer.finish())
+        return TextDelta(scan.text if scan.matched else scan.text + self._matcher.flush(), 0, scan.matched)

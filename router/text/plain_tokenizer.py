@@ -1,0 +1,23 @@
+"""A tokenizer for engines without a model: bytes are tokens, and so is whatever else such an engine makes up."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from router.text.tokenizer import TextTokenizer
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def plain_tokenizer(vocab_size: int) -> TextTokenizer:
+    """Return a tokenizer whose ids 0 to 255 are the bytes and whose other ids read `` t256``, `` t257`` and so on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: token_id for token_id, char in enumerate(alphabet)}
+    vocab |= {f"\u0120t{token_id}": token_id for token_id in range(len(vocab), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return TextTokenizer(tokenizer, {}, _CHAT_TEMPLATE)
