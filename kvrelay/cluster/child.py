@@ -1,0 +1,97 @@
+"""One process of a cluster, with all that it starts itself."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+from asyncio.subprocess import Process
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_MAX_LINE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """What to start: ``name`` is unique in the cluster, ``argv`` is run as it is."""
+
+    name: str
+    role: str
+    argv: tuple[str, ...]
+
+
+class Child:
+    """A running process, the leader of a process group of its own.
+
+    The kernel kills it when this process ends, however that happens; a terminal's Ctrl-C does not reach it.
+    """
+
+    def __init__(self, process: Process, output: asyncio.Task[None]) -> None:
+        self._process = process
+        self._output = output
+
+    @classmethod
+    async def start(cls, spec: ProcessSpec, env: Mapping[str, str], on_line: Callable[[str], None]) -> Child:
+        """Start ``spec`` in ``env``; every line it or its own children write goes to ``on_line``."""
+        read_end, write_end = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *spec.argv,
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                process_group=0,
+                preexec_fn=_die_with_parent,
+            )
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        return cls(process, asyncio.create_task(_read_lines(read_end, on_line)))
+
+    async def wait(self) -> int:
+        """Return the exit code (negative: the signal that ended it) once nothing of the process group is left."""
+        code = await self._process.wait()
+        self.kill()
+        await self._output
+        return code
+
+    def terminate(self) -> None:
+        """Ask the process to finish what it has and end. It tells its own children."""
+        if self._process.returncode is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End the process and all it started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+async def _read_lines(fd: int, on_line: Callable[[str], None]) -> None:
+    """Hand on the lines from ``fd`` until its last writer is gone; a line without end is cut."""
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb"))
+    rest = b""
+    try:
+        while data := await reader.read(_MAX_LINE_BYTES):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > _MAX_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                on_line(line.decode("utf-8", "replace").rstrip())
+        if rest:
+            on_line(rest.decode("utf-8", "replace").rstrip())
+    finally:
+        transport.close()

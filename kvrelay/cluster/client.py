@@ -1,0 +1,100 @@
+"""Talks to a running cluster over HTTP: readiness, status, chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from kvrelay.core.errors import KVRelayError
+
+_TIMEOUT = httpx.Timeout(5.0, read=600.0)
+
+
+class ClusterUnreachableError(KVRelayError):
+    """Nothing that answers like a router is at that address."""
+
+    code = "cluster_unreachable"
+
+
+class ClusterClient:
+    """One cluster, by the base URL of its router.
+
+    Raises ClusterUnreachableError if nothing answers, KVRelayError with the router's words if it refuses.
+    """
+
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+        self._http = httpx.Client(base_url=url, timeout=_TIMEOUT, transport=transport, trust_env=False)
+        self.url = url
+
+    def __enter__(self) -> ClusterClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def not_ready_because(self) -> str | None:
+        """Return why the cluster cannot serve now, or None if it can."""
+        try:
+            response = self._http.get("/ready", timeout=2.0)
+        except httpx.TransportError:
+            return "the router does not answer yet"
+        return None if response.is_success else _error_text(response)
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``/cluster`` tells: nodes, their load, requests."""
+        return self._get("/cluster")
+
+    def timeline(self, request_id: str) -> dict[str, Any]:
+        """Return the life of one request: its marks, and when each layer's KV moved."""
+        return self._get(f"/cluster/requests/{request_id}")
+
+    def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
+        """Stream the answer to ``messages`` as (request id, new text) pairs."""
+        body = {"model": self._model(), "messages": messages, "max_tokens": max_tokens, "stream": True}
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if not response.is_success:
+                    response.read()
+                    raise KVRelayError(_error_text(response))
+                for line in response.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield from _new_text(json.loads(line.removeprefix("data: ")))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _model(self) -> str:
+        return str(self._get("/v1/models")["data"][0]["id"])
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            response = self._http.get(path)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise KVRelayError(_error_text(response))
+        body: dict[str, Any] = response.json()
+        return body
+
+    def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachableError:
+        return ClusterUnreachableError(f"no cluster at {self.url}: {error}")
+
+
+def _new_text(chunk: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the text in one chunk of a stream. Raises KVRelayError if the chunk is an error."""
+    if "error" in chunk:
+        raise KVRelayError(chunk["error"]["message"])
+    for choice in chunk["choices"]:
+        yield chunk["id"], choice["delta"].get("content") or ""
+
+
+def _error_text(response: httpx.Response) -> str:
+    """Return the words of an error response, whatever it looks like."""
+    try:
+        body = response.json()
+    except ValueError:
+        return f"{response.status_code} {response.reason_phrase}"
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message") or error.get("reason") or error) if isinstance(error, dict) else str(error)

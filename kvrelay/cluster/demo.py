@@ -1,0 +1,151 @@
+"""``scripts/demo``: a cluster from nothing, one answer, and the story of the request behind it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvrelay.cluster.client import ClusterClient
+from kvrelay.cluster.display import Display
+from kvrelay.cluster.process import name_process, refuse_foreign_packages
+from kvrelay.cluster.supervisor import Supervisor
+from kvrelay.cluster.tables import timeline_table
+from kvrelay.cluster.up import up
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import ConfigError, KVRelayError
+
+_QUESTION = "Why does a cluster prefill on one node and decode on another?"
+_MAX_TOKENS = 64
+_TINY_MODEL = Path(".kvrelay/models/tiny")
+_TIMELINE_TIMEOUT_S = 10.0
+_POLL_INTERVAL_S = 0.1
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/1p3d.yaml"), help="another cluster than 1P3D")
+    parser.add_argument("--exit", action="store_true", help="end when the answer has been shown")
+    arguments = parser.parse_args()
+    name_process("demo")
+    console = Console()
+    try:
+        refuse_foreign_packages()
+        config, overrides = _runnable(arguments.config, console)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    async def show(supervisor: Supervisor, display: Display) -> None:
+        with display.held():
+            await asyncio.to_thread(_show_one_request, config.router.url, console)
+        if arguments.exit:
+            supervisor.stop()
+        else:
+            display.say(f"kvrelay chat {config.router.url}   talks to it; Ctrl-C ends it")
+
+    return asyncio.run(up(config, arguments.config, overrides, console, show))
+
+
+def _runnable(path: Path, console: Console) -> tuple[ClusterConfig, list[str]]:
+    """Return the config with what it takes to run here: a model, and ports nobody uses."""
+    config = ClusterConfig.load(path)
+    overrides = []
+    if not (Path(config.model.path) / "config.json").is_file():
+        overrides.append(f"model.path={_tiny_model(config.model.path, console)}")
+    overrides += _other_ports(config, console)
+    return ClusterConfig.load(path, overrides), overrides
+
+
+def _tiny_model(wanted: str, console: Console) -> Path:
+    from kvrelay.engine.tiny import write_tiny_checkpoint  # noqa: PLC0415 - only where there is no model
+
+    if not (_TINY_MODEL / "config.json").is_file():
+        write_tiny_checkpoint(_TINY_MODEL, "qwen3", 0)
+    console.print(f"no model in {wanted}: a tiny one with random weights will answer nonsense")
+    return _TINY_MODEL.absolute()
+
+
+def _other_ports(config: ClusterConfig, console: Console) -> list[str]:
+    """Return overrides that move everything to free ports, or none if the configured ones are free."""
+    host, port = config.router.control.removeprefix("tcp://").rsplit(":", 1)
+    ports = {"router.port": (config.router.host, config.router.port), "router.control": (host, int(port))}
+    ports |= {f"nodes.{node.name}.port": (node.host, node.port) for node in config.nodes}
+    taken = [f"{host}:{port}" for host, port in ports.values() if not _is_free(host, port)]
+    if not taken:
+        return []
+    console.print(f"in use: {', '.join(taken)}; taking other ports")
+    free = dict(zip(ports, _free_ports([host for host, _ in ports.values()]), strict=True))
+    control = f"router.control=tcp://{host}:{free.pop('router.control')}"
+    return [control, *(f"{key}={port}" for key, port in free.items())]
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_ports(hosts: list[str]) -> list[int]:
+    """Return a different free port for each of ``hosts``."""
+    probes = [socket.socket() for _ in hosts]
+    try:
+        for host, probe in zip(hosts, probes, strict=True):
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _show_one_request(url: str, console: Console) -> None:
+    """Ask the question, stream the answer, and print what happened to the request. Raises KVRelayError if it fails."""
+    console.print(f"\n> {_QUESTION}", style="bold")
+    with ClusterClient(url) as client:
+        timeline = _whole_timeline(client, _stream_answer(client, console))
+    console.print("\n")
+    console.print(timeline_table(timeline))
+    per_layer = {layer["num_bytes"] for layer in timeline["layers"]}
+    each = f", {per_layer.pop():,} bytes per layer" if len(per_layer) == 1 else ""
+    console.print(f"KV moved: {timeline['kv_bytes_moved']:,} bytes in {len(timeline['layers'])} layers{each}\n")
+
+
+def _stream_answer(client: ClusterClient, console: Console) -> str:
+    """Print the answer as it comes; return the request's id."""
+    request_ids = set()
+    for request_id, text in client.chat([{"role": "user", "content": _QUESTION}], max_tokens=_MAX_TOKENS):
+        request_ids.add(request_id)
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    (request_id,) = request_ids
+    return request_id
+
+
+def _whole_timeline(client: ClusterClient, request_id: str) -> dict[str, Any]:
+    """Return the timeline once every node has reported its part, which may be after the answer's last word."""
+    deadline_s = time.monotonic() + _TIMELINE_TIMEOUT_S
+    while not _is_whole(timeline := client.timeline(request_id)):
+        if time.monotonic() > deadline_s:
+            raise KVRelayError(f"the nodes have not reported on {request_id}")
+        time.sleep(_POLL_INTERVAL_S)
+    return timeline
+
+
+def _is_whole(timeline: dict[str, Any]) -> bool:
+    """Tell whether the node that finished the request has reported and, if another handed it over, that one too."""
+    by_nodes = {mark["name"] for mark in timeline["marks"] if mark["node"] != "router"}
+    return "done" in by_nodes and ("handed_off" not in by_nodes or "transferred" in by_nodes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A cluster's status and a request's timeline, for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+_STATE_STYLES = {"ready": "green", "draining": "yellow"}
+_LOAD_COLUMNS = {
+    "run": "num_running",
+    "wait": "num_waiting",
+    "recv": "num_receiving",
+    "send": "num_sending",
+    "used": "used_blocks",
+    "cached": "evictable_blocks",
+    "free": "free_blocks",
+}
+"""Column title to field of a node's load: requests by what they do, blocks by who has them."""
+
+
+def status_tables(status: dict[str, Any]) -> Group:
+    """Show what ``/cluster`` tells."""
+    return Group(nodes_table(status), Text(), _requests_line(status.get("requests", {})))
+
+
+def nodes_table(status: dict[str, Any]) -> Table:
+    """Show the nodes, with their requests and blocks."""
+    table = Table("node", "role", "state", "address", box=None, header_style="bold", pad_edge=False)
+    for title in _LOAD_COLUMNS:
+        table.add_column(title, justify="right")
+    for node in sorted(status.get("nodes", []), key=lambda node: str(node["name"])):
+        load = node.get("load") or {}
+        heard = any(load.get(field) for field in ("used_blocks", "evictable_blocks", "free_blocks"))
+        state = Text(node["state"], _STATE_STYLES.get(node["state"], "red"))
+        address = str(node["address"]).removeprefix("tcp://")
+        counts = (f"{load[field]:g}" if heard else "-" for field in _LOAD_COLUMNS.values())
+        table.add_row(node["name"], node["role"], state, address, *counts)
+    return table
+
+
+def timeline_table(timeline: dict[str, Any]) -> Table:
+    """Show what happened to one request, when and where; the KV of each layer in its place."""
+    table = Table("ms", "where", "what", box=None, header_style="bold", pad_edge=False)
+    table.columns[0].justify = "right"
+    moments = [(mark["at_s"], mark["node"], mark["name"].replace("_", " ")) for mark in timeline["marks"]]
+    for layer in timeline["layers"]:
+        took_ms = 1000 * (layer["last_written_s"] - layer["first_sent_s"])
+        what = f"layer {layer['layer']}: {layer['num_bytes']:,} bytes of KV sent, written {took_ms:.1f} ms later"
+        moments.append((layer["first_sent_s"], "transfer", what))
+    moments.sort(key=lambda moment: moment[0])
+    for at_s, where, what in moments:
+        table.add_row(f"{1000 * (at_s - moments[0][0]):.1f}", where, what)
+    return table
+
+
+def _requests_line(requests: dict[str, Any]) -> Text:
+    counts = [f"{name.replace('_', ' ')} {value:g}" for name, value in requests.items() if value]
+    return Text("requests: " + (", ".join(counts) or "none yet"))

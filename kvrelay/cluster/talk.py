@@ -1,0 +1,67 @@
+"""``kvrelay status`` and ``kvrelay chat``."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from kvrelay.cluster.client import ClusterClient
+from kvrelay.cluster.tables import status_tables
+
+_WATCH_INTERVAL_S = 1.0
+
+
+def show_status(url: str, *, watch: bool) -> None:
+    """Print the cluster's status once, or keep it up to date until Ctrl-C."""
+    console = Console()
+    with ClusterClient(url) as cluster:
+        if watch:
+            _watch(cluster, console)
+        else:
+            console.print(status_tables(cluster.status()))
+
+
+def _watch(cluster: ClusterClient, console: Console) -> None:
+    def picture() -> RenderableType:
+        return status_tables(cluster.status())
+
+    try:
+        with Live(picture(), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_INTERVAL_S)
+                live.update(picture(), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def say(url: str, text: str, max_tokens: int) -> None:
+    """Print the model's answer to ``text`` as it comes."""
+    with ClusterClient(url) as cluster:
+        _answer(cluster, [{"role": "user", "content": text}], max_tokens)
+
+
+def converse(url: str, max_tokens: int) -> None:
+    """Hold a conversation at the terminal until its end of input or Ctrl-C."""
+    history: list[dict[str, str]] = []
+    with ClusterClient(url) as cluster:
+        while True:
+            try:
+                text = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            history.append({"role": "user", "content": text})
+            history.append({"role": "assistant", "content": _answer(cluster, history, max_tokens)})
+
+
+def _answer(cluster: ClusterClient, messages: list[dict[str, str]], max_tokens: int) -> str:
+    parts: list[str] = []
+    for _, text in cluster.chat(messages, max_tokens=max_tokens):
+        parts.append(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+    return "".join(parts)

@@ -1,0 +1,73 @@
+"""``kvrelay up``: a whole cluster on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kvrelay.cluster.child import ProcessSpec
+from kvrelay.cluster.client import ClusterClient
+from kvrelay.cluster.display import Display
+from kvrelay.cluster.supervisor import Supervisor
+from kvrelay.cluster.tables import nodes_table
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.runtime_dir import VARIABLE, runtime_dir
+
+AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
+"""What to do once the cluster serves."""
+
+
+async def up(
+    config: ClusterConfig, path: Path, overrides: Sequence[str], console: Console, after_ready: AfterReady | None = None
+) -> int:
+    """Run the cluster of ``config``, read from ``path`` with ``overrides``, until a signal; return the exit code."""
+    specs = process_specs(config, path, overrides)
+    display = Display(console, [spec.name for spec in specs])
+
+    async def probe() -> str | None:
+        return await asyncio.to_thread(_not_up_because, client, config)
+
+    async def on_ready() -> None:
+        display.show(nodes_table(await asyncio.to_thread(client.status)))
+        display.say(f"ready: {config.router.url}/v1 serves {config.model.name}")
+        if after_ready is not None:
+            await after_ready(supervisor, display)
+
+    with runtime_dir() as directory, ClusterClient(config.router.url) as client:
+        env = {**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"}
+        supervisor = Supervisor(specs, config.cluster, env, display, probe=probe, on_ready=on_ready)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, supervisor.stop)
+        try:
+            return await supervisor.run()
+        finally:
+            display.close()
+
+
+def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
+    """Return why the cluster is not up yet; it is when it can serve and every node is there."""
+    reason = client.not_ready_because()
+    if reason is not None:
+        return reason
+    there = {node["name"] for node in client.status()["nodes"]}
+    missing = [node.name for node in config.nodes if node.name not in there]
+    return f"{', '.join(missing)} not there yet" if missing else None
+
+
+def process_specs(config: ClusterConfig, path: Path, overrides: Sequence[str]) -> list[ProcessSpec]:
+    """Return the processes of a cluster: the router, then each node."""
+    command = (sys.executable, "-P", "-m", "kvrelay.cluster")
+    sets = [argument for text in overrides for argument in ("--set", text)]
+    router = ProcessSpec("router", "router", (*command, "router", str(path), *sets))
+    nodes = (
+        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name, *sets))
+        for node in config.nodes
+    )
+    return [router, *nodes]
