@@ -1,0 +1,118 @@
+"""The ``kvrelay`` command from the outside: exit codes, what it says, what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kvrelay.cluster.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def kvrelay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kvrelay", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Outcome(code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_config_check_counts_the_nodes(kvrelay: Command) -> None:
+    assert kvrelay("config", "check", CONFIGS / "1p3d.yaml") == (
+        0,
+        f"{CONFIGS}/1p3d.yaml: fine: 3 decode, 1 prefill\n",
+        "",
+    )
+
+
+def test_config_check_lists_every_problem_and_exits_2(kvrelay: Command, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("cahce: {}\nnodes:\n  - {name: m0, role: mixed, port: 0}\n")
+
+    code, _, err = kvrelay("config", "check", path, "--set", "router.port=x")
+
+    assert code == 2
+    assert err.splitlines() == [
+        "--set router.port=x: router.port: should be a valid integer, not 'x'",
+        f"{path}:1: cahce: unknown key; did you mean cache?",
+        f"{path}:3: nodes.m0.port: should be greater than or equal to 1, not 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["up"],
+        ["up", "missing.yaml"],
+        ["router", "missing.yaml"],
+        ["prefill", CONFIGS / "1p1d.yaml"],
+        ["prefill", CONFIGS / "1p1d.yaml", "--node", "nobody"],
+        ["prefill", CONFIGS / "1p1d.yaml", "--node", "d0"],
+        ["decode", CONFIGS / "1p1d.yaml", "--node", "p0"],
+        ["mixed", CONFIGS / "1p1d.yaml", "--node", "p0"],
+        ["up", CONFIGS / "1p1d.yaml", "--set", "model.path=/nonexistent"],
+        ["chat", "--max-tokens", "0", "hello"],
+        ["model", "tiny", "somewhere", "--arch", "gpt2"],
+        ["config", "check"],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)).replace(str(CONFIGS), "configs"),
+)
+def test_bad_usage_and_bad_configs_exit_2(kvrelay: Command, arguments: list[object]) -> None:
+    code, _, err = kvrelay(*arguments)
+
+    assert code == 2
+    assert err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["status", "chat"])
+def test_no_cluster_there_exits_1(kvrelay: Command, verb: str) -> None:
+    words = ["hello"] if verb == "chat" else []
+
+    code, _, err = kvrelay(verb, "http://127.0.0.1:9", *words)
+
+    assert code == 1
+    assert err.startswith("error: no cluster at http://127.0.0.1:9")
+
+
+def test_the_schema_is_json_with_every_section(kvrelay: Command) -> None:
+    schema = json.loads(kvrelay("config", "schema").out)
+
+    assert {"model", "router", "cache", "scheduler", "transfer", "storage", "nodes"} <= schema["properties"].keys()
+    assert schema["additionalProperties"] is False
+
+
+def test_every_verb_of_the_design_is_there(kvrelay: Command) -> None:
+    out = kvrelay("--help").out
+
+    for verb in ("up", "router", "prefill", "decode", "mixed", "status", "chat", "config", "model"):
+        assert f" {verb} " in out
+
+
+def test_the_command_starts_without_what_only_roles_need() -> None:
+    script = "import sys, kvrelay.cluster.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+
+    assert not {"paddle", "numpy", "zmq", "starlette", "httpx", "tokenizers"} & set(loaded)

@@ -1,0 +1,158 @@
+"""Whatever comes in at a port that is no message of ours, or not from whom it says: nobody dies, nothing grows."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgpack
+import psutil
+import pytest
+import zmq
+from support.asking import answers, answers_while, assert_right, random_asks
+from support.cluster import Cluster
+from support.messages import EXAMPLES
+
+from kvrelay.core.codec import encode
+
+NUM_CONNECTIONS = 20
+
+
+@pytest.fixture
+def ports(fake_cluster: Cluster) -> list[int]:
+    """Every port a process of the cluster listens at."""
+    found = set()
+    for pid in fake_cluster.pids():
+        for connection in psutil.Process(pid).net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.port)
+    # The router's two, one of each node and one of each messager.
+    assert len(found) == 2 + 4 + 4
+    return sorted(found)
+
+
+@pytest.fixture
+def files(fake_cluster: Cluster) -> list[Path]:
+    """Every ipc socket a process of the cluster listens at; those of killed ones lie about until the cluster ends."""
+    bound = {
+        str(connection.laddr)
+        for pid in fake_cluster.pids()
+        for connection in psutil.Process(pid).net_connections("unix")
+    }
+    found = [path for path in fake_cluster.runtime_files() if str(path) in bound]
+    assert len(found) == 4 + 4
+    return found
+
+
+@pytest.fixture(autouse=True)
+def same_processes(fake_cluster: Cluster) -> Iterator[None]:
+    """Fail a test that costs a process its life, or lets one grow."""
+    before = {pid: psutil.Process(pid).memory_info().rss for pid in fake_cluster.pids()}
+    yield
+    after = {pid: psutil.Process(pid).memory_info().rss for pid in fake_cluster.pids()}
+    assert after.keys() == before.keys()
+    assert all(after[pid] - before[pid] < 64 << 20 for pid in before)
+
+
+def byte_strings() -> list[bytes]:
+    rng = random.Random(40)
+    huge = struct.pack(">Q", 1 << 62)
+    greeting = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL".ljust(65, b"\0")
+    return [
+        b"",
+        b"\0",
+        rng.randbytes(10_000),
+        b"GET / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+        b"\xff" + huge + b"\x7f" + rng.randbytes(1000),
+        greeting + b"\x06" + huge + rng.randbytes(100),
+        greeting + rng.randbytes(1000),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(500),
+    ]
+
+
+def test_random_bytes_on_every_port(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
+    def disturb() -> None:
+        for content in byte_strings():
+            for port in ports:
+                with socket.create_connection(("127.0.0.1", port)) as plain:
+                    say(plain, content)
+            for path in files:
+                with socket.socket(socket.AF_UNIX) as plain:
+                    plain.connect(str(path))
+                    say(plain, content)
+
+    assert_unmoved(fake_cluster, disturb)
+
+
+def say(plain: socket.socket, content: bytes) -> None:
+    """Send ``content``; the other side may hang up meanwhile."""
+    try:
+        plain.sendall(content)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def messages() -> list[list[bytes]]:
+    """Multipart messages as only a broken or foreign peer sends them."""
+    rng = random.Random(41)
+    pack = msgpack.packb
+    return [
+        [b""],
+        [rng.randbytes(100)],
+        [rng.randbytes(20_000_000)],
+        [b"\xdd\xff\xff\xff\xff"],
+        [b"\x91" * 100_000],
+        [pack([])],
+        [pack(["Hello", {}])],
+        [pack(["Message", {}])],
+        [pack(["Heartbeat", {"load": 7}])],
+        [pack(["Heartbeat", {}, 1])],
+        [pack({"Heartbeat": {}})],
+        [pack(["Abort", {"request_id": "x"}])],
+        [pack(["Abort", {"request_id": 1, "epoch": "x"}])],
+        [pack(["Prefill", {"request": {}, "decode_node": None}])],
+        [pack(["KVFrame", {"request_id": "x", "epoch": -(1 << 63)}])],
+        [pack(["Heartbeat", {}]), *[b"x"] * 100],
+        [b"", b"", b""],
+    ]
+
+
+def test_messages_that_are_none(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
+    assert_unmoved(fake_cluster, lambda: say_all(addresses(fake_cluster, ports, files), messages()))
+
+
+def test_every_message_from_somebody_unknown(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
+    """Each is right in itself, and nobody's business where it arrives."""
+    sent = [[encode(message)] for message in EXAMPLES]
+
+    assert_unmoved(fake_cluster, lambda: say_all(addresses(fake_cluster, ports, files), sent))
+
+
+def addresses(cluster: Cluster, ports: Sequence[int], files: Sequence[Path]) -> list[str]:
+    http = cluster.config.router.port
+    return [*(f"tcp://127.0.0.1:{port}" for port in ports if port != http), *(f"ipc://{path}" for path in files)]
+
+
+def say_all(where: Sequence[str], sent: Sequence[Sequence[bytes]]) -> None:
+    """Send each message to each address from a stranger of its own, since one is enough not to be listened to again."""
+    with zmq.Context() as context:
+        for address in where:
+            for number, parts in enumerate(sent):
+                with context.socket(zmq.DEALER) as dealer:
+                    dealer.setsockopt(zmq.ROUTING_ID, f"stranger#{number}".encode())
+                    dealer.setsockopt(zmq.LINGER, 1000)
+                    dealer.connect(address)
+                    dealer.send_multipart(parts)
+
+
+def assert_unmoved(cluster: Cluster, disturb: object) -> None:
+    """Check that requests get right answers while ``disturb`` runs, and afterwards."""
+    asks = random_asks(42, 60)
+    given = answers_while(cluster, asks, disturb, limit=4, first=2)  # type: ignore[arg-type]
+    assert assert_right(cluster, asks, given) == len(asks)
+    cluster.wait_until_quiescent()
+    assert assert_right(cluster, asks[:10], answers(cluster, asks[:10])) == 10

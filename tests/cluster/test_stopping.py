@@ -1,0 +1,73 @@
+"""Nodes and clusters that are told to end while they are busy."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+from support.asking import CONNECTION_LOST, NO_NODE, answers_while, assert_right, random_asks
+from support.cluster import assert_ended_well, running, until
+from support.cluster_config import cluster_config, d, fake_engine, p
+
+
+def test_drained_nodes_fail_no_request(model: Path) -> None:
+    """One node is drained over HTTP, one by a signal, while others of its kind go on."""
+    config = cluster_config(model, p("p0"), p("p1"), d("d0"), d("d1"), d("d2"), engine=fake_engine(step_s=0.005))
+    asks = random_asks(20, 80, max_tokens=60)
+
+    with running(config) as cluster:
+        pids = {name: cluster.pid(name) for name in ("p0", "d0", "d1")}
+
+        def drain() -> None:
+            os.kill(pids["p0"], signal.SIGTERM)
+            os.kill(pids["d0"], signal.SIGTERM)
+            assert cluster.http.post("/cluster/nodes/d1/drain").status_code == 202
+            until("the drained nodes have ended", lambda: not any(map(psutil.pid_exists, pids.values())))
+
+        given = answers_while(cluster, asks, drain, limit=20, first=10)
+
+        assert assert_right(cluster, asks, given) == len(asks)
+        status = cluster.status()
+        assert {node["name"] for node in status["nodes"]} == {"p1", "d2"}
+        assert status["requests"]["nodes_lost"] == status["requests"]["failed"] == 0
+
+
+def test_supervisor_is_told_to_end_under_load(model: Path) -> None:
+    """What runs is finished, what comes later is refused, and nothing is left."""
+    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.01))
+    asks = random_asks(21, 60, max_tokens=60)
+
+    with running(config) as cluster:
+        given = answers_while(cluster, asks, lambda: cluster.process.send_signal(signal.SIGTERM), limit=20, first=10)
+
+        num_right = assert_right(cluster, asks, given, CONNECTION_LOST, NO_NODE)
+        assert 10 < num_right < len(asks)
+        assert_ended_well(cluster)
+
+
+def test_supervisor_is_told_twice_and_does_not_wait(model: Path) -> None:
+    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.05))
+    asks = random_asks(22, 20, max_tokens=1000)
+
+    def twice() -> None:
+        for _ in range(2):
+            cluster.process.send_signal(signal.SIGINT)
+            until("it has heard", lambda: "finishing what runs" in cluster.log())
+
+    with running(config) as cluster:
+        given = answers_while(cluster, asks, twice, limit=20, first=1)
+
+        assert_right(cluster, asks, given, CONNECTION_LOST, NO_NODE)
+        assert_ended_well(cluster)
+
+
+def test_supervisor_is_killed_and_nothing_outlives_it(model: Path) -> None:
+    config = cluster_config(model, p(), d(), engine=fake_engine())
+
+    with running(config) as cluster:
+        os.kill(cluster.process.pid, signal.SIGKILL)
+        cluster.process.wait()
+
+        until("all its processes have ended", lambda: not cluster.pids())

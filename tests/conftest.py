@@ -1,0 +1,54 @@
+"""What holds for every test: nothing may be left behind."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+import zmq
+from hypothesis import settings
+from support.leaks import Belongings
+
+pytest_plugins = ["support.cluster_fixtures"]
+
+# Reproducible, and no files: a failing example belongs into the test as an @example.
+settings.register_profile("kvrelay", derandomize=True, database=None, deadline=None)
+settings.load_profile("kvrelay")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_dir() -> Iterator[None]:
+    """Let every process started here keep its sockets in a directory of this test run, where leaks show."""
+    with tempfile.TemporaryDirectory(prefix="kvt-") as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", path)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_own_things() -> None:
+    """Let libraries make what they keep for the life of the process, so that no test is blamed for it."""
+    uvloop.new_event_loop().close()  # pipes for signals
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push, context.socket(zmq.PULL) as pull:
+        # pyzmq's thread that releases buffers sent without copying
+        push.bind("inproc://warm-up")
+        pull.connect("inproc://warm-up")
+        push.send(bytearray(1 << 20), copy=False)
+        pull.recv()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(runtime_dir: None, libraries_own_things: None) -> Iterator[None]:
+    """Fail a test that leaves a process, thread, socket, shared memory or runtime file behind."""
+    before = Belongings.now()
+    yield
+    leaked = before.leaked()
+    if leaked:
+        pytest.fail("left behind: " + ", ".join(leaked), pytrace=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of this suite."""
+    parser.addoption("--regenerate-golden", action="store_true", help="write golden files anew from what the code does")
+    parser.addoption("--schedules", type=int, help="how many random schedules of each kind the pair tests run")

@@ -1,0 +1,141 @@
+"""Clusters of every shape under random load: every request ends, with the right tokens, and no block is ever lost.
+
+``--schedules N`` runs N of each kind instead of a few.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.world import Client, World
+
+FEW = 40
+
+
+@pytest.fixture
+def seeds(request: pytest.FixtureRequest) -> Iterator[int]:
+    return iter(range(request.config.getoption("schedules") or FEW))
+
+
+def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
+    """Return a World of 12 to 64 blocks a node, whose every setting is drawn."""
+    shape = rng.choice(["disaggregated", "mixed", "both"])
+    return World(
+        seed,
+        prefill=0 if shape == "mixed" else rng.randint(1, 2),
+        decode=0 if shape == "mixed" else rng.randint(1, 3),
+        mixed=0 if shape == "disaggregated" else rng.randint(1, 2),
+        cache={
+            "block_size": rng.choice([1, 2, 4]),
+            "num_blocks": rng.randint(12, 64),
+            "prefix_caching": rng.random() < 0.8,
+            "output_caching": rng.random() < 0.7,
+        },
+        scheduler={
+            "max_num_batched_tokens": rng.choice([3, 8, 32, 64]),
+            "max_num_seqs": rng.choice([2, 4, 16]),
+            "prefill_policy": rng.choice(["dedicated", "shared"]),
+            "reserve_policy": rng.choice(["new_token_ratio", "fixed_blocks", "sglang", "none"]),
+            "watermark": rng.choice([0.0, 0.01, 0.2]),
+            "preemption_order": rng.choice(["latest_first", "shortest_output_first"]),
+            "requeue": rng.choice(["front", "tail"]),
+            "enable_priority_scheduling": rng.random() < 0.5,
+            "priority_aging_s": rng.choice([0.01, 0.1, 10.0]),
+        },
+        transfer={"link": rng.choice(["auto", "tcp"]), "layerwise": rng.random() < 0.8},
+        engine={"num_layers": rng.randint(1, 3), **options.pop("engine", {})},
+        speculative={"method": rng.choice(["none", "none", "naive", "ngram"]), "num_speculative_tokens": 3},
+        careful=True,
+        **options,
+    )
+
+
+def capacity(world: World) -> int:
+    """Tokens a whole pool holds."""
+    cache = next(iter(world.nodes.values())).config.cache
+    return cache.num_blocks * cache.block_size
+
+
+def some_prompt(rng: random.Random, world: World, common: list[int], longest: int) -> list[int]:
+    """Return a prompt that often begins like others, and is sometimes nothing else."""
+    prompt = world.prompt(rng.randint(1, max(1, longest - len(common))))
+    return rng.choice([prompt, common + prompt, common + prompt, list(common)])[:longest]
+
+
+def abort_later(world: World, client: Client, seconds: float) -> None:
+    def abort() -> None:
+        if client.ended is None:
+            world.abort(client)
+
+    world.after(seconds, abort)
+
+
+def check_all(seeds: Iterator[int], check: Callable[[random.Random, int], None]) -> None:
+    for seed in seeds:
+        try:
+            check(random.Random(seed), seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
+def test_random_arrivals_lengths_priorities_and_departures(seeds: Iterator[int]) -> None:
+    def check(rng: random.Random, seed: int) -> None:
+        with some_cluster(rng, seed) as world:
+            size = capacity(world)
+            common = world.prompt(rng.randint(1, size // 3))
+            for _ in range(rng.randint(1, 12)):
+                prompt = some_prompt(rng, world, common, size - 2)
+                client = world.submit(prompt, rng.randint(1, size - len(prompt)), priority=rng.randint(-1, 2))
+                if rng.random() < 0.2:
+                    abort_later(world, client, rng.random() * 0.1)
+                if rng.random() < 0.5:
+                    world.run_for(rng.random() * 0.05)
+            world.settle(300.0)
+            # Whoever fits a pool alone gets through, whatever else there is.
+            assert {client.error for client in world.clients.values()} == {None}
+
+    check_all(seeds, check)
+
+
+def test_long_outputs_in_small_pools(seeds: Iterator[int]) -> None:
+    """Preemption all the time; requests that outgrow even the whole pool end with an error and all they generated."""
+
+    def check(rng: random.Random, seed: int) -> None:
+        with some_cluster(rng, seed, engine={"eos_every": 0}) as world:
+            size = capacity(world)
+            for _ in range(rng.randint(2, 8)):
+                world.submit(world.prompt(rng.randint(1, max(1, size // 4))), rng.randint(1, 2 * size // 2 + 8))
+                world.run_for(rng.random() * 0.03)
+            world.settle(300.0)
+            for client in world.clients.values():
+                total = len(client.prompt) + client.sampling.max_tokens
+                assert client.error in (None, "kv_cache_too_small")
+                if client.error:
+                    assert total > size
+                    assert len(client.prompt) + len(client.token_ids) >= size
+
+    check_all(seeds, check)
+
+
+def test_random_faults_and_restarts(seeds: Iterator[int]) -> None:
+    def check(rng: random.Random, seed: int) -> None:
+        limits = {"request_timeout_s": 100.0, "max_attempts": 10}
+        with some_cluster(rng, seed, limits=limits) as world:
+            world.link.disturb(drop=0.003, duplicate=0.01, overtake=0.01, delay=0.02, corrupt=0.003)
+            size = capacity(world)
+            common = world.prompt(rng.randint(1, size // 3))
+            for _ in range(rng.randint(2, 10)):
+                prompt = some_prompt(rng, world, common, size - 2)
+                world.submit(prompt, rng.randint(1, size - len(prompt)), priority=rng.randint(-1, 2))
+                world.run_for(rng.random() * 0.03)
+                if rng.random() < 0.15:
+                    world.restart(rng.choice(sorted(world.nodes)))
+            world.settle_clients(150.0)
+            world.link.heal()
+            world.settle(60.0)
+
+    check_all(seeds, check)

@@ -1,0 +1,95 @@
+"""F28: anybody can reach a port. What strangers say, sensible or not, breaks nothing and nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.machines import D0, MESSAGER, P0, ROUTER, NodeDesk
+from support.messages import EXAMPLES, random_values
+from support.processes import Process
+from support.world import World
+
+from kvrelay.core.codec import MESSAGES
+from kvrelay.core.config import Role
+from kvrelay.core.machine import Exit, PeerLost, Received
+from kvrelay.core.messages.base import Message
+from kvrelay.core.messages.router_to_node import RegistrationRefused
+
+NODES = [Role.PREFILL, Role.DECODE, Role.MIXED]
+
+
+class Silent:
+    """A machine that says nothing."""
+
+    def handle(self, event: object, now: float) -> list[object]:
+        return []
+
+    def assert_quiescent(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("peer", ["x#1", P0, D0, MESSAGER, ROUTER])
+@pytest.mark.parametrize("role", NODES)
+def test_a_node_survives_every_message_from_everybody(role: Role, peer: str) -> None:
+    for message in EXAMPLES:
+        desk = NodeDesk(role)
+        desk.hear(peer, message)
+        desk.hear(peer, message)
+        if peer == "x#1":
+            assert desk.did(Exit) == []
+
+
+@pytest.mark.parametrize("role", NODES)
+def test_a_node_survives_random_messages_of_strangers(role: Role) -> None:
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.sampled_from(sorted(MESSAGES.values(), key=repr)).flatmap(random_values), max_size=8))
+    def check(messages: list[Message]) -> None:
+        desk = NodeDesk(role)
+        for message in messages:
+            desk.hear("x#1", message)
+        desk.tell(PeerLost("x#1", "gone"))
+        desk.pass_time(100.0)
+        if desk.plan is not None:
+            desk.run_steps(100_000)
+
+    check()
+
+
+def strange(world: World, *addresses: str) -> Process:
+    """Let a stranger come who reaches out to everybody."""
+    stranger = Process(world, "x#1", Silent(), ["tcp://x:1"])
+    for number, address in enumerate(addresses):
+        stranger.connections[f"target {number}"] = address
+    return stranger
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cluster_under_load_does_its_work_while_strangers_talk(seed: int) -> None:
+    with World(seed, prefill=2, decode=2, mixed=1, engine={"eos_every": 0}, careful=True) as world:
+        addresses = [address for process in world.processes.values() for address in process.addresses]
+        stranger = strange(world, *addresses)
+        for _ in range(8):
+            world.submit(world.rng.randrange(1, 40), 8)
+            for _ in range(20):
+                message: Any = world.rng.choice(EXAMPLES)
+                if not isinstance(message, RegistrationRefused):
+                    payload = (memoryview(b"x" * 64),) if world.rng.random() < 0.2 else ()
+                    stranger.send(world.rng.choice(list(stranger.connections)), message, payload)
+            world.run_for(0.005)
+        world.run_until(world.all_ended, 30.0)
+        stranger.exit("gone")
+        world.settle(60.0)
+        assert [client.error for client in world.clients.values()] == [None] * 8
+
+
+def test_a_messager_answers_who_has_no_business_with_it() -> None:
+    with World() as world:
+        messager = world.nodes["d0"].messager
+        assert messager is not None
+        for message in EXAMPLES:
+            messager.handle(Received("x#1", message, (memoryview(b"x" * 64),)))
+            messager.handle(PeerLost("x#1", "gone"))
+        world.submit(20, 5)

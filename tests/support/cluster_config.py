@@ -1,0 +1,66 @@
+"""Configs of clusters for tests: free ports, short heartbeats, sections by node."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 384
+EOS_TOKEN_ID = 2
+
+Config = dict[str, Any]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports nobody listens at, from below the range that the kernel gives to clients."""
+    ports: list[int] = []
+    number = random.Random(os.getpid() + time.time_ns())
+    while len(ports) < count:
+        port = number.randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if port not in ports and probe.connect_ex(("127.0.0.1", port)) != 0:
+                ports.append(port)
+    return ports
+
+
+def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], **sections: Any) -> Config:
+    """Return the config of a cluster with free ports; each of ``nodes`` has its name, role and sections."""
+    http, control, *ports = free_ports(2 + len(nodes))
+    return {
+        **sections,
+        "model": {"path": str(checkpoint), "served_name": "demo", **sections.get("model", {})},
+        "router": {"port": http, "control": f"tcp://127.0.0.1:{control}", **sections.get("router", {})},
+        "cluster": {
+            "heartbeat_s": 0.1,
+            "peer_timeout_s": 20.0,
+            "restart_backoff_s": 0.1,
+            **sections.get("cluster", {}),
+        },
+        "nodes": [{**node, "port": port} for node, port in zip(nodes, ports, strict=True)],
+    }
+
+
+def fake_engine(**fake: Any) -> Config:
+    """Return the section for an engine without a model, with the vocabulary of the tiny checkpoints."""
+    return {"kind": "fake", "fake": {"vocab_size": VOCAB_SIZE, **fake}}
+
+
+def p(name: str = "p0", **sections: Any) -> Config:
+    """Return a prefill node."""
+    return {"name": name, "role": "prefill", **sections}
+
+
+def d(name: str = "d0", **sections: Any) -> Config:
+    """Return a decode node."""
+    return {"name": name, "role": "decode", **sections}
+
+
+def m(name: str = "m0", **sections: Any) -> Config:
+    """Return a mixed node."""
+    return {"name": name, "role": "mixed", **sections}

@@ -1,0 +1,43 @@
+"""Coroutines in plain tests, on the loop the processes run on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+PATIENCE_S = 20.0
+"""What does not happen within this time will never happen."""
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` to its end on a fresh uvloop."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(coroutine, PATIENCE_S)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(bounded())
+
+
+class Inbox:
+    """Collects delivered events and lets a test wait for the next."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[object] = asyncio.Queue()
+
+    def __call__(self, event: object) -> None:
+        self._events.put_nowait(event)
+
+    async def next(self) -> object:
+        """Return the next event as soon as it is there."""
+        return await self._events.get()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return self._events.empty()

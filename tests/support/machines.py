@@ -1,0 +1,193 @@
+"""One machine alone: a test says what it hears and looks at what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from decode_node.state import DecodeMachine
+from kvrelay.core.config import (
+    CacheConfig,
+    ClusterSettings,
+    EngineConfig,
+    NodeConfig,
+    Role,
+    SchedulerConfig,
+    SpeculativeConfig,
+    TransferConfig,
+)
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import MESSAGER, ROUTER, PeerId
+from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone, StepFailed, TimerFired
+from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
+from kvrelay.core.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
+from kvrelay.core.messages.node_to_messager import CancelKV, CloseTransfer
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+from prefill_node.state import PrefillMachine
+
+M = TypeVar("M", bound=Message)
+
+P0, D0, D1 = "p0#1", "d0#1", "d1#1"
+D0_ADDRESS = NodeAddress(peer=D0, address="tcp://127.0.0.1:8300")
+D1_ADDRESS = NodeAddress(peer=D1, address="tcp://127.0.0.1:8301")
+LINK = LinkAddress(peer="d0.messager#1", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///d0")
+BLOCK_SIZE = 4
+LEASE_S, TIMEOUT_S, DRAIN_S = 8.0, 10.0, 20.0
+
+
+def node_config(role: Role, **sections: dict[str, Any]) -> NodeConfig:
+    """Return the config of a small node."""
+    return NodeConfig(
+        name="n0",
+        role=role,
+        port=8200,
+        cache=CacheConfig(**{"block_size": BLOCK_SIZE, "num_blocks": 32, **sections.get("cache", {})}),
+        scheduler=SchedulerConfig(**{"reserve_policy": "none", "watermark": 0.0, **sections.get("scheduler", {})}),
+        speculative=SpeculativeConfig(**sections.get("speculative", {})),
+        transfer=TransferConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S),
+        engine=EngineConfig(kind="fake"),
+        cluster=ClusterSettings(drain_timeout_s=DRAIN_S),
+    )
+
+
+def registration(node: NodeConfig) -> Register:
+    """Return what a node registers as."""
+    return Register(
+        node_id=node.name,
+        incarnation="1",
+        role=node.role,
+        address=node.address,
+        pid=1,
+        model="demo",
+        max_model_len=4096,
+        max_num_seqs=node.scheduler.max_num_seqs,
+        num_blocks=node.cache.num_blocks,
+        geometry=KVGeometry(2, 1, 8, node.cache.block_size, "uint8", "model"),
+    )
+
+
+def spec(name: str = "r", prompt: int | list[int] = 10, max_tokens: int = 5, **options: Any) -> RequestSpec:
+    """Return a request; ``prompt`` is its tokens, or how many."""
+    sampling = SamplingParams(max_tokens=max_tokens, seed=1, **options.pop("sampling", {}))
+    tokens = prompt if isinstance(prompt, list) else list(range(prompt))
+    return RequestSpec(
+        request_id=name, epoch=options.pop("epoch", 1), prompt_token_ids=tokens, sampling=sampling, **options
+    )
+
+
+class NodeDesk:
+    """A node's machine. Its messager lets go of blocks when it is told to, unless ``messager_answers`` is off."""
+
+    def __init__(self, role: Role, **sections: dict[str, Any]) -> None:
+        node = node_config(role, **sections)
+        kind = PrefillMachine if role is Role.PREFILL else DecodeMachine
+        self.machine: Any = kind(node, registration(node))
+        self.now = 100.0
+        self.messager_answers = True
+        self.actions: list[object] = []
+        self.plan: StepPlan | None = None
+        self.tell(Started())
+        if role is not Role.MIXED:
+            self.hear(MESSAGER, MessagerReady(link=LINK))
+        self.actions.clear()
+
+    # ------------------------------------------------------------ telling
+
+    def tell(self, event: object) -> list[Any]:
+        """Let the machine handle ``event``; return what it wants done."""
+        actions = list(self.machine.handle(event, self.now))
+        self.actions += actions
+        for action in actions:
+            match action:
+                case RunStep(plan=plan):
+                    assert self.plan is None, "a step was started while another runs"
+                    self.plan = plan
+                case Send(peer="messager", message=message) if self.messager_answers:
+                    self._answer(message)
+        return actions
+
+    def _answer(self, message: Message) -> None:
+        match message:
+            case CancelKV(request_id=request_id, epoch=epoch):
+                self.hear(MESSAGER, KVCancelled(request_id=request_id, epoch=epoch))
+            case CloseTransfer(request_id=request_id, epoch=epoch):
+                self.hear(MESSAGER, TransferClosed(request_id=request_id, epoch=epoch))
+
+    def hear(self, peer: PeerId, message: Message) -> list[Any]:
+        """Let a message come in."""
+        return self.tell(Received(peer, message))
+
+    def pass_time(self, seconds: float) -> list[Any]:
+        """Let time pass and a heartbeat be due."""
+        self.now += seconds
+        return self.tell(TimerFired("heartbeat"))
+
+    def finish_step(self, *tokens: int) -> list[Any]:
+        """End the running step; whoever samples gets the next of ``tokens``, or 7."""
+        assert self.plan is not None, "no step is running"
+        plan, self.plan = self.plan, None
+        left = list(tokens)
+        sampled = [SampledTokens([left.pop(0) if left else 7] if item.samples else [], []) for item in plan.batch]
+        return self.tell(StepDone(StepResult(plan.step, sampled)))
+
+    def fail_step(self) -> list[Any]:
+        """Let the running step break."""
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        return self.tell(StepFailed(plan.step, "ValueError: broken"))
+
+    def run_steps(self, limit: int = 1000) -> None:
+        """Let all steps be computed until there is nothing left to do."""
+        for _ in range(limit):
+            if self.plan is None:
+                return
+            self.finish_step()
+        raise AssertionError("it never ends")
+
+    # ------------------------------------------------------------ looking
+
+    def sent(self, kind: type[M], to: PeerId | None = None) -> list[M]:
+        """Return all messages of ``kind`` sent so far."""
+        return sent(self.actions, kind, to)
+
+    def did(self, kind: type[Any]) -> list[Any]:
+        """Return all actions of ``kind`` so far."""
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        used: int = self.machine.kv.num_referenced
+        return used
+
+
+def sent(actions: Sequence[object], kind: type[M], to: PeerId | None = None) -> list[M]:
+    """Return the messages of ``kind`` in ``actions``, to ``to`` or to anyone."""
+    return [
+        action.message
+        for action in actions
+        if isinstance(action, Send) and isinstance(action.message, kind) and to in (None, action.peer)
+    ]
+
+
+__all__ = [
+    "BLOCK_SIZE",
+    "D0",
+    "D0_ADDRESS",
+    "D1",
+    "D1_ADDRESS",
+    "DRAIN_S",
+    "LEASE_S",
+    "LINK",
+    "MESSAGER",
+    "P0",
+    "ROUTER",
+    "TIMEOUT_S",
+    "NodeDesk",
+    "node_config",
+    "registration",
+    "sent",
+    "spec",
+]

@@ -1,0 +1,221 @@
+"""An example of every message, and random ones of any."""
+
+from __future__ import annotations
+
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_handle import KVMemoryHandle
+from kvrelay.core.messages.base import (
+    ErrorInfo,
+    Heartbeat,
+    LayerTransfer,
+    LinkAddress,
+    Load,
+    Mark,
+    Message,
+    NodeAddress,
+    ProtocolViolation,
+)
+from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.core.messages.messager_to_node import (
+    KVArrived,
+    KVCancelled,
+    KVExpected,
+    KVFailed,
+    MessagerReady,
+    MessagerStats,
+    TransferClosed,
+    TransferDone,
+    TransferFailed,
+)
+from kvrelay.core.messages.node_to_messager import (
+    CachedSignal,
+    CancelKV,
+    CloseTransfer,
+    ExpectKV,
+    KVSpan,
+    LayerSignal,
+    OpenTransfer,
+    StopMessager,
+)
+from kvrelay.core.messages.node_to_router import (
+    DecodeNeeded,
+    Drained,
+    Leaving,
+    Register,
+    RequestFailed,
+    RequestOutput,
+    RequestTimeline,
+    TokensOut,
+)
+from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
+from kvrelay.core.messages.router_to_node import (
+    Abort,
+    AssignDecode,
+    Drain,
+    Generate,
+    Prefill,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from kvrelay.core.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
+from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+
+_ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
+_ERROR = ErrorInfo(code="transfer_failed", message="gone", http_status=503, retryable=True)
+_GEOMETRY = KVGeometry(4, 2, 8, 16, "bfloat16", "c0ffee")
+_D0 = NodeAddress(peer="d0#0a1b2c3d", address="tcp://127.0.0.1:8300")
+_LINK = LinkAddress(peer="d0-messager#0a1b", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///run/d0")
+_SPEC = RequestSpec(
+    **_ID,
+    prompt_token_ids=[1, 200, 70000],
+    output_token_ids=[5],
+    priority=-1,
+    arrival_s=1_700_000_000.25,
+    sampling=SamplingParams(
+        max_tokens=64,
+        seed=2**63 - 1,
+        min_tokens=1,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.2,
+        logit_bias={7: -100.0},
+        eos_token_ids=[2, 3],
+        stop_token_ids=[11],
+        ignore_eos=True,
+        num_logprobs=1,
+    ),
+)
+_OUTPUT = RequestOutput(
+    **_ID,
+    index=1,
+    token_ids=[9],
+    logprobs=[TokenLogprobs(-0.5, [9, 4], [-0.5, -1.5])],
+    finish_reason=FinishReason.STOP,
+    stop_token_id=9,
+    num_cached_tokens=32,
+)
+_LOAD = Load(
+    num_waiting=1,
+    num_running=2,
+    num_receiving=3,
+    num_sending=4,
+    free_blocks=5,
+    evictable_blocks=6,
+    used_blocks=7,
+    queued_tokens=8,
+    gauges={"reserve_level": 0.7},
+    counters={"steps": 9.0},
+)
+
+EXAMPLES: list[Message] = [
+    Heartbeat(load=_LOAD),
+    ProtocolViolation(reason="unknown message 'Hello'"),
+    Registered(router_incarnation="feed"),
+    RegistrationRefused(reason="block_size: 16 != 32"),
+    RegisterAgain(),
+    Prefill(request=_SPEC, decode_node=_D0),
+    AssignDecode(**_ID, decode_node=_D0),
+    Generate(request=_SPEC),
+    Abort(**_ID),
+    Drain(),
+    Register(
+        node_id="p0",
+        incarnation="beef",
+        role="prefill",
+        address="tcp://127.0.0.1:8200",
+        pid=42,
+        model="demo",
+        max_model_len=4096,
+        max_num_seqs=64,
+        num_blocks=2048,
+        geometry=_GEOMETRY,
+    ),
+    TokensOut(outputs=[_OUTPUT]),
+    RequestFailed(**_ID, error=_ERROR),
+    DecodeNeeded(**_ID, refused_by="d0#0a1b2c3d", reason="full", retry_after_s=0.1),
+    RequestTimeline(**_ID, marks=[Mark("prefill", 1.5, "p0")], layers=[LayerTransfer(0, 1.25, 1.75, 4096)]),
+    Leaving(),
+    Drained(),
+    ReserveBlocks(**_ID, block_hashes=[b"\x00" * 32, b"\xff" * 32], num_tokens=40, max_tokens=63, priority=3),
+    HandOff(request=_SPEC, num_cached_tokens=16),
+    RenewReservations(attempts=[("cmpl-1", 2), ("cmpl-2", 1)]),
+    CancelReservation(**_ID, reason="aborted"),
+    BlocksReserved(**_ID, block_ids=[4, 5, 9], num_cached_blocks=1, link=_LINK, lease_s=30.0),
+    ReservationRefused(**_ID, reason="full", retry_after_s=None),
+    ReservationEnded(**_ID, reason="lease over"),
+    LayerSignal(step=7, layer=3, spans=[KVSpan("cmpl-1", 2, 1, [8, 9])]),
+    CachedSignal(span=KVSpan("cmpl-1", 2, 0, [3])),
+    OpenTransfer(**_ID, link=_LINK, first_block=1, target_block_ids=[4, 5, 9]),
+    CloseTransfer(**_ID),
+    ExpectKV(**_ID, first_block=1, target_block_ids=[4, 5, 9]),
+    CancelKV(**_ID),
+    StopMessager(),
+    MessagerReady(link=_LINK),
+    TransferDone(**_ID, num_bytes=8192, link="shm", layers=[LayerTransfer(0, 1.25, 1.75, 8192)]),
+    TransferFailed(**_ID, error=_ERROR),
+    TransferClosed(**_ID),
+    KVExpected(**_ID),
+    KVArrived(**_ID, num_bytes=8192),
+    KVFailed(**_ID, error=_ERROR),
+    KVCancelled(**_ID),
+    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
+    LinkHello(geometry=_GEOMETRY, pool=KVMemoryHandle(42, 7, "00112233", 64)),
+    LinkAccepted(shm=False, credit_bytes=1 << 20),
+    LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),
+    KVFrame(
+        **_ID,
+        layer=3,
+        first_block=1,
+        target_block_ids=[4, 5],
+        source_block_ids=[8, 9],
+        num_bytes=8192,
+        digest=2**64 - 1,
+    ),
+    FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status="written"),
+    FetchBlocks(fetch_id=7, namespace=b"n" * 16, block_hashes=[b"a" * 32, b"b" * 32]),
+    BlocksFetched(fetch_id=7, found=[True, False]),
+    DropBlocks(fetch_id=8, namespace=b"n" * 16, block_hashes=[b"a" * 32]),
+    BlocksDropped(fetch_id=8, num_blocks=1),
+]
+
+_LEAVES: dict[Any, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(-(2**63), 2**64 - 1),
+    float: st.floats(allow_nan=False),
+    str: st.text(max_size=20),
+    bytes: st.binary(max_size=32),
+    types.NoneType: st.none(),
+}
+
+
+def random_values(kind: Any) -> st.SearchStrategy[Any]:
+    """Return values of ``kind``: a message, a struct, or anything one may be made of."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind in _LEAVES:
+        return _LEAVES[kind]
+    if origin is list:
+        return st.lists(random_values(arguments[0]), max_size=3)
+    if origin is dict:
+        return st.dictionaries(random_values(arguments[0]), random_values(arguments[1]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(random_values, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*map(random_values, arguments))
+    if issubclass(kind, Enum):
+        return st.sampled_from(kind)
+    fields = {field.name: random_values(field.type) for field in msgspec.structs.fields(kind)}
+    return st.builds(kind, **fields)

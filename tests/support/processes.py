@@ -1,0 +1,274 @@
+"""What a process is in the World: a machine, its connections and timers, and what performs its actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cache_messager.service import BlockMover
+from cache_messager.settings import MessagerSettings
+from cache_messager.state import MessagerMachine
+from cache_messager.work import WriteBlocks
+from decode_node.state import DecodeMachine
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, peer_id
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.machine import (
+    CancelTimer,
+    Connect,
+    Disconnect,
+    Exit,
+    LayerComputed,
+    Log,
+    Machine,
+    PeerLost,
+    Received,
+    RunStep,
+    Send,
+    SetTimer,
+    Started,
+    StepDone,
+    StepFailed,
+    TimerFired,
+)
+from kvrelay.core.messages.base import LinkAddress, Message
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.core.step import StepResult
+from kvrelay.engine.fake import FakeEngine, step_seconds
+from prefill_node.state import PrefillMachine
+from router.events import Deliver
+from router.state import RouterMachine
+
+if TYPE_CHECKING:
+    from support.world import World
+
+CONTROL = "tcp://router:8100"
+WRITE_S = 0.0001
+"""How long a messager takes to write a frame's blocks."""
+
+
+class Process:
+    """Does for one machine in virtual time what Shell and Transport do on sockets.
+
+    ``addresses`` is where it listens, ``connections`` whom it reached out to and what it calls them, ``aliases`` what
+    it calls some of those that reached out to it.
+    """
+
+    def __init__(self, world: World, peer: PeerId, machine: Machine, addresses: Sequence[str]) -> None:
+        self.world = world
+        self.peer = peer
+        self.machine = machine
+        self.addresses = list(addresses)
+        self.connections: dict[PeerId, str] = {}
+        self.aliases: dict[PeerId, PeerId] = {}
+        self.alive = True
+        self.paused = False
+        self.exit_reason: str | None = None
+        self.log: list[Log] = []
+        self._backlog: list[object] = []
+        self._timers: dict[Hashable, int] = {}
+        self._num_timers = 0
+        self.handlers: dict[type, Callable[[Any], object]] = {
+            Send: lambda action: self.send(action.peer, action.message),
+            Connect: lambda action: self.connections.__setitem__(action.peer, action.address),
+            Disconnect: lambda action: self.connections.pop(action.peer, None),
+            SetTimer: self._set_timer,
+            CancelTimer: lambda action: self._timers.pop(action.key, None),
+            Log: self.log.append,
+            Exit: lambda action: self.exit(action.reason),
+        }
+        world.add(self)
+
+    def handle_with(self, kind: type, handler: Callable[[Any], object]) -> None:
+        """Have ``handler`` perform actions of type ``kind``."""
+        self.handlers[kind] = handler
+
+    def post(self, event: object) -> None:
+        """Have ``event`` handled as soon as the present one is."""
+        self.world.after(0.0, lambda: self.handle(event))
+
+    def handle(self, event: object) -> None:
+        """Let the machine take ``event`` now, and perform what it says."""
+        if not self.alive:
+            return
+        if self.paused:
+            self._backlog.append(event)
+            return
+        self.world.story.append((self.world.now, self.peer, event))
+        for action in self.machine.handle(event, self.world.now):
+            self.handlers[type(action)](action)
+        self.world.check(self)
+
+    def resume(self) -> None:
+        """Go on after a pause (SIGCONT)."""
+        self.paused = False
+        backlog, self._backlog = self._backlog, []
+        for event in backlog:
+            self.handle(event)
+
+    def exit(self, reason: str) -> None:
+        """End, having said what there was to say."""
+        self.exit_reason = reason
+        self.alive = False
+        self.world.remove(self)
+
+    # ------------------------------------------------------------ messages
+
+    def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        """Send to ``peer``, as Transport does."""
+        target = self.world.reach(self, peer)
+        if target is not None:
+            self.world.link.send(self.peer, target, message, tuple(payload))
+        elif peer in self.connections:
+            self.world.keep(self.connections[peer], self, message)
+        else:
+            self.post(PeerLost(peer, "Host unreachable"))
+
+    def receive(self, source: Process, message: Message, payload: tuple[memoryview, ...]) -> None:
+        """Take a message, unless the connection it came by is gone."""
+        # Of two connections to one address the later takes the other's place at the far end (ROUTER_HANDOVER).
+        labels = [label for label, address in self.connections.items() if address in source.addresses]
+        label = labels[-1] if labels else None
+        if label is None and any(address in self.addresses for address in source.connections.values()):
+            label = self.aliases.get(source.peer, source.peer)
+        if label is not None:
+            self.handle(Received(label, message, payload))
+
+    # ------------------------------------------------------------ timers
+
+    def _set_timer(self, action: SetTimer) -> None:
+        self._num_timers += 1
+        number = self._timers[action.key] = self._num_timers
+
+        def fire() -> None:
+            if self._timers.get(action.key) == number:
+                del self._timers[action.key]
+                self.handle(TimerFired(action.key))
+
+        self.world.after(max(0.0, action.at_s - self.world.now), fire)
+
+
+class RouterProcess(Process):
+    """The router; what it delivers goes to the World's clients."""
+
+    machine: RouterMachine
+
+    def __init__(self, world: World, machine: RouterMachine) -> None:
+        super().__init__(world, ROUTER, machine, [CONTROL])
+        self.handle_with(Deliver, world.deliver)
+        self.post(Started())
+
+
+class NodeProcess(Process):
+    """A node with its engine and, unless it is mixed, its messager. ``failing_steps``: those in which it breaks."""
+
+    machine: PrefillMachine | DecodeMachine
+
+    def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
+        self.config = config
+        self.failing_steps: set[int] = set()
+        self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.num_blocks)
+        me = peer_id(config.name, incarnation)
+        kind = PrefillMachine if config.role == "prefill" else DecodeMachine
+        machine = kind(config, self._registration(incarnation))
+        super().__init__(world, me, machine, [config.address, f"ipc:///{me}"])
+        self.connections[ROUTER] = CONTROL
+        self.handle_with(RunStep, self._run_step)
+        self.messager: MessagerProcess | None = None
+        if config.role != "mixed":
+            self.messager = MessagerProcess(world, self)
+            self.aliases[self.messager.peer] = MESSAGER
+        self.post(Started())
+
+    def _registration(self, incarnation: str) -> Register:
+        config = self.config
+        return Register(
+            node_id=config.name,
+            incarnation=incarnation,
+            role=config.role,
+            address=config.address,
+            pid=1,
+            model=config.model.name,
+            max_model_len=self.engine.max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            num_blocks=config.cache.num_blocks,
+            geometry=self.engine.geometry,
+        )
+
+    def _run_step(self, action: RunStep) -> None:
+        """Let virtual time pass between the layers.
+
+        A block that is given away while the step still runs is written to after that, and one that is read before its
+        time has not been written yet: what would be a race between threads shows as a wrong token.
+        """
+        assert action.plan.num_tokens <= self.config.scheduler.max_num_batched_tokens, "a step beyond the token budget"
+        layers = self.engine.layers(action.plan)
+        layer_s = step_seconds(self.config.engine.fake, action.plan.batch) / self.engine.geometry.num_layers
+
+        def advance(layers: Iterator[int | StepResult] = layers) -> None:
+            if not self.alive:
+                return
+            done = next(layers)
+            if isinstance(done, StepResult):
+                self.handle(StepDone(done))
+                return
+            if self.config.role == "prefill":
+                self.handle(LayerComputed(action.plan.step, done))
+            if action.plan.step in self.failing_steps and done == 0:
+                self.handle(StepFailed(action.plan.step, "ValueError: told to"))
+                return
+            last = done == self.engine.geometry.num_layers - 1
+            self.world.after(0.0 if last else layer_s, advance)
+
+        self.world.after(layer_s, advance)
+
+    def exit(self, reason: str) -> None:
+        """End; the messager sees its lifeline cut."""
+        super().exit(reason)
+        if self.messager is not None:
+            self.messager.post(PeerLost(self.peer, "its process has ended"))
+
+
+class MessagerProcess(Process):
+    """A node's cache messager, with the real mover of blocks on the node's real pool."""
+
+    machine: MessagerMachine
+
+    def __init__(self, world: World, node: NodeProcess) -> None:
+        self.node = node
+        settings = MessagerSettings.for_node(
+            node.config,
+            node=node.peer,
+            node_address=f"ipc:///{node.peer}",
+            geometry=node.engine.geometry,
+            pool=node.engine.memory.handle,
+            runtime_dir="/nonexistent",
+        )
+        link = LinkAddress(
+            peer=settings.me, host_id=node.config.host, tcp=f"tcp://{settings.me}", ipc=f"ipc:///{settings.me}"
+        )
+        super().__init__(world, settings.me, MessagerMachine(settings, link), [link.tcp, link.ipc])
+        self.connections[node.peer] = f"ipc:///{node.peer}"
+        # Its own mapping, as in a process of its own: the pool outlives the node as long as frames are read from it.
+        self._pool = KVMemory.attach(settings.geometry, settings.pool)
+        self.mover = BlockMover(settings, self._pool, self, self)  # type: ignore[arg-type]
+        write_now = self.handlers[WriteBlocks]
+        self.handle_with(WriteBlocks, lambda action: self._write_later(action, write_now))
+        self.post(Started())
+
+    def _write_later(self, action: WriteBlocks, write_now: Callable[[Any], object]) -> None:
+        def write() -> None:
+            if self.alive:
+                write_now(action)
+
+        self.world.after(WRITE_S * (1 + self.world.link.rng.random()), write)
+
+    def exit(self, reason: str) -> None:
+        """End; the node sees its child end."""
+        super().exit(reason)
+        self.node.post(PeerLost(MESSAGER, "it exited with status 0"))
+
+    def close(self) -> None:
+        """Give all mappings back."""
+        self.mover.close()
+        self._pool.close()

@@ -1,0 +1,91 @@
+"""The HTTP client of ``kvrelay status`` and ``kvrelay chat``, against a made-up router."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
+from kvrelay.core.errors import KVRelayError
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def client_of(handler: Handler) -> ClusterClient:
+    return ClusterClient("http://router", transport=httpx.MockTransport(handler))
+
+
+def refused(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("connection refused", request=request)
+
+
+def chunk(**delta: str) -> str:
+    return "data: " + json.dumps({"id": "chatcmpl-1", "choices": [{"index": 0, "delta": delta}]}) + "\n\n"
+
+
+def chat_router(stream: str, requests: list[httpx.Request] | None = None) -> Handler:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if requests is not None:
+            requests.append(request)
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "demo"}]})
+        return httpx.Response(200, text=stream, headers={"content-type": "text/event-stream"})
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (lambda _: httpx.Response(200), None),
+        (lambda _: httpx.Response(503, json={"error": {"message": "no decode node"}}), "no decode node"),
+        (lambda _: httpx.Response(503, json={"reason": "no decode node"}), "no decode node"),
+        (lambda _: httpx.Response(502, text="<html>"), "502 Bad Gateway"),
+        (refused, "the router does not answer yet"),
+    ],
+)
+def test_readiness(handler: Handler, reason: str | None) -> None:
+    with client_of(handler) as client:
+        assert client.not_ready_because() == reason
+
+
+def test_chat_streams_the_text_and_names_the_request() -> None:
+    requests: list[httpx.Request] = []
+    stream = chunk(role="assistant", content="He") + chunk(content="llo") + chunk() + "data: [DONE]\n\n"
+    with client_of(chat_router(stream, requests)) as client:
+        parts = list(client.chat([{"role": "user", "content": "hi"}], max_tokens=7))
+
+    assert "".join(text for _, text in parts) == "Hello"
+    assert {request_id for request_id, _ in parts} == {"chatcmpl-1"}
+    body = json.loads(requests[-1].content)
+    assert (body["model"], body["max_tokens"], body["stream"]) == ("demo", 7, True)
+
+
+def test_a_chunk_without_choices_is_no_text() -> None:
+    stream = chunk(content="a") + 'data: {"id": "chatcmpl-1", "choices": [], "usage": {}}\n\n'
+    with client_of(chat_router(stream)) as client:
+        assert [text for _, text in client.chat([], max_tokens=1)] == ["a"]
+
+
+def test_an_error_within_the_stream_is_raised() -> None:
+    stream = chunk(content="a") + 'data: {"error": {"message": "decode node lost"}}\n\n'
+    with client_of(chat_router(stream)) as client, pytest.raises(KVRelayError, match="decode node lost"):
+        list(client.chat([], max_tokens=1))
+
+
+def test_a_refusal_is_raised_in_the_router_s_words() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "demo"}]})
+        return httpx.Response(429, json={"error": {"message": "the queue is full"}})
+
+    with client_of(handler) as client, pytest.raises(KVRelayError, match="the queue is full"):
+        list(client.chat([], max_tokens=1))
+
+
+def test_nobody_there() -> None:
+    with client_of(refused) as client, pytest.raises(ClusterUnreachableError, match="no cluster at http://router"):
+        client.status()

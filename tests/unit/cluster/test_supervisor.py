@@ -1,0 +1,290 @@
+"""The supervisor with small Python processes in place of roles: restarts, refusals, draining, nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from kvrelay.cluster.child import ProcessSpec
+from kvrelay.cluster.display import Display
+from kvrelay.cluster.supervisor import Backoff, Supervisor
+from kvrelay.core.config import ClusterSettings
+
+SETTINGS = ClusterSettings(restart_backoff_s=0.5, restart_backoff_max_s=3.0, drain_timeout_s=20.0)
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("grandchild", child.pid, flush=True)
+time.sleep(600)
+"""
+POLITE = """
+import os, signal, sys
+def end(*_):
+    os.write(1, b"finished\\n")  # print may be what the signal interrupts
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("running", flush=True)
+while True: signal.pause()
+"""
+
+
+def in_loop(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
+    """Run an async test on a loop of its own."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    del run.__wrapped__  # pytest would take the test for a coroutine function
+    return run
+
+
+def spec(name: str, code: str, role: str = "decode") -> ProcessSpec:
+    return ProcessSpec(name, role, (sys.executable, "-c", code))
+
+
+class Screen(Display):
+    """Keeps what is shown, and tells who waits for a line."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()), [])
+        self.lines: list[str] = []
+        self._changed = asyncio.Event()
+
+    def line(self, name: str, line: str) -> None:
+        self._add(f"{name}: {line}")
+
+    def say(self, text: str) -> None:
+        self._add(text)
+
+    def warn(self, text: str) -> None:
+        self._add(text)
+
+    async def wait_for(self, start: str, count: int = 1) -> list[str]:
+        while len(found := [line for line in self.lines if line.startswith(start)]) < count:
+            self._changed.clear()
+            await self._changed.wait()
+        return found
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        self._changed.set()
+
+
+class Time:
+    """Restarts wait on this: no time passes but what they wait."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        self.now_s = 0.0
+
+    def now(self) -> float:
+        return self.now_s
+
+    async def sleep(self, delay_s: float) -> None:
+        self.waits.append(delay_s)
+        self.now_s += delay_s
+        await asyncio.sleep(0)
+
+
+async def ready() -> str | None:
+    return None
+
+
+async def nothing() -> None:
+    return None
+
+
+def supervisor_of(
+    *specs: ProcessSpec,
+    screen: Screen,
+    time: Time,
+    probe: Callable[[], Awaitable[str | None]] = ready,
+    on_ready: Callable[[], Awaitable[None]] = nothing,
+) -> Supervisor:
+    return Supervisor(
+        specs, SETTINGS, os.environ, screen, probe=probe, on_ready=on_ready, now=time.now, sleep=time.sleep
+    )
+
+
+def test_backoff_doubles_up_to_its_limit_and_starts_over_after_a_long_life() -> None:
+    backoff = Backoff(0.5, 3.0)
+
+    assert [backoff.after(0.1) for _ in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert [backoff.after(3.1), backoff.after(0.1)] == [0.5, 1.0]
+
+
+@in_loop
+async def test_a_crashed_process_is_started_again_later_and_later() -> None:
+    screen, time = Screen(), Time()
+    supervisor = supervisor_of(spec("d0", "raise SystemExit(7)"), screen=screen, time=time)
+    running = asyncio.create_task(supervisor.run())
+
+    shown = await screen.wait_for("d0 exited with 7; starting it again", count=4)
+    supervisor.stop()
+
+    assert await running == 0
+    assert shown[:4] == [f"d0 exited with 7; starting it again in {wait} s" for wait in ("0.5", "1", "2", "3")]
+    assert time.waits[:4] == [0.5, 1.0, 2.0, 3.0]
+
+
+@in_loop
+async def test_a_killed_process_is_started_again() -> None:
+    screen = Screen()
+    supervisor = supervisor_of(
+        spec("d0", "import os; print(os.getpid(), flush=True)\n" + POLITE), screen=screen, time=Time()
+    )
+    running = asyncio.create_task(supervisor.run())
+
+    await screen.wait_for("d0: running")
+    os.kill(int(screen.lines[0].removeprefix("d0: ")), signal.SIGKILL)
+    await screen.wait_for("d0: running", count=2)
+    supervisor.stop()
+
+    assert await running == 0
+    assert "d0 was killed by signal 9; starting it again in 0.5 s" in screen.lines
+
+
+@in_loop
+async def test_a_refused_process_is_not_started_again_once_the_cluster_served() -> None:
+    screen = Screen()
+
+    async def on_ready() -> None:
+        screen.say("up")
+
+    async def probe() -> str | None:
+        await screen.wait_for("d1: running")
+        return None
+
+    gate = Path(os.environ["XDG_RUNTIME_DIR"]) / "gate"
+    os.mkfifo(gate)
+    d0 = ProcessSpec("d0", "decode", (sys.executable, "-c", f"open({str(gate)!r}).read(); raise SystemExit(2)"))
+    supervisor = supervisor_of(d0, spec("d1", POLITE), screen=screen, time=Time(), probe=probe, on_ready=on_ready)
+    running = asyncio.create_task(supervisor.run())
+
+    await screen.wait_for("up")
+    await asyncio.to_thread(gate.write_text, "open")
+    await screen.wait_for("d0 exited with 2; not starting it again")
+    gate.unlink()
+    assert not running.done()
+    supervisor.stop()
+
+    assert await running == 0
+    assert "d1: finished" in screen.lines
+
+
+@in_loop
+async def test_a_process_refused_at_the_start_ends_the_cluster_with_2() -> None:
+    screen = Screen()
+
+    async def waiting() -> str | None:
+        await asyncio.Event().wait()
+        return None
+
+    d0, d1 = spec("d0", "raise SystemExit(2)"), spec("d1", POLITE)
+    code = await supervisor_of(d0, d1, screen=screen, time=Time(), probe=waiting).run()
+
+    assert code == 2
+    assert "d0 cannot run as it is configured" in screen.lines
+
+
+@in_loop
+async def test_a_cluster_that_never_serves_is_given_up_with_the_reason() -> None:
+    screen = Screen()
+
+    async def never() -> str | None:
+        return "no decode node"
+
+    code = await supervisor_of(spec("d0", POLITE), screen=screen, time=Time(), probe=never).run()
+
+    assert code == 1
+    assert "not ready after 600 s: no decode node" in screen.lines
+
+
+@in_loop
+async def test_nodes_are_drained_after_the_router() -> None:
+    screen = Screen()
+    supervisor = supervisor_of(
+        spec("p0", POLITE, "prefill"), spec("d0", POLITE), spec("router", POLITE, "router"), screen=screen, time=Time()
+    )
+    running = asyncio.create_task(supervisor.run())
+    for name in ("router", "p0", "d0"):
+        await screen.wait_for(f"{name}: running")
+
+    supervisor.stop()
+
+    assert await running == 0
+    finished = [line for line in screen.lines if line.endswith("finished")]
+    assert finished[0] == "router: finished"
+    assert sorted(finished[1:]) == ["d0: finished", "p0: finished"]
+    assert screen.lines[-1] == "everything has ended"
+
+
+@in_loop
+async def test_a_second_stop_kills_with_all_they_started_who_will_not_end() -> None:
+    screen = Screen()
+    supervisor = supervisor_of(spec("d0", STUBBORN), screen=screen, time=Time())
+    running = asyncio.create_task(supervisor.run())
+    (line,) = await screen.wait_for("d0: grandchild")
+
+    supervisor.stop()
+    await screen.wait_for("finishing what runs")
+    assert not running.done()
+    supervisor.stop()
+
+    assert await running == 0
+    assert "killing d0" in screen.lines
+    assert gone(int(line.split()[-1]))
+
+
+@in_loop
+async def test_what_a_crashed_process_had_started_ends_with_it() -> None:
+    screen = Screen()
+    crash = STUBBORN.replace("time.sleep(600)\n", "raise SystemExit(5)\n")
+    supervisor = supervisor_of(spec("d0", crash), screen=screen, time=Time())
+    running = asyncio.create_task(supervisor.run())
+
+    (line, *_) = await screen.wait_for("d0: grandchild", count=2)
+    assert gone(int(line.split()[-1]))
+    supervisor.stop()
+    supervisor.stop()
+    assert await running == 0
+
+
+def test_nothing_outlives_a_killed_supervisor() -> None:
+    script = f"""
+import asyncio, sys
+sys.path[:0] = {sys.path!r}
+from kvrelay.cluster.child import Child, ProcessSpec
+async def main():
+    sleeper = ProcessSpec("d0", "decode", (sys.executable, "-c", "import time; time.sleep(600)"))
+    child = await Child.start(sleeper, {{}}, print)
+    print("child", child._process.pid, flush=True)
+    await child.wait()
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        child = psutil.Process(int(supervisor.stdout.readline().split()[-1]))
+        supervisor.kill()
+    assert not psutil.wait_procs([child], timeout=10)[1]
+
+
+def gone(pid: int) -> bool:
+    """Tell whether a process ends; one that is killed takes a moment to be reaped."""
+    try:
+        return not psutil.wait_procs([psutil.Process(pid)], timeout=10)[1]
+    except psutil.NoSuchProcess:
+        return True

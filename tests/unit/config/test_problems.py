@@ -1,0 +1,241 @@
+"""Every kind of mistake in a config is reported, with its key and where it stands; all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import ConfigError
+
+GOOD = """\
+model: {path: models/demo}
+cache: {block_size: 16}
+nodes:
+  - {name: p0, role: prefill, port: 8200}
+  - {name: d0, role: decode, port: 8300}
+"""
+
+MISTAKES: dict[str, tuple[str, list[str]]] = {
+    "unknown section": (GOOD + "cahce: {}\n", ["6: cahce: unknown key; did you mean cache?"]),
+    "unknown key": (
+        GOOD.replace("block_size: 16", "blok_size: 16"),
+        ["2: cache.blok_size: unknown key; did you mean block_size?"],
+    ),
+    "unknown key of a node": (
+        GOOD.replace("8300}", "8300,\n     cache: {num_blokcs: 9}}"),
+        ["6: nodes.d0.cache.num_blokcs: unknown key; did you mean num_blocks?"],
+    ),
+    "text for a number": (
+        GOOD.replace("8200", "'8200'"),
+        ["4: nodes.p0.port: should be a valid integer, not '8200'"],
+    ),
+    "boolean for a number": (
+        GOOD.replace("16", "yes"),
+        ["2: cache.block_size: should be a valid integer, not True"],
+    ),
+    "number for a boolean": (
+        GOOD + "transfer:\n  checksum: 1\n",
+        ["7: transfer.checksum: should be a valid boolean, not 1"],
+    ),
+    "no choice of that name": (
+        GOOD + "router: {decode_policy: random}\n",
+        ["6: router.decode_policy: should be 'least_loaded' or 'round_robin', not 'random'"],
+    ),
+    "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
+    "above its bound": (
+        GOOD.replace("8300", "83000"),
+        ["5: nodes.d0.port: should be less than or equal to 65535, not 83000"],
+    ),
+    "not a number": (
+        GOOD + "transfer: {lease_s: .nan}\n",
+        ["6: transfer.lease_s: should be a finite number, not nan"],
+    ),
+    "ratio outside 0 to 1": (
+        GOOD + "scheduler:\n  new_token_ratio: {init: 1.5}\n",
+        ["7: scheduler.new_token_ratio.init: should be less than or equal to 1, not 1.5"],
+    ),
+    "budget below the decodes of a step": (
+        GOOD + "scheduler: {max_num_batched_tokens: 63}\n",
+        [
+            "5: nodes.d0.scheduler.max_num_batched_tokens: 63 is below max_num_seqs (64): "
+            "a step takes one token of every running decode"
+        ],
+    ),
+    "min above init": (
+        GOOD + "scheduler:\n  new_token_ratio:\n    init: 0.2\n    min: 0.3\n",
+        ["9: scheduler.new_token_ratio.min: 0.3 is above init (0.2): the ratio falls from init to min"],
+    ),
+    "min blocks above blocks": (
+        GOOD + "scheduler: {fixed_blocks: {blocks: 2,\n  min_blocks: 3}}\n",
+        ["7: scheduler.fixed_blocks.min_blocks: 3 is above blocks (2): the reserve falls from blocks to min_blocks"],
+    ),
+    "no decay steps": (
+        GOOD + "scheduler: {sglang: {decay_steps: 0}}\n",
+        ["6: scheduler.sglang.decay_steps: should be greater than or equal to 1, not 0"],
+    ),
+    "peers lost between heartbeats": (
+        GOOD + "cluster: {heartbeat_s: 2.0, peer_timeout_s: 1.0}\n",
+        ["6: cluster.peer_timeout_s: 1.0 is not above heartbeat_s (2.0): every peer would be lost"],
+    ),
+    "a node's own min above the cluster's init": (
+        GOOD.replace("8300}", "8300, scheduler: {new_token_ratio: {min: 0.9}}}"),
+        ["5: nodes.d0.scheduler.new_token_ratio.min: 0.9 is above init (0.7): the ratio falls from init to min"],
+    ),
+    "size without a meaning": (
+        GOOD + "transfer: {max_inflight_bytes: 8 parsecs}\n",
+        ["6: transfer.max_inflight_bytes: should be a size such as 67108864, 64MiB or 8GiB"],
+    ),
+    "two nodes of one name": (
+        GOOD.replace("d0", "p0"),
+        ["5: nodes.1.name: another node is called p0 already"],
+    ),
+    "a node called router": (
+        GOOD.replace("d0", "router"),
+        ["5: nodes.router.name: router is taken: no node may be called that"],
+    ),
+    "two nodes at one port": (
+        GOOD.replace("8300", "8200"),
+        ["5: nodes.d0.port: 127.0.0.1:8200 is node p0's already"],
+    ),
+    "a node at the router's port": (
+        GOOD.replace("8300", "8000"),
+        ["5: nodes.d0.port: 127.0.0.1:8000 is router.port's already"],
+    ),
+    "control at the router's port": (
+        GOOD + 'router:\n  control: "tcp://127.0.0.1:8000"\n',
+        ["7: router.control: 127.0.0.1:8000 is router.port's already"],
+    ),
+    "control is no address": (
+        GOOD + "router: {control: localhost}\n",
+        ["6: router.control: cannot be 'localhost'"],
+    ),
+    "prefill without decode": (
+        GOOD.replace("role: decode", "role: mixed"),
+        ["3: nodes: a prefill node needs a decode node to work with, and there is none"],
+    ),
+    "decode without prefill": (
+        GOOD.replace("role: prefill", "role: mixed"),
+        ["3: nodes: a decode node needs a prefill node to work with, and there is none"],
+    ),
+    "no node at all": (
+        "model: {path: x}\n",
+        ["1: nodes: no node that can serve: give a mixed node, or a prefill and a decode node"],
+    ),
+    "node without a role": (GOOD.replace("role: decode, ", ""), ["5: nodes.d0.role: is missing"]),
+    "block sizes differ": (
+        GOOD.replace("8300}", "8300, cache: {block_size: 32}}"),
+        ["5: nodes.d0.cache.block_size: must be equal on all nodes: 32 here, 16 on p0"],
+    ),
+    "key given twice": (
+        GOOD + "cache: {num_blocks: 64}\n",
+        ["6: cache: given twice, first in line 2"],
+    ),
+    "section left empty": (GOOD + "scheduler:\n", ["6: scheduler: should hold keys, not nothing"]),
+    "nodes by name": (
+        "nodes:\n  p0: {role: mixed}\n",
+        ["1: nodes: should be a list, not {'p0': {'role': 'mixed'}}"],
+    ),
+    "pinned to no CPU": (GOOD.replace("8300}", "8300, cpus: []}"), ["5: nodes.d0.cpus: should not be empty"]),
+    "storage of a later version": (
+        GOOD + "storage: {backend: file, path: .kvrelay/kv, capacity: 8GiB}\n",
+        ["6: storage.backend: file is not built yet; only none is"],
+    ),
+    "registry of a later version": (
+        GOOD + "registry: {kind: redis}\n",
+        ["6: registry.kind: redis is not built yet"],
+    ),
+    "kernels of a later version": (
+        GOOD + "engine:\n  kernels: native\n  quantization: w8a8\n",
+        ["7: engine.kernels: native is not built yet", "8: engine.quantization: w8a8 is not built yet"],
+    ),
+    "not a mapping": ("- a\n- b\n", ["1: should hold sections such as model: and nodes:, not ['a', 'b']"]),
+    "empty file": ("", ["1: should hold sections such as model: and nodes:, not nothing"]),
+    "not YAML": ("model: {path: x\nnodes: []\n", ["2: not YAML: expected ',' or '}', but got ':'"]),
+    "endless": ("a: &a [*a]\n", ["1: nested more than 32 levels deep"]),
+    "many at once": (
+        dedent("""\
+            model: {pth: x}
+            router:
+              port: 0
+            cache: {block_size: 0}
+            nodes:
+              - {name: p0, role: prefil, port: 8200}
+              - {name: p0, role: decode, port: 8200}
+            """),
+        [
+            "1: model.pth: unknown key; did you mean path?",
+            "3: router.port: should be greater than or equal to 1, not 0",
+            "4: cache.block_size: should be greater than or equal to 1, not 0",
+            "6: nodes.0.role: should be 'prefill', 'decode' or 'mixed', not 'prefil'",
+            "7: nodes.1.name: another node is called p0 already",
+            "7: nodes.1.port: 127.0.0.1:8200 is node p0's already",
+        ],
+    ),
+}
+
+
+def problems_of(path: Path, *overrides: str, env: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.load(path, overrides, env or {})
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("text", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_reported_with_key_and_line(tmp_path: Path, text: str, expected: list[str]) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+
+    assert problems_of(path) == [f"{path}:{line}" for line in expected]
+
+
+def test_without_a_mistake_it_loads(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(GOOD)
+
+    assert [node.name for node in ClusterConfig.load(path, env={}).nodes] == ["p0", "d0"]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert problems_of(tmp_path / "no.yaml") == [f"{tmp_path}/no.yaml: No such file or directory"]
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(bytes(range(256)))
+
+    assert problems_of(path) == [f"{path}: not a text file"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("router.port=x", "--set router.port=x: router.port: should be a valid integer, not 'x'"),
+        ("router.prt=1", "--set router.prt=1: router.prt: unknown key; did you mean port?"),
+        ("speculative.ngram_min=9", "--set speculative.ngram_min=9: speculative.ngram_min: 9 is above ngram_max (4)"),
+        ("nodes.d9.port=1", "--set nodes.d9.port=1: no node is called 'd9'"),
+        (
+            "nodes.d0.port=70000",
+            "--set nodes.d0.port=70000: nodes.d0.port: should be less than or equal to 65535, not 70000",
+        ),
+        ("cache.block_size.x=1", "--set cache.block_size.x=1: block_size holds no key x"),
+        ("router.port", "--set router.port: should read key=value, such as router.port=8001"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(GOOD)
+
+    assert problems_of(path, override) == [expected]
+
+
+def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(GOOD)
+
+    assert problems_of(path, env={"KVRELAY_ROUTER__PORT": "-1", "KVRELAY_NODES__D0__PRT": "1"}) == [
+        "env KVRELAY_NODES__D0__PRT: nodes.d0.prt: unknown key; did you mean port?",
+        "env KVRELAY_ROUTER__PORT: router.port: should be greater than or equal to 1, not -1",
+    ]

@@ -1,0 +1,139 @@
+"""KV memory: one pool, several mappings of it, and handles that mean it no longer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvrelay.core.errors import GeometryMismatchError, PeerLostError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_memory import KVMemory, consecutive_runs
+
+GEOMETRY = KVGeometry(3, 2, 4, 8, "float16", "model")
+
+
+@pytest.fixture
+def memory() -> Iterator[KVMemory]:
+    made = KVMemory.create(GEOMETRY, num_blocks=10)
+    yield made
+    made.close()
+
+
+def test_planes_are_layers_by_k_and_v_by_blocks(memory: KVMemory) -> None:
+    assert memory.planes.shape == (3, 2, 10, 8 * 2 * 4 * 2)
+    assert memory.size_bytes == 10 * GEOMETRY.block_bytes == memory.planes.size
+    assert not memory.planes.any()
+
+
+def test_both_sides_of_a_mapping_see_the_same_bytes(memory: KVMemory) -> None:
+    other = KVMemory.attach(GEOMETRY, memory.handle)
+    other.planes[2, 1, 9, -1] = 200
+    assert memory.planes[2, 1, 9, -1] == 200
+    other.close()
+    assert memory.planes[2, 1, 9, -1] == 200
+
+
+def test_another_process_can_map_it(memory: KVMemory) -> None:
+    memory.planes[:] = 7
+    handle = msgspec.json.encode(memory.handle).decode()
+    script = f"""
+import msgspec
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_memory import KVMemory, KVMemoryHandle
+geometry = KVGeometry(3, 2, 4, 8, "float16", "model")
+memory = KVMemory.attach(geometry, msgspec.json.decode('{handle}', type=KVMemoryHandle))
+assert (memory.planes == 7).all()
+memory.planes[0, 0, 0] = 9
+memory.close()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert (memory.planes[0, 0, 0] == 9).all()
+    assert (memory.planes[0, 0, 1:] == 7).all()
+
+
+def test_memory_lives_until_its_last_mapping_is_closed() -> None:
+    made = KVMemory.create(GEOMETRY, num_blocks=2)
+    other = KVMemory.attach(GEOMETRY, made.handle)
+    made.planes[:] = 5
+    made.close()
+    assert (other.planes == 5).all()
+    other.close()
+
+
+def test_closing_while_a_view_is_alive_leaves_the_view_good() -> None:
+    made = KVMemory.create(GEOMETRY, num_blocks=2)
+    view = made.planes[0]
+    view[:] = 3
+    made.close()
+    assert (view == 3).all()
+
+
+def test_a_closed_memory_cannot_be_attached() -> None:
+    made = KVMemory.create(GEOMETRY, num_blocks=2)
+    made.close()
+    with pytest.raises(PeerLostError):
+        KVMemory.attach(GEOMETRY, made.handle)
+
+
+def test_a_process_that_is_gone_is_a_lost_peer(memory: KVMemory) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    with pytest.raises(PeerLostError, match=str(process.pid)):
+        KVMemory.attach(GEOMETRY, msgspec.structs.replace(memory.handle, pid=process.pid))
+
+
+def test_a_reused_descriptor_is_told_by_its_tag(memory: KVMemory) -> None:
+    other = KVMemory.create(GEOMETRY, num_blocks=10)
+    with pytest.raises(PeerLostError, match="no longer"):
+        KVMemory.attach(GEOMETRY, msgspec.structs.replace(memory.handle, fd=other.handle.fd))
+    other.close()
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"dtype": "float32"}, {"block_size": 16}])
+def test_another_geometry_is_refused(memory: KVMemory, change: dict[str, object]) -> None:
+    with pytest.raises(GeometryMismatchError):
+        KVMemory.attach(msgspec.structs.replace(GEOMETRY, **change), memory.handle)
+
+
+def test_another_number_of_blocks_is_refused(memory: KVMemory) -> None:
+    with pytest.raises(GeometryMismatchError):
+        KVMemory.attach(GEOMETRY, msgspec.structs.replace(memory.handle, num_blocks=11))
+
+
+def test_refused_attachments_leave_no_descriptor(memory: KVMemory) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for change in ({"num_blocks": 11}, {"tag": "0" * 16}):
+        with pytest.raises((GeometryMismatchError, PeerLostError)):
+            KVMemory.attach(GEOMETRY, msgspec.structs.replace(memory.handle, **change))
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_layer_parts_are_views_one_per_run_k_before_v(memory: KVMemory) -> None:
+    blocks = [4, 5, 6, 2, 8, 9]
+    memory.planes[:] = np.arange(10, dtype=np.uint8)[None, None, :, None]
+    parts = memory.layer_parts(1, blocks)
+    size = GEOMETRY.plane_block_bytes
+    assert [len(part) // size for part in parts] == [3, 1, 2, 3, 1, 2]
+    assert [int(block) for part in parts for block in part[::size]] == [*blocks, *blocks]
+    assert all(np.shares_memory(part, memory.planes[1, 0]) for part in parts[:3])
+    assert all(np.shares_memory(part, memory.planes[1, 1]) for part in parts[3:])
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "runs"),
+    [
+        ([], []),
+        ([3], [(3, 1)]),
+        ([4, 5, 6, 2], [(4, 3), (2, 1)]),
+        ([2, 1, 0], [(2, 1), (1, 1), (0, 1)]),
+        ([0, 1, 3, 4], [(0, 2), (3, 2)]),
+    ],
+)
+def test_consecutive_runs(block_ids: list[int], runs: list[tuple[int, int]]) -> None:
+    assert consecutive_runs(block_ids) == runs

@@ -1,0 +1,149 @@
+"""Every key of the scheduler's config is read: changing it changes what happens (#6606 read one of its never)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from support.scheduling import Desk, names
+from support.world import World
+
+from kvrelay.core.config import SchedulerConfig
+
+
+def admitted(**config: Any) -> list[str]:
+    """Return who gets in beside a decode of 40 tokens to come, into 14 free blocks, after ten steps."""
+    desk = Desk(num_blocks=16, **config)
+    desk.decode("a", prompt=3, max_tokens=40)
+    for _ in range(10):
+        desk.step()
+    desk.wait("b", 8, max_tokens=16)
+    desk.wait("c", 8, max_tokens=16)
+    return names(desk.schedule().admitted)
+
+
+def preempted(**config: Any) -> list[str]:
+    """Return who gives way among three decodes, and then who waits in which order behind a newcomer."""
+    desk = Desk(num_blocks=4, **config)
+    for name, prompt, output, priority in (("a", 4, 1, 9), ("b", 3, 5, 0), ("c", 4, 1, 0)):
+        desk.decode(name, prompt=prompt, output=output, priority=priority)
+    desk.wait("new", 4)
+    return [*names(desk.schedule().preempted), "|", *names(desk.scheduler.waiting)]
+
+
+def steps(**config: Any) -> list[int]:
+    """Return the sizes of the first steps of three prompts."""
+    desk = Desk(num_blocks=64, **config)
+    for name in "abc":
+        desk.wait(name, 12, max_tokens=4)
+    return [sum(chunk.num_tokens for chunk in desk.step().chunks) for _ in range(4)]
+
+
+def level(policy: str, num_steps: int, **config: Any) -> float:
+    """Return the reserve's level after some steps of a decode."""
+    desk = Desk(num_blocks=64, reserve_policy=policy, **{policy: config})
+    desk.decode("a", max_tokens=100)
+    for _ in range(num_steps):
+        desk.step()
+    return desk.scheduler.reserve.level
+
+
+def order(**config: Any) -> list[str]:
+    """Return who waits in which order when an old request of no urgency meets a new one."""
+    desk = Desk(enable_priority_scheduling=True, **config)
+    desk.wait("old", 4, priority=1)
+    desk.now += 5.0
+    desk.wait("new", 4, priority=0)
+    return names(desk.scheduler.waiting.ordered(desk.now))
+
+
+def victims(**config: Any) -> list[str]:
+    """Return who gives way to make room for decodes that stay, under policy sglang."""
+    desk = Desk(num_blocks=20, reserve_policy="sglang", sglang=config)
+    for name in "abcde":
+        desk.decode(name, prompt=16, output=1)
+    return names(desk.schedule().preempted)
+
+
+def first_token_s(**config: Any) -> float:
+    """Return when the last of some prompts has its first token, on a prefill node whose pool is nearly full."""
+    with World(cache={"num_blocks": 24}, scheduler=config, engine={"eos_every": 0}) as world:
+        for _ in range(4):
+            world.submit(20, 30)
+        start_s = world.now
+        world.run_until(lambda: all(client.token_ids for client in world.clients.values()))
+        return world.now - start_s
+
+
+EFFECTS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "max_num_batched_tokens": (lambda: steps(max_num_batched_tokens=8), lambda: steps(max_num_batched_tokens=9)),
+    "max_num_seqs": (lambda: steps(max_num_seqs=1), lambda: steps(max_num_seqs=2)),
+    "prefill_policy": (
+        lambda: first_token_s(prefill_policy="dedicated"),
+        lambda: first_token_s(prefill_policy="shared"),
+    ),
+    "reserve_policy": (lambda: admitted(reserve_policy="none"), lambda: admitted(reserve_policy="sglang")),
+    "new_token_ratio.init": (lambda: level("new_token_ratio", 0, init=0.5), lambda: level("new_token_ratio", 0)),
+    "new_token_ratio.min": (
+        lambda: level("new_token_ratio", 5, decay=0.5, min=0.3),
+        lambda: level("new_token_ratio", 5, decay=0.5),
+    ),
+    "new_token_ratio.decay": (lambda: level("new_token_ratio", 5, decay=0.1), lambda: level("new_token_ratio", 5)),
+    "new_token_ratio.clip_max_new_tokens": (
+        lambda: admitted(reserve_policy="new_token_ratio", new_token_ratio={"clip_max_new_tokens": 1}),
+        lambda: admitted(reserve_policy="new_token_ratio", new_token_ratio={"init": 1.0}),
+    ),
+    "fixed_blocks.blocks": (lambda: level("fixed_blocks", 0, blocks=3), lambda: level("fixed_blocks", 0)),
+    "fixed_blocks.decay": (lambda: level("fixed_blocks", 5, decay=1.0), lambda: level("fixed_blocks", 5)),
+    "fixed_blocks.min_blocks": (
+        lambda: level("fixed_blocks", 5, decay=9.0, min_blocks=7),
+        lambda: level("fixed_blocks", 5, decay=9.0),
+    ),
+    "sglang.init": (lambda: level("sglang", 0, init=0.5), lambda: level("sglang", 0)),
+    "sglang.min_factor": (
+        lambda: level("sglang", 9, decay_steps=5, min_factor=0.5),
+        lambda: level("sglang", 9, decay_steps=5),
+    ),
+    "sglang.decay_steps": (lambda: level("sglang", 5, decay_steps=10), lambda: level("sglang", 5)),
+    "sglang.retract_decode_steps": (
+        lambda: victims(retract_decode_steps=1),
+        lambda: victims(retract_decode_steps=8),
+    ),
+    "sglang.clip_max_new_tokens": (
+        lambda: admitted(reserve_policy="sglang", sglang={"clip_max_new_tokens": 1}),
+        lambda: admitted(reserve_policy="sglang"),
+    ),
+    "watermark": (lambda: admitted(watermark=0.0), lambda: admitted(watermark=0.8)),
+    "preemption_order": (
+        lambda: preempted(preemption_order="latest_first"),
+        lambda: preempted(preemption_order="shortest_output_first"),
+    ),
+    "requeue": (lambda: preempted(requeue="front"), lambda: preempted(requeue="tail")),
+    "enable_priority_scheduling": (preempted, lambda: preempted(enable_priority_scheduling=True)),
+    "priority_aging_s": (lambda: order(priority_aging_s=1.0), lambda: order(priority_aging_s=100.0)),
+}
+"""For each key two settings of it."""
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += keys_of(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def test_there_is_an_effect_for_every_key() -> None:
+    assert list(EFFECTS) == keys_of(SchedulerConfig)
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_the_key_has_an_effect(key: str) -> None:
+    one, other = EFFECTS[key]
+    assert one() != other()
+    assert one() == one()

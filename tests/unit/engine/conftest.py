@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_runs import open_engine
+
+from kvrelay.engine.interface import Engine
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with two attention windows and biases: every path of the forward pass but one."""
+    path = tmp_path_factory.mktemp("tiny")
+    windows = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 2}
+    write_tiny_checkpoint(path, "qwen2", overrides=windows)
+    return path
+
+
+@pytest.fixture
+def engine(tiny_dir: Path) -> Iterator[Engine]:
+    loaded = open_engine(tiny_dir)
+    yield loaded
+    loaded.close()

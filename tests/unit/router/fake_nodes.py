@@ -1,0 +1,213 @@
+"""A cluster in one loop: the real router on real sockets, and nodes that answer with tokens from a formula."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import peer_id
+from kvrelay.core.machine import Received
+from kvrelay.core.messages.base import ErrorInfo, Heartbeat, LayerTransfer, Load, Mark, Message
+from kvrelay.core.messages.node_to_router import Register, RequestFailed, RequestOutput, RequestTimeline, TokensOut
+from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.core.request import FinishReason, RequestSpec, TokenLogprobs
+from kvrelay.core.transport import Transport
+from router.http.app import make_app
+from router.metrics import Metrics
+from router.model import ServedModel, load_model
+from router.server import http_server
+from router.service import RouterService
+
+GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
+ANSWER = "The fox says: 🦊! Twice: 🦊. END of it, and then some more words follow."
+
+
+def register(node_id: str, role: str = "mixed", incarnation: str = "a", **fields: object) -> Register:
+    known: dict[str, object] = {
+        "address": f"tcp://{node_id}:1",
+        "pid": 1,
+        "model": "demo",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "num_blocks": 64,
+        "geometry": GEOMETRY,
+    }
+    return Register(node_id=node_id, incarnation=incarnation, role=role, **{**known, **fields})  # type: ignore[arg-type]
+
+
+@dataclass
+class Script:
+    """What fake nodes answer: the bytes of ``answer`` over and over, ``pace_s`` apart, or an error (of one node)."""
+
+    answer: str = ANSWER
+    pace_s: float = 0.0
+    fail_with: ErrorInfo | None = None
+    fail_times: int = 0
+    fail_at: str = ""
+    aborted: list[str] = field(default_factory=list)
+    specs: list[RequestSpec] = field(default_factory=list)
+
+
+class FakeNode:
+    """One node: registers, takes Prefill or Generate, sends one TokensOut per token, honours Abort."""
+
+    def __init__(self, node_id: str, role: str, script: Script, encode: Callable[[str], list[int]]) -> None:
+        self.node_id = node_id
+        self._script = script
+        self._tokens = encode(script.answer)
+        self._registration = register(node_id, role)
+        self._transport = Transport(peer_id(node_id, "a"), self._take)
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self.partners: dict[str, FakeNode] = {}
+
+    def join(self, address: str) -> None:
+        self._transport.connect("router", address)
+        self._transport.send("router", self._registration)
+
+    def beat(self, **load: Any) -> None:
+        self._transport.send("router", Heartbeat(load=Load(**load)))
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        self._transport.close()
+
+    def say(self, message: Message) -> None:
+        self._transport.send("router", message)
+
+    def _take(self, event: object) -> None:
+        if not isinstance(event, Received):
+            return
+        match event.message:
+            case Generate(request=spec):
+                self._start(spec, 0, None)
+            case Prefill(request=spec, decode_node=decode_node):
+                partner = self.partners[decode_node.peer] if decode_node else None
+                self._start(spec, 0, partner)
+            case Abort(request_id=request_id, epoch=epoch):
+                self._script.aborted.append(f"{self.node_id}:{request_id}")
+                task = self._tasks.pop((request_id, epoch), None)
+                if task is not None:
+                    task.cancel()
+
+    def _start(self, spec: RequestSpec, done: int, partner: FakeNode | None) -> None:
+        self._script.specs.append(spec)
+        key = (spec.request_id, spec.epoch)
+        self._tasks[key] = asyncio.get_running_loop().create_task(self._serve(spec, done, partner))
+
+    async def _serve(self, spec: RequestSpec, done: int, partner: FakeNode | None) -> None:
+        script = self._script
+        if script.fail_with is not None and script.fail_times != 0 and script.fail_at in ("", self.node_id):
+            script.fail_times -= 1
+            self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=self._script.fail_with))
+            return
+        done = max(done, len(spec.output_token_ids))
+        while done < spec.sampling.max_tokens:
+            if self._script.pace_s:
+                await asyncio.sleep(self._script.pace_s)
+            output = self._output(spec, done)
+            self.say(TokensOut(outputs=[output]))
+            done += 1
+            if output.finish_reason is not None:
+                break
+            if partner is not None:
+                partner._start(spec, done, None)
+                break
+        self._tasks.pop((spec.request_id, spec.epoch), None)
+        marks = [Mark("prefill", spec.arrival_s, self.node_id)]
+        layers = [LayerTransfer(0, spec.arrival_s, spec.arrival_s, 1024)] if partner else []
+        self.say(RequestTimeline(request_id=spec.request_id, epoch=spec.epoch, marks=marks, layers=layers))
+
+    def _output(self, spec: RequestSpec, index: int) -> RequestOutput:
+        token_id = self._tokens[(index + spec.sampling.seed % 2) % len(self._tokens)]
+        last, stop_token_id = index + 1 == spec.sampling.max_tokens, None
+        finish_reason = FinishReason.LENGTH if last else None
+        if token_id in spec.sampling.stop_token_ids and index >= spec.sampling.min_tokens:
+            finish_reason, stop_token_id = FinishReason.STOP, token_id
+        logprobs = []
+        if spec.sampling.num_logprobs is not None:
+            top = list(range(spec.sampling.num_logprobs))
+            logprobs = [TokenLogprobs(-0.5, top, [-1.0 - rank for rank in top])]
+        return RequestOutput(
+            request_id=spec.request_id,
+            epoch=spec.epoch,
+            index=index,
+            token_ids=[token_id],
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=4,
+        )
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when ``condition`` holds, which other tasks of this loop bring about."""
+    while not condition():  # noqa: ASYNC110 (there is no event to wait for)
+        await asyncio.sleep(0.001)
+
+
+@dataclass
+class FakeCluster:
+    service: RouterService
+    model: ServedModel
+    nodes: list[FakeNode]
+    client: httpx.AsyncClient
+    url: str
+    script: Script
+
+    async def quiet(self) -> None:
+        """Return when the machine holds nothing any more."""
+        await until(lambda: not self.service.machine.requests)
+        self.service.machine.assert_quiescent()
+
+
+def config(**router: object) -> ClusterConfig:
+    return ClusterConfig.from_data(
+        {
+            "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
+            "router": {"control": "tcp://127.0.0.1:0", **router},
+            "engine": {"kind": "fake"},
+            "nodes": [{"name": "m0", "role": "mixed", "port": 1}],
+        }
+    )
+
+
+@asynccontextmanager
+async def fake_cluster(
+    script: Script | None = None, roles: str = "prefill decode", **router: object
+) -> AsyncIterator[FakeCluster]:
+    script = script or Script()
+    settings, clock = config(**router), Clock()
+    model = load_model(settings)
+    service = RouterService(settings, model, clock)
+    running = asyncio.create_task(service.run())
+    await until(lambda: service.control_addresses)
+    nodes = [FakeNode(f"n{i}", role, script, model.tokenizer.encode) for i, role in enumerate(roles.split())]
+    for node in nodes:
+        node.partners = {peer_id(other.node_id, "a"): other for other in nodes}
+        node.join(service.control_addresses[0])
+    server = http_server(make_app(service, Metrics(service.machine, clock.now)), "127.0.0.1", 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        http = asyncio.create_task(server.serve([listener]))
+        await until(lambda: len(list(service.machine.registry)) == len(nodes))
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+                yield FakeCluster(service, model, nodes, client, url, script)
+        finally:
+            service.stop()
+            service.stop()
+            await running
+            server.should_exit = True
+            await http
+            for node in nodes:
+                node.close()

@@ -1,0 +1,410 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
+
+from kvrelay.core.messages.base import ErrorInfo
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+Scenario = Callable[[FakeCluster], Awaitable[None]]
+
+
+def run(scenario: Scenario, script: Script | None = None, roles: str = "prefill decode", **router: object) -> None:
+    """Run ``scenario`` against a cluster; afterwards nothing may be left of any request."""
+
+    async def with_cluster() -> None:
+        async with fake_cluster(script, roles, **router) as cluster:
+            await scenario(cluster)
+            await cluster.quiet()
+
+    asyncio.run(with_cluster())
+
+
+async def post(cluster: FakeCluster, path: str, **body: object) -> dict[str, Any]:
+    response = await cluster.client.post(path, json={"model": "demo", "seed": 0, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def stream(cluster: FakeCluster, path: str, **body: object) -> list[Any]:
+    """Return the stream's chunks, read as strictly as the standard has it."""
+    response = await cluster.client.post(path, json={"model": "demo", "seed": 0, "stream": True, **body})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events.pop() == ""
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    assert events.pop() == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_completion() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/completions", prompt="Hello", max_tokens=12)
+        assert answer.pop("id").startswith("cmpl-")
+        assert answer.pop("created") > 1.7e9
+        assert answer == {
+            "object": "text_completion",
+            "model": "demo",
+            "choices": [
+                {
+                    "index": 0,
+                    "text": ANSWER[:12],
+                    "logprobs": None,
+                    "finish_reason": "length",
+                    "stop_reason": None,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": 5,
+                "completion_tokens": 12,
+                "total_tokens": 17,
+                "prompt_tokens_details": {"cached_tokens": 4},
+            },
+        }
+
+    run(scenario)
+
+
+def test_chat() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/chat/completions", messages=MESSAGES, max_completion_tokens=3)
+        assert answer["object"] == "chat.completion"
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": ANSWER[:3], "refusal": None}
+        assert answer["usage"]["prompt_tokens"] == len("user: hi\nassistant: ")
+
+    run(scenario)
+
+
+def test_several_prompts_and_n_make_choices_in_order_with_seeds_of_their_own() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/completions", prompt=["ab", "ABC"], n=2, max_tokens=4, seed=7)
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        assert [choice["text"] for choice in answer["choices"]] == [ANSWER[1:5], ANSWER[:4]] * 2
+        assert answer["usage"]["prompt_tokens"] == 5
+        assert answer["usage"]["completion_tokens"] == 16
+        assert sorted(spec.sampling.seed for spec in cluster.script.specs if not spec.output_token_ids) == sorted(
+            [7, 8] * 2 * 2
+        )
+
+    run(scenario)
+
+
+def test_unset_seed_is_drawn_anew_for_each_request() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        for _ in range(2):
+            await post(cluster, "/v1/completions", prompt="a", max_tokens=1, seed=None)
+        first, second = cluster.script.specs
+        assert first.sampling.seed != second.sampling.seed
+
+    run(scenario)
+
+
+def test_echo_puts_the_prompt_before_the_text() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        for prompt in ("Hé", list("Hé".encode())):
+            ids = cluster.model.tokenizer.encode("Hé") if prompt != "Hé" else prompt
+            answer = await post(cluster, "/v1/completions", prompt=ids, echo=True, max_tokens=3)
+            assert answer["choices"][0]["text"] == "Hé" + ANSWER[:3]
+            chunks = await stream(cluster, "/v1/completions", prompt=ids, echo=True, max_tokens=3)
+            assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hé" + ANSWER[0], ANSWER[1], ANSWER[2]]
+
+    run(scenario)
+
+
+def test_absent_max_tokens_is_16_and_null_is_all_there_is_room_for() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        assert (await post(cluster, "/v1/completions", prompt="a"))["usage"]["completion_tokens"] == 16
+        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=None)
+        assert answer["usage"]["total_tokens"] == 512
+        answer = await post(cluster, "/v1/chat/completions", messages=MESSAGES)
+        assert answer["usage"]["total_tokens"] == 512
+        answer = await post(cluster, "/v1/completions", prompt=[65] * 500)
+        assert answer["usage"]["completion_tokens"] == 12
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_chat_stream_has_the_role_with_the_first_text_and_whole_characters() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        chunks = await stream(cluster, "/v1/chat/completions", messages=MESSAGES, max_tokens=40)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0] == {"role": "assistant", "content": "T"}
+        assert all(list(delta) == ["content"] for delta in deltas[1:])
+        text = "".join(delta["content"] for delta in deltas)
+        assert text == ANSWER.encode()[:40].decode()
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert "usage" not in chunks[-1]
+
+    run(scenario)
+
+
+def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        options: dict[str, bool] = {"include_usage": True}
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=3, stream_options=options)
+        assert [chunk.get("usage") for chunk in chunks[:-1]] == [None] * 3
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"]["total_tokens"] == 4
+        options["continuous_usage_stats"] = True
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=3, stream_options=options)
+        assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+
+    run(scenario)
+
+
+def test_stream_and_answer_have_the_same_text_for_hostile_model_text() -> None:
+    hostile = 'line\r\n\r\ndata: [DONE]\n\n"quoted\\" \x00 \u2028 🦊'
+
+    async def scenario(cluster: FakeCluster) -> None:
+        length = len(hostile.encode())
+        whole = await post(cluster, "/v1/completions", prompt="a", max_tokens=length)
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=length)
+        assert whole["choices"][0]["text"] == hostile
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == hostile
+
+    run(scenario, Script(answer=hostile))
+
+
+def test_choices_of_a_stream_come_interleaved_and_complete() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        chunks = await stream(cluster, "/v1/completions", prompt=["a", "b"], max_tokens=5)
+        texts = ["", ""]
+        for chunk in chunks:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert texts == [ANSWER[:5]] * 2
+
+    run(scenario, Script(pace_s=0.001))
+
+
+# ---------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"stop": "END"}, ANSWER[: ANSWER.index("END")]),
+        ({"stop": ["nowhere", "!"], "include_stop_str_in_output": True}, ANSWER[: ANSWER.index("!") + 1]),
+        ({"stop": ["🦊"]}, ANSWER[: ANSWER.index("🦊")]),
+        ({"stop": ["T"], "min_tokens": 1}, ANSWER[: ANSWER.index("Twice")]),
+    ],
+)
+def test_stop_string_ends_answer_and_stream_alike(fields: dict[str, Any], text: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=300, **fields)
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+        stops = fields["stop"] if isinstance(fields["stop"], list) else [fields["stop"]]
+        assert choice["stop_reason"] in stops
+        stop_end = len(ANSWER[: ANSWER.index(choice["stop_reason"], len(text) - 1)].encode())
+        assert answer["usage"]["completion_tokens"] <= stop_end + len(choice["stop_reason"].encode())
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=300, **fields)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        await until(lambda: len(cluster.script.aborted) >= 2)
+
+    run(scenario, Script(pace_s=0.0005))
+
+
+def test_stop_token_id_is_not_shown_and_told_as_the_reason() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        (colon,) = cluster.model.tokenizer.encode(":")
+        answer = await post(cluster, "/v1/completions", prompt="a", stop_token_ids=[colon], return_token_ids=True)
+        (choice,) = answer["choices"]
+        assert choice["text"] == ANSWER[: ANSWER.index(":")]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", colon)
+        assert choice["token_ids"][-1] == colon
+        assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- details
+
+
+def test_token_ids_as_vllm_returns_them() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        encode = cluster.model.tokenizer.encode
+        answer = await post(cluster, "/v1/completions", prompt="ab", max_tokens=3, return_token_ids=True)
+        assert answer["choices"][0]["token_ids"] == encode(ANSWER[:3])
+        assert answer["choices"][0]["prompt_token_ids"] == encode("ab")
+        chunks = await stream(cluster, "/v1/chat/completions", messages=MESSAGES, max_tokens=3, return_token_ids=True)
+        assert chunks[0]["prompt_token_ids"] == encode("user: hi\nassistant: ")
+        assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[i] for i in encode(ANSWER[:3])]
+        assert "prompt_token_ids" not in chunks[1]
+
+    run(scenario)
+
+
+def test_logprobs_of_completions() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=2, logprobs=2)
+        first, second = (cluster.model.tokenizer.decode([token_id]) for token_id in (0, 1))
+        assert answer["choices"][0]["logprobs"] == {
+            "text_offset": [0, 1],
+            "token_logprobs": [-0.5, -0.5],
+            "tokens": ["T", "h"],
+            "top_logprobs": [{first: -1.0, second: -2.0, token: -0.5} for token in "Th"],
+        }
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=2, logprobs=0)
+        assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks] == [[0], [1]]
+
+    run(scenario)
+
+
+def test_logprobs_of_chats_tell_the_bytes_of_half_characters() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"messages": MESSAGES, "max_tokens": 18, "logprobs": True, "top_logprobs": 1}
+        answer = await post(cluster, "/v1/chat/completions", **body)
+        content = answer["choices"][0]["logprobs"]["content"]
+        assert len(content) == 18
+        assert bytes(byte for item in content for byte in item["bytes"]) == ANSWER.encode()[:18]
+        assert content[0]["token"] == "T"
+        assert content[0]["logprob"] == -0.5
+        assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-1.0]
+
+    run(scenario)
+
+
+def test_request_id_of_the_client_is_used_and_told_back() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": "a", "max_tokens": 2}
+        response = await cluster.client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine-1"})
+        assert response.json()["id"] == "cmpl-mine-1"
+        assert response.headers["x-request-id"] == "mine-1"
+        await cluster.quiet()
+        timeline = (await cluster.client.get("/cluster/requests/cmpl-mine-1")).json()
+        assert {"received", "dispatched", "first_token", "done"} <= {mark["name"] for mark in timeline["marks"]}
+        assert timeline["request_id"] == "cmpl-mine-1"
+
+    run(scenario)
+
+
+def test_request_id_in_progress_is_refused() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body, headers = {"prompt": "a", "max_tokens": 300}, {"X-Request-Id": "twice"}
+        first = asyncio.create_task(cluster.client.post("/v1/completions", json=body, headers=headers))
+        await until(lambda: len(cluster.service.machine.requests) == 1)
+        second = await cluster.client.post("/v1/completions", json=body, headers=headers)
+        assert second.status_code == 400
+        assert second.json()["error"]["param"] == "X-Request-Id"
+        assert (await first).status_code == 200
+
+    run(scenario, Script(pace_s=0.001))
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("pace_s", [0.02, 60.0], ids=["after some tokens", "before the first"])
+def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: float) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 400, "stream": streaming}
+        request = asyncio.create_task(cluster.client.post("/v1/completions", json=body))
+        await until(lambda: len(cluster.script.specs) >= (8 if pace_s < 1 else 4))
+        request.cancel()
+        await until(lambda: not cluster.service.machine.requests)
+        await until(lambda: len({item.partition(":")[2] for item in cluster.script.aborted}) == 4)
+        text = cluster.client.get("/metrics")
+        assert 'kvrelay_requests_total{api="completions",outcome="aborted"} 4.0' in (await text).text
+
+    run(scenario, Script(pace_s=pace_s))
+
+
+def test_queue_full_is_429_with_retry_after() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": "a", "max_tokens": 50}
+        first = asyncio.create_task(cluster.client.post("/v1/completions", json=body))
+        await until(lambda: len(cluster.service.machine.requests) == 1)
+        for streaming in (False, True):
+            refused = await cluster.client.post("/v1/completions", json={**body, "stream": streaming})
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert refused.json()["error"]["code"] == "queue_full"
+        assert (await first).status_code == 200
+
+    run(scenario, Script(pace_s=0.002), max_queued_requests=1)
+
+
+def test_no_node_is_503() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        response = await cluster.client.post("/v1/completions", json={"prompt": "a", "stream": True})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "no_node_available"
+        ready = await cluster.client.get("/ready")
+        assert ready.status_code == 503
+        assert "no decode node" in ready.json()["error"]["message"]
+
+    run(scenario, roles="prefill")
+
+
+def test_error_of_a_node_has_its_own_status_before_the_stream_and_is_an_event_within() -> None:
+    error = ErrorInfo(code="kv_cache_too_small", message="never fits", http_status=400)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": "a", "max_tokens": 20, "stream": True}
+        early = await cluster.client.post("/v1/completions", json=body)
+        assert early.status_code == 400
+        assert early.json()["error"]["code"] == "kv_cache_too_small"
+        cluster.script.fail_at, cluster.script.fail_times = "n1", 1  # the decode node, after the first token
+        late = await cluster.client.post("/v1/completions", json=body)
+        assert late.status_code == 200
+        *chunks, error_event, done, _ = late.text.split("\n\n")
+        assert len(chunks) == 1
+        assert json.loads(error_event.removeprefix("data: "))["error"]["message"] == "never fits"
+        assert done == "data: [DONE]"
+
+    run(scenario, Script(fail_with=error, fail_times=1, fail_at="n0"))
+
+
+def test_retryable_failure_is_not_seen_by_the_client() -> None:
+    error = ErrorInfo(code="transfer_failed", message="lost", http_status=503, retryable=True)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=5)
+        assert answer["choices"][0]["text"] == ANSWER[:5]
+        assert cluster.service.machine.requests.counters.retries == 1
+
+    run(scenario, Script(fail_with=error, fail_times=1))
+
+
+def test_stopping_router_finishes_the_stream_and_refuses_what_is_new() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": "a", "max_tokens": 40}
+        running = asyncio.create_task(cluster.client.post("/v1/completions", json=body))
+        await until(lambda: len(cluster.service.machine.requests) == 1)
+        cluster.service.stop()
+        await until(cluster.service.machine.unready_reason)
+        late = await cluster.client.post("/v1/completions", json=body)
+        assert late.status_code == 503
+        assert (await running).json()["usage"]["completion_tokens"] == 40
+
+    run(scenario, Script(pace_s=0.005))
+
+
+def test_slow_body_of_a_client_that_leaves_is_forgotten() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        url = httpx.URL(cluster.url)
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        writer.close()
+        await post(cluster, "/v1/completions", prompt="a", max_tokens=1)
+
+    run(scenario)

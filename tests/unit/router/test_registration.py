@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from driver import Driver, new_request, peer
+from fake_nodes import GEOMETRY, register
+
+from kvrelay.core.machine import PeerLost
+from kvrelay.core.messages.base import Heartbeat, Load
+from kvrelay.core.messages.router_to_node import Prefill, RegisterAgain, Registered, RegistrationRefused
+from router.policies import LeastLoaded, RoundRobin
+from router.registry import Node
+
+
+def names(driver: Driver) -> list[str]:
+    return [node.peer for node in driver.machine.registry]
+
+
+def test_node_is_told_that_it_is_registered() -> None:
+    driver = Driver("p0")
+    assert driver.take_sent(Registered) == [(peer("p0"), Registered(router_incarnation="r1"))]
+    driver.join("p0")
+    assert len(driver.take_sent(Registered)) == 1
+    assert names(driver) == [peer("p0")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model": "other"}, "'other', the cluster serves 'demo'"),
+        ({"geometry": msgspec.structs.replace(GEOMETRY, block_size=32)}, "block_size: 16 != 32"),
+        ({"geometry": msgspec.structs.replace(GEOMETRY, dtype="float16")}, "dtype: 'float32' != 'float16'"),
+        ({"geometry": msgspec.structs.replace(GEOMETRY, protocol_version=99)}, "protocol version 99"),
+    ],
+)
+def test_node_that_does_not_match_is_refused_with_the_difference(fields: dict[str, Any], said: str) -> None:
+    driver = Driver("p0")
+    driver.join("d0", **fields)
+    ((to, refusal),) = driver.take_sent(RegistrationRefused)
+    assert to == peer("d0")
+    assert said in refusal.reason
+    assert names(driver) == [peer("p0")]
+
+
+def test_unknown_role_and_foreign_name_are_refused() -> None:
+    driver = Driver()
+    driver.hear(peer("x0"), register("x0", "observer"))
+    driver.hear(peer("p1"), register("p0", "prefill"))
+    assert [to for to, _ in driver.take_sent(RegistrationRefused)] == [peer("x0"), peer("p1")]
+    assert names(driver) == []
+
+
+def test_heartbeat_of_a_stranger_is_asked_to_register() -> None:
+    driver = Driver()
+    driver.hear(peer("p0"), Heartbeat())
+    assert driver.take_sent(RegisterAgain) == [(peer("p0"), RegisterAgain())]
+
+
+def test_silent_node_is_lost_and_one_that_speaks_is_not() -> None:
+    driver = Driver("p0 d0")
+    for _ in range(6):
+        driver.wait(1.0)
+        driver.hear(peer("d0"), Heartbeat(load=Load(num_running=1)))
+    assert names(driver) == [peer("d0")]
+    assert driver.machine.requests.counters.nodes_lost == 1
+
+
+def test_restarted_node_at_the_same_address_replaces_its_earlier_self_at_once() -> None:
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.take_sent(Prefill)
+    driver.join("p0", "b")
+    assert names(driver) == [peer("d0"), peer("p0", "b")]
+    ((to, again),) = driver.take_sent(Prefill)
+    assert (to, again.request.epoch) == (peer("p0", "b"), 2)
+
+
+def test_name_taken_by_a_live_node_elsewhere_is_refused_once_that_shows_life() -> None:
+    driver = Driver("p0")
+    driver.take_sent(Registered)
+    driver.join("p0", "b", address="tcp://elsewhere:1")
+    assert driver.take_sent(Registered) == []
+    assert driver.take_sent(RegistrationRefused) == []
+    driver.hear(peer("p0"), Heartbeat())
+    ((to, refusal),) = driver.take_sent(RegistrationRefused)
+    assert (to, refusal.reason) == (peer("p0", "b"), "another live node is called p0")
+    assert names(driver) == [peer("p0")]
+
+
+def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_lost() -> None:
+    driver = Driver("p0")
+    driver.join("p0", "b", address="tcp://elsewhere:1")
+    driver.do(PeerLost(peer("p0"), "killed"))
+    assert names(driver) == [peer("p0", "b")]
+
+
+# ---------------------------------------------------------------- policies
+
+
+def node(node_id: str, *, pending: dict[str, int] | None = None, max_num_seqs: int = 8, **load: Any) -> Node:
+    found = Node(peer(node_id), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=pending or {})
+    found.take_load(Load(**load))
+    return found
+
+
+def test_least_loaded_counts_prompts_to_compute_and_requests() -> None:
+    idle, long_prompt, many = node("a"), node("b", pending={"r": 900}), node("c", pending=dict.fromkeys("rst", 0))
+    assert LeastLoaded().choose([many, long_prompt, idle], []) is idle
+    assert LeastLoaded().choose([long_prompt, many], []) is many
+
+
+def test_least_loaded_heeds_what_heartbeats_tell_of_others_requests() -> None:
+    assert LeastLoaded().choose([busy := node("a", num_running=4), idle := node("b")], []) is idle
+    assert busy.num_requests == 4
+
+
+def test_a_heartbeat_from_before_the_end_of_a_request_does_not_count_it() -> None:
+    served = node("a", pending={"mine": 0, "yours": 0}, num_running=3)
+    del served.pending["mine"]
+    assert served.num_requests == 2
+
+
+def test_least_loaded_gives_larger_nodes_more() -> None:
+    small, large = node("a", pending={"r": 0}, max_num_seqs=2), node("b", pending={"r": 0, "s": 0}, max_num_seqs=16)
+    assert LeastLoaded().choose([small, large], []) is large
+
+
+def test_least_loaded_takes_turns_between_equals() -> None:
+    policy, nodes = LeastLoaded(), [node("a"), node("b"), node("c")]
+    assert [policy.choose(nodes, []).node_id for _ in range(4)] == ["a", "b", "c", "a"]
+
+
+def test_round_robin_goes_round_by_name_whoever_comes_and_goes() -> None:
+    policy, (a, b, c) = RoundRobin(), (node("a"), node("b"), node("c"))
+    assert [policy.choose([c, a, b], []).node_id for _ in range(4)] == ["a", "b", "c", "a"]
+    assert policy.choose([a, c], []).node_id == "c"
+
+
+def test_policies_are_picked_for_prefill_and_decode_apart() -> None:
+    driver = Driver("p0 p1 d0 d1", policy="round_robin")
+    pairs = []
+    for i in range(3):
+        driver.submit(new_request(f"r{i}"))
+        entry, decode, _ = driver.dispatched()
+        pairs.append((entry, decode))
+    assert pairs == [(peer("p0"), peer("d0")), (peer("p1"), peer("d1")), (peer("p0"), peer("d0"))]

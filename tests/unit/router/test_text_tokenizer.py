@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_tokenizers import BOS, EOS, IM_END, IM_START, byte_level, sentencepiece_like, token_id
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import CheckpointError, InvalidRequestError
+from router.model import load_model
+from router.text.chat_template import ChatTemplate
+from router.text.plain_tokenizer import plain_tokenizer
+from router.text.tokenizer import TextTokenizer
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "The answer is "},
+]
+
+
+# ---------------------------------------------------------------- chat template
+
+
+def test_chatml() -> None:
+    template = ChatTemplate(CHATML, {})
+    assert template.render(TALK[:2]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert not template.render(TALK[:2], add_generation_prompt=False).endswith("assistant\n")
+
+
+def test_final_message_is_left_open() -> None:
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    assert ChatTemplate(CHATML, {}).render(TALK, **options).endswith("<|im_start|>assistant\nThe answer is ")
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    assert ChatTemplate(trimming, {}).render(TALK, **options).endswith("<|im_start|>assistant\nThe answer is")
+    blind = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(InvalidRequestError, match="does not show the last message"):
+        ChatTemplate(blind, {}).render(TALK, **options)
+
+
+def test_what_templates_expect_is_there() -> None:
+    source = (
+        "{{ bos_token }}{% if tools is not none %}tools{% endif %}"
+        "{%- for message in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}"
+        "{{ message | tojson }}{% endfor %}"
+        "{% generation %}{{ strftime_now('%Y') | length }}{% endgeneration %}{{ extra }}"
+    )
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    messages = [{"role": "user", "content": "<ä>"}, {"role": "user", "content": "never"}]
+    assert template.render(messages, variables={"extra": "!"}) == '<s>{"role": "user", "content": "<ä>"}4!'
+
+
+def test_variables_of_a_client_replace_neither_messages_nor_the_prompt() -> None:
+    template = ChatTemplate(CHATML, {})
+    variables = {"messages": [], "add_generation_prompt": False}
+    assert template.render(TALK[:1], variables=variables).endswith("assistant\n")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0]['nothing'] + 'x' }}",
+        "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}",
+        "{{ 1 / 0 if messages else 0 }}",
+    ],
+)
+def test_what_goes_wrong_in_a_template_is_told_to_the_client(source: str) -> None:
+    with pytest.raises(InvalidRequestError, match="chat template refuses") as caught:
+        ChatTemplate(source, {}).render(TALK)
+    assert caught.value.param == "messages"
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def test_special_tokens_around_a_text_are_those_of_the_config() -> None:
+    bos, eos = (token_id(sentencepiece_like(), token) for token in (BOS, EOS))
+    tokens = {"bos_token": {"content": BOS}, "eos_token": EOS}
+    for settings, first, last in (
+        ({}, [bos], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [bos], [eos]),
+        ({"add_bos_token": False}, [], []),
+    ):
+        tokenizer = TextTokenizer(sentencepiece_like(), tokens | settings)
+        bare = tokenizer.encode("the", add_special_tokens=False)
+        assert tokenizer.encode("the") == [*first, *bare, *last]
+        assert tokenizer.eos_token_id == eos
+
+
+def test_special_tokens_spelled_out_count_as_such() -> None:
+    tokenizer = TextTokenizer(byte_level(), {}, CHATML)
+    text = tokenizer.render_chat(TALK[:2])
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert [ids.count(token_id(byte_level(), token)) for token in (IM_START, IM_END)] == [3, 2]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_truncation_and_padding_of_the_file_are_not_applied() -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=64)
+    assert len(TextTokenizer(tokenizer, {}).encode("The quick brown fox jumps")) > 2
+    assert len(TextTokenizer(tokenizer, {}).encode("x")) == 1
+
+
+def test_plain_tokenizer_has_bytes_and_names() -> None:
+    tokenizer = plain_tokenizer(300)
+    assert tokenizer.vocab_size == 300
+    assert len(tokenizer.encode("Hé")) == 3
+    assert tokenizer.decode([*tokenizer.encode("Hé"), 299, 1000]) == "Hé t299"
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "user: x\nassistant: "
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+def write(model_dir: Path, **files: dict[str, Any]) -> None:
+    byte_level().save(str(model_dir / "tokenizer.json"))
+    for name, content in {"config": {"vocab_size": 500, "max_position_embeddings": 64}, **files}.items():
+        (model_dir / f"{name}.json").write_text(json.dumps(content))
+
+
+def cluster(model_dir: Path, **model: object) -> ClusterConfig:
+    return ClusterConfig.from_data(
+        {
+            "model": {"path": str(model_dir), **model},
+            "nodes": [{"name": "m0", "role": "mixed", "port": 1}],
+        }
+    )
+
+
+def test_model_tells_its_ends_its_defaults_and_its_length(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        config={"vocab_size": 500, "max_position_embeddings": 64, "eos_token_id": 7},
+        generation_config={"eos_token_id": [9, 7], "temperature": 0.6, "top_k": 20, "do_sample": True},
+        tokenizer_config={"eos_token": EOS},
+    )
+    model = load_model(cluster(tmp_path))
+    assert model.eos_token_ids == (9, 7, token_id(byte_level(), EOS))
+    assert model.default_sampling == {"temperature": 0.6, "top_k": 20}
+    assert (model.vocab_size, model.max_model_len, model.name) == (500, 64, tmp_path.name)
+    assert load_model(cluster(tmp_path, max_model_len=32)).max_model_len == 32
+
+
+def test_chat_template_of_its_own_file_goes_before_the_configs(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    write(tmp_path, tokenizer_config={"chat_template": [{"name": "default", "template": "in config"}]})
+    assert load_model(cluster(tmp_path)).tokenizer.render_chat(messages) == "in config"
+    (tmp_path / "chat_template.jinja").write_text("in file")
+    assert load_model(cluster(tmp_path)).tokenizer.render_chat(messages) == "in file"
+
+
+def test_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        load_model(cluster(tmp_path)).tokenizer.render_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", None, "is missing"),
+        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("config.json", None, "cannot be read"),
+        ("config.json", "[]", "does not hold an object"),
+        ("generation_config.json", "{", "cannot be read"),
+    ],
+)
+def test_damaged_checkpoint_is_told_with_its_file(tmp_path: Path, name: str, content: str | None, said: str) -> None:
+    write(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        load_model(cluster(tmp_path))
+    assert str(tmp_path) in caught.value.message
