@@ -1,0 +1,184 @@
+"""What scheduling costs: microseconds per running request and step, without any model.
+
+    python benchmarks/scheduler_cost.py
+
+Times are CPU time of the one thread, so that other processes on the machine matter less.
+
+The real machines are driven with step results made up on the spot. "A step" is everything between two model steps:
+taking the result, appending tokens, finishing, freeing and growing block tables, deciding and building the next batch.
+Encoding the one message to the router that each step sends is measured beside it. The baseline in the same run is a
+bare loop that appends a token to a list per request and builds a tuple for it: what Python charges for touching a
+request at all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from decode_node.state import DecodeMachine
+from kvrelay.core.codec import encode
+from kvrelay.core.collector import calm_collector
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import MESSAGER, ROUTER
+from kvrelay.core.machine import Machine, Received, RunStep, Send, StepDone
+from kvrelay.core.messages.base import LinkAddress
+from kvrelay.core.messages.messager_to_node import MessagerReady
+from kvrelay.core.messages.node_to_router import Register, TokensOut
+from kvrelay.core.messages.router_to_node import Generate, Prefill
+from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+from prefill_node.state import PrefillMachine
+
+PROMPT_TOKENS = 500
+STEPS = 200
+ROUNDS = 5
+BLOCK_SIZE = 16
+
+GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
+LINK = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
+
+
+def node(role: str, num_seqs: int) -> NodeConfig:
+    return NodeConfig.model_validate(
+        {
+            "name": "n0",
+            "role": role,
+            "port": 1,
+            "cache": {"block_size": BLOCK_SIZE, "num_blocks": num_seqs * 64, "prefix_caching": True},
+            "scheduler": {"max_num_seqs": num_seqs, "max_num_batched_tokens": 1 << 20},
+        }
+    )
+
+
+def register(config: NodeConfig) -> Register:
+    return Register(
+        node_id=config.name,
+        incarnation="0",
+        role=config.role,
+        address="",
+        pid=0,
+        model="m",
+        max_model_len=1 << 20,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        num_blocks=config.cache.num_blocks,
+        geometry=GEOMETRY,
+    )
+
+
+def spec(index: int, prompt_tokens: int = PROMPT_TOKENS) -> RequestSpec:
+    prompt = [(index * 7919 + position) % 50_000 for position in range(prompt_tokens)]
+    sampling = SamplingParams(max_tokens=400, seed=index)
+    return RequestSpec(request_id=f"r{index}", epoch=1, prompt_token_ids=prompt, sampling=sampling)
+
+
+def result_of(plan: StepPlan) -> StepResult:
+    return StepResult(
+        plan.step, [SampledTokens([7], []) if chunk.samples else SampledTokens([], []) for chunk in plan.batch]
+    )
+
+
+def plan_in(actions: Sequence[object]) -> StepPlan | None:
+    return next((action.plan for action in actions if isinstance(action, RunStep)), None)
+
+
+def decode_cost_us(num_running: int) -> tuple[float, float]:
+    """Return microseconds per running decode and step: of the machine, and of encoding its message."""
+    machine = DecodeMachine(node("mixed", num_running), register(node("mixed", num_running)))
+    plan = None
+    for index in range(num_running):
+        plan = plan_in(machine.handle(Received(ROUTER, Generate(request=spec(index))), 0.0)) or plan
+    while plan is None or len(plan.batch) < num_running or plan.num_tokens > num_running:
+        plan = step(machine, plan)
+    spent_s = encoded_s = 0.0
+    for _ in range(STEPS):
+        done = StepDone(result_of(plan))
+        start = time.thread_time()
+        actions = machine.handle(done, 0.0)
+        spent_s += time.thread_time() - start
+        plan = plan_in(actions)
+        assert plan is not None
+        message = next(a.message for a in actions if isinstance(a, Send) and isinstance(a.message, TokensOut))
+        start = time.thread_time()
+        encode(message)
+        encoded_s += time.thread_time() - start
+    return (spent_s / STEPS / num_running * 1e6, encoded_s / STEPS / num_running * 1e6)
+
+
+def step(machine: Machine, plan: StepPlan | None) -> StepPlan:
+    assert plan is not None
+    following = plan_in(machine.handle(StepDone(result_of(plan)), 0.0))
+    assert following is not None
+    return following
+
+
+def prefill_cost_us(num_queued: int) -> float:
+    """Return microseconds per chunk of ``prefill_schedule``, results included, with ``num_queued`` prompts there."""
+    config = node("prefill", num_queued).model_copy()
+    scheduler = config.scheduler.model_copy(update={"max_num_batched_tokens": 2048})
+    config = config.model_copy(update={"scheduler": scheduler})
+    machine = PrefillMachine(config, register(config))
+    machine.handle(Received(MESSAGER, MessagerReady(link=LINK)), 0.0)
+    plan = None
+    for index in range(num_queued):
+        actions = machine.handle(Received(ROUTER, Prefill(request=spec(index), decode_node=None)), 0.0)
+        plan = plan_in(actions) or plan
+    spent_s, chunks = 0.0, 0
+    while plan is not None:
+        chunks += len(plan.batch)
+        done = StepDone(result_of(plan))
+        start = time.thread_time()
+        actions = machine.handle(done, 0.0)
+        spent_s += time.thread_time() - start
+        plan = plan_in(actions)
+    return spent_s / chunks * 1e6
+
+
+def bare_loop_us(num_running: int) -> float:
+    tokens: list[list[int]] = [[] for _ in range(num_running)]
+    start = time.thread_time()
+    for _ in range(STEPS):
+        batch = []
+        for ids in tokens:
+            ids.append(7)
+            batch.append((ids, len(ids), 1, True))
+    return (time.thread_time() - start) / STEPS / num_running * 1e6
+
+
+def best(measure: Callable[[], float]) -> tuple[float, float]:
+    """Return the least and the median of several rounds."""
+    values = [measure() for _ in range(ROUNDS)]
+    return min(values), statistics.median(values)
+
+
+def main() -> None:
+    calm_collector()  # as every node does
+    table = Table(title="us per running request and step")
+    for column in (
+        "running decodes",
+        "machine, best",
+        "machine, median",
+        "encoding",
+        "bare loop",
+        "machine / bare loop",
+    ):
+        table.add_column(column, justify="right")
+    for num_running in (64, 256, 1024):
+        machine = best(lambda n=num_running: decode_cost_us(n)[0])
+        encoding = decode_cost_us(num_running)[1]
+        bare = best(lambda n=num_running: bare_loop_us(n))[0]
+        cells = (*machine, encoding, bare, machine[0] / bare)
+        table.add_row(str(num_running), *(f"{cell:.2f}" for cell in cells))
+    console = Console()
+    console.print(table)
+    least, median = best(lambda: prefill_cost_us(256))
+    console.print(f"prefill_schedule, 256 prompts queued: {least:.1f} us a chunk (median {median:.1f})")
+
+
+if __name__ == "__main__":
+    main()
