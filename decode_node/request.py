@@ -23,6 +23,7 @@ class DecodeStatus(StrEnum):
     RESERVING = "reserving"
     RECEIVING = "receiving"
     WAITING = "waiting"
+    LOADING = "loading"
     PREEMPTED = "preempted"
     RUNNING_PREFILL = "running_prefill"
     RUNNING_DECODE = "running_decode"
@@ -36,8 +37,9 @@ _OVER_STATUSES = frozenset({DecodeStatus.CLOSING, DecodeStatus.ENDED})
 TRANSITIONS: Table[DecodeStatus] = {
     DecodeStatus.RESERVING: _OVER | {DecodeStatus.RECEIVING},
     DecodeStatus.RECEIVING: _OVER | {DecodeStatus.RUNNING_DECODE},
-    DecodeStatus.WAITING: _OVER | {DecodeStatus.RUNNING_PREFILL},
-    DecodeStatus.PREEMPTED: _OVER | {DecodeStatus.RUNNING_PREFILL},
+    DecodeStatus.WAITING: _OVER | {DecodeStatus.LOADING, DecodeStatus.RUNNING_PREFILL},
+    DecodeStatus.PREEMPTED: _OVER | {DecodeStatus.LOADING, DecodeStatus.RUNNING_PREFILL},
+    DecodeStatus.LOADING: _OVER | {DecodeStatus.RUNNING_PREFILL},
     DecodeStatus.RUNNING_PREFILL: _OVER | {DecodeStatus.RUNNING_DECODE},
     DecodeStatus.RUNNING_DECODE: _OVER | {DecodeStatus.PREEMPTED},
     DecodeStatus.CLOSING: frozenset({DecodeStatus.ENDED}),
@@ -50,13 +52,16 @@ class DecodeRequest(Sequence):
 
     ``sender`` is the P whose reservation it began as, None if the router sent it here. Until the hand-off a reserved
     request's tokens are unknown and ``spec`` stands in with the maximum output only; ``num_cached_blocks`` of its
-    blocks need not come from P.
+    blocks need not come from P. After a preemption its first ``num_stored_blocks`` blocks are in the store, once it
+    is no longer ``is_saving``; while it ``is_loading`` the store writes to its blocks.
     """
 
     __slots__ = (
         "arrival_s",
         "handed_off",
         "hashes",
+        "is_loading",
+        "is_saving",
         "kv_arrived",
         "lease_until_s",
         "lifecycle",
@@ -67,6 +72,7 @@ class DecodeRequest(Sequence):
         "num_cached_tokens",
         "num_preemptions",
         "num_reserved_tokens",
+        "num_stored_blocks",
         "priority",
         "sender",
     )
@@ -84,6 +90,9 @@ class DecodeRequest(Sequence):
         self.num_reserved_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_stored_blocks = 0
+        self.is_saving = False
+        self.is_loading = False
         self.ngrams: NgramIndex | None = None
         self.lease_until_s = 0.0
         self.kv_arrived = False

@@ -59,6 +59,8 @@ class Requests:
                 scheduler.waiting.remove(request)
             case DecodeStatus.RESERVING | DecodeStatus.RECEIVING:
                 del scheduler.receiving[request]
+            case DecodeStatus.LOADING:
+                scheduler.leave_loading(request)
             case DecodeStatus.RUNNING_PREFILL:
                 scheduler.leave_prefill(request)
             case DecodeStatus.RUNNING_DECODE:
@@ -69,8 +71,8 @@ class Requests:
         self.end_if_unused(request)
 
     def end_if_unused(self, request: DecodeRequest) -> None:
-        """Give the blocks of a closed request back once neither the messager nor the running step uses them."""
-        if request.messager_holds or request.status is not DecodeStatus.CLOSING:
+        """Give the blocks of a closed request back once neither messager nor store nor the running step uses them."""
+        if request.messager_holds or request.is_loading or request.status is not DecodeStatus.CLOSING:
             return
         if self.step is not None and request in self.step.requests:
             return

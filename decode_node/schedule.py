@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from decode_node.load import LoadPolicy
 from decode_node.preempt import victim_order
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.speculate import NoProposer, proposer
@@ -16,18 +18,28 @@ from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from kvstore.promised import PromisedBlocks
 from kvstore.reserve import reserve_policy
+from kvstore.saver import Saver
+
+
+class Loading(NamedTuple):
+    """A request that has just got its blocks, and which of them are to be read from the store before it runs."""
+
+    request: DecodeRequest
+    first_block: int
+    num_blocks: int
 
 
 @dataclass(slots=True)
 class Schedule:
     """One decision: ``chunks[i]`` is of ``requests[i]``.
 
-    ``admitted`` just got their blocks; ``outgrown`` decodes alone and has no block to grow into.
+    ``admitted`` and ``loading`` just got their blocks; ``outgrown`` decodes alone and has no block to grow into.
     """
 
     requests: list[DecodeRequest] = field(default_factory=list)
     chunks: list[ScheduledSequence] = field(default_factory=list)
     admitted: list[DecodeRequest] = field(default_factory=list)
+    loading: list[Loading] = field(default_factory=list)
     preempted: list[DecodeRequest] = field(default_factory=list)
     outgrown: DecodeRequest | None = None
 
@@ -44,19 +56,29 @@ class Schedule:
 class Scheduler:
     """Who runs, who waits, and the pool they share.
 
-    Requests that have blocks are in exactly one of ``receiving`` (reserved for P, its KV on the way), ``prefilling``
-    and ``decoding``, each in the order of joining; requests without are in ``waiting``. The caller moves a request's
-    status, and calls between steps only: nothing here is being computed while it changes.
+    Requests that have blocks are in exactly one of ``receiving`` (reserved for P, its KV on the way), ``loading`` (its
+    KV on the way from the store), ``prefilling`` and ``decoding``, each in the order of joining; requests without are
+    in ``waiting``. The caller moves a request's status, and calls between steps only: nothing here is being computed
+    while it changes.
     """
 
     def __init__(
-        self, config: SchedulerConfig, speculative: SpeculativeConfig, kv: KVCache, hasher: BlockHasher
+        self,
+        config: SchedulerConfig,
+        speculative: SpeculativeConfig,
+        kv: KVCache,
+        hasher: BlockHasher,
+        saver: Saver,
+        loads: LoadPolicy,
     ) -> None:
         self.kv = kv
         self._hasher = hasher
+        self._saver = saver
+        self._loads = loads
         block_size = hasher.block_size
         self.waiting = WaitingQueue(config)
         self.receiving: dict[DecodeRequest, None] = {}
+        self.loading: dict[DecodeRequest, None] = {}
         self.prefilling: dict[DecodeRequest, None] = {}
         self.decoding: dict[DecodeRequest, None] = {}
         self.reserve = reserve_policy(config, block_size)
@@ -79,11 +101,11 @@ class Scheduler:
     @property
     def num_holding(self) -> int:
         """Requests that have blocks."""
-        return len(self.receiving) + len(self.prefilling) + len(self.decoding)
+        return len(self.receiving) + len(self.loading) + len(self.prefilling) + len(self.decoding)
 
     def growing(self) -> list[DecodeRequest]:
         """Return the requests that have blocks and will want more: all of them."""
-        return [*self.receiving, *self.prefilling, *self.decoding]
+        return [*self.receiving, *self.loading, *self.prefilling, *self.decoding]
 
     def reserved_blocks(self) -> int:
         """Return what the policy keeps free now."""
@@ -121,13 +143,16 @@ class Scheduler:
 
         Returns the decodes that must sit this step out. One that decodes alone does so while others have blocks that
         cannot be taken (their KV is being received or computed; they will decode soon); if there are no others, it has
-        outgrown the pool.
+        outgrown the pool. All who need blocks do so while blocks of earlier victims are copied for the store: those
+        will be free before another victim's would do any good.
         """
         size = self._block_size
         needy = [request for request in self.decoding if len(request.token_ids) > len(request.block_table) * size]
         if not needy:
             return set()
         if not self.kv.can_allocate(len(needy)):
+            if self._saver.is_staging:
+                return set(needy)
             needy = self._preempt(schedule, needy)
         if not self.kv.can_allocate(len(needy)):
             if self.kv.num_referenced == len(needy[0].block_table):
@@ -232,11 +257,14 @@ class Scheduler:
     def _admit(self, schedule: Schedule, budget: int, now: float) -> None:
         """Give blocks and a first chunk to waiting requests, in order, until one does not fit.
 
-        One whose next block is being computed for another is passed over until it is there to share.
+        One whose next block is being computed for another is passed over until it is there to share, and one whose KV
+        is still being written to the store may be.
         """
         for request in self.waiting.ordered(now):
             if budget <= 0 or self.num_holding >= self._max_num_seqs:
                 return
+            if self._loads.waits(request):
+                continue
             matched, num_new = self._blocks_of(request)
             if len(matched) < len(request.hashes) and request.hashes[len(matched)] in self._promised:
                 continue
@@ -244,10 +272,15 @@ class Scheduler:
                 return
             self._take_blocks(request, num_new, matched)
             self.waiting.remove(request)
-            self.prefilling[request] = None
             if self.kv.prefix_caching:
                 # A copy: the request's own list grows with its output, what is promised does not.
                 self._promised.promise(request, tuple(request.hashes), len(matched))
+            num_stored = self._loads.num_blocks(request, len(matched), now)
+            if num_stored:
+                self.loading[request] = None
+                schedule.loading.append(Loading(request, len(matched), num_stored))
+                continue
+            self.prefilling[request] = None
             schedule.admitted.append(request)
             budget -= schedule.add(request, budget)
 
@@ -293,6 +326,20 @@ class Scheduler:
         for place, block in shared:
             table[place] = block
         self.kv.unpin(copies)
+
+    def loaded(self, request: DecodeRequest, num_blocks: int) -> None:
+        """Let ``request`` be prefilled from where the store's ``num_blocks`` blocks end."""
+        del self.loading[request]
+        request.num_computed_tokens += num_blocks * self._block_size
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+        self.publish(request)
+        self.prefilling[request] = None
+
+    def leave_loading(self, request: DecodeRequest) -> None:
+        """Take ``request`` out of those being loaded: it is given up."""
+        del self.loading[request]
+        self._promised.withdraw(request)
 
     def leave_prefill(self, request: DecodeRequest) -> None:
         """Take ``request`` out of those being prefilled: it is through, or given up."""

@@ -6,17 +6,22 @@ from dataclasses import asdict
 
 import msgspec
 
+from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.reservations import Reservations
 from decode_node.schedule import Scheduler
 from decode_node.steps import Steps
+from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import NeverFitsError, QueueFullError, TransferError
+from kvrelay.core.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
     Exit,
+    KVLoaded,
+    KVStaged,
+    KVStored,
     Log,
     PeerLost,
     Received,
@@ -25,6 +30,7 @@ from kvrelay.core.machine import (
     StepDone,
     StepFailed,
     StopRequested,
+    StoreCounted,
     TimerFired,
 )
 from kvrelay.core.membership import Membership
@@ -46,6 +52,7 @@ from kvrelay.core.outbox import Outbox
 from kvrelay.core.request import RequestSpec
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
+from kvstore.saver import Saver
 
 HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
@@ -64,13 +71,17 @@ class DecodeMachine:
         self._node = node
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
-        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher)
+        self._saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
+        loads = LoadPolicy(node.storage, node.cache.block_size)
+        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher, self._saver, loads)
         self._requests = Requests(node.name, self.scheduler, self._outbox)
         self._reservations = Reservations(node, self.scheduler, self._requests, self._outbox)
-        self._steps = Steps(node, self.scheduler, self._requests, self._outbox)
+        self._storage = Storage(node, self.scheduler, self._requests, self._saver, loads, self._outbox)
+        self._steps = Steps(node, self.scheduler, self._requests, self._storage, loads, self._outbox)
         self._membership = Membership(registration)
         self._leaving = False
         self._messager_stats = MessagerStats(counters={})
+        self._store_counters: dict[str, float] = {}
 
     # ------------------------------------------------------------ events
 
@@ -79,7 +90,7 @@ class DecodeMachine:
         self._outbox.now = now
         self._on_event(event)
         self._steps.start()
-        if self._leaving and not self._requests:
+        if self._leaving and not self._requests and self._storage.is_idle:
             self._leave()
         return self._outbox.take()
 
@@ -92,6 +103,8 @@ class DecodeMachine:
                 self._on_message(peer, message)
             case StepFailed(reason=reason):
                 self._steps.failed(reason)
+            case KVStaged() | KVStored() | KVLoaded() | StoreCounted():
+                self._on_storage_event(event)
             case TimerFired(key="heartbeat"):
                 self._heartbeat()
             case TimerFired(key="drain deadline"):
@@ -102,6 +115,17 @@ class DecodeMachine:
                 self._join()
             case StopRequested():
                 self._stop_requested()
+
+    def _on_storage_event(self, event: KVStaged | KVStored | KVLoaded | StoreCounted) -> None:
+        match event:
+            case KVStaged():
+                self._saver.staged(event)
+            case KVStored():
+                self._saver.stored(event)
+            case KVLoaded():
+                self._storage.loaded(event)
+            case StoreCounted(counters=counters):
+                self._store_counters = counters
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
@@ -237,7 +261,7 @@ class DecodeMachine:
         waiting, reserved_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
         return Load(
             num_waiting=len(waiting),
-            num_running=len(scheduler.prefilling) + len(scheduler.decoding),
+            num_running=len(scheduler.loading) + len(scheduler.prefilling) + len(scheduler.decoding),
             num_receiving=len(scheduler.receiving),
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
@@ -252,6 +276,9 @@ class DecodeMachine:
             counters={
                 **self._steps.counters,
                 **self._reservations.counters,
+                **self._storage.counters,
+                **self._saver.counters,
+                **self._store_counters,
                 "preemptions": float(scheduler.num_preempted),
                 **{f"preemptions_{cause}": float(count) for cause, count in scheduler.preemptions.items()},
                 **asdict(self.kv.stats),
@@ -262,4 +289,6 @@ class DecodeMachine:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self._requests.assert_quiescent()
+        if not self._storage.is_idle:
+            raise LocalProtocolError(f"{self._node.name} is not quiescent: KV is on its way to or from the store")
         self.kv.assert_quiescent()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.schedule import Schedule, Scheduler
+from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError
 from kvrelay.core.ids import ROUTER
@@ -18,11 +20,22 @@ from kvrelay.core.step import SampledTokens, StepPlan, StepResult
 class Steps:
     """At most one step at a time. ``counters`` only grow."""
 
-    def __init__(self, node: NodeConfig, scheduler: Scheduler, requests: Requests, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        node: NodeConfig,
+        scheduler: Scheduler,
+        requests: Requests,
+        storage: Storage,
+        loads: LoadPolicy,
+        outbox: Outbox,
+    ) -> None:
         self._node = node
         self._scheduler = scheduler
         self._requests = requests
+        self._storage = storage
+        self._loads = loads
         self._outbox = outbox
+        self._started_s = 0.0
         self._number = 0
         self.counters = dict.fromkeys(
             ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
@@ -36,6 +49,9 @@ class Steps:
         for request in schedule.preempted:
             request.lifecycle.move(DecodeStatus.PREEMPTED, self._outbox.now)
             request.mark("preempted", self._outbox.now)
+            self._storage.preempted(request)
+        for loading in schedule.loading:
+            self._storage.load(loading)
         for request in schedule.admitted:
             request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, self._outbox.now)
             request.mark("prefill", self._outbox.now)
@@ -43,6 +59,7 @@ class Steps:
             self._fail_outgrown(schedule.outgrown)
         if schedule.chunks:
             self._number += 1
+            self._started_s = self._outbox.now
             self._requests.step = schedule
             self._outbox.do(RunStep(StepPlan(self._number, schedule.chunks)))
         elif schedule.outgrown is not None:
@@ -57,6 +74,7 @@ class Steps:
         """Take what the step sampled; the router gets it in one message."""
         schedule = self._end()
         self.counters["steps"] += 1
+        self._measure(schedule)
         outputs: list[RequestOutput] = []
         for request, chunk, sampled in zip(schedule.requests, schedule.chunks, result.sampled, strict=True):
             if request.is_over:
@@ -86,6 +104,16 @@ class Steps:
             raise LocalProtocolError(f"step {self._number} ended twice")
         return schedule
 
+    def _measure(self, schedule: Schedule) -> None:
+        """Note how fast prompts are computed, from steps that computed hardly anything else."""
+        num_prefill = sum(
+            chunk.num_tokens
+            for request, chunk in zip(schedule.requests, schedule.chunks, strict=True)
+            if request in self._scheduler.prefilling
+        )
+        if num_prefill > len(schedule.chunks):
+            self._loads.prefilling.add(num_prefill, self._outbox.now - self._started_s, self._outbox.now)
+
     def _rejected(self, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
         """Count the guesses of one request in one step; return how many were wrong."""
         num_accepted = len(sampled.token_ids) - 1
@@ -107,5 +135,6 @@ class Steps:
             request.mark("done", self._outbox.now)
             if self._node.cache.output_caching:
                 self._scheduler.publish(request)
+            self._storage.finished(request)
             self._requests.close(request)
         return output

@@ -18,6 +18,7 @@ class PrefillStatus(StrEnum):
     """Where a request stands on P; see the package's picture."""
 
     QUEUED = "queued"
+    LOADING = "loading"
     RUNNING_PREFILL = "running_prefill"
     SENDING = "sending"
     CLOSING = "closing"
@@ -27,7 +28,8 @@ class PrefillStatus(StrEnum):
 _CLOSING, _ENDED = PrefillStatus.CLOSING, PrefillStatus.ENDED
 
 TRANSITIONS: Table[PrefillStatus] = {
-    PrefillStatus.QUEUED: frozenset({PrefillStatus.RUNNING_PREFILL, _CLOSING}),
+    PrefillStatus.QUEUED: frozenset({PrefillStatus.LOADING, PrefillStatus.RUNNING_PREFILL, _CLOSING}),
+    PrefillStatus.LOADING: frozenset({PrefillStatus.RUNNING_PREFILL, _CLOSING}),
     PrefillStatus.RUNNING_PREFILL: frozenset({PrefillStatus.SENDING, _CLOSING}),
     PrefillStatus.SENDING: frozenset({_CLOSING, _ENDED}),
     PrefillStatus.CLOSING: frozenset({_ENDED}),
@@ -41,6 +43,7 @@ class Holder(StrEnum):
     REQUEST = "request"
     STEP = "step"
     MESSAGER = "messager"
+    STORE = "store"
 
 
 class Reservation(StrEnum):

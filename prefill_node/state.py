@@ -12,6 +12,9 @@ from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
     Exit,
+    KVLoaded,
+    KVStaged,
+    KVStored,
     LayerComputed,
     Log,
     PeerLost,
@@ -20,6 +23,7 @@ from kvrelay.core.machine import (
     StepDone,
     StepFailed,
     StopRequested,
+    StoreCounted,
     TimerFired,
 )
 from kvrelay.core.membership import Membership
@@ -61,6 +65,7 @@ from prefill_node.policy import prefill_policy
 from prefill_node.request import Holder, PrefillRequest, PrefillStatus, Reservation
 from prefill_node.reservations import Reservations
 from prefill_node.steps import Steps
+from prefill_node.storage import Storage
 
 HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
@@ -85,12 +90,14 @@ class PrefillMachine:
         self._admission = Admission(self.kv, self._policy, self._block_size)
         self._reservations = Reservations(node, self._outbox, self._fail)
         self._steps = Steps(self._outbox, self._block_size)
+        self._storage = Storage(node, registration.geometry.block_bytes, self.kv, self._outbox)
         self._requests: dict[Attempt, PrefillRequest] = {}
         self._running: dict[Attempt, PrefillRequest] = {}
         self._sending: dict[Attempt, PrefillRequest] = {}
         self._leaving = False
         self._counters = {"steps": 0.0, "prefill_tokens": 0.0, "kv_bytes_sent": 0.0}
         self._messager_stats = MessagerStats(counters={})
+        self._store_counters: dict[str, float] = {}
 
     # ------------------------------------------------------------ events
 
@@ -102,7 +109,7 @@ class PrefillMachine:
             self._begin(request)
         if self._running and not self._steps.is_running:
             self._steps.start(self._policy.schedule(self._running.values(), len(self._sending)))
-        if self._leaving and not self._requests:
+        if self._leaving and not self._requests and self._storage.is_idle:
             self._leave()
         return self._outbox.take()
 
@@ -117,6 +124,8 @@ class PrefillMachine:
                 self._step_done(result)
             case StepFailed(reason=reason):
                 self._step_failed(reason)
+            case KVStaged() | KVStored() | KVLoaded() | StoreCounted():
+                self._on_storage_event(event)
             case TimerFired(key="heartbeat"):
                 self._heartbeat()
             case TimerFired(key="drain deadline"):
@@ -129,6 +138,17 @@ class PrefillMachine:
                 self._peer_lost(peer, reason)
             case StopRequested():
                 self._stop_requested()
+
+    def _on_storage_event(self, event: KVStaged | KVStored | KVLoaded | StoreCounted) -> None:
+        match event:
+            case KVStaged():
+                self._storage.saver.staged(event)
+            case KVStored():
+                self._storage.saver.stored(event)
+            case KVLoaded():
+                self._loaded(event)
+            case StoreCounted(counters=counters):
+                self._store_counters = counters
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
@@ -208,19 +228,33 @@ class PrefillMachine:
 
     def _here(self) -> list[PrefillRequest]:
         """Return those that have blocks."""
-        return [*self._sending.values(), *self._running.values()]
+        return [*self._sending.values(), *self._running.values(), *self._storage.loading.values()]
 
     def _begin(self, request: PrefillRequest) -> None:
-        """``request`` has its blocks: compute it, and have D reserve its own meanwhile."""
+        """``request`` has its blocks: fill them, and have D reserve its own meanwhile."""
+        request.holders.add(Holder.REQUEST)
+        if request.decode_node is not None:
+            request.holders.add(Holder.MESSAGER)
+            self._reservations.ask(request, self._requests.values())
+        if not self._storage.load(request):
+            self._compute(request)
+
+    def _loaded(self, event: KVLoaded) -> None:
+        """The store has filled as many blocks as it could: compute the others."""
+        request = self._storage.loaded(event)
+        if not request.is_over:
+            self._admission.publish(request)
+            self._compute(request)
+        self._release(request, Holder.STORE)
+
+    def _compute(self, request: PrefillRequest) -> None:
+        """Compute what is not cached; what is may travel at once."""
         request.lifecycle.move(PrefillStatus.RUNNING_PREFILL, self._outbox.now)
         request.mark("prefill", self._outbox.now)
-        request.holders.add(Holder.REQUEST)
         self._running[request.attempt] = request
-        if request.decode_node is None:
-            return
-        request.holders.add(Holder.MESSAGER)
-        self._reservations.ask(request, self._requests.values())
-        span = request.take_span(request.num_cached_tokens // self._block_size)
+        span = None
+        if request.decode_node is not None:
+            span = request.take_span(request.num_cached_tokens // self._block_size)
         if span is not None:
             self._outbox.send(MESSAGER, CachedSignal(span=span))
 
@@ -245,6 +279,7 @@ class PrefillMachine:
         request.mark("first_token", self._outbox.now)
         output = request.take_first_token(sampled)
         if output.finish_reason is not None:
+            self._storage.finished(request)
             self._close(request, "finished with its first token")
             return output
         request.lifecycle.move(PrefillStatus.SENDING, self._outbox.now)
@@ -289,6 +324,7 @@ class PrefillMachine:
             self._outbox.send(MESSAGER, close)
         self._running.pop(request.attempt, None)
         self._sending.pop(request.attempt, None)
+        self._storage.loading.pop(request.attempt, None)
         self._admission.computes_no_more(request)
         request.lifecycle.move(PrefillStatus.CLOSING, self._outbox.now)
         self._release(request, Holder.REQUEST)
@@ -354,20 +390,27 @@ class PrefillMachine:
         unfinished = [*self._admission, *self._running.values()]
         return Load(
             num_waiting=len(self._admission),
-            num_running=len(self._running),
+            num_running=len(self._running) + len(self._storage.loading),
             num_sending=len(self._sending),
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
             queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
             gauges=self._messager_stats.gauges,
-            counters={**self._counters, **asdict(self.kv.stats), **self._messager_stats.counters},
+            counters={
+                **self._counters,
+                **self._storage.counters,
+                **self._storage.saver.counters,
+                **self._store_counters,
+                **asdict(self.kv.stats),
+                **self._messager_stats.counters,
+            },
         )
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self.kv.assert_quiescent()
         owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
-        if owed or len(self._admission) or self._steps.is_running:
+        if owed or len(self._admission) or self._steps.is_running or not self._storage.is_idle:
             stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
             raise LocalProtocolError(f"prefill node not quiescent: {stories}")

@@ -16,6 +16,7 @@ class Counters:
     aborted: int = 0
     attempts: int = 0
     retries: int = 0
+    moved: int = 0
     decode_refusals: int = 0
     stale_messages: int = 0
     nodes_lost: int = 0

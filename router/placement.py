@@ -47,6 +47,22 @@ class Placement:
         request.decode = chosen.peer
         return chosen
 
+    def move_decode(self, request: RoutedRequest, num_blocks: int) -> Node | None:
+        """Take a preempted request to the node with most room beyond ``num_blocks``. Without any, return None."""
+        others = [
+            node
+            for node in self._registry.available(Role.DECODE, Role.MIXED)
+            if node.peer not in request.nodes and node.peer not in request.avoid and node.spare_blocks >= num_blocks
+        ]
+        if not others:
+            return None
+        chosen = max(others, key=lambda node: node.spare_blocks)
+        self.release(request)
+        chosen.num_moved_blocks += num_blocks
+        chosen.pending[request.request_id] = 0
+        request.decode = chosen.peer
+        return chosen
+
     def adopt_decode(self, request: RoutedRequest, peer: PeerId) -> bool:
         """A node sends tokens of the present attempt: if that is a decode node, it is the one that has the request.
 

@@ -21,13 +21,15 @@ from kvrelay.core.messages.node_to_router import Register
 class Node:
     """A registered node. ``pending``: its requests of this router, with the prompt tokens each must yet compute.
 
-    ``load`` is what its last heartbeat said, of which there were ``num_heartbeats`` so far.
+    ``load`` is what its last heartbeat said, of which there were ``num_heartbeats`` so far; since then it was given
+    preempted requests of ``num_moved_blocks``.
     """
 
     peer: PeerId
     registration: Register
     load: Load = field(default_factory=Load)
     num_heartbeats: int = 0
+    num_moved_blocks: int = 0
     leaving: bool = False
     pending: dict[str, int] = field(default_factory=dict)
     _foreign_requests: int = 0
@@ -67,12 +69,22 @@ class Node:
         """Prompt tokens it must yet compute, likewise."""
         return sum(self.pending.values()) + self._foreign_tokens
 
+    @property
+    def spare_blocks(self) -> int:
+        """KV blocks that a request from elsewhere could have at once: none if others wait for blocks there."""
+        load = self.load
+        if not self.num_heartbeats or load.num_waiting or self.num_requests >= self.max_num_seqs:
+            return 0
+        reserved = load.gauges.get("reserved_blocks", 0.0)
+        return max(0, load.free_blocks + load.evictable_blocks - int(reserved) - self.num_moved_blocks)
+
     def take_load(self, load: Load) -> None:
         """Note what a heartbeat says.
 
         What this router gave the node it knows better, and at once; what the node has beyond that is others'.
         """
         self.load = load
+        self.num_moved_blocks = 0
         num_requests = load.num_waiting + load.num_running + load.num_receiving
         self._foreign_requests = max(0, num_requests - len(self.pending))
         self._foreign_tokens = max(0, load.queued_tokens - sum(self.pending.values()))

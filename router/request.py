@@ -43,6 +43,7 @@ class RoutedRequest:
 
     ``prefill`` and ``decode``: nodes that may hold something of the attempt (a mixed node is ``decode``). ``avoid``:
     nodes that failed it. ``refused_by``: decode nodes that had no room for the present attempt.
+    ``num_preempted_blocks``: what it waits for after a preemption, None while it is not known to wait.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class RoutedRequest:
         "lifecycle",
         "new",
         "num_cached_tokens",
+        "num_preempted_blocks",
         "output",
         "prefill",
         "refused_by",
@@ -71,6 +73,7 @@ class RoutedRequest:
         self.avoid: set[PeerId] = set()
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
+        self.num_preempted_blocks: int | None = None
 
     @property
     def request_id(self) -> str:
@@ -101,6 +104,7 @@ class RoutedRequest:
         """Begin a new attempt, which goes on behind the tokens already delivered; return what its node must know."""
         self.attempts += 1
         self.epoch = epoch
+        self.num_preempted_blocks = None
         self.output.forget_early()
         self.refused_by.clear()
         return RequestSpec(

@@ -17,7 +17,7 @@ from kvrelay.core.errors import (
 from kvrelay.core.ids import PeerId
 from kvrelay.core.machine import CancelTimer, Send, SetTimer
 from kvrelay.core.messages.base import ErrorInfo
-from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput
+from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, RequestPreempted
 from kvrelay.core.messages.router_to_node import Abort, AssignDecode, Generate, Prefill
 from kvrelay.core.request import FinishReason
 from router.counters import Counters
@@ -54,6 +54,7 @@ class Requests:
         self._placement = placement
         self._perform = perform
         self._requests: dict[str, RoutedRequest] = {}
+        self._preempted: dict[str, RoutedRequest] = {}
         self._last_epoch = 0
         self.now = 0.0
         self.counters = Counters()
@@ -152,6 +153,7 @@ class Requests:
         if peer == request.decode and request.prefill is not None:
             # All KV has arrived and been handed off: nothing depends on P any more.
             self._placement.release_prefill(request)
+        request.num_preempted_blocks = None
         for ready in request.output.take(output):
             self._deliver(request, ready)
 
@@ -180,6 +182,42 @@ class Requests:
             request.lifecycle.move(Status.SEEKING_DECODE, self.now)
         if not self._seek_decode(request):
             self._set_timer(request, "seek", self.now + max(MIN_SEEK_S, needed.retry_after_s))
+
+    def take_preempted(self, peer: PeerId, preempted: RequestPreempted) -> None:
+        """A decode node had to put a request off: another may have room for it sooner."""
+        request = self._current(preempted.request_id, preempted.epoch)
+        if request is None:
+            self._abort(peer, preempted.request_id, preempted.epoch)
+        elif request.decode == peer:
+            request.num_preempted_blocks = preempted.num_blocks
+            self.timelines.mark(request.request_id, "preempted", self.now)
+            self._preempted[request.request_id] = request
+            self.move_preempted()
+
+    def move_preempted(self) -> None:
+        """Give requests that wait for blocks on one node to others that have room, longest waiting first.
+
+        What was generated so far goes along, and the other node finds the KV in the store if they share one. The first
+        node may be resuming the request just now: what it still sends is of an epoch that is over.
+        """
+        for request in list(self._preempted.values()):
+            num_blocks, source = request.num_preempted_blocks, request.decode
+            if num_blocks is None or source is None or request.status is not Status.RUNNING:
+                del self._preempted[request.request_id]
+                continue
+            epoch, nodes = request.epoch, request.nodes
+            target = self._placement.move_decode(request, num_blocks)
+            if target is None:
+                continue
+            del self._preempted[request.request_id]
+            for peer in nodes:
+                self._abort(peer, request.request_id, epoch)
+            self._last_epoch += 1
+            spec = request.next_attempt(self._last_epoch)
+            request.attempts -= 1  # nothing failed
+            self.counters.moved += 1
+            self.timelines.mark(request.request_id, "moved", self.now)
+            self._perform(Send(target.peer, Generate(request=spec)))
 
     def node_lost(self, node: Node, reason: str) -> None:
         """Take every request away from a node that is gone."""
@@ -306,6 +344,7 @@ class Requests:
         for kind in ("deadline", "retry", "seek"):
             self._perform(CancelTimer(RequestTimer(request.request_id, kind)))
         del self._requests[request.request_id]
+        self._preempted.pop(request.request_id, None)
 
     # ------------------------------------------------------------ helpers
 

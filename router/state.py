@@ -25,6 +25,7 @@ from kvrelay.core.messages.node_to_router import (
     Leaving,
     Register,
     RequestFailed,
+    RequestPreempted,
     RequestTimeline,
     TokensOut,
 )
@@ -136,6 +137,8 @@ class RouterMachine:
                 self.requests.take_failure(peer, message)
             case DecodeNeeded():
                 self.requests.take_decode_needed(peer, message)
+            case RequestPreempted():
+                self.requests.take_preempted(peer, message)
             case RequestTimeline():
                 self.requests.counters.kv_bytes_moved += self.requests.timelines.merge(message)
             case Leaving():
@@ -183,6 +186,7 @@ class RouterMachine:
         if load is not None:
             node.take_load(load)
         node.num_heartbeats += 1
+        self.requests.move_preempted()
         self._refuse_rival_of(peer)
 
     def _leave(self, peer: PeerId) -> None:

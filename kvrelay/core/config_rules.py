@@ -38,7 +38,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _addresses,
         _equal_keys,
         _budgets,
-        _storage_is_not_built_yet,
+        _storage_needs_prefix_caching,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     return [*problems, *_roles(nodes)]
@@ -117,12 +117,13 @@ def _budgets(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> I
             )
 
 
-def _storage_is_not_built_yet(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
-    """Refuse the storage backends, which no node uses yet."""
-    for key, owner in (((), data), *((("nodes", index), node) for index, node in nodes)):
-        backend = _get(owner, "storage", "backend", "none")
-        if backend in ("memory", "file", "redis", "mooncake"):
-            yield (*key, "storage", "backend"), f"{backend} is not built yet; only none is"
+def _storage_needs_prefix_caching(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Stored blocks are found by their hash, as published ones are: without hashes in use there is nothing to find."""
+    backend, caching = _get(data, "storage", "backend", "none"), _get(data, "cache", "prefix_caching", True)
+    for index, node in nodes:
+        is_stored = _get(node, "storage", "backend", backend) in ("memory", "file", "redis", "mooncake")
+        if is_stored and _get(node, "cache", "prefix_caching", caching) is False:
+            yield ("nodes", index, "cache", "prefix_caching"), "storage needs it: blocks are stored by their hash"
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:

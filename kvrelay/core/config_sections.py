@@ -253,6 +253,15 @@ _STORAGE_KEYS: dict[str, set[str]] = {
     "redis": {"url", "ttl_s", "payload", "path", "capacity"},
     "mooncake": {"master", "capacity"},
 }
+_STORAGE_KEYS_OF_ALL = {
+    "backend",
+    "timeout_s",
+    "read_timeout_s",
+    "min_read_tokens",
+    "staging",
+    "write_policy",
+    "resume",
+}
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -283,10 +292,26 @@ class StorageConfig(Section):
     timeout_s: float = Field(
         2.0, gt=0, le=600, description="Seconds after which what is not read is computed, and not written is dropped."
     )
+    read_timeout_s: float = Field(
+        0.5, gt=0, le=600, description="Seconds a new prompt waits for its beginning to be read; then it is computed."
+    )
+    min_read_tokens: int = Field(
+        64, ge=1, le=1 << 20, description="Shorter beginnings are computed: reading them would take longer."
+    )
+    staging: SizeBytes = Field(
+        64 << 20, ge=1 << 16, le=1 << 40, description="Memory for KV on its way to the store; when full, KV is dropped."
+    )
+    write_policy: Literal["on_finish", "on_preempt", "off"] = Field(
+        "on_finish",
+        description="on_preempt: the KV of preempted requests is written; on_finish: of finished ones too; off: none.",
+    )
+    resume: Literal["storage", "recompute", "auto"] = Field(
+        "auto", description="How preempted requests get their KV back; auto: whichever has been faster on this node."
+    )
 
     @model_validator(mode="after")
     def _keys_of_the_backend(self) -> Self:
-        foreign = self.model_fields_set - {"backend", "timeout_s"} - _STORAGE_KEYS[self.backend]
+        foreign = self.model_fields_set - _STORAGE_KEYS_OF_ALL - _STORAGE_KEYS[self.backend]
         if self.backend != "none" and foreign:
             raise refuse(f"{self.backend} has no use for {', '.join(sorted(foreign))}", "backend")
         if self.backend == "redis" and (self.url is None or not self.url.get_secret_value().startswith(_REDIS_SCHEMES)):

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from kvrelay.core.ids import PeerId
+from kvrelay.core.ids import BlockId, PeerId
 from kvrelay.core.messages.base import Message
 from kvrelay.core.step import StepPlan, StepResult
 
@@ -75,8 +75,51 @@ class StopRequested:
     """The operator wants this process to end: take nothing new, finish or hand back what runs, then Exit."""
 
 
+@dataclass(frozen=True, slots=True)
+class KVStaged:
+    """Answers StageKV: nothing reads the blocks any more, and they are copied unless that broke."""
+
+    key: Hashable
+    copied: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KVStored:
+    """Answers StoreKV: the first ``num_blocks`` blocks are in the store, ``num_written`` of all were not before."""
+
+    key: Hashable
+    num_blocks: int
+    num_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLoaded:
+    """Answers LoadKV: the first ``num_blocks`` blocks hold their KV, verified; nothing writes to any of them now."""
+
+    key: Hashable
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounted:
+    """What the node's store has done so far, after each call. For people: nothing depends on it."""
+
+    counters: dict[str, float]
+
+
 CoreEvent: TypeAlias = (
-    Received | PeerLost | LayerComputed | StepDone | StepFailed | TimerFired | Started | StopRequested
+    Received
+    | PeerLost
+    | LayerComputed
+    | StepDone
+    | StepFailed
+    | TimerFired
+    | Started
+    | StopRequested
+    | KVStaged
+    | KVStored
+    | KVLoaded
+    | StoreCounted
 )
 
 # ---------------------------------------------------------------- actions
@@ -128,6 +171,38 @@ class CancelTimer:
 
 
 @dataclass(frozen=True, slots=True)
+class StageKV:
+    """Copy ``blocks`` of the pool to ``slots`` of the node's staging memory; KVStaged follows, within milliseconds."""
+
+    key: Hashable
+    blocks: Sequence[BlockId]
+    slots: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreKV:
+    """Write ``slots`` of the staging memory to the store, as ``hashes``; KVStored follows, whatever the store does."""
+
+    key: Hashable
+    hashes: Sequence[bytes]
+    slots: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadKV:
+    """Read the first of ``hashes`` that the store has into ``blocks`` of the pool; KVLoaded follows in ``timeout_s``.
+
+    Fewer than ``min_blocks`` are not worth reading.
+    """
+
+    key: Hashable
+    hashes: Sequence[bytes]
+    blocks: Sequence[BlockId]
+    min_blocks: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """Write a log line. For people: nothing depends on it."""
 
@@ -143,7 +218,9 @@ class Exit:
     reason: str = ""
 
 
-CoreAction: TypeAlias = Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | Log | Exit
+CoreAction: TypeAlias = (
+    Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | StageKV | StoreKV | LoadKV | Log | Exit
+)
 
 
 class Machine(Protocol):

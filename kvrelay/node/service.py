@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from asyncio.subprocess import Process
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,6 +28,9 @@ from kvrelay.core.shell import Shell
 from kvrelay.core.transport import Transport
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
+from kvrelay.node.storage import StorageIO
+from kvstore.saver import num_staging_slots
+from kvstore.storage.factory import make_store
 
 MakeMachine: TypeAlias = Callable[[Register], Machine]
 """Builds a role's machine from what it registers as."""
@@ -61,12 +65,26 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
         with runtime_dir() as directory:
             transport.bind(node.address, f"ipc://{directory}/{me}")
             transport.connect(ROUTER, node.router.control)
-            if node.role == "mixed":
-                return await shell.run(transport)
-            return await _run_with_messager(node, engine, me, directory, shell, transport)
+            async with _storage(node, engine, shell):
+                if node.role == "mixed":
+                    return await shell.run(transport)
+                return await _run_with_messager(node, engine, me, directory, shell, transport)
     finally:
         compute.stop()
         transport.close()
+
+
+@asynccontextmanager
+async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
+    """Keep the node's store open, if it has one: without, its machine never asks for it."""
+    if node.storage.backend == "none":
+        yield
+        return
+    store, clock = make_store(node.storage, engine.geometry, Clock(), node.host), Clock()
+    num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
+    async with StorageIO(store, engine.memory, num_slots, shell.post, clock) as storage:
+        storage.handle_with(shell)
+        yield
 
 
 async def _run_with_messager(

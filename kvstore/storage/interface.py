@@ -84,10 +84,10 @@ class KVStore(Protocol):
     """Blocks by block hash, for one ``KVGeometry``: other models and shapes are not seen and not touched.
 
     All methods are called from one event loop, any number at a time, and never block it. ``put``, ``get``,
-    ``longest_prefix`` and ``delete`` end within the configured ``timeout_s`` and raise nothing because of the backend:
-    what it cannot do is a miss or a failed put, and counted. They raise LocalProtocolError for arguments that do not
-    fit. The others are for operators and raise StorageUnavailableError if the backend cannot be reached or is not in
-    time.
+    ``longest_prefix`` and ``delete`` end within the configured ``timeout_s``, or a shorter one that is given, and raise
+    nothing because of the backend: what it cannot do is a miss or a failed put, and counted. They raise
+    LocalProtocolError for arguments that do not fit. The others are for operators and raise StorageUnavailableError if
+    the backend cannot be reached or is not in time.
     """
 
     @property
@@ -108,13 +108,15 @@ class KVStore(Protocol):
         the beginning of the sequence. May evict others.
         """
 
-    async def get(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[bool]:
+    async def get(
+        self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
+    ) -> list[bool]:
         """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. By P on admission, by D on resume.
 
         Where False, ``blocks[i]`` is as it was. Verified before it is delivered. Counts as a use for eviction.
         """
 
-    async def longest_prefix(self, block_hashes: Sequence[bytes]) -> int:
+    async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
         """Return how many of the first blocks are in the store. Before ``get``, to know what to make room for.
 
         A hint: they may be gone, or turn out corrupt, when they are read.

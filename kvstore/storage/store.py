@@ -63,12 +63,14 @@ class Store:
         self._count_put(outcomes)
         return outcomes
 
-    async def get(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[bool]:
+    async def get(
+        self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
+    ) -> list[bool]:
         """Read the blocks, as in KVStore."""
         call = GetCall(self._format, block_hashes, blocks)
         if block_hashes and self._may_try():
             try:
-                await self._try(lambda: self._backend.get(call), lambda: True in call.hits)
+                await self._try(lambda: self._backend.get(call), lambda: True in call.hits, timeout_s)
             finally:
                 await call.loan.end()
         hits, counters = sum(call.hits), self.counters
@@ -77,7 +79,7 @@ class Store:
         counters.read_bytes += hits * self._format.payload_bytes
         return call.hits
 
-    async def longest_prefix(self, block_hashes: Sequence[bytes]) -> int:
+    async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
         """Count the first blocks that are there, as in KVStore."""
         require_hashes(block_hashes)
         found = 0
@@ -91,7 +93,7 @@ class Store:
                     return
 
         if block_hashes and self._may_try():
-            await self._try(search, lambda: found > 0)
+            await self._try(search, lambda: found > 0, timeout_s)
         return found
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
@@ -128,17 +130,23 @@ class Store:
         self.counters.skipped += 1
         return False
 
-    async def _try(self, operation: Callable[[], Awaitable[T]], made_progress: Callable[[], bool]) -> T | None:
+    async def _try(
+        self,
+        operation: Callable[[], Awaitable[T]],
+        made_progress: Callable[[], bool],
+        timeout_s: float | None = None,
+    ) -> T | None:
         """Await ``operation`` until the deadline; None if it did not end well. What it noted until then stands."""
+        timeout_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 result = await operation()
             self._failing = False
             return result
         except TimeoutError:
             self.counters.timeouts += 1
             if not made_progress():
-                self._pause(f"no answer within {self._timeout_s} s")
+                self._pause(f"no answer within {timeout_s:.3g} s")
         except StorageUnavailableError as error:
             self.counters.errors += 1
             self._pause(error.message)

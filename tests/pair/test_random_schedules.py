@@ -47,10 +47,24 @@ def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
         },
         transfer={"link": rng.choice(["auto", "tcp"]), "layerwise": rng.random() < 0.8},
         engine={"num_layers": rng.randint(1, 3), **options.pop("engine", {})},
+        storage=rng.choice([{}, some_storage(rng)]),
         speculative={"method": rng.choice(["none", "none", "naive", "ngram"]), "num_speculative_tokens": 3},
         careful=True,
         **options,
     )
+
+
+def some_storage(rng: random.Random) -> dict[str, Any]:
+    """Return the section of a store that all nodes share."""
+    return {
+        "backend": "file",
+        "write_policy": rng.choice(["on_finish", "on_preempt", "off"]),
+        "resume": rng.choice(["storage", "recompute", "auto"]),
+        "min_read_tokens": rng.choice([1, 8]),
+        "staging": 1 << rng.randint(16, 20),
+        "timeout_s": rng.choice([0.002, 2.0]),
+        "read_timeout_s": rng.choice([0.002, 0.5]),
+    }
 
 
 def capacity(world: World) -> int:

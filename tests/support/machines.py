@@ -14,6 +14,7 @@ from kvrelay.core.config import (
     Role,
     SchedulerConfig,
     SpeculativeConfig,
+    StorageConfig,
     TransferConfig,
 )
 from kvrelay.core.geometry import KVGeometry
@@ -46,6 +47,7 @@ def node_config(role: Role, **sections: dict[str, Any]) -> NodeConfig:
         cache=CacheConfig(**{"block_size": BLOCK_SIZE, "num_blocks": 32, **sections.get("cache", {})}),
         scheduler=SchedulerConfig(**{"reserve_policy": "none", "watermark": 0.0, **sections.get("scheduler", {})}),
         speculative=SpeculativeConfig(**sections.get("speculative", {})),
+        storage=StorageConfig(**sections.get("storage", {})),
         transfer=TransferConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S),
         engine=EngineConfig(kind="fake"),
         cluster=ClusterSettings(drain_timeout_s=DRAIN_S),

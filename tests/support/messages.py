@@ -53,6 +53,7 @@ from kvrelay.core.messages.node_to_router import (
     Register,
     RequestFailed,
     RequestOutput,
+    RequestPreempted,
     RequestTimeline,
     TokensOut,
 )
@@ -146,6 +147,7 @@ EXAMPLES: list[Message] = [
     ),
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),
+    RequestPreempted(**_ID, num_blocks=7),
     DecodeNeeded(**_ID, refused_by="d0#0a1b2c3d", reason="full", retry_after_s=0.1),
     RequestTimeline(**_ID, marks=[Mark("prefill", 1.5, "p0")], layers=[LayerTransfer(0, 1.25, 1.75, 4096)]),
     Leaving(),

@@ -38,6 +38,7 @@ from kvrelay.engine.fake import FakeEngine, step_seconds
 from prefill_node.state import PrefillMachine
 from router.events import Deliver
 from router.state import RouterMachine
+from support.fake_store import FakeStorageIO
 
 if TYPE_CHECKING:
     from support.world import World
@@ -174,6 +175,7 @@ class NodeProcess(Process):
         super().__init__(world, me, machine, [config.address, f"ipc:///{me}"])
         self.connections[ROUTER] = CONTROL
         self.handle_with(RunStep, self._run_step)
+        FakeStorageIO(self, world.store)
         self.messager: MessagerProcess | None = None
         if config.role != "mixed":
             self.messager = MessagerProcess(world, self)

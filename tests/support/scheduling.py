@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.schedule import Schedule, Scheduler
-from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
+from kvrelay.core.config import SchedulerConfig, SpeculativeConfig, StorageConfig
+from kvrelay.core.outbox import Outbox
 from kvrelay.core.request import RequestSpec, SamplingParams
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
+from kvstore.saver import Saver
 
 QUIET = {"reserve_policy": "none", "watermark": 0.0}
 """No reserve: tests of one rule are not disturbed by another."""
@@ -25,7 +28,11 @@ class Desk:
         self.kv = KVCache(num_blocks)
         self.hasher = BlockHasher("model", block_size)
         settings = SchedulerConfig(**{**QUIET, **config})
-        self.scheduler = Scheduler(settings, SpeculativeConfig(**(speculative or {})), self.kv, self.hasher)
+        storage = StorageConfig()
+        saver, loads = Saver(storage, 1, self.kv, Outbox()), LoadPolicy(storage, block_size)
+        self.scheduler = Scheduler(
+            settings, SpeculativeConfig(**(speculative or {})), self.kv, self.hasher, saver, loads
+        )
         self.finished: list[DecodeRequest] = []
         self._next_token = 1000
 

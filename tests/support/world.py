@@ -24,6 +24,7 @@ from kvrelay.core.config import (
     Role,
     SchedulerConfig,
     SpeculativeConfig,
+    StorageConfig,
     TransferConfig,
 )
 from kvrelay.core.errors import LocalProtocolError
@@ -44,6 +45,7 @@ from router.events import (
 from router.limits import Limits
 from router.state import RouterMachine, RouterSettings
 from support.fake_link import FakeLink, Parcel, Payload
+from support.fake_store import FakeStore
 from support.processes import MessagerProcess, NodeProcess, Process, RouterProcess
 
 EOS = 1
@@ -121,6 +123,7 @@ class World:
         transfer: dict[str, Any] | None = None,
         engine: dict[str, Any] | None = None,
         speculative: dict[str, Any] | None = None,
+        storage: dict[str, Any] | None = None,
         limits: dict[str, Any] | None = None,
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
@@ -132,6 +135,7 @@ class World:
         self.clients: dict[str, Client] = {}
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
+        self.store = FakeStore(random.Random(seed ^ 0x5709))
         self.link = FakeLink(random.Random(~seed), self.after, lambda: self.now, self._arrive)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
@@ -142,6 +146,7 @@ class World:
             "cache": {"block_size": 4, "num_blocks": 64, **(cache or {})},
             "scheduler": {"max_num_batched_tokens": 64, "max_num_seqs": 16, **(scheduler or {})},
             "speculative": speculative or {},
+            "storage": storage or {},
             "transfer": {"lease_s": 8.0, "timeout_s": 10.0, **(transfer or {})},
             "engine": {
                 "vocab_size": VOCAB_SIZE,
@@ -216,6 +221,7 @@ class World:
             cache=CacheConfig(**sections["cache"]),
             scheduler=SchedulerConfig(**sections["scheduler"]),
             speculative=SpeculativeConfig(**sections["speculative"]),
+            storage=StorageConfig(**sections["storage"]),
             transfer=TransferConfig(**sections["transfer"]),
             engine=EngineConfig(kind="fake", fake=FakeEngineConfig(**sections["engine"])),
             cluster=ClusterSettings(drain_timeout_s=20.0),

@@ -65,6 +65,18 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     error: ErrorInfo
 
 
+class RequestPreempted(Message, frozen=True, kw_only=True):
+    """D or mixed -> router: it had to take the blocks from a request, which waits for ``num_blocks`` of them again.
+
+    Said when its KV has been written to the store, or will not be. The reader may give the request to a node that has
+    room now; if not, the sender resumes it as soon as it has.
+    """
+
+    request_id: str
+    epoch: int
+    num_blocks: int
+
+
 class DecodeNeeded(Message, frozen=True, kw_only=True):
     """P -> router: the decode node refused the reservation or is lost.
 

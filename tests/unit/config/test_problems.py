@@ -139,9 +139,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["1: nodes: should be a list, not {'p0': {'role': 'mixed'}}"],
     ),
     "pinned to no CPU": (GOOD.replace("8300}", "8300, cpus: []}"), ["5: nodes.d0.cpus: should not be empty"]),
-    "storage of a later version": (
-        GOOD + "storage: {backend: file, path: .kvrelay/kv, capacity: 8GiB}\n",
-        ["6: storage.backend: file is not built yet; only none is"],
+    "storage without prefix caching": (
+        GOOD.replace("block_size: 16", "prefix_caching: false") + "storage: {backend: file, capacity: 8GiB}\n",
+        [
+            "4: nodes.p0.cache.prefix_caching: storage needs it: blocks are stored by their hash",
+            "5: nodes.d0.cache.prefix_caching: storage needs it: blocks are stored by their hash",
+        ],
     ),
     "registry of a later version": (
         GOOD + "registry: {kind: redis}\n",

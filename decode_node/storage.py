@@ -1,0 +1,117 @@
+"""What D has to do with the store: KV of preempted and finished requests out, KV of resumed ones in."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from decode_node.load import LoadPolicy
+from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.requests import Requests
+from decode_node.schedule import Loading, Scheduler
+from kvrelay.core.config import NodeConfig
+from kvrelay.core.ids import ROUTER, Attempt
+from kvrelay.core.machine import KVLoaded, LoadKV
+from kvrelay.core.messages.node_to_router import RequestPreempted
+from kvrelay.core.outbox import Outbox
+from kvstore.saver import Saver
+
+
+class Storage:
+    """Starts saves and loads, and takes their ends. ``counters`` only grow."""
+
+    def __init__(
+        self,
+        node: NodeConfig,
+        scheduler: Scheduler,
+        requests: Requests,
+        saver: Saver,
+        loads: LoadPolicy,
+        outbox: Outbox,
+    ) -> None:
+        self._config = node.storage
+        self._block_size = node.cache.block_size
+        self._scheduler = scheduler
+        self._requests = requests
+        self._saver = saver
+        self._loads = loads
+        self._outbox = outbox
+        self._started: dict[Attempt, tuple[Loading, float]] = {}
+        self.counters = {"kv_loads": 0.0, "kv_blocks_loaded": 0.0, "kv_blocks_not_loaded": 0.0}
+
+    # ------------------------------------------------------------ out
+
+    def preempted(self, request: DecodeRequest) -> None:
+        """Save what ``request`` had in the pool, and let the router look for a node that has room sooner."""
+        if self._config.write_policy == "off" or self._config.resume == "recompute":
+            self._tell_router(request)
+            return
+        request.is_saving, number = True, request.num_preemptions
+
+        def saved(num_blocks: int) -> None:
+            if request.num_preemptions != number:
+                return  # preempted again meanwhile: the later save counts
+            request.is_saving = False
+            request.num_stored_blocks = num_blocks
+            self._tell_router(request)
+
+        self._saver.save(request.hashes, saved)
+
+    def finished(self, request: DecodeRequest) -> None:
+        """Save the context of ``request`` for whoever continues it: it is published."""
+        if self._config.write_policy == "on_finish":
+            self._saver.save(request.hashes, lambda _: None)
+
+    def _tell_router(self, request: DecodeRequest) -> None:
+        if request.status is DecodeStatus.PREEMPTED:
+            preempted = RequestPreempted(
+                request_id=request.spec.request_id,
+                epoch=request.spec.epoch,
+                num_blocks=-(-(len(request.token_ids) + 1) // self._block_size),
+            )
+            self._outbox.send(ROUTER, preempted)
+
+    # ------------------------------------------------------------ in
+
+    def load(self, loading: Loading) -> None:
+        """Read blocks of a request that has just been admitted."""
+        request = loading.request
+        request.is_loading = True
+        request.lifecycle.move(DecodeStatus.LOADING, self._outbox.now)
+        request.mark("load", self._outbox.now)
+        span = slice(loading.first_block, loading.first_block + loading.num_blocks)
+        self._started[request.attempt] = (loading, self._outbox.now)
+        self.counters["kv_loads"] += 1
+        timeout_s = self._config.timeout_s if request.num_preemptions else self._config.read_timeout_s
+        self._outbox.do(
+            LoadKV(
+                request.attempt,
+                request.hashes[span],
+                request.block_table[span],
+                min(self._loads.min_blocks, loading.num_blocks),
+                timeout_s,
+            )
+        )
+
+    def loaded(self, event: KVLoaded) -> None:
+        """Go on with what the store had; the rest is computed."""
+        loading, started_s = self._started.pop(cast(Attempt, event.key))
+        request, now = loading.request, self._outbox.now
+        request.is_loading = False
+        hashes = request.hashes[loading.first_block : loading.first_block + loading.num_blocks]
+        self._saver.remember(hashes[: event.num_blocks])
+        self._saver.forget(hashes[event.num_blocks :])
+        self.counters["kv_blocks_loaded"] += event.num_blocks
+        self.counters["kv_blocks_not_loaded"] += loading.num_blocks - event.num_blocks
+        if event.num_blocks:
+            self._loads.loading.add(event.num_blocks * self._block_size, now - started_s, now)
+        if request.is_over:
+            self._requests.end_if_unused(request)
+            return
+        request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, now)
+        request.mark("loaded", now)
+        self._scheduler.loaded(request, event.num_blocks)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to or from the store."""
+        return not len(self._saver) and not self._started

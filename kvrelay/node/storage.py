@@ -1,0 +1,96 @@
+"""Performs what a node's machine wants of its store: copies to staging memory, writes, reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import takewhile
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
+from kvrelay.core.shell import Shell
+from kvstore.storage.interface import KVStore, PutOutcome
+
+logger = logging.getLogger(__name__)
+
+
+class StorageIO:
+    """Between one node's pool ``memory`` and its ``store``, with staging memory of ``num_slots`` blocks in between.
+
+    ``async with`` opens the store and, at the end, waits for the calls under way and closes it. Every action gets its
+    event, whatever happens. All of it runs on the loop or in threads of its own, none of it in the way of a step.
+    """
+
+    def __init__(
+        self, store: KVStore, memory: KVMemory, num_slots: int, post: Callable[[object], None], clock: Clock
+    ) -> None:
+        self._store = store
+        self._memory = memory
+        self._post = post
+        self._clock = clock
+        # Pages that are never used are never made: an idle node pays nothing for it.
+        self._staging = np.empty((num_slots, memory.planes.shape[0], 2, memory.planes.shape[3]), np.uint8)
+        self._copying = ThreadPoolExecutor(1, "kv-staging")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._store.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._store.close()
+        self._copying.shutdown()
+
+    def handle_with(self, shell: Shell) -> None:
+        """Let ``shell`` have its actions performed here."""
+        shell.handle_with(StageKV, lambda action: self._start(self._stage(action), KVStaged(action.key, copied=False)))
+        shell.handle_with(StoreKV, lambda action: self._start(self._put(action), KVStored(action.key, 0, 0)))
+        shell.handle_with(LoadKV, lambda action: self._start(self._get(action), KVLoaded(action.key, 0)))
+
+    def _start(self, work: Coroutine[Any, Any, object], if_it_breaks: object) -> None:
+        async def run() -> None:
+            try:
+                event = await work
+            except Exception:  # a store that misbehaves costs what it holds, not the node
+                logger.exception("KV storage broke")
+                event = if_it_breaks
+            self._post(StoreCounted({f"store_{name}": float(n) for name, n in asdict(self._store.counters).items()}))
+            self._post(event)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stage(self, action: StageKV) -> KVStaged:
+        def copy() -> None:
+            for block, slot in zip(action.blocks, action.slots, strict=True):
+                self._staging[slot] = self._memory.planes[:, :, block]
+
+        await asyncio.get_running_loop().run_in_executor(self._copying, copy)
+        return KVStaged(action.key)
+
+    async def _put(self, action: StoreKV) -> KVStored:
+        outcomes = await self._store.put(action.hashes, [self._staging[slot] for slot in action.slots])
+        num_first = sum(1 for _ in takewhile(lambda outcome: outcome is not PutOutcome.FAILED, outcomes))
+        return KVStored(action.key, num_first, outcomes.count(PutOutcome.WRITTEN))
+
+    async def _get(self, action: LoadKV) -> KVLoaded:
+        deadline = self._clock.now() + action.timeout_s
+        num_there = await self._store.longest_prefix(action.hashes, action.timeout_s)
+        left_s = deadline - self._clock.now()
+        if num_there < action.min_blocks or left_s <= 0:
+            return KVLoaded(action.key, 0)
+        blocks = [self._memory.planes[:, :, block] for block in action.blocks[:num_there]]
+        hits = await self._store.get(action.hashes[:num_there], blocks, left_s)
+        return KVLoaded(action.key, sum(1 for _ in takewhile(bool, hits)))
