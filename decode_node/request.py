@@ -109,6 +109,7 @@ class DecodeRequest(Sequence):
             prompt_token_ids=[],
             sampling=SamplingParams(max_tokens=message.max_tokens, seed=0),
             priority=message.priority,
+            router=message.router,
         )
         request = cls(stand_in, message.block_hashes, DecodeStatus.RESERVING, now, sender)
         request.num_reserved_tokens = message.num_tokens

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.schedule import Schedule, Scheduler
 from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import MESSAGER, ROUTER, Attempt
+from kvrelay.core.ids import MESSAGER, Attempt
 from kvrelay.core.messages.base import ErrorInfo
 from kvrelay.core.messages.node_to_messager import CancelKV
 from kvrelay.core.messages.node_to_router import RequestFailed
 from kvrelay.core.outbox import Outbox
+from kvrelay.core.request import RequestSpec
 
 
 class Requests:
@@ -42,13 +43,13 @@ class Requests:
         """Return those about which something is still to be said."""
         return [request for request in self if not request.is_over]
 
-    def report(self, attempt: Attempt, error: ErrorInfo) -> None:
-        """Tell the router that ``attempt`` has failed."""
-        self._outbox.send(ROUTER, RequestFailed(request_id=attempt.request_id, epoch=attempt.epoch, error=error))
+    def report(self, spec: RequestSpec, error: ErrorInfo) -> None:
+        """Tell the router whose request it is that it has failed."""
+        self._outbox.send(spec.router, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
 
     def fail(self, request: DecodeRequest, error: ErrorInfo) -> None:
         """End ``request`` with ``error``."""
-        self.report(request.attempt, error)
+        self.report(request.spec, error)
         self.close(request)
 
     def close(self, request: DecodeRequest) -> None:
@@ -79,7 +80,7 @@ class Requests:
         self._scheduler.kv.unpin(request.block_table)
         request.lifecycle.move(DecodeStatus.ENDED, self._outbox.now)
         del self._requests[request.attempt]
-        self._outbox.send(ROUTER, request.timeline(self._node_id))
+        self._outbox.send(request.spec.router, request.timeline(self._node_id))
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless there are none."""

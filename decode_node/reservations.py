@@ -167,7 +167,7 @@ class Reservations:
             self._outbox.send(peer, _ended(spec.attempt, "the reservation is another's"))
         elif request is None or request.is_over:
             self._outbox.send(peer, _ended(spec.attempt, "no such reservation"))
-            self._requests.report(spec.attempt, ErrorInfo.of(TransferError("handed off without a reservation")))
+            self._requests.report(spec, ErrorInfo.of(TransferError("handed off without a reservation")))
         elif not request.accepts(spec):
             self._give_up(request, ErrorInfo.of(TransferError("handed off with another length than reserved")))
         elif not request.handed_off:

@@ -15,7 +15,7 @@ from decode_node.steps import Steps
 from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
-from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
+from kvrelay.core.ids import MESSAGER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
     Exit,
@@ -34,7 +34,7 @@ from kvrelay.core.machine import (
     TimerFired,
 )
 from kvrelay.core.membership import Membership
-from kvrelay.core.messages.base import ErrorInfo, Load, Message
+from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Load, Message
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVCancelled,
@@ -44,7 +44,7 @@ from kvrelay.core.messages.messager_to_node import (
     MessagerStats,
 )
 from kvrelay.core.messages.node_to_messager import StopMessager
-from kvrelay.core.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
 from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, RegisterAgain, Registered, RegistrationRefused
 from kvrelay.core.origin import may_send
@@ -78,7 +78,7 @@ class DecodeMachine:
         self._reservations = Reservations(node, self.scheduler, self._requests, self._outbox)
         self._storage = Storage(node, self.scheduler, self._requests, self._saver, loads, self._outbox)
         self._steps = Steps(node, self.scheduler, self._requests, self._storage, loads, self._outbox)
-        self._membership = Membership(registration)
+        self._membership = Membership(registration, node)
         self._leaving = False
         self._messager_stats = MessagerStats(counters={})
         self._store_counters: dict[str, float] = {}
@@ -100,6 +100,7 @@ class DecodeMachine:
                 self._steps.done(result)
             case Received(peer=peer, message=message):
                 self._reservations.heard(peer)
+                self._membership.heard(peer, self._outbox.now)
                 self._on_message(peer, message)
             case StepFailed(reason=reason):
                 self._steps.failed(reason)
@@ -129,11 +130,11 @@ class DecodeMachine:
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
-            case _ if not may_send(peer, message):
+            case _ if not may_send(peer, message, self._membership):
                 told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
                 self._outbox.do(told)
             case Generate(request=spec):
-                self._generate(spec)
+                self._generate(msgspec.structs.replace(spec, router=peer))
             case ReserveBlocks():
                 self._reservations.reserve(peer, message, self._inadmissible(message.num_tokens))
             case HandOff():
@@ -151,11 +152,11 @@ class DecodeMachine:
                 request = self._requests.find(Attempt(request_id, epoch))
                 if request is not None:
                     self._on_request_message(peer, request, message)
-            case Registered() | RegisterAgain() | RegistrationRefused():
-                actions, router_changed = self._membership.receive(message)
+            case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
+                actions, router_changed = self._membership.receive(peer, message, self._outbox.now)
                 self._outbox.do(*actions)
                 if router_changed:
-                    self._abort_all()
+                    self._abort_all_of(peer)
             case MessagerReady(link=link):
                 self._reservations.link = link
                 self._join()
@@ -190,7 +191,7 @@ class DecodeMachine:
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
         error = self._inadmissible(len(tokens))
         if error is not None:
-            self._requests.report(spec.attempt, error)
+            self._requests.report(spec, error)
             return
         request = DecodeRequest(spec, self._hasher.hashes(tokens), DecodeStatus.WAITING, self._outbox.now)
         request.mark("queued", self._outbox.now)
@@ -219,6 +220,8 @@ class DecodeMachine:
 
     def _heartbeat(self) -> None:
         self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+        for router in self._membership.silent(self._outbox.now):
+            self._router_lost(router, "no sign of life")
         self._outbox.do(*self._membership.beat(self.load()))
         self._reservations.heartbeat()
 
@@ -226,29 +229,35 @@ class DecodeMachine:
         if peer == MESSAGER:
             self._fail_all(f"the node's cache messager is gone: {reason}")
             self._outbox.do(Log("error", "messager lost", {"reason": reason}), Exit("messager lost"))
-        elif peer == ROUTER:
-            self._outbox.do(Log("error", "router lost", {"reason": reason}))
-            self._abort_all()
+        elif self._membership.is_router(peer):
+            self._router_lost(peer, reason)
         else:
             self._reservations.lost(peer, reason)
+
+    def _router_lost(self, router: PeerId, reason: str) -> None:
+        """Nobody waits for the requests of ``router`` any more; those of others go on."""
+        self._outbox.do(Log("error", "router lost", {"router": router, "reason": reason}))
+        self._membership.lost(router)
+        self._abort_all_of(router)
 
     def _fail_all(self, reason: str) -> None:
         self._reservations.give_up_all(self._requests.open(), TransferError(reason))
 
-    def _abort_all(self) -> None:
+    def _abort_all_of(self, router: PeerId) -> None:
         for request in self._requests.open():
-            self._requests.close(request)
+            if request.spec.router == router:
+                self._requests.close(request)
 
     def _stop_requested(self) -> None:
         if self._leaving:
             self._fail_all("the node is stopping")
             return
         self._leaving = True
-        self._outbox.send(ROUTER, Leaving())
+        self._outbox.do(*self._membership.leave())
         self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
 
     def _leave(self) -> None:
-        self._outbox.send(ROUTER, Drained())
+        self._outbox.do(*self._membership.drained())
         if self._node.role != "mixed":
             self._outbox.send(MESSAGER, StopMessager())
         self._outbox.do(Exit("drained"))

@@ -9,7 +9,7 @@ from decode_node.schedule import Schedule, Scheduler
 from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError
-from kvrelay.core.ids import ROUTER
+from kvrelay.core.ids import PeerId
 from kvrelay.core.machine import RunStep
 from kvrelay.core.messages.base import ErrorInfo
 from kvrelay.core.messages.node_to_router import RequestOutput, TokensOut
@@ -71,11 +71,11 @@ class Steps:
         self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))
 
     def done(self, result: StepResult) -> None:
-        """Take what the step sampled; the router gets it in one message."""
+        """Take what the step sampled; each router gets what is its own in one message."""
         schedule = self._end()
         self.counters["steps"] += 1
         self._measure(schedule)
-        outputs: list[RequestOutput] = []
+        outputs: dict[PeerId, list[RequestOutput]] = {}
         for request, chunk, sampled in zip(schedule.requests, schedule.chunks, result.sampled, strict=True):
             if request.is_over:
                 self._requests.end_if_unused(request)
@@ -85,10 +85,10 @@ class Steps:
             if request in self._scheduler.prefilling:
                 self._chunk_done(request, chunk.num_tokens)
             if sampled.token_ids:
-                outputs.append(self._sampled(request, sampled))
-        if outputs:
-            self.counters["decode_tokens"] += sum([len(output.token_ids) for output in outputs])
-            self._outbox.send(ROUTER, TokensOut(outputs=outputs))
+                outputs.setdefault(request.spec.router, []).append(self._sampled(request, sampled))
+        for router, its in outputs.items():
+            self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
+            self._outbox.send(router, TokensOut(outputs=its))
 
     def failed(self, reason: str) -> None:
         """End every request of the step with an error."""

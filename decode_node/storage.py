@@ -9,7 +9,7 @@ from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.schedule import Loading, Scheduler
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import ROUTER, Attempt
+from kvrelay.core.ids import Attempt
 from kvrelay.core.machine import KVLoaded, LoadKV
 from kvrelay.core.messages.node_to_router import RequestPreempted
 from kvrelay.core.outbox import Outbox
@@ -68,7 +68,7 @@ class Storage:
                 epoch=request.spec.epoch,
                 num_blocks=-(-(len(request.token_ids) + 1) // self._block_size),
             )
-            self._outbox.send(ROUTER, preempted)
+            self._outbox.send(request.spec.router, preempted)
 
     # ------------------------------------------------------------ in
 

@@ -9,7 +9,7 @@ import msgspec
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import NeverFitsError, PeerLostError, TransferError
-from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, peer_name
+from kvrelay.core.ids import MESSAGER, PeerId, peer_name
 from kvrelay.core.liveness import Liveness
 from kvrelay.core.machine import CancelTimer, Connect, Disconnect, Log, SetTimer
 from kvrelay.core.messages.base import ErrorInfo, NodeAddress
@@ -56,6 +56,7 @@ class Reservations:
             num_tokens=request.num_kv_tokens,
             max_tokens=spec.sampling.max_tokens - len(spec.output_token_ids),
             priority=spec.priority,
+            router=spec.router,
         )
         self._outbox.send(decode_node.peer, reserve)
         self._set_deadline(request)
@@ -140,7 +141,7 @@ class Reservations:
 
     def _need_decode(self, request: PrefillRequest, needed: DecodeNeeded) -> None:
         """Ask the router for a decode node, and again after a while: it may have none, or nothing of it got through."""
-        self._outbox.send(ROUTER, needed)
+        self._outbox.send(request.spec.router, needed)
         self._set_deadline(request)
 
     def hand_off(self, request: PrefillRequest) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
-from kvrelay.core.ids import MESSAGER, ROUTER, Attempt, PeerId
+from kvrelay.core.ids import MESSAGER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
     Exit,
@@ -27,7 +27,7 @@ from kvrelay.core.machine import (
     TimerFired,
 )
 from kvrelay.core.membership import Membership
-from kvrelay.core.messages.base import ErrorInfo, Load, Message, NodeAddress
+from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Load, Message, NodeAddress
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.core.messages.messager_to_node import (
     MessagerReady,
@@ -38,8 +38,6 @@ from kvrelay.core.messages.messager_to_node import (
 )
 from kvrelay.core.messages.node_to_messager import CachedSignal, CloseTransfer, StopMessager
 from kvrelay.core.messages.node_to_router import (
-    Drained,
-    Leaving,
     Register,
     RequestFailed,
     RequestOutput,
@@ -85,7 +83,7 @@ class PrefillMachine:
         self._block_size = node.cache.block_size
         self._hasher = BlockHasher(registration.geometry.model_digest, self._block_size)
         self._outbox = Outbox()
-        self._membership = Membership(registration)
+        self._membership = Membership(registration, node)
         self._policy = prefill_policy(node, self.kv)
         self._admission = Admission(self.kv, self._policy, self._block_size)
         self._reservations = Reservations(node, self._outbox, self._fail)
@@ -117,6 +115,7 @@ class PrefillMachine:
         match event:
             case Received(peer=peer, message=message):
                 self._reservations.heard(peer)
+                self._membership.heard(peer, self._outbox.now)
                 self._on_message(peer, message)
             case LayerComputed(layer=layer):
                 self._steps.layer_computed(layer)
@@ -152,11 +151,11 @@ class PrefillMachine:
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
-            case _ if not may_send(peer, message):
+            case _ if not may_send(peer, message, self._membership):
                 told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
                 self._outbox.do(told)
             case Prefill(request=spec, decode_node=decode_node):
-                self._prefill(spec, decode_node)
+                self._prefill(msgspec.structs.replace(spec, router=peer), decode_node)
             case (
                 Abort(request_id=request_id, epoch=epoch)
                 | AssignDecode(request_id=request_id, epoch=epoch)
@@ -168,11 +167,11 @@ class PrefillMachine:
                 | TransferClosed(request_id=request_id, epoch=epoch)
             ):
                 self._on_request_message(peer, self._requests.get(Attempt(request_id, epoch)), message)
-            case Registered() | RegisterAgain() | RegistrationRefused():
-                actions, router_changed = self._membership.receive(message)
+            case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
+                actions, router_changed = self._membership.receive(peer, message, self._outbox.now)
                 self._outbox.do(*actions)
                 if router_changed:
-                    self._abort_all()
+                    self._abort_all_of(peer)
             case MessagerReady():
                 self._outbox.do(*self._membership.join())
                 self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
@@ -210,7 +209,7 @@ class PrefillMachine:
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
         error = self._inadmissible(len(tokens))
         if error is not None:
-            self._outbox.send(ROUTER, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
+            self._outbox.send(spec.router, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
             return
         request = PrefillRequest(spec, decode_node, self._hasher.hashes(tokens), self._outbox.now)
         request.mark("queued", self._outbox.now)
@@ -261,7 +260,7 @@ class PrefillMachine:
     # ------------------------------------------------------------ steps
 
     def _step_done(self, result: StepResult) -> None:
-        outputs: list[RequestOutput] = []
+        outputs: dict[PeerId, list[RequestOutput]] = {}
         self._counters["steps"] += 1
         for (request, chunk), sampled in zip(self._steps.end(), result.sampled, strict=True):
             self._counters["prefill_tokens"] += chunk.num_tokens
@@ -269,10 +268,10 @@ class PrefillMachine:
                 request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
                 self._admission.publish(request)
                 if sampled.token_ids:
-                    outputs.append(self._first_token(request, sampled))
+                    outputs.setdefault(request.spec.router, []).append(self._first_token(request, sampled))
             self._release(request, Holder.STEP)
-        if outputs:
-            self._outbox.send(ROUTER, TokensOut(outputs=outputs))
+        for router, its in outputs.items():
+            self._outbox.send(router, TokensOut(outputs=its))
 
     def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
         """The prompt is through: on to D with it, unless its first token ends it."""
@@ -313,7 +312,7 @@ class PrefillMachine:
 
     def _fail(self, request: PrefillRequest, error: ErrorInfo) -> None:
         failed = RequestFailed(request_id=request.spec.request_id, epoch=request.spec.epoch, error=error)
-        self._outbox.send(ROUTER, failed)
+        self._outbox.send(request.spec.router, failed)
         self._close(request, error.message)
 
     def _close(self, request: PrefillRequest, reason: str) -> None:
@@ -340,7 +339,7 @@ class PrefillMachine:
         request.lifecycle.move(PrefillStatus.ENDED, self._outbox.now)
         del self._requests[request.attempt]
         self._sending.pop(request.attempt, None)
-        self._outbox.send(ROUTER, request.timeline(self._node.name))
+        self._outbox.send(request.spec.router, request.timeline(self._node.name))
 
     def _open_requests(self) -> list[PrefillRequest]:
         return [request for request in self._requests.values() if not request.is_over]
@@ -349,14 +348,17 @@ class PrefillMachine:
         for request in self._open_requests():
             self._fail(request, ErrorInfo.of(TransferError(reason)))
 
-    def _abort_all(self) -> None:
+    def _abort_all_of(self, router: PeerId) -> None:
         for request in self._open_requests():
-            self._close(request, "the router that sent it is gone")
+            if request.spec.router == router:
+                self._close(request, "the router that sent it is gone")
 
     # ------------------------------------------------------------ peers and timers
 
     def _heartbeat(self) -> None:
         self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+        for router in self._membership.silent(self._outbox.now):
+            self._router_lost(router, "no sign of life")
         self._outbox.do(*self._membership.beat(self.load()))
         self._reservations.renew(self._requests.values())
 
@@ -364,22 +366,27 @@ class PrefillMachine:
         if peer == MESSAGER:
             self._fail_all(f"the node's cache messager is gone: {reason}")
             self._outbox.do(Log("error", "messager lost", {"reason": reason}), Exit("messager lost"))
-        elif peer == ROUTER:
-            self._outbox.do(Log("error", "router lost", {"reason": reason}))
-            self._abort_all()
+        elif self._membership.is_router(peer):
+            self._router_lost(peer, reason)
         else:
             self._reservations.lost(peer, reason, self._requests.values())
+
+    def _router_lost(self, router: PeerId, reason: str) -> None:
+        """Nobody waits for the requests of ``router`` any more; those of others go on."""
+        self._outbox.do(Log("error", "router lost", {"router": router, "reason": reason}))
+        self._membership.lost(router)
+        self._abort_all_of(router)
 
     def _stop_requested(self) -> None:
         if self._leaving:
             self._fail_all("the node is stopping")
             return
         self._leaving = True
-        self._outbox.send(ROUTER, Leaving())
+        self._outbox.do(*self._membership.leave())
         self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
 
     def _leave(self) -> None:
-        self._outbox.send(ROUTER, Drained())
+        self._outbox.do(*self._membership.drained())
         self._outbox.send(MESSAGER, StopMessager())
         self._outbox.do(Exit("drained"))
 

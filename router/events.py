@@ -8,6 +8,7 @@ from typing import TypeAlias
 from kvrelay.core.errors import KVRelayError, QueueFullError
 from kvrelay.core.ids import NodeId
 from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.core.node_entry import NodeEntry
 from kvrelay.core.request import FinishReason, SamplingParams, TokenLogprobs
 
 # ---------------------------------------------------------------- events
@@ -49,6 +50,20 @@ class DrainRequested:
     """An operator wants this node out."""
 
     node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class NodesFound:
+    """The registry was read: these are the nodes in it, all of them."""
+
+    entries: tuple[NodeEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryLost:
+    """The registry cannot be read. NodesFound follows when it can."""
+
+    reason: str
 
 
 # ---------------------------------------------------------------- actions

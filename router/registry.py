@@ -161,6 +161,7 @@ class Registry:
     def add(self, peer: PeerId, registration: Register, now: float) -> Node:
         """Take a node in, or note that it registered again."""
         node = self._nodes.setdefault(peer, Node(peer, registration))
+        node.registration = registration
         self._liveness.watch(peer, now)
         self._liveness.heard(peer, now)
         return node

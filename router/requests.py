@@ -48,6 +48,7 @@ class Requests:
         registry: Registry,
         placement: Placement,
         perform: Callable[[object], None],
+        first_epoch: int = 0,
     ) -> None:
         self._limits = limits
         self._registry = registry
@@ -55,7 +56,7 @@ class Requests:
         self._perform = perform
         self._requests: dict[str, RoutedRequest] = {}
         self._preempted: dict[str, RoutedRequest] = {}
-        self._last_epoch = 0
+        self._last_epoch = first_epoch
         self.now = 0.0
         self.counters = Counters()
         self.timelines = Timelines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvrelay.core.errors import LocalProtocolError, NoNodeError
-from kvrelay.core.ids import PeerId
+from kvrelay.core.ids import PeerId, peer_id
 from kvrelay.core.machine import (
     Disconnect,
     Exit,
@@ -30,7 +30,8 @@ from kvrelay.core.messages.node_to_router import (
     TokensOut,
 )
 from kvrelay.core.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
-from router.events import ClientGone, DrainRequested, StopMatched, Submitted
+from router.events import ClientGone, DrainRequested, NewRequest, NodesFound, RegistryLost, StopMatched, Submitted
+from router.followed import FollowedNodes
 from router.limits import Limits
 from router.placement import Placement
 from router.policies import POLICIES
@@ -43,10 +44,15 @@ _DRAIN = "drain"
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """All the machine must know. ``model`` is the name nodes must serve."""
+    """All the machine must know. ``model`` is the name nodes must serve.
+
+    Epochs begin after ``first_epoch``, so that those of several routers differ: clients may give equal request ids to
+    two of them.
+    """
 
     model: str
     incarnation: str
+    first_epoch: int = 0
     prefill_policy: str = "least_loaded"
     decode_policy: str = "least_loaded"
     heartbeat_s: float = 1.0
@@ -72,7 +78,9 @@ class RouterMachine:
             self.registry,
             Placement(self.registry, POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()),
             self._perform,
+            settings.first_epoch,
         )
+        self.followed = FollowedNodes(settings.model, self._perform)
 
     def handle(self, event: object, now: float) -> list[object]:
         """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""
@@ -100,10 +108,8 @@ class RouterMachine:
         match event:
             case Received(peer=peer, message=message):
                 self._receive(peer, message)
-            case Submitted(requests=requests) if self._stopping:
-                self.requests.refuse(requests, NoNodeError("the router is stopping"))
             case Submitted(requests=requests):
-                self.requests.submit(requests)
+                self._submit(requests)
             case ClientGone(request_id=request_id):
                 self.requests.abort(request_id)
             case StopMatched(request_id=request_id):
@@ -112,6 +118,8 @@ class RouterMachine:
                 self.requests.take_timer(timer)
             case PeerLost(peer=peer, reason=reason):
                 self._lose(peer, reason)
+            case NodesFound() | RegistryLost():
+                self._follow(event)
             case DrainRequested(node_id=node_id):
                 self._drain(node_id)
             case Started() | TimerFired(key="liveness"):
@@ -122,6 +130,12 @@ class RouterMachine:
                 self.requests.fail_all(NoNodeError("the router is stopping"))
             case _:
                 raise LocalProtocolError(f"the router has no use for {event!r}")
+
+    def _submit(self, requests: tuple[NewRequest, ...]) -> None:
+        if self._stopping:
+            self.requests.refuse(requests, NoNodeError("the router is stopping"))
+        else:
+            self.requests.submit(requests)
 
     def _receive(self, peer: PeerId, message: Message) -> None:
         self.registry.heard(peer, self._now)
@@ -150,7 +164,21 @@ class RouterMachine:
 
     # ------------------------------------------------------------ nodes come and go
 
+    def _follow(self, event: NodesFound | RegistryLost) -> None:
+        """Be connected with the nodes in the registry; without it, with those that are known."""
+        if isinstance(event, RegistryLost):
+            self.followed.problem = event.reason
+            return
+        self.followed.problem = None
+        for peer in self.followed.take(event.entries, registered=lambda peer: self.registry.get(peer) is not None):
+            self._lose(peer, "restarted")
+        for node in self.registry:
+            node.leaving |= self.followed.is_draining(node.peer)
+
     def _register(self, peer: PeerId, message: Register) -> None:
+        if peer in self.followed and peer != peer_id(message.node_id, message.incarnation):
+            self._lose(peer, f"{message.node_id}#{message.incarnation} is at its address")
+            return
         reason = self.registry.mismatch(peer, message)
         if reason is not None:
             self._refuse(peer, reason)
@@ -166,10 +194,12 @@ class RouterMachine:
             self.registry.contest(rival, peer, message)
 
     def _join(self, peer: PeerId, message: Register) -> None:
-        known = self.registry.get(peer) is not None
+        known = self.registry.get(peer)
+        if known is not None and known.registration.session != message.session:
+            self.requests.node_lost(known, "it had taken this router for lost")
         self.registry.add(peer, message, self._now)
         self._perform(Send(peer, Registered(router_incarnation=self._settings.incarnation)))
-        if not known:
+        if known is None:
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self.requests.node_joined()
 
@@ -202,6 +232,7 @@ class RouterMachine:
             self._refuse(other, f"another live node is called {message.node_id}")
 
     def _lose(self, peer: PeerId, reason: str) -> None:
+        self.followed.forget(peer)
         node = self.registry.remove(peer, self._now)
         if node is None:
             return
@@ -216,6 +247,7 @@ class RouterMachine:
     def _check_liveness(self) -> None:
         for peer in self.registry.silent(self._now):
             self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")
+        self.followed.beat()
         self._perform(SetTimer(_LIVENESS, self._now + self._settings.heartbeat_s))
 
     def _drain(self, node_id: str) -> None:

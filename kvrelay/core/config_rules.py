@@ -41,7 +41,8 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _storage_needs_prefix_caching,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
-    return [*problems, *_roles(nodes)]
+    # With a registry the other nodes of the cluster may be in other files.
+    return problems if _get(data, "registry", "kind", "static") == "redis" else [*problems, *_roles(nodes)]
 
 
 def suggestion(model: type[BaseModel], key: Key) -> str:

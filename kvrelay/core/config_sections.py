@@ -87,7 +87,7 @@ class RouterConfig(Section):
     control: str = Field(
         "tcp://127.0.0.1:8100",
         pattern=r"^tcp://[A-Za-z0-9._-]+:[0-9]{1,5}$",
-        description="Where nodes reach the router, as tcp://host:port; the router listens there.",
+        description="registry static: where nodes reach the router, as tcp://host:port; the router listens there.",
     )
     prefill_policy: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="How the prefill (or mixed) node of a request is chosen."
@@ -322,9 +322,28 @@ class StorageConfig(Section):
 class RegistryConfig(Section):
     """How routers and nodes find each other."""
 
-    kind: Annotated[Literal["static"], _not_built_yet("redis")] = Field(
-        "static", description="static: by the addresses in this file."
+    kind: Literal["static", "redis"] = Field(
+        "static",
+        description="static: nodes reach one router at router.control; redis: nodes publish themselves to any number.",
     )
+    url: SecretStr | None = Field(
+        None, description="redis: redis://, rediss:// or unix:// with password and database; a cluster: any node of it."
+    )
+    cluster: str = Field(
+        "default",
+        max_length=64,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="redis: which nodes and routers belong together; one Redis may serve several clusters.",
+    )
+    lease_s: float = Field(
+        10.0, ge=0.1, le=3600, description="redis: seconds after which a node that died is out of the registry."
+    )
+
+    @model_validator(mode="after")
+    def _redis_has_a_url(self) -> Self:
+        if self.kind == "redis" and (self.url is None or not self.url.get_secret_value().startswith(_REDIS_SCHEMES)):
+            raise refuse(f"redis needs a url that begins with {', '.join(_REDIS_SCHEMES)}", "url")
+        return self
 
 
 class FakeEngineConfig(Section):

@@ -19,6 +19,7 @@ KVRelayError
 │   └── CorruptKVError
 ├── StorageError                KV storage cannot be used
 │   └── StorageUnavailableError     it cannot be reached, or does not answer in time
+├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── CheckpointError             the model's files cannot be loaded
 └── EngineError                 the model step failed (500)
 
@@ -160,6 +161,13 @@ class StorageUnavailableError(StorageError):
     """KV storage cannot be reached now, or does not answer in time."""
 
     code = "storage_unavailable"
+    http_status = 503
+
+
+class RegistryError(KVRelayError):
+    """The registry cannot be reached, or does not answer in time. Whoever is known goes on without it."""
+
+    code = "registry_unavailable"
     http_status = 503
 
 

@@ -203,6 +203,13 @@ class LoadKV:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce:
+    """Have all routers know of this node, in this ``state``, until the process ends. Not with a static registry."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """Write a log line. For people: nothing depends on it."""
 
@@ -219,7 +226,7 @@ class Exit:
 
 
 CoreAction: TypeAlias = (
-    Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | StageKV | StoreKV | LoadKV | Log | Exit
+    Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | StageKV | StoreKV | LoadKV | Announce | Log | Exit
 )
 
 

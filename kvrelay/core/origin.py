@@ -1,14 +1,15 @@
-"""Who may say what to a node. Anybody can reach its port; only its router and its messager are obeyed as such."""
+"""Who may say what to a node. Anybody can reach its port; only its routers and its messager are obeyed as such."""
 
 from __future__ import annotations
 
-from kvrelay.core.ids import MESSAGER, ROUTER, PeerId
-from kvrelay.core.messages import messager_to_node, router_to_node
+from kvrelay.core.ids import MESSAGER, PeerId
+from kvrelay.core.membership import Membership
+from kvrelay.core.messages import messager_to_node
 from kvrelay.core.messages.base import Message
 
-_SENDERS: dict[str, PeerId] = {router_to_node.__name__: ROUTER, messager_to_node.__name__: MESSAGER}
 
-
-def may_send(peer: PeerId, message: Message) -> bool:
-    """Return whether ``peer`` may send ``message`` to a node: not if it is for the router or the messager to say."""
-    return _SENDERS.get(type(message).__module__, peer) == peer
+def may_send(peer: PeerId, message: Message, membership: Membership) -> bool:
+    """Return whether ``peer`` may send ``message`` to a node: not if it is for a router or the messager to say."""
+    if type(message).__module__ == messager_to_node.__name__:
+        return peer == MESSAGER
+    return membership.obeys(peer, message)

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kvrelay.core.ids import Attempt
+from kvrelay.core.ids import ROUTER, Attempt, PeerId
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +43,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node must know to serve a request. ``output_token_ids``: those delivered by earlier attempts."""
+    """What a node must know to serve a request. ``output_token_ids``: those delivered by earlier attempts.
+
+    ``router`` is what nodes call the router whose request it is: the node that gets it from there notes it.
+    """
 
     request_id: str
     epoch: int
@@ -52,6 +55,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     priority: int = 0
     arrival_s: float = 0.0
+    router: PeerId = ROUTER
 
     @property
     def attempt(self) -> Attempt:

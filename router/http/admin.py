@@ -77,6 +77,8 @@ class AdminEndpoints:
                 "model": self._service.model.name,
                 "ready": machine.unready_reason() is None,
                 "not_ready_because": machine.unready_reason(),
+                "registry": self._service.config.registry.kind,
+                "registry_problem": machine.followed.problem,
                 "nodes": [_node_status(node) for node in machine.registry],
                 "requests": {
                     **{status.value: count for status, count in machine.requests.by_status.items()},

@@ -13,6 +13,8 @@ class Register(Message, frozen=True, kw_only=True):
     """Node -> router, when it can serve, and again whenever the router asks.
 
     The reader compares geometry, model and protocol with its other nodes and answers Registered or RegistrationRefused.
+    ``session`` rises when the node takes a router for lost and drops what it held for it: a reader that knows another
+    gives the node's requests to others.
     """
 
     node_id: str
@@ -25,6 +27,7 @@ class Register(Message, frozen=True, kw_only=True):
     max_num_seqs: int
     num_blocks: int
     geometry: KVGeometry
+    session: int = 0
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):

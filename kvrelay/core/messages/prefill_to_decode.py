@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay.core.ids import ROUTER
 from kvrelay.core.messages.base import Message
 from kvrelay.core.request import RequestSpec
 
@@ -10,7 +11,7 @@ class ReserveBlocks(Message, frozen=True, kw_only=True):
     """P -> D, when P begins a prompt.
 
     The reader always answers: BlocksReserved or ReservationRefused. ``block_hashes`` are the chained hashes of the full
-    blocks of the ``num_tokens`` tokens to come.
+    blocks of the ``num_tokens`` tokens to come, ``router`` is whose request it is.
     """
 
     request_id: str
@@ -19,6 +20,7 @@ class ReserveBlocks(Message, frozen=True, kw_only=True):
     num_tokens: int
     max_tokens: int
     priority: int = 0
+    router: str = ROUTER
 
 
 class HandOff(Message, frozen=True, kw_only=True):

@@ -146,9 +146,13 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
             "5: nodes.d0.cache.prefix_caching: storage needs it: blocks are stored by their hash",
         ],
     ),
-    "registry of a later version": (
+    "registry without a place": (
         GOOD + "registry: {kind: redis}\n",
-        ["6: registry.kind: redis is not built yet"],
+        ["6: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],
+    ),
+    "registry elsewhere": (
+        GOOD + "registry:\n  kind: redis\n  url: http://:secret@localhost\n",
+        ["8: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],
     ),
     "kernels of a later version": (
         GOOD + "engine:\n  kernels: native\n  quantization: w8a8\n",

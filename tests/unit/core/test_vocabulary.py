@@ -12,16 +12,13 @@ import pytest
 
 from kvrelay.core import errors
 from kvrelay.core.clock import Clock
-from kvrelay.core.errors import KVRelayError, LocalProtocolError, QueueFullError, RemoteProtocolError
+from kvrelay.core.errors import KVRelayError, LocalProtocolError, QueueFullError
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import ROUTER, Attempt, new_incarnation, peer_id, peer_name
+from kvrelay.core.ids import Attempt, new_incarnation, peer_id, peer_name
 from kvrelay.core.lifecycle import Lifecycle
 from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import Exit, Send
-from kvrelay.core.membership import REFUSED, Membership
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Load
+from kvrelay.core.messages.base import ErrorInfo
 from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
 from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams, Sequence
 
 GEOMETRY = KVGeometry(4, 2, 8, 16, "bfloat16", "digest")
@@ -183,53 +180,6 @@ def test_a_word_from_somebody_not_watched_changes_nothing() -> None:
     liveness.forget("d0")
     liveness.forget("d0")
     assert liveness.lost(100.0) == []
-
-
-# ---------------------------------------------------------------- membership
-
-
-def sent(actions: list[Any]) -> list[object]:
-    assert all(action.peer == ROUTER for action in actions if isinstance(action, Send))
-    return [action.message for action in actions if isinstance(action, Send)]
-
-
-def test_a_node_asks_to_be_registered_until_it_is() -> None:
-    membership = Membership(REGISTER)
-    assert sent(membership.join()) == [REGISTER]
-    assert sent(membership.beat(Load())) == [REGISTER]
-    actions, changed = membership.receive(Registered(router_incarnation="a"))
-    assert not sent(actions)
-    assert not changed
-    assert sent(membership.beat(Load(num_waiting=3))) == [Heartbeat(load=Load(num_waiting=3))]
-
-
-def test_a_router_that_forgot_us_is_told_again_but_is_the_same() -> None:
-    membership = Membership(REGISTER)
-    membership.receive(Registered(router_incarnation="a"))
-    actions, changed = membership.receive(RegisterAgain())
-    assert sent(actions) == [REGISTER]
-    assert not changed
-    assert sent(membership.beat(Load())) == [REGISTER]
-    assert membership.receive(Registered(router_incarnation="a"))[1] is False
-
-
-def test_another_router_means_that_nobody_waits_for_what_we_hold() -> None:
-    membership = Membership(REGISTER)
-    membership.receive(Registered(router_incarnation="a"))
-    membership.receive(RegisterAgain())
-    assert membership.receive(Registered(router_incarnation="b"))[1] is True
-    assert membership.receive(Registered(router_incarnation="b"))[1] is False
-
-
-def test_a_refused_node_exits_with_the_reason() -> None:
-    actions, _ = Membership(REGISTER).receive(RegistrationRefused(reason="block_size: 16 != 32"))
-    assert actions[-1] == Exit(REFUSED)
-    assert "block_size" in str(actions[0])
-
-
-def test_anything_else_is_no_registration_message() -> None:
-    with pytest.raises(RemoteProtocolError, match="Drain"):
-        Membership(REGISTER).receive(Drain())
 
 
 # ---------------------------------------------------------------- errors

@@ -30,10 +30,13 @@ def new_request(request_id: str = "r", *, max_tokens: int = 8, prompt: list[int]
 
 
 class Driver:
-    def __init__(self, nodes: str = "", *, limits: Limits | None = None, policy: str = "least_loaded") -> None:
+    def __init__(
+        self, nodes: str = "", *, limits: Limits | None = None, policy: str = "least_loaded", first_epoch: int = 0
+    ) -> None:
         settings = RouterSettings(
             model="demo",
             incarnation="r1",
+            first_epoch=first_epoch,
             limits=limits or Limits(),
             prefill_policy=policy,
             decode_policy=policy,

@@ -1,0 +1,76 @@
+"""The nodes that a router has found in the registry and reached out to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from kvrelay.core.ids import PeerId
+from kvrelay.core.machine import Connect, Disconnect, Log, Send
+from kvrelay.core.messages.base import Heartbeat
+from kvrelay.core.node_entry import NodeEntry, present
+
+
+class FollowedNodes:
+    """Connections to nodes, one for each entry; registered or not is ``registry``'s to know.
+
+    What a node is and whether it lives, it says itself over its connection: the registry only tells where to look, so
+    nothing that is there is lost with it. ``problem`` says why it cannot be read at present.
+    """
+
+    def __init__(self, model: str, perform: Callable[[object], None]) -> None:
+        self._model = model
+        self._perform = perform
+        self._entries: dict[PeerId, NodeEntry] = {}
+        self._foreign: set[PeerId] = set()
+        self.problem: str | None = None
+
+    def __contains__(self, peer: PeerId) -> bool:
+        return peer in self._entries
+
+    def take(self, entries: Iterable[NodeEntry], *, registered: Callable[[PeerId], bool]) -> list[PeerId]:
+        """Reach out to those that are new in ``entries``; return the peers that a later start has replaced.
+
+        A node whose entry has vanished is let go unless it is ``registered``: that one is alive, and only the registry
+        has lost it.
+        """
+        wanted = {entry.peer: entry for entry in present(self._ours(entries))}
+        addresses = {entry.address: entry.peer for entry in wanted.values()}
+        replaced = [peer for peer, entry in self._entries.items() if addresses.get(entry.address, peer) != peer]
+        for peer in replaced:
+            self.forget(peer)
+        for peer in [peer for peer in self._entries if peer not in wanted and not registered(peer)]:
+            self.forget(peer)
+        for peer, entry in wanted.items():
+            if peer not in self._entries:
+                self._perform(Log("info", "node found", {"node": peer, "address": entry.address}))
+                self._perform(Connect(peer, entry.address))
+                self._perform(Send(peer, Heartbeat()))
+            self._entries[peer] = entry
+        return replaced
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop the connection to ``peer``. If its entry is there when the registry is read again, so is the node."""
+        if self._entries.pop(peer, None) is not None:
+            self._perform(Disconnect(peer))
+
+    def is_draining(self, peer: PeerId) -> bool:
+        """Tell whether the registry says that ``peer`` takes nothing new."""
+        entry = self._entries.get(peer)
+        return entry is not None and entry.is_draining
+
+    def beat(self) -> None:
+        """Show every node a sign of life; those that do not know this router answer with a Register."""
+        for peer in self._entries:
+            self._perform(Send(peer, Heartbeat()))
+
+    def _ours(self, entries: Iterable[NodeEntry]) -> list[NodeEntry]:
+        """Leave out the nodes of other clusters that are in the same registry by mistake."""
+        ours = []
+        for entry in entries:
+            if entry.registration.model == self._model:
+                ours.append(entry)
+            elif entry.peer not in self._foreign:
+                self._foreign.add(entry.peer)
+                fields: dict[str, object] = {"node": entry.peer, "model": entry.registration.model}
+                self._perform(Log("warning", "node of another model in the registry", fields))
+        return ours
