@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -23,11 +24,15 @@ from router.events import (
     Submitted,
     TokensDelivered,
 )
+from router.follower import following
 from router.limits import Limits
 from router.model import ServedModel
 from router.state import RouterMachine, RouterSettings
 
 Sink = Callable[[str, Delivery], None]
+
+_EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
+"""Bits of an epoch: each start of a router draws its share of them, and counts on from there."""
 
 
 def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
@@ -36,6 +41,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
     return RouterSettings(
         model=config.model.name,
         incarnation=incarnation,
+        first_epoch=secrets.randbits(_EPOCH_SHARES) << _EPOCHS_PER_SHARE,
         prefill_policy=router.prefill_policy,
         decode_policy=router.decode_policy,
         heartbeat_s=cluster.heartbeat_s,
@@ -65,12 +71,18 @@ class RouterService:
         self.control_addresses: list[str] = []
 
     async def run(self) -> str:
-        """Serve until told to stop and done; return why it ended. Raises ConfigError if it cannot listen for nodes."""
+        """Serve until told to stop and done; return why it ended.
+
+        Raises ConfigError if it cannot listen for nodes, or the registry's URL cannot be read.
+        """
         shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
         transport = Transport(peer_id("router", self._incarnation), shell.post)
         try:
-            self.control_addresses = self._bind(transport)
-            return await shell.run(transport)
+            if self.config.registry.kind == "static":
+                self.control_addresses = self._bind(transport)
+                return await shell.run(transport)
+            async with following(self.config.registry, shell.post, self.config.cluster.heartbeat_s):
+                return await shell.run(transport)
         finally:
             transport.close()
 

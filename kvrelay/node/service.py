@@ -20,7 +20,7 @@ from kvrelay.core.compute import ComputeThread
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
 from kvrelay.core.logging import log_event, progress_log
-from kvrelay.core.machine import Machine, PeerLost, RunStep
+from kvrelay.core.machine import Announce, Machine, PeerLost, RunStep
 from kvrelay.core.membership import REFUSED
 from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.runtime_dir import runtime_dir
@@ -29,6 +29,7 @@ from kvrelay.core.transport import Transport
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.node.storage import StorageIO
+from kvrelay.registry.publisher import announcing
 from kvstore.saver import num_staging_slots
 from kvstore.storage.factory import make_store
 
@@ -55,7 +56,8 @@ def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool)
 async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, layer_events: bool) -> str:
     incarnation = new_incarnation()
     me = peer_id(node.name, incarnation)
-    shell = Shell(make_machine(_registration(node, incarnation, engine)), clock=Clock())
+    registration = _registration(node, incarnation, engine)
+    shell = Shell(make_machine(registration), clock=Clock())
     compute = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, compute.perform)
     transport = Transport(me, shell.post)
@@ -64,8 +66,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     try:
         with runtime_dir() as directory:
             transport.bind(node.address, f"ipc://{directory}/{me}")
-            transport.connect(ROUTER, node.router.control)
-            async with _storage(node, engine, shell):
+            async with _storage(node, engine, shell), _registry(node, registration, shell, transport):
                 if node.role == "mixed":
                     return await shell.run(transport)
                 return await _run_with_messager(node, engine, me, directory, shell, transport)
@@ -84,6 +85,20 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncItera
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with StorageIO(store, engine.memory, num_slots, shell.post, clock) as storage:
         storage.handle_with(shell)
+        yield
+
+
+@asynccontextmanager
+async def _registry(
+    node: NodeConfig, registration: Register, shell: Shell, transport: Transport
+) -> AsyncIterator[None]:
+    """Reach out to the one router there is, or have routers find this node."""
+    if node.registry.kind == "static":
+        transport.connect(ROUTER, node.router.control)
+        yield
+        return
+    async with announcing(node.registry, registration) as announce:
+        shell.handle_with(Announce, announce)
         yield
 
 

@@ -1,0 +1,89 @@
+"""Keeps a node's entry in the registry. On the shell's loop, so that a long step does not end its lease."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+from kvrelay.core.config_sections import RegistryConfig
+from kvrelay.core.errors import RegistryError
+from kvrelay.core.machine import Announce
+from kvrelay.core.messages.node_to_router import Register
+from kvrelay.core.node_entry import NodeEntry
+from kvrelay.registry.registry import Registry, open_registry
+
+_RENEWALS = 4
+"""Renewals in the length of a lease: a few may fail."""
+
+_MAX_RETRY_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Writes the entry of one node, again and again: what is in the registry is what was announced last."""
+
+    def __init__(self, registry: Registry, registration: Register, lease_s: float) -> None:
+        self._registry = registry
+        self._registration = registration
+        self._renewal_s = lease_s / _RENEWALS
+        self._retry_s = min(_MAX_RETRY_S, self._renewal_s)
+        self._started_s = time.time()
+        self._entry: NodeEntry | None = None
+        self._changed = asyncio.Event()
+        self._failing = False
+
+    def announce(self, action: Announce) -> None:
+        """Have the node known, as ``action`` says it is, from now on."""
+        self._entry = NodeEntry(registration=self._registration, state=action.state, started_s=self._started_s)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        await self._changed.wait()
+        while True:
+            self._changed.clear()
+            wait_s = self._renewal_s if await self._publish() else self._retry_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+
+    async def withdraw(self) -> None:
+        """Remove the entry, if the registry can be reached; else its lease ends."""
+        if self._entry is not None:
+            with contextlib.suppress(RegistryError):
+                await self._registry.withdraw(self._entry.peer)
+
+    async def _publish(self) -> bool:
+        if self._entry is None:
+            return True
+        try:
+            await self._registry.publish(self._entry)
+        except RegistryError as error:
+            if not self._failing:  # said once: it is tried again and again
+                logger.warning("registry lost, known routers are served on: %s", error.message)
+            self._failing = True
+            return False
+        if self._failing:
+            logger.info("registry is back")
+        self._failing = False
+        return True
+
+
+@contextlib.asynccontextmanager
+async def announcing(config: RegistryConfig, registration: Register) -> AsyncIterator[Callable[[Announce], None]]:
+    """Give what performs a node's Announce; the node is known until the end. Raises ConfigError for a bad URL."""
+    registry = open_registry(config)
+    publisher = Publisher(registry, registration, config.lease_s)
+    task = asyncio.create_task(publisher.run())
+    try:
+        yield publisher.announce
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await publisher.withdraw()
+        await registry.close()

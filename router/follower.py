@@ -1,0 +1,59 @@
+"""Reads the registry again and again, for the router's machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from kvrelay.core.config_sections import RegistryConfig
+from kvrelay.core.errors import RegistryError
+from kvrelay.registry.registry import Registry, open_registry
+from router.events import NodesFound, RegistryLost
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """Posts NodesFound every ``interval_s``, and RegistryLost once when the registry cannot be read."""
+
+    def __init__(self, registry: Registry, post: Callable[[object], None], interval_s: float) -> None:
+        self._registry = registry
+        self._post = post
+        self._interval_s = interval_s
+        self._failing = False
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+        while True:
+            await self._read()
+            await asyncio.sleep(self._interval_s)
+
+    async def _read(self) -> None:
+        try:
+            entries = await self._registry.entries()
+        except RegistryError as error:
+            if not self._failing:
+                logger.warning("registry lost, going on with the nodes known: %s", error.message)
+                self._post(RegistryLost(error.message))
+            self._failing = True
+            return
+        if self._failing:
+            logger.info("registry is back")
+        self._failing = False
+        self._post(NodesFound(tuple(entries)))
+
+
+@contextlib.asynccontextmanager
+async def following(config: RegistryConfig, post: Callable[[object], None], interval_s: float) -> AsyncIterator[None]:
+    """Follow the registry until the end. Raises ConfigError for a bad URL."""
+    registry = open_registry(config)
+    task = asyncio.create_task(Follower(registry, post, interval_s).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await registry.close()
