@@ -68,12 +68,15 @@ class RunningCluster:
 
 
 @contextmanager
-def running(config: Config) -> Iterator[RunningCluster]:
-    """Run a cluster with fake engines. Raises RuntimeError, with the log, if it does not start or end well."""
+def running(config: Config, preset: str = "tiny") -> Iterator[RunningCluster]:
+    """Run a cluster on a random checkpoint of ``preset``; one with fake engines only reads its tokenizer.
+
+    Raises RuntimeError, with the log, if it does not start or end well.
+    """
     with tempfile.TemporaryDirectory(prefix="kvb-") as name:
         directory = Path(name)
         config = {**config, "model": {"path": str(directory / "model"), **config.get("model", {})}}
-        write_tiny_checkpoint(directory / "model", "qwen2")
+        write_tiny_checkpoint(directory / "model", "qwen2", preset=preset)
         (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
         (directory / "run").mkdir()
         url = f"http://127.0.0.1:{config['router']['port']}"
