@@ -305,7 +305,7 @@ class Scheduler:
         # A request that ended within accepted guesses has computed tokens that it does not have.
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
         if num_full > len(request.hashes):
-            self._hasher.extend(request.hashes, request.token_ids)
+            self._hasher.extend(request.hashes, request.token_ids[: num_full * self._block_size])
         self.publish_blocks(request, num_full)
         self._promised.keep(request, num_full)
 
