@@ -368,8 +368,9 @@ class EngineConfig(Section):
 
     kind: Literal["paddle", "fake"] = Field("paddle", description="paddle: the model; fake: no model, for tests.")
     device: Literal["cpu", "gpu"] = Field("cpu", description="Where Paddle computes.")
-    kernels: Annotated[Literal["portable"], _not_built_yet("auto", "native")] = Field(
-        "portable", description="portable: Paddle's own operators."
+    kernels: Literal["auto", "native", "portable"] = Field(
+        "auto",
+        description="portable: Paddle's own operators; native: the CPU's best; auto: native where it is installed.",
     )
     quantization: Annotated[Literal["none"], _not_built_yet("w8a8", "w8a16")] = Field(
         "none", description="none: weights as in model.dtype."

@@ -20,19 +20,28 @@ class Span:
     """The rows of one sequence: ``num_tokens`` from ``first_row`` on, for positions from ``start`` on.
 
     ``index``: where the sequence is in the plan's batch.
-    ``context_slots[p]`` is the slot of position p, for every position up to the last one of the step.
+    ``block_table``: the blocks of all positions up to the last one of the step.
     """
 
     index: int
     first_row: int
     num_tokens: int
     start: int
-    context_slots: Int64
+    block_table: Int64
+    block_size: int
 
     @property
     def context_len(self) -> int:
         """Positions of the sequence that have KV after this step."""
         return self.start + self.num_tokens
+
+    def slots(self, first: int) -> Int64:
+        """Return the slots of the positions from ``first`` to the last one of the step."""
+        first_block = first // self.block_size
+        blocks = self.block_table[first_block:, None] * self.block_size
+        slots: Int64 = (blocks + np.arange(self.block_size)).reshape(-1)
+        skipped = first_block * self.block_size
+        return slots[first - skipped : self.context_len - skipped]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +79,12 @@ def ragged_batch(scheduled: Sequence[ScheduledSequence], limits: PoolLimits) -> 
     for index in order:
         item = scheduled[index]
         _check(item, limits)
-        spans.append(Span(index, len(tokens), item.num_tokens, item.start, _slots(item, limits.block_size)))
+        blocks = _block_table(item, limits.block_size)
+        spans.append(Span(index, len(tokens), item.num_tokens, item.start, blocks, limits.block_size))
         tokens += item.token_ids
         last_rows[index] = len(tokens) - 1
     positions = np.concatenate([np.arange(span.start, span.context_len) for span in spans])
-    slots = np.concatenate([span.context_slots[span.start :] for span in spans])
+    slots = np.concatenate([span.slots(span.start) for span in spans])
     written = _written_rows(spans, scheduled, positions)
     sampling = [(index, back) for index, item in enumerate(scheduled) for back in _places(item)]
     return RaggedBatch(
@@ -122,9 +132,6 @@ def _check(item: ScheduledSequence, limits: PoolLimits) -> None:
         raise EngineError(reason, request_id=sequence.spec.request_id)
 
 
-def _slots(item: ScheduledSequence, block_size: int) -> Int64:
-    end = item.start + item.num_tokens
-    num_blocks = -(-end // block_size)
-    blocks = np.array(item.sequence.block_table[:num_blocks], np.int64)
-    slots: Int64 = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:end]
-    return slots
+def _block_table(item: ScheduledSequence, block_size: int) -> Int64:
+    num_blocks = -(-(item.start + item.num_tokens) // block_size)
+    return np.array(item.sequence.block_table[:num_blocks], np.int64)

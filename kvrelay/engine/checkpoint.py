@@ -16,7 +16,7 @@ import xxhash
 
 from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.decoder_config import DecoderConfig
-from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors
+from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor, read_safetensors
 
 OnProgress = Callable[[int, int], None]
 """Told (bytes read, bytes in all) as a checkpoint is read."""
@@ -93,6 +93,11 @@ class Checkpoint:
                 "; ".join([f"{model_dir} does not fit its config.json", *problems[:_LISTED_PROBLEMS], *rest])
             )
         return cls(config, {name: tensors[name] for name in shapes}, on_progress)
+
+    @property
+    def dtype(self) -> str:
+        """The type its matrices are stored in."""
+        return DTYPE_NAMES[self._tensors["model.embed_tokens.weight"].dtype]
 
     def has(self, name: str) -> bool:
         """Return whether this checkpoint has a tensor ``name``."""

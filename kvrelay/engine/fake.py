@@ -98,7 +98,7 @@ class FakeEngine:
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
         for place, draft in enumerate((*drafts, None)):
-            slots = span.context_slots[: span.context_len - len(drafts) + place]
+            slots = span.slots(0)[: span.context_len - len(drafts) + place]
             # no slot is outside of the pool, so nothing is clipped: it is merely the quick mode
             context = self._words.context_hash(np.take(self._pool, slots, axis=1, mode="clip"))
             tokens, entries = sample_fake(self._config, ahead(item.sequence, token_ids), context)

@@ -1,18 +1,24 @@
 """What the decoder asks of its device, all of it: one interface, so that faster kernels are a class and a setting.
 
 Letters in shapes: N tokens of the step over all sequences, H query heads, G key/value heads, D elements of a head.
-A ``Tensor`` is whatever the implementation computes on; the decoder only passes it on, slices rows and reshapes.
+A ``Tensor`` is whatever the implementation computes on; the decoder only passes it on. It is good until the operation
+that made it is called again: an implementation may give each operation one buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.rope import Rotation
 
 Tensor: TypeAlias = Any
 """A tensor of the implementation."""
@@ -20,8 +26,14 @@ Tensor: TypeAlias = Any
 PackedLinear: TypeAlias = Any
 """A weight matrix and bias in the form the implementation likes best."""
 
-AttentionPlan: TypeAlias = Any
-"""What attention needs to know about one step, computed once for all layers."""
+StepContext: TypeAlias = Any
+"""What the operations need to know about one step, computed once for all layers."""
+
+
+class KernelsUnavailableError(KVRelayError):
+    """What these kernels need is not on this machine."""
+
+    code = "kernels_unavailable"
 
 
 class LayerKV(NamedTuple):
@@ -31,42 +43,84 @@ class LayerKV(NamedTuple):
     values: Tensor
 
 
+class KVPool(Protocol):
+    """Keys and values of all layers, kept equal to the node's KVMemory wherever somebody else reads or writes it."""
+
+    layers: list[LayerKV]
+
+    def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Make the context that ``scheduled`` builds upon, which others may have written, visible to the kernels."""
+
+    def after_layer(self, layer: int, batch: RaggedBatch) -> None:
+        """Make the KV that the kernels wrote for ``batch`` in ``layer`` visible in the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Sizes of the heads, and how they turn with their position."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotation: Rotation
+
+
+class HeadNorms(NamedTuple):
+    """Weights [D] of the norms of query and key heads, where a model has them."""
+
+    queries: Tensor
+    keys: Tensor
+
+
 class Kernels(Protocol):
-    """The operations of a decoder. All run in ``dtype`` and return new tensors unless they say otherwise."""
+    """The operations of a decoder.
+
+    ``dtype``: the type of weights and of what is multiplied with them. ``kv_dtype``: that of the pool. The residual
+    stream between layers is never less exact than ``dtype``.
+    """
 
     dtype: str
+    kv_dtype: str
 
-    def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        """Return ``array`` on the device: float32 becomes ``dtype``, integers stay. May share its memory."""
+    def map_pool(self, memory: KVMemory) -> KVPool:
+        """Return the pool in ``memory`` as these kernels read and write it. Called once for a memory."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Prepare ``weight`` [out, in] and ``bias`` [out] for ``linear``, once, when the model is loaded."""
+    def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
+        """Return ``array`` on the device. May share its memory."""
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """Return rows of ``table`` [vocab, hidden] for ``token_ids`` [N]: [N, hidden]."""
+    def pack_table(self, table: Tensor) -> Tensor:
+        """Prepare ``table`` [vocab, hidden] for ``embed``, once, when the model is loaded."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
+        """Prepare ``weight`` [out, in] and ``bias`` [out] for products, once, when the model is loaded.
+
+        ``wide``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
+        """
+
+    def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> StepContext:
+        """Prepare the computation of ``batch`` in layers with any of ``windows``."""
+
+    def embed(self, step: StepContext, table: Tensor) -> Tensor:
+        """Return the rows of ``table`` for the step's tokens, the first residual: [N, hidden]."""
+
+    def normalize(self, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return ``residual / sqrt(mean(residual ** 2) + eps) * weight`` over the last axis: [N, hidden]."""
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """Return ``x @ weight.T + bias`` for x [N, in]: [N, out]."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return ``x / sqrt(mean(x * x) + eps) * weight`` over the last axis, any leading shape."""
+    def add_linear(self, x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
+        """Return ``residual + linear(x, packed)``, which may be ``residual`` itself, changed."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return (rms_norm(x + residual), x + residual) for x and residual [N, hidden]."""
+    def turn_and_store(
+        self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: StepContext
+    ) -> Tensor:
+        """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D]; return the queries [N, H, D].
 
-    def rope(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Turn ``heads`` [N, H + G, D] by the tables of ``rope.rotation_tables``, of the same shape."""
+        Keys and values are in ``layer`` on return.
+        """
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Return silu(gate) * up for ``gate_up`` [N, 2 * ffn], gate first: [N, ffn]."""
-
-    def plan_attention(self, batch: RaggedBatch, windows: Sequence[int | None]) -> AttentionPlan:
-        """Prepare attention over ``batch`` for layers with any of ``windows``."""
-
-    def write_kv(self, keys: Tensor, values: Tensor, layer: LayerKV, plan: AttentionPlan) -> None:
-        """Write the step's new ``keys`` and ``values`` [N, G, D] into ``layer``; they are there on return."""
-
-    def attention(self, queries: Tensor, layer: LayerKV, plan: AttentionPlan, window: int | None) -> Tensor:
+    def attention(self, queries: Tensor, layer: LayerKV, step: StepContext, window: int | None) -> Tensor:
         """Return attention of ``queries`` [N, H, D] over what ``layer`` holds of their sequences: [N, H * D].
 
         A query attends to positions up to its own; with a window to the last ``window`` of them. The result for one
@@ -74,8 +128,10 @@ class Kernels(Protocol):
         rounding.
         """
 
-    def take_rows(self, x: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Return the given rows of ``x`` [N, hidden]."""
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up for ``gate_up`` [N, 2 * ffn], gate first: [N, ffn]."""
 
-    def download(self, x: Tensor) -> npt.NDArray[np.float32]:
-        """Return ``x`` as a float32 array on the host."""
+    def logits(
+        self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
+    ) -> npt.NDArray[np.float32]:
+        """Return linear(normalize(residual[rows], weight, eps), head) on the host: [len(rows), vocab]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,18 @@ _HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uin
 """How numpy holds each type; it has no bfloat16, and Paddle takes uint16 for it."""
 
 
-class KVPool(Protocol):
-    """Keys and values of all layers, kept equal to the node's KVMemory wherever somebody else reads or writes it."""
-
-    layers: list[LayerKV]
+class _SharedPool:
+    """A pool that is the memory itself: nothing is ever copied."""
 
     def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """Make the context that ``scheduled`` builds upon, which others may have written, visible to the kernels."""
+        """See KVPool."""
 
     def after_layer(self, layer: int, batch: RaggedBatch) -> None:
-        """Make the KV that the kernels wrote for ``batch`` in ``layer`` visible in the memory."""
+        """See KVPool."""
 
 
-class MappedPool:
-    """The memory's own pages as Paddle tensors, for a CPU: nothing is ever copied.
+class MappedPool(_SharedPool):
+    """The memory's own pages as Paddle tensors, for a CPU.
 
     Only one may be made of a memory: two live Paddle tensors on one address abort the process.
     """
@@ -41,11 +39,15 @@ class MappedPool:
         planes = host_planes(memory)
         self.layers = [LayerKV(paddle.from_dlpack(keys), paddle.from_dlpack(values)) for keys, values in planes]
 
-    def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """See KVPool."""
 
-    def after_layer(self, layer: int, batch: RaggedBatch) -> None:
-        """See KVPool."""
+class AddressedPool(_SharedPool):
+    """The memory's own pages as addresses. They are good until the memory is closed."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        planes = memory.planes
+        self.layers = [
+            LayerKV(planes[layer, 0].ctypes.data, planes[layer, 1].ctypes.data) for layer in range(len(planes))
+        ]
 
 
 class _Resident(NamedTuple):

@@ -32,49 +32,36 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """Load a checkpoint; Paddle is imported here and nowhere before."""
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
+    from kvrelay.engine.choice import choose_kernels  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
     from kvrelay.engine.decoder_config import read_decoder_config  # noqa: PLC0415
+    from kvrelay.engine.kernels import HeadShape  # noqa: PLC0415
     from kvrelay.engine.paddle_engine import PaddleEngine  # noqa: PLC0415
     from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
-    from kvrelay.engine.portable import PortableKernels  # noqa: PLC0415
+    from kvrelay.engine.rope import Rotation, inverse_frequencies  # noqa: PLC0415
 
-    dtype = _compute_dtype(node)
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = _max_model_len(node, config)
     checkpoint = Checkpoint.open(model_dir, config, on_progress)
     set_device(node.engine.device)
     set_num_threads(node.threads)
-    kernels = PortableKernels(dtype, config.num_heads, config.num_kv_heads, config.head_dim)
+    rotation = Rotation(*inverse_frequencies(config.rope, config.head_dim, max_model_len))
+    shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
+    kernels = choose_kernels(node, checkpoint.dtype, shape)
     weights = load_weights(checkpoint, kernels)
     geometry = KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=node.cache.block_size,
-        dtype=dtype,
+        dtype=kernels.kv_dtype,
         model_digest=checkpoint.digest(max_model_len if config.rope.kind == "dynamic" else None),
     )
-    decoder = Decoder(config, weights, kernels, max_model_len)
+    decoder = Decoder(config, weights, kernels)
     return PaddleEngine(
         decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"
     )
-
-
-def _compute_dtype(node: NodeConfig) -> str:
-    """Return the type to compute in. Raises CheckpointError if the device or the kernels cannot."""
-    if node.engine.device == "gpu":
-        wanted = "bfloat16" if node.model.dtype == "auto" else node.model.dtype
-        if node.cache.dtype not in ("auto", wanted):
-            raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {wanted}")
-        return wanted
-    for key, dtype in (("model.dtype", node.model.dtype), ("cache.dtype", node.cache.dtype)):
-        if dtype not in ("auto", "float32"):
-            raise CheckpointError(
-                f"{key} {dtype}: the portable kernels compute in float32 on a CPU, because Paddle multiplies no other "
-                "type there; use auto or float32 (checkpoints of any of the three types are read)"
-            )
-    return "float32"
 
 
 def _max_model_len(node: NodeConfig, config: DecoderConfig) -> int:

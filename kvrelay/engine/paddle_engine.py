@@ -10,7 +10,8 @@ from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.step import StepPlan, StepResult
 from kvrelay.engine.batch import PoolLimits, RaggedBatch, ragged_batch
 from kvrelay.engine.decoder import Decoder
-from kvrelay.engine.kv_pool import KVPool, MappedPool, StagedPool
+from kvrelay.engine.kernels import KVPool
+from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sampler import sample_step
 
@@ -32,7 +33,7 @@ class PaddleEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self._decoder = decoder
-        self._pool: KVPool = StagedPool(self.memory) if staged else MappedPool(self.memory)
+        self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
         self._limits = PoolLimits(geometry.block_size, num_blocks, max_model_len)
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.batch import RaggedBatch, Span
-from kvrelay.engine.kernels import LayerKV, Tensor
+from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, Tensor
+from kvrelay.engine.kv_pool import MappedPool
 from kvrelay.engine.paddle_runtime import paddle
+from kvrelay.engine.rope import rotation_tables
+
+Int64 = npt.NDArray[np.int64]
 
 _MASKED = -1e30
 _MAX_SCORES = 1 << 21
@@ -50,9 +55,14 @@ class _Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class PortablePlan:
-    """A step's slots and the rows that go there (None: all), and its tiles in row order for each window in use."""
+class PortableStep:
+    """A step's tokens and how they turn, its slots and the rows that go there (None: all), and its tiles in row order
+    for each window in use.
+    """
 
+    token_ids: Tensor
+    cosine: Tensor
+    sine: Tensor
     slot_mapping: Tensor
     written_rows: Tensor | None
     tiles: dict[int | None, list[_Tile]]
@@ -61,12 +71,17 @@ class PortablePlan:
 class PortableKernels:
     """Kernels made of Paddle operators, for ``num_heads`` query and ``num_kv_heads`` key/value heads."""
 
-    def __init__(self, dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        self.dtype = dtype
-        self._num_heads = num_heads
-        self._num_kv_heads = num_kv_heads
-        self._head_dim = head_dim
-        self._scale = head_dim**-0.5
+    def __init__(self, dtype: str, shape: HeadShape) -> None:
+        self.dtype = self.kv_dtype = dtype
+        self._rotation = shape.rotation
+        self._num_heads = shape.num_heads
+        self._num_kv_heads = shape.num_kv_heads
+        self._head_dim = shape.head_dim
+        self._scale = shape.head_dim**-0.5
+
+    def map_pool(self, memory: KVMemory) -> MappedPool:
+        """See Kernels."""
+        return MappedPool(memory)
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
         """See Kernels. A float32 array is shared on a CPU: it must be writable, and uploaded only once."""
@@ -76,67 +91,88 @@ class PortableKernels:
             return paddle.from_dlpack(array)
         return paddle.to_tensor(array).cast(self.dtype)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
+    def pack_table(self, table: Tensor) -> Tensor:
+        """See Kernels."""
+        return table
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedWeight:
         """See Kernels."""
         return PackedWeight(weight, bias)
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> PortableStep:
         """See Kernels."""
-        return paddle.nn.functional.embedding(token_ids, table)
+        tables = rotation_tables(self._rotation, batch.positions, self._num_heads + self._num_kv_heads)
+        cosine, sine = map(self.upload, tables)
+        slots = {span.index: span.slots(0) for span in batch.spans}
+        tiles = {window: self._tiles(batch.spans, slots, window) for window in set(windows)}
+        written = None if batch.written_rows is None else paddle.to_tensor(batch.written_rows)
+        token_ids, slot_mapping = paddle.to_tensor(batch.token_ids), paddle.to_tensor(batch.slot_mapping)
+        return PortableStep(token_ids, cosine, sine, slot_mapping, written, tiles)
+
+    def embed(self, step: PortableStep, table: Tensor) -> Tensor:
+        """See Kernels."""
+        return paddle.nn.functional.embedding(step.token_ids, table)
+
+    def normalize(self, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Kernels."""
+        return paddle.incubate.nn.functional.fused_rms_norm(residual, weight, None, eps, residual.ndim - 1)[0]
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
         """See Kernels."""
         out = paddle.matmul(x, packed.weight, transpose_y=True)
         return out if packed.bias is None else out.add_(packed.bias)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_linear(self, x: Tensor, packed: PackedWeight, residual: Tensor) -> Tensor:
         """See Kernels."""
-        return paddle.incubate.nn.functional.fused_rms_norm(x, weight, None, eps, x.ndim - 1)[0]
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See Kernels."""
-        total = x.add_(residual)
-        return self.rms_norm(total, weight, eps), total
-
-    def rope(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """See Kernels."""
-        swapped = paddle.roll(heads, self._head_dim // 2, -1)
-        return (heads * cosine).add_(swapped.multiply_(sine))
+        return self.linear(x, packed).add_(residual)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See Kernels."""
         ffn = gate_up.shape[-1] // 2
         return paddle.nn.functional.silu(gate_up[:, :ffn]).multiply_(gate_up[:, ffn:])
 
-    def take_rows(self, x: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+    def logits(
+        self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedWeight
+    ) -> npt.NDArray[np.float32]:
         """See Kernels."""
-        return paddle.gather(x, paddle.to_tensor(rows))
-
-    def download(self, x: Tensor) -> npt.NDArray[np.float32]:
-        """See Kernels."""
-        values: npt.NDArray[np.float32] = x.cast("float32").numpy()
+        picked = paddle.gather(residual, paddle.to_tensor(rows))
+        logits = self.linear(self.normalize(picked, weight, eps), head)
+        values: npt.NDArray[np.float32] = logits.cast("float32").numpy()
         return values
 
-    def write_kv(self, keys: Tensor, values: Tensor, layer: LayerKV, plan: PortablePlan) -> None:
+    def turn_and_store(
+        self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: PortableStep
+    ) -> Tensor:
         """See Kernels."""
-        if plan.written_rows is not None:
-            if plan.written_rows.shape[0] == 0:
+        heads, rotated = self._num_heads, self._num_heads + self._num_kv_heads
+        split = rotated * self._head_dim
+        query_keys = qkv[:, :split].reshape([-1, rotated, self._head_dim])
+        values = qkv[:, split:].reshape([-1, self._num_kv_heads, self._head_dim])
+        if norms is not None:
+            queries = self.normalize(query_keys[:, :heads], norms.queries, eps)
+            keys = self.normalize(query_keys[:, heads:], norms.keys, eps)
+            query_keys = paddle.concat([queries, keys], 1)
+        query_keys = self._turned(query_keys, step)
+        self._write_kv(query_keys[:, heads:], values, layer, step)
+        return query_keys[:, :heads]
+
+    def _turned(self, heads: Tensor, step: PortableStep) -> Tensor:
+        swapped = paddle.roll(heads, self._head_dim // 2, -1)
+        return (heads * step.cosine).add_(swapped.multiply_(step.sine))
+
+    def _write_kv(self, keys: Tensor, values: Tensor, layer: LayerKV, step: PortableStep) -> None:
+        if step.written_rows is not None:
+            if step.written_rows.shape[0] == 0:
                 return
-            keys, values = paddle.gather(keys, plan.written_rows), paddle.gather(values, plan.written_rows)
-        paddle.scatter_(layer.keys, plan.slot_mapping, keys)
-        paddle.scatter_(layer.values, plan.slot_mapping, values)
+            keys, values = paddle.gather(keys, step.written_rows), paddle.gather(values, step.written_rows)
+        paddle.scatter_(layer.keys, step.slot_mapping, keys)
+        paddle.scatter_(layer.values, step.slot_mapping, values)
 
-    def plan_attention(self, batch: RaggedBatch, windows: Sequence[int | None]) -> PortablePlan:
-        """See Kernels."""
-        tiles = {window: self._tiles(batch.spans, window) for window in set(windows)}
-        written = None if batch.written_rows is None else paddle.to_tensor(batch.written_rows)
-        return PortablePlan(paddle.to_tensor(batch.slot_mapping), written, tiles)
-
-    def attention(self, queries: Tensor, layer: LayerKV, plan: PortablePlan, window: int | None) -> Tensor:
+    def attention(self, queries: Tensor, layer: LayerKV, step: PortableStep, window: int | None) -> Tensor:
         """See Kernels."""
         keys = layer.keys.reshape([-1, self._head_dim])
         values = layer.values.reshape([-1, self._head_dim])
-        outputs = [self._attend(queries, keys, values, tile) for tile in plan.tiles[window]]
+        outputs = [self._attend(queries, keys, values, tile) for tile in step.tiles[window]]
         return outputs[0] if len(outputs) == 1 else paddle.concat(outputs)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, tile: _Tile) -> Tensor:
@@ -156,7 +192,7 @@ class PortableKernels:
             out = out.reshape([heads, count, dim]).transpose([1, 0, 2])
         return out.reshape([tile.num_rows, heads * dim])
 
-    def _tiles(self, spans: Sequence[Span], window: int | None) -> list[_Tile]:
+    def _tiles(self, spans: Sequence[Span], slots: dict[int, Int64], window: int | None) -> list[_Tile]:
         """Cut ``spans`` into tiles: decodes of similar context together, prompt chunks in pieces of bounded size."""
         groups: list[list[Span]] = []
         for span in (span for span in spans if span.num_tokens == 1):
@@ -164,26 +200,26 @@ class PortableKernels:
                 groups[-1].append(span)
             else:
                 groups.append([span])
-        tiles = [self._decode_tile(group, window) for group in groups]
+        tiles = [self._decode_tile(group, slots, window) for group in groups]
         for span in (span for span in spans if span.num_tokens > 1):
-            tiles += self._prefill_tiles(span, window)
+            tiles += self._prefill_tiles(span, slots[span.index], window)
         return tiles
 
-    def _decode_tile(self, spans: Sequence[Span], window: int | None) -> _Tile:
+    def _decode_tile(self, spans: Sequence[Span], context: dict[int, Int64], window: int | None) -> _Tile:
         """One query each of several sequences. Short contexts are padded with their own first slot, and masked."""
         longest = max(_visible(span, window) for span in spans)
         slots = np.empty((len(spans), longest), np.int64)
         mask = np.zeros((len(spans), self._num_heads, longest), np.float32)
         for row, span in enumerate(spans):
             visible = _visible(span, window)
-            slots[row, :visible] = span.context_slots[span.context_len - visible :]
+            slots[row, :visible] = context[span.index][span.context_len - visible :]
             slots[row, visible:] = slots[row, 0]
             mask[row, :, visible:] = _MASKED
         padded = any(_visible(span, window) != longest for span in spans)
         flat = mask.reshape(-1, longest) if padded else None
         return self._tile(spans[0].first_row, 1, slots, flat)
 
-    def _prefill_tiles(self, span: Span, window: int | None) -> list[_Tile]:
+    def _prefill_tiles(self, span: Span, slots: Int64, window: int | None) -> list[_Tile]:
         """Consecutive queries of one sequence, each tile with just the context it can see."""
         length = max(16, min(_LONGEST_TILE, _MAX_SCORES // (self._num_heads * span.context_len)))
         tiles = []
@@ -196,7 +232,7 @@ class PortableKernels:
                 hidden |= positions <= queries[:, None] - window
             mask = np.where(hidden, np.float32(_MASKED), np.float32(0))
             row = span.first_row + first - span.start
-            tiles.append(self._tile(row, len(queries), span.context_slots[None, positions], mask))
+            tiles.append(self._tile(row, len(queries), slots[None, positions], mask))
         return tiles
 
     def _tile(

@@ -69,18 +69,43 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> 
     return KINDS[rope.kind].compute(rope, head_dim, max_model_len)
 
 
-def rotation_tables(
-    inverse: Float32, attention_factor: float, positions: npt.NDArray[np.int64], num_heads: int
-) -> tuple[Float32, Float32]:
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How heads turn with their position: the angle per position of each pair, and a factor for sine and cosine."""
+
+    inverse: Float32
+    factor: float
+
+    def half_tables(self, positions: npt.NDArray[np.int64]) -> tuple[Float32, Float32]:
+        """Return cosine and sine of each pair, each ``[len(positions), head_dim / 2]``."""
+        angles = positions.astype(np.float32)[:, None] * self.inverse
+        cosine, sine = np.cos(angles) * self.factor, np.sin(angles) * self.factor
+        return cosine.astype(np.float32), sine.astype(np.float32)
+
+
+class RotationTables:
+    """The half tables of a Rotation by position, made once for as many positions as have come up."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self._rotation = rotation
+        self._tables = rotation.half_tables(np.arange(0))
+
+    def up_to(self, end: int) -> tuple[Float32, Float32]:
+        """Return cosine and sine of all positions below ``end``, or more."""
+        if end > len(self._tables[0]):
+            self._tables = self._rotation.half_tables(np.arange(max(end, 2 * len(self._tables[0]), 1024)))
+        return self._tables
+
+
+def rotation_tables(rotation: Rotation, positions: npt.NDArray[np.int64], num_heads: int) -> tuple[Float32, Float32]:
     """Return cosine and signed sine, each ``[len(positions), num_heads, head_dim]``, alike for all heads.
 
     A head x turns into ``x * cosine + swap(x) * sine`` where swap exchanges its two halves; the sine of the first half
     is negative.
     """
-    angles = positions.astype(np.float32)[:, None] * inverse
-    cosine, sine = np.cos(angles) * attention_factor, np.sin(angles) * attention_factor
+    cosine, sine = rotation.half_tables(positions)
     tables = np.concatenate([cosine, cosine], -1), np.concatenate([-sine, sine], -1)
-    shape = (len(positions), num_heads, 2 * len(inverse))
+    shape = (len(positions), num_heads, 2 * len(rotation.inverse))
     first, second = (np.ascontiguousarray(np.broadcast_to(table[:, None], shape), np.float32) for table in tables)
     return first, second
 

@@ -20,6 +20,9 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(np.uint16),
 }
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types this reads, by their names in a file."""
+
 _LONGEST_HEADER_BYTES = 100_000_000
 
 

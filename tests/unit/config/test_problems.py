@@ -154,9 +154,9 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "registry:\n  kind: redis\n  url: http://:secret@localhost\n",
         ["8: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],
     ),
-    "kernels of a later version": (
-        GOOD + "engine:\n  kernels: native\n  quantization: w8a8\n",
-        ["7: engine.kernels: native is not built yet", "8: engine.quantization: w8a8 is not built yet"],
+    "quantization of a later version": (
+        GOOD + "engine:\n  quantization: w8a8\n",
+        ["7: engine.quantization: w8a8 is not built yet"],
     ),
     "not a mapping": ("- a\n- b\n", ["1: should hold sections such as model: and nodes:, not ['a', 'b']"]),
     "empty file": ("", ["1: should hold sections such as model: and nodes:, not nothing"]),

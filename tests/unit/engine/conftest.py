@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import open_engine
+from engine_runs import KERNELS, open_engine, skip_unless_here
 
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -19,8 +19,16 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Each kind of kernels that computes on a CPU."""
+    skip_unless_here(request.param)
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def engine(tiny_dir: Path) -> Iterator[Engine]:
-    loaded = open_engine(tiny_dir)
+def engine(tiny_dir: Path, kernels: str) -> Iterator[Engine]:
+    loaded = open_engine(tiny_dir, engine={"kernels": kernels})
     yield loaded
     loaded.close()

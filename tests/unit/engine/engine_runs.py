@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kvrelay.core.config import ClusterConfig, NodeConfig
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
 from kvrelay.engine.interface import Engine
+from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
+
+
+@cache
+def native_is_missing() -> str | None:
+    """Return why the native kernels cannot be used here, or None."""
+    from kvrelay.engine.choice import open_native
+
+    try:
+        open_native()
+    except KernelsUnavailableError as error:
+        return str(error)
+    return None
+
+
+def skip_unless_here(kernels: str) -> None:
+    """Skip the test if it is about native ``kernels`` that this installation does not have."""
+    if kernels == "native" and (reason := native_is_missing()):
+        pytest.skip(reason)
+
+
+KERNELS = ("portable", "native")
 
 
 def node_config(model_dir: Path, **sections: Any) -> NodeConfig:

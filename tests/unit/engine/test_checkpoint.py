@@ -167,7 +167,7 @@ def test_windows_follow_the_config() -> None:
 
 @pytest.mark.parametrize("section", [{"model": {"dtype": "bfloat16"}}, {"cache": {"dtype": "float16"}}])
 def test_a_type_paddle_cannot_compute_in_on_a_cpu_is_refused(model: Path, section: dict[str, Any]) -> None:
-    assert "use auto or float32" in loading_error(model, **section)
+    assert "use auto or float32" in loading_error(model, **section, engine={"kernels": "portable"})
 
 
 def test_gpu_is_refused_clearly(model: Path) -> None:

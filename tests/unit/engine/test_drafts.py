@@ -8,24 +8,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, sequence
+from engine_runs import KERNELS, Runner, open_engine, output, sequence, skip_unless_here
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.request import Sequence
 from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
-from kvrelay.engine import kv_pool, paddle_engine
+from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 
 LENGTH, OUTPUTS = 33, 12
 
 
-@pytest.fixture(params=["paddle", "staged", "fake"])
+@pytest.fixture(params=[*KERNELS, "staged", "fake"])
 def any_engine(request: pytest.FixtureRequest, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    skip_unless_here(request.param)
     if request.param == "staged":
-        monkeypatch.setattr(paddle_engine, "MappedPool", kv_pool.StagedPool)
-    fake = request.param == "fake"
-    loaded = FakeEngine(FakeEngineConfig(vocab_size=384), 16, 256) if fake else open_engine(tiny_dir)
+        monkeypatch.setattr(portable, "MappedPool", kv_pool.StagedPool)
+    kernels = request.param if request.param in KERNELS else "portable"
+    fake = FakeEngine(FakeEngineConfig(vocab_size=384), 16, 256) if request.param == "fake" else None
+    loaded = fake or open_engine(tiny_dir, engine={"kernels": kernels})
     yield loaded
     loaded.close()
 

@@ -30,10 +30,11 @@ def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tokens_and_logits_are_those_of_transformers(
-    case: GoldenCase, tmp_path: Path, logits_seen: list[np.ndarray]
+    case: GoldenCase, tmp_path: Path, logits_seen: list[np.ndarray], kernels: str
 ) -> None:
     case.write_checkpoint(tmp_path)
-    engine = open_engine(tmp_path, model={"max_model_len": case.max_model_len})
+    model = {"max_model_len": case.max_model_len, "dtype": "float32"}
+    engine = open_engine(tmp_path, model=model, engine={"kernels": kernels})
     prompts = list(load_golden(case))
     assert len(prompts) == len(case.prompt_lengths)
     for golden in prompts:

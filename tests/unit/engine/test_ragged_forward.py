@@ -54,8 +54,11 @@ def test_batch_and_chunks_do_not_matter(engine: Engine, alone: dict[int, Any], c
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
-def test_block_size_and_order_of_blocks_do_not_matter(tiny_dir: Path, alone: dict[int, Any], block_size: int) -> None:
-    other = open_engine(tiny_dir, cache={"block_size": block_size, "num_blocks": 700})
+def test_block_size_and_order_of_blocks_do_not_matter(
+    tiny_dir: Path, alone: dict[int, Any], block_size: int, kernels: str
+) -> None:
+    cache = {"block_size": block_size, "num_blocks": 700}
+    other = open_engine(tiny_dir, cache=cache, engine={"kernels": kernels})
     outputs = Runner(other, seed=block_size).finish(*(asked(length) for length in LENGTHS), chunk=20)
     for length, found in zip(LENGTHS, outputs, strict=True):
         assert_same(found, alone[length])
@@ -96,8 +99,10 @@ def test_shared_prefix_blocks_give_what_computing_them_again_would(engine: Engin
     assert_same(runner.finish(second)[0], runner.finish(again)[0])
 
 
-def test_kv_moved_to_another_engine_decodes_on(tiny_dir: Path, engine: Engine, alone: dict[int, Any]) -> None:
-    other, one = open_engine(tiny_dir), asked(33)
+def test_kv_moved_to_another_engine_decodes_on(
+    tiny_dir: Path, engine: Engine, alone: dict[int, Any], kernels: str
+) -> None:
+    other, one = open_engine(tiny_dir, engine={"kernels": kernels}), asked(33)
     assert other.geometry == engine.geometry
     outputs = Runner(engine).run((one, 33))
     there = list(one.block_table)
@@ -141,14 +146,14 @@ def test_an_empty_step_is_an_error(engine: Engine) -> None:
         engine.run(StepPlan(1, []), lambda layer: None)
 
 
-def test_weights_that_overflow_are_an_error(tmp_path: Path) -> None:
+def test_weights_that_overflow_are_an_error(tmp_path: Path, kernels: str) -> None:
     from kvrelay.engine.tiny import write_tiny_checkpoint
 
     write_tiny_checkpoint(tmp_path, "llama")
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     data[-4:] = np.float32(np.inf).tobytes()
     (tmp_path / "model.safetensors").write_bytes(data)
-    broken = open_engine(tmp_path)
+    broken = open_engine(tmp_path, engine={"kernels": kernels})
     one = sequence(prompt(4), "unlucky")
     with pytest.raises(EngineError, match="unlucky"):
         Runner(broken).run((one, 4))

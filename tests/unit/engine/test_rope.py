@@ -3,12 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvrelay.engine.rope import RopeConfig, half_split_order, inverse_frequencies, rotation_tables
+from kvrelay.engine.rope import (
+    RopeConfig,
+    Rotation,
+    RotationTables,
+    half_split_order,
+    inverse_frequencies,
+    rotation_tables,
+)
 
 
 def turned(x: np.ndarray, position: int, inverse: np.ndarray) -> np.ndarray:
     """Turn x [D] the way the kernels do."""
-    cosine, sine = rotation_tables(inverse, 1.0, np.array([position]), 1)
+    cosine, sine = rotation_tables(Rotation(inverse, 1.0), np.array([position]), 1)
     return x * cosine[0, 0] + np.roll(x, len(x) // 2) * sine[0, 0]
 
 
@@ -79,3 +86,14 @@ def test_both_spellings_of_the_config_mean_the_same() -> None:
         {"rope_theta": 1e4, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **scaling}}, 256
     )
     assert old == new and old.theta == 5e5 and old.original_max_position == 64
+
+
+def test_tables_by_position_grow_and_hold_what_they_held() -> None:
+    rotation = Rotation(inverse_frequencies(RopeConfig(), 16, 100)[0], 1.5)
+    tables = RotationTables(rotation)
+    first = [table[:700].copy() for table in tables.up_to(700)]
+    for grown, before in zip(tables.up_to(5000), first, strict=True):
+        assert grown.shape[0] >= 5000
+        np.testing.assert_array_equal(grown[:700], before)
+    cosine, _ = rotation.half_tables(np.array([4999]))
+    np.testing.assert_array_equal(tables.up_to(10)[0][4999], cosine[0])

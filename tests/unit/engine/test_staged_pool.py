@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine_runs import Runner, open_engine, output, sequence
 
-from kvrelay.engine import kv_pool, paddle_engine
+from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.interface import Engine
 
 
@@ -20,10 +20,17 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def staged(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(paddle_engine, "MappedPool", kv_pool.StagedPool)
-    loaded = open_engine(tiny_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(portable, "MappedPool", kv_pool.StagedPool)
+        loaded = open_engine(tiny_dir, engine={"kernels": "portable"})
     yield loaded
     loaded.close()
+
+
+@pytest.fixture
+def kernels() -> str:
+    """Staging is for devices, which have the portable kernels only."""
+    return "portable"
 
 
 def wanted(engine: Engine, tokens: list[int], count: int = 6) -> list[int]:

@@ -1,0 +1,629 @@
+// The kernels, built once for each instruction set: KVR_ISA names it, the compiler's flags enable it.
+//
+// Nothing here may be shared with code built for another one: no templates or inline functions of the standard library,
+// all names in an unnamed namespace. Vectors are the compiler's own, W floats wide.
+//
+// The arithmetic of one row never depends on the rows around it: sums run in an order fixed by positions and W alone.
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, NB = 2, RB = 8;
+#elif defined(__AVX2__)
+constexpr int W = 8, NB = 2, RB = 6;
+#else
+constexpr int W = 4, NB = 2, RB = 4;
+#endif
+constexpr int PANEL = NB * W;  // columns a block of the matrix product computes at a time
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vu load_halves(const uint16_t *p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vu);
+}
+INLINE vf load(const uint16_t *p) { return (vf)(load_halves(p) << 16); }
+INLINE void store(uint16_t *p, vf v) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
+    vu u = (vu)v;
+    vh h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, vh);
+#endif
+    memcpy(p, &h, sizeof h);
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+INLINE void put(float *p, float x) { *p = x; }
+INLINE void put(uint16_t *p, float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    *p = (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE vf splat(float x) { return x - (vf){}; }
+
+INLINE float sum_of(vf v) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += v[i];
+    return total;
+}
+
+// e^x to 2 units in the last place; 0 below -87.
+INLINE vf exp_of(vf x) {
+    vf clamped = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
+    vf n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    vf r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    return x < -87.0f ? splat(0.0f) : p * power;
+}
+
+template <typename T>
+void embed_rows(const int64_t *ids, const T *table, float *out, int64_t width, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const T *from = table + ids[row] * width;
+        float *to = out + row * width;
+        int64_t i = 0;
+        for (; i + W <= width; i += W) store(to + i, load(from + i));
+        for (; i < width; i++) to[i] = to_float(from[i]);
+    }
+}
+
+void embed(const int64_t *ids, const void *table, float *out, int64_t width, int32_t bf16, int64_t first,
+           int64_t last) {
+    if (bf16)
+        embed_rows(ids, (const uint16_t *)table, out, width, first, last);
+    else
+        embed_rows(ids, (const float *)table, out, width, first, last);
+}
+
+// 1 / sqrt(mean of squares + eps)
+INLINE float inverse_rms(const float *x, int64_t width, float eps) {
+    vf squares = {};
+    int64_t i = 0;
+    for (; i + W <= width; i += W) {
+        vf v = load(x + i);
+        squares = v * v + squares;
+    }
+    float total = sum_of(squares);
+    for (; i < width; i++) total += x[i] * x[i];
+    return 1.0f / sqrtf(total / (float)width + eps);
+}
+
+template <typename T>
+void norm_rows(const float *x, const int64_t *rows, const float *weight, float eps, T *out, int64_t width,
+               int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const float *from = x + (rows ? rows[row] : row) * width;
+        T *to = out + row * width;
+        float factor = inverse_rms(from, width, eps);
+        int64_t i = 0;
+        for (; i + W <= width; i += W) store(to + i, load(from + i) * factor * load(weight + i));
+        for (; i < width; i++) put(to + i, from[i] * factor * weight[i]);
+    }
+}
+
+void rms_norm(const float *x, const int64_t *rows, const float *weight, float eps, void *out, int64_t width,
+              int32_t bf16, int64_t first, int64_t last) {
+    if (bf16)
+        norm_rows(x, rows, weight, eps, (uint16_t *)out, width, first, last);
+    else
+        norm_rows(x, rows, weight, eps, (float *)out, width, first, last);
+}
+
+template <typename T>
+void silu_rows(const T *gate_up, T *out, int64_t ffn, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const T *gate = gate_up + row * 2 * ffn, *up = gate + ffn;
+        T *to = out + row * ffn;
+        int64_t i = 0;
+        for (; i + W <= ffn; i += W) {
+            vf g = load(gate + i);
+            store(to + i, g / (1.0f + exp_of(-g)) * load(up + i));
+        }
+        for (; i < ffn; i++) {
+            float g = to_float(gate[i]);
+            put(to + i, g / (1.0f + exp_of(splat(-g))[0]) * to_float(up[i]));
+        }
+    }
+}
+
+void silu_mul(const void *gate_up, void *out, int64_t ffn, int32_t bf16, int64_t first, int64_t last) {
+    if (bf16)
+        silu_rows((const uint16_t *)gate_up, (uint16_t *)out, ffn, first, last);
+    else
+        silu_rows((const float *)gate_up, (float *)out, ffn, first, last);
+}
+
+// Norm (if any) and turn one head x [2 * half] into to.
+template <typename T>
+void turn(const float *x, const float *norm, float eps, const float *cosine, const float *sine, int64_t half, T *to) {
+    float factor = norm ? inverse_rms(x, 2 * half, eps) : 1.0f;
+    int64_t i = 0;
+    for (; i + W <= half; i += W) {
+        vf a = load(x + i) * factor, b = load(x + half + i) * factor, c = load(cosine + i), s = load(sine + i);
+        if (norm) {
+            a *= load(norm + i);
+            b *= load(norm + half + i);
+        }
+        store(to + i, a * c - b * s);
+        store(to + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        float a = x[i] * factor, b = x[half + i] * factor;
+        if (norm) {
+            a *= norm[i];
+            b *= norm[half + i];
+        }
+        put(to + i, a * cosine[i] - b * sine[i]);
+        put(to + half + i, b * cosine[i] + a * sine[i]);
+    }
+}
+
+template <typename T>
+void heads_rows(const KvrHeads *h, int64_t first, int64_t last) {
+    const int64_t dim = h->head_dim, half = dim / 2, groups = h->num_kv_heads;
+    const int64_t width = (h->num_heads + 2 * groups) * dim;
+    for (int64_t row = first; row < last; row++) {
+        const float *x = h->qkv + row * width;
+        const float *cosine = h->cosine + h->positions[row] * half, *sine = h->sine + h->positions[row] * half;
+        T *queries = (T *)h->queries + row * h->num_heads * dim;
+        for (int64_t head = 0; head < h->num_heads; head++, x += dim)
+            turn(x, h->q_norm, h->eps, cosine, sine, half, queries + head * dim);
+        if (h->slots[row] < 0) continue;
+        T *keys = (T *)h->keys + h->slots[row] * groups * dim, *values = (T *)h->values + h->slots[row] * groups * dim;
+        for (int64_t head = 0; head < groups; head++, x += dim)
+            turn(x, h->k_norm, h->eps, cosine, sine, half, keys + head * dim);
+        int64_t i = 0;
+        for (; i + W <= groups * dim; i += W) store(values + i, load(x + i));
+        for (; i < groups * dim; i++) put(values + i, x[i]);
+    }
+}
+
+void heads(const KvrHeads *h, int64_t first, int64_t last) {
+    if (h->bf16)
+        heads_rows<uint16_t>(h, first, last);
+    else
+        heads_rows<float>(h, first, last);
+}
+
+// ---- attention ----
+//
+// Scores and outputs are both products of a few rows with a packed matrix. Packed<T> says how T is multiplied: as
+// float32, or where the CPU has it, as pairs of bf16 that one instruction multiplies and adds up in float32.
+
+template <typename T>
+struct Packed {
+    typedef float Left;  // type of the rows
+    enum { DEPTH = 1 };  // products one step adds up
+    INLINE vf step(vf acc, const Left *left, const float *right) { return *left * load(right) + acc; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Packed<uint16_t> {
+    typedef uint16_t Left;
+    enum { DEPTH = 2 };
+    INLINE vf step(vf acc, const Left *left, const float *right) {
+        int32_t pair;
+        memcpy(&pair, left, 4);
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_ps(right));
+    }
+};
+#endif
+
+// out[r][0:PANEL] = sum over steps of rows[r] times panel [steps][PANEL]
+template <typename T, int R>
+INLINE void multiply(const typename Packed<T>::Left *const *rows, const float *panel, int64_t steps, float *out,
+                     int64_t out_stride) {
+    vf acc[R][NB] = {};
+    for (int64_t k = 0; k < steps; k++, panel += PANEL) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < NB; n++)
+                acc[r][n] = Packed<T>::step(acc[r][n], rows[r] + k * Packed<T>::DEPTH, panel + n * W);
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < NB; n++) store(out + r * out_stride + n * W, acc[r][n]);
+}
+
+// The same for num_panels panels, each panel_floats long.
+template <typename T, int R>
+__attribute__((noinline)) void multiply_panels(const typename Packed<T>::Left *const *rows, const float *panels,
+                                               int64_t panel_floats, int64_t num_panels, int64_t steps, float *out,
+                                               int64_t out_stride) {
+    for (int64_t p = 0; p < num_panels; p++)
+        multiply<T, R>(rows, panels + p * panel_floats, steps, out + p * PANEL, out_stride);
+}
+
+template <typename T>
+void product(int num_rows, const typename Packed<T>::Left *const *rows, const float *panels, int64_t panel_floats,
+             int64_t num_panels, int64_t steps, float *out, int64_t out_stride) {
+#define CASE(R)                                                                                    \
+    case R:                                                                                        \
+        if (R <= RB) multiply_panels<T, R>(rows, panels, panel_floats, num_panels, steps, out, out_stride); \
+        break;
+    switch (num_rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+    }
+#undef CASE
+}
+
+// Transpose a W x W square of 32-bit elements.
+INLINE void transpose(vf *rows) {
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        vi upper = (lane & s) != 0;  // all ones where the lane's bit s is set
+        vi low = upper ? lane - s + W : lane, high = upper ? lane + W : lane + s;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++)
+            if (!(i & s)) {
+                vf a = rows[i], b = rows[i + s];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + s] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
+// W elements of a row of keys, each DEPTH values, from element first on; zero beyond the row's end.
+template <typename T>
+INLINE vf key_elements(const T *row, int64_t first, int64_t count) {
+    if (Packed<T>::DEPTH == 2) {
+        vf v;
+        if (first + W <= count) {
+            memcpy(&v, row + 2 * first, sizeof v);
+        } else {
+            v = vf{};
+            memcpy(&v, row + 2 * first, 4 * (count - first));
+        }
+        return v;
+    }
+    if (first + W <= count) return load(row + first);
+    vf v = {};
+    for (int64_t i = 0; first + i < count; i++) v[i] = to_float(row[first + i]);
+    return v;
+}
+
+// Keys as panels of [head_dim / DEPTH][PANEL keys]. Rows from num_keys to the panel's end are zero.
+template <typename T>
+void pack_keys(const T *const *rows, int64_t num_keys, int64_t dim, float *out) {
+    const int64_t steps = dim / Packed<T>::DEPTH;
+    for (int64_t key = 0; key < num_keys; key += W) {
+        float *panel = out + key / PANEL * PANEL * steps + key % PANEL;
+        for (int64_t first = 0; first < steps; first += W) {
+            vf square[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++)
+                square[i] = key + i < num_keys ? key_elements(rows[key + i], first, steps) : vf{};
+            transpose(square);
+            if (first + W <= steps) {
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) store(panel + (first + i) * PANEL, square[i]);
+            } else {
+                for (int i = 0; first + i < steps; i++) store(panel + (first + i) * PANEL, square[i]);
+            }
+        }
+        if (key + W >= num_keys && (key + W) % PANEL)  // the rest of the last panel
+            for (int64_t i = 0; i < steps; i++)
+                for (int64_t j = W; j < PANEL - key % PANEL; j += W) store(panel + i * PANEL + j, vf{});
+    }
+}
+
+INLINE vf value_elements(const float *first, const float *, int64_t d) { return load(first + d); }
+INLINE vf value_elements(const uint16_t *first, const uint16_t *second, int64_t d) {
+    if (Packed<uint16_t>::DEPTH == 2) return (vf)(load_halves(first + d) | load_halves(second + d) << 16);
+    return load(first + d);
+}
+
+// Values as panels of [num_keys / DEPTH][PANEL dimensions]; dimensions beyond dim are zero.
+template <typename T>
+void pack_values(const T *const *rows, int64_t num_keys, int64_t dim, const T *zeros, float *out) {
+    const int64_t steps = (num_keys + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH;
+    for (int64_t k = 0; k < steps; k++) {
+        const T *first = rows[k * Packed<T>::DEPTH];
+        const T *second = k * Packed<T>::DEPTH + 1 < num_keys ? rows[k * Packed<T>::DEPTH + 1] : zeros;
+        int64_t d = 0;
+        for (; d + W <= dim; d += W)
+            store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, value_elements(first, second, d));
+        if (d < dim) {
+            T one[W] = {}, two[W] = {};
+            memcpy(one, first + d, (dim - d) * sizeof(T));
+            memcpy(two, second + d, (dim - d) * sizeof(T));
+            store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, value_elements(one, two, 0));
+            d += W;
+        }
+        for (; d % PANEL; d += W) store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, vf{});
+    }
+}
+
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Running result of some rows: highest score, sum of weights, weighted sum of values.
+struct Rows {
+    float *highest, *total, *sums;
+};
+
+// Memory of one item, carved from the thread's scratch.
+struct Scratch {
+    float *keys, *values, *left, *scores, *outputs;
+    uint16_t *weights;
+    char *zeros;
+    Rows rows;
+};
+
+INLINE int64_t rows_per_item(const KvrAttention *a) {
+    int64_t group = a->num_heads / a->num_kv_heads;
+    return queries_per_item(group) * group;
+}
+
+size_t attention_scratch(const KvrAttention *a) {
+    int64_t dim = round_up(a->head_dim, PANEL), rows = rows_per_item(a);
+    return 4 * (2 * SEGMENT * dim + rows * dim + RB * SEGMENT * 2 + RB * dim + rows * (dim + 2) + dim) + 4096;
+}
+
+INLINE float *carve(char **at, int64_t floats) {
+    float *here = (float *)*at;
+    *at += round_up(4 * floats, 64);
+    return here;
+}
+
+INLINE Scratch carved(const KvrAttention *a, void *memory) {
+    char *at = (char *)memory;
+    int64_t dim = round_up(a->head_dim, PANEL), rows = rows_per_item(a);
+    Scratch s;
+    s.keys = carve(&at, SEGMENT * dim);
+    s.values = carve(&at, SEGMENT * dim);
+    s.left = carve(&at, rows * dim);
+    s.scores = carve(&at, RB * SEGMENT);
+    s.weights = (uint16_t *)carve(&at, RB * SEGMENT);
+    s.outputs = carve(&at, RB * dim);
+    s.rows.highest = carve(&at, rows);
+    s.rows.total = carve(&at, rows);
+    s.rows.sums = carve(&at, rows * dim);
+    s.zeros = (char *)carve(&at, dim);
+    memset(s.zeros, 0, 4 * dim);
+    return s;
+}
+
+// A segment's result for one row joins what earlier segments gave. One function, so that it always rounds alike.
+__attribute__((noinline)) void merge_row(const Rows *into, int64_t row, int64_t dim, float highest, float total,
+                                         const float *sums) {
+    if (highest == -INFINITY) return;
+    float before = into->highest[row], top = before > highest ? before : highest;
+    float keep = exp_of(splat(before - top))[0], add = exp_of(splat(highest - top))[0];
+    into->highest[row] = top;
+    into->total[row] = into->total[row] * keep + total * add;
+    float *to = into->sums + row * dim;
+    for (int64_t d = 0; d < dim; d += W) store(to + d, load(to + d) * keep + load(sums + d) * add);
+}
+
+// weights[0:count] = e^(scale * score - highest) within [low, high), else 0, and what they sum up to.
+template <typename Left>
+INLINE void soften(float *scores, int64_t count, int64_t low, int64_t high, float scale, Left *weights, float *highest,
+                   float *total) {
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    vf top = splat(-INFINITY);
+    for (int64_t k = 0; k < count; k += W) {
+        vf v = load(scores + k) * scale;
+        if (k < low || k + W > high) {
+            vi position = lane + (int32_t)k;
+            v = (position >= (int32_t)low) & (position < (int32_t)high) ? v : splat(-INFINITY);
+        }
+        store(scores + k, v);
+        top = v > top ? v : top;
+    }
+    float best = -INFINITY;
+    for (int i = 0; i < W; i++) best = top[i] > best ? top[i] : best;
+    *highest = best;
+    if (best == -INFINITY) {
+        for (int64_t k = 0; k < count; k += W) store(weights + k, vf{});
+        *total = 0;
+        return;
+    }
+    vf sum = {};
+    for (int64_t k = 0; k < count; k += W) {
+        vf e = exp_of(load(scores + k) - best);
+        sum += e;
+        store(weights + k, e);
+    }
+    *total = sum_of(sum);
+}
+
+// A query as the product takes it: as it is, or converted to float32 in space.
+INLINE const float *left_row(const float *query, float *, int64_t) { return query; }
+#if defined(__AVX512BF16__)
+INLINE const uint16_t *left_row(const uint16_t *query, float *, int64_t) { return query; }
+#else
+INLINE const float *left_row(const uint16_t *query, float *space, int64_t dim) {
+    for (int64_t d = 0; d < dim; d++) space[d] = to_float(query[d]);
+    return space;
+}
+#endif
+
+template <typename T>
+INLINE void finish_row(const Rows *rows, int64_t row, int64_t padded, int64_t dim, T *out) {
+    float factor = 1.0f / rows->total[row];
+    const float *sums = rows->sums + row * padded;
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) store(out + d, load(sums + d) * factor);
+    for (; d < dim; d++) put(out + d, sums[d] * factor);
+}
+
+// How an item's rows lie: row r is query first_query + r / group, head kv_head * group + r % group.
+struct Span {
+    int64_t first_row, start, group, num_rows;
+    const int32_t *blocks;
+};
+
+INLINE Span span_of(const KvrAttention *a, const Item *item) {
+    const int64_t *sequence = a->sequences + 4 * item->sequence;
+    int64_t group = a->num_heads / a->num_kv_heads;
+    return Span{sequence[0], sequence[2], group, item->num_queries * group, a->blocks + sequence[3]};
+}
+
+INLINE int64_t element_of(const KvrAttention *a, const Item *item, const Span &span, int64_t row) {
+    int64_t query = span.first_row + item->first_query + row / span.group;
+    return (query * a->num_heads + item->kv_head * span.group + row % span.group) * a->head_dim;
+}
+
+INLINE void reset(const Rows *rows, int64_t num_rows, int64_t padded) {
+    for (int64_t r = 0; r < num_rows; r++) rows->highest[r] = -INFINITY, rows->total[r] = 0;
+    memset(rows->sums, 0, 4 * num_rows * padded);
+}
+
+template <typename T>
+void attend_item(const KvrAttention *a, const Item *item, void *memory) {
+    typedef typename Packed<T>::Left Left;
+    const Scratch s = carved(a, memory);
+    const Span span = span_of(a, item);
+    const int64_t dim = a->head_dim, padded = round_up(dim, PANEL), stride = a->num_kv_heads * dim;
+    const int64_t key_steps = dim / Packed<T>::DEPTH;
+    const int64_t first_position = span.start + item->first_query;
+    const int64_t end = first_position + item->num_queries;  // context of the last query
+    const T *keys = (const T *)a->keys + item->kv_head * dim, *values = (const T *)a->values + item->kv_head * dim;
+    const T *key_rows[SEGMENT], *value_rows[SEGMENT];
+    const Left *left[MAX_ROWS + RB];
+    const int64_t num_rows = span.num_rows;
+    Left *weights = sizeof(Left) == 2 ? (Left *)s.weights : (Left *)s.scores;
+
+    for (int64_t r = 0; r < num_rows; r++)
+        left[r] = left_row((const T *)a->queries + element_of(a, item, span, r), s.left + r * dim, dim);
+    if (!item->partials) reset(&s.rows, num_rows, padded);
+    for (int64_t segment = item->first_segment; segment < item->last_segment; segment++) {
+        const int64_t first_key = segment * SEGMENT;
+        const int64_t num_keys = end - first_key < SEGMENT ? end - first_key : SEGMENT;
+        for (int64_t k = 0; k < num_keys; k++) {
+            int64_t position = first_key + k;
+            int64_t slot = (int64_t)span.blocks[position / a->block_size] * a->block_size + position % a->block_size;
+            key_rows[k] = keys + slot * stride;
+            value_rows[k] = values + slot * stride;
+            for (int64_t line = 0; line < dim; line += 64 / (int64_t)sizeof(T)) {
+                __builtin_prefetch(key_rows[k] + line);
+                __builtin_prefetch(value_rows[k] + line);
+            }
+        }
+        pack_keys(key_rows, num_keys, dim, s.keys);
+        pack_values(value_rows, num_keys, dim, (const T *)s.zeros, s.values);
+        const int64_t value_panel = (num_keys + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH * PANEL;
+        float *partial = item->partials
+                             ? item->partials + (segment - item->first_segment) * num_rows * (padded + 2)
+                             : nullptr;
+        for (int64_t r = 0; r < num_rows; r += RB) {
+            const int count = (int)(num_rows - r < RB ? num_rows - r : RB);
+            const int64_t newest = first_position + (r + count - 1) / span.group;
+            int64_t seen = newest + 1 - first_key < num_keys ? newest + 1 - first_key : num_keys;
+            int64_t oldest = a->window ? first_position + r / span.group - a->window + 1 : 0;
+            if (seen < 0 || oldest >= first_key + SEGMENT) seen = 0;
+            if (seen) {
+                product<T>(count, left + r, s.keys, key_steps * PANEL, (seen + PANEL - 1) / PANEL, key_steps, s.scores,
+                           SEGMENT);
+            }
+            float highest[RB], total[RB];
+            const Left *weight_rows[RB];
+            for (int i = 0; i < count; i++) {
+                const int64_t position = first_position + (r + i) / span.group;
+                int64_t low = a->window && position - a->window + 1 > first_key
+                                  ? position - a->window + 1 - first_key : 0;
+                int64_t high = position + 1 - first_key;
+                weight_rows[i] = weights + i * SEGMENT;
+                highest[i] = -INFINITY, total[i] = 0;
+                if (seen)
+                    soften(s.scores + i * SEGMENT, round_up(seen, W), low, high < seen ? high : seen, a->scale,
+                           weights + i * SEGMENT, highest + i, total + i);
+            }
+            if (seen)
+                product<T>(count, weight_rows, s.values, value_panel, padded / PANEL,
+                           (seen + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH, s.outputs, padded);
+            for (int i = 0; i < count; i++) {
+                if (partial) {
+                    float *to = partial + (r + i) * (padded + 2);
+                    to[0] = highest[i], to[1] = total[i];
+                    if (seen) memcpy(to + 2, s.outputs + i * padded, 4 * padded);
+                } else {
+                    merge_row(&s.rows, r + i, padded, highest[i], total[i], s.outputs + i * padded);
+                }
+            }
+        }
+    }
+    if (item->partials) return;
+    for (int64_t r = 0; r < num_rows; r++)
+        finish_row(&s.rows, r, padded, dim, (T *)a->out + element_of(a, item, span, r));
+}
+
+void attend(const KvrAttention *a, const Item *item, void *scratch) {
+    if (a->bf16)
+        attend_item<uint16_t>(a, item, scratch);
+    else
+        attend_item<float>(a, item, scratch);
+}
+
+size_t partial_floats(const KvrAttention *a, int64_t num_queries) {
+    int64_t group = a->num_heads / a->num_kv_heads;
+    return num_queries * group * (round_up(a->head_dim, PANEL) + 2);
+}
+
+// Join the partial results of all segments of item, in order.
+void merge(const KvrAttention *a, const Item *item, void *memory) {
+    const Scratch s = carved(a, memory);
+    const Span span = span_of(a, item);
+    const int64_t dim = a->head_dim, padded = round_up(dim, PANEL);
+    reset(&s.rows, span.num_rows, padded);
+    const float *partial = item->partials;
+    for (int64_t segment = item->first_segment; segment < item->last_segment; segment++)
+        for (int64_t r = 0; r < span.num_rows; r++, partial += padded + 2)
+            merge_row(&s.rows, r, padded, partial[0], partial[1], partial + 2);
+    for (int64_t r = 0; r < span.num_rows; r++) {
+        int64_t at = element_of(a, item, span, r);
+        if (a->bf16)
+            finish_row(&s.rows, r, padded, dim, (uint16_t *)a->out + at);
+        else
+            finish_row(&s.rows, r, padded, dim, (float *)a->out + at);
+    }
+}
+
+const KernelTable table = {KVR_ISA_NAME, embed,          rms_norm, silu_mul, heads,
+                           attention_scratch, partial_floats, attend,   merge};
+
+}  // namespace
+
+const KernelTable *KVR_TABLE() { return &table; }

@@ -1,0 +1,69 @@
+// What the files of this library share. Everything here is plain C data, so that code built for different instruction
+// sets can call each other. A "bf16" is the upper half of a float32, held as uint16.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+// Queries [rows, H, D], KV planes [slots, G, D] of one layer, out [rows, H * D], all bf16 or all float32.
+// sequences[i] = first row, number of rows, position of the first row, index into blocks of the first block id.
+typedef struct {
+    const void *queries, *keys, *values;
+    void *out;
+    const int64_t *sequences;
+    const int32_t *blocks;
+    int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+    int64_t window;  // positions a query sees, its own included; 0: all
+    float scale;
+    int32_t bf16;
+} KvrAttention;
+
+// One row's queries, keys and values, qkv [rows, (H + 2 G) * D] in float32, on their way into queries and the pool.
+// cosine and sine [positions, D / 2]. slots[row] < 0: the KV of that row is there already.
+typedef struct {
+    const float *qkv, *q_norm, *k_norm, *cosine, *sine;  // norms [D], or null: none
+    const int64_t *positions, *slots;
+    void *queries, *keys, *values;
+    int64_t num_rows, num_heads, num_kv_heads, head_dim;
+    float eps;
+    int32_t bf16;
+} KvrHeads;
+}
+
+// The part of one attention call that one thread does: consecutive queries of a sequence for one KV head, over the
+// segments [first_segment, last_segment) of its context. partials: null, or where each segment's result goes.
+struct Item {
+    int64_t sequence, kv_head, first_query, num_queries, first_segment, last_segment;
+    float *partials;
+};
+
+// What is built once for each instruction set. Row functions do rows [first, last).
+struct KernelTable {
+    const char *name;
+    void (*embed)(const int64_t *ids, const void *table, float *out, int64_t width, int32_t bf16, int64_t first,
+                  int64_t last);
+    void (*rms_norm)(const float *x, const int64_t *rows, const float *weight, float eps, void *out, int64_t width,
+                     int32_t bf16, int64_t first, int64_t last);
+    void (*silu_mul)(const void *gate_up, void *out, int64_t ffn, int32_t bf16, int64_t first, int64_t last);
+    void (*heads)(const KvrHeads *heads, int64_t first, int64_t last);
+    size_t (*attention_scratch)(const KvrAttention *attention);
+    size_t (*partial_floats)(const KvrAttention *attention, int64_t num_queries);
+    void (*attend)(const KvrAttention *attention, const Item *item, void *scratch);
+    void (*merge)(const KvrAttention *attention, const Item *item, void *scratch);
+};
+
+// Context is cut at multiples of this position, whatever the batch: each segment has its own softmax, and the results
+// are merged in order. So a query's result does not depend on how work was divided.
+constexpr int SEGMENT = 128, MAX_ROWS = 256;
+
+// Queries of one item: as many as fill MAX_ROWS rows of (query, head).
+static inline int64_t queries_per_item(int64_t heads_per_group) {
+    return heads_per_group >= MAX_ROWS ? 1 : MAX_ROWS / heads_per_group;
+}
+
+const KernelTable *kvr_table_baseline();
+const KernelTable *kvr_table_avx2();
+const KernelTable *kvr_table_avx512();
+const KernelTable *kvr_table_avx512_bf16();

@@ -1,0 +1,91 @@
+"""The compiled library of this folder: finding it, and its C interface (see ``library.cpp``)."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from kvrelay.engine.kernels import KernelsUnavailableError
+
+_INTERFACE_VERSION = 1
+
+_Pointer, _Int64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class AttentionCall(ctypes.Structure):
+    """``KvrAttention`` of ``kernels.h``."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("queries", "keys", "values", "out", "sequences", "blocks")),
+        *(
+            (name, _Int64)
+            for name in ("num_sequences", "num_heads", "num_kv_heads", "head_dim", "block_size", "window")
+        ),
+        ("scale", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+    )
+
+
+class HeadsCall(ctypes.Structure):
+    """``KvrHeads`` of ``kernels.h``."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("qkv", "q_norm", "k_norm", "cosine", "sine", "positions", "slots")),
+        *((name, _Pointer) for name in ("queries", "keys", "values")),
+        *((name, _Int64) for name in ("num_rows", "num_heads", "num_kv_heads", "head_dim")),
+        ("eps", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+    )
+
+
+class NativeLibrary:
+    """The functions of the library, with their C types."""
+
+    def __init__(self, openmp: ctypes.CDLL | None) -> None:
+        """Load it. ``openmp``: a library in whose scope the OpenMP is that oneDNN uses; None: compute in one thread.
+
+        Raises KernelsUnavailableError if it was not built when the package was installed.
+        """
+        path = library_path()
+        if path is None:
+            raise KernelsUnavailableError("the native kernels were not compiled when kvrelay was installed")
+        try:
+            calls = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelsUnavailableError(f"the native kernels cannot be loaded: {error}") from error
+        if calls.kvr_version() != _INTERFACE_VERSION:
+            raise KernelsUnavailableError(f"{path.name} is of another version of kvrelay: install it again")
+        row = (_Int64, _Int64)
+        flag, eps = ctypes.c_int32, ctypes.c_float
+        calls.kvr_set_threads.argtypes = (ctypes.c_int32, _Pointer)
+        calls.kvr_isa.restype = ctypes.c_char_p
+        calls.kvr_embed.argtypes = (_Pointer, _Pointer, _Pointer, *row, flag)
+        calls.kvr_rms_norm.argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, *row, eps, flag)
+        calls.kvr_silu_mul.argtypes = (_Pointer, _Pointer, *row, flag)
+        self._calls = calls
+        self._openmp = openmp
+        self.embed = calls.kvr_embed
+        self.rms_norm = calls.kvr_rms_norm
+        self.silu_mul = calls.kvr_silu_mul
+        self.heads = calls.kvr_heads
+        self.attention = calls.kvr_attention
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._calls.kvr_isa()
+        return name.decode()
+
+    def limit_isa(self, level: int) -> None:
+        """Use nothing above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16."""
+        self._calls.kvr_limit_isa(level)
+
+    def set_num_threads(self, threads: int) -> None:
+        """Compute with ``threads`` threads, those that oneDNN computes with."""
+        run = getattr(self._openmp, "GOMP_parallel", None)
+        self._calls.kvr_set_threads(threads, ctypes.cast(run, _Pointer) if run else None)
+
+
+def library_path() -> Path | None:
+    """Return where the compiled library is, or None."""
+    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)

@@ -1,0 +1,220 @@
+"""The kernels of the CPU: oneDNN for products, our own library for all else, in bfloat16 or float32.
+
+Operations write into buffers that are kept from step to step; the residual stream, what becomes a head, and logits are
+float32, everything that is multiplied is of ``dtype``. Sums are float32 and in an order that depends on nothing but
+the row: a token's logits do not depend, bit for bit, on its batch or on how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
+from kvrelay.engine.kv_pool import AddressedPool
+from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrary
+from kvrelay.engine.onednn import Array, OneDNN, PackedLinear, rows_with_padding, to_bfloat16
+from kvrelay.engine.paddle_runtime import set_num_threads
+from kvrelay.engine.rope import RotationTables
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+class Rows(NamedTuple):
+    """``num_rows`` rows of ``width`` elements, at the beginning of a buffer of the kernels."""
+
+    address: int
+    num_rows: int
+    width: int
+
+
+class _Buffer:
+    """Rows of ``width`` elements of ``item_bytes``, as many as a step has ever needed."""
+
+    def __init__(self, width: int, item_bytes: int) -> None:
+        self._width = width
+        self._row_bytes = width * item_bytes
+        self._capacity = 0
+        self.array = Array(0)
+
+    def rows(self, count: int) -> Rows:
+        """Return ``count`` rows, with room behind them for products to be padded."""
+        if count > self._capacity:
+            self._capacity = rows_with_padding(max(count, min(2 * self._capacity, 1024)))
+            self.array = Array(self._capacity * self._row_bytes)
+        return Rows(self.array.address, count, self._width)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    """One step as the library takes it. Arrays are held here for as long as their addresses are in use."""
+
+    num_rows: int
+    token_ids: Int64
+    heads: HeadsCall
+    attention: AttentionCall
+    arrays: tuple[npt.NDArray[np.generic], ...]
+
+
+class NativeKernels:
+    """See Kernels and this module. Not thread-safe; computes with ``threads`` threads."""
+
+    def __init__(
+        self, dtype: str, shape: HeadShape, block_size: int, onednn: OneDNN, library: NativeLibrary, threads: int
+    ) -> None:
+        self.dtype = self.kv_dtype = dtype
+        self._bf16 = int(dtype == "bfloat16")
+        self._item_bytes = _ITEM_BYTES[dtype]
+        self._shape = shape
+        self._block_size = block_size
+        self._onednn = onednn
+        self._library = library
+        self._threads = threads
+        self._thread: int | None = None
+        self._rotation = RotationTables(shape.rotation)
+        self._buffers: dict[tuple[str, int, int], _Buffer] = {}
+        self._width = 0
+
+    def map_pool(self, memory: KVMemory) -> AddressedPool:
+        """See Kernels."""
+        return AddressedPool(memory)
+
+    def upload(self, array: Float32) -> Float32:
+        """See Kernels."""
+        return np.ascontiguousarray(array, np.float32)
+
+    def pack_table(self, table: Float32) -> npt.NDArray[np.generic]:
+        """See Kernels."""
+        self._width = table.shape[1]
+        return to_bfloat16(table) if self._bf16 else table
+
+    def pack_linear(self, weight: Float32, bias: Float32 | None, *, wide: bool = False) -> PackedLinear:
+        """See Kernels."""
+        self._use_threads()
+        return self._onednn.pack(weight, bias, self.dtype, "float32" if wide else self.dtype)
+
+    def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> NativeStep:
+        """See Kernels."""
+        self._use_threads()
+        shape, spans = self._shape, batch.spans
+        cosine, sine = self._rotation.up_to(int(batch.positions.max()) + 1)
+        sequences = np.empty((len(spans), 4), np.int64)
+        tables = [span.block_table for span in spans]
+        blocks = np.concatenate(tables, dtype=np.int32) if len(tables) > 1 else tables[0].astype(np.int32)
+        first_block = 0
+        for row, span in enumerate(spans):
+            sequences[row] = span.first_row, span.num_tokens, span.start, first_block
+            first_block += len(span.block_table)
+        slots = batch.slot_mapping
+        if batch.written_rows is not None:
+            slots = np.full(len(batch.token_ids), -1, np.int64)
+            slots[batch.written_rows] = batch.slot_mapping
+        sizes = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+        heads = HeadsCall(
+            cosine=cosine.ctypes.data,
+            sine=sine.ctypes.data,
+            positions=batch.positions.ctypes.data,
+            slots=slots.ctypes.data,
+            num_rows=len(batch.token_ids),
+            bf16=self._bf16,
+            **sizes,
+        )
+        attention = AttentionCall(
+            sequences=sequences.ctypes.data,
+            blocks=blocks.ctypes.data,
+            num_sequences=len(spans),
+            block_size=self._block_size,
+            scale=shape.head_dim**-0.5,
+            bf16=self._bf16,
+            **sizes,
+        )
+        kept = (batch.positions, slots, sequences, blocks, cosine, sine)
+        return NativeStep(len(batch.token_ids), batch.token_ids, heads, attention, kept)
+
+    def embed(self, step: NativeStep, table: npt.NDArray[np.generic]) -> Rows:
+        """See Kernels."""
+        out = self._rows("residual", step.num_rows, self._width, 4)
+        ids = step.token_ids.ctypes.data
+        self._library.embed(ids, table.ctypes.data, out.address, step.num_rows, self._width, self._bf16)
+        return out
+
+    def normalize(self, residual: Rows, weight: Float32, eps: float) -> Rows:
+        """See Kernels."""
+        return self._normalize(residual, None, residual.num_rows, weight, eps)
+
+    def _normalize(self, residual: Rows, picked: int | None, count: int, weight: Float32, eps: float) -> Rows:
+        out = self._rows("hidden", count, self._width, self._item_bytes)
+        self._library.rms_norm(
+            residual.address, picked, weight.ctypes.data, out.address, count, self._width, eps, self._bf16
+        )
+        return out
+
+    def linear(self, x: Rows, packed: PackedLinear) -> Rows:
+        """See Kernels."""
+        out = self._rows("linear", x.num_rows, packed.shape[1], _ITEM_BYTES[packed.out_dtype])
+        packed.multiply(x.address, out.address, x.num_rows)
+        return out
+
+    def add_linear(self, x: Rows, packed: PackedLinear, residual: Rows) -> Rows:
+        """See Kernels."""
+        packed.multiply(x.address, residual.address, x.num_rows, accumulate=True)
+        return residual
+
+    def turn_and_store(self, qkv: Rows, norms: HeadNorms | None, eps: float, layer: LayerKV, step: NativeStep) -> Rows:
+        """See Kernels."""
+        call = step.heads
+        out = self._rows("queries", qkv.num_rows, call.num_heads * call.head_dim, self._item_bytes)
+        call.qkv, call.queries, call.eps = qkv.address, out.address, eps
+        call.keys, call.values = layer
+        if norms is not None:
+            call.q_norm, call.k_norm = norms.queries.ctypes.data, norms.keys.ctypes.data
+        self._library.heads(ctypes.byref(call))
+        return out
+
+    def attention(self, queries: Rows, layer: LayerKV, step: NativeStep, window: int | None) -> Rows:
+        """See Kernels."""
+        call = step.attention
+        out = self._rows("attended", queries.num_rows, queries.width, self._item_bytes)
+        call.queries, call.out, call.window = queries.address, out.address, window or 0
+        call.keys, call.values = layer
+        self._library.attention(ctypes.byref(call))
+        return out
+
+    def silu_mul(self, gate_up: Rows) -> Rows:
+        """See Kernels."""
+        ffn = gate_up.width // 2
+        out = self._rows("activated", gate_up.num_rows, ffn, self._item_bytes)
+        self._library.silu_mul(gate_up.address, out.address, gate_up.num_rows, ffn, self._bf16)
+        return out
+
+    def logits(self, residual: Rows, rows: Int64, weight: Float32, eps: float, head: PackedLinear) -> Float32:
+        """See Kernels. The result is good until the next step."""
+        hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
+        out = self.linear(hidden, head)
+        array = self._buffers["linear", out.width, 4].array
+        return array.bytes.view(np.float32)[: out.num_rows * out.width].reshape(out.num_rows, out.width)
+
+    def _rows(self, operation: str, count: int, width: int, item_bytes: int) -> Rows:
+        key = operation, width, item_bytes
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = self._buffers[key] = _Buffer(width, item_bytes)
+        return buffer.rows(count)
+
+    def _use_threads(self) -> None:
+        """Have OpenMP use the configured threads: it keeps the number for each calling thread."""
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            set_num_threads(self._threads)
+            self._library.set_num_threads(self._threads)

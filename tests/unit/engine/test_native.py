@@ -1,0 +1,172 @@
+"""What native kernels promise beyond being right: the same bits in any batch, and a known error in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_runs import Runner, open_engine, output, sequence, skip_unless_here
+
+from kvrelay.core.errors import CheckpointError, ConfigError
+from kvrelay.core.request import Sequence
+from kvrelay.engine import choice, paddle_engine
+from kvrelay.engine.interface import Engine
+from kvrelay.engine.kernels import KernelsUnavailableError
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+LENGTHS = (1, 15, 33, 64, 200, 300)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16 with norms of heads, biases and windows shorter and longer than a segment of context."""
+    path = tmp_path_factory.mktemp("native")
+    overrides = {"use_sliding_window": True, "sliding_window": 150, "max_window_layers": 2, "attention_bias": True}
+    write_tiny_checkpoint(path, "qwen3", dtype="bfloat16", overrides=overrides)
+    return path
+
+
+def skip_unless_fast(dtype: str) -> None:
+    skip_unless_here("native")
+    if not choice.open_native()[0].multiplies(dtype):
+        pytest.skip(f"this CPU has no fast {dtype}")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def native(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Engine]:
+    skip_unless_fast(request.param)
+    loaded = open_engine(model_dir, model={"dtype": request.param}, engine={"kernels": "native"})
+    yield loaded
+    loaded.close()
+
+
+class Logits:
+    """The logits each sequence's tokens were sampled from, by request."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: dict[str, list[np.ndarray]] = {}
+        real = paddle_engine.sample_step
+
+        def spy(logits: np.ndarray, batch: Any) -> Any:
+            for row, item in zip(logits, [item for item in batch if item.samples], strict=True):
+                self.rows.setdefault(item.sequence.spec.request_id, []).append(row.copy())
+            return real(logits, batch)
+
+        monkeypatch.setattr(paddle_engine, "sample_step", spy)
+
+    def take(self) -> dict[str, np.ndarray]:
+        taken = {name: np.stack(rows) for name, rows in self.rows.items()}
+        self.rows = {}
+        return taken
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
+    return Logits(monkeypatch)
+
+
+def asked() -> list[Sequence]:
+    rng = np.random.default_rng(7)
+    return [sequence(rng.integers(0, 384, n).tolist(), f"r{n}", max_tokens=5) for n in LENGTHS]
+
+
+def test_logits_are_the_same_bits_alone_and_in_any_batch_or_chunks(native: Engine, logits: Logits) -> None:
+    for one in asked():
+        Runner(native).finish(one)
+    alone = logits.take()
+    for chunk in (16, 77, 1000):
+        Runner(native, seed=chunk).finish(*asked(), chunk=chunk)
+        together = logits.take()
+        for name, wanted in alone.items():
+            np.testing.assert_array_equal(together[name], wanted)
+
+
+def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
+    skip_unless_here("native")
+    found = []
+    for threads in (1, 2, 3):
+        nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
+        engine = open_engine(model_dir, nodes=nodes, model={"dtype": "float32"}, engine={"kernels": "native"})
+        Runner(engine).finish(*asked())
+        engine.close()
+        found.append(logits.take())
+    for other in found[1:]:
+        for name, wanted in found[0].items():
+            np.testing.assert_array_equal(other[name], wanted)
+
+
+def test_bfloat16_is_what_a_bfloat16_checkpoint_gets_and_its_logits_are_near_those_of_float32(
+    model_dir: Path, logits: Logits
+) -> None:
+    skip_unless_fast("bfloat16")
+    found = {}
+    for dtype in ("float32", "auto"):
+        engine = open_engine(model_dir, model={"dtype": dtype})
+        Runner(engine).finish(*(sequence(one.token_ids, one.spec.request_id, max_tokens=1) for one in asked()))
+        found[engine.geometry.dtype] = logits.take()
+        engine.close()
+    for name, exact in found["float32"].items():
+        error = np.abs(found["bfloat16"][name] - exact).max() / np.abs(exact).max()
+        assert 0 < error < 0.05
+
+
+def test_a_float32_checkpoint_is_computed_in_float32(tiny_dir: Path, kernels: str) -> None:
+    engine = open_engine(tiny_dir, engine={"kernels": kernels})
+    assert engine.geometry.dtype == "float32"
+    engine.close()
+
+
+def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
+    skip_unless_here("native")
+    ours, theirs = (open_engine(tiny_dir, engine={"kernels": name}) for name in ("native", "portable"))
+    assert ours.geometry == theirs.geometry
+    prompt = np.random.default_rng(3).integers(0, 384, 40).tolist()
+    one, other = sequence(prompt, max_tokens=8), sequence(prompt, max_tokens=8)
+    Runner(ours).finish(one)
+    runner = Runner(theirs)
+    runner.run((other, 40))
+    ours.memory.planes[:, :, other.block_table] = theirs.memory.planes[:, :, other.block_table]
+    runner.engine = ours
+    runner.finish(other)
+    assert output(other) == output(one)
+    ours.close()
+    theirs.close()
+
+
+def missing() -> Any:
+    raise KernelsUnavailableError("the native kernels were not compiled when kvrelay was installed")
+
+
+def test_native_kernels_that_are_not_there_are_an_error_that_says_so(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "open_native", missing)
+    with pytest.raises(ConfigError, match=r"engine.kernels: .*not compiled when kvrelay was installed"):
+        open_engine(tiny_dir, engine={"kernels": "native"})
+
+
+def test_auto_takes_the_portable_kernels_where_there_are_no_others_and_says_why(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "open_native", missing)
+    with caplog.at_level("INFO"):
+        open_engine(tiny_dir).close()
+    assert "kernels: portable in float32 (the native kernels were not compiled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"model": {"dtype": "float16"}}, "computes in bfloat16 or float32"),
+        ({"cache": {"dtype": "float16"}}, "the KV cache is of the type of compute"),
+    ],
+)
+def test_a_type_the_native_kernels_do_not_have_is_refused(
+    tiny_dir: Path, sections: dict[str, Any], reason: str
+) -> None:
+    skip_unless_here("native")
+    with pytest.raises(CheckpointError, match=reason):
+        open_engine(tiny_dir, **sections)
