@@ -373,8 +373,8 @@ class PrefillMachine:
 
     def _router_lost(self, router: PeerId, reason: str) -> None:
         """Nobody waits for the requests of ``router`` any more; those of others go on."""
-        self._outbox.do(Log("error", "router lost", {"router": router, "reason": reason}))
-        self._membership.lost(router)
+        if self._membership.lost(router):
+            self._outbox.do(Log("warning", "router lost", {"router": router, "reason": reason}))
         self._abort_all_of(router)
 
     def _stop_requested(self) -> None:

@@ -110,10 +110,17 @@ class Membership:
         """Return the routers not heard of for too long."""
         return self._alive.lost(now)
 
-    def lost(self, router: PeerId) -> None:
-        """``router`` is gone and all it had here is dropped. If it comes back after all, it is told so."""
+    def lost(self, router: PeerId) -> bool:
+        """Give ``router`` up: all it had here is dropped, and if it comes back after all, it is told so.
+
+        Returns whether it was known.
+        """
+        known = router in self._registered
         self._forget(router)
-        self._registration = msgspec.structs.replace(self._registration, session=self._registration.session + 1)
+        if known:
+            session = self._registration.session + 1
+            self._registration = msgspec.structs.replace(self._registration, session=session)
+        return known
 
     def _forget(self, router: PeerId) -> None:
         self._registered.pop(router, None)
