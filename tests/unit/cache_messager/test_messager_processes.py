@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import psutil
 import pytest
 import uvloop
+from messager_node import MessagerNode, messager_node
 
-from cache_messager.launch import launched
-from cache_messager.settings import MessagerSettings
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.machine import PeerLost, Received
-from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVExpected,
-    MessagerReady,
     TransferClosed,
     TransferDone,
     TransferFailed,
@@ -39,76 +32,15 @@ from kvrelay.core.messages.node_to_messager import (
     OpenTransfer,
     StopMessager,
 )
-from kvrelay.core.transport import Transport
 
 GEOMETRY = KVGeometry(
     num_layers=4, num_kv_heads=2, head_dim=32, block_size=16, dtype="float32", model_digest="model", layout="NHD"
 )
 NUM_BLOCKS = 256
 
-M = TypeVar("M", bound=Message)
-
-
-class FakeNode:
-    """A node without an engine: its pool, its messager's process and a socket to talk to it."""
-
-    def __init__(self, name: str, directory: Path) -> None:
-        self.me = f"{name}#1"
-        self.address = f"ipc://{directory}/{self.me}"
-        self.pool = KVMemory.create(GEOMETRY, NUM_BLOCKS)
-        self.process: asyncio.subprocess.Process
-        self.link: LinkAddress
-        self.lost = asyncio.Event()
-        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.transport = Transport(self.me, self._deliver)
-        self.transport.bind(self.address)
-        self.transport.alias(MESSAGER, f"{name}.messager#1")
-
-    def _deliver(self, event: object) -> None:
-        match event:
-            case Received(message=message):
-                self._inbox.put_nowait(message)
-            case PeerLost():
-                self.lost.set()
-
-    def say(self, message: Message) -> None:
-        self.transport.send(MESSAGER, message)
-
-    async def hears(self, kind: type[M]) -> M:
-        """Return the next message of type ``kind``, skipping others."""
-        while True:
-            message = await self._inbox.get()
-            if isinstance(message, kind):
-                return message
-
-    def close(self) -> None:
-        self.transport.close()
-        self.pool.close()
-
-
-@asynccontextmanager
-async def node(name: str, directory: Path, **changes: object) -> AsyncIterator[FakeNode]:
-    fake = FakeNode(name, directory)
-    settings = MessagerSettings(
-        me=f"{name}.messager#1",
-        node=fake.me,
-        node_address=fake.address,
-        geometry=GEOMETRY,
-        pool=fake.pool.handle,
-        host="127.0.0.1",
-        runtime_dir=str(directory),
-        **{"heartbeat_s": 0.1, "peer_timeout_s": 10.0, **changes},  # type: ignore[arg-type]
-    )
-    try:
-        async with launched(settings) as fake.process:
-            fake.link = (await fake.hears(MessagerReady)).link
-            yield fake
-    finally:
-        fake.close()
-
 
 def run(
-    scenario: Callable[[FakeNode, FakeNode], Coroutine[None, None, None]],
+    scenario: Callable[[MessagerNode, MessagerNode], Coroutine[None, None, None]],
     directory: Path,
     *,
     leftovers: int = 0,
@@ -118,8 +50,11 @@ def run(
 
     async def play() -> None:
         async with AsyncExitStack() as stack:
-            p, d = [await stack.enter_async_context(node(name, directory, **changes)) for name in ("p0", "d0")]
-            await scenario(p, d)
+            nodes = []
+            for name in ("p0", "d0"):
+                pool = stack.enter_context(closing(KVMemory.create(GEOMETRY, NUM_BLOCKS)))
+                nodes.append(await stack.enter_async_context(messager_node(name, directory, pool, **changes)))
+            await scenario(*nodes)
 
     uvloop.run(play())
     assert len(list(directory.glob("*messager*"))) == leftovers
@@ -130,7 +65,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
 
 
-async def transfer(p: FakeNode, d: FakeNode, sources: list[int], targets: list[int], *, request_id: str = "a") -> str:
+async def transfer(
+    p: MessagerNode, d: MessagerNode, sources: list[int], targets: list[int], *, request_id: str = "a"
+) -> str:
     """Move blocks with the signals coming first; return the link they took."""
     rng = np.random.default_rng(7)
     p.pool.planes[:, :, sources] = rng.integers(0, 255, (4, 2, len(sources), GEOMETRY.plane_block_bytes), np.uint8)
@@ -155,7 +92,7 @@ async def transfer(p: FakeNode, d: FakeNode, sources: list[int], targets: list[i
     [("auto", "shm", True), ("zmq", "ipc", True), ("zmq", "ipc", False), ("tcp", "tcp", True)],
 )
 def test_blocks_move_between_processes(directory: Path, setting: str, link: str, checksum: bool) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         shuffled = np.random.default_rng(1).permutation(NUM_BLOCKS).tolist()
         assert await transfer(p, d, shuffled[:99], shuffled[50:149], request_id="scattered") == link
         d.pool.planes[:] = 0
@@ -165,7 +102,7 @@ def test_blocks_move_between_processes(directory: Path, setting: str, link: str,
 
 
 def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         await transfer(p, d, [1, 2], [3, 4])
         d.process.kill()
         await d.process.wait()
@@ -178,7 +115,7 @@ def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: 
 
 
 def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         await transfer(p, d, [1, 2], [3, 4])
         os.kill(d.process.pid, signal.SIGSTOP)
         try:
@@ -193,7 +130,7 @@ def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -
 
 
 def test_node_that_lets_go_of_the_lifeline_ends_its_messager(directory: Path) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         assert p.process.stdin is not None
         p.process.stdin.close()
         assert await p.process.wait() == 0
@@ -204,7 +141,7 @@ def test_node_that_lets_go_of_the_lifeline_ends_its_messager(directory: Path) ->
 
 
 def test_signals_to_all_processes_leave_the_messager_to_its_node(directory: Path) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(p.process.pid, number)
         assert await transfer(p, d, [1, 2], [3, 4]) == "shm"
@@ -213,7 +150,7 @@ def test_signals_to_all_processes_leave_the_messager_to_its_node(directory: Path
 
 
 def test_process_says_what_it_is_and_loads_no_engine(directory: Path) -> None:
-    async def scenario(p: FakeNode, d: FakeNode) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         assert psutil.Process(p.process.pid).cmdline()[0] == "kvrelay messager p0"
         libraries = " ".join(mapping.path for mapping in psutil.Process(d.process.pid).memory_maps())
         assert "zmq" in libraries
