@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvstore.storage.block_format import Value
 from kvstore.storage.calls import GetCall, PutCall
 from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
 
@@ -46,3 +47,10 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """As in KVStore."""
+
+
+class LocalBackend(Backend, Protocol):
+    """A backend on this host, whose values can be served to others as they are."""
+
+    async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
+        """Return the values of blocks, checked, each in memory of its own; None for what is not there."""

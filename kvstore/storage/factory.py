@@ -8,8 +8,8 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.config_sections import StorageConfig
 from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.geometry import KVGeometry
-from kvstore.storage.backend import Backend
-from kvstore.storage.block_format import BlockFormat
+from kvstore.storage.backend import Backend, LocalBackend
+from kvstore.storage.block_format import BlockFormat, namespace_of
 from kvstore.storage.interface import KVStore
 from kvstore.storage.store import Store
 
@@ -22,7 +22,14 @@ def make_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: 
     return Store(_make_backend(config, geometry, clock, host), geometry, config.timeout_s, clock)
 
 
-def _make_backend(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str) -> Backend:
+def make_existing_store(config: StorageConfig, geometry: KVGeometry, clock: Clock) -> KVStore:
+    """Return the store as it is now, for an operator to look at or to clear; opening it makes nothing. Not open yet."""
+    return Store(_make_backend(config, geometry, clock, "127.0.0.1", as_is=True), geometry, config.timeout_s, clock)
+
+
+def _make_backend(
+    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, *, as_is: bool = False
+) -> Backend:
     match config.backend:
         case "none":
             from kvstore.storage.none import NoBackend
@@ -33,7 +40,7 @@ def _make_backend(config: StorageConfig, geometry: KVGeometry, clock: Clock, hos
 
             return MemoryBackend(geometry, config.capacity, config.timeout_s)
         case "redis" if config.payload == "owner":
-            return _make_owner(config, geometry, clock, host)
+            return _make_owner(config, geometry, clock, host, as_is=as_is)
         case "redis":
             from kvstore.storage.redis_store import RedisBackend
 
@@ -41,27 +48,36 @@ def _make_backend(config: StorageConfig, geometry: KVGeometry, clock: Clock, hos
         case "mooncake":
             from kvstore.storage.mooncake_store import MooncakeBackend
 
-            return MooncakeBackend(geometry, config.master, host, config.capacity, config.timeout_s)
+            capacity_bytes = 0 if as_is else config.capacity
+            return MooncakeBackend(geometry, config.master, host, capacity_bytes, config.timeout_s)
         case _:
-            from kvstore.storage.file_store import FileBackend
-
-            return FileBackend(geometry, Path(config.path), config.capacity, config.timeout_s, clock)
+            return _make_file(config, geometry, clock, as_is=as_is)
 
 
-def _make_owner(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str) -> Backend:
+def _make_file(config: StorageConfig, geometry: KVGeometry, clock: Clock, *, as_is: bool) -> LocalBackend:
+    from kvstore.storage.file_directory import is_laid_out
     from kvstore.storage.file_store import FileBackend
+    from kvstore.storage.none import NoBackend
+
+    path = Path(config.path)
+    if as_is and not is_laid_out(path, namespace_of(geometry)):
+        return NoBackend("file")
+    return FileBackend(geometry, path, config.capacity, config.timeout_s, clock, as_is=as_is)
+
+
+def _make_owner(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, *, as_is: bool) -> Backend:
     from kvstore.storage.owner_store import OwnerBackend
     from kvstore.storage.redis_link import RedisLink
 
-    root = Path(config.path)
     return OwnerBackend(
         BlockFormat(geometry),
-        FileBackend(geometry, root, config.capacity, config.timeout_s, clock),
+        _make_file(config, geometry, clock, as_is=as_is),
         RedisLink(_url(config), config.timeout_s),
-        root=root,
+        root=Path(config.path),
         host=host,
         ttl_s=config.ttl_s,
         timeout_s=config.timeout_s,
+        as_is=as_is,
     )
 
 

@@ -47,6 +47,23 @@ class FileDirectory:
             lock_fd = _join(path, wanted, timeout_s)
         except OSError as error:
             raise StorageError(f"cannot keep KV in {root}: {error}") from error
+        return cls._joined(path, wanted, lock_fd)
+
+    @classmethod
+    def join(cls, root: Path, wanted: Layout, timeout_s: float) -> FileDirectory:
+        """Join those who use the subdirectory of the geometry of ``wanted``, on their terms; make and remove nothing.
+
+        Blocks. Raises as ``open`` does.
+        """
+        path = root / wanted.namespace.hex()
+        try:
+            lock_fd = _share(path, timeout_s)
+        except OSError as error:
+            raise StorageError(f"cannot use the KV in {root}: {error}") from error
+        return cls._joined(path, wanted, lock_fd)
+
+    @classmethod
+    def _joined(cls, path: Path, wanted: Layout, lock_fd: int) -> FileDirectory:
         index_fd = os.open(path / "index", os.O_RDWR | os.O_CLOEXEC)
         layout = _read_layout(path)
         if layout is None or layout.namespace != wanted.namespace or layout.slot_bytes != wanted.slot_bytes:
@@ -66,6 +83,26 @@ def namespaces(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if _NAMESPACE.fullmatch(path.name) and (path / "lock").exists())
+
+
+def is_laid_out(root: Path, namespace: bytes) -> bool:
+    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if nobody may look."""
+    try:
+        return _read_layout(root / namespace.hex()) is not None
+    except OSError as error:
+        raise StorageError(f"cannot use the KV in {root}: {error}") from error
+
+
+def _share(path: Path, timeout_s: float) -> int:
+    """Return a descriptor with a shared lock on a subdirectory that is there."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        if try_lock(lock_fd, shared=True) and _is_current(lock_fd, path) and _read_layout(path) is not None:
+            return lock_fd
+        os.close(lock_fd)
+        time.sleep(_RETRY_S)
+    raise StorageUnavailableError(f"{path} is being made or removed by another process for more than {timeout_s} s")
 
 
 def _join(path: Path, wanted: Layout, timeout_s: float) -> int:

@@ -34,16 +34,26 @@ class FileBackend:
     """At most ``capacity_bytes`` per geometry under ``path``, least recently used dropped first.
 
     Survives the death of any process at any instant: a block is found only after all of it was written, and delivered
-    only if its digest is right (see ``file_index``).
+    only if its digest is right (see ``file_index``). ``as_is``: the directory is there and stays as it was laid out.
     """
 
-    def __init__(self, geometry: KVGeometry, path: Path, capacity_bytes: int, timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        path: Path,
+        capacity_bytes: int,
+        timeout_s: float,
+        clock: Clock,
+        *,
+        as_is: bool = False,
+    ) -> None:
         self.counters = StoreCounters()
         self._format = BlockFormat(geometry)
         self._path = path
         self._wanted = Layout.plan(self._format.namespace, self._format.value_bytes, capacity_bytes)
         self._timeout_s = timeout_s
         self._clock = clock
+        self._as_is = as_is
         self._threads = BlockingThreads("kv-file")
         self._files: FileDirectory | None = None
         self._read_staging = _page_aligned(self._format.value_bytes)
@@ -56,7 +66,8 @@ class FileBackend:
     def _open(self) -> None:
         if not self._wanted.num_slots:
             raise StorageError(f"storage.capacity has no room for one block of {self._wanted.slot_bytes} bytes")
-        files = FileDirectory.open(self._path, self._wanted, self._timeout_s)
+        enter = FileDirectory.join if self._as_is else FileDirectory.open
+        files = enter(self._path, self._wanted, self._timeout_s)
         try:
             self._slabs = FileSlabs.open(files.path, files.layout)
         except OSError as error:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.storage.block_format import Value
 from kvstore.storage.calls import GetCall, PutCall
 from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
 
 
 class NoBackend:
-    """Every put fails and every get misses; nothing is an error."""
+    """Every put fails and every get misses; nothing is an error. ``name``: the backend that has nothing there yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "none") -> None:
         self.counters = StoreCounters()
+        self._name = name
 
     async def open(self) -> None:
         """Do nothing."""
@@ -22,6 +24,10 @@ class NoBackend:
 
     async def get(self, call: GetCall) -> None:
         """Find nothing."""
+
+    async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
+        """Find nothing."""
+        return [None] * len(block_hashes)
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
         """Find nothing."""
@@ -37,7 +43,7 @@ class NoBackend:
 
     async def stats(self) -> StoreStats:
         """Return an empty store without room."""
-        return StoreStats("none", 0, 0, 0)
+        return StoreStats(self._name, 0, 0, 0)
 
     async def verify(self) -> VerifyReport:
         """Return that nothing is wrong."""

@@ -20,11 +20,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvstore.storage.backend import LocalBackend
 from kvstore.storage.batches import batches
 from kvstore.storage.block_exchange import BlockExchange
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, PutCall
-from kvstore.storage.file_store import FileBackend
 from kvstore.storage.interface import PutOutcome, StoreStats, VerifyReport
 from kvstore.storage.redis_link import Command, RedisLink
 from kvstore.storage.threads import BlockingThreads
@@ -40,24 +40,29 @@ logger = logging.getLogger(__name__)
 
 
 class OwnerBackend:
-    """Values in ``local``, found by all hosts through ``link``; ``host`` is where other hosts reach this one."""
+    """Values in ``local``, found by all hosts through ``link``; ``host`` is where other hosts reach this one.
+
+    ``as_is``: only to look at and clear what is there; this process serves nobody.
+    """
 
     def __init__(
         self,
         block_format: BlockFormat,
-        local: FileBackend,
+        local: LocalBackend,
         link: RedisLink,
         *,
         root: Path,
         host: str,
         ttl_s: int,
         timeout_s: float,
+        as_is: bool = False,
     ) -> None:
         self.counters = local.counters
         self._format = block_format
         self._local = local
         self._link = link
         self._root = root
+        self._as_is = as_is
         self._host = host
         self._ttl_s = ttl_s
         self._fetch_timeout_s = timeout_s / 3
@@ -72,8 +77,11 @@ class OwnerBackend:
         """Open the files, serve them, and tell Redis so from now on. Raises StorageError as FileBackend does."""
         await self._link.open()
         await self._local.open()
-        self._owner = await self._threads.write(lambda: _owner_id(self._root))
         address = self._exchange.open(self._host)
+        if self._as_is:
+            self._owner = await self._threads.write(lambda: _known_owner_id(self._root))
+            return
+        self._owner = await self._threads.write(lambda: _owner_id(self._root))
         with contextlib.suppress(StorageUnavailableError):  # said when it is used
             await self._announce(address)
         self._announcing = asyncio.create_task(self._keep_announcing(address))
@@ -226,6 +234,16 @@ class OwnerBackend:
         prefix = f"kvrelay:at:{self._format.namespace.hex()}:"
         async for key in self._link.keys(prefix + "*"):
             yield key.decode().removeprefix(prefix)
+
+
+def _known_owner_id(root: Path) -> str:
+    """Return the name of the directory among all hosts, "" if it has none. Blocks."""
+    try:
+        return (root / "owner").read_text()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise StorageError(f"cannot use the KV in {root}: {error}") from error
 
 
 def _owner_id(root: Path) -> str:
