@@ -105,14 +105,22 @@ class Checkpoint:
 
     def take(self, name: str) -> Float32:
         """Return a tensor as float32, possibly read-only and not to be kept."""
+        self._note(name)
+        return self._tensors[name].float32()
+
+    def read_all(self) -> None:
+        """Read every tensor for the digest alone."""
+        for name in self._tensors:
+            self._note(name)
+
+    def _note(self, name: str) -> None:
         tensor = self._tensors[name]
         self._digests[name] = f"{name} {tensor.dtype} {tensor.shape} {_xxh3(tensor.raw)}"
         self._bytes_read += tensor.raw.nbytes
         self._on_progress(self._bytes_read, self._bytes_total)
-        return tensor.float32()
 
     def digest(self, *more: object) -> str:
-        """Return what tells this model from every other, once all of its tensors have been taken.
+        """Return what tells this model from every other, once all of its tensors have been taken, or read.
 
         ``more``: whatever else changes the KV that the model computes.
         """

@@ -79,6 +79,15 @@ def _check_cache_dtype(node: NodeConfig, dtype: str) -> None:
         )
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether native kernels are to be had here, on a CPU that is made for bfloat16."""
+    try:
+        onednn, _ = open_native()
+    except KernelsUnavailableError:
+        return False
+    return onednn.multiplies("bfloat16")
+
+
 def open_native() -> tuple[OneDNN, NativeLibrary]:
     """Return what native kernels are made of. Raises KernelsUnavailableError if some of it is not there.
 

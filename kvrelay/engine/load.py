@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrelay.core.config import NodeConfig
+from kvrelay.core.config import NodeConfig, Sections
 from kvrelay.core.errors import CheckpointError
-from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 
@@ -35,6 +34,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     from kvrelay.engine.choice import choose_kernels  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
     from kvrelay.engine.decoder_config import read_decoder_config  # noqa: PLC0415
+    from kvrelay.engine.geometry import checkpoint_geometry  # noqa: PLC0415
     from kvrelay.engine.kernels import HeadShape  # noqa: PLC0415
     from kvrelay.engine.paddle_engine import PaddleEngine  # noqa: PLC0415
     from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
@@ -42,7 +42,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
-    max_model_len = _max_model_len(node, config)
+    max_model_len = longest_sequence(node, config)
     checkpoint = Checkpoint.open(model_dir, config, on_progress)
     set_device(node.engine.device)
     set_num_threads(node.threads)
@@ -50,22 +50,15 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
     kernels = choose_kernels(node, checkpoint.dtype, shape)
     weights = load_weights(checkpoint, kernels)
-    geometry = KVGeometry(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_size=node.cache.block_size,
-        dtype=kernels.kv_dtype,
-        model_digest=checkpoint.digest(max_model_len if config.rope.kind == "dynamic" else None),
-    )
+    geometry = checkpoint_geometry(checkpoint, node.cache.block_size, kernels.kv_dtype, max_model_len)
     decoder = Decoder(config, weights, kernels)
     return PaddleEngine(
         decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"
     )
 
 
-def _max_model_len(node: NodeConfig, config: DecoderConfig) -> int:
-    """Return the longest sequence: the configured one, or as long as the model was made for."""
+def longest_sequence(node: Sections, config: DecoderConfig) -> int:
+    """Return how many tokens a sequence may have: the configured one, or as long as the model was made for."""
     asked, rope = node.model.max_model_len, config.rope
     longest = config.max_position_embeddings
     if rope.kind in ("linear", "dynamic", "yarn"):

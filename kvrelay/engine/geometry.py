@@ -1,0 +1,57 @@
+"""The geometry of a node's KV, for those who want to know it without running the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kvrelay.core.config import Sections
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.fake import fake_geometry
+from kvrelay.engine.load import longest_sequence
+
+
+def checkpoint_geometry(checkpoint: Checkpoint, block_size: int, kv_dtype: str, max_model_len: int) -> KVGeometry:
+    """Return the geometry of the KV that the model in ``checkpoint`` computes, once all of that has been read."""
+    config = checkpoint.config
+    return KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype=kv_dtype,
+        model_digest=checkpoint.digest(max_model_len if config.rope.kind == "dynamic" else None),
+    )
+
+
+def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KVGeometry:
+    """Return the geometry that a node with these sections has on this machine; reads all of its checkpoint.
+
+    Paddle is imported only if the type of the KV depends on what this CPU computes fast. ``on_progress`` is told (bytes
+    read, bytes in all). Raises CheckpointError if the model's files cannot be used.
+    """
+    if node.engine.kind == "fake":
+        return fake_geometry(node.engine.fake, node.cache.block_size)
+    model_dir = Path(node.model.path)
+    config = read_decoder_config(model_dir)
+    checkpoint = Checkpoint.open(model_dir, config, on_progress)
+    checkpoint.read_all()
+    dtype = _kv_dtype(node, checkpoint.dtype)
+    return checkpoint_geometry(checkpoint, node.cache.block_size, dtype, longest_sequence(node, config))
+
+
+def _kv_dtype(node: Sections, stored_dtype: str) -> str:
+    """Return the type ``choice.choose_kernels`` decides on, unless it refuses what is asked for."""
+    if node.cache.dtype != "auto":
+        return node.cache.dtype
+    if node.model.dtype != "auto":
+        return node.model.dtype
+    if node.engine.device == "gpu":
+        return "bfloat16"
+    if node.engine.kernels == "portable" or stored_dtype != "bfloat16":
+        return "float32"
+    from kvrelay.engine.choice import multiplies_bfloat16  # noqa: PLC0415
+
+    return "bfloat16" if multiplies_bfloat16() else "float32"
