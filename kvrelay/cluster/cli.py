@@ -29,8 +29,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check configs and describe them.")
 model_app = typer.Typer(no_args_is_help=True, help="Make checkpoints.")
+store_app = typer.Typer(no_args_is_help=True, help="Look into the KV store of a cluster, whether that runs or not.")
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
+app.add_typer(store_app, name="store")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster's YAML file.")]
 Overrides = Annotated[
@@ -38,6 +40,11 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key: router.port=8001, nodes.d0.cache.num_blocks=64."),
 ]
 NodeName = Annotated[str, typer.Option("--node", metavar="NAME", help="The node to run, by its name in CONFIG.")]
+
+StoreOf = Annotated[
+    str | None,
+    typer.Option("--node", metavar="NAME", help="Whose store, if the nodes have different ones."),
+]
 
 
 class Arch(StrEnum):
@@ -209,3 +216,46 @@ def tiny(
 
     write_tiny_checkpoint(directory, arch.value, seed)
     typer.echo(f"{directory}: a tiny {arch.value} with random weights")
+
+
+# ---------------------------------------------------------------- the KV store
+
+
+@store_app.command()
+def stats(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
+    """Show how much KV of the model the store holds."""
+    from rich.console import Console
+
+    from kvrelay.cluster.store import show_stats
+
+    show_stats(_load(config, overrides), node, Console())
+
+
+@store_app.command()
+def clear(
+    config: ConfigPath,
+    node: StoreOf = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Drop all KV of the model from the store."""
+    from rich.console import Console
+
+    from kvrelay.cluster import store
+
+    cluster = _load(config, overrides)
+    sections = store.store_sections(cluster, node)
+    if not yes:
+        typer.confirm(f"Drop all KV of {sections.model.name} from the {sections.storage.backend} store?", abort=True)
+    store.clear(cluster, node, Console())
+
+
+@store_app.command()
+def verify(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
+    """Read all KV of the model in the store and drop what is corrupt; exit with 1 if anything was."""
+    from rich.console import Console
+
+    from kvrelay.cluster import store
+
+    if not store.verify(_load(config, overrides), node, Console()):
+        raise typer.Exit(1)

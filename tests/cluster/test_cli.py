@@ -107,7 +107,7 @@ def test_the_schema_is_json_with_every_section(kvrelay: Command) -> None:
 def test_every_verb_of_the_design_is_there(kvrelay: Command) -> None:
     out = kvrelay("--help").out
 
-    for verb in ("up", "router", "prefill", "decode", "mixed", "status", "chat", "config", "model"):
+    for verb in ("up", "router", "prefill", "decode", "mixed", "status", "chat", "config", "model", "store"):
         assert f" {verb} " in out
 
 

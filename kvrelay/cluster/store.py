@@ -1,0 +1,122 @@
+"""``kvrelay store``: what the KV store of a cluster holds, from outside its nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.config import ClusterConfig, Sections
+from kvrelay.core.errors import ConfigError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import NodeId
+from kvrelay.core.logging import progress_log
+from kvrelay.engine.geometry import node_geometry
+from kvstore.storage.factory import make_existing_store
+from kvstore.storage.interface import KVStore, StoreStats, VerifyReport
+
+T = TypeVar("T")
+
+_NOT_FROM_OUTSIDE = {
+    "none": "there is no KV store",
+    "memory": "each node keeps its KV in its own memory, where nobody else can look",
+}
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def show_stats(config: ClusterConfig, node: NodeId | None, console: Console) -> None:
+    """Print what the store holds for the model. Raises KVRelayError if it cannot be said."""
+    sections = store_sections(config, node)
+    geometry, stats = _ask(sections, lambda store: store.stats())
+    console.print(stats_table(stats, geometry))
+
+
+def clear(config: ClusterConfig, node: NodeId | None, console: Console) -> None:
+    """Drop all the store holds for the model."""
+    _, num_blocks = _ask(store_sections(config, node), lambda store: store.clear())
+    console.print(f"{num_blocks:,} blocks dropped")
+
+
+def verify(config: ClusterConfig, node: NodeId | None, console: Console) -> bool:
+    """Have the store read everything and drop what is corrupt; return whether nothing was."""
+    _, report = _ask(store_sections(config, node), lambda store: store.verify())
+    console.print(verdict(report))
+    return report.num_corrupt == 0
+
+
+def store_sections(config: ClusterConfig, name: NodeId | None) -> Sections:
+    """Return the sections that say where the store is and whose KV is meant: those of the node ``name``, or of all.
+
+    Raises ConfigError if the nodes differ in that and none is named, or if nobody could look into such a store.
+    """
+    owners: list[Sections] = [config.node(name)] if name is not None else list(config.nodes) or [config]
+    first = owners[0]
+    if any(_place(owner) != _place(first) for owner in owners):
+        names = ", ".join(node.name for node in config.nodes)
+        raise ConfigError([f"the nodes' stores or models differ: say whose is meant with --node ({names})"])
+    reason = _NOT_FROM_OUTSIDE.get(first.storage.backend)
+    if reason is not None:
+        raise ConfigError([f"storage.backend: {first.storage.backend}: {reason}"])
+    return first
+
+
+def stats_table(stats: StoreStats, geometry: KVGeometry) -> Table:
+    """Show what a store holds; ``-`` where its backend does not tell."""
+    table = Table("backend", box=None, header_style="bold", pad_edge=False)
+    for title in ("blocks", "tokens", "used", "capacity", "a block"):
+        table.add_column(title, justify="right")
+    table.add_column("model")
+    num_tokens = None if stats.num_blocks is None else stats.num_blocks * geometry.block_size
+    table.add_row(
+        stats.backend,
+        _count(stats.num_blocks),
+        _count(num_tokens),
+        _size(stats.used_bytes),
+        _size(stats.capacity_bytes),
+        _size(geometry.block_bytes),
+        f"{geometry.model_digest[:12]} {geometry.dtype}",
+    )
+    return table
+
+
+def verdict(report: VerifyReport) -> str:
+    """Say what ``verify`` found."""
+    if not report.num_corrupt:
+        return f"{report.num_blocks:,} blocks read, all good"
+    return f"{report.num_blocks:,} blocks read, {report.num_corrupt:,} corrupt and dropped"
+
+
+def _place(sections: Sections) -> tuple[object, ...]:
+    return sections.storage, sections.model, sections.cache.block_size, sections.cache.dtype, sections.engine
+
+
+def _ask(sections: Sections, question: Callable[[KVStore], Awaitable[T]]) -> tuple[KVGeometry, T]:
+    """Open the store as it is, and return its geometry and the answer to ``question``."""
+    geometry = node_geometry(sections, progress_log("checkpoint"))
+
+    async def answered() -> T:
+        store = make_existing_store(sections.storage, geometry, Clock())
+        await store.open()
+        try:
+            return await question(store)
+        finally:
+            await store.close()
+
+    return geometry, asyncio.run(answered())
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "-"
+    size, unit = float(num_bytes), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
