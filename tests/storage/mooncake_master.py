@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from support.redis_server import free_port
 
 CAPACITY_BYTES = 64 << 20
+PATIENCE_S = 20.0
 
 
 def why_no_mooncake() -> str | None:
@@ -52,8 +55,18 @@ class MooncakeMaster:
         for line in self._process.stdout:
             said.append(line.decode())
             if b"admin server started" in line:
+                self._wait_until_it_listens()
                 return
         raise RuntimeError("mooncake_master did not start:\n" + "".join(said))
+
+    def _wait_until_it_listens(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", self.port), PATIENCE_S).close()
+                return
+            time.sleep(0.02)  # it says nothing when its port is open
+        raise RuntimeError("mooncake_master does not listen")
 
     def kill(self) -> None:
         """End it at once."""
