@@ -40,6 +40,7 @@ class RedisBackend:
         self._timeout_s = timeout_s
         self._link = RedisLink(url, timeout_s)
         self._threads = BlockingThreads("kv-redis")
+        self._refusing = False
         self._num_blocks = max(1, min(_PIPELINE_KEYS, _PIPELINE_BYTES // self._format.value_bytes))
 
     async def open(self) -> None:
@@ -66,11 +67,11 @@ class RedisBackend:
         commands = [
             ("SET", self._key(call.block_hashes[index]), value.data, "EX", self._ttl_s) for index, value in packed
         ]
-        for (index, _), result in zip(packed, await self._link.run(commands), strict=True):
-            if isinstance(result, Exception):
-                self._complain("store", result)
-            else:
+        results = await self._link.run(commands)
+        for (index, _), result in zip(packed, results, strict=True):
+            if not isinstance(result, Exception):
                 call.outcomes[index] = PutOutcome.WRITTEN
+        self._complain([result for result in results if isinstance(result, Exception)])
 
     def _pack(self, call: PutCall, step: Sequence[int]) -> list[tuple[int, Value]]:
         # New memory for each: a connection that is dropped may still hold the old.
@@ -153,9 +154,12 @@ class RedisBackend:
         names = [key.decode()[len(self._prefix) :] async for key in self._link.keys(self._prefix + "*")]
         return [bytes.fromhex(name) for name in names]
 
-    def _complain(self, verb: str, error: Exception) -> None:
-        self.counters.errors += 1
-        logger.warning("Redis at %s cannot %s a block: %s", self._link.where, verb, error)
+    def _complain(self, errors: Sequence[Exception]) -> None:
+        """Count blocks that Redis does not take; say so once, until it takes all of some pipeline again."""
+        self.counters.errors += len(errors)
+        if errors and not self._refusing:
+            logger.warning("Redis at %s cannot store KV: %s", self._link.where, errors[0])
+        self._refusing = bool(errors)
 
 
 def _is_one(result: object) -> bool:
