@@ -10,7 +10,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,7 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE vf load(const float *p) {
     vf v;
@@ -40,9 +41,13 @@ INLINE vf load(const float *p) {
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 INLINE vu load_halves(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
     vh h;
     memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, vu);
+#endif
 }
 INLINE vf load(const uint16_t *p) { return (vf)(load_halves(p) << 16); }
 INLINE void store(uint16_t *p, vf v) {
@@ -50,7 +55,12 @@ INLINE void store(uint16_t *p, vf v) {
     __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else
     vu u = (vu)v;
-    vh h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, vh);
+    vu upper = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+#if defined(__AVX512F__)
+    __m256i h = _mm512_cvtepi32_epi16((__m512i)upper);
+#else
+    vh h = __builtin_convertvector(upper, vh);
+#endif
 #endif
     memcpy(p, &h, sizeof h);
 }
@@ -72,12 +82,25 @@ INLINE void put(uint16_t *p, float x) {
 INLINE vf splat(float x) { return x - (vf){}; }
 
 INLINE float sum_of(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < W; i++) total += v[i];
     return total;
+#endif
+}
+INLINE float highest_of(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float highest = v[0];
+    for (int i = 1; i < W; i++) highest = v[i] > highest ? v[i] : highest;
+    return highest;
+#endif
 }
 
-// e^x to 2 units in the last place; 0 below -87.
+// e^x to 2 units in the last place; 0 for minus infinity.
 INLINE vf exp_of(vf x) {
     vf clamped = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
     vf n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
@@ -90,8 +113,13 @@ INLINE vf exp_of(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)p,
+                                      (__m512)n);
+#else
     vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return x < -87.0f ? splat(0.0f) : p * power;
+#endif
 }
 
 template <typename T>
@@ -248,12 +276,27 @@ struct Packed<uint16_t> {
 };
 #endif
 
+// Has rows on their way from memory, one cache line with each call, while others are computed with. Spreading the calls
+// matters: a CPU has few requests under way at a time, and waits when there are more.
+struct Fetcher {
+    const char *const *rows = nullptr;
+    int64_t num_rows = 0, bytes = 0, row = 0, at = 0;
+
+    INLINE_MEMBER void one() {
+        if (row >= num_rows) return;
+        __builtin_prefetch(rows[row] + at);
+        at += 64;
+        if (at >= bytes) at = 0, row++;
+    }
+};
+
 // out[r][0:PANEL] = sum over steps of rows[r] times panel [steps][PANEL]
 template <typename T, int R>
 INLINE void multiply(const typename Packed<T>::Left *const *rows, const float *panel, int64_t steps, float *out,
-                     int64_t out_stride) {
+                     int64_t out_stride, Fetcher *fetcher) {
     vf acc[R][NB] = {};
     for (int64_t k = 0; k < steps; k++, panel += PANEL) {
+        fetcher->one();
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -268,17 +311,17 @@ INLINE void multiply(const typename Packed<T>::Left *const *rows, const float *p
 template <typename T, int R>
 __attribute__((noinline)) void multiply_panels(const typename Packed<T>::Left *const *rows, const float *panels,
                                                int64_t panel_floats, int64_t num_panels, int64_t steps, float *out,
-                                               int64_t out_stride) {
+                                               int64_t out_stride, Fetcher *fetcher) {
     for (int64_t p = 0; p < num_panels; p++)
-        multiply<T, R>(rows, panels + p * panel_floats, steps, out + p * PANEL, out_stride);
+        multiply<T, R>(rows, panels + p * panel_floats, steps, out + p * PANEL, out_stride, fetcher);
 }
 
 template <typename T>
 void product(int num_rows, const typename Packed<T>::Left *const *rows, const float *panels, int64_t panel_floats,
-             int64_t num_panels, int64_t steps, float *out, int64_t out_stride) {
+             int64_t num_panels, int64_t steps, float *out, int64_t out_stride, Fetcher *fetcher) {
 #define CASE(R)                                                                                    \
     case R:                                                                                        \
-        if (R <= RB) multiply_panels<T, R>(rows, panels, panel_floats, num_panels, steps, out, out_stride); \
+        if (R <= RB) multiply_panels<T, R>(rows, panels, panel_floats, num_panels, steps, out, out_stride, fetcher); \
         break;
     switch (num_rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -286,10 +329,15 @@ void product(int num_rows, const typename Packed<T>::Left *const *rows, const fl
 #undef CASE
 }
 
-// Transpose a W x W square of 32-bit elements.
-INLINE void transpose(vf *rows) {
+INLINE vi lanes() {
     vi lane;
     for (int i = 0; i < W; i++) lane[i] = i;
+    return lane;
+}
+
+// Transpose a W x W square of 32-bit elements.
+INLINE void transpose(vf *rows) {
+    const vi lane = lanes();
 #pragma GCC unroll 4
     for (int s = 1; s < W; s *= 2) {
         vi upper = (lane & s) != 0;  // all ones where the lane's bit s is set
@@ -304,74 +352,104 @@ INLINE void transpose(vf *rows) {
     }
 }
 
-// W elements of a row of keys, each DEPTH values, from element first on; zero beyond the row's end.
+// Elements of a row of keys, each DEPTH values: W of them from first on, or one.
 template <typename T>
-INLINE vf key_elements(const T *row, int64_t first, int64_t count) {
-    if (Packed<T>::DEPTH == 2) {
-        vf v;
-        if (first + W <= count) {
-            memcpy(&v, row + 2 * first, sizeof v);
-        } else {
-            v = vf{};
-            memcpy(&v, row + 2 * first, 4 * (count - first));
-        }
-        return v;
-    }
-    if (first + W <= count) return load(row + first);
-    vf v = {};
-    for (int64_t i = 0; first + i < count; i++) v[i] = to_float(row[first + i]);
+INLINE vf key_elements(const T *row, int64_t first) {
+    if (Packed<T>::DEPTH == 1) return load(row + first);
+    vf v;
+    memcpy(&v, row + 2 * first, sizeof v);
     return v;
 }
-
-// Keys as panels of [head_dim / DEPTH][PANEL keys]. Rows from num_keys to the panel's end are zero.
 template <typename T>
-void pack_keys(const T *const *rows, int64_t num_keys, int64_t dim, float *out) {
-    const int64_t steps = dim / Packed<T>::DEPTH;
-    for (int64_t key = 0; key < num_keys; key += W) {
-        float *panel = out + key / PANEL * PANEL * steps + key % PANEL;
-        for (int64_t first = 0; first < steps; first += W) {
-            vf square[W];
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++)
-                square[i] = key + i < num_keys ? key_elements(rows[key + i], first, steps) : vf{};
-            transpose(square);
-            if (first + W <= steps) {
-#pragma GCC unroll 16
-                for (int i = 0; i < W; i++) store(panel + (first + i) * PANEL, square[i]);
-            } else {
-                for (int i = 0; first + i < steps; i++) store(panel + (first + i) * PANEL, square[i]);
+INLINE float key_element(const T *row, int64_t at) {
+    if (Packed<T>::DEPTH == 1) return to_float(row[at]);
+    float pair;
+    memcpy(&pair, row + 2 * at, 4);
+    return pair;
+}
+
+// Where the keys and values of a segment of context lie, from the item's first head on.
+template <typename T>
+struct Context {
+    int64_t count = 0;
+    const T *keys[2 * SEGMENT], **values;  // values: behind the keys, so that one list has all rows
+
+    void find(const KvrAttention *a, const int32_t *blocks, int64_t kv_head, int64_t first, int64_t end) {
+        const int64_t stride = a->num_kv_heads * a->head_dim, size = a->block_size;
+        count = end - first < SEGMENT ? end - first : SEGMENT;
+        values = keys + count;
+        int64_t block = first / size, offset = first % size;
+        for (int64_t k = 0; k < count; block++, offset = 0) {
+            int64_t at = (blocks[block] * size + offset) * stride + kv_head * a->head_dim;
+            for (; offset < size && k < count; offset++, k++, at += stride) {
+                keys[k] = (const T *)a->keys + at;
+                values[k] = (const T *)a->values + at;
             }
         }
-        if (key + W >= num_keys && (key + W) % PANEL)  // the rest of the last panel
-            for (int64_t i = 0; i < steps; i++)
-                for (int64_t j = W; j < PANEL - key % PANEL; j += W) store(panel + i * PANEL + j, vf{});
+    }
+};
+
+// Keys as panels of [head_dim / DEPTH][PANEL keys]. Those beyond the last are zero.
+template <typename T>
+__attribute__((noinline)) void pack_keys(const Context<T> &context, int64_t head, int64_t dim, Fetcher *fetcher,
+                                         const T *zeros, float *out) {
+    const int64_t steps = dim / Packed<T>::DEPTH, num_keys = context.count;
+    const T *rows[SEGMENT + PANEL];
+    int64_t padded = 0;
+    for (; padded < num_keys; padded++) rows[padded] = context.keys[padded] + head * dim;
+    for (; padded % PANEL; padded++) rows[padded] = zeros;
+    for (int64_t key = 0; key < padded; key += W) {
+        float *panel = out + key / PANEL * PANEL * steps + key % PANEL;
+        int64_t first = 0;
+        for (; first + W <= steps; first += W) {
+            vf square[W];
+            for (int i = 0; i < W / 2; i++) fetcher->one();
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) square[i] = key_elements(rows[key + i], first);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) store(panel + (first + i) * PANEL, square[i]);
+        }
+        for (; first < steps; first++)
+            for (int i = 0; i < W; i++) panel[first * PANEL + i] = key_element(rows[key + i], first);
     }
 }
 
+// Values of two keys from dimension d on, as the product takes them.
 INLINE vf value_elements(const float *first, const float *, int64_t d) { return load(first + d); }
 INLINE vf value_elements(const uint16_t *first, const uint16_t *second, int64_t d) {
     if (Packed<uint16_t>::DEPTH == 2) return (vf)(load_halves(first + d) | load_halves(second + d) << 16);
     return load(first + d);
 }
 
+// The same for W dimensions or fewer, zero beyond.
+template <typename T>
+INLINE vf last_values(const T *first, const T *second, int64_t d, int64_t dim) {
+    T one[W] = {}, two[W] = {};
+    memcpy(one, first + d, (dim - d) * sizeof(T));
+    memcpy(two, second + d, (dim - d) * sizeof(T));
+    return value_elements(one, two, 0);
+}
+
 // Values as panels of [num_keys / DEPTH][PANEL dimensions]; dimensions beyond dim are zero.
 template <typename T>
-void pack_values(const T *const *rows, int64_t num_keys, int64_t dim, const T *zeros, float *out) {
-    const int64_t steps = (num_keys + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH;
-    for (int64_t k = 0; k < steps; k++) {
-        const T *first = rows[k * Packed<T>::DEPTH];
-        const T *second = k * Packed<T>::DEPTH + 1 < num_keys ? rows[k * Packed<T>::DEPTH + 1] : zeros;
+__attribute__((noinline)) void pack_values(const Context<T> &context, int64_t head, int64_t dim, Fetcher *fetcher,
+                                           const T *zeros, float *out) {
+    const int64_t num_keys = context.count, steps = (num_keys + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH;
+    const T *const *rows = context.values;
+    for (int64_t k = 0; k < steps; k++, out += PANEL) {
+        const T *first = rows[k * Packed<T>::DEPTH] + head * dim;
+        const T *second = k * Packed<T>::DEPTH + 1 < num_keys ? rows[k * Packed<T>::DEPTH + 1] + head * dim : zeros;
+        float *to = out;
         int64_t d = 0;
-        for (; d + W <= dim; d += W)
-            store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, value_elements(first, second, d));
-        if (d < dim) {
-            T one[W] = {}, two[W] = {};
-            memcpy(one, first + d, (dim - d) * sizeof(T));
-            memcpy(two, second + d, (dim - d) * sizeof(T));
-            store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, value_elements(one, two, 0));
-            d += W;
+        for (; d + PANEL <= dim; d += PANEL, to += steps * PANEL, fetcher->one())
+            for (int n = 0; n < NB; n++) store(to + n * W, value_elements(first, second, d + n * W));
+        if (d == dim) continue;
+        for (int n = 0; n < NB; n++, d += W) {
+            vf v = d + W <= dim ? value_elements(first, second, d) : vf{};
+            if (d < dim && d + W > dim) v = last_values(first, second, d, dim);
+            store(to + n * W, v);
         }
-        for (; d % PANEL; d += W) store(out + (d / PANEL * steps + k) * PANEL + d % PANEL, vf{});
     }
 }
 
@@ -392,7 +470,7 @@ struct Scratch {
 
 INLINE int64_t rows_per_item(const KvrAttention *a) {
     int64_t group = a->num_heads / a->num_kv_heads;
-    return queries_per_item(group) * group;
+    return group > MAX_ROWS ? group : MAX_ROWS;
 }
 
 size_t attention_scratch(const KvrAttention *a) {
@@ -438,22 +516,19 @@ __attribute__((noinline)) void merge_row(const Rows *into, int64_t row, int64_t 
 
 // weights[0:count] = e^(scale * score - highest) within [low, high), else 0, and what they sum up to.
 template <typename Left>
-INLINE void soften(float *scores, int64_t count, int64_t low, int64_t high, float scale, Left *weights, float *highest,
+__attribute__((noinline)) void soften(float *scores, int64_t count, int64_t low, int64_t high, float scale, Left *weights, float *highest,
                    float *total) {
-    vi lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
     vf top = splat(-INFINITY);
     for (int64_t k = 0; k < count; k += W) {
-        vf v = load(scores + k) * scale;
+        vf v = load(scores + k);
         if (k < low || k + W > high) {
-            vi position = lane + (int32_t)k;
+            vi position = lanes() + (int32_t)k;
             v = (position >= (int32_t)low) & (position < (int32_t)high) ? v : splat(-INFINITY);
+            store(scores + k, v);
         }
-        store(scores + k, v);
         top = v > top ? v : top;
     }
-    float best = -INFINITY;
-    for (int i = 0; i < W; i++) best = top[i] > best ? top[i] : best;
+    const float best = highest_of(top) * scale;
     *highest = best;
     if (best == -INFINITY) {
         for (int64_t k = 0; k < count; k += W) store(weights + k, vf{});
@@ -462,7 +537,7 @@ INLINE void soften(float *scores, int64_t count, int64_t low, int64_t high, floa
     }
     vf sum = {};
     for (int64_t k = 0; k < count; k += W) {
-        vf e = exp_of(load(scores + k) - best);
+        vf e = exp_of(load(scores + k) * scale - best);
         sum += e;
         store(weights + k, e);
     }
@@ -489,21 +564,22 @@ INLINE void finish_row(const Rows *rows, int64_t row, int64_t padded, int64_t di
     for (; d < dim; d++) put(out + d, sums[d] * factor);
 }
 
-// How an item's rows lie: row r is query first_query + r / group, head kv_head * group + r % group.
+// How an item's rows lie: KV head by KV head, query by query, and for each the heads of the group.
 struct Span {
-    int64_t first_row, start, group, num_rows;
+    int64_t first_row, start, group, rows_per_head, num_rows;
     const int32_t *blocks;
 };
 
 INLINE Span span_of(const KvrAttention *a, const Item *item) {
     const int64_t *sequence = a->sequences + 4 * item->sequence;
-    int64_t group = a->num_heads / a->num_kv_heads;
-    return Span{sequence[0], sequence[2], group, item->num_queries * group, a->blocks + sequence[3]};
+    int64_t group = a->num_heads / a->num_kv_heads, rows = item->num_queries * group;
+    return Span{sequence[0], sequence[2], group, rows, rows * item->num_heads, a->blocks + sequence[3]};
 }
 
 INLINE int64_t element_of(const KvrAttention *a, const Item *item, const Span &span, int64_t row) {
-    int64_t query = span.first_row + item->first_query + row / span.group;
-    return (query * a->num_heads + item->kv_head * span.group + row % span.group) * a->head_dim;
+    int64_t kv_head = item->first_head + row / span.rows_per_head, within = row % span.rows_per_head;
+    int64_t query = span.first_row + item->first_query + within / span.group;
+    return (query * a->num_heads + kv_head * span.group + within % span.group) * a->head_dim;
 }
 
 INLINE void reset(const Rows *rows, int64_t num_rows, int64_t padded) {
@@ -511,95 +587,114 @@ INLINE void reset(const Rows *rows, int64_t num_rows, int64_t padded) {
     memset(rows->sums, 0, 4 * num_rows * padded);
 }
 
+// One item at work.
 template <typename T>
-void attend_item(const KvrAttention *a, const Item *item, void *memory) {
+struct Attend {
     typedef typename Packed<T>::Left Left;
-    const Scratch s = carved(a, memory);
-    const Span span = span_of(a, item);
-    const int64_t dim = a->head_dim, padded = round_up(dim, PANEL), stride = a->num_kv_heads * dim;
-    const int64_t key_steps = dim / Packed<T>::DEPTH;
-    const int64_t first_position = span.start + item->first_query;
-    const int64_t end = first_position + item->num_queries;  // context of the last query
-    const T *keys = (const T *)a->keys + item->kv_head * dim, *values = (const T *)a->values + item->kv_head * dim;
-    const T *key_rows[SEGMENT], *value_rows[SEGMENT];
+    const KvrAttention *a;
+    const Item *item, *next;  // next: what will probably be computed after item, or null
+    const Scratch s;
+    const Span span;
+    const int64_t dim, padded, first_position;
     const Left *left[MAX_ROWS + RB];
-    const int64_t num_rows = span.num_rows;
-    Left *weights = sizeof(Left) == 2 ? (Left *)s.weights : (Left *)s.scores;
+    Context<T> contexts[2];
+    Fetcher fetcher;
 
-    for (int64_t r = 0; r < num_rows; r++)
-        left[r] = left_row((const T *)a->queries + element_of(a, item, span, r), s.left + r * dim, dim);
-    if (!item->partials) reset(&s.rows, num_rows, padded);
-    for (int64_t segment = item->first_segment; segment < item->last_segment; segment++) {
-        const int64_t first_key = segment * SEGMENT;
-        const int64_t num_keys = end - first_key < SEGMENT ? end - first_key : SEGMENT;
-        for (int64_t k = 0; k < num_keys; k++) {
-            int64_t position = first_key + k;
-            int64_t slot = (int64_t)span.blocks[position / a->block_size] * a->block_size + position % a->block_size;
-            key_rows[k] = keys + slot * stride;
-            value_rows[k] = values + slot * stride;
-            for (int64_t line = 0; line < dim; line += 64 / (int64_t)sizeof(T)) {
-                __builtin_prefetch(key_rows[k] + line);
-                __builtin_prefetch(value_rows[k] + line);
+    Attend(const KvrAttention *attention, const Item *of, const Item *after, void *memory)
+        : a(attention), item(of), next(after), s(carved(attention, memory)), span(span_of(attention, of)),
+          dim(attention->head_dim), padded(round_up(dim, PANEL)), first_position(span.start + of->first_query) {}
+
+    void run() {
+        for (int64_t r = 0; r < span.num_rows; r++)
+            left[r] = left_row((const T *)a->queries + element_of(a, item, span, r), s.left + r * dim, dim);
+        if (!item->partials) reset(&s.rows, span.num_rows, padded);
+        find(item, item->first_segment, contexts[item->first_segment % 2]);
+        float *partial = item->partials;
+        for (int64_t segment = item->first_segment; segment < item->last_segment; segment++) {
+            Context<T> &ahead = contexts[(segment + 1) % 2];
+            const Item *of = segment + 1 < item->last_segment ? item : next;
+            if (of) {
+                find(of, of == item ? segment + 1 : of->first_segment, ahead);
+                const int64_t bytes = of->num_heads * dim * (int64_t)sizeof(T);
+                fetcher = Fetcher{(const char *const *)ahead.keys, 2 * ahead.count, bytes, 0, 0};
             }
-        }
-        pack_keys(key_rows, num_keys, dim, s.keys);
-        pack_values(value_rows, num_keys, dim, (const T *)s.zeros, s.values);
-        const int64_t value_panel = (num_keys + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH * PANEL;
-        float *partial = item->partials
-                             ? item->partials + (segment - item->first_segment) * num_rows * (padded + 2)
-                             : nullptr;
-        for (int64_t r = 0; r < num_rows; r += RB) {
-            const int count = (int)(num_rows - r < RB ? num_rows - r : RB);
-            const int64_t newest = first_position + (r + count - 1) / span.group;
-            int64_t seen = newest + 1 - first_key < num_keys ? newest + 1 - first_key : num_keys;
-            int64_t oldest = a->window ? first_position + r / span.group - a->window + 1 : 0;
-            if (seen < 0 || oldest >= first_key + SEGMENT) seen = 0;
-            if (seen) {
-                product<T>(count, left + r, s.keys, key_steps * PANEL, (seen + PANEL - 1) / PANEL, key_steps, s.scores,
-                           SEGMENT);
-            }
-            float highest[RB], total[RB];
-            const Left *weight_rows[RB];
-            for (int i = 0; i < count; i++) {
-                const int64_t position = first_position + (r + i) / span.group;
-                int64_t low = a->window && position - a->window + 1 > first_key
-                                  ? position - a->window + 1 - first_key : 0;
-                int64_t high = position + 1 - first_key;
-                weight_rows[i] = weights + i * SEGMENT;
-                highest[i] = -INFINITY, total[i] = 0;
-                if (seen)
-                    soften(s.scores + i * SEGMENT, round_up(seen, W), low, high < seen ? high : seen, a->scale,
-                           weights + i * SEGMENT, highest + i, total + i);
-            }
-            if (seen)
-                product<T>(count, weight_rows, s.values, value_panel, padded / PANEL,
-                           (seen + Packed<T>::DEPTH - 1) / Packed<T>::DEPTH, s.outputs, padded);
-            for (int i = 0; i < count; i++) {
-                if (partial) {
-                    float *to = partial + (r + i) * (padded + 2);
-                    to[0] = highest[i], to[1] = total[i];
-                    if (seen) memcpy(to + 2, s.outputs + i * padded, 4 * padded);
-                } else {
-                    merge_row(&s.rows, r + i, padded, highest[i], total[i], s.outputs + i * padded);
+            for (int64_t head = 0; head < item->num_heads; head++) {
+                pack(segment, head);
+                for (int64_t r = 0; r < span.rows_per_head; r += RB) {
+                    int64_t row = head * span.rows_per_head + r, count = span.rows_per_head - r;
+                    block(segment * SEGMENT, contexts[segment % 2].count, row, r, (int)(count < RB ? count : RB),
+                          partial);
                 }
+            }
+            if (partial) partial += span.num_rows * (padded + 2);
+        }
+        if (item->partials) return;
+        for (int64_t r = 0; r < span.num_rows; r++)
+            finish_row(&s.rows, r, padded, dim, (T *)a->out + element_of(a, item, span, r));
+    }
+
+    void find(const Item *of, int64_t segment, Context<T> &context) {
+        const Span where = span_of(a, of);
+        context.find(a, where.blocks, of->first_head, segment * SEGMENT,
+                     where.start + of->first_query + of->num_queries);
+    }
+
+    void pack(int64_t segment, int64_t head) {
+        const Context<T> &here = contexts[segment % 2];
+        pack_keys(here, head, dim, &fetcher, (const T *)s.zeros, s.keys);
+        pack_values(here, head, dim, &fetcher, (const T *)s.zeros, s.values);
+    }
+
+    // Rows [row, row + count), which are [r, r + count) of their KV head, over the segment from first_key on.
+    void block(int64_t first_key, int64_t num_keys, int64_t row, int64_t r, int count, float *partial) {
+        const int64_t newest = first_position + (r + count - 1) / span.group;
+        const int64_t oldest = a->window ? first_position + r / span.group - a->window + 1 : 0;
+        int64_t seen = newest + 1 - first_key < num_keys ? newest + 1 - first_key : num_keys;
+        if (oldest >= first_key + SEGMENT) seen = 0;
+        float highest[RB], total[RB];
+        for (int i = 0; i < count; i++) highest[i] = -INFINITY, total[i] = 0;
+        if (seen > 0) compute(first_key, num_keys, seen, row, r, count, highest, total);
+        for (int i = 0; i < count; i++) {
+            if (partial) {
+                float *to = partial + (row + i) * (padded + 2);
+                to[0] = highest[i], to[1] = total[i];
+                memcpy(to + 2, s.outputs + i * padded, 4 * padded);
+            } else {
+                merge_row(&s.rows, row + i, padded, highest[i], total[i], s.outputs + i * padded);
             }
         }
     }
-    if (item->partials) return;
-    for (int64_t r = 0; r < num_rows; r++)
-        finish_row(&s.rows, r, padded, dim, (T *)a->out + element_of(a, item, span, r));
-}
 
-void attend(const KvrAttention *a, const Item *item, void *scratch) {
+    void compute(int64_t first_key, int64_t num_keys, int64_t seen, int64_t row, int64_t r, int count, float *highest,
+                 float *total) {
+        const int64_t depth = Packed<T>::DEPTH, key_steps = dim / depth;
+        Left *weights = sizeof(Left) == 2 ? (Left *)s.weights : (Left *)s.scores;
+        const Left *weight_rows[RB];
+        product<T>(count, left + row, s.keys, key_steps * PANEL, (seen + PANEL - 1) / PANEL, key_steps, s.scores,
+                   SEGMENT, &fetcher);
+        for (int i = 0; i < count; i++) {
+            const int64_t position = first_position + (r + i) / span.group;
+            const int64_t first_seen = a->window ? position - a->window + 1 : 0;
+            const int64_t low = first_seen > first_key ? first_seen - first_key : 0;
+            const int64_t high = position + 1 - first_key < seen ? position + 1 - first_key : seen;
+            weight_rows[i] = weights + i * SEGMENT;
+            soften(s.scores + i * SEGMENT, round_up(seen, W), low, high, a->scale, weights + i * SEGMENT, highest + i,
+                   total + i);
+        }
+        product<T>(count, weight_rows, s.values, (num_keys + depth - 1) / depth * PANEL, padded / PANEL,
+                   (seen + depth - 1) / depth, s.outputs, padded, &fetcher);
+    }
+};
+
+void attend(const KvrAttention *a, const Item *item, const Item *next, void *scratch) {
     if (a->bf16)
-        attend_item<uint16_t>(a, item, scratch);
+        Attend<uint16_t>(a, item, next, scratch).run();
     else
-        attend_item<float>(a, item, scratch);
+        Attend<float>(a, item, next, scratch).run();
 }
 
-size_t partial_floats(const KvrAttention *a, int64_t num_queries) {
-    int64_t group = a->num_heads / a->num_kv_heads;
-    return num_queries * group * (round_up(a->head_dim, PANEL) + 2);
+size_t partial_floats(const KvrAttention *a, const Item *item) {
+    return span_of(a, item).num_rows * (round_up(a->head_dim, PANEL) + 2);
 }
 
 // Join the partial results of all segments of item, in order.

@@ -32,10 +32,10 @@ typedef struct {
 } KvrHeads;
 }
 
-// The part of one attention call that one thread does: consecutive queries of a sequence for one KV head, over the
-// segments [first_segment, last_segment) of its context. partials: null, or where each segment's result goes.
+// The part of one attention call that one thread does: consecutive queries of a sequence and KV heads, over the
+// segments [first_segment, last_segment) of its context. partials: null, or where each segment's results go.
 struct Item {
-    int64_t sequence, kv_head, first_query, num_queries, first_segment, last_segment;
+    int64_t sequence, first_head, num_heads, first_query, num_queries, first_segment, last_segment;
     float *partials;
 };
 
@@ -49,8 +49,8 @@ struct KernelTable {
     void (*silu_mul)(const void *gate_up, void *out, int64_t ffn, int32_t bf16, int64_t first, int64_t last);
     void (*heads)(const KvrHeads *heads, int64_t first, int64_t last);
     size_t (*attention_scratch)(const KvrAttention *attention);
-    size_t (*partial_floats)(const KvrAttention *attention, int64_t num_queries);
-    void (*attend)(const KvrAttention *attention, const Item *item, void *scratch);
+    size_t (*partial_floats)(const KvrAttention *attention, const Item *item);
+    void (*attend)(const KvrAttention *attention, const Item *item, const Item *next, void *scratch);
     void (*merge)(const KvrAttention *attention, const Item *item, void *scratch);
 };
 
@@ -58,10 +58,8 @@ struct KernelTable {
 // are merged in order. So a query's result does not depend on how work was divided.
 constexpr int SEGMENT = 128, MAX_ROWS = 256;
 
-// Queries of one item: as many as fill MAX_ROWS rows of (query, head).
-static inline int64_t queries_per_item(int64_t heads_per_group) {
-    return heads_per_group >= MAX_ROWS ? 1 : MAX_ROWS / heads_per_group;
-}
+// An item has as many queries, and then as many KV heads, as fill MAX_ROWS rows of (KV head, query, head of its group).
+static inline int64_t fitting(int64_t rows_of_each) { return rows_of_each >= MAX_ROWS ? 1 : MAX_ROWS / rows_of_each; }
 
 const KernelTable *kvr_table_baseline();
 const KernelTable *kvr_table_avx2();

@@ -99,7 +99,8 @@ void for_rows(int64_t count, int64_t width, const F &function) {
 
 // Fill items; returns how many segments they have together.
 int64_t list_items(const KvrAttention *a) {
-    int64_t per_item = queries_per_item(a->num_heads / a->num_kv_heads), segments = 0;
+    const int64_t group = a->num_heads / a->num_kv_heads, per_item = fitting(group);
+    int64_t segments = 0;
     items.clear();
     for (int64_t s = 0; s < a->num_sequences; s++) {
         int64_t num_queries = a->sequences[4 * s + 1], start = a->sequences[4 * s + 2];
@@ -107,9 +108,12 @@ int64_t list_items(const KvrAttention *a) {
             int64_t count = std::min(per_item, num_queries - first);
             int64_t end = start + first + count;
             int64_t oldest = a->window ? std::max<int64_t>(0, start + first - a->window + 1) : 0;
-            for (int64_t head = 0; head < a->num_kv_heads; head++) {
-                items.push_back(Item{s, head, first, count, oldest / SEGMENT, (end + SEGMENT - 1) / SEGMENT, nullptr});
-                segments += items.back().last_segment - items.back().first_segment;
+            const int64_t heads_per_item = fitting(count * group);
+            for (int64_t head = 0; head < a->num_kv_heads; head += heads_per_item) {
+                int64_t heads = std::min(heads_per_item, a->num_kv_heads - head);
+                int64_t last_segment = (end + SEGMENT - 1) / SEGMENT;
+                items.push_back(Item{s, head, heads, first, count, oldest / SEGMENT, last_segment, nullptr});
+                segments += last_segment - oldest / SEGMENT;
             }
         }
     }
@@ -123,7 +127,7 @@ void split_items(const KvrAttention *a, int64_t segments, std::vector<Item> &pie
     size_t floats = 0;
     for (const Item &item : items) {
         int64_t count = item.last_segment - item.first_segment;
-        if (count > longest) floats += count * table->partial_floats(a, item.num_queries);
+        if (count > longest) floats += count * table->partial_floats(a, &item);
     }
     float *at = (float *)partials.at_least(floats * sizeof(float));
     for (size_t i = 0; i < items.size(); i++) {
@@ -139,7 +143,7 @@ void split_items(const KvrAttention *a, int64_t segments, std::vector<Item> &pie
             piece.first_segment = first;
             piece.last_segment = std::min(first + longest, item.last_segment);
             piece.partials = at;
-            at += (piece.last_segment - first) * table->partial_floats(a, item.num_queries);
+            at += (piece.last_segment - first) * table->partial_floats(a, &item);
             pieces.push_back(piece);
         }
     }
@@ -201,7 +205,10 @@ void kvr_attention(const KvrAttention *attention) {
     }
     const size_t bytes = table->attention_scratch(attention);
     const Item *list = work->data();
-    for_each((int64_t)work->size(), [=](int64_t i) { table->attend(attention, list + i, scratch.at_least(bytes)); });
+    const int64_t count = (int64_t)work->size();
+    for_each(count, [=](int64_t i) {
+        table->attend(attention, list + i, i + 1 < count ? list + i + 1 : nullptr, scratch.at_least(bytes));
+    });
     const Item *whole = items.data();
     const size_t *owners = split.data();
     for_each((int64_t)split.size(), [=](int64_t i) {
