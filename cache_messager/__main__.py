@@ -14,6 +14,7 @@ import msgspec
 import setproctitle
 import uvloop
 
+from cache_messager.allocation import keep_freed_memory
 from cache_messager.service import serve
 from cache_messager.settings import MessagerSettings
 from kvrelay.core.ids import peer_name
@@ -28,6 +29,7 @@ def main() -> int:
     name = peer_name(settings.node)
     setproctitle.setproctitle(f"kvrelay messager {name}")
     set_up_logging(f"{name}.messager", settings.log_level)
+    keep_freed_memory()
     os.sched_setaffinity(0, settings.cpus or range(os.cpu_count() or 1))
     reason = uvloop.run(serve(settings, sys.stdin.fileno()))
     log_event("info", "stopped", {"reason": reason})

@@ -7,7 +7,7 @@ is another class with these two methods.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -20,11 +20,14 @@ from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.messages.messager_to_messager import KVFrame
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Blocks: TypeAlias = npt.NDArray[np.void]
 
 UNCHECKED = 0
 """Digest of a frame that is not verified."""
 
 _MIN_RUN_BYTES = 64 << 10
+_PIECE_BYTES = 256 << 10
+"""How much is copied before it is looked at again: it is still in the core's own cache then."""
 
 
 class Outgoing(NamedTuple):
@@ -60,7 +63,7 @@ class PayloadLink:
         """Verify the payload before a byte of it is written."""
         if frame.digest != UNCHECKED and _digest(payload) != frame.digest:
             return False
-        block_bytes, blocks = self._pool.geometry.plane_block_bytes, np.asarray(frame.target_block_ids)
+        block_bytes, blocks = self._pool.geometry.plane_block_bytes, frame.target_block_ids
         if any(part.nbytes % block_bytes for part in payload):
             payload = [memoryview(b"".join(payload))]
         rows = [np.frombuffer(part, np.uint8).reshape(-1, block_bytes) for part in payload]
@@ -87,31 +90,38 @@ class SharedMemoryLink:
 
     def read(self, frame: KVFrame, source_block_ids: list[BlockId]) -> Outgoing:
         """Return the digest of the blocks."""
-        return Outgoing(_digest(_read(self._pool, frame.layer, source_block_ids)), [])
+        return Outgoing(_digest(_pieces(self._pool, frame.layer, source_block_ids)), [])
 
     def write(self, frame: KVFrame, payload: Sequence[memoryview]) -> bool:
         """Copy the blocks and verify the copy; without a mapped source there is nothing to copy."""
         if self._source is None or payload:
             return False
-        targets, sources = np.asarray(frame.target_block_ids), np.asarray(frame.source_block_ids)
+        targets, sources = frame.target_block_ids, frame.source_block_ids
+        runs, digest = _runs(targets, sources), xxhash.xxh3_64()
+        copy = _gather if _is_fragmented(runs, len(targets), self._pool.geometry.plane_block_bytes) else _copy_runs
         for kv in (0, 1):
-            _copy(self._pool.planes[frame.layer, kv], targets, self._source.planes[frame.layer, kv], sources)
-        return _digest(_read(self._pool, frame.layer, frame.target_block_ids)) == frame.digest
+            target, source = self._pool.planes[frame.layer, kv], self._source.planes[frame.layer, kv]
+            for copied in copy(target, targets, source, sources, runs):
+                digest.update(copied)
+        return digest.intdigest() == frame.digest
 
 
-def _digest(parts: Sequence[memoryview]) -> int:
+def _digest(parts: Iterable[memoryview]) -> int:
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(part)
     return digest.intdigest()
 
 
-def _runs(*block_ids: npt.NDArray[np.int64]) -> list[slice]:
+def _runs(*block_ids: list[BlockId]) -> list[slice]:
     """Return the places where all of ``block_ids`` go up by one from place to place, as slices in order."""
-    jumps = np.zeros(len(block_ids[0]) - 1, np.bool_)
+    count = len(block_ids[0])
+    if all(ids[-1] - ids[0] == count - 1 and ids == list(range(ids[0], ids[0] + count)) for ids in block_ids):
+        return [slice(0, count)]
+    jumps = np.zeros(count - 1, np.bool_)
     for ids in block_ids:
         jumps |= np.diff(ids) != 1
-    edges = [0, *(np.flatnonzero(jumps) + 1).tolist(), len(block_ids[0])]
+    edges = [0, *(np.flatnonzero(jumps) + 1).tolist(), count]
     return [slice(start, end) for start, end in pairwise(edges)]
 
 
@@ -120,36 +130,72 @@ def _is_fragmented(runs: list[slice], num_blocks: int, block_bytes: int) -> bool
     return len(runs) > 1 and num_blocks * block_bytes < len(runs) * _MIN_RUN_BYTES
 
 
+def _per_piece(block_bytes: int) -> int:
+    return max(1, _PIECE_BYTES // block_bytes)
+
+
+def _as_blocks(rows: Bytes) -> Blocks:
+    """Return ``rows`` with one opaque item a row: numpy copies scattered items of that kind as fast as memory goes."""
+    return rows.view(f"V{rows.shape[1]}").reshape(-1)
+
+
 def _read(pool: KVMemory, layer: int, block_ids: list[BlockId]) -> list[memoryview]:
     """Return the blocks' bytes in one layer, all K and then all V, with as few copies and parts as sensible."""
-    blocks = np.asarray(block_ids)
-    runs = _runs(blocks)
-    if _is_fragmented(runs, len(blocks), pool.geometry.plane_block_bytes):
-        return [pool.planes[layer, kv].take(blocks, axis=0).reshape(-1).data for kv in (0, 1)]
+    runs = _runs(block_ids)
+    if _is_fragmented(runs, len(block_ids), pool.geometry.plane_block_bytes):
+        places = np.asarray(block_ids)
+        return [_as_blocks(pool.planes[layer, kv]).take(places).view(np.uint8).data for kv in (0, 1)]
     spans = [(block_ids[run.start], block_ids[run.stop - 1] + 1) for run in runs]
     return [pool.planes[layer, kv, first:end].reshape(-1).data for kv in (0, 1) for first, end in spans]
 
 
-def _assign(plane: Bytes, blocks: npt.NDArray[np.int64], rows: Bytes) -> None:
-    """Put ``rows[i]`` into block ``blocks[i]`` of ``plane``."""
-    runs = _runs(blocks)
-    if _is_fragmented(runs, len(blocks), plane.shape[1]):
-        plane[blocks] = rows
+def _pieces(pool: KVMemory, layer: int, block_ids: list[BlockId]) -> Iterator[memoryview]:
+    """Yield the bytes that ``_read`` returns without having more than a piece of them in copies."""
+    runs = _runs(block_ids)
+    if not _is_fragmented(runs, len(block_ids), pool.geometry.plane_block_bytes):
+        yield from _read(pool, layer, block_ids)
         return
-    for run in runs:
-        np.copyto(plane[blocks[run.start] : blocks[run.stop - 1] + 1], rows[run])
+    for kv in (0, 1):
+        places = np.asarray(block_ids)
+        blocks, per_piece = _as_blocks(pool.planes[layer, kv]), _per_piece(pool.geometry.plane_block_bytes)
+        for first in range(0, len(places), per_piece):
+            yield blocks.take(places[first : first + per_piece]).view(np.uint8).data
 
 
-def _copy(target: Bytes, targets: npt.NDArray[np.int64], source: Bytes, sources: npt.NDArray[np.int64]) -> None:
-    """Copy block ``sources[i]`` of ``source`` into block ``targets[i]`` of ``target``."""
-    runs = _runs(targets, sources)
-    if _is_fragmented(runs, len(targets), target.shape[1]):
-        target[targets] = source[sources]
+def _assign(plane: Bytes, block_ids: list[BlockId], rows: Bytes) -> None:
+    """Put ``rows[i]`` into block ``block_ids[i]`` of ``plane``."""
+    runs = _runs(block_ids)
+    if _is_fragmented(runs, len(block_ids), plane.shape[1]):
+        _as_blocks(plane)[np.asarray(block_ids)] = _as_blocks(rows)
         return
     for run in runs:
-        last = run.stop - 1
-        rows = source[sources[run.start] : sources[last] + 1]
-        np.copyto(target[targets[run.start] : targets[last] + 1], rows)
+        np.copyto(plane[block_ids[run.start] : block_ids[run.stop - 1] + 1], rows[run])
+
+
+def _copy_runs(
+    target: Bytes, targets: list[BlockId], source: Bytes, sources: list[BlockId], runs: list[slice]
+) -> Iterator[memoryview]:
+    """Copy block ``sources[i]`` of ``source`` into block ``targets[i]`` of ``target``, and yield each piece copied."""
+    per_piece = _per_piece(target.shape[1])
+    for run in runs:
+        for place in range(run.start, run.stop, per_piece):
+            count = min(per_piece, run.stop - place)
+            piece = target[targets[place] : targets[place] + count]
+            np.copyto(piece, source[sources[place] : sources[place] + count])
+            yield piece.reshape(-1).data
+
+
+def _gather(
+    target: Bytes, targets: list[BlockId], source: Bytes, sources: list[BlockId], _: list[slice]
+) -> Iterator[memoryview]:
+    """Do as ``_copy_runs`` for blocks that lie anywhere: each piece is collected, yielded and then spread."""
+    per_piece = _per_piece(target.shape[1])
+    into, out_of = _as_blocks(target), _as_blocks(source)
+    to, of = np.asarray(targets), np.asarray(sources)
+    for first in range(0, len(of), per_piece):
+        piece = out_of.take(of[first : first + per_piece])
+        yield piece.view(np.uint8).data
+        into[to[first : first + per_piece]] = piece
 
 
 def _planes_of(start: int, count: int, num_blocks: int) -> list[tuple[int, int, int]]:
