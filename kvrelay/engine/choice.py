@@ -14,6 +14,7 @@ from kvrelay.engine.native_kernels import NativeKernels
 from kvrelay.engine.onednn import OneDNN
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.portable import PortableKernels
+from kvrelay.engine.product_kernels import ProductKernels
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +29,41 @@ def choose_kernels(node: NodeConfig, stored_dtype: str, shape: HeadShape) -> Ker
     if node.engine.kernels == "portable":
         return _portable(node, shape, _portable_dtype(node), "engine.kernels asks for them")
     try:
-        onednn, library = open_native()
+        onednn = open_onednn()
     except KernelsUnavailableError as error:
-        if node.engine.kernels == "native":
-            raise ConfigError([f"engine.kernels: native is not to be had here: {error}"]) from error
-        return _portable(node, shape, _portable_dtype(node), str(error))
+        return _without(node, shape, error)
     dtype = _native_dtype(node, stored_dtype, onednn)
-    kernels = NativeKernels(dtype, shape, node.cache.block_size, onednn, library, node.threads)
+    try:
+        library = open_library()
+    except KernelsUnavailableError as error:
+        return _without_library(node, shape, dtype, onednn, error)
+    _check_cache_dtype(node, dtype)
     logger.info(
         "kernels: native in %s (oneDNN %s for %s, own code for %s), %d threads",
         *(dtype, onednn.version, onednn.isa, library.isa, node.threads),
     )
-    return kernels
+    return NativeKernels(dtype, shape, node.cache.block_size, onednn, library, node.threads)
+
+
+def _without(node: NodeConfig, shape: HeadShape, error: KernelsUnavailableError) -> Kernels:
+    _refuse_if_asked_for(node, error)
+    return _portable(node, shape, _portable_dtype(node), str(error))
+
+
+def _without_library(
+    node: NodeConfig, shape: HeadShape, dtype: str, onednn: OneDNN, error: KernelsUnavailableError
+) -> Kernels:
+    _refuse_if_asked_for(node, error)
+    _check_cache_dtype(node, "float32")
+    logger.info(
+        "kernels: oneDNN %s for products in %s, portable for all else in float32 (%s)", onednn.version, dtype, error
+    )
+    return ProductKernels(dtype, shape, onednn)
+
+
+def _refuse_if_asked_for(node: NodeConfig, error: KernelsUnavailableError) -> None:
+    if node.engine.kernels == "native":
+        raise ConfigError([f"engine.kernels: native is not to be had here: {error}"]) from error
 
 
 def _portable(node: NodeConfig, shape: HeadShape, dtype: str, reason: str) -> PortableKernels:
@@ -68,7 +92,6 @@ def _native_dtype(node: NodeConfig, stored_dtype: str, onednn: OneDNN) -> str:
         raise CheckpointError(
             f"model.dtype bfloat16: this CPU ({onednn.isa}) has no fast bfloat16; use auto or float32"
         )
-    _check_cache_dtype(node, wanted)
     return wanted
 
 
@@ -80,19 +103,23 @@ def _check_cache_dtype(node: NodeConfig, dtype: str) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether native kernels are to be had here, on a CPU that is made for bfloat16."""
+    """Return whether all of the native kernels are to be had here, on a CPU that is made for bfloat16."""
     try:
-        onednn, _ = open_native()
+        open_library()
+        return open_onednn().multiplies("bfloat16")
     except KernelsUnavailableError:
         return False
-    return onednn.multiplies("bfloat16")
 
 
-def open_native() -> tuple[OneDNN, NativeLibrary]:
-    """Return what native kernels are made of. Raises KernelsUnavailableError if some of it is not there.
+def open_onednn() -> OneDNN:
+    """Return oneDNN. Raises KernelsUnavailableError if Paddle did not bring it."""
+    return OneDNN(Path(paddle.__file__).parent / "libs" / "libdnnl.so.3")
 
-    Our own library runs on the OpenMP that oneDNN got: Paddle's wheel brings one, the system another, and what comes
-    first in the scope of Paddle's own library is taken.
+
+def open_library() -> NativeLibrary:
+    """Return our own library. Raises KernelsUnavailableError if it was not compiled.
+
+    It runs on the OpenMP that oneDNN got: Paddle's wheel brings one, the system another, and what comes first in the
+    scope of Paddle's own library is taken.
     """
-    onednn = OneDNN(Path(paddle.__file__).parent / "libs" / "libdnnl.so.3")
-    return onednn, NativeLibrary(ctypes.CDLL(paddle.base.core.__file__))
+    return NativeLibrary(ctypes.CDLL(paddle.base.core.__file__))

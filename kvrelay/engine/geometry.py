@@ -46,11 +46,10 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     """Return the type ``choice.choose_kernels`` decides on, unless it refuses what is asked for."""
     if node.cache.dtype != "auto":
         return node.cache.dtype
-    if node.model.dtype != "auto":
-        return node.model.dtype
     if node.engine.device == "gpu":
-        return "bfloat16"
-    if node.engine.kernels == "portable" or stored_dtype != "bfloat16":
+        return "bfloat16" if node.model.dtype == "auto" else node.model.dtype
+    wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
+    if node.engine.kernels == "portable" or wanted != "bfloat16":
         return "float32"
     from kvrelay.engine.choice import multiplies_bfloat16  # noqa: PLC0415
 

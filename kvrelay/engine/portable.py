@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.batch import RaggedBatch, Span
-from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, Tensor
+from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, PackedLinear, Tensor
 from kvrelay.engine.kv_pool import MappedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.rope import rotation_tables
@@ -95,7 +95,7 @@ class PortableKernels:
         """See Kernels."""
         return table
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedWeight:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
         """See Kernels."""
         return PackedWeight(weight, bias)
 
@@ -117,12 +117,12 @@ class PortableKernels:
         """See Kernels."""
         return paddle.incubate.nn.functional.fused_rms_norm(residual, weight, None, eps, residual.ndim - 1)[0]
 
-    def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See Kernels."""
         out = paddle.matmul(x, packed.weight, transpose_y=True)
         return out if packed.bias is None else out.add_(packed.bias)
 
-    def add_linear(self, x: Tensor, packed: PackedWeight, residual: Tensor) -> Tensor:
+    def add_linear(self, x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
         """See Kernels."""
         return self.linear(x, packed).add_(residual)
 
@@ -132,7 +132,7 @@ class PortableKernels:
         return paddle.nn.functional.silu(gate_up[:, :ffn]).multiply_(gate_up[:, ffn:])
 
     def logits(
-        self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedWeight
+        self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
     ) -> npt.NDArray[np.float32]:
         """See Kernels."""
         picked = paddle.gather(residual, paddle.to_tensor(rows))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import KERNELS, open_engine, skip_unless_here
+from engine_runs import KERNELS, open_engine, use_kernels
 
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -20,11 +20,9 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest) -> str:
-    """Each kind of kernels that computes on a CPU."""
-    skip_unless_here(request.param)
-    name: str = request.param
-    return name
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``engine.kernels`` must be for each kind of kernels."""
+    return use_kernels(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,29 @@ from kvrelay.engine.interface import Engine
 from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
 
+KERNELS = ("portable", "native", "products")
+"""Each kind of kernels that computes on a CPU; products: what there is without our own library."""
 
-@cache
-def native_is_missing() -> str | None:
-    """Return why the native kernels cannot be used here, or None."""
-    from kvrelay.engine.choice import open_native
+
+def use_kernels(name: str, patch: pytest.MonkeyPatch) -> str:
+    """Return what ``engine.kernels`` must be to get kernels ``name``; skip the test if they cannot be had here."""
+    from kvrelay.engine import choice
 
     try:
-        open_native()
+        if name != "portable":
+            choice.open_onednn()
+        if name == "native":
+            choice.open_library()
     except KernelsUnavailableError as error:
-        return str(error)
-    return None
+        pytest.skip(str(error))
+    if name == "products":
+        patch.setattr(choice, "open_library", not_compiled)
+        return "auto"
+    return name
 
 
-def skip_unless_here(kernels: str) -> None:
-    """Skip the test if it is about native ``kernels`` that this installation does not have."""
-    if kernels == "native" and (reason := native_is_missing()):
-        pytest.skip(reason)
-
-
-KERNELS = ("portable", "native")
+def not_compiled() -> Any:
+    raise KernelsUnavailableError("the native kernels were not compiled when kvrelay was installed")
 
 
 def node_config(model_dir: Path, **sections: Any) -> NodeConfig:

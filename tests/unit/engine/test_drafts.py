@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import KERNELS, Runner, open_engine, output, sequence, skip_unless_here
+from engine_runs import KERNELS, Runner, open_engine, output, sequence, use_kernels
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.request import Sequence
@@ -22,10 +22,9 @@ LENGTH, OUTPUTS = 33, 12
 
 @pytest.fixture(params=[*KERNELS, "staged", "fake"])
 def any_engine(request: pytest.FixtureRequest, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    skip_unless_here(request.param)
     if request.param == "staged":
         monkeypatch.setattr(portable, "MappedPool", kv_pool.StagedPool)
-    kernels = request.param if request.param in KERNELS else "portable"
+    kernels = use_kernels(request.param, monkeypatch) if request.param in KERNELS else "portable"
     fake = FakeEngine(FakeEngineConfig(vocab_size=384), 16, 256) if request.param == "fake" else None
     loaded = fake or open_engine(tiny_dir, engine={"kernels": kernels})
     yield loaded

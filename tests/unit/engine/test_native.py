@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, sequence, skip_unless_here
+from engine_runs import Runner, not_compiled, open_engine, output, sequence, use_kernels
 
 from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.request import Sequence
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.interface import Engine
-from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 LENGTHS = (1, 15, 33, 64, 200, 300)
@@ -29,9 +28,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels("native", monkeypatch)
+
+
 def skip_unless_fast(dtype: str) -> None:
-    skip_unless_here("native")
-    if not choice.open_native()[0].multiplies(dtype):
+    if not choice.open_onednn().multiplies(dtype):
         pytest.skip(f"this CPU has no fast {dtype}")
 
 
@@ -85,7 +88,6 @@ def test_logits_are_the_same_bits_alone_and_in_any_batch_or_chunks(native: Engin
 
 
 def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
-    skip_unless_here("native")
     found = []
     for threads in (1, 2, 3):
         nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
@@ -120,7 +122,6 @@ def test_a_float32_checkpoint_is_computed_in_float32(tiny_dir: Path, kernels: st
 
 
 def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
-    skip_unless_here("native")
     ours, theirs = (open_engine(tiny_dir, engine={"kernels": name}) for name in ("native", "portable"))
     assert ours.geometry == theirs.geometry
     prompt = np.random.default_rng(3).integers(0, 384, 40).tolist()
@@ -136,25 +137,45 @@ def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
     theirs.close()
 
 
-def missing() -> Any:
-    raise KernelsUnavailableError("the native kernels were not compiled when kvrelay was installed")
-
-
 def test_native_kernels_that_are_not_there_are_an_error_that_says_so(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "open_native", missing)
+    monkeypatch.setattr(choice, "open_library", not_compiled)
     with pytest.raises(ConfigError, match=r"engine.kernels: .*not compiled when kvrelay was installed"):
         open_engine(tiny_dir, engine={"kernels": "native"})
 
 
-def test_auto_takes_the_portable_kernels_where_there_are_no_others_and_says_why(
+def test_auto_takes_what_there_is_and_says_why(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choice, "open_native", missing)
     with caplog.at_level("INFO"):
+        open_engine(tiny_dir, engine={"kernels": "portable"}).close()
         open_engine(tiny_dir).close()
-    assert "kernels: portable in float32 (the native kernels were not compiled" in caplog.text
+        monkeypatch.setattr(choice, "open_library", not_compiled)
+        open_engine(tiny_dir).close()
+        monkeypatch.setattr(choice, "open_onednn", not_compiled)
+        open_engine(tiny_dir).close()
+    lines = [record.message for record in caplog.records if record.message.startswith("kernels: ")]
+    asked, native, products, portable = lines
+    assert asked == "kernels: portable in float32 (engine.kernels asks for them)"
+    assert native.startswith("kernels: native in float32 (oneDNN 3.")
+    assert "for products in float32, portable for all else in float32 (the native kernels were not" in products
+    assert portable.startswith("kernels: portable in float32 (the native kernels were not compiled")
+
+
+def test_products_in_bfloat16_are_near_those_in_float32(
+    model_dir: Path, logits: Logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_fast("bfloat16")
+    monkeypatch.setattr(choice, "open_library", not_compiled)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        engine = open_engine(model_dir, model={"dtype": dtype})
+        assert engine.geometry.dtype == "float32"
+        Runner(engine).finish(sequence(asked()[-1].token_ids, max_tokens=1))
+        engine.close()
+        found.append(logits.take()["r"])
+    assert 0 < np.abs(found[0] - found[1]).max() / np.abs(found[0]).max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,5 @@ def test_auto_takes_the_portable_kernels_where_there_are_no_others_and_says_why(
 def test_a_type_the_native_kernels_do_not_have_is_refused(
     tiny_dir: Path, sections: dict[str, Any], reason: str
 ) -> None:
-    skip_unless_here("native")
     with pytest.raises(CheckpointError, match=reason):
         open_engine(tiny_dir, **sections)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import node_config, open_engine, skip_unless_here
+from engine_runs import node_config, open_engine, use_kernels
 
 from kvrelay.engine.geometry import node_geometry
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -27,8 +27,11 @@ DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max
     ids=str,
 )
 @pytest.mark.parametrize("overrides", [{}, DYNAMIC], ids=["plain", "dynamic rope"])
-def test_it_is_that_of_the_engine(tmp_path: Path, sections: dict[str, Any], overrides: dict[str, Any]) -> None:
-    skip_unless_here(sections.get("engine", {}).get("kernels", "portable").replace("auto", "portable"))
+def test_it_is_that_of_the_engine(
+    tmp_path: Path, sections: dict[str, Any], overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sections.get("engine") == {"kernels": "native"}:
+        use_kernels("native", monkeypatch)
     write_tiny_checkpoint(tmp_path, "llama", overrides=overrides)
     engine = open_engine(tmp_path, **sections)
     try:
@@ -39,3 +42,20 @@ def test_it_is_that_of_the_engine(tmp_path: Path, sections: dict[str, Any], over
         assert told[-1] == 0
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("name", ["native", "products"])
+def test_it_is_that_of_the_engine_for_a_bfloat16_checkpoint(
+    tmp_path: Path, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvrelay.engine.choice import open_onednn
+
+    sections = {"engine": {"kernels": use_kernels(name, monkeypatch)}, "model": {"dtype": dtype}}
+    if not open_onednn().multiplies("bfloat16"):
+        pytest.skip("this CPU has no fast bfloat16")
+    write_tiny_checkpoint(tmp_path, "llama", dtype="bfloat16")
+    engine = open_engine(tmp_path, **sections)
+    assert engine.geometry.dtype == {"native": "bfloat16", "products": "float32"}[name]
+    assert node_geometry(node_config(tmp_path, **sections), lambda done, total: None) == engine.geometry
+    engine.close()
