@@ -238,7 +238,7 @@ def test_preempted_every_three_steps_and_read_back_each_time(
     assert served.tokens == alone.tokens
     assert served.finished == alone.finished
     assert_close(served, alone)
-    assert served.counters["preemptions"] == len(num_full) > 3 * len(SAMPLING)
+    assert served.counters["preemptions"] == len(num_full) >= MAX_TOKENS // (2 * EVERY)
     assert_read_as_computed(served.counters, num_full, engine.geometry.block_bytes)
     assert_written_as_computed(served, engine.geometry)
 
