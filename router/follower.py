@@ -23,12 +23,19 @@ class Follower:
         self._post = post
         self._interval_s = interval_s
         self._failing = False
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Read until cancelled."""
-        while True:
+        """Read until told to stop."""
+        while not self._stopping.is_set():
             await self._read()
-            await asyncio.sleep(self._interval_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._stopping.wait()
+
+    def stop(self) -> None:
+        """Read no more. To cancel is not enough: redis-py may swallow it."""
+        self._stopping.set()
 
     async def _read(self) -> None:
         try:
@@ -49,10 +56,12 @@ class Follower:
 async def following(config: RegistryConfig, post: Callable[[object], None], interval_s: float) -> AsyncIterator[None]:
     """Follow the registry until the end. Raises ConfigError for a bad URL."""
     registry = open_registry(config)
-    task = asyncio.create_task(Follower(registry, post, interval_s).run())
+    follower = Follower(registry, post, interval_s)
+    task = asyncio.create_task(follower.run())
     try:
         yield
     finally:
+        follower.stop()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task

@@ -34,6 +34,7 @@ class Publisher:
         self._started_s = time.time()
         self._entry: NodeEntry | None = None
         self._changed = asyncio.Event()
+        self._stopping = False
         self._failing = False
 
     def announce(self, action: Announce) -> None:
@@ -42,14 +43,19 @@ class Publisher:
         self._changed.set()
 
     async def run(self) -> None:
-        """Publish until cancelled."""
+        """Publish until told to stop."""
         await self._changed.wait()
-        while True:
+        while not self._stopping:
             self._changed.clear()
             wait_s = self._renewal_s if await self._publish() else self._retry_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
+
+    def stop(self) -> None:
+        """Publish no more. To cancel is not enough: redis-py may swallow it."""
+        self._stopping = True
+        self._changed.set()
 
     async def withdraw(self) -> None:
         """Remove the entry, if the registry can be reached; else its lease ends."""
@@ -82,6 +88,7 @@ async def announcing(config: RegistryConfig, registration: Register) -> AsyncIte
     try:
         yield publisher.announce
     finally:
+        publisher.stop()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task

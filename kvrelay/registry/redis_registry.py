@@ -107,7 +107,7 @@ class RedisRegistry:
             except MovedError as moved:
                 await self._go_to(moved.host, moved.port)
                 return await self._transaction(commands)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop's, of a connection just closed
             await self._go_home()
             raise RegistryError(f"Redis at {self.where}: {type(error).__name__}: {error!s:.{_MAX_REASON}}") from error
 

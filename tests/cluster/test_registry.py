@@ -124,7 +124,10 @@ def knows(cluster: Cluster, *names: str) -> None:
 
 
 class Load:
-    """Requests to one router, eight at a time, from a thread: the kernel ends what a thread has started with it."""
+    """Requests to one router while it lives, eight at a time.
+
+    From a thread of their own: what is started in a thread ends with it, by the kernel's doing.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor, cluster: Cluster, seed: int) -> None:
         self._cluster = cluster
@@ -142,6 +145,8 @@ class Load:
             asks = random_asks(self._seed + number, 24, max_tokens=60)
             self._asks += asks
             self._answers += answers(self._cluster, asks, limit=8)
+            if any(answer.end == CONNECTION_LOST for answer in self._answers):
+                return
 
     @property
     def answered(self) -> list[Answer]:

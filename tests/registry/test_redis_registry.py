@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+import uvloop
 from support.machines import node_config, registration
 from support.redis_server import RedisServer, binary, redis_cluster, redis_server
 
@@ -257,3 +259,25 @@ def test_nodes_and_routers_go_through_a_loss_together() -> None:
 
         asyncio.run(main())
         assert sum(isinstance(event, RegistryLost) for event in events) == 1
+
+
+def test_following_and_announcing_end_at_any_moment(server: RedisServer) -> None:
+    """redis-py may swallow the cancellation of a task that is at a command of its."""
+    rng = random.Random(7)
+
+    async def follow(pause_s: float) -> None:
+        async with following(config(server), lambda event: None, 0.0005):
+            await asyncio.sleep(pause_s)
+
+    async def announced(pause_s: float) -> None:
+        async with announcing(config(server, lease_s=0.1), entry().registration) as announce:
+            announce(Announce("ready"))
+            await asyncio.sleep(pause_s)
+
+    async def main() -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(50):
+                await follow(rng.random() * 0.01)
+                await announced(rng.random() * 0.004)
+
+    uvloop.run(main())
