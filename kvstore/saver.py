@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from kvstore.kv_cache import KVCache
 
 _MOST_REMEMBERED = 1 << 16
 """Blocks known to be stored that a node remembers, 100 bytes each."""
+
+_REMEMBERED_S = 60.0
+"""For so long: the store may lose them without a word, to its limits or to its end."""
 
 _MOST_SLOTS = 1 << 16
 """Blocks of staging memory, however small they are."""
@@ -45,7 +49,8 @@ class Saver:
         self._free_slots = list(range(num_staging_slots(config, block_bytes)))
         self._saves: dict[int, _Save] = {}
         self._number = 0
-        self._stored: OrderedDict[bytes, None] = OrderedDict()
+        self._stored: OrderedDict[bytes, float] = OrderedDict()
+        """Until when a block need not be written again."""
         self._block_bytes = block_bytes
         self._num_staging = 0
         self.counters = {"kv_blocks_saved": 0.0, "kv_bytes_saved": 0.0, "kv_blocks_not_saved": 0.0}
@@ -115,14 +120,14 @@ class Saver:
             self._stored.pop(block_hash, None)
 
     def _remember(self, block_hash: bytes) -> None:
-        self._stored[block_hash] = None
+        self._stored[block_hash] = self._outbox.now + _REMEMBERED_S
         self._stored.move_to_end(block_hash)
         if len(self._stored) > _MOST_REMEMBERED:
             self._stored.popitem(last=False)
 
     def _num_known(self, hashes: Sequence[bytes]) -> int:
         for count, block_hash in enumerate(hashes):
-            if block_hash not in self._stored:
+            if self._stored.get(block_hash, -math.inf) <= self._outbox.now:
                 return count
         return len(hashes)
 

@@ -106,6 +106,22 @@ def test_what_the_store_lost_is_written_again() -> None:
     assert again.blocks == desk.blocks[1:3]
 
 
+def test_what_was_stored_long_ago_is_offered_again() -> None:
+    """A store that came back empty must not stay without the beginnings of all that follows."""
+    desk = Desk()
+    [stage] = desk.save(3)
+    desk.through(stage, 3)
+    desk.outbox.now += 59.0
+    assert not desk.save(3)
+    desk.outbox.now += 1.0
+    [again] = desk.save(3)
+    assert again.blocks == desk.blocks[:3]
+    desk.saver.staged(KVStaged(again.key))
+    desk.saver.stored(KVStored(again.key, 3, 0))
+    assert desk.saver.counters["kv_blocks_saved"] == 3
+    assert not desk.save(3)
+
+
 def test_what_was_read_from_the_store_is_not_written_to_it() -> None:
     desk = Desk()
     desk.saver.remember(HASHES[:2])
