@@ -116,9 +116,7 @@ def test_what_was_stored_long_ago_is_offered_again() -> None:
     desk.outbox.now += 1.0
     [again] = desk.save(3)
     assert again.blocks == desk.blocks[:3]
-    desk.saver.staged(KVStaged(again.key))
-    desk.saver.stored(KVStored(again.key, 3, 0))
-    assert desk.saver.counters["kv_blocks_saved"] == 3
+    desk.through(again, 3)
     assert not desk.save(3)
 
 
