@@ -44,7 +44,7 @@ def load_weights(checkpoint: Checkpoint, kernels: Kernels) -> DecoderWeights:
     config = checkpoint.config
     embedding = _joined(checkpoint, kernels, ["model.embed_tokens.weight"])
     layers = [_load_layer(checkpoint, kernels, f"model.layers.{layer}.") for layer in range(config.num_layers)]
-    final_norm = _joined(checkpoint, kernels, ["model.norm.weight"])
+    final_norm = kernels.pack_norm(_joined(checkpoint, kernels, ["model.norm.weight"]))
     head = embedding if config.tied_embeddings else _joined(checkpoint, kernels, ["lm_head.weight"])
     lm_head = kernels.pack_linear(head, None, wide=True)
     return DecoderWeights(kernels.pack_table(embedding), layers, final_norm, lm_head)
@@ -60,7 +60,7 @@ def _load_layer(checkpoint: Checkpoint, kernels: Kernels, prefix: str) -> LayerW
 
     def norm(name: str) -> Tensor | None:
         full = f"{prefix}{name}.weight"
-        return _joined(checkpoint, kernels, [full]) if checkpoint.has(full) else None
+        return kernels.pack_norm(_joined(checkpoint, kernels, [full])) if checkpoint.has(full) else None
 
     queries, keys = norm("self_attn.q_norm"), norm("self_attn.k_norm")
     return LayerWeights(

@@ -91,6 +91,9 @@ class Kernels(Protocol):
     def pack_table(self, table: Tensor) -> Tensor:
         """Prepare ``table`` [vocab, hidden] for ``embed``, once, when the model is loaded."""
 
+    def pack_norm(self, weight: Tensor) -> Tensor:
+        """Prepare the ``weight`` of a norm for ``normalize`` and the like, once, when the model is loaded."""
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
         """Prepare ``weight`` [out, in] and ``bias`` [out] for products, once, when the model is loaded.
 

@@ -39,6 +39,18 @@ class Rows(NamedTuple):
     width: int
 
 
+class Kept(NamedTuple):
+    """A weight that is read where it lies."""
+
+    address: int
+    array: npt.NDArray[np.generic]
+
+    @classmethod
+    def of(cls, array: npt.NDArray[np.generic]) -> Kept:
+        """Return ``array``, which must be contiguous."""
+        return cls(array.ctypes.data, array)
+
+
 class _Buffer:
     """Rows of ``width`` elements of ``item_bytes``, as many as a step has ever needed."""
 
@@ -94,10 +106,14 @@ class NativeKernels:
         """See Kernels."""
         return np.ascontiguousarray(array, np.float32)
 
-    def pack_table(self, table: Float32) -> npt.NDArray[np.generic]:
+    def pack_table(self, table: Float32) -> Kept:
         """See Kernels."""
         self._width = table.shape[1]
-        return to_bfloat16(table) if self._bf16 else table
+        return Kept.of(to_bfloat16(table) if self._bf16 else table)
+
+    def pack_norm(self, weight: Float32) -> Kept:
+        """See Kernels."""
+        return Kept.of(weight)
 
     def pack_linear(self, weight: Float32, bias: Float32 | None, *, wide: bool = False) -> PackedLinear:
         """See Kernels."""
@@ -142,21 +158,21 @@ class NativeKernels:
         kept = (batch.positions, slots, sequences, blocks, cosine, sine)
         return NativeStep(len(batch.token_ids), batch.token_ids, heads, attention, kept)
 
-    def embed(self, step: NativeStep, table: npt.NDArray[np.generic]) -> Rows:
+    def embed(self, step: NativeStep, table: Kept) -> Rows:
         """See Kernels."""
         out = self._rows("residual", step.num_rows, self._width, 4)
         ids = step.token_ids.ctypes.data
-        self._library.embed(ids, table.ctypes.data, out.address, step.num_rows, self._width, self._bf16)
+        self._library.embed(ids, table.address, out.address, step.num_rows, self._width, self._bf16)
         return out
 
-    def normalize(self, residual: Rows, weight: Float32, eps: float) -> Rows:
+    def normalize(self, residual: Rows, weight: Kept, eps: float) -> Rows:
         """See Kernels."""
         return self._normalize(residual, None, residual.num_rows, weight, eps)
 
-    def _normalize(self, residual: Rows, picked: int | None, count: int, weight: Float32, eps: float) -> Rows:
+    def _normalize(self, residual: Rows, picked: int | None, count: int, weight: Kept, eps: float) -> Rows:
         out = self._rows("hidden", count, self._width, self._item_bytes)
         self._library.rms_norm(
-            residual.address, picked, weight.ctypes.data, out.address, count, self._width, eps, self._bf16
+            residual.address, picked, weight.address, out.address, count, self._width, eps, self._bf16
         )
         return out
 
@@ -178,7 +194,7 @@ class NativeKernels:
         call.qkv, call.queries, call.eps = qkv.address, out.address, eps
         call.keys, call.values = layer
         if norms is not None:
-            call.q_norm, call.k_norm = norms.queries.ctypes.data, norms.keys.ctypes.data
+            call.q_norm, call.k_norm = norms.queries.address, norms.keys.address
         self._library.heads(ctypes.byref(call))
         return out
 
@@ -198,7 +214,7 @@ class NativeKernels:
         self._library.silu_mul(gate_up.address, out.address, gate_up.num_rows, ffn, self._bf16)
         return out
 
-    def logits(self, residual: Rows, rows: Int64, weight: Float32, eps: float, head: PackedLinear) -> Float32:
+    def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: PackedLinear) -> Float32:
         """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
         out = self.linear(hidden, head)

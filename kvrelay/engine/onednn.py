@@ -78,6 +78,7 @@ class OneDNN:
         self.stream = self._made("dnnl_stream_create", self.engine, _IN_ORDER)
         isa: bytes = self.calls.dnnl_cpu_isa2str(self.calls.dnnl_get_effective_cpu_isa())
         self.isa = isa.decode().removeprefix("cpu_isa_").lower()
+        self._execute = self.calls.dnnl_primitive_execute
         self._products: dict[tuple[Any, ...], _Products] = {}
 
     def multiplies(self, dtype: str) -> bool:
@@ -138,7 +139,9 @@ class OneDNN:
 
     def execute(self, primitive: _Pointer, arguments: ctypes.Array[_Argument]) -> None:
         """Run ``primitive`` to its end."""
-        self._check(self.calls.dnnl_primitive_execute(primitive, self.stream, len(arguments), arguments), "execute")
+        status = self._execute(primitive, self.stream, len(arguments), arguments)
+        if status:
+            self._check(status, "execute")
 
     def _matmul_desc(
         self,
@@ -206,32 +209,58 @@ class PackedLinear:
         self._library = library
         self._memory = memory
         self._bias_memory = None if bias is None else library.bias_memory(bias)
-        self._arguments: dict[tuple[int, bool], ctypes.Array[_Argument]] = {}
+        self._calls: dict[tuple[int, bool], list[_Call]] = {}
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
         """Write (or add) the product of ``num_rows`` rows at address ``x`` to those at ``out``.
 
         Both must have room for ``rows_with_padding(num_rows)``; what is in the rows too many is not used.
         """
-        products = self._library.products(self, accumulate)
-        for pieces in products.pieces(num_rows, self):
-            self.run(products, pieces, x, out, accumulate)
-            x += pieces * self.shape[0] * _ITEM_BYTES[self.dtype]
-            out += pieces * self.shape[1] * _ITEM_BYTES[self.out_dtype]
+        calls = self._calls.get((num_rows, accumulate))
+        if calls is None:
+            calls = self._calls[num_rows, accumulate] = self._prepare(num_rows, accumulate)
+        for call in calls:
+            call.run(x, out)
+            x += call.x_bytes
+            out += call.out_bytes
 
-    def run(self, products: _Products, num_rows: int, x: int, out: int, accumulate: bool) -> None:
-        """Run the primitive for exactly ``num_rows``."""
+    def call(self, products: _Products, num_rows: int) -> _Call:
+        """Return the product of exactly ``num_rows`` rows with this weight."""
         product = products.of(num_rows, self)
-        product.point_to(self._library, x, out)
-        key = num_rows, accumulate
-        arguments = self._arguments.get(key)
-        if arguments is None:
-            bias = [] if self._bias_memory is None else [(_ARG_BIAS, self._bias_memory)]
-            arguments = _arguments(
-                (_ARG_SRC, product.src), (_ARG_WEIGHTS, self._memory), (_ARG_DST, product.dst), *bias
-            )
-            self._arguments[key] = arguments
-        self._library.execute(product.primitive, arguments)
+        bias = [] if self._bias_memory is None else [(_ARG_BIAS, self._bias_memory)]
+        arguments = _arguments((_ARG_SRC, product.src), (_ARG_WEIGHTS, self._memory), (_ARG_DST, product.dst), *bias)
+        row_bytes = self.shape[0] * _ITEM_BYTES[self.dtype], self.shape[1] * _ITEM_BYTES[self.out_dtype]
+        return _Call(self._library, product, arguments, num_rows * row_bytes[0], num_rows * row_bytes[1])
+
+    def _prepare(self, num_rows: int, accumulate: bool) -> list[_Call]:
+        products = self._library.products(self, accumulate)
+        return [self.call(products, piece) for piece in products.pieces(num_rows, self)]
+
+
+class _Call:
+    """One product with one weight. ``x_bytes`` and ``out_bytes``: the sizes of its rows."""
+
+    __slots__ = ("_arguments", "_library", "_product", "out_bytes", "x_bytes")
+
+    def __init__(
+        self,
+        library: OneDNN,
+        product: _Product,
+        arguments: ctypes.Array[_Argument],
+        x_bytes: int,
+        out_bytes: int,
+    ) -> None:
+        self._library = library
+        self._product = product
+        self._arguments = arguments
+        self.x_bytes = x_bytes
+        self.out_bytes = out_bytes
+
+    def run(self, x: int, out: int) -> None:
+        product, library = self._product, self._library
+        if product.x != x or product.out != out:
+            product.point_to(library, x, out)
+        library.execute(product.primitive, self._arguments)
 
 
 @dataclass(slots=True)
@@ -245,12 +274,9 @@ class _Product:
     out: int = 0
 
     def point_to(self, library: OneDNN, x: int, out: int) -> None:
-        if self.x != x:
-            library.calls.dnnl_memory_set_data_handle(self.src, _Pointer(x))
-            self.x = x
-        if self.out != out:
-            library.calls.dnnl_memory_set_data_handle(self.dst, _Pointer(out))
-            self.out = out
+        library.calls.dnnl_memory_set_data_handle(self.src, _Pointer(x))
+        library.calls.dnnl_memory_set_data_handle(self.dst, _Pointer(out))
+        self.x, self.out = x, out
 
 
 class _Products:
@@ -303,7 +329,7 @@ class _Products:
         rows = self._probe[np.arange(num_rows) % _EXACT_ROWS]
         x = np.ascontiguousarray(rows if linear.dtype == "float32" else to_bfloat16(rows))
         out = np.zeros((num_rows, linear.shape[1] * _ITEM_BYTES[linear.out_dtype]), np.uint8)
-        linear.run(self, num_rows, x.ctypes.data, out.ctypes.data, self._accumulate)
+        linear.call(self, num_rows).run(x.ctypes.data, out.ctypes.data)
         return out
 
 

@@ -95,6 +95,10 @@ class PortableKernels:
         """See Kernels."""
         return table
 
+    def pack_norm(self, weight: Tensor) -> Tensor:
+        """See Kernels."""
+        return weight
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
         """See Kernels."""
         return PackedWeight(weight, bias)
