@@ -75,14 +75,15 @@ class Expectation:
     def problem_with(self, frame: KVFrame, geometry: KVGeometry) -> str | None:
         """Return how ``frame`` differs from what is expected, or None."""
         offset, count = frame.first_block - self.message.first_block, len(frame.target_block_ids)
-        if not 0 <= frame.layer < self._num_layers:
-            return f"layer {frame.layer} of {self._num_layers}"
+        if not 0 <= frame.layer < frame.layer + frame.num_layers <= self._num_layers:
+            return f"{frame.num_layers} layers from layer {frame.layer} of {self._num_layers} on"
         if offset < 0 or count == 0 or self.message.target_block_ids[offset : offset + count] != frame.target_block_ids:
             return f"{count} blocks from block {frame.first_block} on are not those reserved"
-        if frame.num_bytes != count * geometry.layer_block_bytes:
-            return f"{frame.num_bytes} bytes for {count} blocks of {geometry.layer_block_bytes}"
-        claimed = self._claimed[frame.layer] & _mask(frame)
-        if claimed not in (0, _mask(frame)):
+        if frame.num_bytes != count * frame.num_layers * geometry.layer_block_bytes:
+            return f"{frame.num_bytes} bytes for {frame.num_layers} x {count} blocks of {geometry.layer_block_bytes}"
+        mask = _mask(frame)
+        claimed = {self._claimed[layer] & mask for layer in frame.layers}
+        if claimed not in ({0}, {mask}):
             return f"some of {count} blocks from block {frame.first_block} on came before in another frame"
         return None
 
@@ -92,17 +93,22 @@ class Expectation:
 
     def has_written(self, frame: KVFrame) -> bool:
         """Tell whether the frame's blocks are written already."""
-        return self._written[frame.layer] & _mask(frame) == _mask(frame)
+        mask = _mask(frame)
+        return all(self._written[layer] & mask == mask for layer in frame.layers)
 
     def claim(self, frame: KVFrame) -> None:
         """Note that the frame's blocks are being written."""
-        self._claimed[frame.layer] |= _mask(frame)
+        mask = _mask(frame)
+        for layer in frame.layers:
+            self._claimed[layer] |= mask
         self.num_writing += 1
 
     def wrote(self, frame: KVFrame) -> None:
         """Note that the frame's blocks are in the pool."""
-        self._written[frame.layer] |= _mask(frame)
-        self._num_written += len(frame.target_block_ids)
+        mask = _mask(frame)
+        for layer in frame.layers:
+            self._written[layer] |= mask
+        self._num_written += frame.num_layers * len(frame.target_block_ids)
         self.num_bytes += frame.num_bytes
 
 

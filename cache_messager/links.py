@@ -48,7 +48,7 @@ class Link(Protocol):
 
 
 class PayloadLink:
-    """The blocks travel as payload: all K and then all V."""
+    """The blocks travel as payload: layer by layer, all K and then all V."""
 
     def __init__(self, pool: KVMemory, *, checksum: bool) -> None:
         self._pool = pool
@@ -56,7 +56,7 @@ class PayloadLink:
 
     def read(self, frame: KVFrame, source_block_ids: list[BlockId]) -> Outgoing:
         """Return views of the blocks, or copies where views would be many and small."""
-        parts = _read(self._pool, frame.layer, source_block_ids)
+        parts = _read(self._pool, frame.layers, source_block_ids)
         return Outgoing(_digest(parts) if self._checksum else UNCHECKED, parts)
 
     def write(self, frame: KVFrame, payload: Sequence[memoryview]) -> bool:
@@ -69,10 +69,10 @@ class PayloadLink:
         rows = [np.frombuffer(part, np.uint8).reshape(-1, block_bytes) for part in payload]
         done = 0
         for part in rows:
-            for kv, first, count in _planes_of(done, len(part), len(blocks)):
-                offset = kv * len(blocks) + first - done
-                plane = self._pool.planes[frame.layer, kv]
-                _assign(plane, blocks[first : first + count], part[offset : offset + count])
+            for plane, first, count in _planes_of(done, len(part), len(blocks)):
+                offset = plane * len(blocks) + first - done
+                target = self._pool.planes[frame.layer + plane // 2, plane % 2]
+                _assign(target, blocks[first : first + count], part[offset : offset + count])
             done += len(part)
         return True
 
@@ -90,7 +90,7 @@ class SharedMemoryLink:
 
     def read(self, frame: KVFrame, source_block_ids: list[BlockId]) -> Outgoing:
         """Return the digest of the blocks."""
-        return Outgoing(_digest(_pieces(self._pool, frame.layer, source_block_ids)), [])
+        return Outgoing(_digest(_pieces(self._pool, frame.layers, source_block_ids)), [])
 
     def write(self, frame: KVFrame, payload: Sequence[memoryview]) -> bool:
         """Copy the blocks and verify the copy; without a mapped source there is nothing to copy."""
@@ -99,10 +99,10 @@ class SharedMemoryLink:
         targets, sources = frame.target_block_ids, frame.source_block_ids
         runs, digest = _runs(targets, sources), xxhash.xxh3_64()
         copy = _gather if _is_fragmented(runs, len(targets), self._pool.geometry.plane_block_bytes) else _copy_runs
-        for kv in (0, 1):
-            target, source = self._pool.planes[frame.layer, kv], self._source.planes[frame.layer, kv]
-            for copied in copy(target, targets, source, sources, runs):
-                digest.update(copied)
+        for layer in frame.layers:
+            for target, source in zip(self._pool.planes[layer], self._source.planes[layer], strict=True):
+                for copied in copy(target, targets, source, sources, runs):
+                    digest.update(copied)
         return digest.intdigest() == frame.digest
 
 
@@ -139,27 +139,33 @@ def _as_blocks(rows: Bytes) -> Blocks:
     return rows.view(f"V{rows.shape[1]}").reshape(-1)
 
 
-def _read(pool: KVMemory, layer: int, block_ids: list[BlockId]) -> list[memoryview]:
-    """Return the blocks' bytes in one layer, all K and then all V, with as few copies and parts as sensible."""
+def _read(pool: KVMemory, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
+    """Return the blocks' bytes layer by layer, all K and then all V, with as few copies and parts as sensible."""
     runs = _runs(block_ids)
     if _is_fragmented(runs, len(block_ids), pool.geometry.plane_block_bytes):
         places = np.asarray(block_ids)
-        return [_as_blocks(pool.planes[layer, kv]).take(places).view(np.uint8).data for kv in (0, 1)]
+        return [_as_blocks(plane).take(places).view(np.uint8).data for plane in _planes(pool, layers)]
     spans = [(block_ids[run.start], block_ids[run.stop - 1] + 1) for run in runs]
-    return [pool.planes[layer, kv, first:end].reshape(-1).data for kv in (0, 1) for first, end in spans]
+    return [plane[first:end].reshape(-1).data for plane in _planes(pool, layers) for first, end in spans]
 
 
-def _pieces(pool: KVMemory, layer: int, block_ids: list[BlockId]) -> Iterator[memoryview]:
+def _pieces(pool: KVMemory, layers: range, block_ids: list[BlockId]) -> Iterator[memoryview]:
     """Yield the bytes that ``_read`` returns without having more than a piece of them in copies."""
-    runs = _runs(block_ids)
-    if not _is_fragmented(runs, len(block_ids), pool.geometry.plane_block_bytes):
-        yield from _read(pool, layer, block_ids)
+    block_bytes = pool.geometry.plane_block_bytes
+    if not _is_fragmented(_runs(block_ids), len(block_ids), block_bytes):
+        yield from _read(pool, layers, block_ids)
         return
-    for kv in (0, 1):
-        places = np.asarray(block_ids)
-        blocks, per_piece = _as_blocks(pool.planes[layer, kv]), _per_piece(pool.geometry.plane_block_bytes)
+    places, per_piece = np.asarray(block_ids), _per_piece(block_bytes)
+    for plane in _planes(pool, layers):
+        blocks = _as_blocks(plane)
         for first in range(0, len(places), per_piece):
             yield blocks.take(places[first : first + per_piece]).view(np.uint8).data
+
+
+def _planes(pool: KVMemory, layers: range) -> Iterator[Bytes]:
+    """Yield K and V of each layer."""
+    for layer in layers:
+        yield from pool.planes[layer]
 
 
 def _assign(plane: Bytes, block_ids: list[BlockId], rows: Bytes) -> None:
@@ -198,7 +204,11 @@ def _gather(
         into[to[first : first + per_piece]] = piece
 
 
-def _planes_of(start: int, count: int, num_blocks: int) -> list[tuple[int, int, int]]:
-    """Return rows ``start``.. of a payload as (0 for K or 1 for V, first block, count): at most one entry for each."""
-    spans = [(kv, max(start, kv * num_blocks), min(start + count, (kv + 1) * num_blocks)) for kv in (0, 1)]
-    return [(kv, first - kv * num_blocks, end - first) for kv, first, end in spans if first < end]
+def _planes_of(start: int, count: int, num_blocks: int) -> Iterator[tuple[int, int, int]]:
+    """Yield rows ``start``.. of a payload as (plane of the frame, first block, count), at most one for each plane."""
+    end = start + count
+    while start < end:
+        plane, first = divmod(start, num_blocks)
+        count = min(num_blocks - first, end - start)
+        yield plane, first, count
+        start += count

@@ -158,12 +158,12 @@ class Sender:
             if not link.has_room(num_bytes):
                 return
             link.ready.popleft()
-            self._send_frame(link, transfer, max_blocks, now)
+            self._send_frame(link, transfer, min(max_blocks, link.room_bytes // block_bytes), now)
             link.enqueue(transfer)
 
     def _send_frame(self, link: SenderLink, transfer: Transfer, max_blocks: int, now: float) -> None:
         blocks = transfer.next_frame(max_blocks)
-        num_bytes = len(blocks.block_ids) * self._geometry.layer_block_bytes
+        num_bytes = blocks.num_blocks * self._geometry.layer_block_bytes
         shm = link.kind == "shm"
         frame = transfer.send(blocks, num_bytes, name_sources=shm, now=now)
         link.took(num_bytes)
@@ -232,15 +232,15 @@ class Sender:
         """D's messager is done with a frame: its credit is back, and it is written or the transfer fails."""
         link = self._links.get(peer)
         transfer = self._transfers.get(Attempt(ack.request_id, ack.epoch))
-        num_bytes = None
+        frame = None
         if link is not None and transfer is not None and transfer.peer == peer:
-            num_bytes = transfer.inflight.pop(FrameKey(ack.layer, ack.first_block), None)
-        if link is None or transfer is None or num_bytes is None:
+            frame = transfer.inflight.pop(FrameKey(ack.layer, ack.first_block), None)
+        if link is None or transfer is None or frame is None:
             self._counters["unexpected_acks"] += 1
             return
-        link.returned(num_bytes)
+        link.returned(frame.num_bytes)
         if ack.status == "written":
-            transfer.written(ack.layer, num_bytes, num_bytes // self._geometry.layer_block_bytes, now)
+            transfer.written(frame, now)
         elif transfer.status is TransferStatus.SENDING:
             self._fail(transfer, _ack_error(peer, ack), now)
         self._finish(transfer, now)

@@ -67,10 +67,14 @@ class SenderLink:
         """Return how many blocks a frame may hold: several frames fit into the credit, so that the link never idles."""
         return max(1, min(MAX_FRAME_BYTES, self.credit_bytes // 4) // layer_block_bytes)
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that may be sent now."""
+        return self.credit_bytes - self.inflight_bytes
+
     def has_room(self, num_bytes: int) -> bool:
         """Tell whether a frame of ``num_bytes`` may be sent now."""
-        fits = self.inflight_bytes + num_bytes <= self.credit_bytes
-        return self.accepted and fits and self.inflight_frames < MAX_INFLIGHT_FRAMES
+        return self.accepted and num_bytes <= self.room_bytes and self.inflight_frames < MAX_INFLIGHT_FRAMES
 
     def enqueue(self, transfer: Transfer) -> None:
         """Give ``transfer`` a turn if it has something to send and waits for none yet."""

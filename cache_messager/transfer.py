@@ -36,16 +36,30 @@ TRANSITIONS: Table[TransferStatus] = {
 
 @dataclass(slots=True)
 class BlockRange:
-    """Consecutive blocks of one layer that wait to be sent; ``block_ids[i]`` holds block ``first_block + i``."""
+    """Consecutive blocks that wait to be sent, the same in ``num_layers`` layers from ``layer`` on.
+
+    ``block_ids[i]`` holds block ``first_block + i``.
+    """
 
     layer: int
     first_block: int
     block_ids: list[BlockId]
+    num_layers: int = 1
 
     @property
     def end_block(self) -> int:
         """The block after the last."""
         return self.first_block + len(self.block_ids)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all layers together."""
+        return len(self.block_ids) * self.num_layers
+
+    def is_followed_by(self, other: BlockRange) -> bool:
+        """Tell whether ``other`` is the same blocks in the next layer."""
+        is_next = other.layer == self.layer + self.num_layers and other.first_block == self.first_block
+        return is_next and other.block_ids == self.block_ids
 
     def split(self, num_blocks: int) -> BlockRange:
         """Take the first ``num_blocks`` blocks off this range and return them."""
@@ -106,7 +120,7 @@ class Transfer:
         self.first_block = 0
         self.target_block_ids: list[BlockId] = []
         self.queue: deque[BlockRange] = deque()
-        self.inflight: dict[FrameKey, int] = {}
+        self.inflight: dict[FrameKey, KVFrame] = {}
         self.busy_since_s = now
         self.farewell: Message | None = None
         self._layers = [_Layer() for _ in range(num_layers)]
@@ -174,22 +188,25 @@ class Transfer:
             self.queue.append(self._tails[layer])
 
     def next_frame(self, max_blocks: int) -> BlockRange:
-        """Take at most ``max_blocks`` blocks off the queue: one layer's, consecutive."""
+        """Take at most ``max_blocks`` blocks off the queue: consecutive, of one layer or the same of several."""
         head = self.queue[0]
         if len(head.block_ids) > max_blocks:
             return head.split(max_blocks)
-        self.queue.popleft()
+        self._take_head()
+        while self.queue and head.num_blocks + len(head.block_ids) <= max_blocks and head.is_followed_by(self.queue[0]):
+            self._take_head()
+            head.num_layers += 1
+        return head
+
+    def _take_head(self) -> None:
+        head = self.queue.popleft()
         if self._tails.get(head.layer) is head:
             del self._tails[head.layer]
-        return head
 
     def send(self, blocks: BlockRange, num_bytes: int, *, name_sources: bool, now: float) -> KVFrame:
         """Return the frame for ``blocks``, which is under way from here on; its digest is not known here."""
-        self.inflight[FrameKey(blocks.layer, blocks.first_block)] = num_bytes
-        layer = self._layers[blocks.layer]
-        layer.first_sent_s = layer.first_sent_s or now
         first, end = blocks.first_block - self.first_block, blocks.end_block - self.first_block
-        return KVFrame(
+        frame = KVFrame(
             request_id=self.attempt.request_id,
             epoch=self.attempt.epoch,
             layer=blocks.layer,
@@ -198,14 +215,19 @@ class Transfer:
             source_block_ids=blocks.block_ids if name_sources else [],
             num_bytes=num_bytes,
             digest=0,
+            num_layers=blocks.num_layers,
         )
+        self.inflight[FrameKey(frame.layer, frame.first_block)] = frame
+        for layer in self._layers[frame.layer : frame.layer + frame.num_layers]:
+            layer.first_sent_s = layer.first_sent_s or now
+        return frame
 
-    def written(self, layer: int, num_bytes: int, num_blocks: int, now: float) -> None:
-        """Note that D has a frame of ``layer``."""
-        progress = self._layers[layer]
-        progress.last_written_s = now
-        progress.num_bytes += num_bytes
-        self._num_written += num_blocks
+    def written(self, frame: KVFrame, now: float) -> None:
+        """Note that D has ``frame``."""
+        for layer in self._layers[frame.layer : frame.layer + frame.num_layers]:
+            layer.last_written_s = now
+            layer.num_bytes += frame.num_bytes // frame.num_layers
+        self._num_written += frame.num_layers * len(frame.target_block_ids)
         self.busy_since_s = now
 
     def drop_queue(self) -> None:

@@ -195,6 +195,7 @@ EXAMPLES: list[Message] = [
         source_block_ids=[8, 9],
         num_bytes=8192,
         digest=2**64 - 1,
+        num_layers=2,
     ),
     FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status="written"),
     FetchBlocks(fetch_id=7, namespace=b"n" * 16, block_hashes=[b"a" * 32, b"b" * 32]),

@@ -38,9 +38,9 @@ class LinkRefused(Message, frozen=True, kw_only=True):
 
 
 class KVFrame(Message, frozen=True, kw_only=True):
-    """P's messager -> D's: some blocks of one layer. Payload follows, all K and then all V, unless the link is shm.
+    """P's messager -> D's: some blocks, the same in ``num_layers`` layers from ``layer`` on.
 
-    The reader verifies the digest (xxh3-64 over the payload, 0 if unchecked), writes each block once and answers
+    Payload follows, layer by layer all K and then all V, unless the link is shm. The reader verifies the digest (xxh3-64 over the payload, 0 if unchecked), writes each block once and answers
     FrameAck. ``source_block_ids`` tell where the blocks lie in the sender's pool, for shm.
     """
 
@@ -52,6 +52,12 @@ class KVFrame(Message, frozen=True, kw_only=True):
     source_block_ids: list[int]
     num_bytes: int
     digest: int
+    num_layers: int = 1
+
+    @property
+    def layers(self) -> range:
+        """The layers whose blocks these are."""
+        return range(self.layer, self.layer + self.num_layers)
 
 
 class FrameAck(Message, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import product
 
 import msgspec
 import numpy as np
@@ -315,10 +316,10 @@ class Pair:
 
     def _watch_written(self, frame: KVFrame, ok: bool) -> None:
         attempt = Attempt(frame.request_id, frame.epoch)
-        for block in frame.target_block_ids:
+        for layer, block in product(frame.layers, frame.target_block_ids):
             assert self.writable.get(block) == attempt, f"{attempt} wrote to block {block}, which is not its own"
-            self.writes[attempt, frame.layer, block] += 1
-            assert self.writes[attempt, frame.layer, block] == 1, f"block {block} was written twice"
+            self.writes[attempt, layer, block] += 1
+            assert self.writes[attempt, layer, block] == 1, f"block {block} was written twice"
 
     # ------------------------------------------------------------ what tests ask
 

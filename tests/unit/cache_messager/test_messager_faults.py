@@ -222,6 +222,9 @@ BAD_FRAMES: dict[str, dict[str, object]] = {
     "negative place": {"first_block": -1},
     "no blocks": {"target_block_ids": [], "source_block_ids": [], "num_bytes": 0},
     "fewer bytes": {"num_bytes": 4 * BLOCK_BYTES - 1},
+    "no layer": {"num_layers": 0, "num_bytes": 0},
+    "layers beyond the last": {"num_layers": 4, "num_bytes": 16 * BLOCK_BYTES},
+    "bytes of one layer for two": {"num_layers": 2},
     "source outside the pool": {"source_block_ids": [0, 1, 2, 64]},
     "negative source": {"source_block_ids": [0, 1, 2, -1]},
     "fewer sources": {"source_block_ids": [0, 1, 2]},
@@ -264,6 +267,16 @@ def test_frame_that_aims_beside_the_free_blocks_is_refused(first_block: int, num
         )
         pair.feed(D, Received(P, frame))
         assert "broke the protocol" in failure(pair, D).error.message
+
+
+def test_frame_with_a_layer_that_came_before_is_refused() -> None:
+    with Pair() as pair:
+        sources, _ = started(pair)
+        pair.signal(A, 1, 0, sources)
+        pair.run()
+        frame = msgspec.structs.replace(pair.frames[0], layer=0, num_layers=2, num_bytes=8 * BLOCK_BYTES)
+        pair.feed(D, Received(P, frame))
+        assert "came before" in failure(pair, D).error.message
 
 
 def test_blocks_outside_the_own_reservation_cannot_be_written() -> None:

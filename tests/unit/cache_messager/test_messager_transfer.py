@@ -98,7 +98,7 @@ def test_layer_times_span_first_frame_to_last_acknowledgement() -> None:
         ]
 
 
-def test_signals_before_the_reservation_are_kept_and_sent_in_order() -> None:
+def test_signals_before_the_reservation_are_kept_and_sent_as_one_frame() -> None:
     with Pair() as pair:
         sources, targets = one_of_each(pair, A)
         pair.signal_all(A, sources)
@@ -107,7 +107,7 @@ def test_signals_before_the_reservation_are_kept_and_sent_in_order() -> None:
         assert pair.ends[P].machine.gauges()["pending_signals"] == 3
         pair.open(A, targets)
         pair.run()
-        assert [frame.layer for frame in pair.frames] == [0, 1, 2]
+        assert [frame.layers for frame in pair.frames] == [range(3)]
         assert pair.ends[P].machine.gauges()["pending_signals"] == 0
         assert pair.counter(P, "pending_signals_total") == 3
         pair.assert_moved(A)
@@ -155,6 +155,51 @@ def test_waiting_chunks_of_a_layer_travel_as_one_frame() -> None:
         pair.open(A, targets)
         pair.run()
         assert [len(frame.target_block_ids) for frame in pair.frames] == [6]
+
+
+def test_frame_of_several_layers_is_no_longer_than_a_frame_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache_messager.sender_link.MAX_FRAME_BYTES", 11 * BLOCK_BYTES)
+    with Pair() as pair:
+        sources, targets = one_of_each(pair, A, num_blocks=5)
+        pair.signal_all(A, sources)
+        pair.open(A, targets)
+        pair.run()
+        assert [frame.layers for frame in pair.frames] == [range(2), range(2, 3)]
+        pair.assert_moved(A)
+
+
+def test_frame_of_several_layers_keeps_to_the_credit_that_is_left() -> None:
+    with Pair(d={"max_inflight_bytes": 10 * BLOCK_BYTES}) as pair:
+        sources, targets = one_of_each(pair, A, num_blocks=1)
+        pair.signal_all(A, sources)
+        pair.open(A, targets)
+        other = Attempt("b", 1)
+        sources, targets = pair.rng.sample(range(32, 64), 9), pair.rng.sample(range(32, 64), 9)
+        pair.expect(other, targets)
+        pair.signal_all(other, sources)
+        pair.open(other, targets)
+        pair.run()
+        assert pair.max_unacked_bytes <= 10 * BLOCK_BYTES
+        pair.assert_moved(A)
+        pair.assert_moved(other)
+
+
+def test_only_layers_with_the_same_blocks_share_a_frame() -> None:
+    with Pair() as pair:
+        sources, targets = one_of_each(pair, A)
+        pair.sources[A] = sources
+        pair.signal(A, 0, 0, sources)
+        pair.signal(A, 1, 0, sources)
+        pair.signal(A, 2, 0, sources[:3])
+        pair.open(A, targets)
+        pair.run()
+        pair.signal(A, 2, 3, sources)
+        pair.run()
+        layers = [(frame.layers, len(frame.target_block_ids)) for frame in pair.frames]
+        assert layers == [(range(2), 4), (range(2, 3), 3), (range(2, 3), 1)]
+        (done,) = pair.told(P, TransferDone)
+        assert [layer.num_bytes for layer in done.layers] == [4 * BLOCK_BYTES] * 3  # type: ignore[attr-defined]
+        pair.assert_moved(A)
 
 
 def test_link_is_kept_for_the_next_transfer() -> None:
@@ -233,7 +278,7 @@ def test_without_layerwise_nothing_is_sent_before_the_last_signal() -> None:
         assert not pair.told(P, TransferFailed), "a transfer that waits for its own node made no progress"
         pair.signal(A, 2, 2, sources)
         pair.run()
-        assert len(pair.frames) == 3
+        assert [frame.layers for frame in pair.frames] == [range(3)]
         pair.assert_moved(A)
 
 

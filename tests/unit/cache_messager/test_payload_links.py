@@ -15,7 +15,7 @@ from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.messages.messager_to_messager import KVFrame
 
-GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
+GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
 LARGE = KVGeometry(num_layers=1, num_kv_heads=8, head_dim=128, block_size=32, dtype="float32", model_digest="model")
 NUM_BLOCKS = 24
 
@@ -33,15 +33,19 @@ def pools(request: pytest.FixtureRequest) -> Iterator[tuple[KVMemory, KVMemory]]
 
 
 def frame_of(pool: KVMemory, sources: list[int], targets: list[int]) -> KVFrame:
+    """Return a frame of all layers but the first, if there are several."""
+    layer = min(1, pool.geometry.num_layers - 1)
+    num_layers = pool.geometry.num_layers - layer
     return KVFrame(
         request_id="a",
         epoch=1,
-        layer=pool.geometry.num_layers - 1,
+        layer=layer,
         first_block=0,
         target_block_ids=targets,
         source_block_ids=sources,
-        num_bytes=len(targets) * pool.geometry.layer_block_bytes,
+        num_bytes=len(targets) * num_layers * pool.geometry.layer_block_bytes,
         digest=0,
+        num_layers=num_layers,
     )
 
 
@@ -68,11 +72,10 @@ def test_blocks_arrive_where_they_belong(
         assert sum(part.nbytes for part in parts) == frame.num_bytes
         assert (frame.digest != 0) == (kind == "payload")
         assert PayloadLink(target, checksum=True).write(frame, parts)
-    layer = frame.layer
-    assert np.array_equal(target.planes[layer][:, targets], source.planes[layer][:, sources])
+    assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, sources])
     untouched = sorted(set(range(NUM_BLOCKS)) - set(targets))
-    assert not target.planes[layer][:, untouched].any()
-    assert not target.planes[:layer].any()
+    assert not target.planes[:, :, untouched].any()
+    assert not target.planes[: frame.layer].any()
 
 
 @given(data=st.data(), targets=BLOCK_LISTS)
@@ -84,14 +87,14 @@ def test_parts_may_be_cut_anywhere(pools: tuple[KVMemory, KVMemory], data: st.Da
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
     pieces = [memoryview(whole[a:b]) for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
     assert PayloadLink(target, checksum=True).write(frame, pieces)
-    assert np.array_equal(target.planes[frame.layer][:, targets], source.planes[frame.layer][:, targets])
+    assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, targets])
 
 
 def test_one_piece_is_sent_without_a_copy(pools: tuple[KVMemory, KVMemory]) -> None:
     source, _ = pools
     blocks = list(range(NUM_BLOCKS))
-    _, parts = send(PayloadLink(source, checksum=True), frame_of(source, blocks, blocks))
-    assert len(parts) == 2
+    frame, parts = send(PayloadLink(source, checksum=True), frame_of(source, blocks, blocks))
+    assert len(parts) == 2 * frame.num_layers
     assert all(np.shares_memory(np.frombuffer(part, np.uint8), source.planes) for part in parts)
 
 
