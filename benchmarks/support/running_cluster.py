@@ -66,6 +66,11 @@ class RunningCluster:
             spent[title] = spent.get(title, 0.0) + times.user + times.system
         return spent
 
+    def pids(self, *titles: str) -> list[int]:
+        """Return the processes with these titles."""
+        children = self._supervisor.children(recursive=True)
+        return [process.pid for process in children if " ".join(process.cmdline()).strip() in titles]
+
 
 @contextmanager
 def running(config: Config, preset: str = "tiny") -> Iterator[RunningCluster]:

@@ -1,0 +1,100 @@
+"""How much of a transfer hides behind prefill, and what it costs P: a real 1P1D cluster, one prompt at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from support.completions import complete
+from support.cpu_time import cpu_s
+from support.running_cluster import RunningCluster, cluster_config, running
+
+from kvrelay.cluster.client import ClusterClient
+
+REPORT_TIMEOUT_S = 20.0
+POLL_S = 0.05
+VOCABULARY = 384
+
+
+class Prefilled(NamedTuple):
+    """One prompt's way through P, in seconds. ``moving_s``: while at least one layer was on its way."""
+
+    prefill_s: float
+    moving_s: float
+    hidden_s: float
+    exposed_s: float
+
+
+@dataclass
+class Prompts:
+    """All prompts of one length. CPU seconds are those of P and its messager, ``alone`` with KV that goes nowhere."""
+
+    with_transfer: list[Prefilled] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    alone_cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def hidden(self) -> float:
+        """The share of transfer time before the first token, median over prompts."""
+        return statistics.median(prompt.hidden_s / prompt.moving_s for prompt in self.with_transfer)
+
+
+def measure_overlap(preset: str, lengths: Sequence[int], rounds: int, *, layerwise: bool) -> dict[int, Prompts]:
+    """Run a cluster and send it prompts, by turns ones that need a decode node and ones that do not."""
+    nodes: dict[str, dict[str, Any]] = {"p0": {"role": "prefill"}, "d0": {"role": "decode"}}
+    num_blocks = 2 * max(lengths) // 16
+    sections = {"cache": {"num_blocks": num_blocks}, "transfer": {"layerwise": layerwise}}
+    config = cluster_config(nodes, sections)
+    measured = {length: Prompts() for length in lengths}
+    with running(config, preset) as cluster:
+        port = config["router"]["port"]
+        asyncio.run(_one_of_each(cluster, port, min(lengths), 0, Prompts()))  # warms up
+        for number in range(rounds):
+            for length, prompts in measured.items():
+                asyncio.run(_one_of_each(cluster, port, length, 1 + number, prompts))
+    return measured
+
+
+async def _one_of_each(cluster: RunningCluster, port: int, length: int, seed: int, prompts: Prompts) -> None:
+    rng = random.Random(length * 1000 + seed)
+    pids = cluster.pids("kvrelay prefill p0", "kvrelay messager p0")
+    for max_tokens, last_mark, spent in ((2, "transferred", prompts.cpu_s), (1, "first_token", prompts.alone_cpu_s)):
+        before_s = cpu_s(pids)
+        tokens = [rng.randrange(3, VOCABULARY) for _ in range(length)]
+        completion = await complete(port, tokens, max_tokens, ignore_eos=True)
+        timeline = _timeline(cluster.url, completion.request_id, last_mark)
+        spent.append(cpu_s(pids) - before_s)
+        if max_tokens > 1:
+            prompts.with_transfer.append(_prefilled(timeline))
+
+
+def _prefilled(timeline: dict[str, Any]) -> Prefilled:
+    marks = _p_marks(timeline)
+    end_s, moving_s, hidden_s, until_s = marks["first_token"], 0.0, 0.0, 0.0
+    for sent_s, written_s in sorted((layer["first_sent_s"], layer["last_written_s"]) for layer in timeline["layers"]):
+        from_s, until_s = max(sent_s, until_s), max(written_s, until_s)
+        moving_s += until_s - from_s
+        hidden_s += max(0.0, min(until_s, end_s) - min(from_s, end_s))
+    return Prefilled(end_s - marks["prefill"], moving_s, hidden_s, max(0.0, until_s - end_s))
+
+
+def _p_marks(timeline: dict[str, Any]) -> dict[str, float]:
+    return {mark["name"]: mark["at_s"] for mark in timeline["marks"] if mark["node"] == "p0"}
+
+
+def _timeline(url: str, request_id: str, mark: str) -> dict[str, Any]:
+    """Return the timeline of a request that has just ended, once P has reported ``mark``."""
+    deadline_s = time.monotonic() + REPORT_TIMEOUT_S
+    with ClusterClient(url) as client:
+        while True:
+            timeline = client.timeline(request_id)
+            if mark in _p_marks(timeline):
+                return timeline
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"P did not report {mark!r} of {request_id} in time")
+            time.sleep(POLL_S)
