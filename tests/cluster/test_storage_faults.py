@@ -35,6 +35,9 @@ POOL = 48
 
 AT_ONCE = 14
 NUM_DEATHS = 20
+DEATHS_A_ROUND = 5
+"""While the load waits for its last answers nobody is killed."""
+
 WRITE_S = 0.001
 """A write is seldom over sooner."""
 
@@ -117,9 +120,9 @@ class Killer:
         self._killed: set[int] = set()
         self._seen_s: dict[Reservation, float] = {}
 
-    def kill_many(self) -> None:
+    def kill_some(self) -> None:
         (index,) = until("the store is there", lambda: list(self._path.rglob("index")))
-        for _ in range(NUM_DEATHS):
+        for _ in range(DEATHS_A_ROUND):
             pids = until("two decode nodes run", self._alive)
             self._rng.shuffle(pids)
             deadline_s = time.monotonic() + PATIENCE_S
@@ -171,11 +174,13 @@ def stopped(pids: Sequence[int]) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.timeout(300)
 def test_decode_nodes_are_killed_while_they_write_to_files(model: Path, tmp_path: Path) -> None:
     config = storing_cluster(model, {"backend": "file", "path": str(tmp_path / "kv"), "capacity": 24 * MiB})
     with running(config) as cluster:
         killer = Killer(cluster, tmp_path / "kv")
-        assert under_load(cluster, 40, killer.kill_many) >= AT_ONCE
+        for number in range(NUM_DEATHS // DEATHS_A_ROUND):
+            assert under_load(cluster, 40 + number, killer.kill_some) >= AT_ONCE
         requests = cluster.status()["requests"]
         assert requests["nodes_lost"] >= NUM_DEATHS
         assert requests["failed"] == 0
