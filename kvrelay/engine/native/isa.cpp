@@ -453,6 +453,121 @@ __attribute__((noinline)) void pack_values(const Context<T> &context, int64_t he
     }
 }
 
+// Few rows, as in a decode step, are multiplied with keys and values where they lie: packing would cost more than the
+// product. Each sum has the order of the packed product, and so its bits. dim must be a multiple of PANEL.
+template <typename T>
+struct Direct {
+    static bool fits(int64_t, int64_t) { return false; }
+    static void scores(int, const typename Packed<T>::Left *const *, const Context<T> &, int64_t, int64_t, const T *,
+                       float *, Fetcher *) {}
+    static void outputs(int, const typename Packed<T>::Left *const *, const Context<T> &, int64_t, int64_t, int64_t,
+                        const T *, float *, Fetcher *) {}
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Direct<uint16_t> {
+    static bool fits(int64_t rows, int64_t dim) { return rows <= RB && dim % PANEL == 0; }
+
+    // out[r][0:W] = rows[r] times W keys
+    template <int R>
+    INLINE_MEMBER static void keys(const uint16_t *const *rows, const uint16_t *const *keys, int64_t dim, float *out,
+                                   Fetcher *fetcher) {
+        vf acc[R] = {};
+        for (int64_t first = 0; first < dim / 2; first += W) {
+            vf square[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) {
+                square[i] = key_elements(keys[i], first);
+                fetcher->one();
+            }
+            transpose(square);
+#pragma GCC unroll 16
+            for (int j = 0; j < W; j++)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    int32_t pair;
+                    memcpy(&pair, rows[r] + 2 * (first + j), 4);
+                    acc[r] = (vf)_mm512_dpbf16_ps((__m512)acc[r], (__m512bh)_mm512_set1_epi32(pair),
+                                                  (__m512bh)square[j]);
+                }
+        }
+        for (int r = 0; r < R; r++) store(out + r * SEGMENT, acc[r]);
+    }
+
+    // out[r][0:PANEL] = rows[r] times PANEL dimensions, from d on, of count values
+    template <int R>
+    INLINE_MEMBER static void values(const uint16_t *const *rows, const uint16_t *const *values, int64_t d,
+                                     int64_t count, const uint16_t *zeros, float *out, int64_t out_stride,
+                                     Fetcher *fetcher) {
+        vf acc[R][NB] = {};
+        for (int64_t k = 0; k < count; k += 2) {
+            const uint16_t *one = values[k] + d, *two = k + 1 < count ? values[k + 1] + d : zeros;
+            fetcher->one();
+            fetcher->one();
+#pragma GCC unroll 2
+            for (int n = 0; n < NB; n++) {
+                vf v = value_elements(one, two, n * W);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) acc[r][n] = pair_step(acc[r][n], rows[r] + k, v);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < NB; n++) store(out + r * out_stride + n * W, acc[r][n]);
+    }
+
+    INLINE_MEMBER static vf pair_step(vf acc, const uint16_t *left, vf right) {
+        int32_t pair;
+        memcpy(&pair, left, 4);
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
+    }
+
+    template <int R>
+    __attribute__((noinline)) static void all_scores(const uint16_t *const *rows, const Context<uint16_t> &context,
+                                                     int64_t shift, int64_t dim, const uint16_t *zeros, float *out,
+                                                     Fetcher *fetcher) {
+        const uint16_t *here[W];
+        for (int64_t key = 0; key < context.count; key += W) {
+            for (int i = 0; i < W; i++) here[i] = key + i < context.count ? context.keys[key + i] + shift : zeros;
+            keys<R>(rows, here, dim, out + key, fetcher);
+        }
+    }
+
+    template <int R>
+    __attribute__((noinline)) static void all_outputs(const uint16_t *const *rows, const Context<uint16_t> &context,
+                                                      int64_t shift, int64_t dim, int64_t seen, const uint16_t *zeros,
+                                                      float *out, Fetcher *fetcher) {
+        for (int64_t d = 0; d < dim; d += PANEL)
+            values<R>(rows, context.values, shift + d, seen, zeros, out + d, dim, fetcher);
+    }
+
+#define EACH(CALL)                                                                              \
+    switch (count) {                                                                            \
+        case 1: CALL(1); break;                                                                 \
+        case 2: CALL(2); break;                                                                 \
+        case 3: CALL(3); break;                                                                 \
+        case 4: CALL(4); break;                                                                 \
+        case 5: CALL(5); break;                                                                 \
+        case 6: CALL(6); break;                                                                 \
+        case 7: CALL(7); break;                                                                 \
+        case 8: CALL(8); break;                                                                 \
+    }
+#define SCORES(R) all_scores<R>(rows, context, shift, dim, zeros, out, fetcher)
+#define OUTPUTS(R) all_outputs<R>(rows, context, shift, dim, seen, zeros, out, fetcher)
+    static void scores(int count, const uint16_t *const *rows, const Context<uint16_t> &context, int64_t shift,
+                       int64_t dim, const uint16_t *zeros, float *out, Fetcher *fetcher) {
+        EACH(SCORES)
+    }
+    static void outputs(int count, const uint16_t *const *rows, const Context<uint16_t> &context, int64_t shift,
+                        int64_t dim, int64_t seen, const uint16_t *zeros, float *out, Fetcher *fetcher) {
+        EACH(OUTPUTS)
+    }
+#undef EACH
+#undef SCORES
+#undef OUTPUTS
+};
+#endif
+
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Running result of some rows: highest score, sum of weights, weighted sum of values.
@@ -619,11 +734,10 @@ struct Attend {
                 fetcher = Fetcher{(const char *const *)ahead.keys, 2 * ahead.count, bytes, 0, 0};
             }
             for (int64_t head = 0; head < item->num_heads; head++) {
-                pack(segment, head);
+                if (!direct()) pack(segment, head);
                 for (int64_t r = 0; r < span.rows_per_head; r += RB) {
                     int64_t row = head * span.rows_per_head + r, count = span.rows_per_head - r;
-                    block(segment * SEGMENT, contexts[segment % 2].count, row, r, (int)(count < RB ? count : RB),
-                          partial);
+                    block(segment, head, row, r, (int)(count < RB ? count : RB), partial);
                 }
             }
             if (partial) partial += span.num_rows * (padded + 2);
@@ -645,15 +759,18 @@ struct Attend {
         pack_values(here, head, dim, &fetcher, (const T *)s.zeros, s.values);
     }
 
-    // Rows [row, row + count), which are [r, r + count) of their KV head, over the segment from first_key on.
-    void block(int64_t first_key, int64_t num_keys, int64_t row, int64_t r, int count, float *partial) {
+    bool direct() const { return Direct<T>::fits(span.rows_per_head, dim); }
+
+    // Rows [row, row + count), which are [r, r + count) of their KV head, over a segment.
+    void block(int64_t segment, int64_t head, int64_t row, int64_t r, int count, float *partial) {
+        const int64_t first_key = segment * SEGMENT, num_keys = contexts[segment % 2].count;
         const int64_t newest = first_position + (r + count - 1) / span.group;
         const int64_t oldest = a->window ? first_position + r / span.group - a->window + 1 : 0;
         int64_t seen = newest + 1 - first_key < num_keys ? newest + 1 - first_key : num_keys;
         if (oldest >= first_key + SEGMENT) seen = 0;
         float highest[RB], total[RB];
         for (int i = 0; i < count; i++) highest[i] = -INFINITY, total[i] = 0;
-        if (seen > 0) compute(first_key, num_keys, seen, row, r, count, highest, total);
+        if (seen > 0) compute(segment, head, seen, row, r, count, highest, total);
         for (int i = 0; i < count; i++) {
             if (partial) {
                 float *to = partial + (row + i) * (padded + 2);
@@ -665,13 +782,18 @@ struct Attend {
         }
     }
 
-    void compute(int64_t first_key, int64_t num_keys, int64_t seen, int64_t row, int64_t r, int count, float *highest,
+    void compute(int64_t segment, int64_t head, int64_t seen, int64_t row, int64_t r, int count, float *highest,
                  float *total) {
-        const int64_t depth = Packed<T>::DEPTH, key_steps = dim / depth;
+        const int64_t depth = Packed<T>::DEPTH, key_steps = dim / depth, first_key = segment * SEGMENT;
+        const Context<T> &here = contexts[segment % 2];
+        const T *zeros = (const T *)s.zeros;
         Left *weights = sizeof(Left) == 2 ? (Left *)s.weights : (Left *)s.scores;
         const Left *weight_rows[RB];
-        product<T>(count, left + row, s.keys, key_steps * PANEL, (seen + PANEL - 1) / PANEL, key_steps, s.scores,
-                   SEGMENT, &fetcher);
+        if (direct())
+            Direct<T>::scores(count, left + row, here, head * dim, dim, zeros, s.scores, &fetcher);
+        else
+            product<T>(count, left + row, s.keys, key_steps * PANEL, (seen + PANEL - 1) / PANEL, key_steps, s.scores,
+                       SEGMENT, &fetcher);
         for (int i = 0; i < count; i++) {
             const int64_t position = first_position + (r + i) / span.group;
             const int64_t first_seen = a->window ? position - a->window + 1 : 0;
@@ -681,8 +803,11 @@ struct Attend {
             soften(s.scores + i * SEGMENT, round_up(seen, W), low, high, a->scale, weights + i * SEGMENT, highest + i,
                    total + i);
         }
-        product<T>(count, weight_rows, s.values, (num_keys + depth - 1) / depth * PANEL, padded / PANEL,
-                   (seen + depth - 1) / depth, s.outputs, padded, &fetcher);
+        if (direct())
+            Direct<T>::outputs(count, weight_rows, here, head * dim, dim, seen, zeros, s.outputs, &fetcher);
+        else
+            product<T>(count, weight_rows, s.values, (here.count + depth - 1) / depth * PANEL, padded / PANEL,
+                       (seen + depth - 1) / depth, s.outputs, padded, &fetcher);
     }
 };
 
