@@ -43,6 +43,7 @@ from kvrelay.engine.tiny import write_tiny_checkpoint
 PRESET = "qwen2-0.5b"
 MAX_MODEL_LEN = 2048
 START_TIMEOUT_S = 600.0
+CPU_BUILD = {"VLLM_TARGET_DEVICE": "cpu"}  # under its other name it does not know itself for the CPU's
 MODEL_GFLOP_PER_TOKEN, MODEL_GB = 0.72, 0.73
 
 CLUSTERS: dict[str, dict[str, Config]] = {
@@ -137,7 +138,7 @@ def vllm_server(environment: Path, model: Path, threads: int) -> Iterator[int]:
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             command,
-            env={**os.environ, **cores, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"},
+            env={**os.environ, **CPU_BUILD, **cores, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -197,7 +198,7 @@ class Client:
                 "ttft,tpot,itl",
             ]
             command += ["--save-result", "--result-dir", name, "--result-filename", "result.json", "--disable-tqdm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **CPU_BUILD})
             result = Path(name) / "result.json"
             if done.returncode or not result.exists():
                 raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
