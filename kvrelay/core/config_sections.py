@@ -68,7 +68,9 @@ class ModelConfig(Section):
     served_name: str | None = Field(
         None, min_length=1, description="Name clients ask for; default: the directory's name."
     )
-    dtype: DType = Field("auto", description="Type of weights and compute; auto: the best the device is good at.")
+    dtype: DType = Field(
+        "auto", description="Type of weights and compute; auto: the checkpoint's where that is fast, else float32."
+    )
     max_model_len: int | None = Field(
         None, ge=1, le=1 << 22, description="Longest prompt plus output, in tokens; default: the checkpoint's."
     )
