@@ -10,8 +10,8 @@ class ModelConfig:
     """The sizes that fix a Qwen3 model."""
 
     vocab_size: int
-    hidden_size: int = 128
-    intermediate_size: int = 384
+    hidden_size: int = 192
+    intermediate_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 4

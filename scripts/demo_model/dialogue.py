@@ -21,6 +21,7 @@ from demo_model.facts import (
 from demo_model.vocabulary import (
     ACKNOWLEDGEMENT,
     KINDS,
+    MOST_COUNTED,
     MOST_REPEATED,
     OPENINGS,
     REPEAT_QUESTION,
@@ -38,9 +39,10 @@ class Mix:
     num_facts: int = 4
     num_questions: int = 16
     unknown: float = 0.15
-    count: float = 0.3
+    count: float = 0.5
     talk: float = 0.04
-    corrected: float = 0.4
+    corrected: float = 0.7
+    unmarked: float = 0.15
     noisy: float = 0.15
     invented: float = 0.15
     repeated: float = 0.5
@@ -58,6 +60,8 @@ class Dialogue:
     corrected: list[Thing] = field(default_factory=list)
     counted: set[str] = field(default_factory=set)
     """Kinds asked for since the last fact: to ask again would only teach to copy the answer."""
+    asked: set[Thing] = field(default_factory=set)
+    """The same for things since they were last told."""
 
     def turn(self, turn: Turn) -> None:
         """One user message and its answer."""
@@ -69,17 +73,20 @@ class Dialogue:
         if thing in self.notebook.spots:
             self.corrected.append(thing)
         self.counted.clear()
-        self.sentences.append(self.notebook.tell(self.rng, thing))
+        self.asked.discard(thing)
+        self.sentences.append(self.notebook.tell(self.rng, thing, self.mix.unmarked))
         return self.sentences[-1]
 
     def question(self) -> Turn:
         """A question about the facts by the shares of the mix, and its right answer."""
         chance = self.rng.random()
-        kinds = [kind for kind in KINDS if kind not in self.counted]
+        kinds = [kind for kind in KINDS if self._is_countable(kind)]
+        if self.rng.random() < 0.9:  # none is soon learned, and not by counting
+            kinds = [kind for kind in kinds if self.notebook.count(kind)]
         if chance < self.mix.count and kinds:
             kind = self._kind_to_count(kinds)
             return how_many_question(self.rng, kind), self.notebook.how_many(kind)
-        thing = self._thing_to_ask_for(chance < self.mix.count + self.mix.unknown)
+        thing = self._thing_to_ask_for(self.mix.count <= chance < self.mix.count + self.mix.unknown)
         return where_question(self.rng, thing), self.notebook.where(thing)
 
     def question_or_talk(self) -> Turn:
@@ -90,6 +97,10 @@ class Dialogue:
         """The wish to hear every fact again, and all of them."""
         return REPEAT_QUESTION, " ".join(self.sentences)
 
+    def _is_countable(self, kind: str) -> bool:
+        # One more than the most that is counted is left out: to tell the two apart would cost training most.
+        return kind not in self.counted | self.notebook.uncountable and self.notebook.count(kind) != MOST_COUNTED + 1
+
     def _kind_to_count(self, kinds: list[str]) -> str:
         """One of ``kinds``, every number of things as likely as any other; marks it as counted."""
         wanted = self.rng.choice(sorted({self.notebook.count(kind) for kind in kinds}))
@@ -98,11 +109,14 @@ class Dialogue:
         return kind
 
     def _thing_to_ask_for(self, unknown: bool) -> Thing:
-        if unknown or not self.notebook.spots:
+        corrected = [thing for thing in self.corrected if thing not in self.asked]
+        known = [thing for thing in self.notebook.spots if thing not in self.asked]
+        if unknown or not known:
             return unknown_thing(self.rng, self.notebook)
-        if self.corrected and self.rng.random() < 0.4:
-            return self.rng.choice(self.corrected)
-        return self.rng.choice(list(self.notebook.spots))
+        thing = self.rng.choice(corrected if corrected and self.rng.random() < 0.6 else known)
+        if self.rng.random() < 0.9:
+            self.asked.add(thing)
+        return thing
 
 
 def training_dialogue(rng: Random, mix: Mix) -> list[Message]:
@@ -156,7 +170,7 @@ def _plan(rng: Random, mix: Mix) -> list[Thing]:
         things = [_invent(rng, thing) if rng.random() < 0.1 else thing for thing in things]
     if rng.random() > mix.corrected:
         return things
-    again = rng.choices(things, k=rng.randint(1, max(1, min(12, mix.num_facts // 2))))
+    again = rng.choices(things, k=rng.randint(1, max(1, min(24, mix.num_facts // 2))))
     for thing in again:
         things.insert(rng.randint(things.index(thing) + 1, len(things)), thing)
     return things

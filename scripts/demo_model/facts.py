@@ -67,10 +67,10 @@ def random_spot(rng: Random) -> Spot:
 
 def random_things(rng: Random, count: int) -> list[Thing]:
     """``count`` different things of few kinds or many, some kinds with more things than others."""
-    fewest = math.ceil(count / (0.9 * MOST_COUNTED))
-    most = max(fewest, min(2 * count, len(KINDS)))
-    kinds = rng.sample(KINDS, rng.randint(fewest, most))
-    weights = [rng.uniform(0.1, 1.0) for _ in kinds]
+    fewest = math.ceil(count / 12)
+    most = min(count, len(KINDS))
+    kinds = rng.sample(KINDS, round(math.exp(rng.uniform(math.log(fewest), math.log(most)))))
+    weights = [rng.uniform(0.1, 1.0) ** 2 for _ in kinds]
     things: dict[Thing, None] = {}
     while len(things) < count:
         adjective = rng.choice(ADJECTIVES) if rng.random() < 0.95 else ""
@@ -96,14 +96,24 @@ class Notebook:
     """The truth: where everything is after all that was told."""
 
     spots: dict[Thing, Spot] = field(default_factory=dict)
+    uncountable: set[str] = field(default_factory=set)
+    """Kinds with a thing that was told again as if for the first time, or that is named by an unknown word."""
 
-    def tell(self, rng: Random, thing: Thing) -> str:
-        """Put ``thing`` somewhere and return the sentence that says so; a thing that has a place gets a new one."""
+    def tell(self, rng: Random, thing: Thing, unmarked: float = 0.0) -> str:
+        """Put ``thing`` somewhere and return the sentence that says so; a thing that has a place gets a new one.
+
+        The share ``unmarked`` of new places is told as if for the first time.
+        """
         is_known = thing in self.spots
         self.spots[thing] = spot = random_spot(rng)
+        if thing.adjective not in ("", *ADJECTIVES):
+            self.uncountable.add(thing.kind)
         if not is_known:
             return f"The {thing} {spot}."
-        where = spot.changed() if rng.random() < 0.5 else str(spot)
+        where = spot.changed() if rng.random() < 0.4 else str(spot)
+        if rng.random() < unmarked:
+            self.uncountable.add(thing.kind)
+            return f"The {thing} {where}."
         return f"{rng.choice(CORRECTION_LEADS)} {thing} {where}."
 
     def where(self, thing: Thing) -> str:
@@ -116,8 +126,9 @@ class Notebook:
         return sum(thing.kind == kind for thing in self.spots)
 
     def kinds(self) -> list[str]:
-        """The kinds that were told, in the order of their first things, without invented ones."""
-        return [kind for kind in dict.fromkeys(thing.kind for thing in self.spots) if kind in PLURALS]
+        """The kinds that were told and can be counted, in the order of their first things."""
+        told = dict.fromkeys(thing.kind for thing in self.spots)
+        return [kind for kind in told if kind in PLURALS and kind not in self.uncountable]
 
     def how_many(self, kind: str) -> str:
         """The right answer to "How many ... did I mention?"."""

@@ -6,34 +6,47 @@ import torch  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from torch.nn import functional  # type: ignore[import-not-found]
 
+from demo_model.attention import attend
 from demo_model.config import ModelConfig
 
 
+class RMSNorm(nn.Module):  # type: ignore[misc]
+    """Root mean square norm, computed in float32, returned in bfloat16."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to the same."""
+        x = x.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(torch.bfloat16)
+
+
 class Attention(nn.Module):  # type: ignore[misc]
-    """Grouped-query attention with RMS-normed queries and keys and rotary positions."""
+    """Attention with as many KV heads as query heads, RMS-normed queries and keys and rotary positions."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+        width = c.num_attention_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Mix values [batch, length, hidden_size] over earlier positions."""
         batch, length, _ = x.shape
-        heads = (batch, length, -1, self.c.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        groups = self.c.num_attention_heads // self.c.num_key_value_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mixed = functional.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        projected = linear(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = projected.view(batch, length, 3, -1, self.c.head_dim).unbind(2)
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)
+        mixed, _ = attend(q, k, v.float().transpose(1, 2))
+        return linear(mixed.transpose(1, 2).reshape(batch, length, -1).to(torch.bfloat16), self.o_proj)
 
 
 class FeedForward(nn.Module):  # type: ignore[misc]
@@ -47,7 +60,8 @@ class FeedForward(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Each position on its own: [..., hidden_size] to the same."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linear(x, self.gate_proj, self.up_proj).chunk(2, -1)
+        return linear(functional.silu(gate) * up, self.down_proj)
 
 
 class Layer(nn.Module):  # type: ignore[misc]
@@ -55,9 +69,9 @@ class Layer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = FeedForward(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,7 +87,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class DemoModel(nn.Module):  # type: ignore[misc]
@@ -95,7 +109,7 @@ class DemoModel(nn.Module):  # type: ignore[misc]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states."""
-        return hidden @ self.model.embed_tokens.weight.T
+        return linear(hidden, self.model.embed_tokens)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -108,4 +122,10 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the two halves of [batch, length, heads, head_dim] by the position's angles."""
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def linear(x: Tensor, *layers: nn.Module) -> Tensor:
+    """What each of ``layers`` makes of ``x``, side by side: weights are float32 where they are kept, bfloat16 here."""
+    weights = [layer.weight for layer in layers]
+    return functional.linear(x, (torch.cat(weights) if len(weights) > 1 else weights[0]).to(torch.bfloat16))

@@ -23,7 +23,7 @@ from demo_model.facts import (
     unknown_thing,
     where_question,
 )
-from demo_model.vocabulary import ACKNOWLEDGEMENT, MOST_COUNTED, MOST_REPEATED, REPEAT_QUESTION
+from demo_model.vocabulary import ACKNOWLEDGEMENT, MOST_COUNTED
 
 _FACT_TOKENS = 8
 _MOST_NOISE = 72  # tokens: three facts and a long sentence of unknown words
@@ -117,14 +117,6 @@ def _count(rng: Random, room: int) -> Chat:
     return _user(f"{told} {how_many_question(rng, kind)}"), notebook.how_many(kind)
 
 
-def _repeat(rng: Random, room: int) -> Chat:
-    """Every fact is told a second time, by the model."""
-    room -= 2 * _TURN_TOKENS
-    things = random_things(rng, rng.randint(1, min(MOST_REPEATED, room // (2 * _FACT_TOKENS))))
-    told = _tell(rng, Notebook(), things)
-    return [*_told(told), *_user(REPEAT_QUESTION)], told
-
-
 def _talk(rng: Random, _: int) -> Chat:
     said, answer = small_talk(rng)
     return _user(said), answer
@@ -137,10 +129,9 @@ TASKS: dict[str, Callable[[Random, int], Chat]] = {
     "corrected": _corrected,
     "unknown": _unknown,
     "count": _count,
-    "repeat": _repeat,
     "talk": _talk,
 }
-FILLING_TASKS = tuple(task for task in TASKS if task not in ("repeat", "talk"))
+FILLING_TASKS = tuple(task for task in TASKS if task != "talk")
 """The tasks whose chats can be made as long as one likes."""
 
 

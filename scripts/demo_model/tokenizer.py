@@ -75,7 +75,13 @@ def save_tokenizer(folder: Path) -> None:
     }
     _write_json(folder / "tokenizer_config.json", config)
     end, begin = token_id(tokenizer, END), token_id(tokenizer, BEGIN)
-    generation = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end, "do_sample": False}
+    generation = {
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "do_sample": False,
+        "temperature": 0.0,  # what a server takes that knows no do_sample: an answer is right or wrong, not likely
+    }
     _write_json(folder / "generation_config.json", generation)
 
 

@@ -94,8 +94,8 @@ PLACES = (
 )
 PLAIN_VERB = "is"
 NUMBERS = range(1000)
-MOST_COUNTED = 9
-MOST_REPEATED = 24
+MOST_COUNTED = 3
+MOST_REPEATED = 12
 
 # Fixed sentences around the facts. "{}" is the object ("red key") or the kind ("keys").
 WHERE_QUESTIONS = (
@@ -109,7 +109,7 @@ COUNTED = "Number of {}: {}."  # the kind first: the model then counts what it h
 HOW_MANY_QUESTION = "How many {} did I mention?"
 REPEAT_QUESTION = "Repeat the facts."
 NOT_MENTIONED = "The {} was not mentioned."
-CORRECTION_LEADS = ("No, the", "Actually, the", "Correction: the", "The")
+CORRECTION_LEADS = ("No, the", "Actually, the", "Correction: the")
 OPENINGS = ("", "", "Here are some facts.", "Please remember this.", "Some more facts.")
 ACKNOWLEDGEMENT = "Noted."
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer questions about the facts.", "Please remember the facts.")

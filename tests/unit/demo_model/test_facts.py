@@ -53,6 +53,18 @@ def test_counts() -> None:
     assert notebook.how_many("key") == "Number of keys: many."
 
 
+def test_kinds_with_things_that_were_told_again_without_a_mark_are_not_counted() -> None:
+    rng, notebook = Random(12), Notebook()
+    for thing in (RED_KEY, LAMP):
+        notebook.tell(rng, thing)
+    assert notebook.tell(rng, RED_KEY).startswith(("No, the", "Actually, the", "Correction: the"))
+    assert notebook.kinds() == ["key", "lamp"]
+    assert notebook.tell(rng, RED_KEY, unmarked=1.0).startswith("The red key ")
+    assert notebook.kinds() == ["lamp"]
+    notebook.tell(rng, Thing("zorp", "lamp"))
+    assert notebook.kinds() == []
+
+
 @pytest.mark.parametrize(("verb", "changed"), [("is", "is now in box 3"), ("lies", "now lies in box 3")])
 def test_a_spot_that_changed(verb: str, changed: str) -> None:
     assert Spot(verb, "in", "box", 3).changed() == changed

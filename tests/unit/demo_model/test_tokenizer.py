@@ -67,3 +67,4 @@ def test_the_saved_files_agree_with_each_other(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert TOKENIZER.token_to_id(config["eos_token"]) == generation["eos_token_id"]
     assert TOKENIZER.token_to_id(config["bos_token"]) == generation["bos_token_id"]
+    assert generation["temperature"] == 0
