@@ -288,6 +288,9 @@ struct Fetcher {
         at += 64;
         if (at >= bytes) at = 0, row++;
     }
+    void finish() {
+        while (row < num_rows) one();
+    }
 };
 
 // out[r][0:PANEL] = sum over steps of rows[r] times panel [steps][PANEL]
@@ -740,6 +743,7 @@ struct Attend {
                     block(segment, head, row, r, (int)(count < RB ? count : RB), partial);
                 }
             }
+            fetcher.finish();
             if (partial) partial += span.num_rows * (padded + 2);
         }
         if (item->partials) return;
