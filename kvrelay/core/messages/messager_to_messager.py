@@ -40,8 +40,9 @@ class LinkRefused(Message, frozen=True, kw_only=True):
 class KVFrame(Message, frozen=True, kw_only=True):
     """P's messager -> D's: some blocks, the same in ``num_layers`` layers from ``layer`` on.
 
-    Payload follows, layer by layer all K and then all V, unless the link is shm. The reader verifies the digest (xxh3-64 over the payload, 0 if unchecked), writes each block once and answers
-    FrameAck. ``source_block_ids`` tell where the blocks lie in the sender's pool, for shm.
+    Payload follows, layer by layer all K and then all V, unless the link is shm. The reader verifies the digest
+    (xxh3-64 over the payload, 0 if unchecked), writes each block once and answers FrameAck. ``source_block_ids`` tell
+    where the blocks lie in the sender's pool, for shm.
     """
 
     request_id: str
