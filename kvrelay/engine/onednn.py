@@ -47,7 +47,7 @@ class Array:
     def __init__(self, size_bytes: int) -> None:
         room = max(size_bytes, 1) + _ALIGNMENT
         if room >= 2 * _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping = mmap.mmap(-1, room)
+            mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             mapping.madvise(mmap.MADV_HUGEPAGE)
             memory = np.frombuffer(mapping, np.uint8)
         else:
