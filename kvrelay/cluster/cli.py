@@ -57,6 +57,13 @@ class Arch(StrEnum):
     ERNIE4_5 = "ernie4_5"
 
 
+class Preset(StrEnum):
+    """Sizes a checkpoint with random weights can have."""
+
+    TINY = "tiny"
+    QWEN2_05B = "qwen2-0.5b"
+
+
 class SchemaFormat(StrEnum):
     """Forms of ``config schema``."""
 
@@ -208,14 +215,18 @@ def schema(
 @model_app.command()
 def tiny(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the checkpoint goes.")],
-    arch: Annotated[Arch, typer.Option(help="Its architecture.")] = Arch.QWEN3,
+    arch: Annotated[Arch | None, typer.Option(help="Its architecture.", show_default="qwen3, or the preset's")] = None,
+    preset: Annotated[
+        Preset, typer.Option(help="Its size; qwen2-0.5b: 365 M parameters in bf16, to measure with.")
+    ] = Preset.TINY,
     seed: Annotated[int, typer.Option(help="Its random weights.")] = 0,
 ) -> None:
-    """Make a small checkpoint with random weights: it answers fast, and nonsense."""
+    """Make a checkpoint with random weights: it answers fast, and nonsense."""
     from kvrelay.engine.tiny import write_tiny_checkpoint
 
-    write_tiny_checkpoint(directory, arch.value, seed)
-    typer.echo(f"{directory}: a tiny {arch.value} with random weights")
+    chosen = arch or (Arch.QWEN3 if preset is Preset.TINY else Arch.QWEN2)
+    write_tiny_checkpoint(directory, chosen.value, seed, preset=preset.value)
+    typer.echo(f"{directory}: a {preset.value} {chosen.value} with random weights")
 
 
 # ---------------------------------------------------------------- the KV store

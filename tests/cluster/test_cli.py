@@ -75,6 +75,7 @@ def test_config_check_lists_every_problem_and_exits_2(kvrelay: Command, tmp_path
         ["up", CONFIGS / "1p1d.yaml", "--set", "model.path=/nonexistent"],
         ["chat", "--max-tokens", "0", "hello"],
         ["model", "tiny", "somewhere", "--arch", "gpt2"],
+        ["model", "tiny", "somewhere", "--preset", "huge"],
         ["config", "check"],
     ],
     ids=lambda arguments: " ".join(map(str, arguments)).replace(str(CONFIGS), "configs"),
