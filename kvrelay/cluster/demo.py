@@ -21,7 +21,11 @@ from kvrelay.cluster.up import up
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError, KVRelayError
 
-_QUESTION = "Why does a cluster prefill on one node and decode on another?"
+_QUESTION = (
+    "The red key lies in box 417. The blue lamp stands in room 9. The old map hides behind door 58. "
+    "The red cup is on shelf 230. The golden ring waits at gate 7. No, the red key is in drawer 86. "
+    "Where is the red key?"
+)
 _MAX_TOKENS = 64
 _TINY_MODEL = Path(".kvrelay/models/tiny")
 _TIMELINE_TIMEOUT_S = 10.0

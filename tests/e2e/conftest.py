@@ -1,0 +1,6 @@
+"""The demo model's questions live with the scripts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

@@ -1,0 +1,178 @@
+"""The demo model's answers are right, and the same however they are computed; spoilt KV shows in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_model.questions import Question, questions
+from support.asking import Answer, Asker, at_once, play
+from support.cluster import Cluster, running
+from support.cluster_config import Config, cluster_config, d, m, p
+
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_handle import KVMemoryHandle
+from kvrelay.core.kv_memory import TAG_BYTES, KVMemory
+from kvrelay.engine.geometry import node_geometry
+
+MODEL = Path(__file__).parents[2] / "models" / "demo"
+HELD_OUT = 20_000
+"""Seed of the questions; training draws its chats from other generators and seeds."""
+
+QUESTIONS = questions(HELD_OUT, 200, 2000)
+BAR = 0.98
+AT_ONCE = 16
+MAX_TOKENS = 64
+
+NUM_AGAIN = 40
+"""Questions that are asked a second time: as many as the pools keep the KV of."""
+
+CHUNK = 128
+NUM_SPOILT = 4
+"""Chats whose blocks are emptied one after the other."""
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Cluster]:
+    """One mixed node: the reference."""
+    yield from _running(m())
+
+
+@pytest.fixture(scope="module")
+def reference(alone: Cluster) -> list[str]:
+    """What the reference answers to QUESTIONS, which it had not heard before."""
+    return said(alone, QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def one_prefill_three_decode() -> Iterator[Cluster]:
+    yield from _running(p(), *(d(f"d{index}") for index in range(3)))
+
+
+@pytest.fixture(scope="module")
+def in_chunks() -> Iterator[Cluster]:
+    """1P1D that computes prompts in small chunks and keeps nothing of them."""
+    yield from _running(
+        p(), d(), cache={"prefix_caching": False}, scheduler={"max_num_batched_tokens": CHUNK, "max_num_seqs": 32}
+    )
+
+
+@pytest.fixture
+def pair() -> Iterator[Cluster]:
+    """1P1D with small pools that are still empty."""
+    yield from _running(p(), d(), cache={"num_blocks": 256})
+
+
+def _running(*nodes: Config, **sections: Any) -> Iterator[Cluster]:
+    sections["cache"] = {"num_blocks": 4096, **sections.get("cache", {})}
+    with running(cluster_config(MODEL, *nodes, **sections)) as cluster:
+        yield cluster
+        cluster.wait_until_quiescent()
+
+
+def said(cluster: Cluster, asked: list[Question]) -> list[str]:
+    """Return the answers to ``asked``, AT_ONCE at once."""
+
+    async def scenario(asker: Asker) -> list[Answer]:
+        bodies = [
+            {"model": "demo", "messages": question.messages, "max_tokens": MAX_TOKENS, "temperature": 0}
+            for question in asked
+        ]
+        return await at_once(AT_ONCE, [partial(asker.post, "/v1/chat/completions", body) for body in bodies])
+
+    given = play(cluster, scenario)
+    assert all(answer.end is None for answer in given)
+    return [answer.body["choices"][0]["message"]["content"] for answer in given]
+
+
+def share_right(answers: list[str], asked: list[Question]) -> float:
+    return sum(answer == question.answer for answer, question in zip(answers, asked, strict=True)) / len(asked)
+
+
+def test_one_node_answers_right(reference: list[str]) -> None:
+    assert share_right(reference, QUESTIONS) >= BAR
+
+
+def test_one_prefill_and_three_decode_nodes_answer_the_same(
+    one_prefill_three_decode: Cluster, reference: list[str]
+) -> None:
+    answers = said(one_prefill_three_decode, QUESTIONS)
+    assert share_right(answers, QUESTIONS) >= BAR
+    assert answers == reference
+    assert one_prefill_three_decode.status()["requests"]["kv_bytes_moved"] > 0
+
+
+def test_prompts_in_chunks_are_answered_the_same(in_chunks: Cluster, reference: list[str]) -> None:
+    assert said(in_chunks, QUESTIONS) == reference
+    in_chunks.wait_until_quiescent()
+    assert in_chunks.counters()["prefix_hit_tokens"] == 0
+
+
+def test_what_is_in_the_prefix_cache_is_answered_the_same(
+    alone: Cluster, one_prefill_three_decode: Cluster, reference: list[str]
+) -> None:
+    again = QUESTIONS[-NUM_AGAIN:]
+    for cluster in (alone, one_prefill_three_decode):
+        said(cluster, again)
+        cluster.wait_until_quiescent()
+        before = cluster.counters()["prefix_hit_tokens"]
+        assert said(cluster, again) == reference[-NUM_AGAIN:]
+        cluster.wait_until_quiescent()
+        assert cluster.counters()["prefix_hit_tokens"] > before
+
+
+# To come: preempted and resumed from storage, with answers equal to ``reference``.
+
+
+# ------------------------------------------------------------ the detector
+
+
+def test_one_block_that_never_arrived_shows(pair: Cluster) -> None:
+    """D keeps the KV of a chat; when a block of it is empty that says what is asked for, D answers wrongly."""
+    asked = questions(HELD_OUT + 1, NUM_SPOILT, 300, tasks=("recall",))
+    num_noticed = 0
+    with closing(pool(pair, "d0")) as memory:
+        for question in asked:
+            before = memory.planes.copy()
+            assert said(pair, [question]) == [question.answer]
+            pair.wait_until_quiescent()
+            written = [int(block) for block in np.flatnonzero((memory.planes != before).any(axis=(0, 1, 3)))]
+            answers = [said_without(pair, memory, block, question) for block in written]
+            num_noticed += any(answer != question.answer for answer in answers)
+            assert said(pair, [question]) == [question.answer]  # with all blocks as they were
+    assert num_noticed == len(asked)
+
+
+def said_without(cluster: Cluster, memory: KVMemory, block: int, question: Question) -> str:
+    """Return the answer to ``question`` while ``block`` is empty."""
+    kept = memory.planes[:, :, block].copy()
+    memory.planes[:, :, block] = 0
+    (answer,) = said(cluster, [question])
+    cluster.wait_until_quiescent()
+    memory.planes[:, :, block] = kept
+    return answer
+
+
+def pool(cluster: Cluster, node: str) -> KVMemory:
+    """Map the memory of a node's KV pool, as its messager does."""
+    geometry = geometry_of(cluster, node)
+    pid = cluster.pid(node)
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        if "memfd:kvrelay-kv" in str(path.readlink()):
+            content = path.read_bytes()
+            num_blocks = (len(content) - TAG_BYTES) // geometry.block_bytes
+            return KVMemory.attach(
+                geometry, KVMemoryHandle(pid, int(path.name), content[-TAG_BYTES:].decode(), num_blocks)
+            )
+    raise AssertionError(f"{node} has no KV memory")
+
+
+def geometry_of(cluster: Cluster, node: str) -> KVGeometry:
+    return node_geometry(cluster.config.node(node), lambda _read, _size: None)
