@@ -42,7 +42,7 @@ class Mix:
     count: float = 0.5
     talk: float = 0.04
     corrected: float = 0.7
-    unmarked: float = 0.15
+    unmarked: float = 0.25
     noisy: float = 0.15
     invented: float = 0.15
     repeated: float = 0.5
