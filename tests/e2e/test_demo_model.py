@@ -32,6 +32,10 @@ MAX_TOKENS = 64
 NUM_AGAIN = 40
 """Questions that are asked a second time: as many as the pools keep the KV of."""
 
+SHORT = questions(HELD_OUT + 2, 200, 300)
+TIGHT = 40
+"""Blocks of a decode node that has room for two or three of SHORT."""
+
 CHUNK = 128
 NUM_SPOILT = 4
 """Chats whose blocks are emptied one after the other."""
@@ -128,7 +132,25 @@ def test_what_is_in_the_prefix_cache_is_answered_the_same(
         assert cluster.counters()["prefix_hit_tokens"] > before
 
 
-# To come: preempted and resumed from storage, with answers equal to ``reference``.
+def test_preempted_requests_resume_from_storage_and_are_answered_the_same(alone: Cluster, tmp_path: Path) -> None:
+    """Decode nodes that admit whatever fits at first preempt when answers grow; files keep what was computed."""
+    nodes = [p(cache={"num_blocks": 1024}), *(d(f"d{index}", cache={"num_blocks": TIGHT}) for index in range(3))]
+    store = {"backend": "file", "path": str(tmp_path / "kv"), "capacity": "256MiB", "resume": "storage"}
+    config = cluster_config(
+        MODEL,
+        *nodes,
+        storage={**store, "min_read_tokens": 16},
+        scheduler={"reserve_policy": "none", "watermark": 0.0},
+    )
+    expected = said(alone, SHORT)
+    assert share_right(expected, SHORT) >= BAR
+    with running(config) as cluster:
+        assert said(cluster, SHORT) == expected
+        cluster.wait_until_quiescent()
+        counters = [cluster.loads()[f"d{index}"]["counters"] for index in range(3)]
+    assert sum(counted["preemptions"] for counted in counters) > 0
+    assert sum(counted["kv_blocks_saved"] for counted in counters) > 0
+    assert sum(counted["kv_blocks_loaded"] for counted in counters) > 0
 
 
 # ------------------------------------------------------------ the detector
