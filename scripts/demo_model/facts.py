@@ -147,10 +147,10 @@ def how_many_question(rng: Random, kind: str) -> str:
 
 
 def carelessly(rng: Random, said: str) -> str:
-    """``said`` as people type it: at times without its last mark, or without its capitals."""
+    """``said`` as people type it: at times without its last mark, or without its capital."""
     if rng.random() < 0.1:
         said = said.rstrip("?!.")
-    return (said[0].lower() + said[1:]).replace(" I ", " i ") if rng.random() < 0.1 else said
+    return said[0].lower() + said[1:] if rng.random() < 0.1 else said
 
 
 def unknown_thing(rng: Random, notebook: Notebook) -> Thing:
