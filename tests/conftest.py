@@ -39,11 +39,12 @@ def libraries_own_things() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(runtime_dir: None, libraries_own_things: None) -> Iterator[None]:
+def no_leaks(request: pytest.FixtureRequest, runtime_dir: None, libraries_own_things: None) -> Iterator[None]:
     """Fail a test that leaves a process, thread, socket, shared memory or runtime file behind."""
     before = Belongings.now()
     yield
-    leaked = before.leaked()
+    # Mooncake's library makes and drops event loops of its own at times of its own.
+    leaked = before.leaked(but="anon_inode:" if "mooncake" in request.node.nodeid else None)
     if leaked:
         pytest.fail("left behind: " + ", ".join(leaked), pytrace=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import sys
 import threading
 import time
 from collections import Counter
@@ -32,18 +31,19 @@ class Belongings:
         """Look."""
         return cls(Counter([*_children(), *_threads(), *_descriptors(), *_mappings(), *_files()]))
 
-    def leaked(self) -> list[str]:
-        """Return what is there now and was not then, once it had time to go."""
-        leaked = self._more_now()
+    def leaked(self, but: str | None = None) -> list[str]:
+        """Return what is there now and was not then, once it had time to go; nothing whose name has ``but`` in it."""
+        leaked = self._more_now(but)
         deadline = time.monotonic() + SETTLE_S
         while leaked and time.monotonic() < deadline:
             gc.collect()
             time.sleep(0.01)
-            leaked = self._more_now()
+            leaked = self._more_now(but)
         return [_described(name) for name in leaked]
 
-    def _more_now(self) -> list[str]:
-        return sorted((Belongings.now().counts - self.counts).elements())
+    def _more_now(self, but: str | None) -> list[str]:
+        more = sorted((Belongings.now().counts - self.counts).elements())
+        return [name for name in more if but is None or but not in name]
 
 
 def _children() -> list[str]:
@@ -71,14 +71,8 @@ def _descriptors() -> list[str]:
             targets.append(str(entry.readlink()))
         except FileNotFoundError:  # the directory's own descriptor
             continue
-    # Mooncake's library makes and drops event loops of its own at times of its own.
-    foreign = "anon_inode:" if "mooncake.store" in sys.modules else "-"
     # A socket's inode number means nothing to the reader and would hide that one was closed and another opened.
-    return [
-        f"descriptor {_INODE.sub('', target)}"
-        for target in targets
-        if _OWN_FD.match(target) and not target.startswith(foreign)
-    ]
+    return [f"descriptor {_INODE.sub('', target)}" for target in targets if _OWN_FD.match(target)]
 
 
 def _mappings() -> list[str]:
