@@ -24,9 +24,13 @@ MODEL = Path(__file__).parents[2] / "models" / "demo"
 HELD_OUT = 20_000
 """Seed of the questions; training draws its chats from other generators and seeds."""
 
-QUESTIONS = questions(HELD_OUT, 200, 2000)
+LENGTHS = (200, 500, 1000, 2000)
+QUESTIONS = [question for length in LENGTHS for question in questions(HELD_OUT + length, 50, length)]
 BAR = 0.98
 AT_ONCE = 16
+IN_A_ROW = 50
+"""Questions asked at most before the client has a rest: a busy machine needs its time for each."""
+
 MAX_TOKENS = 64
 
 NUM_AGAIN = 40
@@ -83,15 +87,13 @@ def _running(*nodes: Config, **sections: Any) -> Iterator[Cluster]:
 
 def said(cluster: Cluster, asked: list[Question]) -> list[str]:
     """Return the answers to ``asked``, AT_ONCE at once."""
+    bodies = [{"model": "demo", "messages": question.messages, "max_tokens": MAX_TOKENS} for question in asked]
 
-    async def scenario(asker: Asker) -> list[Answer]:
-        bodies = [
-            {"model": "demo", "messages": question.messages, "max_tokens": MAX_TOKENS, "temperature": 0}
-            for question in asked
-        ]
-        return await at_once(AT_ONCE, [partial(asker.post, "/v1/chat/completions", body) for body in bodies])
+    async def scenario(part: list[dict[str, Any]], asker: Asker) -> list[Answer]:
+        return await at_once(AT_ONCE, [partial(asker.post, "/v1/chat/completions", body) for body in part])
 
-    given = play(cluster, scenario)
+    parts = [bodies[first : first + IN_A_ROW] for first in range(0, len(bodies), IN_A_ROW)]
+    given = [answer for part in parts for answer in play(cluster, partial(scenario, part))]
     assert all(answer.end is None for answer in given)
     return [answer.body["choices"][0]["message"]["content"] for answer in given]
 
