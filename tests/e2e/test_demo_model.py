@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -153,6 +155,13 @@ def test_preempted_requests_resume_from_storage_and_are_answered_the_same(alone:
     assert sum(counted["preemptions"] for counted in counters) > 0
     assert sum(counted["kv_blocks_saved"] for counted in counters) > 0
     assert sum(counted["kv_blocks_loaded"] for counted in counters) > 0
+
+
+def test_the_demo_prints_a_right_answer() -> None:
+    command = [sys.executable, "-P", "-m", "kvrelay.cluster.demo", "--exit"]
+    shown = subprocess.run(command, check=False, cwd=MODEL.parents[1], capture_output=True, text=True, timeout=240)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "\nThe red key is in drawer 86.\n" in shown.stdout
 
 
 # ------------------------------------------------------------ the detector
