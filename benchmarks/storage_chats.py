@@ -26,6 +26,8 @@ from support.completions import complete
 from support.running_cluster import Config, cluster_config, running
 
 NUM_TURNS = 6
+THINKING_S = 0.5
+"""Between an answer and the next question. Without it the first blocks may not be written yet when they are wanted."""
 
 
 def config(storage: Config) -> Config:
@@ -42,6 +44,7 @@ async def hold(port: int, seed: int, arguments: argparse.Namespace) -> list[tupl
         history += [rng.randrange(3, 384) for _ in range(arguments.first if turn == 0 else arguments.next)]
         completion = await complete(port, history, arguments.answer, ignore_eos=True)
         history += completion.token_ids
+        await asyncio.sleep(THINKING_S)
         turns.append((completion.ttft_s, completion.num_cached_tokens))
     return turns
 
