@@ -46,7 +46,9 @@ class Saver:
     def __init__(self, config: StorageConfig, block_bytes: int, kv: KVCache, outbox: Outbox) -> None:
         self._kv = kv
         self._outbox = outbox
-        self._free_slots = list(range(num_staging_slots(config, block_bytes)))
+        num_slots = num_staging_slots(config, block_bytes)
+        self._saves_nothing = num_slots == 0
+        self._free_slots = list(range(num_slots))
         self._saves: dict[int, _Save] = {}
         self._number = 0
         self._stored: OrderedDict[bytes, float] = OrderedDict()
@@ -69,6 +71,9 @@ class Saver:
 
         ``on_saved`` is called once: at once if there is nothing to write.
         """
+        if self._saves_nothing:
+            on_saved(0)
+            return
         blocks = self._kv.match(hashes)
         first = self._num_known(hashes)
         last = min(len(blocks), first + len(self._free_slots))

@@ -147,8 +147,10 @@ def test_blocks_that_are_not_in_the_pool_any_more_are_not_saved() -> None:
 @pytest.mark.parametrize("config", [{"backend": "none"}, {"write_policy": "off"}])
 def test_without_a_store_to_write_to_there_is_no_staging_memory(config: dict[str, Any]) -> None:
     desk = Desk(**config)
+    desk.saver.remember(HASHES[:2])
     assert not desk.save(3)
     assert desk.saved == [0]
+    assert not any(desk.saver.counters.values())
 
 
 def test_staging_memory_has_room_for_a_block_however_large() -> None:
