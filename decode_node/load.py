@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from kvrelay.core.config_sections import StorageConfig
+from kvstore.traffic import min_read_blocks
 
 _WEIGHT = 0.3
 """Of the newest measurement in a running mean."""
@@ -37,8 +38,7 @@ class LoadPolicy:
     def __init__(self, config: StorageConfig, block_size: int) -> None:
         self._is_on = config.backend != "none"
         self._resume = config.resume
-        self._block_size = block_size
-        self.min_blocks = -(-config.min_read_tokens // block_size)
+        self._min_blocks = min_read_blocks(config, block_size)
         self.loading = Speed()
         self.prefilling = Speed()
 
@@ -56,7 +56,7 @@ class LoadPolicy:
             if self._resume == "recompute" or (self._resume == "auto" and self._computing_is_faster(now)):
                 return 0
         num_blocks = num_stored - num_matched
-        return num_blocks if num_blocks >= self.min_blocks else 0
+        return num_blocks if num_blocks >= self._min_blocks else 0
 
     def _computing_is_faster(self, now: float) -> bool:
         loading, prefilling = self.loading.at(now), self.prefilling.at(now)

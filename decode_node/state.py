@@ -71,17 +71,16 @@ class DecodeMachine:
         self._node = node
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
-        self._saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
+        saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
         loads = LoadPolicy(node.storage, node.cache.block_size)
-        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher, self._saver, loads)
+        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher, saver, loads)
         self._requests = Requests(node.name, self.scheduler, self._outbox)
         self._reservations = Reservations(node, self.scheduler, self._requests, self._outbox)
-        self._storage = Storage(node, self.scheduler, self._requests, self._saver, loads, self._outbox)
+        self._storage = Storage(node, self.scheduler, self._requests, saver, loads, self._outbox)
         self._steps = Steps(node, self.scheduler, self._requests, self._storage, loads, self._outbox)
         self._membership = Membership(registration, node)
         self._leaving = False
         self._messager_stats = MessagerStats(counters={})
-        self._store_counters: dict[str, float] = {}
 
     # ------------------------------------------------------------ events
 
@@ -90,7 +89,7 @@ class DecodeMachine:
         self._outbox.now = now
         self._on_event(event)
         self._steps.start()
-        if self._leaving and not self._requests and self._storage.is_idle:
+        if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
 
@@ -104,8 +103,10 @@ class DecodeMachine:
                 self._on_message(peer, message)
             case StepFailed(reason=reason):
                 self._steps.failed(reason)
-            case KVStaged() | KVStored() | KVLoaded() | StoreCounted():
-                self._on_storage_event(event)
+            case KVStaged() | KVStored() | StoreCounted():
+                self._storage.traffic.take(event)
+            case KVLoaded():
+                self._storage.loaded(event)
             case TimerFired(key="heartbeat"):
                 self._heartbeat()
             case TimerFired(key="drain deadline"):
@@ -116,17 +117,6 @@ class DecodeMachine:
                 self._join()
             case StopRequested():
                 self._stop_requested()
-
-    def _on_storage_event(self, event: KVStaged | KVStored | KVLoaded | StoreCounted) -> None:
-        match event:
-            case KVStaged():
-                self._saver.staged(event)
-            case KVStored():
-                self._saver.stored(event)
-            case KVLoaded():
-                self._storage.loaded(event)
-            case StoreCounted(counters=counters):
-                self._store_counters = counters
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
@@ -285,9 +275,7 @@ class DecodeMachine:
             counters={
                 **self._steps.counters,
                 **self._reservations.counters,
-                **self._storage.counters,
-                **self._saver.counters,
-                **self._store_counters,
+                **self._storage.traffic.counters,
                 "preemptions": float(scheduler.num_preempted),
                 **{f"preemptions_{cause}": float(count) for cause, count in scheduler.preemptions.items()},
                 **asdict(self.kv.stats),
@@ -298,6 +286,6 @@ class DecodeMachine:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self._requests.assert_quiescent()
-        if not self._storage.is_idle:
+        if not self._storage.traffic.is_idle:
             raise LocalProtocolError(f"{self._node.name} is not quiescent: KV is on its way to or from the store")
         self.kv.assert_quiescent()

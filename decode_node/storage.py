@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.schedule import Loading, Scheduler
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import Attempt
-from kvrelay.core.machine import KVLoaded, LoadKV
+from kvrelay.core.machine import KVLoaded
 from kvrelay.core.messages.node_to_router import RequestPreempted
 from kvrelay.core.outbox import Outbox
 from kvstore.saver import Saver
+from kvstore.traffic import Traffic
 
 
 class Storage:
-    """Starts saves and loads, and takes their ends. ``counters`` only grow."""
+    """Starts saves and loads, and takes their ends."""
 
     def __init__(
         self,
@@ -35,8 +33,7 @@ class Storage:
         self._saver = saver
         self._loads = loads
         self._outbox = outbox
-        self._started: dict[Attempt, tuple[Loading, float]] = {}
-        self.counters = {"kv_loads": 0.0, "kv_blocks_loaded": 0.0, "kv_blocks_not_loaded": 0.0}
+        self.traffic: Traffic[Loading] = Traffic(node.storage, self._block_size, saver, outbox)
 
     # ------------------------------------------------------------ out
 
@@ -79,39 +76,19 @@ class Storage:
         request.lifecycle.move(DecodeStatus.LOADING, self._outbox.now)
         request.mark("load", self._outbox.now)
         span = slice(loading.first_block, loading.first_block + loading.num_blocks)
-        self._started[request.attempt] = (loading, self._outbox.now)
-        self.counters["kv_loads"] += 1
         timeout_s = self._config.timeout_s if request.num_preemptions else self._config.read_timeout_s
-        self._outbox.do(
-            LoadKV(
-                request.attempt,
-                request.hashes[span],
-                request.block_table[span],
-                min(self._loads.min_blocks, loading.num_blocks),
-                timeout_s,
-            )
-        )
+        self.traffic.load(request.attempt, loading, request.hashes[span], request.block_table[span], timeout_s)
 
     def loaded(self, event: KVLoaded) -> None:
         """Go on with what the store had; the rest is computed."""
-        loading, started_s = self._started.pop(cast(Attempt, event.key))
+        loading, seconds = self.traffic.loaded(event)
         request, now = loading.request, self._outbox.now
         request.is_loading = False
-        hashes = request.hashes[loading.first_block : loading.first_block + loading.num_blocks]
-        self._saver.remember(hashes[: event.num_blocks])
-        self._saver.forget(hashes[event.num_blocks :])
-        self.counters["kv_blocks_loaded"] += event.num_blocks
-        self.counters["kv_blocks_not_loaded"] += loading.num_blocks - event.num_blocks
         if event.num_blocks:
-            self._loads.loading.add(event.num_blocks * self._block_size, now - started_s, now)
+            self._loads.loading.add(event.num_blocks * self._block_size, seconds, now)
         if request.is_over:
             self._requests.end_if_unused(request)
             return
         request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, now)
         request.mark("loaded", now)
         self._scheduler.loaded(request, event.num_blocks)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is on its way to or from the store."""
-        return not len(self._saver) and not self._started

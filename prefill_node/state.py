@@ -95,7 +95,6 @@ class PrefillMachine:
         self._leaving = False
         self._counters = {"steps": 0.0, "prefill_tokens": 0.0, "kv_bytes_sent": 0.0}
         self._messager_stats = MessagerStats(counters={})
-        self._store_counters: dict[str, float] = {}
 
     # ------------------------------------------------------------ events
 
@@ -107,7 +106,7 @@ class PrefillMachine:
             self._begin(request)
         if self._running and not self._steps.is_running:
             self._steps.start(self._policy.schedule(self._running.values(), len(self._sending)))
-        if self._leaving and not self._requests and self._storage.is_idle:
+        if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
 
@@ -123,8 +122,10 @@ class PrefillMachine:
                 self._step_done(result)
             case StepFailed(reason=reason):
                 self._step_failed(reason)
-            case KVStaged() | KVStored() | KVLoaded() | StoreCounted():
-                self._on_storage_event(event)
+            case KVStaged() | KVStored() | StoreCounted():
+                self._storage.traffic.take(event)
+            case KVLoaded():
+                self._loaded(event)
             case TimerFired(key="heartbeat"):
                 self._heartbeat()
             case TimerFired(key="drain deadline"):
@@ -137,17 +138,6 @@ class PrefillMachine:
                 self._peer_lost(peer, reason)
             case StopRequested():
                 self._stop_requested()
-
-    def _on_storage_event(self, event: KVStaged | KVStored | KVLoaded | StoreCounted) -> None:
-        match event:
-            case KVStaged():
-                self._storage.saver.staged(event)
-            case KVStored():
-                self._storage.saver.stored(event)
-            case KVLoaded():
-                self._loaded(event)
-            case StoreCounted(counters=counters):
-                self._store_counters = counters
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
@@ -406,9 +396,7 @@ class PrefillMachine:
             gauges=self._messager_stats.gauges,
             counters={
                 **self._counters,
-                **self._storage.counters,
-                **self._storage.saver.counters,
-                **self._store_counters,
+                **self._storage.traffic.counters,
                 **asdict(self.kv.stats),
                 **self._messager_stats.counters,
             },
@@ -418,6 +406,6 @@ class PrefillMachine:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self.kv.assert_quiescent()
         owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
-        if owed or len(self._admission) or self._steps.is_running or not self._storage.is_idle:
+        if owed or len(self._admission) or self._steps.is_running or not self._storage.traffic.is_idle:
             stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
             raise LocalProtocolError(f"prefill node not quiescent: {stories}")
