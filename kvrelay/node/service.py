@@ -81,7 +81,8 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncItera
     if node.storage.backend == "none":
         yield
         return
-    store, clock = make_store(node.storage, engine.geometry, Clock(), node.host), Clock()
+    clock = Clock()
+    store = make_store(node.storage, engine.geometry, clock, node.host)
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with StorageIO(store, engine.memory, num_slots, shell.post, clock) as storage:
         storage.handle_with(shell)
