@@ -29,7 +29,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "script
 from demo_model.questions import questions
 from demo_model.tokenizer import render
 from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
-from support.vllm import DEFAULT_ENVIRONMENT, make_environment, run_offline
+from support.vllm_processes import DEFAULT_ENVIRONMENT, make_environment, run_offline
 
 from kvrelay.engine.tiny import write_tiny_checkpoint
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import statistics
 import subprocess
@@ -42,7 +43,7 @@ from support.completions import complete
 from support.cpu_time import cpu_s_by_title
 from support.limits import QWEN2, Limits, measure_limits
 from support.running_cluster import Config, cluster_config, running
-from support.vllm import DEFAULT_ENVIRONMENT, client_process, make_environment, vllm_server
+from support.vllm_processes import DEFAULT_ENVIRONMENT, client_process, make_environment, vllm_server
 
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
@@ -438,6 +439,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep all runs there")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
     arguments = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Paddle has made the root logger talkative
     cases = [case for case in CASES if arguments.cases is None or case.name in arguments.cases]
     kept: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
