@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -354,50 +354,35 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     colours = {"met": "#2a7f62", "missed": "#c8553d", "": "#9aa5b1"}
     matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, axes = pyplot.subplots(figsize=(8.0, 0.6 + 0.26 * (len(rows) + len({row.case.name for row in rows}))))
-    at, places, labels, last = 0.0, [], [], None
-    for row in rows:
-        if row.case is not last:
-            at += 0.9 if last else 0.0
-            axes.text(
-                0.0,
-                at - 0.72,
-                f"  {row.case.name}: {row.case.load}, {row.case.cluster}",
-                transform=axes.get_yaxis_transform(),
-                weight="bold",
-                va="center",
-            )
-            last = row.case
-        value = times_better(row, row.ratio)
-        axes.barh(at, value - 1, left=1, height=0.72, color=colours[row.verdict])
-        axes.text(max(value, 1) * 1.03, at, f"{row.ours:.0f} : {row.theirs:.0f}", va="center", fontsize=8, color="#444")
-        if row.aim is not None:
-            wanted = times_better(row, row.aim)
-            axes.plot([wanted, wanted], [at - 0.45, at + 0.45], color="black", linewidth=1.6)
-        places.append(at)
-        labels.append(f"{row.metric}{'' if row.more_is_better else ', ms'}")
-        at += 1.0
-    axes.set_yticks(places, labels)
-    axes.set_ylim(at - 0.3, -1.2)
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.7 + 0.25 * (len(rows) + 1.6 * len({row.case.name for row in rows}))))
+    beside, at = axes.get_yaxis_transform(), 0.0
+    places = []
+    for case, group in itertools.groupby(rows, key=lambda row: row.case):
+        axes.text(0.0, at, f"{case.name}: {case.load}, {case.cluster}", transform=beside, weight="bold", va="center")
+        first = at + 1
+        for row in group:
+            at += 1
+            axes.barh(at, times_better(row, row.ratio) - 1, left=1, height=0.7, color=colours[row.verdict])
+            axes.text(1.02, at, f"{row.ours:.0f} : {row.theirs:.0f}", transform=beside, va="center", color="#444")
+            if row.aim is not None:
+                axes.plot([times_better(row, row.aim)] * 2, [at - 0.45, at + 0.45], color="black", linewidth=1.8)
+            places.append((at, row.metric if row.more_is_better else f"{row.metric}, ms"))
+        axes.plot([1, 1], [first - 0.5, at + 0.5], color="black", linewidth=0.8)
+        at += 1.6
+    axes.text(1.02, -0.1, "kvrelay : vLLM", transform=beside, va="center", color="#444")
+    axes.set_yticks(*zip(*places, strict=True))
+    axes.set_ylim(at - 0.9, -0.7)
+    marks = [times_better(row, ratio) for row in rows for ratio in (row.ratio, row.aim) if ratio is not None]
     axes.set_xscale("log")
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
-    low = min(0.45, *(times_better(row, row.ratio) * 0.9 for row in rows))
-    high = max(
-        2.2,
-        *(1.5 * times_better(row, row.ratio) for row in rows),
-        *(1.2 * times_better(row, row.aim) for row in rows if row.aim),
-    )
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_xticks(ticks := [2.0**power for power in range(-4, 8)], [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(low, high)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times better than vLLM (figures: kvrelay : vLLM; black mark: aim; green: met, red: missed)")
+    axes.set_xlim(min(0.6, 0.9 * min(marks)), max(2.1, 1.1 * max(marks)))
+    axes.set_xlabel("times better than vLLM; black: the aim; green: met, red: missed")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 # ---------------------------------------------------------------- all of it
@@ -416,8 +401,8 @@ def run_all(arguments: argparse.Namespace, cases: Sequence[Case], results: Resul
             results.setdefault(name, {})[str(load)] = []
     environment = arguments.vllm.resolve()
     make_environment(environment)
-    with tempfile.TemporaryDirectory(prefix="kvb-") as directory, ExitStack() as stack:
-        model = Path(directory) / "model"
+    with ExitStack() as stack:
+        model = environment / "models" / PRESET  # where it always is, so that vLLM finds what it compiled for it
         write_tiny_checkpoint(model, "qwen2", preset=PRESET)
         started = {}
         for name in (VLLM, *CLUSTERS):
