@@ -12,11 +12,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "kvrelay/engine/native"
+HEADERS = [f"{NATIVE}/{name}.h" for name in ("kernels", "vectors", "passes", "attention", "products")]
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 BASELINE: dict[str, list[str]] = {"baseline": []}
-X86 = {**BASELINE, "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+VNNI = [*AVX512, "-mavx512vnni"]
+X86 = {**BASELINE, "avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16", "-mavx512vbmi"]}
 
 
 class BuildKernels(build_ext):
@@ -36,11 +38,10 @@ class BuildKernels(build_ext):
 
     def _compile(self, source: str, name: str, macros: list[tuple[str, str | None]], flags: list[str]) -> list[str]:
         folder = str(Path(self.build_temp) / name)
-        arguments = {"macros": macros, "extra_postargs": [*FLAGS, *flags], "depends": [f"{NATIVE}/kernels.h"]}
+        arguments = {"macros": macros, "extra_postargs": [*FLAGS, *flags], "depends": HEADERS}
         return self.compiler.compile([source], output_dir=folder, **arguments)
 
 
 sources = [f"{NATIVE}/isa.cpp", f"{NATIVE}/library.cpp"]
-headers = [f"{NATIVE}/kernels.h"]
-kernels = Extension("kvrelay.engine.native._kernels", sources, depends=headers, language="c++", optional=True)
+kernels = Extension("kvrelay.engine.native._kernels", sources, depends=HEADERS, language="c++", optional=True)
 setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

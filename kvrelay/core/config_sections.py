@@ -34,17 +34,6 @@ def refuse(reason: str, *key: str | int) -> PydanticCustomError:
     return PydanticCustomError("refused", "{reason}", {"reason": reason, "key": key})
 
 
-def _not_built_yet(*values: str) -> BeforeValidator:
-    """Refuse ``values``, which the design names but this version does not have, in words that say so."""
-
-    def check(value: object) -> object:
-        if value in values:
-            raise refuse(f"{value} is not built yet")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _parse_size(value: object) -> object:
     """Return ``"64MiB"`` as bytes; a plain number is bytes already."""
     if not isinstance(value, str):
@@ -374,8 +363,9 @@ class EngineConfig(Section):
         "auto",
         description="portable: Paddle's own operators; native: the CPU's best; auto: native where it is installed.",
     )
-    quantization: Annotated[Literal["none"], _not_built_yet("w8a8", "w8a16")] = Field(
-        "none", description="none: weights as in model.dtype."
+    quantization: Literal["none", "w8a8", "w8a16"] = Field(
+        "none",
+        description="Linear layers: none: as in model.dtype; w8a16: weights in int8; w8a8: what they multiply as well.",
     )
     fake: FakeEngineConfig = Field(default_factory=FakeEngineConfig)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import CheckpointError, ConfigError
+from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, Kernels, KernelsUnavailableError
-from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.native.library import NativeLibrary, ProductKind
 from kvrelay.engine.native_kernels import NativeKernels
 from kvrelay.engine.onednn import OneDNN
 from kvrelay.engine.paddle_runtime import paddle
@@ -38,11 +39,13 @@ def choose_kernels(node: NodeConfig, stored_dtype: str, shape: HeadShape) -> Ker
     except KernelsUnavailableError as error:
         return _without_library(node, shape, dtype, onednn, error)
     _check_cache_dtype(node, dtype)
+    quantization = Quantization(node.engine.quantization)
+    _check_products(library, quantization, dtype)
     logger.info(
-        "kernels: native in %s (oneDNN %s for %s, own code for %s), %d threads",
-        *(dtype, onednn.version, onednn.isa, library.isa, node.threads),
+        "kernels: native in %s%s (oneDNN %s for %s, own code for %s), %d threads",
+        *(dtype, _with(quantization), onednn.version, onednn.isa, library.isa, node.threads),
     )
-    return NativeKernels(dtype, shape, node.cache.block_size, onednn, library, node.threads)
+    return NativeKernels(dtype, shape, node.cache.block_size, onednn, library, node.threads, quantization)
 
 
 def _without(node: NodeConfig, shape: HeadShape, error: KernelsUnavailableError) -> Kernels:
@@ -55,10 +58,12 @@ def _without_library(
 ) -> Kernels:
     _refuse_if_asked_for(node, error)
     _check_cache_dtype(node, "float32")
+    quantization = Quantization(node.engine.quantization)
     logger.info(
-        "kernels: oneDNN %s for products in %s, portable for all else in float32 (%s)", onednn.version, dtype, error
+        "kernels: oneDNN %s for products in %s%s, portable for all else in float32 (%s)",
+        *(onednn.version, dtype, _with(quantization), error),
     )
-    return ProductKernels(dtype, shape, onednn)
+    return ProductKernels(dtype, shape, onednn, quantization)
 
 
 def _refuse_if_asked_for(node: NodeConfig, error: KernelsUnavailableError) -> None:
@@ -68,8 +73,13 @@ def _refuse_if_asked_for(node: NodeConfig, error: KernelsUnavailableError) -> No
 
 def _portable(node: NodeConfig, shape: HeadShape, dtype: str, reason: str) -> PortableKernels:
     _check_cache_dtype(node, dtype)
-    logger.info("kernels: portable in %s (%s)", dtype, reason)
-    return PortableKernels(dtype, shape)
+    quantization = Quantization(node.engine.quantization)
+    logger.info("kernels: portable in %s%s (%s)", dtype, _with(quantization), reason)
+    return PortableKernels(dtype, shape, quantization)
+
+
+def _with(quantization: Quantization) -> str:
+    return "" if quantization is Quantization.NONE else f" with weights in int8, {quantization}"
 
 
 def _portable_dtype(node: NodeConfig) -> str:
@@ -99,6 +109,14 @@ def _check_cache_dtype(node: NodeConfig, dtype: str) -> None:
     if node.cache.dtype not in ("auto", dtype):
         raise CheckpointError(
             f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}; use auto or {dtype}"
+        )
+
+
+def _check_products(library: NativeLibrary, quantization: Quantization, dtype: str) -> None:
+    wanted = quantization is Quantization.W8A16 and dtype == "bfloat16"
+    if wanted and not library.multiplies(ProductKind.HALVES_BY_INT8):
+        raise ConfigError(
+            [f"engine.quantization: w8a16 in bfloat16 is not to be had with {library.isa}; set model.dtype to float32"]
         )
 
 

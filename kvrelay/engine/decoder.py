@@ -46,7 +46,7 @@ def load_weights(checkpoint: Checkpoint, kernels: Kernels) -> DecoderWeights:
     layers = [_load_layer(checkpoint, kernels, f"model.layers.{layer}.") for layer in range(config.num_layers)]
     final_norm = kernels.pack_norm(_joined(checkpoint, kernels, ["model.norm.weight"]))
     head = embedding if config.tied_embeddings else _joined(checkpoint, kernels, ["lm_head.weight"])
-    lm_head = kernels.pack_linear(head, None, wide=True)
+    lm_head = kernels.pack_linear(head, None, wide=True, exact=True)
     return DecoderWeights(kernels.pack_table(embedding), layers, final_norm, lm_head)
 
 

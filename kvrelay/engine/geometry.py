@@ -13,16 +13,19 @@ from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.load import longest_sequence
 
 
-def checkpoint_geometry(checkpoint: Checkpoint, block_size: int, kv_dtype: str, max_model_len: int) -> KVGeometry:
-    """Return the geometry of the KV that the model in ``checkpoint`` computes, once all of that has been read."""
-    config = checkpoint.config
+def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, max_model_len: int) -> KVGeometry:
+    """Return the geometry of the KV that ``node`` computes, once all of its ``checkpoint`` has been read."""
+    config, quantization = checkpoint.config, node.engine.quantization
+    more: list[object] = [max_model_len if config.rope.kind == "dynamic" else None]
+    if quantization != "none":
+        more.append(quantization)
     return KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        block_size=block_size,
+        block_size=node.cache.block_size,
         dtype=kv_dtype,
-        model_digest=checkpoint.digest(max_model_len if config.rope.kind == "dynamic" else None),
+        model_digest=checkpoint.digest(*more),
     )
 
 
@@ -39,7 +42,7 @@ def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KV
     checkpoint = Checkpoint.open(model_dir, config, on_progress)
     checkpoint.read_all()
     dtype = _kv_dtype(node, checkpoint.dtype)
-    return checkpoint_geometry(checkpoint, node.cache.block_size, dtype, longest_sequence(node, config))
+    return checkpoint_geometry(node, checkpoint, dtype, longest_sequence(node, config))
 
 
 def _kv_dtype(node: Sections, stored_dtype: str) -> str:

@@ -94,10 +94,13 @@ class Kernels(Protocol):
     def pack_norm(self, weight: Tensor) -> Tensor:
         """Prepare the ``weight`` of a norm for ``normalize`` and the like, once, when the model is loaded."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+    ) -> PackedLinear:
         """Prepare ``weight`` [out, in] and ``bias`` [out] for products, once, when the model is loaded.
 
         ``wide``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
+        ``exact``: the weight is never to be quantized.
         """
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> StepContext:

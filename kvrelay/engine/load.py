@@ -50,7 +50,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
     kernels = choose_kernels(node, checkpoint.dtype, shape)
     weights = load_weights(checkpoint, kernels)
-    geometry = checkpoint_geometry(checkpoint, node.cache.block_size, kernels.kv_dtype, max_model_len)
+    geometry = checkpoint_geometry(node, checkpoint, kernels.kv_dtype, max_model_len)
     decoder = Decoder(config, weights, kernels)
     return PaddleEngine(
         decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"

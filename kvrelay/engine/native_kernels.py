@@ -18,17 +18,17 @@ import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.kv_pool import AddressedPool
 from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrary
-from kvrelay.engine.onednn import Array, OneDNN, PackedLinear, rows_with_padding, to_bfloat16
+from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
+from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RotationTables
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 class Rows(NamedTuple):
@@ -83,17 +83,27 @@ class NativeKernels:
     """See Kernels and this module. Not thread-safe; computes with ``threads`` threads."""
 
     def __init__(
-        self, dtype: str, shape: HeadShape, block_size: int, onednn: OneDNN, library: NativeLibrary, threads: int
+        self,
+        dtype: str,
+        shape: HeadShape,
+        block_size: int,
+        onednn: OneDNN,
+        library: NativeLibrary,
+        threads: int,
+        quantization: Quantization = Quantization.NONE,
     ) -> None:
         self.dtype = self.kv_dtype = dtype
         self._bf16 = int(dtype == "bfloat16")
-        self._item_bytes = _ITEM_BYTES[dtype]
+        self._item_bytes = ITEM_BYTES[dtype]
         self._shape = shape
         self._block_size = block_size
         self._onednn = onednn
         self._library = library
         self._threads = threads
         self._thread: int | None = None
+        self._quantization = quantization
+        self._few_rows = FewRows(library)
+        self._quantized_rows = QuantizedRows(library)
         self._rotation = RotationTables(shape.rotation)
         self._buffers: dict[tuple[str, int, int], _Buffer] = {}
         self._width = 0
@@ -115,10 +125,16 @@ class NativeKernels:
         """See Kernels."""
         return Kept.of(weight)
 
-    def pack_linear(self, weight: Float32, bias: Float32 | None, *, wide: bool = False) -> PackedLinear:
+    def pack_linear(
+        self, weight: Float32, bias: Float32 | None, *, wide: bool = False, exact: bool = False
+    ) -> NativeLinear:
         """See Kernels."""
         self._use_threads()
-        return self._onednn.pack(weight, bias, self.dtype, "float32" if wide else self.dtype)
+        out_dtype = "float32" if wide else self.dtype
+        if exact or self._quantization is Quantization.NONE:
+            return self._few_rows.joined(self._onednn.pack(weight, bias, self.dtype, out_dtype))
+        rows = self._quantized_rows
+        return Int8Linear(self._library, weight, bias, self._quantization, self.dtype, out_dtype, rows)
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> NativeStep:
         """See Kernels."""
@@ -176,13 +192,13 @@ class NativeKernels:
         )
         return out
 
-    def linear(self, x: Rows, packed: PackedLinear) -> Rows:
+    def linear(self, x: Rows, packed: NativeLinear) -> Rows:
         """See Kernels."""
-        out = self._rows("linear", x.num_rows, packed.shape[1], _ITEM_BYTES[packed.out_dtype])
+        out = self._rows("linear", x.num_rows, packed.shape[1], ITEM_BYTES[packed.out_dtype])
         packed.multiply(x.address, out.address, x.num_rows)
         return out
 
-    def add_linear(self, x: Rows, packed: PackedLinear, residual: Rows) -> Rows:
+    def add_linear(self, x: Rows, packed: NativeLinear, residual: Rows) -> Rows:
         """See Kernels."""
         packed.multiply(x.address, residual.address, x.num_rows, accumulate=True)
         return residual
@@ -214,7 +230,7 @@ class NativeKernels:
         self._library.silu_mul(gate_up.address, out.address, gate_up.num_rows, ffn, self._bf16)
         return out
 
-    def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: PackedLinear) -> Float32:
+    def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: NativeLinear) -> Float32:
         """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
         out = self.linear(hidden, head)

@@ -26,12 +26,12 @@ _FORMAT_ANY, _FORMAT_ROWS = 1, 3
 _QUERY_IMPL_NAME, _QUERY_WEIGHTS = 8, 131
 _ARG_FROM, _ARG_SRC, _ARG_TO, _ARG_DST, _ARG_WEIGHTS, _ARG_BIAS = 1, 1, 17, 17, 33, 41
 _DTYPES = {"bfloat16": 2, "float32": 3}
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _ALIGNMENT = 64
 _HUGE_PAGE_BYTES = 2 << 20
 
 _FEWEST_ROWS = 2  # one row takes another path through oneDNN, which sums long rows in another order
-_EXACT_ROWS, _ROW_STEP = 64, 16
+EXACT_ROWS, _ROW_STEP = 64, 16
 
 Float32 = npt.NDArray[np.float32]
 _Pointer = ctypes.c_void_p
@@ -91,7 +91,7 @@ class OneDNN:
         self._check(self.calls.dnnl_primitive_desc_query(product, _QUERY_IMPL_NAME, 0, ctypes.byref(name)), "query")
         return (name.value or b"").startswith(b"brg")
 
-    def pack(self, weight: Float32, bias: Float32 | None, dtype: str, out_dtype: str) -> PackedLinear:
+    def pack(self, weight: Float32, bias: Float32 | None, dtype: str, out_dtype: str) -> OneDNNLinear:
         """Pack ``weight`` [out, in], which is not kept, as ``dtype``; products will be of type ``out_dtype``."""
         weight = np.ascontiguousarray(weight, np.float32)
         size_out, size_in = weight.shape
@@ -108,16 +108,16 @@ class OneDNN:
         self.calls.dnnl_primitive_destroy(reorder)
         self.calls.dnnl_primitive_desc_destroy(reorder_desc)
         bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
-        return PackedLinear(self, (size_in, size_out), dtype, out_dtype, layout, array, packed, bias)
+        return OneDNNLinear(self, (size_in, size_out), dtype, out_dtype, layout, array, packed, bias)
 
-    def products(self, linear: PackedLinear, accumulate: bool) -> _Products:
+    def products(self, linear: OneDNNLinear, accumulate: bool) -> _Products:
         """Return the products of linears with this one's shape and types."""
         key = (linear.shape, linear.dtype, linear.out_dtype, linear.bias is not None, accumulate)
         if key not in self._products:
             self._products[key] = _Products(self, linear, accumulate)
         return self._products[key]
 
-    def product_primitive(self, num_rows: int, linear: PackedLinear, accumulate: bool) -> _Product:
+    def product_primitive(self, num_rows: int, linear: OneDNNLinear, accumulate: bool) -> _Product:
         """Return the product of ``num_rows`` rows with a weight like that of ``linear``."""
         size_in, size_out = linear.shape
         sizes = (num_rows, size_in, size_out)
@@ -186,7 +186,7 @@ class OneDNN:
             raise KernelsUnavailableError(f"oneDNN {self.version}: {what} gave status {status}")
 
 
-class PackedLinear:
+class OneDNNLinear:
     """One weight in oneDNN's layout, and a bias [out] in float32. ``shape``: (in, out)."""
 
     def __init__(
@@ -229,7 +229,7 @@ class PackedLinear:
         product = products.of(num_rows, self)
         bias = [] if self._bias_memory is None else [(_ARG_BIAS, self._bias_memory)]
         arguments = _arguments((_ARG_SRC, product.src), (_ARG_WEIGHTS, self._memory), (_ARG_DST, product.dst), *bias)
-        row_bytes = self.shape[0] * _ITEM_BYTES[self.dtype], self.shape[1] * _ITEM_BYTES[self.out_dtype]
+        row_bytes = self.shape[0] * ITEM_BYTES[self.dtype], self.shape[1] * ITEM_BYTES[self.out_dtype]
         return _Call(self._library, product, arguments, num_rows * row_bytes[0], num_rows * row_bytes[1])
 
     def _prepare(self, num_rows: int, accumulate: bool) -> list[_Call]:
@@ -282,23 +282,23 @@ class _Product:
 class _Products:
     """The primitives for one shape, one for each number of rows that has come up."""
 
-    def __init__(self, library: OneDNN, linear: PackedLinear, accumulate: bool) -> None:
+    def __init__(self, library: OneDNN, linear: OneDNNLinear, accumulate: bool) -> None:
         self._library = library
         self._accumulate = accumulate
         self._products: dict[int, _Product] = {}
         self._pieces: dict[int, Sequence[int]] = {}
         rng = np.random.default_rng(0)
-        self._probe = rng.standard_normal((_EXACT_ROWS, linear.shape[0]), np.float32)
+        self._probe = rng.standard_normal((EXACT_ROWS, linear.shape[0]), np.float32)
         self._wanted: npt.NDArray[np.uint8] | None = None
 
-    def of(self, num_rows: int, linear: PackedLinear) -> _Product:
+    def of(self, num_rows: int, linear: OneDNNLinear) -> _Product:
         """Return the primitive for ``num_rows``."""
         product = self._products.get(num_rows)
         if product is None:
             product = self._products[num_rows] = self._library.product_primitive(num_rows, linear, self._accumulate)
         return product
 
-    def pieces(self, num_rows: int, linear: PackedLinear) -> Sequence[int]:
+    def pieces(self, num_rows: int, linear: OneDNNLinear) -> Sequence[int]:
         """Return the numbers of rows to compute ``num_rows`` in: nearly always one, a little larger.
 
         oneDNN chooses its blocking by the number of rows, and another order of adding up rounds otherwise. So a number
@@ -309,26 +309,26 @@ class _Products:
             pieces = self._pieces[num_rows] = self._choose(num_rows, linear)
         return pieces
 
-    def _choose(self, num_rows: int, linear: PackedLinear) -> Sequence[int]:
+    def _choose(self, num_rows: int, linear: OneDNNLinear) -> Sequence[int]:
         candidate = _padded(num_rows)
-        while candidate < _EXACT_ROWS and not self._rounds_alike(candidate, linear):
+        while candidate < EXACT_ROWS and not self._rounds_alike(candidate, linear):
             candidate += 1
-        if candidate <= _EXACT_ROWS or self._rounds_alike(candidate, linear):
+        if candidate <= EXACT_ROWS or self._rounds_alike(candidate, linear):
             return (candidate,)
-        return (_EXACT_ROWS,) * -(-num_rows // _EXACT_ROWS)
+        return (EXACT_ROWS,) * -(-num_rows // EXACT_ROWS)
 
-    def _rounds_alike(self, num_rows: int, linear: PackedLinear) -> bool:
+    def _rounds_alike(self, num_rows: int, linear: OneDNNLinear) -> bool:
         if self._wanted is None:
-            self._wanted = self._probed(_EXACT_ROWS, linear)
+            self._wanted = self._probed(EXACT_ROWS, linear)
         found, wanted = self._probed(num_rows, linear), self._wanted
-        last = (num_rows - 1) % _EXACT_ROWS
-        shared = min(num_rows, _EXACT_ROWS)
+        last = (num_rows - 1) % EXACT_ROWS
+        shared = min(num_rows, EXACT_ROWS)
         return bool((found[:shared] == wanted[:shared]).all() and (found[-1] == wanted[last]).all())
 
-    def _probed(self, num_rows: int, linear: PackedLinear) -> npt.NDArray[np.uint8]:
-        rows = self._probe[np.arange(num_rows) % _EXACT_ROWS]
+    def _probed(self, num_rows: int, linear: OneDNNLinear) -> npt.NDArray[np.uint8]:
+        rows = self._probe[np.arange(num_rows) % EXACT_ROWS]
         x = np.ascontiguousarray(rows if linear.dtype == "float32" else to_bfloat16(rows))
-        out = np.zeros((num_rows, linear.shape[1] * _ITEM_BYTES[linear.out_dtype]), np.uint8)
+        out = np.zeros((num_rows, linear.shape[1] * ITEM_BYTES[linear.out_dtype]), np.uint8)
         linear.call(self, num_rows).run(x.ctypes.data, out.ctypes.data)
         return out
 
@@ -339,12 +339,12 @@ class _Version(ctypes.Structure):
 
 def rows_with_padding(num_rows: int) -> int:
     """Return how many rows a buffer must have room for, so that products of ``num_rows`` can be padded."""
-    return -(-num_rows // _EXACT_ROWS) * _EXACT_ROWS
+    return -(-num_rows // EXACT_ROWS) * EXACT_ROWS
 
 
 def _padded(num_rows: int) -> int:
     """Return the next number of rows that products are made for: not every one beyond 64."""
-    if num_rows <= _EXACT_ROWS:
+    if num_rows <= EXACT_ROWS:
         return max(num_rows, _FEWEST_ROWS)
     return -(-num_rows // _ROW_STEP) * _ROW_STEP
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.batch import RaggedBatch, Span
+from kvrelay.engine.int8 import LARGEST, Quantization, rounded_rows
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, PackedLinear, Tensor
 from kvrelay.engine.kv_pool import MappedPool
 from kvrelay.engine.paddle_runtime import paddle
@@ -25,13 +26,15 @@ Int64 = npt.NDArray[np.int64]
 _MASKED = -1e30
 _MAX_SCORES = 1 << 21
 _LONGEST_TILE = 256
+_SMALLEST = 1e-30
 
 
 class PackedWeight(NamedTuple):
-    """A matrix [out, in] and perhaps a bias [out]."""
+    """A matrix [out, in] and perhaps a bias [out]. ``rounds_rows``: what it is multiplied with is rounded to int8."""
 
     weight: Tensor
     bias: Tensor | None
+    rounds_rows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,14 @@ class PortableStep:
 
 
 class PortableKernels:
-    """Kernels made of Paddle operators, for ``num_heads`` query and ``num_kv_heads`` key/value heads."""
+    """Kernels made of Paddle operators, for ``num_heads`` query and ``num_kv_heads`` key/value heads.
 
-    def __init__(self, dtype: str, shape: HeadShape) -> None:
+    Quantized weights, and rows, are rounded to int8 and multiplied in ``dtype``: the same results, at no gain in speed.
+    """
+
+    def __init__(self, dtype: str, shape: HeadShape, quantization: Quantization = Quantization.NONE) -> None:
         self.dtype = self.kv_dtype = dtype
+        self._quantization = quantization
         self._rotation = shape.rotation
         self._num_heads = shape.num_heads
         self._num_kv_heads = shape.num_kv_heads
@@ -99,9 +106,19 @@ class PortableKernels:
         """See Kernels."""
         return weight
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+    ) -> PackedLinear:
         """See Kernels."""
-        return PackedWeight(weight, bias)
+        weight, rounds_rows = self._rounded(weight, exact)
+        return PackedWeight(weight, bias, rounds_rows)
+
+    def _rounded(self, weight: Tensor, exact: bool) -> tuple[Tensor, bool]:
+        """Return ``weight`` as quantization leaves it, and whether it rounds the rows as well."""
+        if exact or self._quantization is Quantization.NONE:
+            return weight, False
+        rounded = rounded_rows(weight.cast("float32").numpy())
+        return self.upload(rounded), self._quantization is Quantization.W8A8
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> PortableStep:
         """See Kernels."""
@@ -123,6 +140,7 @@ class PortableKernels:
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See Kernels."""
+        x = round_rows(x) if packed.rounds_rows else x
         out = paddle.matmul(x, packed.weight, transpose_y=True)
         return out if packed.bias is None else out.add_(packed.bias)
 
@@ -256,3 +274,9 @@ class PortableKernels:
 def _visible(span: Span, window: int | None) -> int:
     """Return how many positions the last token of ``span`` attends to."""
     return span.context_len if window is None else min(window, span.context_len)
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """Return what is left of the rows of ``x`` when each of them has been int8 (see ``int8.rounded_rows``)."""
+    furthest = paddle.abs(x).max(axis=-1, keepdim=True).clip(min=_SMALLEST)
+    return paddle.round(x * (LARGEST / furthest)) * (furthest / LARGEST)

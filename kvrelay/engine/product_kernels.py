@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
-from kvrelay.engine.kernels import HeadShape, Tensor
-from kvrelay.engine.onednn import Array, OneDNN, PackedLinear, rows_with_padding
+from kvrelay.engine.int8 import Quantization
+from kvrelay.engine.kernels import HeadShape, PackedLinear, Tensor
+from kvrelay.engine.onednn import Array, OneDNN, OneDNNLinear, rows_with_padding
 from kvrelay.engine.paddle_runtime import paddle
-from kvrelay.engine.portable import PortableKernels
+from kvrelay.engine.portable import PortableKernels, round_rows
+
+
+class _Packed(NamedTuple):
+    """A weight of oneDNN's. ``rounds_rows``: see ``portable.PackedWeight``."""
+
+    product: OneDNNLinear
+    rounds_rows: bool
 
 
 class ProductKernels(PortableKernels):
     """See Kernels. Weights and what is multiplied with them are of ``dtype``; all else, KV included, is float32."""
 
-    def __init__(self, dtype: str, shape: HeadShape, onednn: OneDNN) -> None:
-        super().__init__("float32", shape)
+    def __init__(
+        self, dtype: str, shape: HeadShape, onednn: OneDNN, quantization: Quantization = Quantization.NONE
+    ) -> None:
+        super().__init__("float32", shape, quantization)
         self._product_dtype = dtype
         self._onednn = onednn
         self._inputs: dict[int, Array] = {}
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+    ) -> PackedLinear:
         """See Kernels."""
+        weight, rounds_rows = self._rounded(weight, exact)
         values = None if bias is None else bias.numpy()
-        return self._onednn.pack(weight.numpy(), values, self._product_dtype, "float32")
+        return _Packed(self._onednn.pack(weight.numpy(), values, self._product_dtype, "float32"), rounds_rows)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See Kernels."""
+        product, rounds_rows = packed
         num_rows, width = x.shape
+        if rounds_rows:
+            x = round_rows(x)
         if self._product_dtype != "float32":
             x = x.cast(self._product_dtype)
         x = x.contiguous()
@@ -36,6 +53,6 @@ class ProductKernels(PortableKernels):
         if source is None or len(source.bytes) < room * width * x.element_size():
             source = self._inputs[width] = Array(room * width * x.element_size())
         ctypes.memmove(source.address, x.data_ptr(), size_bytes)
-        out = paddle.empty([room, packed.shape[1]], "float32")
-        packed.multiply(source.address, out.data_ptr(), num_rows)
+        out = paddle.empty([room, product.shape[1]], "float32")
+        product.multiply(source.address, out.data_ptr(), num_rows)
         return out[:num_rows]

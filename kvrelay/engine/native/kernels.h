@@ -30,6 +30,23 @@ typedef struct {
     float eps;
     int32_t bf16;
 } KvrHeads;
+
+// How rows and weights of a product are held: both float32, both bf16, either of them by int8 weights, or both int8.
+enum { KVR_FLOATS, KVR_HALVES, KVR_FLOATS_BY_INT8, KVR_HALVES_BY_INT8, KVR_INT8 };
+
+// out [rows, size_out] = (x [rows, size_in] times weight - offsets) * scales * row_scales + bias, added to what is in out
+// if accumulate. The weight lies as products.h says, each panel panel_steps long; slab steps are added up at a time (128
+// at most if int8 is widened). All that is given by column is padded to whole panels; what is null is left out, offsets
+// go with row_scales. out_bf16: out is bf16, else float32.
+typedef struct {
+    const void *x, *weights;
+    void *out;
+    const float *bias, *scales;
+    const int32_t *offsets;
+    const float *row_scales;
+    int64_t num_rows, size_in, size_out, x_stride, panel_steps, slab;
+    int32_t kind, out_bf16, accumulate;
+} KvrProduct;
 }
 
 // The part of one attention call that one thread does: consecutive queries of a sequence and KV heads, over the
@@ -52,7 +69,14 @@ struct KernelTable {
     size_t (*partial_floats)(const KvrAttention *attention, const Item *item);
     void (*attend)(const KvrAttention *attention, const Item *item, const Item *next, void *scratch);
     void (*merge)(const KvrAttention *attention, const Item *item, void *scratch);
+    bool (*multiply)(const KvrProduct *product, int64_t first_panel, int64_t last_panel, void *scratch);
+    void (*quantize)(const void *x, int32_t bf16, uint8_t *out, float *scales, int64_t width, int64_t stride,
+                     int64_t first, int64_t last);
 };
+
+// Columns of a panel of weights; memory for the sums of 96 rows, and for 128 steps of a panel that are widened.
+constexpr int COLUMNS = 64;
+constexpr size_t PRODUCT_SCRATCH = (96 + 128) * COLUMNS * 4;
 
 // Context is cut at multiples of this position, whatever the batch: each segment has its own softmax, and the results
 // are merged in order. So a query's result does not depend on how work was divided.
@@ -64,4 +88,5 @@ static inline int64_t fitting(int64_t rows_of_each) { return rows_of_each >= MAX
 const KernelTable *kvr_table_baseline();
 const KernelTable *kvr_table_avx2();
 const KernelTable *kvr_table_avx512();
+const KernelTable *kvr_table_avx512_vnni();
 const KernelTable *kvr_table_avx512_bf16();

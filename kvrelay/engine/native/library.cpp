@@ -11,6 +11,7 @@
 #if !defined(KVR_X86)
 const KernelTable *kvr_table_avx2() { return nullptr; }
 const KernelTable *kvr_table_avx512() { return nullptr; }
+const KernelTable *kvr_table_avx512_vnni() { return nullptr; }
 const KernelTable *kvr_table_avx512_bf16() { return nullptr; }
 #endif
 
@@ -27,15 +28,18 @@ bool supports(int level) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return level == 0 || (level == 1 && avx2) || (level == 2 && avx512) ||
-           (level == 3 && avx512 && __builtin_cpu_supports("avx512bf16"));
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    bool bf16 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    const bool levels[] = {true, avx2, avx512, vnni, bf16};
+    return levels[level];
 #else
     return level == 0;
 #endif
 }
 
 const KernelTable *table_of(int level) {
-    const KernelTable *(*tables[])() = {kvr_table_baseline, kvr_table_avx2, kvr_table_avx512, kvr_table_avx512_bf16};
+    const KernelTable *(*tables[])() = {kvr_table_baseline, kvr_table_avx2, kvr_table_avx512, kvr_table_avx512_vnni,
+                                        kvr_table_avx512_bf16};
     return supports(level) ? tables[level]() : nullptr;
 }
 
@@ -45,7 +49,7 @@ const KernelTable *best_table(int highest) {
     return table_of(0);
 }
 
-const KernelTable *table = best_table(3);
+const KernelTable *table = best_table(4);
 
 // Memory a thread keeps from call to call.
 struct Memory {
@@ -156,7 +160,7 @@ thread_local std::vector<Item> pieces;
 extern "C" {
 
 // Interface version: the Python side refuses a library of another one.
-int32_t kvr_version() { return 1; }
+int32_t kvr_version() { return 2; }
 
 // Compute with threads threads, run by gomp_parallel (see RunParallel).
 void kvr_set_threads(int32_t threads, void *gomp_parallel) {
@@ -164,7 +168,7 @@ void kvr_set_threads(int32_t threads, void *gomp_parallel) {
     run_parallel = (RunParallel)gomp_parallel;
 }
 
-// Use nothing above level (0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16), if the CPU has that.
+// Use nothing above level (0 baseline, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with bf16), if the CPU has that.
 void kvr_limit_isa(int32_t level) { table = best_table(level); }
 
 const char *kvr_isa() { return table->name; }
@@ -192,6 +196,26 @@ void kvr_silu_mul(const void *gate_up, void *out, int64_t rows, int64_t ffn, int
 void kvr_heads(const KvrHeads *heads) {
     for_rows(heads->num_rows, 2 * (heads->num_heads + 2 * heads->num_kv_heads) * heads->head_dim,
              [&](int64_t first, int64_t last) { table->heads(heads, first, last); });
+}
+
+// Returns 0 if this CPU has nothing for the product's kind.
+int32_t kvr_multiply(const KvrProduct *product) {
+    const int64_t panels = (product->size_out + COLUMNS - 1) / COLUMNS;
+    const int64_t parts = num_threads == 1 ? 1 : std::min<int64_t>(panels, 4 * num_threads);
+    std::atomic<bool> done{true};
+    for_each(parts, [&](int64_t i) {
+        void *memory = scratch.at_least(PRODUCT_SCRATCH);
+        if (!table->multiply(product, panels * i / parts, panels * (i + 1) / parts, memory)) done = false;
+    });
+    return done;
+}
+
+// out [rows, stride] and scales [rows]: rows x [rows, width] as uint8, see products.h.
+void kvr_quantize(const void *x, int32_t bf16, uint8_t *out, float *scales, int64_t rows, int64_t width,
+                  int64_t stride) {
+    for_rows(rows, 2 * width, [&](int64_t first, int64_t last) {
+        table->quantize(x, bf16, out, scales, width, stride, first, last);
+    });
 }
 
 void kvr_attention(const KvrAttention *attention) {

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from pathlib import Path
 
 from kvrelay.engine.kernels import KernelsUnavailableError
 
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 
 _Pointer, _Int64 = ctypes.c_void_p, ctypes.c_int64
+
+COLUMNS = 64
+"""Columns of a panel of weights."""
+
+STEP_BYTES = 4 * COLUMNS
+"""Bytes of a panel for one step along a row: for one float32, two bfloat16 or four int8 of it."""
+
+INT8_SLAB, WIDENED_SLAB = 256, 64
+"""Steps of a panel that rows are multiplied with in turns: so that it stays in cache; what there is room to widen."""
+
+
+class ProductKind(IntEnum):
+    """``KvrProduct.kind`` of ``kernels.h``."""
+
+    FLOATS, HALVES, FLOATS_BY_INT8, HALVES_BY_INT8, INT8 = range(5)
 
 
 class AttentionCall(ctypes.Structure):
@@ -38,6 +54,16 @@ class HeadsCall(ctypes.Structure):
     )
 
 
+class ProductCall(ctypes.Structure):
+    """``KvrProduct`` of ``kernels.h``."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("x", "weights", "out", "bias", "scales", "offsets", "row_scales")),
+        *((name, _Int64) for name in ("num_rows", "size_in", "size_out", "x_stride", "panel_steps", "slab")),
+        *((name, ctypes.c_int32) for name in ("kind", "out_bf16", "accumulate")),
+    )
+
+
 class NativeLibrary:
     """The functions of the library, with their C types."""
 
@@ -62,6 +88,7 @@ class NativeLibrary:
         calls.kvr_embed.argtypes = (_Pointer, _Pointer, _Pointer, *row, flag)
         calls.kvr_rms_norm.argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, *row, eps, flag)
         calls.kvr_silu_mul.argtypes = (_Pointer, _Pointer, *row, flag)
+        calls.kvr_quantize.argtypes = (_Pointer, flag, _Pointer, _Pointer, *row, _Int64)
         self._calls = calls
         self._openmp = openmp
         self.embed = calls.kvr_embed
@@ -69,6 +96,8 @@ class NativeLibrary:
         self.silu_mul = calls.kvr_silu_mul
         self.heads = calls.kvr_heads
         self.attention = calls.kvr_attention
+        self.multiply = calls.kvr_multiply
+        self.quantize = calls.kvr_quantize
 
     @property
     def isa(self) -> str:
@@ -76,8 +105,12 @@ class NativeLibrary:
         name: bytes = self._calls.kvr_isa()
         return name.decode()
 
+    def multiplies(self, kind: ProductKind) -> bool:
+        """Return whether there are products of ``kind`` on this CPU."""
+        return bool(self.multiply(ctypes.byref(ProductCall(kind=kind, size_out=1))))
+
     def limit_isa(self, level: int) -> None:
-        """Use nothing above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16."""
+        """Use nothing above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with bfloat16."""
         self._calls.kvr_limit_isa(level)
 
     def set_num_threads(self, threads: int) -> None:

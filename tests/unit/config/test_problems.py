@@ -154,9 +154,9 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "registry:\n  kind: redis\n  url: http://:secret@localhost\n",
         ["8: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],
     ),
-    "quantization of a later version": (
-        GOOD + "engine:\n  quantization: w8a8\n",
-        ["7: engine.quantization: w8a8 is not built yet"],
+    "unknown quantization": (
+        GOOD + "engine:\n  quantization: w4a16\n",
+        ["7: engine.quantization: should be 'none', 'w8a8' or 'w8a16', not 'w4a16'"],
     ),
     "not a mapping": ("- a\n- b\n", ["1: should hold sections such as model: and nodes:, not ['a', 'b']"]),
     "empty file": ("", ["1: should hold sections such as model: and nodes:, not nothing"]),

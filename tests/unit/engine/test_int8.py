@@ -1,0 +1,184 @@
+"""Weights in int8: products by our own library against exact arithmetic, and what they change in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_runs import Runner, open_engine, sequence, use_kernels
+
+from kvrelay.engine import choice, paddle_engine
+from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
+from kvrelay.engine.native.library import NativeLibrary, ProductKind
+from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
+from kvrelay.engine.onednn import ITEM_BYTES, to_bfloat16
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+SIZES = [(64, 64), (96, 70), (300, 200), (1030, 130)]
+ROWS = (1, 2, 5, 6, 7, 12, 13, 30, 97, 200)
+
+
+@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
+    use_kernels("native", monkeypatch)
+    opened = choice.open_library()
+    opened.limit_isa(request.param)
+    if opened.isa != LEVELS[request.param]:
+        opened.limit_isa(len(LEVELS) - 1)
+        pytest.skip("not on this CPU")
+    yield opened
+    opened.limit_isa(len(LEVELS) - 1)
+
+
+def as_float(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype == np.float32 else (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def multiplied(linear: NativeLinear, x: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+    """Return the product of ``x``, float32 or bfloat16 as uint16, added to ``before`` if that is given."""
+    dtype = np.uint16 if ITEM_BYTES[linear.out_dtype] == 2 else np.float32
+    room = -(-len(x) // 64) * 64
+    rows, out = np.zeros((room, x.shape[1]), x.dtype), np.full((room, linear.shape[1]), 7, dtype)
+    rows[: len(x)] = x
+    if before is not None:
+        out[: len(x)] = before
+    linear.multiply(rows.ctypes.data, out.ctypes.data, len(x), accumulate=before is not None)
+    return out[: len(x)]
+
+
+def rows_as_quantized(library: NativeLibrary, rows: np.ndarray) -> np.ndarray:
+    """Return what the library makes of ``rows``, as float32."""
+    count, width = rows.shape
+    stride = -(-width // 4) * 4
+    values, scales = np.zeros((count, stride), np.uint8), np.zeros(count, np.float32)
+    bf16 = rows.dtype == np.uint16
+    library.quantize(rows.ctypes.data, bf16, values.ctypes.data, scales.ctypes.data, count, width, stride)
+    assert (values[:, width:] == 128).all()
+    signed = values[:, :width].astype(np.int16) - 128
+    wanted, wanted_scales = quantize_rows(as_float(rows))
+    np.testing.assert_allclose(scales, wanted_scales, rtol=1e-6)
+    assert np.abs(signed - wanted).max() <= 1
+    assert (signed == wanted).mean() > 0.995  # halves may fall to either side
+    return signed * scales[:, None]
+
+
+@pytest.mark.parametrize("quantization", [Quantization.W8A8, Quantization.W8A16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_are_those_of_the_rounded_numbers(
+    library: NativeLibrary, quantization: Quantization, dtype: str, size: tuple[int, int]
+) -> None:
+    size_in, size_out = size
+    rng = np.random.default_rng(size_in)
+    weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
+    if (quantization, dtype) == (Quantization.W8A16, "bfloat16") and library.isa != "avx512_bf16":
+        assert not library.multiplies(ProductKind.HALVES_BY_INT8)
+        pytest.skip("this CPU has no such products")
+    linear = Int8Linear(library, weight, bias, quantization, dtype, "float32", QuantizedRows(library))
+    values = rng.standard_normal((max(ROWS), size_in), np.float32) * rng.exponential(1, (max(ROWS), 1)).astype(
+        np.float32
+    )
+    values[3] = 0
+    rows = values if dtype == "float32" else to_bfloat16(values)
+    exact = as_float(rows)
+    if quantization is Quantization.W8A8:
+        exact = rows_as_quantized(library, rows)
+    wanted = exact.astype(np.float64) @ rounded_rows(weight).astype(np.float64).T + bias
+    whole = multiplied(linear, rows)
+    scale = np.abs(wanted).max(axis=1, keepdims=True)
+    assert (np.abs(whole - wanted) <= 1e-5 * scale).all()
+    for count in ROWS:
+        np.testing.assert_array_equal(multiplied(linear, rows[-count:]), whole[-count:])
+    before = rng.standard_normal(whole.shape, np.float32)
+    np.testing.assert_array_equal(multiplied(linear, rows, before), before + whole)
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), [("float32",) * 2, ("bfloat16", "float32"), ("bfloat16",) * 2])
+@pytest.mark.parametrize("size", [*SIZES, (2048, 64)], ids=str)
+def test_few_rows_are_the_same_bits_as_in_many(
+    library: NativeLibrary, dtype: str, out_dtype: str, size: tuple[int, int]
+) -> None:
+    onednn = choice.open_onednn()
+    if not onednn.multiplies(dtype):
+        pytest.skip(f"this CPU has no fast {dtype}")
+    size_in, size_out = size
+    rng = np.random.default_rng(size_in)
+    weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
+    linear = FewRows(library).joined(onednn.pack(weight, bias, dtype, out_dtype))
+    values = rng.standard_normal((200, size_in), np.float32)
+    rows = values if dtype == "float32" else to_bfloat16(values)
+    whole = multiplied(linear, rows)
+    before = whole[::-1].copy()
+    summed = multiplied(linear, rows, before)
+    for count in ROWS:
+        np.testing.assert_array_equal(multiplied(linear, rows[-count:]), whole[-count:])
+        np.testing.assert_array_equal(multiplied(linear, rows[-count:], before[-count:]), summed[-count:])
+
+
+def test_what_is_not_finite_stays_visible(library: NativeLibrary) -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((64, 37), np.float32)
+    linear = Int8Linear(library, weight, None, Quantization.W8A8, "float32", "float32", QuantizedRows(library))
+    rows = rng.standard_normal((37, 37), np.float32)
+    np.fill_diagonal(rows, [np.nan, np.inf, -np.inf] * 12 + [np.nan])
+    assert not np.isfinite(multiplied(linear, rows)).any()
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_numbers() -> None:
+    rows = np.array([[1.0, -2.0, 0.5], [0, 0, 0], [1e-30, 0, -1e-30]], np.float32)
+    values, scales = quantize_rows(rows)
+    assert values.tolist() == [[64, -127, 32], [0, 0, 0], [127, 0, -127]]
+    np.testing.assert_allclose(scales, [2 / LARGEST, 0, 1e-30 / LARGEST])
+    many = np.random.default_rng(1).standard_normal((50, 333), np.float32)
+    allowed = np.abs(many).max(axis=1, keepdims=True) / LARGEST * 0.5001
+    assert (np.abs(rounded_rows(many) - many) <= allowed).all()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8")
+    write_tiny_checkpoint(path, "qwen2")
+    return path
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w8a16"])
+def test_logits_change_a_little_and_alike_with_all_kernels(
+    model_dir: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, np.ndarray] = {}
+    real = paddle_engine.sample_step
+    for name, kernels, kind in (
+        ("exact", "portable", "none"),
+        ("portable", "portable", quantization),
+        ("products", "products", quantization),
+        ("native", "native", quantization),
+    ):
+        with monkeypatch.context() as patch:
+            asked = use_kernels(kernels, patch)
+            patch.setattr(
+                paddle_engine,
+                "sample_step",
+                lambda logits, batch, name=name: (found.__setitem__(name, logits.copy()), real(logits, batch))[1],
+            )
+            engine = open_engine(model_dir, engine={"kernels": asked, "quantization": kind})
+            Runner(engine).finish(sequence(np.random.default_rng(5).integers(0, 384, 90).tolist(), max_tokens=1))
+            engine.close()
+    scale = np.abs(found["exact"]).max()
+    for name in ("portable", "products", "native"):
+        assert 1e-5 < np.abs(found[name] - found["exact"]).max() / scale < 0.1
+    # what a last bit turns to another side of a rounding is one step of 127 further on
+    near = 0.02 if quantization == "w8a8" else 1e-4
+    for name in ("products", "native"):
+        assert np.abs(found[name] - found["portable"]).max() / scale < near
+
+
+def test_kv_of_quantized_weights_is_of_another_model(model_dir: Path) -> None:
+    digests = set()
+    for kind in ("none", "w8a8", "w8a16"):
+        engine = open_engine(model_dir, engine={"kernels": "portable", "quantization": kind})
+        digests.add(engine.geometry.model_digest)
+        engine.close()
+    assert len(digests) == 3
