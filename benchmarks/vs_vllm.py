@@ -137,7 +137,12 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
 def vllm(environment: Path, model: Path) -> Iterator[Server]:
     with vllm_server(environment, model, NUM_CORES, MAX_MODEL_LEN) as (port, pid):
         root = psutil.Process(pid)
-        yield Server(port, lambda: cpu_s_by_title([root, *root.children(recursive=True)]))
+
+        def cpu_s() -> dict[str, float]:
+            of_root = sum(cpu_s_by_title([root]).values())
+            return {"vllm serve": of_root, **cpu_s_by_title(root.children(recursive=True))}
+
+        yield Server(port, cpu_s)
 
 
 # ---------------------------------------------------------------- loads
