@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +29,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "script
 from demo_model.questions import questions
 from demo_model.tokenizer import render
 from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
-from support.vllm_processes import DEFAULT_ENVIRONMENT, make_environment, run_offline
-
-from kvrelay.engine.tiny import write_tiny_checkpoint
+from support.vllm_processes import DEFAULT_ENVIRONMENT, make_environment, random_model, run_offline
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 HELD_OUT = 30_000
@@ -208,14 +205,12 @@ def main() -> None:
     if not arguments.no_vllm:
         make_environment(arguments.vllm.resolve())
     console = Console(width=120)
-    with tempfile.TemporaryDirectory(prefix="kvb-") as name:
-        for kind in arguments.models:
-            model, prompts = DEMO, demo_prompts(arguments.prompts)
-            if kind == "random":
-                model, prompts = Path(name) / "model", random_prompts(arguments.prompts)
-                write_tiny_checkpoint(model, "qwen2", preset="qwen2-0.5b")
-            title = f"{kind} model, {len(prompts)} prompts, {arguments.tokens} tokens each, against kvrelay float32"
-            console.print(table(title, compare(model, prompts, arguments), arguments.tokens))
+    for kind in arguments.models:
+        model, prompts = DEMO, demo_prompts(arguments.prompts)
+        if kind == "random":
+            model, prompts = random_model("qwen2-0.5b"), random_prompts(arguments.prompts)
+        title = f"{kind} model, {len(prompts)} prompts, {arguments.tokens} tokens each, against kvrelay float32"
+        console.print(table(title, compare(model, prompts, arguments), arguments.tokens))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import uvloop
 import yaml
@@ -41,6 +41,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.redis_server import redis_server
 
 BLOCK_SIZE, TOKEN_BUDGET, ROUNDS = 16, 2048, 3
+
+E = TypeVar("E", KVStaged, KVStored, KVLoaded)
 
 
 class Bench:
@@ -80,14 +82,15 @@ async def one_store(
     bench: Bench, storage: StorageConfig, lengths: list[int], computed: dict[int, float]
 ) -> list[list[str]]:
     """Return a row for each length; ``computed`` gets the recompute's seconds, measured in turns with the loads."""
-    events: asyncio.Queue[Any] = asyncio.Queue()
+    events: asyncio.Queue[object] = asyncio.Queue()
     geometry = bench.engine.geometry
     slots = num_staging_slots(storage, geometry.block_bytes)
     rows = []
     store = make_store(storage, geometry, Clock())
     async with StorageIO(store, bench.engine.memory, slots, events.put_nowait, Clock()) as io:
 
-        async def done(kind: type[Any]) -> Any:
+        async def done(action: StageKV | StoreKV | LoadKV, kind: type[E]) -> E:
+            io.perform(action)
             while not isinstance(event := await events.get(), kind):
                 pass
             return event
@@ -103,16 +106,13 @@ async def one_store(
                 best["recompute"] = min(best["recompute"], time.perf_counter() - began)
                 kept = hashes[: (length - 1) // BLOCK_SIZE]
                 began = time.perf_counter()
-                io._start(io._stage(StageKV(1, source.block_table[: len(kept)], range(len(kept)))), None)
-                await done(KVStaged)
+                await done(StageKV(1, source.block_table[: len(kept)], range(len(kept))), KVStaged)
                 staged = time.perf_counter()
-                io._start(io._put(StoreKV(1, kept, range(len(kept)))), None)
-                stored = await done(KVStored)
+                stored = await done(StoreKV(1, kept, range(len(kept))), KVStored)
                 written = time.perf_counter()
                 assert stored.num_blocks == len(kept), stored
                 load = LoadKV(1, kept, target.block_table[: len(kept)], 1, storage.timeout_s)
-                io._start(io._get(load), None)
-                loaded = await done(KVLoaded)
+                loaded = await done(load, KVLoaded)
                 assert loaded.num_blocks == len(kept), loaded
                 target.num_computed_tokens = len(kept) * BLOCK_SIZE
                 assert bench.compute(target, target.num_computed_tokens) == expected

@@ -44,9 +44,7 @@ from support.completions import complete
 from support.cpu_time import cpu_s_by_title
 from support.limits import QWEN2, Limits, measure_limits
 from support.running_cluster import Config, cluster_config, running
-from support.vllm_processes import DEFAULT_ENVIRONMENT, client_process, make_environment, vllm_server
-
-from kvrelay.engine.tiny import write_tiny_checkpoint
+from support.vllm_processes import DEFAULT_ENVIRONMENT, client_process, make_environment, random_model, vllm_server
 
 PRESET = "qwen2-0.5b"
 MAX_MODEL_LEN = 2048
@@ -137,7 +135,12 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
 def vllm(environment: Path, model: Path) -> Iterator[Server]:
     with vllm_server(environment, model, NUM_CORES, MAX_MODEL_LEN) as (port, pid):
         root = psutil.Process(pid)
-        yield Server(port, lambda: cpu_s_by_title([root, *root.children(recursive=True)]))
+
+        def cpu_s() -> dict[str, float]:
+            of_root = sum(cpu_s_by_title([root]).values())
+            return {"vllm serve": of_root, **cpu_s_by_title(root.children(recursive=True))}
+
+        yield Server(port, cpu_s)
 
 
 # ---------------------------------------------------------------- loads
@@ -402,8 +405,7 @@ def run_all(arguments: argparse.Namespace, cases: Sequence[Case], results: Resul
     environment = arguments.vllm.resolve()
     make_environment(environment)
     with ExitStack() as stack:
-        model = environment / "models" / PRESET  # where it always is, so that vLLM finds what it compiled for it
-        write_tiny_checkpoint(model, "qwen2", preset=PRESET)
+        model = random_model(PRESET)
         started = {}
         for name in (VLLM, *CLUSTERS):
             if name in names:

@@ -32,7 +32,7 @@ class _Stream(asyncio.Protocol):
     def __init__(self, completion: Completion) -> None:
         self._completion = completion
         self._parser = httptools.HttpResponseParser(self)
-        self._rest = b""
+        self.rest = b""
         self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
@@ -43,7 +43,7 @@ class _Stream(asyncio.Protocol):
             self.done.set_exception(error or ConnectionResetError("the router closed the connection"))
 
     def on_body(self, body: bytes) -> None:
-        *events, self._rest = (self._rest + body).split(b"\n\n")
+        *events, self.rest = (self.rest + body).split(b"\n\n")
         for event in events:
             if event != b"data: [DONE]":
                 self._take(msgspec.json.decode(event.removeprefix(b"data: ")))
@@ -66,7 +66,7 @@ class _Stream(asyncio.Protocol):
 
 
 async def complete(port: int, prompt: list[int], max_tokens: int, **more: object) -> Completion:
-    """Return the completion of ``prompt`` by the router at ``port``. Raises RuntimeError if it fails."""
+    """Return the completion of ``prompt`` by the server at ``port``. Raises RuntimeError if it fails."""
     body = msgspec.json.encode(
         {
             "prompt": prompt,
@@ -78,7 +78,8 @@ async def complete(port: int, prompt: list[int], max_tokens: int, **more: object
             **more,
         }
     )
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     completion = Completion(time.monotonic())
     loop = asyncio.get_running_loop()
     transport, stream = await loop.create_connection(lambda: _Stream(completion), "127.0.0.1", port)
@@ -88,5 +89,5 @@ async def complete(port: int, prompt: list[int], max_tokens: int, **more: object
     finally:
         transport.close()
     if status != 200:
-        raise RuntimeError(f"the router answered {status}")
+        raise RuntimeError(f"the server answered {status}: {stream.rest.decode(errors='replace')[:500]}")
     return completion

@@ -19,11 +19,20 @@ from typing import Any
 
 from support.running_cluster import free_ports
 
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
 START_TIMEOUT_S = 600.0
 POLL_S = 1.0
 CPU_BUILD = {"VLLM_TARGET_DEVICE": "cpu"}  # under its other name it does not know itself for the CPU's
 DEFAULT_ENVIRONMENT = Path(".kvrelay/vllm")
 """Where it is made if no other place is named."""
+
+
+def random_model(preset: str) -> Path:
+    """Write the checkpoint of ``preset`` where it always is, so that vLLM finds what it has compiled for it."""
+    path = Path(".kvrelay/models").resolve() / preset
+    write_tiny_checkpoint(path, "qwen2", preset=preset)
+    return path
 
 
 def make_environment(path: Path) -> None:

@@ -54,9 +54,18 @@ class StorageIO:
 
     def handle_with(self, shell: Shell) -> None:
         """Let ``shell`` have its actions performed here."""
-        shell.handle_with(StageKV, lambda action: self._start(self._stage(action), KVStaged(action.key, copied=False)))
-        shell.handle_with(StoreKV, lambda action: self._start(self._put(action), KVStored(action.key, 0, 0)))
-        shell.handle_with(LoadKV, lambda action: self._start(self._get(action), KVLoaded(action.key, 0)))
+        for kind in (StageKV, StoreKV, LoadKV):
+            shell.handle_with(kind, self.perform)
+
+    def perform(self, action: StageKV | StoreKV | LoadKV) -> None:
+        """Begin what ``action`` asks for; call from the loop's thread."""
+        match action:
+            case StageKV():
+                self._start(self._stage(action), KVStaged(action.key, copied=False))
+            case StoreKV():
+                self._start(self._put(action), KVStored(action.key, 0, 0))
+            case LoadKV():
+                self._start(self._get(action), KVLoaded(action.key, 0))
 
     def _start(self, work: Coroutine[Any, Any, object], if_it_breaks: object) -> None:
         async def run() -> None:

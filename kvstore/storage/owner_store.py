@@ -16,7 +16,7 @@ import contextlib
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvrelay.core.errors import StorageError, StorageUnavailableError
@@ -184,12 +184,12 @@ class OwnerBackend:
 
     async def clear(self) -> int:
         """Delete all blocks of this geometry, here and at all owners that can be reached."""
-        num_deleted = await self.delete([bytes.fromhex(name) async for name in self._names()])
+        num_deleted = await self.delete([bytes.fromhex(name) for name in await self._names()])
         return num_deleted + await self._local.clear()
 
     async def stats(self) -> StoreStats:
         """Count the locations; the capacity of other hosts is not known here."""
-        num_blocks = len([name async for name in self._names()])
+        num_blocks = len(await self._names())
         return StoreStats("redis", num_blocks, num_blocks * self._format.value_bytes, None)
 
     async def verify(self) -> VerifyReport:
@@ -230,10 +230,9 @@ class OwnerBackend:
         if block_hashes:
             await self._link.run([("UNLINK", self._key(block_hash)) for block_hash in block_hashes])
 
-    async def _names(self) -> AsyncIterator[str]:
+    async def _names(self) -> list[str]:
         prefix = f"kvrelay:at:{self._format.namespace.hex()}:"
-        async for key in self._link.keys(prefix + "*"):
-            yield key.decode().removeprefix(prefix)
+        return [key.decode().removeprefix(prefix) for key in await self._link.keys(prefix + "*")]
 
 
 def _known_owner_id(root: Path) -> str:

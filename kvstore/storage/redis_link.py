@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
@@ -24,6 +24,11 @@ Command: TypeAlias = tuple[bytes | str | int | memoryview, ...]
 """Name and arguments of a command; the first argument is its one key, a str."""
 
 Address: TypeAlias = tuple[str, int]
+
+T = TypeVar("T")
+
+_LOST = (RedisError, OSError, RuntimeError)
+"""What redis-py raises when a server does not answer; RuntimeError is uvloop's, of a connection just closed."""
 
 _NUM_SLOTS = 16384
 
@@ -76,22 +81,22 @@ class RedisLink:
             raise self._unavailable(results[0])
         return results
 
-    async def keys(self, pattern: str) -> AsyncIterator[bytes]:
-        """Yield the keys that match ``pattern``, on all nodes. Raises StorageUnavailableError."""
-        try:
-            for node in await self._all_nodes():
-                async for key in node.scan_iter(match=pattern, count=_SCAN_COUNT):
-                    yield key
-        except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+    async def keys(self, pattern: str) -> list[bytes]:
+        """Return the keys that match ``pattern``, on all nodes. Raises StorageUnavailableError."""
+
+        async def scan() -> list[bytes]:
+            nodes = await self._all_nodes()
+            return [key for node in nodes async for key in node.scan_iter(match=pattern, count=_SCAN_COUNT)]
+
+        return await self._heeding(scan())
 
     async def max_memory_bytes(self) -> int | None:
         """Return how much memory Redis may use, over all nodes; None if it has no limit. Raises as ``keys``."""
-        try:
-            infos = [await node.info("memory") for node in await self._all_nodes()]
-        except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
-        return sum(info["maxmemory"] for info in infos) or None
+
+        async def ask() -> int:
+            return sum([(await node.info("memory"))["maxmemory"] for node in await self._all_nodes()])
+
+        return await self._heeding(ask()) or None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -99,13 +104,23 @@ class RedisLink:
         while self._informants:
             await self._informants.pop().aclose()
 
+    async def _heeding(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await ``work``, and end when cancelled. Raises StorageUnavailableError if nobody answers.
+
+        redis-py may swallow a cancellation (on Python 3.11, in ``wait_for``), and a call would go on after its
+        deadline. gather does not, whatever became of the work.
+        """
+        try:
+            [result] = await asyncio.gather(work)
+        except _LOST as error:
+            raise self._unavailable(error) from error
+        return result
+
     # ------------------------------------------------------------ pipelines
 
     async def _run(self, commands: Sequence[Command], indices: Sequence[int], results: list[Any]) -> None:
-        try:
-            await self._learn()
-        except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
+        if not self._is_known:
+            await self._heeding(self._learn())
         groups: defaultdict[Redis, list[int]] = defaultdict(list)
         for index in indices:
             groups[self._node_of(str(commands[index][1]))].append(index)
@@ -117,7 +132,7 @@ class RedisLink:
             pipeline.execute_command(*commands[index])
         try:
             answers = await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
+        except _LOST as error:
             answers = [error] * len(group)
         for index, answer in zip(group, answers, strict=True):
             results[index] = answer
@@ -143,7 +158,7 @@ class RedisLink:
                 self._informants.rotate(-1)  # before it is asked: if it hangs and the call ends, another is next
                 try:
                     await self._learn_from(client)
-                except (RedisError, OSError):
+                except _LOST:
                     if attempt == len(self._informants):
                         raise
                 else:
@@ -194,4 +209,4 @@ class RedisLink:
 
 def _is_lost(result: object) -> bool:
     """Whether ``result`` says that a server did not answer, rather than what it answered."""
-    return isinstance(result, (RedisError, OSError)) and not isinstance(result, ResponseError)
+    return isinstance(result, _LOST) and not isinstance(result, ResponseError)

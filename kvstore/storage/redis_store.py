@@ -151,7 +151,7 @@ class RedisBackend:
 
     async def _block_hashes(self) -> list[bytes]:
         """Return all blocks of this geometry. Looks at every key there is."""
-        names = [key.decode()[len(self._prefix) :] async for key in self._link.keys(self._prefix + "*")]
+        names = [key.decode()[len(self._prefix) :] for key in await self._link.keys(self._prefix + "*")]
         return [bytes.fromhex(name) for name in names]
 
     def _complain(self, errors: Sequence[Exception]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from kvrelay.core.config_sections import StorageConfig
 from kvrelay.core.ids import Attempt
 from kvrelay.core.machine import KVLoaded, KVStaged, LoadKV, StoreCounted
@@ -59,10 +61,11 @@ def test_a_read_is_worth_so_many_blocks_and_comes_back_with_what_it_was_for() ->
     }
 
 
-def test_what_was_read_is_known_to_be_stored_and_the_rest_to_be_missing() -> None:
+@pytest.mark.parametrize("num_known", [0, 5])
+def test_what_was_read_is_known_to_be_stored_and_the_rest_to_be_missing(num_known: int) -> None:
     desk = Desk()
     desk.publish(5)
-    desk.saver.remember(HASHES[:5])
+    desk.saver.remember(HASHES[:num_known])
     desk.load(5)
     desk.traffic.loaded(KVLoaded(KEY, 3))
     [stage] = desk.save(5)
