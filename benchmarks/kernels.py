@@ -28,9 +28,11 @@ from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.batch import PoolLimits, RaggedBatch, ragged_batch
 from kvrelay.engine.choice import open_library, open_onednn
+from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, LayerKV
 from kvrelay.engine.native_kernels import NativeKernels
-from kvrelay.engine.onednn import Array, OneDNN, PackedLinear
+from kvrelay.engine.native_linear import NativeLinear
+from kvrelay.engine.onednn import Array, OneDNN
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RopeConfig, Rotation, inverse_frequencies
 
@@ -93,7 +95,11 @@ class Bench:
         self.onednn: OneDNN = open_onednn()
         rotation = Rotation(*inverse_frequencies(RopeConfig(), shape.head_dim, 4 * CONTEXT))
         heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, rotation)
-        self.kernels = NativeKernels(dtype, heads, BLOCK_SIZE, self.onednn, open_library(), threads)
+        self.all_kernels = {
+            kind: NativeKernels(dtype, heads, BLOCK_SIZE, self.onednn, open_library(), threads, kind)
+            for kind in Quantization
+        }
+        self.kernels = self.all_kernels[Quantization.NONE]
         set_num_threads(threads)
         self.readers = ThreadPoolExecutor(threads)
         slot_bytes = 2 * shape.num_kv_heads * shape.head_dim * ITEM_BYTES[dtype]
@@ -128,13 +134,12 @@ class Bench:
         self.add("read", read, source.nbytes)
         self.add("copy (read and written)", copy, 2 * source.nbytes)
         size = 2048
-        best = self.pack(size, size)
+        best = self.onednn.pack(self.weight(size, size), None, self.dtype, "float32")
         x, out = self.rows(1024, size, ITEM_BYTES[self.dtype]), self.rows(1024, size, 4)
         self.add(ONEDNN, lambda: best.multiply(x, out, 1024), 2 * 1024 * size**2)
 
-    def pack(self, size_in: int, size_out: int) -> PackedLinear:
-        weight = self.rng.standard_normal((size_out, size_in), np.float32)
-        return self.onednn.pack(weight, None, self.dtype, "float32")
+    def weight(self, size_in: int, size_out: int) -> np.ndarray:
+        return self.rng.standard_normal((size_out, size_in), np.float32)
 
     def rows(self, count: int, width: int, item_bytes: int) -> int:
         """Return the address of that many rows, which are kept."""
@@ -147,20 +152,28 @@ class Bench:
         return array.address
 
     def linears(self) -> None:
-        shape, item_bytes = self.shape, ITEM_BYTES[self.dtype]
-        sizes = [(shape.hidden, shape.qkv), (shape.hidden, 2 * shape.ffn), (shape.ffn, shape.hidden)]
-        for size_in, size_out in sizes:
-            weight_bytes = size_in * size_out * item_bytes
-            first = self.pack(size_in, size_out)
-            weights = [first, *(self.pack(size_in, size_out) for _ in range(BEYOND_CACHE_BYTES // 2 // weight_bytes))]
-            for count in (1, 8, 32, 509):
-                used = weights if count < 100 else weights[:2]
-                x, out = self.rows(512, size_in, item_bytes), self.rows(512, size_out, 4)
+        shape = self.shape
+        for size in [(shape.hidden, shape.qkv), (shape.hidden, 2 * shape.ffn), (shape.ffn, shape.hidden)]:
+            self.linear(size, Quantization.NONE, (1, 8, 32, 509))
+        for kind in (Quantization.W8A16, Quantization.W8A8):
+            self.linear((shape.hidden, 2 * shape.ffn), kind, (1, 8, 32, 509))
 
-                work = len(used) * (weight_bytes if count == 1 else 2 * count * size_in * size_out)
-                name = f"linear [{count}, {size_in}] x [{size_in}, {size_out}]"
-                run = partial(multiply_all, used, x, out, count)
-                self.add(name, run, work, "read" if count == 1 else ONEDNN, 0.9 if count in (1, 509) else None)
+    def linear(self, size: tuple[int, int], kind: Quantization, counts: tuple[int, ...]) -> None:
+        """Add products with so many weights that none is in cache, but for many rows, where that does not matter."""
+        size_in, size_out = size
+        item_bytes = ITEM_BYTES[self.dtype] if kind is Quantization.NONE else 1
+        weight_bytes = size_in * size_out * item_bytes
+        weight = self.weight(size_in, size_out)
+        num_weights = 1 + BEYOND_CACHE_BYTES // 2 // weight_bytes
+        weights = [self.all_kernels[kind].pack_linear(weight, None, wide=True) for _ in range(num_weights)]
+        for count in counts:
+            used = weights if count < 100 else weights[:2]
+            x, out = self.rows(512, size_in, ITEM_BYTES[self.dtype]), self.rows(512, size_out, 4)
+            work = len(used) * (weight_bytes if count == 1 else 2 * count * size_in * size_out)
+            type_of = "" if kind is Quantization.NONE else f" {kind}"
+            name = f"linear{type_of} [{count}, {size_in}] x [{size_in}, {size_out}]"
+            aim = 0.9 if count in (1, 509) and kind is Quantization.NONE else None
+            self.add(name, partial(multiply_all, used, x, out, count), work, "read" if count == 1 else ONEDNN, aim)
 
     def batch(self, lengths: list[tuple[int, int]], order: np.ndarray) -> RaggedBatch:
         """Return a step that computes so many tokens after so many, on blocks in ``order``."""
@@ -225,7 +238,7 @@ class Bench:
                 one.measure(clock)
 
 
-def multiply_all(weights: list[PackedLinear], x: int, out: int, count: int) -> None:
+def multiply_all(weights: list[NativeLinear], x: int, out: int, count: int) -> None:
     for one in weights:
         one.multiply(x, out, count)
 
