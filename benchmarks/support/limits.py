@@ -2,56 +2,95 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import kernels
+import numpy as np
+
+from kvrelay.engine.choice import open_onednn
+from kvrelay.engine.onednn import Array, to_bfloat16
+from kvrelay.engine.paddle_runtime import set_num_threads
+
+BEYOND_CACHE_BYTES = 256 << 20
+SIZE, NUM_ROWS = 2048, 1024
+"""Of the product that shows oneDNN's best: ``[NUM_ROWS, SIZE] x [SIZE, SIZE]``."""
+
+ROUNDS = 9
 
 
 class Limits(NamedTuple):
-    """Of so many cores: multiplications as oneDNN does them at best, and reads beyond any cache."""
+    """Of so many cores: multiplications in bfloat16 as oneDNN does them at best, and reads beyond any cache."""
 
     gflops: float
     gb_s: float
 
 
-def measure_limits(threads: int, dtype: str = "bfloat16") -> Limits:
-    """Return the limits of ``threads`` cores, by the same code as ``benchmarks/kernels.py`` takes them."""
-    bench = kernels.Bench(kernels.SHAPES["qwen2-0.5b"], dtype, threads)
-    bench.limits()
-    bench.run()
-    rates = {one.name: one.rate / 1e9 for one in bench.items}
-    return Limits(rates[kernels.ONEDNN], rates["read"])
+def measure_limits(threads: int) -> Limits:
+    """Return the limits of ``threads`` cores, best of some rounds; with one thread by the thread's own time."""
+    set_num_threads(threads)
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    rng = np.random.default_rng(0)
+    weight = open_onednn().pack(rng.standard_normal((SIZE, SIZE), np.float32), None, "bfloat16", "float32")
+    x, out = Array(NUM_ROWS * SIZE * 2), Array(NUM_ROWS * SIZE * 4)
+    x.bytes[:] = to_bfloat16(rng.standard_normal(NUM_ROWS * SIZE, np.float32)).view(np.uint8)
+    parts = np.array_split(np.ones(BEYOND_CACHE_BYTES // 8, np.uint64), threads)
+    with ThreadPoolExecutor(threads) as readers:
+        each = map if threads == 1 else readers.map
+        multiply_s, read_s = _best_of(
+            [lambda: weight.multiply(x.address, out.address, NUM_ROWS), lambda: list(each(np.sum, parts))], clock
+        )
+    return Limits(2 * NUM_ROWS * SIZE**2 / multiply_s / 1e9, BEYOND_CACHE_BYTES / read_s / 1e9)
+
+
+def _best_of(doings: list[Callable[[], object]], clock: Callable[[], float]) -> list[float]:
+    """Return the shortest time of each, taken in turns."""
+    best = [float("inf")] * len(doings)
+    for _ in range(ROUNDS):
+        for index, do in enumerate(doings):
+            began = clock()
+            do()
+            best[index] = min(best[index], clock() - began)
+    return best
 
 
 @dataclass(frozen=True)
 class ModelCost:
     """What computing with a decoder takes. Weights and KV have ``item_bytes`` an element."""
 
-    shape: kernels.Shape
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     num_layers: int
     vocab_size: int
     item_bytes: float = 2.0
 
     @property
+    def width(self) -> int:
+        """Of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
     def layer_weights(self) -> int:
-        shape = self.shape
-        products = (shape.qkv + shape.num_heads * shape.head_dim + 3 * shape.ffn) * shape.hidden
-        return self.num_layers * products
+        kv_width = self.num_kv_heads * self.head_dim
+        return self.num_layers * self.hidden * (2 * self.width + 2 * kv_width + 3 * self.ffn)
 
     @property
     def head_weights(self) -> int:
-        return self.shape.hidden * self.vocab_size
+        return self.hidden * self.vocab_size
 
     @property
     def kv_bytes(self) -> int:
         """Of one token."""
-        return 4 * self.num_layers * self.shape.num_kv_heads * self.shape.head_dim
+        return 4 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def prefill_gflop(self, num_tokens: int) -> float:
         """Products of ``num_tokens``, causal attention among them and the head for the last."""
-        width = self.shape.num_heads * self.shape.head_dim
-        attention = 2 * num_tokens**2 * width * self.num_layers
+        attention = 2 * num_tokens**2 * self.width * self.num_layers
         return (2 * (num_tokens * self.layer_weights + self.head_weights) + attention) / 1e9
 
     def decode_gb(self, batch_size: int, context: int) -> float:
@@ -60,7 +99,7 @@ class ModelCost:
         return (weights + batch_size * context * self.kv_bytes) / 1e9
 
     def decode_gflop(self, batch_size: int, context: int) -> float:
-        attention = 4 * context * self.shape.num_heads * self.shape.head_dim * self.num_layers
+        attention = 4 * context * self.width * self.num_layers
         return batch_size * (2 * (self.layer_weights + self.head_weights) + attention) / 1e9
 
     def prefill_s(self, num_tokens: int, limits: Limits) -> float:
@@ -74,5 +113,5 @@ class ModelCost:
         )
 
 
-QWEN2 = ModelCost(kernels.SHAPES["qwen2-0.5b"], num_layers=24, vocab_size=8192)
+QWEN2 = ModelCost(hidden=896, ffn=4864, num_heads=14, num_kv_heads=2, head_dim=64, num_layers=24, vocab_size=8192)
 """Of the preset ``qwen2-0.5b``."""

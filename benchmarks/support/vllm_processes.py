@@ -133,5 +133,5 @@ def run_offline(environment: Path, job: dict[str, Any], threads: int) -> Any:
         command = [str(environment / "bin" / "python"), str(script), str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=engine_environment(threads))
         if done.returncode or not answered.exists():
-            raise RuntimeError(f"vLLM failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"vLLM failed:\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}")
         return json.loads(answered.read_text())
