@@ -23,6 +23,8 @@ from kvrelay.core.kv_handle import KVMemoryHandle
 
 TAG_BYTES = 16
 
+_FEWEST_HUGE_BYTES = 16 << 20
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -36,6 +38,10 @@ class KVMemory:
         self._fd = fd
         shape = (geometry.num_layers, 2, handle.num_blocks, geometry.plane_block_bytes)
         self._map = mmap.mmap(fd, int(np.prod(shape)) + TAG_BYTES)
+        if len(self._map) >= _FEWEST_HUGE_BYTES:
+            # blocks are read in any order: on small pages each would cost a walk through the page tables
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.planes: Bytes = np.frombuffer(self._map, np.uint8, int(np.prod(shape))).reshape(shape)
 
     @classmethod

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -137,3 +138,14 @@ def test_layer_parts_are_views_one_per_run_k_before_v(memory: KVMemory) -> None:
 )
 def test_consecutive_runs(block_ids: list[int], runs: list[tuple[int, int]]) -> None:
     assert consecutive_runs(block_ids) == runs
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_only_a_large_pool_asks_for_huge_pages() -> None:
+    for num_blocks, asked in ((10, False), (1 + (16 << 20) // GEOMETRY.block_bytes, True)):
+        memory = KVMemory.create(GEOMETRY, num_blocks)
+        address = memory.planes.ctypes.data
+        _, entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-", 1)
+        flags = entry.split("VmFlags:", 1)[1].splitlines()[0].split()
+        assert ("hg" in flags) is asked
+        memory.close()
