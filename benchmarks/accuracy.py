@@ -204,7 +204,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.no_vllm:
         make_environment(arguments.vllm.resolve())
-    console = Console(width=120)
+    console = Console(width=130)
     for kind in arguments.models:
         model, prompts = DEMO, demo_prompts(arguments.prompts)
         if kind == "random":
