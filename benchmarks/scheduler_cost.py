@@ -56,7 +56,7 @@ def node(role: str, num_seqs: int) -> NodeConfig:
     )
 
 
-def register(config: NodeConfig) -> Register:
+def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
     return Register(
         node_id=config.name,
         incarnation="0",
@@ -67,7 +67,7 @@ def register(config: NodeConfig) -> Register:
         max_model_len=1 << 20,
         max_num_seqs=config.scheduler.max_num_seqs,
         num_blocks=config.cache.num_blocks,
-        geometry=GEOMETRY,
+        geometry=geometry,
     )
 
 

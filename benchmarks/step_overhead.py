@@ -1,0 +1,152 @@
+"""What a decode step costs outside the kernels: scheduling, the batch, sampling, the message with the tokens.
+
+The machine of a mixed node with the real engine on a random checkpoint, no processes and no wire; CPU time of the one
+thread. Requests have their prompts computed by nobody, which costs nothing and shows in no number; then they decode
+together. Times of the kernels are those between entering and leaving each operation, so what the measuring itself costs
+counts as outside.
+
+Usage: python benchmarks/step_overhead.py [--steps 40] [--batch-sizes 8 32] [--quantization none|w8a8|w8a16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent))
+from scheduler_cost import plan_in, register, result_of, spec
+
+from decode_node.state import DecodeMachine
+from kvrelay.core.codec import encode
+from kvrelay.core.collector import calm_collector
+from kvrelay.core.config import ClusterConfig, NodeConfig
+from kvrelay.core.ids import ROUTER
+from kvrelay.core.machine import Received, Send, StepDone
+from kvrelay.core.messages.node_to_router import TokensOut
+from kvrelay.core.messages.router_to_node import Generate
+from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.engine import choice
+from kvrelay.engine.interface import Engine
+from kvrelay.engine.load import load_engine
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+PRESET = "qwen2-0.5b"
+PROMPT_TOKENS = 512
+OPERATIONS = ("embed", "normalize", "linear", "add_linear", "turn_and_store", "attention", "silu_mul", "logits")
+PARTS = ("machine", "message", "batch and sampling", "kernels")
+clock = time.thread_time
+
+
+class Timed:
+    """Adds up the time spent in the operations of kernels."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def wrapped(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``choose_kernels`` whose kernels are timed."""
+
+        def chosen(*arguments: Any) -> Any:
+            kernels = choose(*arguments)
+            for name in OPERATIONS:
+                setattr(kernels, name, self._timed(getattr(kernels, name)))
+            return kernels
+
+        return chosen
+
+    def _timed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            if self._depth:  # one operation calls another
+                return operation(*arguments)
+            self._depth, began = 1, clock()
+            try:
+                return operation(*arguments)
+            finally:
+                self.seconds += clock() - began
+                self._depth = 0
+
+        return timed
+
+
+def node(model: Path, batch_size: int, quantization: str) -> NodeConfig:
+    data = {
+        "model": {"path": str(model)},
+        "engine": {"quantization": quantization},
+        "cache": {"num_blocks": batch_size * 64},
+        "scheduler": {"max_num_seqs": batch_size, "max_num_batched_tokens": 1 << 20},
+        "nodes": [{"name": "n0", "role": "mixed", "port": 8200}],
+    }
+    return ClusterConfig.from_data(data).node("n0")
+
+
+def greedy(index: int) -> RequestSpec:
+    made = spec(index, PROMPT_TOKENS)
+    tokens = [token % 8000 for token in made.prompt_token_ids]
+    sampling = SamplingParams(max_tokens=400, seed=index, temperature=0.0)
+    return msgspec.structs.replace(made, prompt_token_ids=tokens, sampling=sampling)
+
+
+def measure(engine: Engine, config: NodeConfig, batch_size: int, steps: int, timed: Timed) -> list[dict[str, float]]:
+    """Return the seconds of each part of each step."""
+    machine = DecodeMachine(config, register(config, engine.geometry))
+    plan = None
+    for index in range(batch_size):
+        plan = plan_in(machine.handle(Received(ROUTER, Generate(request=greedy(index))), 0.0)) or plan
+    while plan is not None and (len(plan.batch) < batch_size or plan.num_tokens > batch_size):
+        plan = plan_in(machine.handle(StepDone(result_of(plan)), 0.0))
+    spent = []
+    for _ in range(steps):
+        assert plan is not None
+        in_kernels, began = timed.seconds, clock()
+        result = engine.run(plan, lambda layer: None)
+        computed = clock()
+        actions = machine.handle(StepDone(result), 0.0)
+        scheduled = clock()
+        for action in actions:
+            if isinstance(action, Send) and isinstance(action.message, TokensOut):
+                encode(action.message)
+        sent = clock()
+        kernels_s = timed.seconds - in_kernels
+        parts = (scheduled - computed, sent - scheduled, computed - began - kernels_s, kernels_s)
+        spent.append(dict(zip(PARTS, parts, strict=True)))
+        plan = plan_in(actions)
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--quantization", choices=["none", "w8a8", "w8a16"], default="none")
+    arguments = parser.parse_args()
+    calm_collector()  # as every node does
+    timed = Timed()
+    choice.choose_kernels = timed.wrapped(choice.choose_kernels)
+    table = Table("decodes", *(f"{part}, ms" for part in PARTS), "outside kernels", "aim")
+    with tempfile.TemporaryDirectory(prefix="kvb-") as name:
+        model = Path(name) / "model"
+        write_tiny_checkpoint(model, "qwen2", preset=PRESET)
+        for batch_size in arguments.batch_sizes:
+            config = node(model, batch_size, arguments.quantization)
+            engine = load_engine(config, lambda done, total: None)
+            spent = measure(engine, config, batch_size, arguments.steps, timed)
+            engine.close()
+            medians = [1e3 * statistics.median(step[part] for step in spent) for part in PARTS]
+            share = 1 - medians[-1] / sum(medians)
+            table.add_row(str(batch_size), *(f"{ms:.3f}" for ms in medians), f"{share:.1%}", "5 %")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
