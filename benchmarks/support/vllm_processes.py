@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ def engine_environment(threads: int) -> dict[str, str]:
 
 
 @contextmanager
-def vllm_server(environment: Path, model: Path, threads: int, max_model_len: int) -> Iterator[tuple[int, int]]:
+def vllm_server(
+    environment: Path, model: Path, threads: int, max_model_len: int, more: Sequence[str] = ()
+) -> Iterator[tuple[int, int]]:
     """Run vLLM on the first ``threads`` cores; yield its port and the id of its process group."""
     [port] = free_ports(1)
     command = [str(environment / "bin" / "vllm"), "serve", str(model), "--served-model-name", "demo"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
-    command += ["--max-model-len", str(max_model_len)]
+    command += ["--max-model-len", str(max_model_len), *more]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             command,

@@ -42,6 +42,9 @@ SHORT = questions(HELD_OUT + 2, 200, 300)
 TIGHT = 40
 """Blocks of a decode node that has room for two or three of SHORT."""
 
+NUM_INT8 = 60
+INT8_BAR = 0.9
+
 CHUNK = 128
 NUM_SPOILT = 4
 """Chats whose blocks are emptied one after the other."""
@@ -106,6 +109,17 @@ def share_right(answers: list[str], asked: list[Question]) -> float:
 
 def test_one_node_answers_right(reference: list[str]) -> None:
     assert share_right(reference, QUESTIONS) >= BAR
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w8a16"])
+def test_weights_in_int8_answer_right_and_the_same_on_a_pair(quantization: str) -> None:
+    """Both clusters compute alike, and rounding weights costs next to no answer."""
+    found = []
+    for nodes in ([m()], [p(), d()]):
+        for cluster in _running(*nodes, engine={"quantization": quantization}):
+            found.append(said(cluster, SHORT[:NUM_INT8]))
+    assert found[0] == found[1]
+    assert share_right(found[0], SHORT[:NUM_INT8]) >= INT8_BAR
 
 
 def test_one_prefill_and_three_decode_nodes_answer_the_same(
