@@ -48,24 +48,17 @@ from support.vllm_processes import DEFAULT_ENVIRONMENT, client_process, make_env
 
 PRESET = "qwen2-0.5b"
 MAX_MODEL_LEN = 2048
-PREFILL_BUDGET, MIXED_BUDGET = 512, 128
-"""Tokens a step may compute. On P: no more than a prompt, or the first of several would wait for the last. On the mixed
-node: as few as keep a core busy computing, so that decodes ride along in many steps and wait for none of them long."""
+TOKEN_BUDGET = 512
+"""Tokens a step of kvrelay may compute: enough to keep a core busy computing. With more, the first of several prompts
+would wait for the last, and decodes of a mixed node for all of them."""
 
 NUM_CORES = 2
 VLLM = "vLLM"
 
 CLUSTERS: dict[str, dict[str, Config]] = {
-    "mixed": {
-        "m0": {"role": "mixed", "threads": 2, "cpus": [0, 1], "scheduler": {"max_num_batched_tokens": MIXED_BUDGET}}
-    },
+    "mixed": {"m0": {"role": "mixed", "threads": 2, "cpus": [0, 1]}},
     "1P1D": {
-        "p0": {
-            "role": "prefill",
-            "threads": 1,
-            "cpus": [0],
-            "scheduler": {"max_num_batched_tokens": PREFILL_BUDGET},
-        },
+        "p0": {"role": "prefill", "threads": 1, "cpus": [0]},
         "d0": {"role": "decode", "threads": 1, "cpus": [1]},
     },
 }
@@ -134,7 +127,7 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
         "model": {"path": str(model), "served_name": "demo", "max_model_len": MAX_MODEL_LEN},
         "engine": {"quantization": quantization},
         "cache": {"num_blocks": 4096},
-        "scheduler": {"max_num_seqs": 64},
+        "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": TOKEN_BUDGET},
     }
     config = cluster_config(CLUSTERS[kind], sections)
     with running(config, PRESET) as cluster:
@@ -251,7 +244,7 @@ def predicted(case: Case, one: Limits, both: Limits) -> Run:
     context = load.num_input * (1 + load.turns) // 2 + num_output // 2
     if case.cluster == "mixed":
         prompt_s, step_s = QWEN2.prefill_s(load.num_input, both), QWEN2.decode_s(count, context, both)
-        chunk = min(MIXED_BUDGET, (count - 1) * load.num_input)
+        chunk = min(TOKEN_BUDGET, (count - 1) * load.num_input)
         waiting_s = (count - 1) / 2 * prompt_s  # for the prompts before; for those after it waits with one token
         return {
             "tok/s": count * num_output / (count * prompt_s + (num_output - 1) * step_s),
