@@ -18,7 +18,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 BASELINE: dict[str, list[str]] = {"baseline": []}
 VNNI = [*AVX512, "-mavx512vnni"]
-X86 = {**BASELINE, "avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16", "-mavx512vbmi"]}
+X86 = {
+    **BASELINE,
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni": VNNI,
+    "avx512_bf16": [*VNNI, "-mavx512bf16", "-mavx512vbmi"],
+}
 
 
 class BuildKernels(build_ext):
