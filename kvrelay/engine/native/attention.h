@@ -1,7 +1,6 @@
 // Ragged paged attention. For isa.cpp only.
 //
-// Scores and outputs are both products of a few rows with a packed matrix. Packed<T> says how T is multiplied: as
-// float32, or where the CPU has it, as pairs of bf16 that one instruction multiplies and adds up in float32.
+// Scores and outputs are both products of a few rows with a packed matrix. Packed<T> says how T is multiplied.
 
 #pragma once
 
@@ -10,23 +9,10 @@
 namespace {
 
 template <typename T>
-struct Packed {
-    typedef float Left;  // type of the rows
-    enum { DEPTH = 1 };  // products one step adds up
-    INLINE vf step(vf acc, const Left *left, const float *right) { return *left * load(right) + acc; }
-};
-
+struct Packed : Floats {};
 #if defined(__AVX512BF16__)
 template <>
-struct Packed<uint16_t> {
-    typedef uint16_t Left;
-    enum { DEPTH = 2 };
-    INLINE vf step(vf acc, const Left *left, const float *right) {
-        int32_t pair;
-        memcpy(&pair, left, 4);
-        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_ps(right));
-    }
-};
+struct Packed<uint16_t> : Halves {};
 #endif
 
 // Has rows on their way from memory, one cache line with each call, while others are computed with. Spreading the calls

@@ -34,10 +34,10 @@ typedef struct {
 // How rows and weights of a product are held: both float32, both bf16, either of them by int8 weights, or both int8.
 enum { KVR_FLOATS, KVR_HALVES, KVR_FLOATS_BY_INT8, KVR_HALVES_BY_INT8, KVR_INT8 };
 
-// out [rows, size_out] = (x [rows, size_in] times weight - offsets) * scales * row_scales + bias; added to what out has,
-// if accumulate. The weight lies as products.h says, each panel panel_steps long. slab: how many steps are added up at a
-// time, 128 at most if int8 is widened. What is given by column is padded to whole panels; what is null is left out,
-// offsets go with row_scales. out_bf16: out is bf16, else float32.
+// out [rows, size_out] = (x [rows, size_in] times weight - offsets) * scales * row_scales + bias; added to what out
+// has, if accumulate. The weight lies as products.h says, each panel panel_steps long. slab: how many steps are added
+// up at a time, 128 at most if int8 is widened. What is given by column is padded to whole panels; what is null is left
+// out, offsets go with row_scales. out_bf16: out is bf16, else float32.
 typedef struct {
     const void *x, *weights;
     void *out;

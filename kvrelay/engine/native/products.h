@@ -21,33 +21,12 @@ constexpr int TILE_ROWS = 6;
 constexpr int TILE_ROWS = 4;
 #endif
 
-// How elements of one type are multiplied. Sum: what they add up to.
-struct Floats {
-    typedef float Left;
-    typedef vf Sum;
-    enum { DEPTH = 1 };
-    INLINE vf step(vf sum, const float *left, const char *right) { return *left * load((const float *)right) + sum; }
-};
-
-#if defined(__AVX512BF16__)
-struct Halves {
-    typedef uint16_t Left;
-    typedef vf Sum;
-    enum { DEPTH = 2 };
-    INLINE vf step(vf sum, const uint16_t *left, const char *right) {
-        int32_t pair;
-        memcpy(&pair, left, 4);
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_ps(right));
-    }
-};
-#endif
-
 // Rows of uint8 (an int8 and 128) with weights of int8. Sums are exact, so the order does not matter.
 struct Bytes {
     typedef uint8_t Left;
     typedef vi Sum;
     enum { DEPTH = 4 };
-    INLINE vi step(vi sum, const uint8_t *left, const char *right) {
+    INLINE vi step(vi sum, const uint8_t *left, const void *right) {
         int32_t four;
         memcpy(&four, left, 4);
 #if defined(__AVX512VNNI__)

@@ -131,4 +131,26 @@ INLINE vf exp_of(vf x) {
 #endif
 }
 
+// How a row is multiplied with a vector of columns, DEPTH elements at a time: as float32, or where the CPU has it, as
+// pairs of bf16 that one instruction multiplies and adds up in float32. Left: type of the row; Sum: of what adds up.
+struct Floats {
+    typedef float Left;
+    typedef vf Sum;
+    enum { DEPTH = 1 };
+    INLINE vf step(vf sum, const float *left, const void *right) { return *left * load((const float *)right) + sum; }
+};
+
+#if defined(__AVX512BF16__)
+struct Halves {
+    typedef uint16_t Left;
+    typedef vf Sum;
+    enum { DEPTH = 2 };
+    INLINE vf step(vf sum, const uint16_t *left, const void *right) {
+        int32_t pair;
+        memcpy(&pair, left, 4);
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_ps(right));
+    }
+};
+#endif
+
 }  // namespace
