@@ -1,9 +1,11 @@
-"""Weights in int8: products by our own library against exact arithmetic, and what they change in a model."""
+"""Products by our own library: of few rows against oneDNN's, of int8 against exact arithmetic and in a model."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from engine_runs import Runner, open_engine, sequence, use_kernels
 
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
-from kvrelay.engine.native.library import NativeLibrary, ProductKind
+from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
 from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
-from kvrelay.engine.onednn import ITEM_BYTES, to_bfloat16
+from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
@@ -116,6 +118,53 @@ def test_few_rows_are_the_same_bits_as_in_many(
     for count in ROWS:
         np.testing.assert_array_equal(multiplied(linear, rows[-count:]), whole[-count:])
         np.testing.assert_array_equal(multiplied(linear, rows[-count:], before[-count:]), summed[-count:])
+
+
+class StandIn:
+    """What oneDNN packs for float32, multiplied here by adding up ``chunk`` elements of a row at a time."""
+
+    dtype = out_dtype = "float32"
+    bias = None
+
+    def __init__(self, library: NativeLibrary, weight: np.ndarray, chunk: int, spare_bytes: int = 0) -> None:
+        self.num_calls = 0
+        size_out, size_in = weight.shape
+        self.shape = size_in, size_out
+        steps = -(-size_in // 16) * 16
+        panels = np.zeros((-(-size_out // COLUMNS) * COLUMNS, steps), np.float32)
+        panels[:size_out, :size_in] = weight
+        panels = np.ascontiguousarray(panels.reshape(-1, COLUMNS, steps).transpose(0, 2, 1))
+        self.array = Array(panels.nbytes + spare_bytes)
+        self.array.bytes[: panels.nbytes] = panels.reshape(-1).view(np.uint8)
+        self._library = library
+        self._call = ProductCall(
+            weights=self.array.address,
+            size_in=size_in,
+            size_out=size_out,
+            x_stride=size_in,
+            panel_steps=steps,
+            slab=chunk,
+            kind=ProductKind.FLOATS,
+        )
+
+    def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
+        self.num_calls += 1
+        call = self._call
+        call.x, call.out, call.num_rows, call.accumulate = x, out, num_rows, accumulate
+        assert self._library.multiply(ctypes.byref(call))
+
+
+def test_few_rows_are_our_own_where_they_give_the_same_bits_and_only_there(library: NativeLibrary) -> None:
+    rng = np.random.default_rng(4)
+    weight, rows = rng.standard_normal((70, 1500), np.float32), rng.standard_normal((64, 1500), np.float32)
+    for chunk, spare_bytes, is_ours in ((512, 0, True), (1024, 0, True), (256, 0, False), (512, 64, False)):
+        packed = StandIn(library, weight, chunk, spare_bytes)
+        linear = FewRows(library).joined(cast(OneDNNLinear, packed))
+        packed.num_calls = 0
+        few, many = multiplied(linear, rows[:48]), multiplied(linear, rows)
+        assert packed.num_calls == (1 if is_ours else 2)
+        np.testing.assert_array_equal(few, many[:48])
+        np.testing.assert_allclose(many, rows @ weight.T, atol=1e-3)
 
 
 def test_what_is_not_finite_stays_visible(library: NativeLibrary) -> None:
