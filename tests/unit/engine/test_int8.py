@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from engine_runs import Runner, open_engine, sequence, use_kernels
 
+from kvrelay.core.errors import CheckpointError
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
 from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
@@ -165,6 +166,12 @@ def test_few_rows_are_our_own_where_they_give_the_same_bits_and_only_there(libra
         assert packed.num_calls == (1 if is_ours else 2)
         np.testing.assert_array_equal(few, many[:48])
         np.testing.assert_allclose(many, rows @ weight.T, atol=1e-3)
+
+
+def test_an_odd_number_of_inputs_has_no_pairs(library: NativeLibrary) -> None:
+    weight = np.ones((64, 37), np.float32)
+    with pytest.raises(CheckpointError, match="takes inputs in pairs, not 37 of them"):
+        Int8Linear(library, weight, None, Quantization.W8A16, "bfloat16", "float32", QuantizedRows(library))
 
 
 def test_what_is_not_finite_stays_visible(library: NativeLibrary) -> None:
