@@ -26,7 +26,7 @@ from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.batch import PoolLimits, RaggedBatch, ragged_batch
+from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
 from kvrelay.engine.choice import open_library, open_onednn
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, LayerKV
@@ -184,11 +184,11 @@ class Bench:
                 RequestSpec(request_id=f"r{index}", epoch=0, prompt_token_ids=[1] * (start + count), sampling=params)
             )
             num_blocks = -(-(start + count) // BLOCK_SIZE)
-            one.block_table = order[first : first + num_blocks].tolist()
+            one.take_blocks(order[first : first + num_blocks].tolist())
             one.num_computed_tokens = start
             first += num_blocks
             scheduled.append(ScheduledSequence(one, start, count, True))
-        return ragged_batch(scheduled, PoolLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT))
+        return BatchAssembler(PoolLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT)).assemble(scheduled)
 
     def attention(self) -> None:
         shape, kernels, item_bytes = self.shape, self.kernels, ITEM_BYTES[self.dtype]

@@ -74,7 +74,7 @@ class Bench:
         tokens = [rng.randrange(3, self.engine.vocab_size) for _ in range(num_tokens)]
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         sequence = Sequence(RequestSpec(request_id="r", epoch=1, prompt_token_ids=tokens, sampling=sampling))
-        sequence.block_table = list(range(first_block, first_block + -(-num_tokens // BLOCK_SIZE)))
+        sequence.take_blocks(range(first_block, first_block + -(-num_tokens // BLOCK_SIZE)))
         return sequence
 
 

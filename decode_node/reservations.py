@@ -99,7 +99,7 @@ class Reservations:
         if not self._scheduler.fits(request, num_new, matched):
             return Refusal(f"{num_new} KV blocks are not free beside what running requests need", RETRY_AFTER_S)
         kv.pin(matched)
-        request.block_table = [*matched, *kv.allocate(num_new)]
+        request.take_blocks([*matched, *kv.allocate(num_new)])
         request.num_cached_blocks = len(matched)
         kv.record_query(message.num_tokens, len(matched) * self._block_size)
         request.lease_until_s = self._outbox.now + self._lease_s
@@ -111,7 +111,7 @@ class Reservations:
             request_id=message.request_id,
             epoch=message.epoch,
             first_block=len(matched),
-            target_block_ids=request.block_table[len(matched) :],
+            target_block_ids=request.block_table[len(matched) :].tolist(),
         )
         self._outbox.send(MESSAGER, expect)
         return None
@@ -134,7 +134,7 @@ class Reservations:
         reserved = BlocksReserved(
             request_id=request.spec.request_id,
             epoch=request.spec.epoch,
-            block_ids=request.block_table[request.num_cached_blocks :],
+            block_ids=request.block_table[request.num_cached_blocks :].tolist(),
             num_cached_blocks=request.num_cached_blocks,
             link=self.link,
             lease_s=self._lease_s,

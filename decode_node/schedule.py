@@ -205,7 +205,7 @@ class Scheduler:
         del self.decoding[victim]
         self.publish(victim)
         self.kv.unpin(victim.block_table)
-        victim.block_table = []
+        victim.take_blocks(())
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         schedule.preempted.append(victim)
@@ -241,7 +241,7 @@ class Scheduler:
             if num_new > 0:
                 if self.kv.num_free < num_new + self._watermark_blocks:
                     return ()
-                request.block_table += self.kv.allocate(num_new)
+                request.block_table.extend(self.kv.allocate(num_new))
         return drafts
 
     def _continue_prefills(self, schedule: Schedule, budget: int) -> int:
@@ -294,7 +294,7 @@ class Scheduler:
 
     def _take_blocks(self, request: DecodeRequest, num_new: int, matched: list[BlockId]) -> None:
         self.kv.pin(matched)
-        request.block_table = [*matched, *self.kv.allocate(num_new)]
+        request.take_blocks([*matched, *self.kv.allocate(num_new)])
         request.num_computed_tokens = len(matched) * self._block_size
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens

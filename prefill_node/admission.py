@@ -51,7 +51,7 @@ class Admission:
                 return None
             self._queued.remove(request)
             self._kv.pin(matched)
-            request.sequence.block_table = [*matched, *self._kv.allocate(num_new)]
+            request.sequence.take_blocks([*matched, *self._kv.allocate(num_new)])
             request.num_cached_tokens = request.sequence.num_computed_tokens = len(matched) * self._block_size
             self._kv.record_query(num_tokens, request.num_cached_tokens)
             if self._kv.prefix_caching:

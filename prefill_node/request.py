@@ -164,4 +164,6 @@ class PrefillRequest:
         if num_blocks <= first:
             return None
         self.num_signalled_blocks = num_blocks
-        return KVSpan(self.spec.request_id, self.spec.epoch, first, self.sequence.block_table[first:num_blocks])
+        return KVSpan(
+            self.spec.request_id, self.spec.epoch, first, self.sequence.block_table[first:num_blocks].tolist()
+        )

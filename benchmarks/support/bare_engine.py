@@ -31,7 +31,7 @@ class BareEngine:
     ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, num_logprobs=num_logprobs)
         sequence = Sequence(RequestSpec(request_id="r", epoch=1, prompt_token_ids=tokens, sampling=sampling))
-        sequence.block_table = block_table
+        sequence.take_blocks(block_table)
         return sequence
 
     def run(self, batch: list[ScheduledSequence]) -> list[SampledTokens]:

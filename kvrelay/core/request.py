@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
 
-from kvrelay.core.ids import ROUTER, Attempt, PeerId
+from kvrelay.core.ids import ROUTER, Attempt, BlockId, PeerId
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +78,9 @@ class Sequence:
 
     Only the node's state machine changes it, and never while a step that includes it is running: ``token_ids`` and
     ``block_table`` grow between steps. ``token_ids`` holds the prompt and then the output.
+
+    ``block_table`` is an array of 32-bit integers that kernels read where it lies: a step copies nothing of it. While
+    one does, the array refuses to grow (BufferError).
     """
 
     __slots__ = ("block_table", "num_computed_tokens", "num_prompt_tokens", "sampling", "spec", "token_ids")
@@ -85,8 +90,12 @@ class Sequence:
         self.sampling = spec.sampling
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.output_token_ids]
-        self.block_table: list[int] = []
         self.num_computed_tokens = 0
+        self.take_blocks(())
+
+    def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
+        """Have ``block_ids`` for its KV, and none of those it had before."""
+        self.block_table = array("i", block_ids)
 
     @property
     def attempt(self) -> Attempt:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvrelay.core.errors import EngineError
 from kvrelay.core.step import ScheduledSequence
 
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -20,14 +21,14 @@ class Span:
     """The rows of one sequence: ``num_tokens`` from ``first_row`` on, for positions from ``start`` on.
 
     ``index``: where the sequence is in the plan's batch.
-    ``block_table``: the blocks of all positions up to the last one of the step.
+    ``block_table``: the sequence's own table, where it lies, as far as the step's last position.
     """
 
     index: int
     first_row: int
     num_tokens: int
     start: int
-    block_table: Int64
+    block_table: Int32
     block_size: int
 
     @property
@@ -38,7 +39,7 @@ class Span:
     def slots(self, first: int) -> Int64:
         """Return the slots of the positions from ``first`` to the last one of the step."""
         first_block = first // self.block_size
-        blocks = self.block_table[first_block:, None] * self.block_size
+        blocks = self.block_table[first_block:, None] * np.int64(self.block_size)
         slots: Int64 = (blocks + np.arange(self.block_size)).reshape(-1)
         skipped = first_block * self.block_size
         return slots[first - skipped : self.context_len - skipped]
@@ -52,6 +53,8 @@ class RaggedBatch:
     already. Spans are ordered by context length with single tokens first, so that similar decodes lie side by side.
     ``sampling_rows`` are the rows after which a token is sampled, in order of the plan's batch: one for each sequence
     that samples, and one more for each of its drafts.
+
+    It is good until the next one is assembled: arrays are kept from step to step, and block tables are the sequences'.
     """
 
     spans: list[Span]
@@ -70,31 +73,52 @@ class PoolLimits(NamedTuple):
     max_model_len: int
 
 
-def ragged_batch(scheduled: Sequence[ScheduledSequence], limits: PoolLimits) -> RaggedBatch:
-    """Flatten ``scheduled``, which is not empty. Raises EngineError if one of it breaks ``limits``."""
-    order = sorted(range(len(scheduled)), key=lambda index: _sort_key(scheduled[index]))
-    spans: list[Span] = []
-    tokens: list[int] = []
-    last_rows: dict[int, int] = {}
-    for index in order:
-        item = scheduled[index]
-        _check(item, limits)
-        blocks = _block_table(item, limits.block_size)
-        spans.append(Span(index, len(tokens), item.num_tokens, item.start, blocks, limits.block_size))
-        tokens += item.token_ids
-        last_rows[index] = len(tokens) - 1
-    positions = np.concatenate([np.arange(span.start, span.context_len) for span in spans])
-    slots = np.concatenate([span.slots(span.start) for span in spans])
-    written = _written_rows(spans, scheduled, positions)
-    sampling = [(index, back) for index, item in enumerate(scheduled) for back in _places(item)]
-    return RaggedBatch(
-        spans=spans,
-        token_ids=np.array(tokens, np.int64),
-        positions=positions,
-        slot_mapping=slots if written is None else slots[written],
-        written_rows=written,
-        sampling_rows=np.array([last_rows[index] - back for index, back in sampling], np.int64),
-    )
+class BatchAssembler:
+    """Flattens one step after the other into the same arrays, which grow to the largest of them."""
+
+    def __init__(self, limits: PoolLimits) -> None:
+        self._limits = limits
+        self._rows = np.empty((3, 0), np.int64)
+        """Token ids, positions and slots."""
+
+    def assemble(self, scheduled: Sequence[ScheduledSequence]) -> RaggedBatch:
+        """Flatten ``scheduled``, which is not empty. Raises EngineError if one of it breaks the limits."""
+        block_size = self._limits.block_size
+        order = sorted(range(len(scheduled)), key=lambda index: _sort_key(scheduled[index]))
+        num_rows = sum(item.num_tokens for item in scheduled)
+        if num_rows > self._rows.shape[1]:
+            self._rows = np.empty((3, max(num_rows, 2 * self._rows.shape[1])), np.int64)
+        token_ids, positions, slots = self._rows[:, :num_rows]
+        spans: list[Span] = []
+        last_rows = [0] * len(scheduled)
+        first = 0
+        for index in order:
+            item = scheduled[index]
+            table = _block_table(item, self._limits)
+            _, start, num_tokens, *_ = item
+            span = Span(index, first, num_tokens, start, table, block_size)
+            if num_tokens == 1:
+                token_ids[first] = item.token_ids[0]
+                positions[first] = start
+                slots[first] = int(table[-1]) * block_size + start % block_size
+            else:
+                rows = slice(first, first + num_tokens)
+                token_ids[rows] = item.token_ids
+                positions[rows] = np.arange(start, start + num_tokens)
+                slots[rows] = span.slots(start)
+            spans.append(span)
+            first += num_tokens
+            last_rows[index] = first - 1
+        written = _written_rows(spans, scheduled, positions)
+        sampling = [last_rows[index] - back for index, item in enumerate(scheduled) for back in _places(item)]
+        return RaggedBatch(
+            spans=spans,
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slots if written is None else slots[written],
+            written_rows=written,
+            sampling_rows=np.array(sampling, np.int64),
+        )
 
 
 def _places(item: ScheduledSequence) -> range:
@@ -115,23 +139,22 @@ def _sort_key(item: ScheduledSequence) -> tuple[bool, int]:
     return item.num_tokens > 1, item.start + item.num_tokens
 
 
-def _check(item: ScheduledSequence, limits: PoolLimits) -> None:
+def _block_table(item: ScheduledSequence, limits: PoolLimits) -> Int32:
+    """Return the blocks ``item`` needs, where its sequence has them. Raises EngineError if it breaks ``limits``."""
     sequence, end = item.sequence, item.start + item.num_tokens
     known = sequence.num_tokens + len(item.drafts or ())
+    num_blocks = -(-end // limits.block_size)
     blocks = sequence.block_table
     reason = None
     if item.num_tokens < 1 or item.start < 0 or end > known:
         reason = f"the step wants positions {item.start} to {end} of {known} tokens"
     elif end > limits.max_model_len:
         reason = f"{end} tokens are more than the model's {limits.max_model_len}"
-    elif len(blocks) * limits.block_size < end:
+    elif len(blocks) < num_blocks:
         reason = f"{len(blocks)} blocks of {limits.block_size} do not hold {end} tokens"
-    elif min(blocks) < 0 or max(blocks) >= limits.num_blocks:
+    # as unsigned numbers, so that one comparison finds those below 0 as well
+    elif np.maximum.reduce(np.frombuffer(blocks, np.uint32, num_blocks)) >= limits.num_blocks:
         reason = f"the block table leaves the pool of {limits.num_blocks} blocks"
     if reason is not None:
         raise EngineError(reason, request_id=sequence.spec.request_id)
-
-
-def _block_table(item: ScheduledSequence, block_size: int) -> Int64:
-    num_blocks = -(-(item.start + item.num_tokens) // block_size)
-    return np.array(item.sequence.block_table[:num_blocks], np.int64)
+    return np.frombuffer(blocks, np.int32, num_blocks)

@@ -25,7 +25,7 @@ from kvrelay.core.ids import Attempt
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs
 from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
-from kvrelay.engine.batch import PoolLimits, Span, ragged_batch
+from kvrelay.engine.batch import BatchAssembler, PoolLimits, Span
 from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 
@@ -49,7 +49,7 @@ class FakeEngine:
         self.vocab_size = config.vocab_size
         self._config = config
         self._sleep = sleep
-        self._limits = PoolLimits(block_size, num_blocks, config.max_model_len)
+        self._assembler = BatchAssembler(PoolLimits(block_size, num_blocks, config.max_model_len))
         self._contexts: OrderedDict[Attempt, Context] = OrderedDict()
         slots = num_blocks * block_size
         planes = (config.num_layers * 2, slots, self._words.words_per_token)
@@ -73,7 +73,7 @@ class FakeEngine:
         """Yield each layer as soon as its KV is in the pool, then the result: for whoever lets time pass in between."""
         if not plan.batch:
             raise EngineError("a step without sequences")
-        batch = ragged_batch(plan.batch, self._limits)
+        batch = self._assembler.assemble(plan.batch)
         chains = np.concatenate([self._chain(span, plan.batch[span.index]) for span in batch.spans])
         words = self._words.of_tokens(chains if batch.written_rows is None else chains[batch.written_rows])
         for layer in range(self.geometry.num_layers):

@@ -70,10 +70,9 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True)
 class NativeStep:
-    """One step as the library takes it. Arrays are held here for as long as their addresses are in use."""
+    """One step as the library takes it. What has addresses in use is held here: ``batch`` and ``arrays``."""
 
-    num_rows: int
-    token_ids: Int64
+    batch: RaggedBatch
     heads: HeadsCall
     attention: AttentionCall
     arrays: tuple[npt.NDArray[np.generic], ...]
@@ -106,6 +105,7 @@ class NativeKernels:
         self._quantized_rows = QuantizedRows(library)
         self._rotation = RotationTables(shape.rotation)
         self._buffers: dict[tuple[str, int, int], _Buffer] = {}
+        self._sequences = np.empty((0, 4), np.int64)
         self._width = 0
 
     def map_pool(self, memory: KVMemory) -> AddressedPool:
@@ -141,13 +141,12 @@ class NativeKernels:
         self._use_threads()
         shape, spans = self._shape, batch.spans
         cosine, sine = self._rotation.up_to(int(batch.positions.max()) + 1)
-        sequences = np.empty((len(spans), 4), np.int64)
-        tables = [span.block_table for span in spans]
-        blocks = np.concatenate(tables, dtype=np.int32) if len(tables) > 1 else tables[0].astype(np.int32)
-        first_block = 0
-        for row, span in enumerate(spans):
-            sequences[row] = span.first_row, span.num_tokens, span.start, first_block
-            first_block += len(span.block_table)
+        if len(spans) > len(self._sequences):
+            self._sequences = np.empty((2 * len(spans), 4), np.int64)
+        sequences = self._sequences
+        sequences[: len(spans)] = [
+            (span.first_row, span.num_tokens, span.start, span.block_table.ctypes.data) for span in spans
+        ]
         slots = batch.slot_mapping
         if batch.written_rows is not None:
             slots = np.full(len(batch.token_ids), -1, np.int64)
@@ -164,21 +163,19 @@ class NativeKernels:
         )
         attention = AttentionCall(
             sequences=sequences.ctypes.data,
-            blocks=blocks.ctypes.data,
             num_sequences=len(spans),
             block_size=self._block_size,
             scale=shape.head_dim**-0.5,
             bf16=self._bf16,
             **sizes,
         )
-        kept = (batch.positions, slots, sequences, blocks, cosine, sine)
-        return NativeStep(len(batch.token_ids), batch.token_ids, heads, attention, kept)
+        return NativeStep(batch, heads, attention, (slots, sequences, cosine, sine))
 
     def embed(self, step: NativeStep, table: Kept) -> Rows:
         """See Kernels."""
-        out = self._rows("residual", step.num_rows, self._width, 4)
-        ids = step.token_ids.ctypes.data
-        self._library.embed(ids, table.address, out.address, step.num_rows, self._width, self._bf16)
+        ids = step.batch.token_ids
+        out = self._rows("residual", len(ids), self._width, 4)
+        self._library.embed(ids.ctypes.data, table.address, out.address, len(ids), self._width, self._bf16)
         return out
 
     def normalize(self, residual: Rows, weight: Kept, eps: float) -> Rows:

@@ -8,7 +8,7 @@ from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.step import StepPlan, StepResult
-from kvrelay.engine.batch import PoolLimits, RaggedBatch, ragged_batch
+from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
 from kvrelay.engine.decoder import Decoder
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
@@ -34,7 +34,7 @@ class PaddleEngine:
         self.vocab_size = vocab_size
         self._decoder = decoder
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
-        self._limits = PoolLimits(geometry.block_size, num_blocks, max_model_len)
+        self._assembler = BatchAssembler(PoolLimits(geometry.block_size, num_blocks, max_model_len))
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
         """See Engine."""
@@ -53,7 +53,7 @@ class PaddleEngine:
     def _batch(self, plan: StepPlan) -> RaggedBatch:
         if not plan.batch:
             raise EngineError("a step without sequences")
-        batch = ragged_batch(plan.batch, self._limits)
+        batch = self._assembler.assemble(plan.batch)
         lowest, highest = int(batch.token_ids.min()), int(batch.token_ids.max())
         if lowest < 0 or highest >= self.vocab_size:
             raise EngineError(f"token ids {lowest} to {highest} leave the vocabulary of {self.vocab_size}")

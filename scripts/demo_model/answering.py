@@ -58,7 +58,7 @@ class Answerer:
         used = 0
         for sequence in sequences:
             count = self._engine.geometry.blocks_for(sequence.num_tokens + sequence.sampling.max_tokens)
-            sequence.block_table = list(range(used, used + count))
+            sequence.take_blocks(range(used, used + count))
             used += count
 
     def _run(self, sequences: list[Sequence]) -> None:

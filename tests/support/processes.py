@@ -212,6 +212,7 @@ class NodeProcess(Process):
                 return
             done = next(layers)
             if isinstance(done, StepResult):
+                next(layers, None)  # the step is over, and has the block tables no longer
                 self.handle(StepDone(done))
                 return
             if self.config.role == "prefill":

@@ -94,7 +94,7 @@ class Desk:
         return request
 
     def _give_blocks(self, request: DecodeRequest, num_tokens: int) -> None:
-        request.block_table = self.kv.allocate(-(-num_tokens // self.hasher.block_size))
+        request.take_blocks(self.kv.allocate(-(-num_tokens // self.hasher.block_size)))
         request.num_computed_tokens = num_tokens
 
     # ------------------------------------------------------------ steps

@@ -430,7 +430,7 @@ struct Span {
 INLINE Span span_of(const KvrAttention *a, const Item *item) {
     const int64_t *sequence = a->sequences + 4 * item->sequence;
     int64_t group = a->num_heads / a->num_kv_heads, rows = item->num_queries * group;
-    return Span{sequence[0], sequence[2], group, rows, rows * item->num_heads, a->blocks + sequence[3]};
+    return Span{sequence[0], sequence[2], group, rows, rows * item->num_heads, (const int32_t *)sequence[3]};
 }
 
 INLINE int64_t element_of(const KvrAttention *a, const Item *item, const Span &span, int64_t row) {

@@ -8,12 +8,11 @@
 extern "C" {
 
 // Queries [rows, H, D], KV planes [slots, G, D] of one layer, out [rows, H * D], all bf16 or all float32.
-// sequences[i] = first row, number of rows, position of the first row, index into blocks of the first block id.
+// sequences[i] = first row, number of rows, position of the first row, address of its block ids, each an int32.
 typedef struct {
     const void *queries, *keys, *values;
     void *out;
     const int64_t *sequences;
-    const int32_t *blocks;
     int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
     int64_t window;  // positions a query sees, its own included; 0: all
     float scale;

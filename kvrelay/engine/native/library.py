@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvrelay.engine.kernels import KernelsUnavailableError
 
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 
 _Pointer, _Int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -32,7 +32,7 @@ class AttentionCall(ctypes.Structure):
     """``KvrAttention`` of ``kernels.h``."""
 
     _fields_ = (
-        *((name, _Pointer) for name in ("queries", "keys", "values", "out", "sequences", "blocks")),
+        *((name, _Pointer) for name in ("queries", "keys", "values", "out", "sequences")),
         *(
             (name, _Int64)
             for name in ("num_sequences", "num_heads", "num_kv_heads", "head_dim", "block_size", "window")

@@ -361,7 +361,7 @@ def test_a_victim_gives_all_its_blocks_back_and_they_stay_matchable() -> None:
     desk.decode("a", prompt=8, output=1)
     victim = desk.decode("b", prompt=8, output=1)
     desk.schedule()
-    assert victim.block_table == []
+    assert not victim.block_table
     assert victim.num_computed_tokens == 0
     assert victim.num_preemptions == 1
     assert len(desk.kv.match(victim.hashes)) == 1  # the second was taken by a at once

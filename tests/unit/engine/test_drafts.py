@@ -104,7 +104,7 @@ def test_a_prompt_that_is_wholly_there_computes_its_last_token_and_writes_nothin
     source.run((one, LENGTH))
     planes = any_engine.memory.planes
     again = asked()
-    again.block_table = source.free[:3]
+    again.take_blocks(source.free[:3])
     planes[:, :, again.block_table] = planes[:, :, one.block_table]
     again.num_computed_tokens = LENGTH
     before = planes.copy()

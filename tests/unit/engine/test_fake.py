@@ -121,7 +121,7 @@ def test_kv_copied_to_another_engine_decodes_on(make_runner: MakeRunner) -> None
     source, target, one = make_runner(), make_runner(seed=1), sequence(prompt(30), max_tokens=6)
     source.run((one, 30))
     there = list(one.block_table)
-    one.block_table.clear()
+    one.take_blocks(())
     target.give_blocks(one, 30)
     target.engine.memory.planes[:, :, one.block_table] = source.engine.memory.planes[:, :, there]
     target.finish(one)
@@ -197,7 +197,7 @@ def test_a_step_beside_the_pool_is_an_error(
     make_runner: MakeRunner, start: int, count: int, table: list[int], fault: str
 ) -> None:
     runner, one = make_runner(), sequence(prompt(8), "bad")
-    one.block_table = table
+    one.take_blocks(table)
     with pytest.raises(EngineError, match=fault) as caught:
         runner.engine.run(StepPlan(1, [ScheduledSequence(one, start, count, False)]), lambda layer: None)
     assert caught.value.request_id == "bad"

@@ -95,7 +95,8 @@ def test_shared_prefix_blocks_give_what_computing_them_again_would(engine: Engin
     second.token_ids[40:48] = prompt(8, seed=3)
     again = sequence(list(second.token_ids), "c", max_tokens=6, num_logprobs=3)
     runner.finish(first)
-    second.block_table, second.num_computed_tokens = first.block_table[:2], 32
+    second.take_blocks(first.block_table[:2])
+    second.num_computed_tokens = 32
     assert_same(runner.finish(second)[0], runner.finish(again)[0])
 
 
@@ -106,16 +107,40 @@ def test_kv_moved_to_another_engine_decodes_on(
     assert other.geometry == engine.geometry
     outputs = Runner(engine).run((one, 33))
     there = list(one.block_table)
-    one.block_table = [7, 200, 3, 9]
+    one.take_blocks([7, 200, 3, 9])
     other.memory.planes[:, :, one.block_table[: len(there)]] = engine.memory.planes[:, :, there]
     outputs += Runner(other).finish(one)[0]
     assert_same(outputs, alone[33])
     other.close()
 
 
+def test_a_block_exchanged_between_steps_is_read_in_its_new_place(engine: Engine, alone: dict[int, Any]) -> None:
+    runner, one, planes = Runner(engine), asked(33), engine.memory.planes
+    outputs = runner.run((one, 33))
+    before, after = one.block_table[1], runner.free.pop()
+    one.block_table[1] = after
+    planes[:, :, after] = planes[:, :, before]
+    planes[:, :, before] = 0
+    outputs += runner.finish(one)[0]
+    assert_same(outputs, alone[33])
+
+
+def test_a_block_table_cannot_grow_while_a_step_reads_it(engine: Engine) -> None:
+    runner, one = Runner(engine), asked(20)
+    runner.give_blocks(one, 20)
+
+    def on_layer(layer: int) -> None:
+        with pytest.raises(BufferError):
+            one.block_table.append(9)
+
+    engine.run(StepPlan(1, [ScheduledSequence(one, 0, 20, True)]), on_layer)
+    one.block_table.append(9)
+    assert len(one.block_table) == 3
+
+
 def test_layers_are_announced_in_order_with_their_kv_in_the_pool(engine: Engine) -> None:
     one = asked(20)
-    one.block_table = [5, 2]
+    one.take_blocks([5, 2])
     planes, heard = engine.memory.planes, []
 
     def on_layer(layer: int) -> None:

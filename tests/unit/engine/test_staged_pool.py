@@ -69,7 +69,7 @@ def test_kv_that_a_transfer_wrote_is_used(staged: Engine, engine: Engine) -> Non
     one = sequence(prompt(33), max_tokens=6)
     Runner(engine).run((one, 33))
     there, runner = list(one.block_table), Runner(staged, seed=3)
-    one.block_table.clear()
+    one.take_blocks(())
     runner.give_blocks(one, 33)
     staged.memory.planes[:, :, one.block_table] = engine.memory.planes[:, :, there]
     runner.finish(one)
@@ -83,7 +83,7 @@ def test_a_block_reused_for_another_request_is_read_anew(staged: Engine, engine:
     second = sequence(prompt(33, seed=8), "second", max_tokens=6)
     source.run((second, 33))
     staged.memory.planes[:, :, first.block_table] = engine.memory.planes[:, :, second.block_table]
-    second.block_table = first.block_table
+    second.take_blocks(first.block_table)
     runner.finish(second)
     assert output(second) == wanted(engine, prompt(33, seed=8))
 
