@@ -6,7 +6,7 @@
                                blocks set     P writes KV into them;             │
                                aside          the hand-off comes                 v
     from the router  WAITING ──────────────────────────> RUNNING_PREFILL ──> RUNNING_DECODE ──> ENDED
-    (mixed node)     no blocks                           chunk by chunk          │   one token a step
+                     no blocks                           chunk by chunk          │   one token a step
                            │                                   ^                 v
                            └───────────> LOADING ──────────────┘             PREEMPTED
                                          the store fills                     no blocks; goes on

@@ -173,7 +173,7 @@ class DecodeMachine:
             case KVArrived(num_bytes=num_bytes):
                 self._reservations.arrived(request, num_bytes)
 
-    # ------------------------------------------------------------ whole requests (mixed)
+    # ------------------------------------------------------------ whole requests
 
     def _generate(self, spec: RequestSpec) -> None:
         if self._requests.find(spec.attempt) is not None:
@@ -268,6 +268,7 @@ class DecodeMachine:
             queued_tokens=sum(len(request.token_ids) for request in waiting),
             gauges={
                 **self._messager_stats.gauges,
+                "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
                 "reserved_blocks": float(reserved_blocks),
                 "reserved_tokens": float(reserved_blocks * self._hasher.block_size),

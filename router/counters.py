@@ -17,6 +17,7 @@ class Counters:
     attempts: int = 0
     retries: int = 0
     moved: int = 0
+    local_prefills: int = 0
     decode_refusals: int = 0
     stale_messages: int = 0
     nodes_lost: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kvrelay.core.config import Role
 from kvrelay.core.ids import PeerId
 from router.policies import Policy
@@ -10,31 +12,66 @@ from router.request import RoutedRequest
 
 
 class Placement:
-    """Gives requests to nodes and takes them back. A request and its nodes always tell the same of each other."""
+    """Gives requests to nodes and takes them back. A request and its nodes always tell the same of each other.
 
-    def __init__(self, registry: Registry, prefill_policy: Policy, decode_policy: Policy) -> None:
+    ``local_prefill_tokens``: a decode node computes a prompt itself when every prefill node has at least so many more
+    prompt tokens to compute than it has, or there is none; None: never.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        prefill_policy: Policy,
+        decode_policy: Policy,
+        local_prefill_tokens: int | None = None,
+    ) -> None:
         self._registry = registry
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
+        self._local_prefill_tokens = local_prefill_tokens
 
     def enter(self, request: RoutedRequest) -> Node | None:
         """Choose the node that begins ``request``: a mixed one, or a prefill node if there is a decode node for it.
 
-        Nodes that failed it come last. Without any, return None.
+        Or a decode node, for the prompt too. Nodes that failed it come last. Without any, return None.
         """
-        nodes = self._registry.available(Role.MIXED)
-        if request.wants_one_token or self._registry.available(Role.DECODE):
-            nodes += self._registry.available(Role.PREFILL)
-        nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
-        if not nodes:
+        chosen = self._entry(request)
+        if chosen is None:
             return None
-        chosen = self._prefill_policy.choose(nodes, request.new.prompt_token_ids)
         chosen.pending[request.request_id] = request.num_tokens
-        if chosen.role is Role.MIXED:
-            request.decode = chosen.peer
-        else:
+        if chosen.role is Role.PREFILL:
             request.prefill = chosen.peer
+            return chosen
+        request.decode = chosen.peer
+        if chosen.role is Role.DECODE:
+            chosen.give(_num_blocks(request, chosen))
         return chosen
+
+    def _entry(self, request: RoutedRequest) -> Node | None:
+        decode_nodes = self._registry.available(Role.DECODE)
+        nodes = self._registry.available(Role.MIXED)
+        if request.wants_one_token or decode_nodes:
+            nodes += self._registry.available(Role.PREFILL)
+        helpers = decode_nodes if self._local_prefill_tokens is not None else []
+        untried = _untried(request, nodes)
+        untried_helpers = _untried(request, helpers)
+        if not untried and (untried_helpers or not nodes):
+            return min(untried_helpers or helpers, key=partial(_helpfulness, request), default=None)
+        nodes = untried or nodes
+        chosen = self._prefill_policy.choose(nodes, request.new.prompt_token_ids)
+        if chosen.role is not Role.PREFILL:
+            return chosen
+        return min(self._ahead(request, nodes, untried_helpers), key=partial(_helpfulness, request), default=chosen)
+
+    def _ahead(self, request: RoutedRequest, nodes: list[Node], helpers: list[Node]) -> list[Node]:
+        """Return those of ``helpers`` that have room for the prompt and are ahead of all prefill nodes in ``nodes``."""
+        least_behind = min(node.pending_tokens for node in nodes if node.role is Role.PREFILL)
+        return [
+            node
+            for node in helpers
+            if least_behind - node.pending_tokens >= (self._local_prefill_tokens or 0)
+            and node.prompt_blocks >= _num_blocks(request, node)
+        ]
 
     def assign_decode(self, request: RoutedRequest) -> Node | None:
         """Choose a decode node among those that have not refused. Without any, return None."""
@@ -58,7 +95,7 @@ class Placement:
             return None
         chosen = max(others, key=lambda node: node.spare_blocks)
         self.release(request)
-        chosen.num_moved_blocks += num_blocks
+        chosen.give(num_blocks)
         chosen.pending[request.request_id] = 0
         request.decode = chosen.peer
         return chosen
@@ -80,7 +117,7 @@ class Placement:
         """Tell whether ``request`` could be served by nodes that have neither failed it nor have it now."""
         tried = request.avoid.union(request.nodes)
         roles = {node.role for node in self._registry if node.peer not in tried and not node.leaving}
-        return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+        return self._registry.can_serve(roles)
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """The prompt is no more work for its nodes."""
@@ -113,3 +150,22 @@ class Placement:
 
     def _nodes(self, request: RoutedRequest) -> list[Node]:
         return [node for peer in request.nodes if (node := self._registry.get(peer)) is not None]
+
+
+def _untried(request: RoutedRequest, nodes: list[Node]) -> list[Node]:
+    return [node for node in nodes if node.peer not in request.avoid]
+
+
+def _num_blocks(request: RoutedRequest, node: Node) -> int:
+    """Return how many KV blocks ``request`` needs to be computed on ``node``, and to grow a little."""
+    return -(-request.num_tokens // node.block_size) + 1
+
+
+def _helpfulness(request: RoutedRequest, node: Node) -> tuple[bool, bool, int, int]:
+    """Order decode nodes that could compute the prompt of ``request``, the best first.
+
+    Those with room go before those that will have it, and these before those that never can; then who has less to do.
+    """
+    num_blocks = _num_blocks(request, node)
+    never_fits = node.registration.num_blocks < num_blocks - 1
+    return node.prompt_blocks < num_blocks, never_fits, node.pending_tokens, -node.prompt_blocks

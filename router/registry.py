@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,15 @@ class Node:
     """A registered node. ``pending``: its requests of this router, with the prompt tokens each must yet compute.
 
     ``load`` is what its last heartbeat said, of which there were ``num_heartbeats`` so far; since then it was given
-    preempted requests of ``num_moved_blocks``.
+    ``num_given_requests`` that need ``num_given_blocks``: preempted ones, and prompts for a decode node to compute.
     """
 
     peer: PeerId
     registration: Register
     load: Load = field(default_factory=Load)
     num_heartbeats: int = 0
-    num_moved_blocks: int = 0
+    num_given_requests: int = 0
+    num_given_blocks: int = 0
     leaving: bool = False
     pending: dict[str, int] = field(default_factory=dict)
     _foreign_requests: int = 0
@@ -60,6 +61,11 @@ class Node:
         return max(1, self.registration.max_num_seqs)
 
     @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        return self.registration.geometry.block_size
+
+    @property
     def num_requests(self) -> int:
         """Requests on it, those of other routers too."""
         return len(self.pending) + self._foreign_requests
@@ -72,11 +78,36 @@ class Node:
     @property
     def spare_blocks(self) -> int:
         """KV blocks that a request from elsewhere could have at once: none if others wait for blocks there."""
-        load = self.load
-        if not self.num_heartbeats or load.num_waiting or self.num_requests >= self.max_num_seqs:
+        if not self.num_heartbeats or self.load.num_waiting or self.num_requests >= self.max_num_seqs:
             return 0
+        return max(0, self._unclaimed_blocks)
+
+    @property
+    def prompt_blocks(self) -> int:
+        """KV blocks that are left for one more prompt when those that wait there have theirs: none without a slot.
+
+        Prompts that wait keep nobody away: how much longer it takes because of them, ``pending_tokens`` tells.
+        Preempted requests do: they would wait longer, and the prompt behind them.
+        """
+        load = self.load
+        num_requests = load.num_waiting + load.num_running + load.num_receiving + self.num_given_requests
+        is_full = num_requests >= self.max_num_seqs or load.gauges.get("preempted_requests", 0.0) > 0
+        if not self.num_heartbeats or is_full:
+            return 0
+        # Each of those that wait may begin one block more than their tokens fill.
+        num_waiting_blocks = load.queued_tokens // self.block_size + load.num_waiting
+        return max(0, self._unclaimed_blocks - num_waiting_blocks)
+
+    @property
+    def _unclaimed_blocks(self) -> int:
+        load = self.load
         reserved = load.gauges.get("reserved_blocks", 0.0)
-        return max(0, load.free_blocks + load.evictable_blocks - int(reserved) - self.num_moved_blocks)
+        return load.free_blocks + load.evictable_blocks - int(reserved) - self.num_given_blocks
+
+    def give(self, num_blocks: int) -> None:
+        """Note that it gets a request that needs so many blocks at once."""
+        self.num_given_requests += 1
+        self.num_given_blocks += num_blocks
 
     def take_load(self, load: Load) -> None:
         """Note what a heartbeat says.
@@ -84,17 +115,21 @@ class Node:
         What this router gave the node it knows better, and at once; what the node has beyond that is others'.
         """
         self.load = load
-        self.num_moved_blocks = 0
+        self.num_given_requests = self.num_given_blocks = 0
         num_requests = load.num_waiting + load.num_running + load.num_receiving
         self._foreign_requests = max(0, num_requests - len(self.pending))
         self._foreign_tokens = max(0, load.queued_tokens - sum(self.pending.values()))
 
 
 class Registry:
-    """Nodes by peer, in the order they registered. All serve one model with one KV geometry."""
+    """Nodes by peer, in the order they registered. All serve one model with one KV geometry.
 
-    def __init__(self, model: str, peer_timeout_s: float) -> None:
+    ``decode_alone``: decode nodes may compute prompts, so they can do without prefill nodes.
+    """
+
+    def __init__(self, model: str, peer_timeout_s: float, *, decode_alone: bool = False) -> None:
         self._model = model
+        self._decode_alone = decode_alone
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
         self._last_departure_s = -math.inf
@@ -120,9 +155,14 @@ class Registry:
         """The longest sequence every node can serve, if there is a node."""
         return min((node.registration.max_model_len for node in self), default=None)
 
+    def can_serve(self, roles: Set[Role]) -> bool:
+        """Tell whether nodes of ``roles`` together can serve a request."""
+        with_decode = Role.DECODE in roles and (Role.PREFILL in roles or self._decode_alone)
+        return with_decode or Role.MIXED in roles
+
     def unready_reason(self) -> str | None:
         """Return why no request could be served now, or None."""
-        if self.available(Role.MIXED) or (self.available(Role.PREFILL) and self.available(Role.DECODE)):
+        if self.can_serve({node.role for node in self if not node.leaving}):
             return None
         missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
         return f"no {' and no '.join(missing)} node is registered, nor a mixed one"

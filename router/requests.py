@@ -119,7 +119,10 @@ class Requests:
         request.lifecycle.move(Status.RUNNING, self.now)
         self.counters.attempts += 1
         self.timelines.mark(request.request_id, "dispatched", self.now)
-        if entry.role is Role.MIXED:
+        if entry.role is Role.DECODE:
+            self.counters.local_prefills += 1
+            self.timelines.mark(request.request_id, "local_prefill", self.now)
+        if entry.role is not Role.PREFILL:
             self._perform(Send(entry.peer, Generate(request=spec)))
             return
         decode = None if request.wants_one_token else self._placement.assign_decode(request)

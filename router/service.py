@@ -44,6 +44,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
         first_epoch=secrets.randbits(_EPOCH_SHARES) << _EPOCHS_PER_SHARE,
         prefill_policy=router.prefill_policy,
         decode_policy=router.decode_policy,
+        local_prefill_tokens=router.local_prefill_tokens,
         heartbeat_s=cluster.heartbeat_s,
         peer_timeout_s=cluster.peer_timeout_s,
         drain_timeout_s=cluster.drain_timeout_s,

@@ -47,7 +47,7 @@ class RouterSettings:
     """All the machine must know. ``model`` is the name nodes must serve.
 
     Epochs begin after ``first_epoch``, so that those of several routers differ: clients may give equal request ids to
-    two of them.
+    two of them. ``local_prefill_tokens``: see ``Placement``.
     """
 
     model: str
@@ -55,6 +55,7 @@ class RouterSettings:
     first_epoch: int = 0
     prefill_policy: str = "least_loaded"
     decode_policy: str = "least_loaded"
+    local_prefill_tokens: int | None = None
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
     drain_timeout_s: float = 30.0
@@ -72,11 +73,13 @@ class RouterMachine:
         self._actions: list[object] = []
         self._now = 0.0
         self._stopping = False
-        self.registry = Registry(settings.model, settings.peer_timeout_s)
+        decode_alone = settings.local_prefill_tokens is not None
+        self.registry = Registry(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
+        prefill_policy, decode_policy = POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()
         self.requests = Requests(
             settings.limits,
             self.registry,
-            Placement(self.registry, POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()),
+            Placement(self.registry, prefill_policy, decode_policy, settings.local_prefill_tokens),
             self._perform,
             settings.first_epoch,
         )

@@ -86,6 +86,13 @@ class RouterConfig(Section):
     decode_policy: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="How the decode node of a request is chosen."
     )
+    local_prefill_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=1 << 30,
+        description="A decode node with room computes a prompt itself when all prefill nodes have so many more prompt "
+        "tokens to compute than it has, or when there are none; null: never.",
+    )
     max_queued_requests: int = Field(
         512, ge=1, le=1_000_000, description="Requests admitted and not finished; more are answered 429."
     )

@@ -10,7 +10,7 @@ from kvrelay.core.machine import Announce, Started
 from kvrelay.core.node_entry import NodeEntry
 from kvrelay.core.request import SamplingParams
 from router.events import Deliver, NewRequest, NodesFound, RegistryLost, Submitted
-from router.state import RouterMachine, RouterSettings
+from router.state import RouterMachine
 from support.processes import NodeProcess, Process
 from support.world import EOS, Client, World
 
@@ -25,7 +25,7 @@ class FollowingRouter(Process):
     machine: RouterMachine
 
     def __init__(self, world: ManyRouters, incarnation: str, number: int) -> None:
-        settings = RouterSettings("demo", incarnation, first_epoch=number << 24, limits=world._limits)
+        settings = world.router_settings(incarnation, first_epoch=number << 24)
         super().__init__(world, peer_id(ROUTER, incarnation), RouterMachine(settings), [])
         self.clients: dict[str, Client] = {}
         self.handle_with(Deliver, self._deliver)

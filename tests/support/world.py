@@ -125,6 +125,7 @@ class World:
         speculative: dict[str, Any] | None = None,
         storage: dict[str, Any] | None = None,
         limits: dict[str, Any] | None = None,
+        router: dict[str, Any] | None = None,
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
     ) -> None:
@@ -162,6 +163,7 @@ class World:
         }
         self._overrides = nodes or {}
         self._limits = Limits(**{"request_timeout_s": 120.0, **(limits or {})})
+        self._router_options = router or {}
         self.router = self._start_router()
         roles = {Role.PREFILL: ("p", prefill), Role.DECODE: ("d", decode), Role.MIXED: ("m", mixed)}
         self.nodes: dict[str, NodeProcess] = {}
@@ -245,8 +247,11 @@ class World:
         return self.start(name, config.role, port or config.port)
 
     def _start_router(self) -> RouterProcess:
-        settings = RouterSettings("demo", f"{next(self._incarnations):04x}", limits=self._limits)
-        return RouterProcess(self, RouterMachine(settings))
+        return RouterProcess(self, RouterMachine(self.router_settings(f"{next(self._incarnations):04x}")))
+
+    def router_settings(self, incarnation: str, first_epoch: int = 0) -> RouterSettings:
+        """Return what a router of this World goes by."""
+        return RouterSettings("demo", incarnation, first_epoch=first_epoch, limits=self._limits, **self._router_options)
 
     def restart_router(self) -> None:
         """SIGKILL the router, and with it all clients, and start it again."""

@@ -55,7 +55,7 @@ class AssignDecode(Message, frozen=True, kw_only=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Router -> mixed node, a request arrived.
+    """Router -> mixed node, a request arrived; or D, if it is to compute the prompt itself or takes a preempted one.
 
     The reader serves the whole request; it owes the router all its tokens and one that finishes it, or RequestFailed.
     """

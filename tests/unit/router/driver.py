@@ -31,7 +31,13 @@ def new_request(request_id: str = "r", *, max_tokens: int = 8, prompt: list[int]
 
 class Driver:
     def __init__(
-        self, nodes: str = "", *, limits: Limits | None = None, policy: str = "least_loaded", first_epoch: int = 0
+        self,
+        nodes: str = "",
+        *,
+        limits: Limits | None = None,
+        policy: str = "least_loaded",
+        first_epoch: int = 0,
+        local_prefill_tokens: int | None = None,
     ) -> None:
         settings = RouterSettings(
             model="demo",
@@ -40,6 +46,7 @@ class Driver:
             limits=limits or Limits(),
             prefill_policy=policy,
             decode_policy=policy,
+            local_prefill_tokens=local_prefill_tokens,
         )
         self.machine = RouterMachine(settings)
         self.now = 1000.0

@@ -9,7 +9,7 @@ import pytest
 from driver import Driver, new_request, peer
 
 from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import Message
+from kvrelay.core.messages.base import Heartbeat, Load, Message
 from kvrelay.core.messages.node_to_router import DecodeNeeded
 from kvrelay.core.messages.router_to_node import AssignDecode, Generate, Prefill
 from kvrelay.core.request import FinishReason
@@ -23,15 +23,19 @@ MAX_TOKENS = 6
 class Life:
     """A seeded sequence of events. Tokens are their own index, so that order and gaps show."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, local_prefill_tokens: int | None = None) -> None:
         self.random = random.Random(seed)
-        self.driver = Driver(" ".join(NODES), limits=Limits(max_queued_requests=12, node_wait_s=3.0))
+        limits = Limits(max_queued_requests=12, node_wait_s=3.0)
+        self.driver = Driver(" ".join(NODES), limits=limits, local_prefill_tokens=local_prefill_tokens)
+        self.may_lend = local_prefill_tokens is not None
         self.incarnations = Counter[str]()
         self.attempts: list[tuple[str, int, str, str | None, int]] = []
         self.submitted = 0
 
     def run(self, steps: int) -> None:
-        kinds = (self.submit, self.tokens, self.tokens, self.tokens, self.fail, self.refuse, self.lose, self.leave)
+        kinds = [self.submit, self.tokens, self.tokens, self.tokens, self.fail, self.refuse, self.lose, self.leave]
+        if self.may_lend:
+            kinds += [self.beat, self.beat, self.submit]
         for _ in range(steps):
             self.random.choice(kinds)()
             self.notice_dispatches()
@@ -92,6 +96,12 @@ class Life:
         if self.random.random() < 0.8:
             self.driver.join(name, self.incarnation(name))
 
+    def beat(self) -> None:
+        """A decode node tells of room, which it then may have or not."""
+        name = self.random.choice(("d0", "d1"))
+        load = Load(free_blocks=self.random.randrange(100), num_running=self.random.randrange(9))
+        self.driver.hear(peer(name, self.incarnation(name)), Heartbeat(load=load))
+
     def leave(self) -> None:
         if self.submitted:
             kind = self.random.choice((ClientGone, StopMatched))
@@ -102,10 +112,14 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_ends_once_with_its_tokens_in_order_and_nothing_is_left(seed: int) -> None:
-    life = Life(seed)
+@pytest.mark.parametrize("local_prefill_tokens", [None, 0])
+def test_every_request_ends_once_with_its_tokens_in_order_and_nothing_is_left(
+    seed: int, local_prefill_tokens: int | None
+) -> None:
+    life = Life(seed, local_prefill_tokens)
     life.run(150)
     driver = life.driver
+    assert (driver.machine.requests.counters.local_prefills > 0) is life.may_lend
     for name in NODES:
         driver.do(PeerLost(peer(name, life.incarnation(name)), "the end"))
     driver.wait(20.0)
