@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import msgspec
 
+from cache_messager.recent import Recent
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.core.ids import MESSAGER, Attempt, PeerId
@@ -92,6 +93,7 @@ class PrefillMachine:
         self._requests: dict[Attempt, PrefillRequest] = {}
         self._running: dict[Attempt, PrefillRequest] = {}
         self._sending: dict[Attempt, PrefillRequest] = {}
+        self._ended: Recent[bool] = Recent()
         self._leaving = False
         self._counters = {"steps": 0.0, "prefill_tokens": 0.0, "kv_bytes_sent": 0.0}
         self._messager_stats = MessagerStats(counters={})
@@ -194,8 +196,8 @@ class PrefillMachine:
     # ------------------------------------------------------------ admission
 
     def _prefill(self, spec: RequestSpec, decode_node: NodeAddress | None) -> None:
-        if spec.attempt in self._requests:
-            return
+        if spec.attempt in self._requests or self._ended.get(spec.attempt):
+            return  # said twice: nobody would take a second answer, nor its KV
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
         error = self._inadmissible(len(tokens))
         if error is not None:
@@ -328,6 +330,7 @@ class PrefillMachine:
         self.kv.unpin(request.sequence.block_table)
         request.lifecycle.move(PrefillStatus.ENDED, self._outbox.now)
         del self._requests[request.attempt]
+        self._ended.note(request.attempt, True)
         self._sending.pop(request.attempt, None)
         self._outbox.send(request.spec.router, request.timeline(self._node.name))
 

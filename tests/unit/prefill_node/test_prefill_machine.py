@@ -150,6 +150,18 @@ def test_a_prompt_sent_twice_is_computed_once() -> None:
     assert len(desk.sent(ReserveBlocks)) == 1
 
 
+def test_a_prompt_that_comes_again_after_its_end_is_not_begun_again() -> None:
+    """D would wait for KV that the messager does not send twice."""
+    desk = prefill_desk()
+    prefill(desk)
+    granted(desk)
+    desk.finish_step(50)
+    transferred(desk)
+    assert prefill(desk) == []
+    desk.machine.assert_quiescent()
+    assert prefill(desk, epoch=2)
+
+
 # ---------------------------------------------------------------- signals
 
 
