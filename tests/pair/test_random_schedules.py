@@ -153,3 +153,29 @@ def test_random_faults_and_restarts(seeds: Iterator[int]) -> None:
             world.settle(60.0)
 
     check_all(seeds, check)
+
+
+def test_random_faults_and_restarts_where_decode_nodes_compute_prompts_too(seeds: Iterator[int]) -> None:
+    num_local_prefills = []
+
+    def check(rng: random.Random, seed: int) -> None:
+        limits = {"request_timeout_s": 100.0, "max_attempts": 10}
+        with some_cluster(rng, seed, limits=limits, router={"local_prefill_tokens": rng.choice([0, 1, 20])}) as world:
+            world.run_for(1.5)  # nodes have told of their room
+            world.link.disturb(drop=0.003, duplicate=0.01, overtake=0.01, delay=0.02, corrupt=0.003)
+            size = capacity(world)
+            for _ in range(rng.randint(2, 12)):
+                prompt = world.prompt(rng.randint(1, size - 2))
+                client = world.submit(prompt, rng.randint(1, size - len(prompt)), priority=rng.randint(-1, 2))
+                if rng.random() < 0.2:
+                    abort_later(world, client, rng.random() * 0.1)
+                world.run_for(rng.choice([0.0, 0.0, rng.random() * 0.03, 1.0]))
+                if rng.random() < 0.15:
+                    world.restart(rng.choice(sorted(world.nodes)))
+            world.settle_clients(150.0)
+            world.link.heal()
+            world.settle(60.0)
+            num_local_prefills.append(world.router.machine.requests.counters.local_prefills)
+
+    check_all(seeds, check)
+    assert sum(map(bool, num_local_prefills)) > len(num_local_prefills) // 3
