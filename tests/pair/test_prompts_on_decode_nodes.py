@@ -162,6 +162,17 @@ def test_preempted_on_the_decode_node_that_computed_them() -> None:
         assert world.counted("preemptions", "d") > 0
 
 
+def test_a_decode_node_tells_of_preempted_requests_and_not_of_prompts_that_wait() -> None:
+    with lending(cache={"num_blocks": 16}, scheduler={"reserve_policy": "none", "watermark": 0.0}) as world:
+        for _ in range(2):
+            world.submit(20, 36, ignore_eos=True)
+        world.run_until(lambda: world.counted("preemptions", "d"))
+        load = machine(world, "d0").load()
+        assert (load.num_waiting, load.gauges["preempted_requests"]) == (1, 1.0)
+        world.settle()
+        assert machine(world, "d0").load().gauges["preempted_requests"] == 0.0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_several_routers_lend_the_same_decode_nodes(seed: int) -> None:
     options: dict[str, Any] = {"router": {"local_prefill_tokens": 16}, "cache": {"num_blocks": 48}}

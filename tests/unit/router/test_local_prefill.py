@@ -152,7 +152,7 @@ def test_a_prompt_that_waits_there_keeps_nobody_away_but_gets_its_blocks_first()
 
 
 def test_preempted_requests_that_wait_there_keep_it_away() -> None:
-    driver = lending("p0 d0")
+    driver = lending("p0 d0", 50)
     room(driver, "d0", num_waiting=1, queued_tokens=10, gauges={"preempted_requests": 1.0})
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "p0"]
     room(driver, "d0", num_waiting=1, queued_tokens=10, gauges={"preempted_requests": 0.0})
