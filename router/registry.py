@@ -92,7 +92,7 @@ class Node:
         load = self.load
         num_requests = load.num_waiting + load.num_running + load.num_receiving + self.num_given_requests
         is_full = num_requests >= self.max_num_seqs or load.gauges.get("preempted_requests", 0.0) > 0
-        if not self.num_heartbeats or is_full:
+        if is_full:
             return 0
         # Each of those that wait may begin one block more than their tokens fill.
         num_waiting_blocks = load.queued_tokens // self.block_size + load.num_waiting
