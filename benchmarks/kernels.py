@@ -95,10 +95,8 @@ class Bench:
         self.onednn: OneDNN = open_onednn()
         rotation = Rotation(*inverse_frequencies(RopeConfig(), shape.head_dim, 4 * CONTEXT))
         heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, rotation)
-        self.all_kernels = {
-            kind: NativeKernels(dtype, heads, BLOCK_SIZE, self.onednn, open_library(), threads, kind)
-            for kind in Quantization
-        }
+        self.new_kernels = partial(NativeKernels, dtype, heads, BLOCK_SIZE, self.onednn, open_library(), threads)
+        self.all_kernels = {kind: self.new_kernels(kind) for kind in Quantization}
         self.kernels = self.all_kernels[Quantization.NONE]
         set_num_threads(threads)
         self.readers = ThreadPoolExecutor(threads)
@@ -201,8 +199,9 @@ class Bench:
             (f"decode attention, {self.num_seqs} x {CONTEXT}, blocks anywhere", decodes, shuffled),
             (f"prefill attention, {CONTEXT} tokens", [(CONTEXT, 0)], shuffled),
         ):
+            kernels = self.new_kernels()  # each is in the midst of a step
             step = kernels.begin_step(self.batch(lengths, order), [None])
-            queries = kernels._rows("bench", step.num_rows, width, item_bytes)
+            queries = kernels._rows("bench", len(step.batch.token_ids), width, item_bytes)
             kernels._buffers["bench", width, item_bytes].array.bytes[:] = 0x3C
             prefill = lengths[0][0] > 1
             pairs = CONTEXT * (CONTEXT + 1) / 2

@@ -104,7 +104,7 @@ class Kernels(Protocol):
         """
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> StepContext:
-        """Prepare the computation of ``batch`` in layers with any of ``windows``."""
+        """Prepare the computation of ``batch`` in layers with any of ``windows``. The step before is over then."""
 
     def embed(self, step: StepContext, table: Tensor) -> Tensor:
         """Return the rows of ``table`` for the step's tokens, the first residual: [N, hidden]."""

@@ -16,7 +16,8 @@ struct Packed<uint16_t> : Halves {};
 #endif
 
 // Has rows on their way from memory, one cache line with each call, while others are computed with. Spreading the calls
-// matters: a CPU has few requests under way at a time, and waits when there are more.
+// evenly over time matters: a CPU has few requests under way at a time, and waits when there are more. So a decode step's
+// are where its time is: 20 with W keys and 2 W dimensions, one with two values, 8 with a softmax.
 struct Fetcher {
     const char *const *rows = nullptr;
     int64_t num_rows = 0, bytes = 0, row = 0, at = 0;
@@ -211,6 +212,20 @@ template <>
 struct Direct<uint16_t> {
     static bool fits(int64_t rows, int64_t dim) { return rows <= RB && dim % PANEL == 0; }
 
+    // Of 2 W elements of two rows each, W of them from first on, as pairs.
+    struct Interleaved {
+        __m512i order;
+
+        explicit Interleaved(int first) {
+            uint16_t from[2 * W];
+            for (int i = 0; i < 2 * W; i++) from[i] = first + i / 2 + i % 2 * 2 * W;
+            order = _mm512_loadu_si512(from);
+        }
+        INLINE_MEMBER vf of(const uint16_t *one, const uint16_t *two, int64_t d) const {
+            return (vf)_mm512_permutex2var_epi16(_mm512_loadu_si512(one + d), order, _mm512_loadu_si512(two + d));
+        }
+    };
+
     // out[r][0:W] = rows[r] times W keys
     template <int R>
     INLINE_MEMBER static void keys(const uint16_t *const *rows, const uint16_t *const *keys, int64_t dim, float *out,
@@ -222,17 +237,13 @@ struct Direct<uint16_t> {
             for (int i = 0; i < W; i++) {
                 square[i] = key_elements(keys[i], first);
                 fetcher->one();
+                if (i % 4 == 0) fetcher->one();
             }
             transpose(square);
 #pragma GCC unroll 16
             for (int j = 0; j < W; j++)
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    int32_t pair;
-                    memcpy(&pair, rows[r] + 2 * (first + j), 4);
-                    acc[r] = (vf)_mm512_dpbf16_ps((__m512)acc[r], (__m512bh)_mm512_set1_epi32(pair),
-                                                  (__m512bh)square[j]);
-                }
+                for (int r = 0; r < R; r++) acc[r] = pair_step(acc[r], rows[r] + 2 * (first + j), square[j]);
         }
         for (int r = 0; r < R; r++) store(out + r * SEGMENT, acc[r]);
     }
@@ -243,13 +254,13 @@ struct Direct<uint16_t> {
                                      int64_t count, const uint16_t *zeros, float *out, int64_t out_stride,
                                      Fetcher *fetcher) {
         vf acc[R][NB] = {};
+        const Interleaved low(0), high(W);
         for (int64_t k = 0; k < count; k += 2) {
             const uint16_t *one = values[k] + d, *two = k + 1 < count ? values[k + 1] + d : zeros;
             fetcher->one();
-            fetcher->one();
 #pragma GCC unroll 2
             for (int n = 0; n < NB; n++) {
-                vf v = value_elements(one, two, n * W);
+                const vf v = n % 2 ? high.of(one, two, (n - 1) * W) : low.of(one, two, n * W);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) acc[r][n] = pair_step(acc[r][n], rows[r] + k, v);
             }
@@ -364,14 +375,14 @@ __attribute__((noinline)) void merge_row(const Rows *into, int64_t row, int64_t 
                                          const float *sums) {
     if (highest == -INFINITY) return;
     float before = into->highest[row], top = before > highest ? before : highest;
-    float keep = exp_of(splat(before - top))[0], add = exp_of(splat(highest - top))[0];
+    float keep = exp2_of(splat(before - top))[0], add = exp2_of(splat(highest - top))[0];
     into->highest[row] = top;
     into->total[row] = into->total[row] * keep + total * add;
     float *to = into->sums + row * dim;
     for (int64_t d = 0; d < dim; d += W) store(to + d, load(to + d) * keep + load(sums + d) * add);
 }
 
-// weights[0:count] = e^(scale * score - highest) within [low, high), else 0, and what they sum up to.
+// weights[0:count] = 2^(scale * score - highest) within [low, high), else 0, and what they sum up to.
 template <typename Left>
 __attribute__((noinline)) void soften(float *scores, int64_t count, int64_t low, int64_t high, float scale,
                                       Left *weights, float *highest, float *total) {
@@ -394,7 +405,7 @@ __attribute__((noinline)) void soften(float *scores, int64_t count, int64_t low,
     }
     vf sum = {};
     for (int64_t k = 0; k < count; k += W) {
-        vf e = exp_of(load(scores + k) * scale - best);
+        vf e = exp2_of(load(scores + k) * scale - best);
         sum += e;
         store(weights + k, e);
     }
@@ -543,8 +554,9 @@ struct Attend {
             const int64_t low = first_seen > first_key ? first_seen - first_key : 0;
             const int64_t high = position + 1 - first_key < seen ? position + 1 - first_key : seen;
             weight_rows[i] = weights + i * SEGMENT;
-            soften(s.scores + i * SEGMENT, round_up(seen, W), low, high, a->scale, weights + i * SEGMENT, highest + i,
-                   total + i);
+            for (int j = 0; j < 8; j++) fetcher.one();
+            soften(s.scores + i * SEGMENT, round_up(seen, W), low, high, a->scale * LOG2_E, weights + i * SEGMENT,
+                   highest + i, total + i);
         }
         if (direct())
             Direct<T>::outputs(count, weight_rows, here, head * dim, dim, seen, zeros, s.outputs, &fetcher);

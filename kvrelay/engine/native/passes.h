@@ -66,11 +66,11 @@ void silu_rows(const T *gate_up, T *out, int64_t ffn, int64_t first, int64_t las
         int64_t i = 0;
         for (; i + W <= ffn; i += W) {
             vf g = load(gate + i);
-            store(to + i, g / (1.0f + exp_of(-g)) * load(up + i));
+            store(to + i, g / (1.0f + exp2_of(-LOG2_E * g)) * load(up + i));
         }
         for (; i < ffn; i++) {
             float g = to_float(gate[i]);
-            put(to + i, g / (1.0f + exp_of(splat(-g))[0]) * to_float(up[i]));
+            put(to + i, g / (1.0f + exp2_of(splat(-LOG2_E * g))[0]) * to_float(up[i]));
         }
     }
 }

@@ -109,25 +109,29 @@ INLINE float highest_of(vf v) {
 #endif
 }
 
-// e^x to 2 units in the last place; 0 for minus infinity.
-INLINE vf exp_of(vf x) {
-    vf clamped = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
-    vf n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    vf r = clamped - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+constexpr float LOG2_E = 1.44269504f;  // e^x is 2^(x * LOG2_E)
+
+// 2^x to 2e-7 of it; 0 below -126, minus infinity included; NaN stays NaN.
+INLINE vf exp2_of(vf x) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)p,
-                                      (__m512)n);
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+#else
+    vf clamped = x < -126.0f ? splat(-126.0f) : (x > 127.0f ? splat(127.0f) : x);
+    vf n = (clamped + 12582912.0f) - 12582912.0f, r = clamped - n;  // adding 1.5 * 2^23 rounds to an integer
+#endif
+    // a polynomial of 2^r on [-1/2, 1/2], fitted for the least relative error with 1 at 0
+    vf p = splat(1.3264714507e-3f);
+    p = p * r + 9.6715139225e-3f;
+    p = p * r + 5.5507339537e-2f;
+    p = p * r + 2.4022242427e-1f;
+    p = p * r + 6.9314700365e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    const __mmask16 not_small = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(not_small, (__m512)p, (__m512)n);
 #else
     vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
-    return x < -87.0f ? splat(0.0f) : p * power;
+    return x < -126.0f ? splat(0.0f) : p * power;
 #endif
 }
 

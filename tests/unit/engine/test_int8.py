@@ -226,7 +226,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     for name in ("portable", "products", "native"):
         assert 1e-5 < np.abs(found[name] - found["exact"]).max() / scale < 0.1
     # what a last bit turns to another side of a rounding is one step of 127 further on
-    near = 0.02 if quantization == "w8a8" else 1e-4
+    near = 0.05 if quantization == "w8a8" else 1e-4
     for name in ("products", "native"):
         assert np.abs(found[name] - found["portable"]).max() / scale < near
 
