@@ -1,9 +1,9 @@
-"""What a decode step costs outside the kernels: scheduling, the batch, sampling, the message with the tokens.
+"""What a step costs outside the kernels: scheduling, the batch, sampling, the message; and inside, by operation.
 
 The machine of a mixed node with the real engine on a random checkpoint, no processes and no wire; CPU time of the one
 thread. Requests have their prompts computed by nobody, which costs nothing and shows in no number; then they decode
 together. Times of the kernels are those between entering and leaving each operation, so what the measuring itself costs
-counts as outside.
+counts as outside. The second table has a prompt beside the decodes.
 
 Usage: python benchmarks/step_overhead.py [--steps 40] [--batch-sizes 8 32] [--quantization none|w8a8|w8a16]
 """
@@ -34,7 +34,8 @@ from kvrelay.core.ids import ROUTER
 from kvrelay.core.machine import Received, Send, StepDone
 from kvrelay.core.messages.node_to_router import TokensOut
 from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine import choice
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
@@ -42,17 +43,23 @@ from kvrelay.engine.tiny import write_tiny_checkpoint
 
 PRESET = "qwen2-0.5b"
 PROMPT_TOKENS = 512
+PROMPTS = 3
 OPERATIONS = ("embed", "normalize", "linear", "add_linear", "turn_and_store", "attention", "silu_mul", "logits")
 PARTS = ("machine", "message", "batch and sampling", "kernels")
 clock = time.thread_time
 
 
 class Timed:
-    """Adds up the time spent in the operations of kernels."""
+    """Adds up the time spent in each of the operations of kernels."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.by_operation = dict.fromkeys(OPERATIONS, 0.0)
         self._depth = 0
+
+    @property
+    def seconds(self) -> float:
+        """The time of all operations."""
+        return sum(self.by_operation.values())
 
     def wrapped(self, choose: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``choose_kernels`` whose kernels are timed."""
@@ -60,12 +67,12 @@ class Timed:
         def chosen(*arguments: Any) -> Any:
             kernels = choose(*arguments)
             for name in OPERATIONS:
-                setattr(kernels, name, self._timed(getattr(kernels, name)))
+                setattr(kernels, name, self._timed(name, getattr(kernels, name)))
             return kernels
 
         return chosen
 
-    def _timed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             if self._depth:  # one operation calls another
                 return operation(*arguments)
@@ -73,7 +80,7 @@ class Timed:
             try:
                 return operation(*arguments)
             finally:
-                self.seconds += clock() - began
+                self.by_operation[name] += clock() - began
                 self._depth = 0
 
         return timed
@@ -97,14 +104,17 @@ def greedy(index: int) -> RequestSpec:
     return msgspec.structs.replace(made, prompt_token_ids=tokens, sampling=sampling)
 
 
-def measure(engine: Engine, config: NodeConfig, batch_size: int, steps: int, timed: Timed) -> list[dict[str, float]]:
-    """Return the seconds of each part of each step."""
+def measure(
+    engine: Engine, config: NodeConfig, batch_size: int, steps: int, timed: Timed
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Return the seconds of each part of each step, and those of each operation of all of them."""
     machine = DecodeMachine(config, register(config, engine.geometry))
     plan = None
     for index in range(batch_size):
         plan = plan_in(machine.handle(Received(ROUTER, Generate(request=greedy(index))), 0.0)) or plan
     while plan is not None and (len(plan.batch) < batch_size or plan.num_tokens > batch_size):
         plan = plan_in(machine.handle(StepDone(result_of(plan)), 0.0))
+    before = dict(timed.by_operation)
     spent = []
     for _ in range(steps):
         assert plan is not None
@@ -121,7 +131,24 @@ def measure(engine: Engine, config: NodeConfig, batch_size: int, steps: int, tim
         parts = (scheduled - computed, sent - scheduled, computed - began - kernels_s, kernels_s)
         spent.append(dict(zip(PARTS, parts, strict=True)))
         plan = plan_in(actions)
-    return spent
+    return spent, since(before, timed)
+
+
+def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
+    """Return the seconds of each operation of a prompt, the best of some in all."""
+    sequence = Sequence(greedy(0))
+    sequence.take_blocks(range(PROMPT_TOKENS // engine.geometry.block_size))
+    plan = StepPlan(0, [ScheduledSequence(sequence, 0, PROMPT_TOKENS, True)])
+    found = []
+    for _ in range(PROMPTS):
+        before = dict(timed.by_operation)
+        engine.run(plan, lambda layer: None)
+        found.append(since(before, timed))
+    return min(found, key=lambda spent: sum(spent.values()))
+
+
+def since(before: dict[str, float], timed: Timed) -> dict[str, float]:
+    return {name: seconds - before[name] for name, seconds in timed.by_operation.items()}
 
 
 def main() -> None:
@@ -134,18 +161,28 @@ def main() -> None:
     timed = Timed()
     choice.choose_kernels = timed.wrapped(choice.choose_kernels)
     table = Table("decodes", *(f"{part}, ms" for part in PARTS), "outside kernels", "aim")
+    operations = Table("step", *(f"{name}, ms" for name in OPERATIONS))
+
+    def add(step: str, seconds: dict[str, float], count: int) -> None:
+        operations.add_row(step, *(f"{1e3 * seconds[name] / count:.2f}" for name in OPERATIONS))
+
     with tempfile.TemporaryDirectory(prefix="kvb-") as name:
         model = Path(name) / "model"
         write_tiny_checkpoint(model, "qwen2", preset=PRESET)
         for batch_size in arguments.batch_sizes:
             config = node(model, batch_size, arguments.quantization)
             engine = load_engine(config, lambda done, total: None)
-            spent = measure(engine, config, batch_size, arguments.steps, timed)
+            spent, by_operation = measure(engine, config, batch_size, arguments.steps, timed)
+            add(f"{batch_size} decodes", by_operation, arguments.steps)
+            if batch_size == arguments.batch_sizes[-1]:
+                add(f"a prompt of {PROMPT_TOKENS}", measure_prompt(engine, timed), 1)
             engine.close()
             medians = [1e3 * statistics.median(step[part] for step in spent) for part in PARTS]
             share = 1 - medians[-1] / sum(medians)
             table.add_row(str(batch_size), *(f"{ms:.3f}" for ms in medians), f"{share:.1%}", "5 %")
-    Console(width=110).print(table)
+    console = Console(width=140)
+    console.print(table)
+    console.print(operations)
 
 
 if __name__ == "__main__":

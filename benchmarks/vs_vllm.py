@@ -55,7 +55,7 @@ TOKEN_BUDGET = 512
 would wait for the last, and decodes of a mixed node for all of them."""
 
 LEAD_TOKENS = 1536
-HELPERS_BUDGET = 96
+HELPERS_BUDGET = 64
 """Where D computes prompts: how many more tokens of them P must have, and how many tokens a step of D may have at most,
 which is how long its decodes wait."""
 
