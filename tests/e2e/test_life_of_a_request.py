@@ -26,9 +26,9 @@ def test_timeline_tells_every_phase_and_every_layers_transfer(real_cluster: Clus
     assert marks["received"] <= marks["prefill"] <= marks["hand_off"] <= marks["decode"] <= marks["done"]
     layers = timeline["layers"]
     assert [layer["layer"] for layer in layers] == list(range(NUM_LAYERS))
-    assert all(
-        marks["prefill"] <= layer["first_sent_s"] <= layer["last_written_s"] <= marks["decode"] for layer in layers
-    )
+    # D may know that all is written, and decode, before P hears of it
+    assert all(marks["prefill"] <= layer["first_sent_s"] <= marks["decode"] for layer in layers)
+    assert all(layer["first_sent_s"] <= layer["last_written_s"] <= marks["transferred"] for layer in layers)
     assert timeline["kv_bytes_moved"] == sum(layer["num_bytes"] for layer in layers) > 0
 
 

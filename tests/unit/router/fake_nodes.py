@@ -46,13 +46,17 @@ def register(node_id: str, role: str = "mixed", incarnation: str = "a", **fields
 
 @dataclass
 class Script:
-    """What fake nodes answer: the bytes of ``answer`` over and over, ``pace_s`` apart, or an error (of one node)."""
+    """What fake nodes answer: the bytes of ``answer`` over and over, ``pace_s`` apart, or an error (of one node).
+
+    What two nodes say may overtake each other on the way: an error is said when ``fail_when`` holds.
+    """
 
     answer: str = ANSWER
     pace_s: float = 0.0
     fail_with: ErrorInfo | None = None
     fail_times: int = 0
     fail_at: str = ""
+    fail_when: Callable[[], object] = lambda: True
     aborted: list[str] = field(default_factory=list)
     specs: list[RequestSpec] = field(default_factory=list)
 
@@ -108,6 +112,7 @@ class FakeNode:
         script = self._script
         if script.fail_with is not None and script.fail_times != 0 and script.fail_at in ("", self.node_id):
             script.fail_times -= 1
+            await until(script.fail_when)
             self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=self._script.fail_with))
             return
         done = max(done, len(spec.output_token_ids))

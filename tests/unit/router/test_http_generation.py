@@ -362,7 +362,10 @@ def test_error_of_a_node_has_its_own_status_before_the_stream_and_is_an_event_wi
         early = await cluster.client.post("/v1/completions", json=body)
         assert early.status_code == 400
         assert early.json()["error"]["code"] == "kv_cache_too_small"
+        prefill_node = cluster.service.machine.registry.named("n0")
+        assert prefill_node is not None
         cluster.script.fail_at, cluster.script.fail_times = "n1", 1  # the decode node, after the first token
+        cluster.script.fail_when = lambda: not any(prefill_node.pending.values())
         late = await cluster.client.post("/v1/completions", json=body)
         assert late.status_code == 200
         *chunks, error_event, done, _ = late.text.split("\n\n")
