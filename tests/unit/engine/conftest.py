@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from engine_runs import KERNELS, open_engine, use_kernels
 
+from kvrelay.engine import choice
 from kvrelay.engine.interface import Engine
+from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.engine.tiny import write_tiny_checkpoint
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,16 @@ def engine(tiny_dir: Path, kernels: str) -> Iterator[Engine]:
     loaded = open_engine(tiny_dir, engine={"kernels": kernels})
     yield loaded
     loaded.close()
+
+
+@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
+    """Our own library, at each level of instructions that this CPU has."""
+    use_kernels("native", monkeypatch)
+    opened = choice.open_library()
+    opened.limit_isa(request.param)
+    if opened.isa != LEVELS[request.param]:
+        opened.limit_isa(len(LEVELS) - 1)
+        pytest.skip("not on this CPU")
+    yield opened
+    opened.limit_isa(len(LEVELS) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -19,21 +18,8 @@ from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, Quan
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 SIZES = [(64, 64), (96, 70), (300, 200), (1030, 130)]
 ROWS = (1, 2, 5, 6, 7, 12, 13, 30, 97, 200)
-
-
-@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
-    use_kernels("native", monkeypatch)
-    opened = choice.open_library()
-    opened.limit_isa(request.param)
-    if opened.isa != LEVELS[request.param]:
-        opened.limit_isa(len(LEVELS) - 1)
-        pytest.skip("not on this CPU")
-    yield opened
-    opened.limit_isa(len(LEVELS) - 1)
 
 
 def as_float(values: np.ndarray) -> np.ndarray:
