@@ -9,7 +9,6 @@ from enum import StrEnum
 from cache_messager.block_mask import all_within
 from cache_messager.counters import Counters
 from cache_messager.expectation import Expectation, ExpectationStatus
-from cache_messager.recent import Recent
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import BlocksWritten, MapPool, PoolMapped, UnmapPool, WriteBlocks
 from kvrelay.core.errors import (
@@ -27,6 +26,7 @@ from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Message
 from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
 from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed
 from kvrelay.core.messages.node_to_messager import CancelKV, ExpectKV
+from kvrelay.core.recent import Recent
 
 Emit = Callable[[object], None]
 """Takes one action."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from cache_messager.block_mask import all_within
 from cache_messager.counters import Counters
 from cache_messager.pending import PendingCount, PendingSignal
-from cache_messager.recent import Recent
 from cache_messager.sender_link import SenderLink, choose_route
 from cache_messager.settings import MessagerSettings
 from cache_messager.transfer import FrameKey, Transfer, TransferStatus
@@ -28,6 +27,7 @@ from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Message
 from kvrelay.core.messages.messager_to_messager import FrameAck, LinkAccepted, LinkHello, LinkRefused
 from kvrelay.core.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
 from kvrelay.core.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
+from kvrelay.core.recent import Recent
 
 Emit = Callable[[object], None]
 """Takes one action."""

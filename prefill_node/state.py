@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import msgspec
 
-from cache_messager.recent import Recent
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.core.ids import MESSAGER, Attempt, PeerId
@@ -55,6 +54,7 @@ from kvrelay.core.messages.router_to_node import (
 )
 from kvrelay.core.origin import may_send
 from kvrelay.core.outbox import Outbox
+from kvrelay.core.recent import Recent
 from kvrelay.core.request import RequestSpec
 from kvrelay.core.step import SampledTokens, StepResult
 from kvstore.block_hash import BlockHasher
