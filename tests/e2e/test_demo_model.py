@@ -42,6 +42,9 @@ SHORT = questions(HELD_OUT + 2, 200, 300)
 TIGHT = 40
 """Blocks of a decode node that has room for two or three of SHORT."""
 
+MAX_ROUNDS = 5
+"""How often SHORT is asked: which requests meet on a node, and are in each other's way, is up to the machine's pace."""
+
 NUM_INT8 = 60
 INT8_BAR = 0.9
 
@@ -163,12 +166,15 @@ def test_preempted_requests_resume_from_storage_and_are_answered_the_same(alone:
     expected = said(alone, SHORT)
     assert share_right(expected, SHORT) >= BAR
     with running(config) as cluster:
-        assert said(cluster, SHORT) == expected
-        cluster.wait_until_quiescent()
-        counters = [cluster.loads()[f"d{index}"]["counters"] for index in range(3)]
-    assert sum(counted["preemptions"] for counted in counters) > 0
-    assert sum(counted["kv_blocks_saved"] for counted in counters) > 0
-    assert sum(counted["kv_blocks_loaded"] for counted in counters) > 0
+        counted = dict.fromkeys(("preemptions", "kv_blocks_saved", "kv_blocks_loaded"), 0)
+        for _ in range(MAX_ROUNDS):
+            if all(counted.values()):
+                break
+            assert said(cluster, SHORT) == expected
+            cluster.wait_until_quiescent()
+            counters = [cluster.loads()[f"d{index}"]["counters"] for index in range(3)]
+            counted = {name: sum(of_node[name] for of_node in counters) for name in counted}
+    assert all(counted.values()), counted
 
 
 def test_the_demo_prints_a_right_answer() -> None:
