@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -222,11 +222,21 @@ class SpeculativeConfig(Section):
         return self
 
 
+LinkKind = Literal["shm", "ipc", "tcp"]
+"""The kinds of link there are (``cache_messager/links``), the fastest first."""
+
+LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
+
+_LINK_CHOICES: dict[str, tuple[LinkKind, ...]] = {"auto": LINK_KINDS, "zmq": ("ipc", "tcp"), "shm": ("shm", "ipc")}
+
+
 class TransferConfig(Section):
     """How KV gets from prefill to decode nodes."""
 
-    link: Literal["auto", "zmq", "shm", "ipc", "tcp"] = Field(
-        "auto", description="auto: shm on the same host, else tcp; zmq: ipc on the same host, else tcp."
+    link: LinkKind | Literal["auto", "zmq"] = Field(
+        "auto",
+        description="auto: shm on the same host, else tcp; zmq: ipc on the same host, else tcp; shm: ipc where the pool"
+        " cannot be mapped.",
     )
     layerwise: bool = Field(True, description="Send each layer as soon as it is computed, not all at the end.")
     checksum: bool = Field(True, description="Verify an xxh3 digest of every frame.")
@@ -242,6 +252,11 @@ class TransferConfig(Section):
         le=1 << 40,
         description="KV a decode node lets each sender have under way, in bytes (also 64MiB).",
     )
+
+    @property
+    def link_kinds(self) -> tuple[str, ...]:
+        """The kinds of link that ``link`` allows, the fastest first."""
+        return _LINK_CHOICES.get(self.link, (self.link,))
 
 
 _STORAGE_KEYS: dict[str, set[str]] = {

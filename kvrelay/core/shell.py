@@ -69,6 +69,10 @@ class Shell:
         """Queue ``event`` from any thread."""
         self._loop.call_soon_threadsafe(self.post, event)
 
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the loop's thread; from any thread."""
+        self._loop.call_soon_threadsafe(call)
+
     async def run(self, transport: Transport) -> str:
         """Run until the machine exits; return its reason. SIGTERM and SIGINT ask it to stop."""
         self._handlers |= {

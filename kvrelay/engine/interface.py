@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_pool import KVPool
 from kvrelay.core.step import StepPlan, StepResult
 
 
 class Engine(Protocol):
     """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
 
-    ``memory`` holds the pool's blocks, ``geometry`` their shape, ``max_model_len`` the longest sequence it can compute.
+    ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute.
     """
 
     geometry: KVGeometry
-    memory: KVMemory
     max_model_len: int
     vocab_size: int
+
+    @property
+    def memory(self) -> KVPool:
+        """The KV pool, which the engine owns."""
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
         """Compute ``plan`` and sample.

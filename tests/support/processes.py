@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cache_messager.service import BlockMover
+from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
 from cache_messager.state import MessagerMachine
 from cache_messager.work import WriteBlocks
 from decode_node.state import DecodeMachine
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, peer_id
-from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_open import open_pool
 from kvrelay.core.machine import (
     CancelTimer,
     Connect,
@@ -250,14 +250,20 @@ class MessagerProcess(Process):
         link = LinkAddress(
             peer=settings.me, host_id=node.config.host, tcp=f"tcp://{settings.me}", ipc=f"ipc:///{settings.me}"
         )
-        super().__init__(world, settings.me, MessagerMachine(settings, link), [link.tcp, link.ipc])
-        self.connections[node.peer] = f"ipc:///{node.peer}"
         # Its own mapping, as in a process of its own: the pool outlives the node as long as frames are read from it.
-        self._pool = KVMemory.attach(settings.geometry, settings.pool)
-        self.mover = BlockMover(settings, self._pool, self, self)  # type: ignore[arg-type]
+        self._pool = open_pool(settings.geometry, settings.pool)
+        self.mover = BlockMover(settings, self._pool)
+        machine = MessagerMachine(settings, link, self.mover.offers)
+        super().__init__(world, settings.me, machine, [link.tcp, link.ipc])
+        self.connections[node.peer] = f"ipc:///{node.peer}"
+        self.mover.serve(self, self)
         write_now = self.handlers[WriteBlocks]
         self.handle_with(WriteBlocks, lambda action: self._write_later(action, write_now))
         self.post(Started())
+
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Call at once: everything is on one thread here."""
+        call()
 
     def _write_later(self, action: WriteBlocks, write_now: Callable[[Any], object]) -> None:
         def write() -> None:

@@ -33,7 +33,7 @@ class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a messager listens for KV frames: ``ipc`` and ``shm`` only help senders with the same ``host_id``."""
+    """Where a messager listens for KV frames. ``ipc`` only helps senders with the same ``host_id``."""
 
     peer: str
     host_id: str
