@@ -76,7 +76,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Node -> router, node -> node it has business with, once per ``heartbeat_s``, whatever the compute thread does.
 
-    The reader takes the peer for alive until ``peer_timeout_s`` later and renews every lease that hangs on its word.
+    The reader takes the peer for alive until ``peer_timeout_s`` later. It renews no lease on a reservation: only
+    RenewReservations does.
     """
 
     load: Load | None = None
