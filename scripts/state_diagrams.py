@@ -1,4 +1,4 @@
-"""Writes docs/state-machines.md from the transition tables: ``python scripts/state_diagrams.py > docs/state-machines.md``."""
+"""Prints docs/state-machines.md, made from the transition tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from router import request as router_request
 
 HEAD = """# State machines
 
-Made from the transition tables in the code by `scripts/state_diagrams.py`; a test keeps this page equal to them. A status
-changes by one call, `Lifecycle.move` (`kvrelay/core/lifecycle.py`), which raises for a step that is not drawn here.
+Made from the transition tables in the code by `scripts/state_diagrams.py`; a test keeps this page equal to them.
+A status changes by one call, `Lifecycle.move` (`kvrelay/core/lifecycle.py`), which raises for a step that is not drawn here.
 """
 
 

@@ -35,7 +35,8 @@ class ReservationRefused(Message, frozen=True, kw_only=True):
 class ReservationEnded(Message, frozen=True, kw_only=True):
     """D -> P: this reservation is no more (its lease ran out, its KV failed, D is stopping), or it never was.
 
-    Not sent after an Abort: the router sends one to P too. The reader stops sending for it and, unless it has ended the request itself, reports RequestFailed with ``reason``.
+    Not sent after an Abort: the router sends one to P too. The reader stops sending for it and, unless it has ended the
+    request itself, reports RequestFailed with ``reason``.
     """
 
     request_id: str
