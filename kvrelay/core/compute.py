@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias
@@ -70,9 +69,7 @@ class ComputeThread:
         try:
             return self._engine.run(plan, on_layer).outcomes
         except Exception as error:  # the border of the engine: whatever it raised, the batch gets an answer
-            # As text: whoever kept the traceback would keep the engine's views of block tables, which could not grow.
-            told = traceback.format_exc()
-            logger.error("step %d failed with %d sequences\n%s", plan.step, len(plan.batch), told)
+            logger.exception("step %d failed with %d sequences", plan.step, len(plan.batch))
             reason = f"{type(error).__name__}: {error}"
         if len(plan.batch) <= 1:
             return [SequenceFailed(reason, retryable=True) for _ in plan.batch]
