@@ -35,6 +35,7 @@ D0_ADDRESS = NodeAddress(peer=D0, address="tcp://127.0.0.1:8300")
 D1_ADDRESS = NodeAddress(peer=D1, address="tcp://127.0.0.1:8301")
 LINK = LinkAddress(peer="d0.messager#1", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///d0")
 BLOCK_SIZE = 4
+VOCAB_SIZE = 1 << 20
 LEASE_S, TIMEOUT_S, DRAIN_S = 8.0, 10.0, 20.0
 
 
@@ -67,6 +68,7 @@ def registration(node: NodeConfig) -> Register:
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.num_blocks,
         geometry=KVGeometry(2, 1, 8, node.cache.block_size, "uint8", "model"),
+        vocab_size=VOCAB_SIZE,
     )
 
 
@@ -195,6 +197,7 @@ __all__ = [
     "P0",
     "ROUTER",
     "TIMEOUT_S",
+    "VOCAB_SIZE",
     "NodeDesk",
     "node_config",
     "registration",
