@@ -57,6 +57,9 @@ class ModelConfig(Section):
     served_name: str | None = Field(
         None, min_length=1, description="Name clients ask for; default: the directory's name."
     )
+    aliases: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), strict=False, description="Further names clients may ask for; the checkpoint's path is one anyway."
+    )
     dtype: DType = Field(
         "auto", description="Type of weights and compute; auto: the checkpoint's where that is fast, else float32."
     )

@@ -21,7 +21,7 @@ from router.openai.answer import Answer, AnswerHead, Style
 from router.openai.choice import Choice
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError, Generation
-from router.openai.models import check_model
+from router.openai.models import model_name
 from router.openai.sampling import sampling_params, text_options
 from router.openai.schemas import GenerationFields, parse
 from router.service import RouterService
@@ -99,13 +99,13 @@ class GenerateEndpoint:
         arrival_s = self._service.clock.now()
         body = await read_body(receive, self._service.config.router.max_body_bytes)
         request = parse(self._api.schema, json_object(body))
-        check_model(request.model, self._service.model)
+        model = model_name(request.model, self._service.model)
         if len(body) > LONG_BODY_BYTES:
             prompts = await asyncio.to_thread(self._api.prompts, request)
         else:
             prompts = self._api.prompts(request)
         choices = self._choices(answer_id, request, prompts)
-        head = AnswerHead(answer_id, int(arrival_s), self._service.model.name)
+        head = AnswerHead(answer_id, int(arrival_s), model)
         answer = Answer(head, self._api.style(request, choices), choices, request)
         generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
         generation.start()
