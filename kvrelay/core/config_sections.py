@@ -109,6 +109,9 @@ class RouterConfig(Section):
     max_body_bytes: SizeBytes = Field(
         16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB)."
     )
+    access_log: bool = Field(
+        True, description="Log a line per HTTP request; those of probes such as /health at log_level debug only."
+    )
 
     @property
     def url(self) -> str:

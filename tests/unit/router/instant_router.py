@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from fake_nodes import config
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from kvrelay.core.clock import Clock
 from kvrelay.core.config import ClusterConfig
@@ -53,7 +53,7 @@ class InstantRouter:
     def __init__(self, settings: ClusterConfig | None = None, **router: object) -> None:
         settings = settings or config(**router)
         self.service = InstantService(settings, load_model(settings))
-        self.app: Starlette = make_app(self.service, Metrics(self.service.machine, self.service.clock.now))
+        self.app: ASGIApp = make_app(self.service, Metrics(self.service.machine, self.service.clock.now))
 
     @property
     def last(self) -> NewRequest:
