@@ -13,6 +13,7 @@ from cache_messager.links import Link, PayloadLink, SharedMemoryLink
 from cache_messager.settings import MessagerSettings, host_id
 from cache_messager.state import MessagerMachine
 from cache_messager.work import BlocksWritten, MapPool, PoolMapped, SendFrame, UnmapPool, WriteBlocks
+from kvrelay.core.addresses import tcp_address
 from kvrelay.core.clock import Clock
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.kv_memory import KVMemory
@@ -38,7 +39,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         closing(KVMemory.attach(settings.geometry, settings.pool)) as pool,
         closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
     ):
-        tcp, ipc = transport.bind(f"tcp://{settings.host}:0", f"ipc://{ipc_file}")
+        tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
         shell = Shell(MessagerMachine(settings, link), clock=Clock())
         transport.connect(settings.node, settings.node_address)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from kvrelay.core.addresses import listener, netloc
 from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import ClusterConfig
@@ -61,9 +62,9 @@ def http_server(app: ASGIApp, host: str, port: int) -> HttpServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=CONNECTION_BACKLOG)
+        return listener(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {host}:{port}: {error.strerror}"]) from error
+        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -79,8 +80,8 @@ async def serve(config: ClusterConfig) -> str:
         app = AccessLog(app, clock.now)
     server = http_server(app, config.router.host, config.router.port)
     calm_collector()
-    with _listen(config.router.host, config.router.port) as listener:
-        http = asyncio.create_task(server.serve([listener]))
+    with _listen(config.router.host, config.router.port) as listening:
+        http = asyncio.create_task(server.serve([listening]))
         try:
             return await service.run()
         finally:
