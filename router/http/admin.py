@@ -13,6 +13,7 @@ from router.http.asgi import json_object, read_body, send_error, send_json
 from router.metrics import Metrics
 from router.openai.chat import chat_prompt
 from router.openai.errors import AnswerError
+from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
 from router.openai.models import model_card, model_cards, model_name
 from router.openai.sampling import check_token_ids
@@ -96,7 +97,7 @@ class AdminEndpoints:
         request_id = request.path_params["request_id"]
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
-            message = f"no request {request_id!r} is in progress or among the last that ended"
+            message = f"no request {shown(request_id)} is in progress or among the last that ended"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         return JSONResponse(timeline)
 
@@ -104,7 +105,7 @@ class AdminEndpoints:
         """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
         node_id = request.path_params["node_id"]
         if self._service.machine.registry.named(node_id) is None:
-            message = f"no node is called {node_id!r}"
+            message = f"no node is called {shown(node_id)}"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         self._service.drain(node_id)
         return JSONResponse({"status": "draining"}, 202)

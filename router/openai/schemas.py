@@ -19,9 +19,9 @@ from router.openai.field_types import (
     NumLogprobs,
     Penalty,
     Positive,
+    Probability,
     Prompt,
     RepetitionPenalty,
-    Share,
     Signed,
     Stops,
     StopTokenIds,
@@ -106,9 +106,9 @@ class GenerationFields(Fields):
     max_tokens: Natural | None = None
     min_tokens: Natural | None = None
     temperature: Temperature | None = None
-    top_p: Share | None = None
+    top_p: Probability | None = None
     top_k: TopK | None = None
-    min_p: Share | None = None
+    min_p: Probability | None = None
     repetition_penalty: RepetitionPenalty | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

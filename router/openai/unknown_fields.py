@@ -23,7 +23,8 @@ class UnknownFields:
 
     def notice(self, names: Iterable[str]) -> None:
         """Log those of ``names`` that have not been logged yet, as far as there is room to remember them."""
-        new = (name for name in map(shown, names) if name not in self._seen)
+        some = map(shown, islice(names, self._max_names))  # a body may have a million
+        new = (name for name in some if name not in self._seen)
         for name in islice(new, self._max_names - len(self._seen)):
             self._seen.add(name)
             logger.warning("requests have a field %s, which is unknown here and ignored", name)
