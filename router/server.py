@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvrelay.core.addresses import listener, netloc
+from kvrelay.core.addresses import listen_at, netloc
 from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import ClusterConfig
@@ -62,7 +62,7 @@ def http_server(app: ASGIApp, host: str, port: int) -> HttpServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return listener(host, port, CONNECTION_BACKLOG)
+        return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
         raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
@@ -80,8 +80,8 @@ async def serve(config: ClusterConfig) -> str:
         app = AccessLog(app, clock.now)
     server = http_server(app, config.router.host, config.router.port)
     calm_collector()
-    with _listen(config.router.host, config.router.port) as listening:
-        http = asyncio.create_task(server.serve([listening]))
+    with _listen(config.router.host, config.router.port) as listener:
+        http = asyncio.create_task(server.serve([listener]))
         try:
             return await service.run()
         finally:

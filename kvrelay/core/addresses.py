@@ -60,7 +60,7 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     return family, address
 
 
-def listener(host: str, port: int, backlog: int) -> socket.socket:
+def listen_at(host: str, port: int, backlog: int) -> socket.socket:
     """Return a socket that listens at ``host``; ``::`` stands for IPv4 as well. Raises OSError if it cannot."""
     family, address = resolve(host, port)
     dualstack = host == "::" and socket.has_dualstack_ipv6()

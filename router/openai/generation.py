@@ -94,7 +94,8 @@ class Generation:
 
     def _take(self, choice: Choice, tokens: TokensDelivered) -> Delta:
         delta = choice.take(tokens)
-        self._observer.tokens(choice, len(delta.token_ids))
+        if delta.token_ids:
+            self._observer.tokens(choice, len(delta.token_ids))
         if choice.stop_matched:
             self._backend.stop_matched(choice.request_id)
         if choice.finished:

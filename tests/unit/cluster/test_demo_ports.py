@@ -9,7 +9,7 @@ from rich.console import Console
 from support.ipv6 import needs_ipv6
 
 from kvrelay.cluster.demo import _other_ports
-from kvrelay.core.addresses import listener, tcp_address
+from kvrelay.core.addresses import listen_at, tcp_address
 from kvrelay.core.config import ClusterConfig
 
 
@@ -25,7 +25,7 @@ def config(host: str, port: int, control_port: int, node_port: int) -> ClusterCo
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 def test_taken_ports_are_replaced_by_free_ones(host: str) -> None:
-    with listener(host, 0, 1) as taken, listener(host, 0, 1) as other, listener(host, 0, 1) as third:
+    with listen_at(host, 0, 1) as taken, listen_at(host, 0, 1) as other, listen_at(host, 0, 1) as third:
         ports = [item.getsockname()[1] for item in (taken, other, third)]
         other.close()
         third.close()

@@ -7,7 +7,7 @@ import pytest
 from support.ipv6 import needs_ipv6
 from support.loops import Inbox, run
 
-from kvrelay.core.addresses import is_ipv6, listener, netloc, resolve, split_tcp_address, tcp_address
+from kvrelay.core.addresses import is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.core.machine import Received
 from kvrelay.core.messages.base import Heartbeat
 from kvrelay.core.transport import Transport
@@ -57,7 +57,7 @@ def test_what_is_no_address(address: str) -> None:
 @needs_ipv6
 @pytest.mark.parametrize(("host", "reached_at"), [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])])
 def test_listening_at_ipv6(host: str, reached_at: list[str]) -> None:
-    with listener(host, 0, 8) as listening:
+    with listen_at(host, 0, 8) as listening:
         for reached in reached_at:
             socket.create_connection((reached, listening.getsockname()[1]), timeout=10).close()
             listening.accept()[0].close()
