@@ -10,6 +10,7 @@ from pathlib import Path
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings, host_id
 from cache_messager.state import MessagerMachine
+from kvrelay.core.addresses import tcp_address
 from kvrelay.core.clock import Clock
 from kvrelay.core.kv_open import open_pool
 from kvrelay.core.machine import PeerLost
@@ -34,7 +35,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         closing(BlockMover(settings, pool)) as mover,
         closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
     ):
-        tcp, ipc = transport.bind(f"tcp://{settings.host}:0", f"ipc://{ipc_file}")
+        tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
         shell = Shell(MessagerMachine(settings, link, mover.offers), clock=Clock())
         mover.serve(transport, shell)

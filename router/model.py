@@ -19,7 +19,10 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The one model of this cluster. ``default_sampling``: what requests get that do not say otherwise."""
+    """The one model of this cluster.
+
+    ``default_sampling``: what requests get that do not say otherwise. ``tokenizer_config``: ``tokenizer_config.json``.
+    """
 
     name: str
     root: str
@@ -28,6 +31,8 @@ class ServedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: dict[str, float] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(config: ClusterConfig) -> ServedModel:
@@ -40,7 +45,14 @@ def load_model(config: ClusterConfig) -> ServedModel:
     fake = config.engine.fake if config.engine.kind == "fake" else None
     if fake and not (model_dir / "tokenizer.json").is_file():
         length = config.model.max_model_len or fake.max_model_len
-        return ServedModel(config.model.name, str(model_dir), plain_tokenizer(fake.vocab_size), fake.vocab_size, length)
+        return ServedModel(
+            config.model.name,
+            str(model_dir),
+            plain_tokenizer(fake.vocab_size),
+            fake.vocab_size,
+            length,
+            aliases=config.model.aliases,
+        )
     tokenizer = TextTokenizer.load(model_dir)
     settings = _read_json(model_dir / "config.json", required=fake is None)
     generation = _read_json(model_dir / "generation_config.json", required=False)
@@ -54,6 +66,8 @@ def load_model(config: ClusterConfig) -> ServedModel:
         max_model_len=config.model.max_model_len or int(settings.get("max_position_embeddings", 2048)),
         eos_token_ids=_eos_token_ids(generation, settings, tokenizer.eos_token_id, vocab_size),
         default_sampling=_default_sampling(generation),
+        aliases=config.model.aliases,
+        tokenizer_config=_read_json(model_dir / "tokenizer_config.json", required=False),
     )
 
 

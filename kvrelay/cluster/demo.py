@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ from kvrelay.cluster.process import name_process, refuse_foreign_packages
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import timeline_table
 from kvrelay.cluster.up import up
+from kvrelay.core.addresses import netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError, KVRelayError
 
@@ -79,38 +81,42 @@ def _tiny_model(wanted: str, console: Console) -> Path:
 
 def _other_ports(config: ClusterConfig, console: Console) -> list[str]:
     """Return overrides that move everything to free ports, or none if the configured ones are free."""
-    host, port = config.router.control.removeprefix("tcp://").rsplit(":", 1)
-    ports = {"router.port": (config.router.host, config.router.port), "router.control": (host, int(port))}
+    control = split_tcp_address(config.router.control)
+    ports = {"router.port": (config.router.host, config.router.port), "router.control": control}
     ports |= {f"nodes.{node.name}.port": (node.host, node.port) for node in config.nodes}
-    taken = [f"{host}:{port}" for host, port in ports.values() if not _is_free(host, port)]
+    taken = [netloc(host, port) for host, port in ports.values() if not _is_free(host, port)]
     if not taken:
         return []
     console.print(f"in use: {', '.join(taken)}; taking other ports")
     free = dict(zip(ports, _free_ports([host for host, _ in ports.values()]), strict=True))
-    control = f"router.control=tcp://{host}:{free.pop('router.control')}"
-    return [control, *(f"{key}={port}" for key, port in free.items())]
+    moved = f"router.control={tcp_address(control[0], free.pop('router.control'))}"
+    return [moved, *(f"{key}={port}" for key, port in free.items())]
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        _bound(host, port).close()
+    except OSError:
+        return False
     return True
 
 
 def _free_ports(hosts: list[str]) -> list[int]:
     """Return a different free port for each of ``hosts``."""
-    probes = [socket.socket() for _ in hosts]
+    with contextlib.ExitStack() as probes:
+        return [probes.enter_context(_bound(host, 0)).getsockname()[1] for host in hosts]
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, address = resolve(host, port)
+    probe = socket.socket(family)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        for host, probe in zip(hosts, probes, strict=True):
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+        probe.bind(address)
+    except OSError:
+        probe.close()
+        raise
+    return probe
 
 
 def _show_one_request(url: str, console: Console) -> None:

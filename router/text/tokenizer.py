@@ -28,6 +28,7 @@ class TextTokenizer:
         if "add_bos_token" in config or "add_eos_token" in config:
             tokenizer.post_processor = self._begin_and_end(config)
         source = chat_template or _default_template(config.get("chat_template"))
+        self.chat_template = source or None
         self._chat_template = ChatTemplate(source, self._special_tokens) if source else None
         self.token_bytes = TokenBytes(tokenizer)
 
