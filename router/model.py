@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvrelay.core.checkpoint_files import read_json_object
 from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import CheckpointError
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
 
@@ -40,8 +39,8 @@ def load_model(config: ClusterConfig) -> ServedModel:
         length = config.model.max_model_len or fake.max_model_len
         return ServedModel(config.model.name, str(model_dir), plain_tokenizer(fake.vocab_size), fake.vocab_size, length)
     tokenizer = TextTokenizer.load(model_dir)
-    settings = _read_json(model_dir / "config.json", required=fake is None)
-    generation = _read_json(model_dir / "generation_config.json", required=False)
+    settings = read_json_object(model_dir / "config.json", required=fake is None)
+    generation = read_json_object(model_dir / "generation_config.json", required=False)
     eos_token_ids = [*_ids(generation), *_ids(settings), tokenizer.eos_token_id]
     return ServedModel(
         name=config.model.name,
@@ -58,15 +57,3 @@ def _ids(settings: dict[str, Any]) -> list[int]:
     """Return the end-of-text ids of a config file, which has one, a list or none."""
     value = settings.get("eos_token_id")
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not required and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold an object")
-    return content

@@ -173,9 +173,9 @@ def test_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
         ("tokenizer.json", None, "is missing"),
         ("tokenizer.json", "{", "cannot be read"),
         ("tokenizer_config.json", "{", "cannot be read"),
-        ("config.json", None, "cannot be read"),
-        ("config.json", "[]", "does not hold an object"),
-        ("generation_config.json", "{", "cannot be read"),
+        ("config.json", None, "cannot read"),
+        ("config.json", "[]", "is not a JSON object"),
+        ("generation_config.json", "{", "is not JSON"),
     ],
 )
 def test_damaged_checkpoint_is_told_with_its_file(tmp_path: Path, name: str, content: str | None, said: str) -> None:
