@@ -6,9 +6,9 @@ an answer that silently lacks what was asked for is worse than none. A ``null`` 
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -215,8 +215,8 @@ def _tool_call(call: object) -> dict[str, Any]:
 def _arguments(value: object) -> dict[str, Any]:
     """Return a call's arguments, which the API spells as JSON in a string. Absent ones are none."""
     try:
-        arguments = json.loads(value or "null") if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        arguments = msgspec.json.decode(value or "null") if isinstance(value, str) else value
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         raise wrong("arguments should be a JSON object, in a string or as it is") from None
     if arguments is not None and not isinstance(arguments, dict):
         raise wrong("arguments should be a JSON object, in a string or as it is")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from kvrelay.core.errors import InvalidRequestError
@@ -19,20 +20,23 @@ Render = Callable[[list[Message]], str | None]
 _ROLES = ("user", "assistant", "system", "developer", "tool")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MARK = "8046519273"  # digits: upper(), title() and the like leave them as they are
-_PRINTED_PART = re.compile(rf"""['"]text['"]\\?\s*:\s*\\?['"]{_MARK}""")
+_PRINTED_PART = re.compile(rf"""text\\*['"]\s*:\s*\\*['"]{_MARK}""")
 """A part that is printed as an object shows its text too, and yet the template does not take parts."""
 
 _USER: Message = {"role": "user", "content": "x"}
+_SYSTEM: Message = {"role": "system", "content": "x"}
+_ANSWER: Message = {"role": "assistant", "content": "x"}
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}
 _CALLER: Message = {"role": "assistant", "tool_calls": [_CALL]}
-_AROUND: list[tuple[list[Message], list[Message]]] = [
-    ([], []),
-    ([_USER], []),
-    ([], [_USER]),
-    ([_USER], [_USER]),
-    ([_USER, _CALLER], []),
-    ([_USER, _CALLER], [_USER]),
-]
+_BEFORE: tuple[list[Message], ...] = (
+    [],
+    [_USER],
+    [_SYSTEM],
+    [_SYSTEM, _USER],
+    [_USER, _CALLER],
+    [_SYSTEM, _USER, _CALLER],
+)
+_BEHIND: tuple[list[Message], ...] = ([], [_USER], [_ANSWER])
 """What may have to stand before and behind a message for a template to accept it."""
 
 
@@ -95,5 +99,5 @@ def _forms(render: Render, role: str) -> ContentForms:
 def _shows(render: Render, role: str, content: object) -> bool:
     """Tell whether the template shows ``content`` in a message of ``role``."""
     message = {"role": role, "content": content, "tool_call_id": "abcdefghi", "name": "f"}
-    prompts = (render([*before, message, *behind]) for before, behind in _AROUND)
+    prompts = (render([*before, message, *behind]) for before, behind in product(_BEFORE, _BEHIND))
     return any(prompt and _MARK in prompt and not _PRINTED_PART.search(prompt) for prompt in prompts)
