@@ -67,8 +67,9 @@ class RopeConfig:
         for key in {*known, *KINDS[kind].required}:
             if not isinstance(scaling.get(key), int | float):
                 raise CheckpointError(f"rope kind {kind!r} needs a number {key}, not {scaling.get(key)!r}")
-        declared = values.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-        original = max_position if kind == "dynamic" else declared or max_position
+        original = scaling.get("original_max_position_embeddings") or max_position
+        if kind == "dynamic":
+            original = max_position
         theta = float(scaling.get("rope_theta") or values["rope_theta"])
         return cls(kind=kind, theta=theta, original_max_position=int(original), **known)
 

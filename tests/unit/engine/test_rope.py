@@ -152,9 +152,3 @@ def test_scaling_goes_before_parameters_as_in_transformers() -> None:
     }
     rope = RopeConfig.parse(both, 256)
     assert (rope.kind, rope.theta) == ("linear", 1e4)
-
-
-def test_the_original_length_beside_the_scaling_counts() -> None:
-    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    values = {"rope_theta": 1e4, "rope_scaling": scaling, "original_max_position_embeddings": 32}
-    assert RopeConfig.parse(values, 256).original_max_position == 32
