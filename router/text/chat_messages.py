@@ -99,5 +99,7 @@ def _forms(render: Render, role: str) -> ContentForms:
 def _shows(render: Render, role: str, content: object) -> bool:
     """Tell whether the template shows ``content`` in a message of ``role``."""
     message = {"role": role, "content": content, "tool_call_id": "abcdefghi", "name": "f"}
-    prompts = (render([*before, message, *behind]) for before, behind in product(_BEFORE, _BEHIND))
+    # A template that takes a developer for an answer has no place for one at the beginning, where they stand.
+    places = product([[]] if role == "developer" else _BEFORE, _BEHIND)
+    prompts = (render([*before, message, *behind]) for before, behind in places)
     return any(prompt and _MARK in prompt and not _PRINTED_PART.search(prompt) for prompt in prompts)

@@ -167,9 +167,11 @@ class _Files:
         own = _specials(self.settings, path)
         if not self._declares_tokens:
             path = self.directory / "special_tokens_map.json"
-            older = _specials(read_json_object(path, required=False), path, special=True)
+            content = read_json_object(path, required=False)
+            older = _specials(content, path, special=True)
             standard = {name: token for name, token in older.named.items() if name in NAMES}
-            own = _Specials({**older.named, **own.named, **standard}, own.extra or older.extra)
+            extended = [*own.extra, *older.extra] if content.get("extra_special_tokens") else own.extra or older.extra
+            own = _Specials({**older.named, **own.named, **standard}, extended)
         absent = {name: text for name, text in defaults.items() if name not in self.settings}
         named = {**absent, **own.named}
         ordered = {name: named[name] for name in (*NAMES, *named) if name in named}

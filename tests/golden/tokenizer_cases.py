@@ -301,6 +301,22 @@ CASES: dict[str, TokenizerCase] = {
             "special_tokens_map.json": _MAP,
         },
     ),
+    "extra_special_tokens_in_both_files": TokenizerCase(
+        _plain,
+        {
+            "tokenizer_config.json": {**FAST, "extra_special_tokens": ["<mark>"]},
+            "special_tokens_map.json": {
+                "extra_special_tokens": [{"content": "<extra>", "lstrip": True}, "<image>", "<mark>"]
+            },
+        },
+    ),
+    "additional_special_tokens_in_both_files": TokenizerCase(
+        _plain,
+        {
+            "tokenizer_config.json": {**FAST, "additional_special_tokens": ["<mark>"]},
+            "special_tokens_map.json": {"additional_special_tokens": ["<extra>"], "tool_token": "<|tool|>"},
+        },
+    ),
     "extra_special_tokens_as_a_list": _case(
         _plain, "llama", **FAST, extra_special_tokens=["<extra>", "<image>"], bos_token="<s>"
     ),

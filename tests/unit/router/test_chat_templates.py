@@ -128,7 +128,7 @@ def test_the_last_message_to_continue_needs_content() -> None:
 # ---------------------------------------------------------------- developer
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("filters", "gemma")])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "filters"])
 def test_a_developer_is_never_dropped(name: str) -> None:
     def prompt(role: str) -> str:
         return rendered(TEMPLATES[name].source, [{"role": role, "content": "Obey."}, {"role": "user", "content": "Hi"}])
