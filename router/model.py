@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvrelay.core.checkpoint_files import read_json_object
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import CheckpointError
 from kvrelay.core.logging import log_event
@@ -54,8 +54,8 @@ def load_model(config: ClusterConfig) -> ServedModel:
             aliases=config.model.aliases,
         )
     tokenizer = TextTokenizer.load(model_dir)
-    settings = _read_json(model_dir / "config.json", required=fake is None)
-    generation = _read_json(model_dir / "generation_config.json", required=False)
+    settings = read_json_object(model_dir / "config.json", required=fake is None)
+    generation = read_json_object(model_dir / "generation_config.json", required=False)
     vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
     _require_known(tokenizer, vocab_size)
     return ServedModel(
@@ -67,7 +67,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
         eos_token_ids=_eos_token_ids(generation, settings, tokenizer.eos_token_id, vocab_size),
         default_sampling=_default_sampling(generation),
         aliases=config.model.aliases,
-        tokenizer_config=_read_json(model_dir / "tokenizer_config.json", required=False),
+        tokenizer_config=read_json_object(model_dir / "tokenizer_config.json", required=False),
     )
 
 
@@ -113,15 +113,3 @@ def _ids(settings: dict[str, Any], file: str) -> list[int]:
     if not all(type(token_id) is int for token_id in ids):
         raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {value!r}")
     return ids
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not required and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold an object")
-    return content

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from kvrelay.core.errors import InvalidRequestError
@@ -160,13 +161,13 @@ class CompletionRequest(GenerationFields):
         return self
 
 
-def _content(value: object) -> str:
-    """Return a message's content as one text: of several parts, each is a line."""
+def _content(value: object) -> str | list[dict[str, str]]:
+    """Return a message's content: text, or a list of text parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise wrong("should be a string or a list of parts")
-    return "\n".join(_part_text(part) for part in value)
+    return [{"type": "text", "text": _part_text(part)} for part in value]
 
 
 def _part_text(part: object) -> str:
@@ -178,13 +179,39 @@ def _part_text(part: object) -> str:
     raise wrong("parts should be objects with type 'text' and a text")
 
 
+def _tool_calls(value: object) -> list[dict[str, Any]]:
+    """Return an assistant's calls with their arguments as objects, which chat templates expect."""
+    if not isinstance(value, list):
+        raise wrong("should be a list of calls")
+    return [_tool_call(call) for call in value]
+
+
+def _tool_call(call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong("should hold objects with a function that has a name")
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """Return a call's arguments, which the API spells as JSON in a string. Absent ones are none."""
+    try:
+        arguments = msgspec.json.decode(value or "null") if isinstance(value, str) else value
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        raise wrong("arguments should be a JSON object, in a string or as it is") from None
+    if arguments is not None and not isinstance(arguments, dict):
+        raise wrong("arguments should be a JSON object, in a string or as it is")
+    return arguments or {}
+
+
 class ChatMessage(Fields):
     """One message. Further keys (``name``, ``reasoning_content``, ...) go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str, PlainValidator(_content)] = ""
+    content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
+    tool_calls: Annotated[list[dict[str, Any]] | None, PlainValidator(_tool_calls)] = None
 
 
 class ChatFields(Fields):

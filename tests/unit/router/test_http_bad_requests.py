@@ -18,6 +18,7 @@ from router.model import load_model
 from router.service import RouterService
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BAD_CALL = {"function": {"name": "f", "arguments": "{"}}
 HI = [{"role": "user", "content": "hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
@@ -97,6 +98,12 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
         (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "'image_url' are not supported"),
         (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "messages.0.content: parts of type"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "and a text"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "tool_calls": [BAD_CALL]}]},
+            "messages",
+            "0.tool_calls: arguments should be",
+        ),
         (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages", "messages.0.content: should be a string"),
         (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
         (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
