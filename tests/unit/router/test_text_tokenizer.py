@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from small_tokenizers import BOS, EOS, IM_END, IM_START, byte_level, sentencepiece_like, token_id
 from support.broken_checkpoint import add_token
+from tokenizers import Tokenizer, processors
 
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import CheckpointError, InvalidRequestError
@@ -240,7 +241,11 @@ def test_what_a_checkpoint_says_of_sampling_is_checked_when_it_is_loaded(
 
 
 def test_a_tokenizer_that_adds_an_unknown_token_to_every_text_is_refused(tmp_path: Path) -> None:
-    unknown = with_pad_token(tmp_path, tokenizer_config={"bos_token": "<pad>", "add_bos_token": True})
+    unknown = with_pad_token(tmp_path)
+    file = str(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.post_processor = processors.TemplateProcessing("<pad> $A", special_tokens=[("<pad>", unknown)])
+    tokenizer.save(file)
     with pytest.raises(CheckpointError, match=f"adds .*<pad>.*{unknown}.* to every text"):
         load_model(cluster(tmp_path))
 
