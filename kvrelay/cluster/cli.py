@@ -16,7 +16,11 @@ from typing import Annotated
 import typer
 
 from kvrelay.core.config import ClusterConfig, Role
-from kvrelay.core.errors import CheckpointError, ConfigError, KVRelayError
+from kvrelay.core.errors import (
+    CheckpointError,
+    ConfigError,
+    KVRelayError,
+)
 from kvrelay.core.ids import NodeId
 
 DEFAULT_URL = "http://127.0.0.1:8000"

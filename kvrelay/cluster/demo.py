@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvrelay.cluster.addresses import addresses, taken_addresses
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.process import name_process, refuse_foreign_packages
@@ -79,26 +80,17 @@ def _tiny_model(wanted: str, console: Console) -> Path:
 
 def _other_ports(config: ClusterConfig, console: Console) -> list[str]:
     """Return overrides that move everything to free ports, or none if the configured ones are free."""
-    host, port = config.router.control.removeprefix("tcp://").rsplit(":", 1)
-    ports = {"router.port": (config.router.host, config.router.port), "router.control": (host, int(port))}
-    ports |= {f"nodes.{node.name}.port": (node.host, node.port) for node in config.nodes}
-    taken = [f"{host}:{port}" for host, port in ports.values() if not _is_free(host, port)]
+    taken = taken_addresses(config)
     if not taken:
         return []
-    console.print(f"in use: {', '.join(taken)}; taking other ports")
-    free = dict(zip(ports, _free_ports([host for host, _ in ports.values()]), strict=True))
-    control = f"router.control=tcp://{host}:{free.pop('router.control')}"
-    return [control, *(f"{key}={port}" for key, port in free.items())]
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    for key, problem in taken.items():
+        console.print(f"{key}: {problem}; taking other ports")
+    wanted = addresses(config)
+    hosts = [host for host, _ in wanted.values()]
+    free = dict(zip(wanted, zip(hosts, _free_ports(hosts), strict=True), strict=True))
+    return [
+        f"{key}={f'tcp://{host}:{port}' if key == 'router.control' else port}" for key, (host, port) in free.items()
+    ]
 
 
 def _free_ports(hosts: list[str]) -> list[int]:
