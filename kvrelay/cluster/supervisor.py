@@ -75,6 +75,7 @@ class Supervisor:
         Nothing is left running.
         """
         self._env = env
+        self._display.say(f"starting {', '.join(spec.name for spec in self._specs)}")
         keepers = {spec: asyncio.create_task(self._keep(spec)) for spec in self._specs}
         bring_up = asyncio.create_task(self._bring_up())
         try:

@@ -6,7 +6,7 @@ import asyncio
 import os
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.compute import ComputeThread
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import ConfigError
+from kvrelay.core.errors import ConfigError, StorageError, StorageUnavailableError
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
 from kvrelay.core.listening import listen_problem
 from kvrelay.core.logging import log_event, progress_log
@@ -100,14 +100,23 @@ def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
 
 @asynccontextmanager
 async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
-    """Keep the node's store open, if it has one: without, its machine never asks for it."""
+    """Keep the node's store open, if it has one: without, its machine never asks for it.
+
+    Raises ConfigError if the store cannot be used as it is configured, StorageUnavailableError if not now.
+    """
     if node.storage.backend == "none":
         yield
         return
     clock = Clock()
     store = make_store(node.storage, engine.geometry, clock, node.host)
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
-    async with StorageIO(store, engine.memory, num_slots, shell.post, clock) as storage:
+    async with AsyncExitStack() as stack:
+        try:
+            storage = await stack.enter_async_context(StorageIO(store, engine.memory, num_slots, shell.post, clock))
+        except StorageUnavailableError:
+            raise
+        except StorageError as error:
+            raise ConfigError([f"nodes.{node.name}: {error}"]) from error
         storage.handle_with(shell)
         yield
 
