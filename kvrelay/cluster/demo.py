@@ -1,9 +1,11 @@
-"""``scripts/demo``: a cluster from nothing, one answer, and the story of the request behind it."""
+"""``scripts/demo``: a cluster from nothing, one answer, and the timeline of the request behind it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
+import shutil
 import socket
 import sys
 import time
@@ -54,9 +56,18 @@ def main() -> int:
         if arguments.exit:
             supervisor.stop()
         else:
-            display.say(f"kvrelay chat {config.router.url}   talks to it; Ctrl-C ends it")
+            display.say(f"Ctrl-C ends it; to talk to it, in another terminal: {_command()} chat {config.router.url}")
 
     return asyncio.run(up(config, arguments.config, overrides, console, show))
+
+
+def _command() -> str:
+    """Return what to type for the ``kvrelay`` that belongs to this Python, in a new shell in this directory."""
+    path = Path(sys.executable).with_name("kvrelay")
+    on_path = shutil.which("kvrelay")
+    if on_path is not None and Path(on_path) == path:
+        return "kvrelay"
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _runnable(path: Path, console: Console) -> tuple[ClusterConfig, list[str]]:

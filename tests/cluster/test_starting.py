@@ -74,7 +74,10 @@ def test_a_node_is_told_to_end_in_each_stage_of_its_start(
         node.send_signal(number)
 
         assert node.wait(PATIENCE_S) == 0
-        assert not leftovers(cluster)
+        assert not crash_reports(cluster)
+        assert not cluster.runtime_files()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(node.pid, 0)
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=["once", "twice"])
@@ -175,8 +178,12 @@ def crash(pid: int) -> None:
 
 def leftovers(cluster: Cluster) -> list[object]:
     """Return what is left of the processes of ``cluster``, the words of a crash included."""
-    words = [line for line in cluster.log().splitlines() if "Traceback" in line or "FatalError" in line]
-    return [*cluster.pids(), *cluster.runtime_files(), *words]
+    return [*cluster.pids(), *cluster.runtime_files(), *crash_reports(cluster)]
+
+
+def crash_reports(cluster: Cluster) -> list[str]:
+    """Return what was said of a crash."""
+    return [line for line in cluster.log().splitlines() if "Traceback" in line or "FatalError" in line]
 
 
 def quoted(stage: str) -> str:
