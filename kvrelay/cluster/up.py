@@ -20,7 +20,7 @@ from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.runtime_dir import VARIABLE, runtime_dir
-from kvrelay.core.stop_signals import STOP_SIGNALS, handle_stop_signals
+from kvrelay.core.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
 AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
 """What to do once the cluster serves."""
@@ -49,8 +49,11 @@ async def up(
     with ClusterClient(config.router.url) as client:
         supervisor = Supervisor(specs, config.cluster, display, probe=probe, on_ready=on_ready)
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
-        with runtime_dir() as directory, closing(display):
-            return await supervisor.run({**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"})
+        try:
+            with runtime_dir() as directory, closing(display):
+                return await supervisor.run({**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"})
+        finally:
+            ignore_stop_signals()
 
 
 def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:

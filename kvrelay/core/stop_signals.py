@@ -58,6 +58,14 @@ def handle_stop_signals(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, _HAND_OVER))
 
 
+def ignore_stop_signals() -> None:
+    """Let nothing interrupt the rest of this process's life: all that could be stopped has ended.
+
+    A loop that is closed gives the signals back to Python, whose handler would print a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 def _exit_when_told() -> None:
     if signal.sigwait((*STOP_SIGNALS, _HAND_OVER)) != _HAND_OVER:
         os._exit(0)
