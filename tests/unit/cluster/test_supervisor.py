@@ -277,13 +277,17 @@ async def test_stages_of_a_start_are_shown_and_who_is_not_ready_is_named() -> No
     async def probe() -> str | None:
         await screen.wait_for_stage("d0: ready")
         await screen.wait_for_stage("p0: loading")
-        return "no prefill node" if len(screen.lines) < 2 else None
+        if any(line.startswith("waiting for ") for line in screen.lines):
+            await not_yet()
+        return "no prefill node"
 
     loading = SAY_READY.replace("ready", "loading")
     d0, p0 = spec("d0", SAY_READY + POLITE), spec("p0", loading + POLITE, "prefill")
     supervisor = supervisor_of(d0, p0, screen=screen, time=time, probe=probe)
     running = asyncio.create_task(supervisor.run(os.environ))
     await screen.wait_for("waiting for ")
+    for name in ("d0", "p0"):
+        await screen.wait_for(f"{name}: running")
     supervisor.stop()
 
     assert await running == 0
