@@ -15,6 +15,7 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.startup import READY, startup
 from router.http.access_log import AccessLog
 from router.http.app import make_app
 from router.metrics import Metrics
@@ -82,6 +83,7 @@ async def serve(config: ClusterConfig) -> str:
     calm_collector()
     with _listen(config.router.host, config.router.port) as listener:
         http = asyncio.create_task(server.serve([listener]))
+        startup.report(READY)
         try:
             return await service.run()
         finally:

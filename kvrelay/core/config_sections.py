@@ -438,6 +438,13 @@ class ClusterSettings(Section):
         0.5, gt=0, le=3600, description="Seconds before a crashed process is started again; doubles with each crash."
     )
     restart_backoff_max_s: float = Field(30.0, gt=0, le=3600, description="The longest such wait, in seconds.")
+    max_crashes: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="Crashes in a row, before it is ready or by a fault of its code (SIGILL, SIGSEGV, SIGBUS, SIGFPE, "
+        "SIGABRT), after which a process is not started again and the cluster ends.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
 
     @model_validator(mode="after")

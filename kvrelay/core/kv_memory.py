@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvrelay.core import kv_copy
-from kvrelay.core.errors import GeometryMismatchError, PeerLostError
+from kvrelay.core.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv_handle import KVMemoryHandle
@@ -53,13 +53,22 @@ class KVMemory:
 
     @classmethod
     def create(cls, geometry: KVGeometry, num_blocks: int) -> KVMemory:
-        """Make zeroed memory for ``num_blocks`` blocks, owned by this process."""
-        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
+        """Make zeroed memory for ``num_blocks`` blocks, owned by this process.
+
+        Raises ConfigError if that is more than this machine has or gives.
+        """
         size_bytes = num_blocks * geometry.block_bytes
-        os.ftruncate(fd, size_bytes + TAG_BYTES)
-        tag = secrets.token_hex(TAG_BYTES // 2)
-        os.pwrite(fd, tag.encode(), size_bytes)
-        return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
+        if size_bytes > (total := _machine_bytes()):
+            raise _too_large(num_blocks, size_bytes, f"this machine has {total:,} bytes of memory")
+        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_bytes + TAG_BYTES)
+            tag = secrets.token_hex(TAG_BYTES // 2)
+            os.pwrite(fd, tag.encode(), size_bytes)
+            return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
+        except OSError as error:
+            os.close(fd)
+            raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
 
     @classmethod
     def attach(cls, geometry: KVGeometry, handle: KVMemoryHandle) -> KVMemory:
@@ -133,3 +142,11 @@ def _digest(parts: Iterable[memoryview]) -> int:
     for part in parts:
         digest.update(part)
     return digest.intdigest()
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _too_large(num_blocks: int, size_bytes: int, reason: str) -> ConfigError:
+    return ConfigError([f"cache.num_blocks: {num_blocks:,} blocks take {size_bytes:,} bytes: {reason}"])

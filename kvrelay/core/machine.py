@@ -201,6 +201,11 @@ class Announce:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """Have whoever supervises this process know that its start is over. Again is no fault."""
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """Write a log line. For people: nothing depends on it."""
 
@@ -217,7 +222,19 @@ class Exit:
 
 
 CoreAction: TypeAlias = (
-    Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | StageKV | StoreKV | LoadKV | Announce | Log | Exit
+    Send
+    | Connect
+    | Disconnect
+    | RunStep
+    | SetTimer
+    | CancelTimer
+    | StageKV
+    | StoreKV
+    | LoadKV
+    | Announce
+    | Ready
+    | Log
+    | Exit
 )
 
 

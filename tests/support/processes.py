@@ -22,6 +22,7 @@ from kvrelay.core.machine import (
     Log,
     Machine,
     PeerLost,
+    Ready,
     Received,
     RunStep,
     Send,
@@ -74,6 +75,7 @@ class Process:
             Disconnect: lambda action: self.connections.pop(action.peer, None),
             SetTimer: self._set_timer,
             CancelTimer: lambda action: self._timers.pop(action.key, None),
+            Ready: lambda _: None,
             Log: self.log.append,
             Exit: lambda action: self.exit(action.reason),
         }
