@@ -20,7 +20,6 @@ _END_MARK = "\u241fend of the message to continue\u241f"
 A space follows it: if that is gone, the template trims messages, and would have trimmed this one.
 """
 
-
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -64,14 +63,15 @@ class ChatTemplate:
         InvalidRequestError if the template refuses the messages or has no use for the last one.
         """
         shown = [self._forms.fit(message) for message in messages]
+        final = shown[-1].get("content")
         if continue_final_message:
-            shown[-1]["content"] = _left_open(shown[-1].get("content"))
+            shown[-1]["content"] = _left_open(final)
         context = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
         try:
             text = self._render_all(shown, context)
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
-        return _without_the_end(text) if continue_final_message else text
+        return _without_the_end(text, _last_text(final)) if continue_final_message else text
 
     def _render_all(self, messages: list[Message], context: Mapping[str, Any]) -> str:
         """Render ``messages``; those without content have an empty one for a template that cannot do without."""
@@ -110,18 +110,24 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 def _left_open(content: str | list[Any] | None) -> str | list[Any]:
     """Return a message's content with the mark behind its last text."""
-    if isinstance(content, list) and content:
-        *before, last = content
-        return [*before, {**last, "text": f"{last['text']}{_END_MARK} "}]
-    if isinstance(content, str):
-        return f"{content}{_END_MARK} "
-    raise InvalidRequestError("continue_final_message: the last message has no content", param="continue_final_message")
+    if content is None or content == []:
+        raise InvalidRequestError(
+            "continue_final_message: the last message has no content", param="continue_final_message"
+        )
+    marked = f"{_last_text(content)}{_END_MARK} "
+    return marked if isinstance(content, str) else [*content[:-1], {**content[-1], "text": marked}]
 
 
-def _without_the_end(text: str) -> str:
-    """Return ``text`` up to the end of the message to continue."""
-    before, mark, behind = text.rpartition(_END_MARK)
-    if not mark:
+def _last_text(content: str | list[Any] | None) -> str:
+    if isinstance(content, list):
+        return str(content[-1]["text"]) if content else ""
+    return content or ""
+
+
+def _without_the_end(prompt: str, final: str) -> str:
+    """Return ``prompt`` up to the end of ``final``, the text to continue. Raises InvalidRequestError without it."""
+    before, mark, behind = prompt.rpartition(_END_MARK)
+    if not mark or final.strip() not in before:
         raise InvalidRequestError(
             "continue_final_message: the chat template does not show the last message as it is",
             param="continue_final_message",

@@ -556,6 +556,8 @@ CHATS: dict[str, Chat] = {
     "reasoning_by_another_name": Chat([_HI, _says("assistant", "Hello", reasoning="hm"), _HI]),
     "thinking": Chat([_HI, _says("assistant", "Hello", thinking="hm"), _HI]),
     "continued": Chat([_HI, _says("assistant", "The answer is ")], _OPEN),
+    "continued_thought": Chat([_HI, _says("assistant", "<think>\nhm\n</think>\n\nSo ")], _OPEN),
+    "continued_from_nothing": Chat([_HI, _says("assistant", "")], _OPEN),
     "continued_parts": Chat([_HI, _says("assistant", _parts("The answer", " is "))], _OPEN),
     "roles_that_do_not_alternate": Chat([_HI, _HI]),
     "another_role": Chat([_HI, _says("critic", "No."), _HI]),
