@@ -92,16 +92,16 @@ def test_chunks_of_prompts_of_which_a_later_one_fails(shape: dict[str, int], see
 
 @pytest.mark.parametrize("link", ["tcp", "auto"])
 def test_kv_of_a_failing_step_that_has_arrived_is_shared_with_nobody(link: str) -> None:
-    """All of it is on D before the step ends on P: sampling takes longer than the transfer."""
-    with cluster(0, SHAPES[0], transfer={"link": link}, engine={"step_s": 0.02}) as world:
+    """All of it is on D, and said to be good, before D hears that the prompt has failed."""
+    with cluster(0, SHAPES[0], transfer={"link": link}) as world:
+        late = [world.link.delay(message, 0.1) for message in ("CloseTransfer", "CancelReservation", "Abort")]
         common = without_broken(world, 20)
         failing = world.submit([*common, BROKEN], 5)
-        slow = world.link.delay("CancelReservation", 0.1)
-        world.run_until(lambda: failing.ended)
+        world.run_until_arrived("KVArrived")
         assert failing.error == "engine_error"
+        for fault in late:
+            world.link.faults.remove(fault)
         others = [world.submit([*common, number], 8) for number in range(100, 104)]
-        world.run_until(world.all_ended, 20.0)
-        world.link.faults.remove(slow)
         world.settle(20.0)
         assert [(client.token_ids, client.error) for client in others] == [wanted(client) for client in others]
 
