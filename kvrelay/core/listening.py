@@ -6,9 +6,10 @@ import socket
 
 
 def listen_problem(host: str, port: int) -> str | None:
-    """Return why nobody could listen at ``host:port`` now, or None. Port 0 stands for any free one."""
+    """Return why nobody could listen at ``host:port`` now, or None. An IPv6 address may be in brackets."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
