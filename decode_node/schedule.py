@@ -264,7 +264,7 @@ class Scheduler:
     # ------------------------------------------------------------ admission
 
     def _admit(self, request: DecodeRequest, schedule: Schedule, now: float) -> bool:
-        """Give ``request`` its blocks, and let it run unless the store has some of it; return whether others may have some.
+        """Give ``request`` its blocks, and let it run unless the store has some of it; return if others may follow.
 
         They may not if there are too few for this one. They may if it waits for something else: its next block is being
         computed for another and soon there to share, or its KV is still being written to the store, or it would
@@ -273,8 +273,7 @@ class Scheduler:
         if self._loads.waits(request):
             return True
         matched, num_new = self._blocks_of(request)
-        lacking = self.waiting.lacks(request)
-        if (lacking is not None and lacking in self._promised) or not self.order.may_overtake(request):
+        if self._waits_for_a_block(request) or not self.order.may_overtake(request):
             return True
         if not self.fits(request, num_new, matched):
             return False
@@ -291,6 +290,10 @@ class Scheduler:
             self._run_prefill(request)
             schedule.admitted.append(request)
         return self.num_holding < self._max_num_seqs
+
+    def _waits_for_a_block(self, request: DecodeRequest) -> bool:
+        lacking = self.waiting.lacks(request)
+        return lacking is not None and lacking in self._promised and self.order.may_wait_for_a_block(request)
 
     def _run_prefill(self, request: DecodeRequest) -> None:
         self.prefilling[request] = None
@@ -372,11 +375,13 @@ class Scheduler:
         kept_free = self.reserved_blocks() + self.reserve.charge_blocks(request) + self._watermark_blocks
         return self.kv.can_allocate(num_new + kept_free, matched)
 
-    def may_reserve(self, priority: int, now: float) -> str | None:
-        """Return why no reservation can be granted now, whatever its size, or None."""
+    def may_reserve(self, priority: int, num_tokens: int, now: float) -> str | None:
+        """Return why no reservation for ``num_tokens`` can be granted now, whatever is free, or None."""
         if self.num_holding + len(self.waiting) >= self._max_num_seqs:
             return f"max_num_seqs ({self._max_num_seqs}) requests are here"
         preempted = (request for request in self.waiting if request.status is DecodeStatus.PREEMPTED)
         if any(not self._by_priority or self.waiting.urgency(request, now) <= priority for request in preempted):
             return "preempted requests wait for blocks"
+        if not self.order.may_be_passed(priority, num_tokens):
+            return "prompts that came earlier wait for blocks"
         return None

@@ -19,7 +19,7 @@ R = TypeVar("R", bound=Hashed)
 
 
 class QueuedPrefixes(Generic[R]):
-    """Follows publications: when the first block that a queued request lacks is published, the request is matched again.
+    """Follows publications: when the first block that a queued request lacks is published, it is matched again.
 
     ``changed`` is told of every request that has another number of matched blocks than before. Evictions are not
     followed: ``match`` again before relying on the blocks.

@@ -79,8 +79,11 @@ class Admission:
         return self._sorted[1]
 
     def _must_wait(self, request: PrefillRequest) -> bool:
+        return self._waits_for_a_block(request) or not self.order.may_overtake(request)
+
+    def _waits_for_a_block(self, request: PrefillRequest) -> bool:
         lacking = self._prefixes.lacks(request)
-        return (lacking is not None and lacking in self._promised) or not self.order.may_overtake(request)
+        return lacking is not None and lacking in self._promised and self.order.may_wait_for_a_block(request)
 
     def _take_blocks(self, request: PrefillRequest, num_new: int, matched: list[BlockId]) -> None:
         self._leave_queue(request)

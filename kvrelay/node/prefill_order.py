@@ -26,8 +26,8 @@ BEGUN_WEIGHT = 0.5
 class Prompt:
     """What an order knows of one prompt.
 
-    ``num_tokens`` are still to compute: what the prefix cache has is not counted. ``overtaken_tokens`` is how many tokens
-    of prompts that arrived later have been scheduled before it. ``is_ready``: it has blocks and is not being loaded.
+    ``num_tokens`` are still to compute: what the prefix cache has is not counted. ``overtaken_tokens`` of prompts that
+    arrived later have been scheduled before it. ``is_ready``: it has blocks and is not being read from the store.
     ``returns``: it was preempted and goes before all prompts of its urgency.
     """
 
@@ -131,11 +131,21 @@ class PrefillOrder(ABC, Generic[R]):
 
     @abstractmethod
     def queued(self, requests: Iterable[R], now: float) -> list[R]:
-        """Return ``requests``, which have no blocks and are in order of arrival, in the order in which they get some."""
+        """Return ``requests``, which wait in order of arrival, in the order in which they get blocks."""
 
     @abstractmethod
     def merged(self, running: Iterable[R], queued: Iterable[R], now: float) -> list[R]:
         """Return both in one order, for a node that gives blocks and computes in one go."""
+
+    def may_wait_for_a_block(self, request: R) -> bool:
+        """Return whether a queued request may wait for a block that another computes.
+
+        Not for one that may be less urgent: others that are more urgent than that one would delay it.
+        """
+        if not self._by_priority:
+            return True
+        priority = self._prompts[request].priority
+        return not any(prompt.has_blocks and prompt.priority > priority for prompt in self._prompts.values())
 
     @abstractmethod
     def may_overtake(self, request: R) -> bool:
@@ -144,6 +154,37 @@ class PrefillOrder(ABC, Generic[R]):
     @abstractmethod
     def begins_soon(self, request: R, now: float) -> bool:
         """Return whether the turn of a queued request would come within ``LOOKAHEAD_STEPS``."""
+
+    # ------------------------------------------------------------ requests whose prompts others compute
+
+    def may_be_passed(self, priority: int, num_tokens: int) -> bool:
+        """Return whether a prompt of ``num_tokens`` that another node computes may have blocks before those queued."""
+        oldest: dict[int, Prompt] = {}
+        for prompt in self._queued_up_to(priority):
+            oldest.setdefault(prompt.priority, prompt)
+        return all(self._can_be_overtaken(prompt, num_tokens) for prompt in oldest.values())
+
+    def passed(self, priority: int, num_tokens: int) -> None:
+        """Note that such a prompt has got its blocks."""
+        for prompt in self._queued_up_to(priority):
+            prompt.overtaken_tokens += num_tokens
+        self.version += 1
+
+    def _queued_up_to(self, priority: int) -> list[Prompt]:
+        """Return the newcomers in the queue that are not less urgent than ``priority``, the oldest first."""
+        return [p for p in self._prompts.values() if not p.has_blocks and not p.returns and p.priority <= priority]
+
+    def _can_be_overtaken(self, queued: Prompt, num_tokens: int) -> bool:
+        """Return whether ``queued`` may be overtaken by ``num_tokens`` more than by those that have blocks already."""
+        outstanding = sum(
+            prompt.num_tokens
+            for prompt in self._prompts.values()
+            if prompt.has_blocks
+            and prompt.number > queued.number
+            and prompt.priority == queued.priority
+            and not prompt.returns
+        )
+        return queued.overtaken_tokens + outstanding + num_tokens <= self._overtake_tokens
 
     # ------------------------------------------------------------ for people and for the router
 
@@ -193,8 +234,8 @@ class ShortestFirst(PrefillOrder[R]):
     """The prompt with fewest tokens still to compute goes first, and no prompt is overtaken for ever.
 
     **The bound.** Before the last token of a prompt is scheduled, at most ``prefill_overtake_tokens`` tokens of prompts
-    of its priority that arrived later are. Tokens count that can be computed at all while it waits: not while its own KV
-    is read from the store. Two rules keep it:
+    of its priority that arrived later are. What is computed while its own KV is read from the store does not count. Two
+    rules keep it:
 
     - A prompt that has been overtaken by all but one step's worth of these tokens goes before all that arrived later.
       Until then its length counts less and less, in proportion.
@@ -241,12 +282,13 @@ class ShortestFirst(PrefillOrder[R]):
     def may_overtake(self, request: R) -> bool:
         """Return whether the bound of the oldest queued prompt allows it."""
         mine = self._prompts[request]
-        peers = [p for p in self._prompts.values() if p.priority == mine.priority and not p.returns]
-        oldest = next((prompt for prompt in peers if not prompt.has_blocks), mine)
-        if mine.returns or oldest is mine:
+        if mine.returns:
             return True
-        outstanding = sum(prompt.num_tokens for prompt in peers if prompt.has_blocks and prompt.number > oldest.number)
-        return oldest.overtaken_tokens + outstanding + mine.num_tokens <= self._overtake_tokens
+        queued = (
+            p for p in self._prompts.values() if not p.has_blocks and p.priority == mine.priority and not p.returns
+        )
+        oldest = next(queued)
+        return oldest is mine or self._can_be_overtaken(oldest, mine.num_tokens)
 
     def begins_soon(self, request: R, now: float) -> bool:
         """Return whether the prompts with blocks that go before it are less than ``LOOKAHEAD_STEPS`` full steps."""

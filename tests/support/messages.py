@@ -21,6 +21,7 @@ from kvrelay.core.messages.base import (
     Mark,
     Message,
     NodeAddress,
+    PromptWait,
     ProtocolViolation,
 )
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
@@ -121,6 +122,8 @@ _LOAD = Load(
     queued_tokens=8,
     gauges={"reserve_level": 0.7},
     counters={"steps": 9.0},
+    prompt_tokens=[8, 0],
+    prompt_waits=[PromptWait([1, 2], 0.5)],
 )
 
 EXAMPLES: list[Message] = [
@@ -146,6 +149,7 @@ EXAMPLES: list[Message] = [
         num_blocks=2048,
         geometry=_GEOMETRY,
         session=1,
+        prefill_order="shortest_first",
     ),
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),

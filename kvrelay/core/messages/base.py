@@ -65,8 +65,8 @@ WAIT_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 class PromptWait(msgspec.Struct, frozen=True, array_like=True):
     """How long prompts of one class of lengths waited, from arrival until their first token was computed.
 
-    ``counts[i]``: up to ``WAIT_BOUNDS_S[i]`` seconds and longer than the bound before; the last of them: longer than all.
-    ``total_s``: the sum of all waits.
+    ``counts[i]`` waited for up to ``WAIT_BOUNDS_S[i]`` seconds and for longer than the bound before; the last of them
+    for longer than all bounds. ``total_s`` is the sum of all waits.
     """
 
     counts: list[int]

@@ -28,6 +28,7 @@ class Register(Message, frozen=True, kw_only=True):
     num_blocks: int
     geometry: KVGeometry
     session: int = 0
+    prefill_order: str = "fifo"
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
