@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from support.chats import NUM_AT_ONCE, chats, tokens
 
-NUM_PROMPTS = 400
+NUM_PROMPTS = 250
 UTILIZATION = 0.85
 TOKEN_S = 0.107e-3
 """What a prompt token costs in full steps of ``cost_model``."""
 SHORTEST, LONGEST = 64, 8_192
 USUAL, LONG_FACTOR, LONG_SHARE = 400, 50, 0.01
 ANSWER_TOKENS = 32
+MIXED_PROMPTS, MIXED_AT_ONCE, MIXED_SHORTEST, MIXED_LONGEST = 96, 16, 32, 1_024
+"""For a mixed node with a small model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ def random_load(seed: int) -> Load:
     return _open_load(rng, lengths)
 
 
+def mixed_load(seed: int) -> Load:
+    """Single prompts of log-uniform length, a fixed number at once, in the way of ``vllm bench serve``."""
+    rng = random.Random(seed)
+    lengths = [round(MIXED_SHORTEST * (MIXED_LONGEST / MIXED_SHORTEST) ** rng.random()) for _ in range(MIXED_PROMPTS)]
+    return Load([Client(0.0, [tokens(rng, length)]) for length in lengths], MIXED_AT_ONCE, ANSWER_TOKENS)
+
+
 def heavy_tail_load(seed: int) -> Load:
     """Single prompts of about one length at random times, and one in a hundred 50 times as long."""
     rng = random.Random(seed)
@@ -65,4 +74,4 @@ def _open_load(rng: random.Random, lengths: Sequence[int]) -> Load:
     return Load(clients, len(clients), ANSWER_TOKENS)
 
 
-LOADS: dict[str, Callable[[int], Load]] = {"chats": chat_load, "random": random_load, "heavy tail": heavy_tail_load}
+LOADS: dict[str, Callable[[int], Load]] = {"chats": chat_load, "random": random_load, "heavy-tail": heavy_tail_load}

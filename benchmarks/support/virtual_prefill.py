@@ -11,6 +11,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 from typing import TypeAlias
+from unittest.mock import patch
 
 from support.chats import ANSWER_MEAN, EOS, MAX_TOKENS, VOCAB_SIZE
 from support.cost_model import COSTS, TRANSFER_TOKEN_S
@@ -30,6 +31,7 @@ from kvrelay.core.messages.router_to_node import Prefill
 from kvrelay.core.request import RequestSpec, SamplingParams
 from kvrelay.core.step import SampledTokens, StepPlan, StepResult
 from kvrelay.engine.fake import step_seconds
+from kvrelay.node import prefill_order
 from prefill_node.state import PrefillMachine
 
 DECODE_NODE = NodeAddress(peer="d0#1", address="")
@@ -62,7 +64,11 @@ class Turn:
 
 @dataclass
 class Measured:
-    """What one run gave. ``begun``: in each step, how many prompts with some chunks computed and others not."""
+    """What one run gave.
+
+    ``most_begun``: prompts at once that were computed in part. ``num_switches``: how often such a prompt had no chunk
+    in the next step.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     total_s: float = 0.0
@@ -74,10 +80,11 @@ class Measured:
 
 
 class VirtualPrefillNode:
-    """The prefill node of ``config`` under ``load``."""
+    """The prefill node of ``config`` under ``load``; ``begun_weight`` is that of ``ShortestFirst``."""
 
-    def __init__(self, config: NodeConfig, geometry: KVGeometry, load: Load) -> None:
-        self.machine = PrefillMachine(config, registration(config, geometry))
+    def __init__(self, config: NodeConfig, geometry: KVGeometry, load: Load, begun_weight: float) -> None:
+        with patch.object(prefill_order, "BEGUN_WEIGHT", begun_weight):
+            self.machine = PrefillMachine(config, registration(config, geometry))
         self._load = load
         self._waiting = iter(load.clients)
         self._turns: dict[str, Turn] = {}

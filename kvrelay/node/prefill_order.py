@@ -251,9 +251,9 @@ class ShortestFirst(PrefillOrder[R]):
     Priorities come first: the level of a prompt is its priority less one for each ``priority_aging_s`` it has waited.
     """
 
-    def __init__(self, config: SchedulerConfig, begun_weight: float = BEGUN_WEIGHT) -> None:
+    def __init__(self, config: SchedulerConfig, begun_weight: float | None = None) -> None:
         super().__init__(config)
-        self._begun_weight = begun_weight
+        self._begun_weight = BEGUN_WEIGHT if begun_weight is None else begun_weight
         self._fair_tokens = config.prefill_overtake_tokens - config.max_num_batched_tokens
 
     def running(self, requests: Iterable[R], now: float) -> list[R]:
