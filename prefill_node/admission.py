@@ -58,7 +58,7 @@ class Admission:
         that is there to share, and one that would overtake another too far until that one has blocks.
         """
         for request in self._in_order(now):
-            if self._must_wait(request):
+            if request not in self._queued or self._must_wait(request):
                 continue
             if not self.order.begins_soon(request, now):
                 return None
@@ -73,7 +73,7 @@ class Admission:
         return None
 
     def _in_order(self, now: float) -> list[PrefillRequest]:
-        """Return the queue in order. It is sorted when something has changed, not for every event."""
+        """Return the queue in order, and some who have left it. It is sorted when something has changed."""
         if self._sorted[0] != self.order.version:
             self._sorted = (self.order.version, self.order.queued(self._queued, now))
         return self._sorted[1]

@@ -187,7 +187,7 @@ class SchedulerConfig(Section):
         "without those in the prefix cache.",
     )
     prefill_overtake_tokens: int = Field(
-        16384,
+        12288,
         ge=0,
         le=1 << 30,
         description="shortest_first: at most so many prompt tokens that arrived later are computed before a prompt; "

@@ -45,7 +45,8 @@ class Prompt:
 class PrefillOrder(ABC, Generic[R]):
     """Every prompt of a node that is not computed yet, from its arrival to its first token, and who goes first.
 
-    The caller reports what happens to each request. ``version`` changes whenever an answer may have changed.
+    The caller reports what happens to each request. ``version`` changes whenever the order of those in the queue may have
+    changed, but for one that left it.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -54,6 +55,7 @@ class PrefillOrder(ABC, Generic[R]):
         self._step_tokens = config.max_num_batched_tokens
         self._overtake_tokens = config.prefill_overtake_tokens
         self._prompts: dict[R, Prompt] = {}
+        self._holding: dict[R, Prompt] = {}
         self._numbers = itertools.count()
         self.waits = PromptWaits()
         self.version = 0
@@ -82,20 +84,18 @@ class PrefillOrder(ABC, Generic[R]):
 
     def admitted(self, request: R, num_tokens: int) -> None:
         """Note that ``request`` has blocks, and ``num_tokens`` to compute unless the store has some of them."""
-        prompt = self._prompts[request]
+        prompt = self._holding[request] = self._prompts[request]
         prompt.has_blocks, prompt.num_tokens = True, num_tokens
-        self.version += 1
 
     def ready(self, request: R, num_tokens: int) -> None:
         """Note that ``num_tokens`` of ``request`` can be computed from now on."""
         prompt = self._prompts[request]
         prompt.is_ready, prompt.num_tokens = True, num_tokens
-        self.version += 1
 
     def left(self, request: R) -> None:
         """Note that the prompt of ``request`` is computed or given up, if that is not known yet."""
-        if self._prompts.pop(request, None) is not None:
-            self.version += 1
+        self._prompts.pop(request, None)
+        self._holding.pop(request, None)
 
     def computing(self, chunks: Iterable[tuple[R, int]], now: float) -> None:
         """Note the tokens of each prompt that the next step computes."""
@@ -145,7 +145,7 @@ class PrefillOrder(ABC, Generic[R]):
         if not self._by_priority:
             return True
         priority = self._prompts[request].priority
-        return not any(prompt.has_blocks and prompt.priority > priority for prompt in self._prompts.values())
+        return not any(prompt.priority > priority for prompt in self._holding.values())
 
     @abstractmethod
     def may_overtake(self, request: R) -> bool:
@@ -178,11 +178,8 @@ class PrefillOrder(ABC, Generic[R]):
         """Return whether ``queued`` may be overtaken by ``num_tokens`` more than by those that have blocks already."""
         outstanding = sum(
             prompt.num_tokens
-            for prompt in self._prompts.values()
-            if prompt.has_blocks
-            and prompt.number > queued.number
-            and prompt.priority == queued.priority
-            and not prompt.returns
+            for prompt in self._holding.values()
+            if prompt.number > queued.number and prompt.priority == queued.priority and not prompt.returns
         )
         return queued.overtaken_tokens + outstanding + num_tokens <= self._overtake_tokens
 
@@ -245,8 +242,8 @@ class ShortestFirst(PrefillOrder[R]):
     Of all queued prompts of one priority the oldest has been overtaken most, so only that one need be looked at.
 
     **Prompts that have begun** have their KV in blocks that others cannot use. They give way only to prompts that
-    need less than ``begun_weight`` times as many tokens: with 0.5, what is left of all prompts that have begun is less
-    than twice what is left of the longest.
+    need less than ``begun_weight`` times as many tokens: with 0.5, and but for prompts near their bound, what is left of
+    all that have begun is less than twice what is left of the longest.
 
     Priorities come first: the level of a prompt is its priority less one for each ``priority_aging_s`` it has waited.
     """
@@ -293,7 +290,7 @@ class ShortestFirst(PrefillOrder[R]):
     def begins_soon(self, request: R, now: float) -> bool:
         """Return whether the prompts with blocks that go before it are less than ``LOOKAHEAD_STEPS`` full steps."""
         rank = self._rank(self._prompts[request], now)
-        ahead = sum(p.num_tokens for p in self._prompts.values() if p.is_ready and self._rank(p, now) <= rank)
+        ahead = sum(p.num_tokens for p in self._holding.values() if p.is_ready and self._rank(p, now) <= rank)
         return ahead < LOOKAHEAD_STEPS * self._step_tokens
 
 
