@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true", help="a mixed node with a real model instead")
     parser.add_argument("--explain", action="store_true", help="other conditions too")
     arguments = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.virtual:
         compare_in_virtual_time(arguments.virtual, console)
     elif arguments.mixed:

@@ -71,7 +71,8 @@ def shown(name: str, value: float) -> str:
 
 def rounds_table(heading: str, rounds: Sequence[Mapping[str, Latencies]]) -> Table:
     """Return what each round gave and, in the last rows, the median ratio of each other contestant to the first."""
-    table = Table("round", "scheduler", title=heading, title_justify="left")
+    table = Table("round", title=heading, title_justify="left")
+    table.add_column("scheduler", no_wrap=True)
     names = [field.name for field in fields(Latencies)]
     for name in names:
         table.add_column(title(name), justify="right")
@@ -83,5 +84,5 @@ def rounds_table(heading: str, rounds: Sequence[Mapping[str, Latencies]]) -> Tab
     for other in others:
         pairs = [(values(runs[first]), values(runs[other])) for runs in rounds]
         medians = (statistics.median(mine[name] / base[name] for base, mine in pairs) for name in names)
-        table.add_row("median", f"{other} / {first}", *(f"{median:.2f}" for median in medians))
+        table.add_row("median", f"{other}/{first}", *(f"{median:.2f}" for median in medians))
     return table

@@ -45,8 +45,8 @@ class Prompt:
 class PrefillOrder(ABC, Generic[R]):
     """Every prompt of a node that is not computed yet, from its arrival to its first token, and who goes first.
 
-    The caller reports what happens to each request. ``version`` changes whenever the order of those in the queue may have
-    changed, but for one that left it.
+    The caller reports what happens to each request. ``version`` changes whenever the order of those that are queued may
+    have changed.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -241,9 +241,9 @@ class ShortestFirst(PrefillOrder[R]):
 
     Of all queued prompts of one priority the oldest has been overtaken most, so only that one need be looked at.
 
-    **Prompts that have begun** have their KV in blocks that others cannot use. They give way only to prompts that
-    need less than ``begun_weight`` times as many tokens: with 0.5, and but for prompts near their bound, what is left of
-    all that have begun is less than twice what is left of the longest.
+    **Prompts that have begun** have their KV in blocks that others cannot use. They give way only to prompts that need
+    less than ``begun_weight`` times as many tokens: with 0.5, and but for prompts near their bound, what is left of all
+    that have begun is less than twice what is left of the longest.
 
     Priorities come first: the level of a prompt is its priority less one for each ``priority_aging_s`` it has waited.
     """
