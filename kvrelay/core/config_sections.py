@@ -187,11 +187,11 @@ class SchedulerConfig(Section):
         "without those in the prefix cache.",
     )
     prefill_overtake_tokens: int = Field(
-        12288,
+        16384,
         ge=0,
         le=1 << 30,
-        description="shortest_first: at most so many prompt tokens that arrived later are computed before a prompt; "
-        "with max_num_batched_tokens or fewer the order is that of arrival.",
+        description="At most so many prompt tokens that came later go before a prompt: shorter prompts here, and "
+        "reservations on decode nodes; with max_num_batched_tokens or fewer, shortest_first is the order of arrival.",
     )
     reserve_policy: Literal["new_token_ratio", "fixed_blocks", "sglang", "none"] = Field(
         "new_token_ratio", description="How much of the pool is kept for running requests when one is admitted."

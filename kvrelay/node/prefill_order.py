@@ -272,7 +272,7 @@ class ShortestFirst(PrefillOrder[R]):
             return level, -1.0, 0
         if prompt.overtaken_tokens > self._fair_tokens or self._fair_tokens <= 0:
             return level, 0.0, prompt.number
-        weight = self._begun_weight if prompt.has_begun else 1.0
+        weight = self._begun_weight if prompt.has_begun and prompt.has_blocks else 1.0
         patience = 1.0 - prompt.overtaken_tokens / self._fair_tokens
         return level, prompt.num_tokens * weight * patience, prompt.number
 

@@ -135,6 +135,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("step")),
     st.tuples(st.just("step")),
     st.tuples(st.just("end transfer")),
+    st.tuples(st.just("wait"), st.sampled_from([1.0, 9.0, 25.0])),
     st.tuples(st.just("abort"), st.integers(0, 10)),
 )
 """``undercut`` lets prompts come that are shorter than what the oldest has left: the worst for that one."""
@@ -160,6 +161,8 @@ def test_no_arrivals_overtake_a_prompt_by_more_than_the_bound(
                 node.step()
             case "end transfer":
                 node.end_transfer()
+            case "wait":
+                node.desk.now += details[0]  # seconds: the urgency of those that are there rises
             case "abort":
                 node.abort(details[0])
     node.finish()

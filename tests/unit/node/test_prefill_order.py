@@ -54,11 +54,12 @@ def test_a_prompt_that_has_begun_gives_way_to_much_shorter_ones_only() -> None:
     made = make(overtake=10_000)
     arrive(made, begun=100)
     run(made, begun=100)
-    made.computing([("begun", 20)], NOW)  # 80 are left
+    made.computing([("begun", 20)], NOW)  # 80 are left, so it counts as 40
     arrive(made, half=40, shorter=39)
     assert made.merged(["begun"], ["half", "shorter"], NOW) == ["shorter", "begun", "half"]
     always = ShortestFirst(SchedulerConfig(), begun_weight=1.0)
     always.arrived("begun", 0, 100, NOW)
+    always.admitted("begun", 100)
     always.computing([("begun", 20)], NOW)
     always.arrived("half", 0, 40, NOW)
     assert always.merged(["begun"], ["half"], NOW) == ["half", "begun"]
