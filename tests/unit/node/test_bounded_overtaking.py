@@ -144,7 +144,11 @@ EVENTS = st.one_of(
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.MIXED])
 @pytest.mark.parametrize("by_priority", [False, True])
 @settings(max_examples=150)
-@given(events=st.lists(EVENTS, max_size=60), overtake=st.sampled_from([0, 8, 12, 30, 100]), blocks=st.integers(15, 60))
+@given(
+    events=st.lists(EVENTS, max_size=60),
+    overtake=st.sampled_from([0, 8, 12, 30, 100]),
+    blocks=st.sampled_from([15, 17, 20, 60]),
+)
 def test_no_arrivals_overtake_a_prompt_by_more_than_the_bound(
     role: Role, by_priority: bool, events: list[tuple[Any, ...]], overtake: int, blocks: int
 ) -> None:
@@ -190,18 +194,24 @@ def test_short_prompts_without_end_delay_a_long_one_by_the_bound_and_no_more(rol
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.MIXED])
-def test_a_long_prompt_gets_blocks_though_short_ones_take_what_becomes_free(role: Role) -> None:
+@pytest.mark.parametrize("length", [3, 5, 7, 12])
+@pytest.mark.parametrize("overtake", [20, 40, 41, 50])
+def test_a_long_prompt_gets_blocks_though_short_ones_take_what_becomes_free(
+    role: Role, length: int, overtake: int
+) -> None:
     """The pool is never half empty: first come for blocks alone would keep the long prompt out for ever."""
-    node = Node(role, 20, prefill_overtake_tokens=40)
+    node = Node(role, 20, prefill_overtake_tokens=overtake)
     for _ in range(4):
         node.arrive(12)
     long = node.arrive(76)
     for _ in range(60):
-        node.arrive(12)
+        for _ in range(1 + 12 // length):
+            node.arrive(length)
         node.step()
         node.end_transfer()
     assert long not in node.referee.unfinished
     node.finish()
+    assert node.referee.most_overtaken <= overtake
 
 
 def test_a_long_prompt_that_waits_holds_no_blocks() -> None:
