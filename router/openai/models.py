@@ -9,7 +9,7 @@ from router.model import ServedModel
 def check_model(name: str | None, model: ServedModel) -> None:
     """Raise ModelNotFoundError if ``name`` is not the served model's; without a name that one is meant."""
     if name is not None and name != model.name:
-        raise ModelNotFoundError(f"model {name!r} is not served here; {model.name!r} is", param="model")
+        raise ModelNotFoundError(f"model {name[:256]!r} is not served here; {model.name!r} is", param="model")
 
 
 def model_card(model: ServedModel, *, created_s: int, max_model_len: int) -> dict[str, object]:

@@ -8,6 +8,9 @@ from router.model import ServedModel
 from router.openai.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
 
+_LONG_TEXT_CHARS = 64 << 10
+"""Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
+
 
 def sampling_params(
     request: GenerationFields, model: ServedModel, *, num_prompt_tokens: int, max_model_len: int, seed: int
@@ -62,6 +65,18 @@ def num_logprobs(request: GenerationFields) -> int | None:
     if isinstance(request, ChatCompletionRequest) and request.logprobs:
         return request.top_logprobs or 0
     return None
+
+
+def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
+    """Raise PromptTooLongError if ``text`` is certainly too long. It costs less than to tokenize it and then to see."""
+    if (
+        len(text) > max(max_model_len, _LONG_TEXT_CHARS)
+        and (fewest := model.tokenizer.fewest_tokens(text)) >= max_model_len
+    ):
+        raise PromptTooLongError(
+            f"the prompt has at least {fewest} tokens; the model's length is {max_model_len}, with the output",
+            param=param,
+        )
 
 
 def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:

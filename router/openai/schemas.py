@@ -6,6 +6,7 @@ an answer that silently lacks what was asked for is worse than none. A ``null`` 
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -207,7 +208,7 @@ class ChatMessage(Fields):
 class ChatFields(Fields):
     """How a chat becomes a prompt."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     add_special_tokens: Flag = None
@@ -254,7 +255,7 @@ class DetokenizeRequest(Fields):
     """Body of ``/detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 Request = TypeVar("Request", bound=Fields)
@@ -272,6 +273,11 @@ def parse(kind: type[Request], body: dict[str, Any]) -> Request:
         raise _first_problem(error, kind) from None
 
 
+_REPR = reprlib.Repr()
+"""Shows a value in a time that does not grow with it."""
+_REPR.maxstring = 100
+
+
 def _first_problem(error: ValidationError, kind: type[Fields]) -> InvalidRequestError:
     """Return the first fault pydantic found, in words for the client."""
     item = error.errors(include_url=False)[0]
@@ -284,5 +290,6 @@ def _first_problem(error: ValidationError, kind: type[Fields]) -> InvalidRequest
     if item["type"] == "missing":
         return InvalidRequestError(f"{'.'.join(path)}: is required", param=param)
     reason = item["msg"].replace("Input should", "should", 1)
-    shown = "" if item["type"] == "wrong" and len(repr(item["input"])) > 80 else f", not {item['input']!r:.80}"
+    shown = _REPR.repr(item["input"])
+    shown = "" if item["type"] == "wrong" and len(shown) > 80 else f", not {shown:.80}"
     return InvalidRequestError(f"{'.'.join(path)}: {reason}{shown}", param=param)
