@@ -24,15 +24,19 @@ class Descriptors:
     def __init__(self) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = limit
-        self._most = limit - min(_MAX_SPARE, limit // 4)
+        self._spare = min(_MAX_SPARE, limit // 4)
         self._is_full = False
 
     def allow(self, descriptor: int) -> bool:
         """Tell whether a connection with this descriptor may stay; log when that changes."""
-        is_full = descriptor >= self._most
+        is_full = descriptor >= self._limit - self._spare
         if is_full and not self._is_full:
             log_event("error", "too many connections: new ones are answered 503", {"max_descriptors": self._limit})
         elif self._is_full and not is_full:
             log_event("info", "connections are taken again", {"max_descriptors": self._limit})
         self._is_full = is_full
         return not is_full
+
+    def is_urgent(self, descriptor: int) -> bool:
+        """Tell whether so few are left that a connection turned away must go at once."""
+        return descriptor >= self._limit - self._spare // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -26,11 +27,14 @@ NICENESS = 5
 _MEMORY_BYTES, _MEMORY_PER_BODY_BYTE = 4 << 30, 256
 """Address space a worker may use: so much and so many times the longest body. Beyond, it ends, and its job fails."""
 
+_PR_SET_PDEATHSIG = 1
+
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Serve the parent process. It ends this process by closing its input, so SIGINT and SIGTERM mean nothing here."""
+    _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     setproctitle.setproctitle("kvrelay router preparation")
@@ -46,6 +50,11 @@ def main() -> None:
         _limit_memory(job.max_body_bytes)
         target.write(framed(encode(_reply(preparation, job))))
         target.flush()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the router dies, even in the middle of a job."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _claim_stdout() -> BinaryIO:

@@ -20,6 +20,7 @@ from kvrelay.core.errors import ConfigError
 from router.descriptors import raise_limit
 from router.http.app import make_app
 from router.http.protocol import HttpLimits, HttpProtocol
+from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
@@ -82,6 +83,7 @@ async def serve(config: ClusterConfig) -> str:
     service = RouterService(config, load_model(config), clock)
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
+    return_large_blocks()
     limits = http_limits(config.router)
     server = http_server(make_app(service, metrics), config.router.host, config.router.port, limits)
     calm_collector()

@@ -69,20 +69,20 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
 
 async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outcome:
     """Have a worker prepare ``job``, for as long as the client stays."""
-    work = asyncio.ensure_future(service.preparer.prepare_in_worker(job))
+    task = asyncio.current_task()
+    assert task is not None
     left = False
 
     def leave() -> None:
         nonlocal left
         left = True
-        work.cancel()
+        task.cancel()
 
     try:
         async with watching(receive, leave):
-            return await work
+            return await service.preparer.prepare_in_worker(job)
     except asyncio.CancelledError:
-        if left:
-            raise ClientLeftError from None
-        raise
-    finally:
-        work.cancel()
+        if not left:
+            raise
+        task.uncancel()
+        raise ClientLeftError from None

@@ -58,8 +58,11 @@ class HttpProtocol(HttpToolsProtocol):
         """Expect a request soon; turn the client away if there are hardly any descriptors left."""
         super().connection_made(transport)
         self._expect_request()
-        if not self._limits.descriptors.allow(transport.get_extra_info("socket").fileno()):
+        descriptor = transport.get_extra_info("socket").fileno()
+        if not self._limits.descriptors.allow(descriptor):
             self._refuse(503, "too_many_connections", "the router has too many connections; try again later")
+            if self._limits.descriptors.is_urgent(descriptor):
+                transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget all timers."""
