@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import sys
+from contextlib import suppress
 
 from kvrelay.core.logging import log_event
 
@@ -12,7 +14,8 @@ _MAX_SPARE = 64
 def raise_limit() -> None:
     """Let this process have as many descriptors as the system allows it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(OSError, ValueError):  # some systems have a lower limit that they do not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Descriptors:
@@ -23,8 +26,8 @@ class Descriptors:
 
     def __init__(self) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = limit
-        self._spare = min(_MAX_SPARE, limit // 4)
+        self._limit = sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        self._spare = min(_MAX_SPARE, self._limit // 4)
         self._is_full = False
 
     def allow(self, descriptor: int) -> bool:

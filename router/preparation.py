@@ -51,7 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that generates. ``request`` is without its content, so that a long body need not stay in memory.
+    """A request that generates. From a worker ``request`` comes without its content, which is in the prompts.
 
     ``texts``: each prompt as text, if the client wants an echo.
     """
@@ -136,14 +136,19 @@ class Preparation:
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
         prompts = api.prompts(request, job.max_model_len)
-        return PreparedRequest(request.model_copy(update=api.without_content), prompts, api.texts(request))
+        return PreparedRequest(request, prompts, api.texts(request))
 
-    def check_lengths(self, job: Job, prepared: PreparedRequest) -> None:
-        """Raise what the router would raise for these prompts, so that those it refuses need not travel there."""
+    def without_content(self, job: Job, prepared: PreparedRequest) -> PreparedRequest:
+        """Return what the router needs of a long request: its own prompt and messages would be sent in vain.
+
+        Raises what the router would raise for these prompts, so that those it refuses need not be sent either.
+        """
         for prompt in prepared.prompts:
             sampling_params(
                 prepared.request, self._model, num_prompt_tokens=len(prompt), max_model_len=job.max_model_len, seed=0
             )
+        request = prepared.request.model_copy(update=self.apis[job.task].without_content)
+        return PreparedRequest(request, prepared.prompts, prepared.texts)
 
 
 def json_object(body: bytes) -> dict[str, Any]:

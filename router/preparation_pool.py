@@ -38,12 +38,13 @@ class Worker:
         """Start a worker for the model of ``settings``, JSON of the config's sections ``model`` and ``engine``."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # the working directory may have a package of the same name
             "-m",
             "router.preparation_worker",
             stdin=PIPE,
             stdout=PIPE,
             limit=_PIECE_BYTES,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
         )
         worker = cls(process)
         await worker._send(settings)

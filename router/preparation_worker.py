@@ -48,7 +48,7 @@ def main() -> None:
         job = decode_job(message)
         del message
         _limit_memory(job.max_body_bytes)
-        target.write(framed(encode(_reply(preparation, job))))
+        target.write(framed(encode(reply_to(preparation, job))))
         target.flush()
 
 
@@ -80,18 +80,18 @@ def _limit_memory(max_body_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _reply(preparation: Preparation, job: Job) -> Reply:
+def reply_to(preparation: Preparation, job: Job) -> Reply:
+    """Return what to tell the router about ``job``; whatever happens, it is told something."""
     try:
         outcome = preparation.prepare(job)
         if isinstance(outcome, bytes):
             return Answer(outcome)
-        preparation.check_lengths(job, outcome)
-        return _generate(outcome)
+        return _generate(preparation.without_content(job, outcome))
     except AnswerError as error:
         return Refusal(error.error, error.param)
     except KVRelayError as error:
         return Refusal(ErrorInfo.of(error), error.param)
-    except Exception:  # the border of the process: whatever happened, the router gets an answer
+    except Exception:  # the border of the process
         logger.exception("broken while preparing a body for %s", job.task)
         return Refusal(ErrorInfo(code="internal_error", message="internal error, see the router's log"), None)
 

@@ -97,3 +97,15 @@ def test_long_text_there_and_back() -> None:
         assert response.json() == {"prompt": text(2 * MIB)}
 
     run(scenario)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_as_many_prompts_as_there_may_be_requests(streaming: bool) -> None:
+    content = body(prompt=["a" * 60] * 500, max_tokens=2, stream=streaming, return_token_ids=True)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        response = await cluster.client.post(COMPLETIONS, content=content, timeout=100)
+        assert response.status_code == 200
+        assert streaming or len(response.json()["choices"]) == 500
+
+    run(scenario)
