@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from router.text.tokenizer import TextTokenizer
 MAX_STALL_S = 0.05
 MAX_INLINE_LENGTH = 64 << 10
 """Longest text, or list of token ids, that may be worked on in the router's process."""
+MAX_INLINE_TOTAL = 1 << 19
+"""Longest all of them may be together, in one test."""
 
 _TESTS = str(Path(__file__).parents[1])
 _CLIENTS = ("httpx", "httpcore", "openai", "anyio")
@@ -30,11 +33,14 @@ class LoopStalls:
     is what makes that long. Callbacks of tests and clients, which share the loop, do not count.
 
     A thread that works while it holds the GIL also stops the loop, and cannot be seen in this way. What would do so is
-    known: the tokenizer. So no long text may come to a tokenizer of this process at all, on whatever thread.
+    known: the tokenizer. So neither a long text nor very many short ones may come to a tokenizer of this process, on
+    whatever thread. What remains is seen from outside: tests/cluster/test_router_process.py bounds the CPU time of all
+    threads of a router.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self._num_inline = 0
         self._collecting_s = 0.0
         self._collection_began_s = 0.0
 
@@ -54,9 +60,14 @@ class LoopStalls:
     def short_only(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``method`` of the tokenizer with a look at how long its argument is."""
 
+        @wraps(method)
         def look(tokenizer: TextTokenizer, argument: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(argument) > MAX_INLINE_LENGTH:
-                self.found.append(f"{method.__name__} of {len(argument)} items in the router's process")
+            self._num_inline += 1 + len(argument)
+            if len(argument) > MAX_INLINE_LENGTH or self._num_inline > MAX_INLINE_TOTAL:
+                self.found.append(
+                    f"{method.__name__} of {len(argument)} items, {self._num_inline} in all, in the router's process"
+                )
+                self._num_inline = 0
             return method(tokenizer, argument, *args, **kwargs)
 
         return look
@@ -74,7 +85,7 @@ def watching_for_stalls() -> Iterator[LoopStalls]:
     """Watch every loop of asyncio's own kind in this process."""
     stalls = LoopStalls()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncio.Handle, "_run", stalls.measured(asyncio.Handle._run))  # type: ignore[attr-defined]
+        patch.setattr(asyncio.Handle, "_run", stalls.measured(asyncio.Handle._run))
         for name in ("encode", "decode", "tokens_of"):
             patch.setattr(TextTokenizer, name, stalls.short_only(getattr(TextTokenizer, name)))
         gc.callbacks.append(stalls.collecting)

@@ -179,7 +179,7 @@ def test_fewest_tokens_are_no_more_than_there_are(name: str, text: str) -> None:
 )
 @pytest.mark.parametrize("name", COUNTED)
 def test_fewest_tokens_of_what_composition_shortens(name: str, text: str) -> None:
-    test_fewest_tokens_are_no_more_than_there_are.hypothesis.inner_test(name, text)  # type: ignore[attr-defined]
+    test_fewest_tokens_are_no_more_than_there_are.hypothesis.inner_test(name, text)
 
 
 def test_fewest_tokens_are_many_for_a_long_text() -> None:
