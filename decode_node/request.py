@@ -53,7 +53,7 @@ class DecodeRequest(Sequence):
     ``sender`` is the P whose reservation it began as, None if the router sent it here. Until the hand-off a reserved
     request's tokens are unknown and ``spec`` stands in with the maximum output only; ``num_cached_blocks`` of its
     blocks need not come from P. After a preemption its first ``num_stored_blocks`` blocks are in the store, once it
-    is no longer ``is_saving``; while it ``is_loading`` the store writes to its blocks.
+    is no longer ``is_saving``; while it ``is_loading`` a read from the store fills its blocks.
     """
 
     __slots__ = (

@@ -8,12 +8,15 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
+from kvrelay.core.addresses import listen_at, netloc
 from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.startup import READY, startup
+from router.http.access_log import AccessLog
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import load_model
@@ -38,7 +41,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: Starlette, host: str, port: int) -> HttpServer:
+def http_server(app: ASGIApp, host: str, port: int) -> HttpServer:
     """Return a server for ``app`` that is not running yet."""
     settings = uvicorn.Config(
         app,
@@ -60,9 +63,9 @@ def http_server(app: Starlette, host: str, port: int) -> HttpServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=CONNECTION_BACKLOG)
+        return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {host}:{port}: {error.strerror}"]) from error
+        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -73,10 +76,14 @@ async def serve(config: ClusterConfig) -> str:
     clock = Clock()
     service = RouterService(config, load_model(config), clock)
     metrics = Metrics(service.machine, clock.now)
-    server = http_server(make_app(service, metrics), config.router.host, config.router.port)
+    app: ASGIApp = make_app(service, metrics)
+    if config.router.access_log:
+        app = AccessLog(app, clock.now)
+    server = http_server(app, config.router.host, config.router.port)
     calm_collector()
     with _listen(config.router.host, config.router.port) as listener:
         http = asyncio.create_task(server.serve([listener]))
+        startup.report(READY)
         try:
             return await service.run()
         finally:

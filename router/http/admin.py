@@ -13,10 +13,12 @@ from router.http.asgi import json_object, read_body, send_error, send_json
 from router.metrics import Metrics
 from router.openai.chat import chat_prompt
 from router.openai.errors import AnswerError
+from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
-from router.openai.models import check_model, model_card
+from router.openai.models import model_card, model_cards, model_name
 from router.openai.sampling import check_token_ids
 from router.openai.schemas import DetokenizeRequest, Fields, TokenizeChatRequest, TokenizeTextRequest, parse
+from router.openai.tokenizer_info import tokenizer_info
 from router.registry import Node
 from router.service import RouterService
 
@@ -32,20 +34,23 @@ class AdminEndpoints:
     # ------------------------------------------------------------ models
 
     async def models(self, _: Request) -> Response:
-        """``GET /v1/models``."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """``GET /v1/models``: the model under each of its names."""
+        return JSONResponse({"object": "list", "data": model_cards(self._service.model, **self._card_facts())})
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``; the id may have slashes."""
         try:
-            check_model(request.path_params["model_id"], self._service.model)
+            name = model_name(request.path_params["model_id"], self._service.model)
         except ModelNotFoundError as error:
             return _error_response(AnswerError.of(error))
-        return JSONResponse(self._card())
+        return JSONResponse(model_card(name, self._service.model, **self._card_facts()))
 
-    def _card(self) -> dict[str, object]:
-        service = self._service
-        return model_card(service.model, created_s=int(self._started_s), max_model_len=service.max_model_len)
+    def _card_facts(self) -> dict[str, int]:
+        return {"created_s": int(self._started_s), "max_model_len": self._service.max_model_len}
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """``GET /tokenizer_info``: the checkpoint's tokenizer config and the chat template in use."""
+        return JSONResponse(tokenizer_info(self._service.model))
 
     # ------------------------------------------------------------ state
 
@@ -92,7 +97,7 @@ class AdminEndpoints:
         request_id = request.path_params["request_id"]
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
-            message = f"no request {request_id!r} is in progress or among the last that ended"
+            message = f"no request {shown(request_id)} is in progress or among the last that ended"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         return JSONResponse(timeline)
 
@@ -100,7 +105,7 @@ class AdminEndpoints:
         """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
         node_id = request.path_params["node_id"]
         if self._service.machine.registry.named(node_id) is None:
-            message = f"no node is called {node_id!r}"
+            message = f"no node is called {shown(node_id)}"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         self._service.drain(node_id)
         return JSONResponse({"status": "draining"}, 202)
@@ -126,15 +131,15 @@ class TokenEndpoint:
             await send_error(send, AnswerError.of(error))
 
     def _tokenized(self, body: dict[str, object]) -> dict[str, object]:
-        kind: type[Fields] = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
+        kind: type[Fields] = TokenizeChatRequest if body.get("messages") is not None else TokenizeTextRequest
         request = parse(kind, body)
         model = self._service.model
         if isinstance(request, TokenizeChatRequest):
-            check_model(request.model, model)
+            model_name(request.model, model)
             token_ids, strings = chat_prompt(request, model), request.return_token_strs
         else:
             assert isinstance(request, TokenizeTextRequest)
-            check_model(request.model, model)
+            model_name(request.model, model)
             add_special_tokens = request.add_special_tokens is not False
             token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=add_special_tokens)
             strings = request.return_token_strs
@@ -148,7 +153,7 @@ class TokenEndpoint:
     def _detokenized(self, body: dict[str, object]) -> dict[str, object]:
         request = parse(DetokenizeRequest, body)
         model = self._service.model
-        check_model(request.model, model)
+        model_name(request.model, model)
         check_token_ids(request.tokens, model.vocab_size, "tokens")
         return {"prompt": model.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 

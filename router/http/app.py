@@ -30,6 +30,7 @@ def make_app(service: RouterService, metrics: Metrics) -> Starlette:
         Route("/v1/models/{model_id:path}", admin.model),
         Route("/tokenize", TokenEndpoint(service, back=False), methods=["POST"]),
         Route("/detokenize", TokenEndpoint(service, back=True), methods=["POST"]),
+        Route("/tokenizer_info", admin.tokenizer_info),
         Route("/health", admin.health),
         Route("/ready", admin.ready),
         Route("/version", admin.version),

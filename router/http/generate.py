@@ -15,13 +15,14 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.core.errors import InvalidRequestError, KVRelayError
 from kvrelay.core.messages.base import ErrorInfo
 from router.events import NewRequest
+from router.http.access_log import note_tokens
 from router.http.asgi import Headers, json_object, read_body, send_error, send_events, send_json, watching
 from router.metrics import Metrics
 from router.openai.answer import Answer, AnswerHead, Style
 from router.openai.choice import Choice
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError, Generation
-from router.openai.models import check_model
+from router.openai.models import model_name
 from router.openai.sampling import sampling_params, text_options
 from router.openai.schemas import GenerationFields, parse
 from router.service import RouterService
@@ -71,7 +72,7 @@ class GenerateEndpoint:
         headers: Headers = []
         try:
             answer_id, headers = self._identify(scope)
-            await self._serve(answer_id, receive, send, headers)
+            await self._serve(answer_id, scope, receive, send, headers)
         except ClientLeftError:
             return
         except AnswerError as error:
@@ -95,17 +96,17 @@ class GenerateEndpoint:
         name = given or uuid.uuid4().hex
         return self._api.id_prefix + name, [(b"x-request-id", name.encode())]
 
-    async def _serve(self, answer_id: str, receive: Receive, send: Send, headers: Headers) -> None:
+    async def _serve(self, answer_id: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         arrival_s = self._service.clock.now()
         body = await read_body(receive, self._service.config.router.max_body_bytes)
         request = parse(self._api.schema, json_object(body))
-        check_model(request.model, self._service.model)
+        model = model_name(request.model, self._service.model)
         if len(body) > LONG_BODY_BYTES:
             prompts = await asyncio.to_thread(self._api.prompts, request)
         else:
             prompts = self._api.prompts(request)
         choices = self._choices(answer_id, request, prompts)
-        head = AnswerHead(answer_id, int(arrival_s), self._service.model.name)
+        head = AnswerHead(answer_id, int(arrival_s), model)
         answer = Answer(head, self._api.style(request, choices), choices, request)
         generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
         generation.start()
@@ -117,6 +118,7 @@ class GenerateEndpoint:
                     await send_json(send, await answer.full(generation.deltas()), headers=headers)
         finally:
             generation.close()
+            note_tokens(scope, choices)
 
     def _choices(self, answer_id: str, request: GenerationFields, prompts: list[list[int]]) -> list[Choice]:
         """Return one choice per prompt and ``n``, in this order."""

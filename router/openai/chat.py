@@ -8,6 +8,8 @@ from kvrelay.core.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import chat_logprobs
+from router.openai.reading import reading
+from router.openai.sampling import check_text_ids
 from router.openai.schemas import ChatCompletionRequest, ChatFields
 from router.text.token_bytes import TokenBytes
 
@@ -16,12 +18,13 @@ ROLE = "assistant"
 
 def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
     """Return the token ids of a chat. Raises InvalidRequestError if the template refuses it."""
-    text = model.tokenizer.render_chat(
-        [message.model_dump() for message in fields.messages],
-        add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
-        continue_final_message=bool(fields.continue_final_message),
-        variables=fields.chat_template_kwargs,
-    )
+    with reading("messages: the chat template cannot render them", "messages"):
+        text = model.tokenizer.render_chat(
+            [message.model_dump() for message in fields.messages],
+            add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
+            continue_final_message=bool(fields.continue_final_message),
+            variables=fields.chat_template_kwargs,
+        )
     # The template has put the special tokens there already.
     return model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens))
 
@@ -37,8 +40,13 @@ class ChatCompletions:
         self._model = model
 
     def prompts(self, request: ChatCompletionRequest) -> list[list[int]]:
-        """Return the token ids of the one prompt. Raises InvalidRequestError if the chat template refuses it."""
-        return [chat_prompt(request, self._model)]
+        """Return the token ids of the one prompt.
+
+        Raises InvalidRequestError if the chat template refuses it, or if it has tokens that the model does not have.
+        """
+        token_ids = chat_prompt(request, self._model)
+        check_text_ids(token_ids, self._model, "messages")
+        return [token_ids]
 
     def style(self, request: ChatCompletionRequest, choices: Sequence[Choice]) -> ChatStyle:
         """Return what writes the answer."""

@@ -33,7 +33,7 @@ class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a messager listens for KV frames: ``ipc`` and ``shm`` only help senders with the same ``host_id``."""
+    """Where a messager listens for KV frames. ``ipc`` only helps senders with the same ``host_id``."""
 
     peer: str
     host_id: str
@@ -97,7 +97,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Node -> router, node -> node it has business with, once per ``heartbeat_s``, whatever the compute thread does.
 
-    The reader takes the peer for alive until ``peer_timeout_s`` later and renews every lease that hangs on its word.
+    The reader takes the peer for alive until ``peer_timeout_s`` later. It renews no lease on a reservation: only
+    RenewReservations does.
     """
 
     load: Load | None = None
