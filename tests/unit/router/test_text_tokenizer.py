@@ -15,7 +15,7 @@ from kvrelay.core.errors import CheckpointError, InvalidRequestError
 from router.model import load_model
 from router.openai.chat import ChatCompletions
 from router.openai.completions import Completions
-from router.openai.schemas import ChatCompletionRequest, CompletionRequest
+from router.openai.schemas import ChatCompletionRequest, ChatMessage, CompletionRequest
 from router.text.chat_template import ChatTemplate
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
@@ -263,7 +263,7 @@ def test_a_text_with_a_token_that_the_model_does_not_have_is_refused(tmp_path: P
 def test_a_chat_with_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     with_pad_token(tmp_path, tokenizer_config={"chat_template": CHATML})
     chats = ChatCompletions(load_model(cluster(tmp_path)))
-    fine, bad = ({"role": "user", "content": text} for text in ("hi", "hi <pad>"))
+    fine, bad = (ChatMessage(role="user", content=text) for text in ("hi", "hi <pad>"))
     assert chats.prompts(ChatCompletionRequest(messages=[fine]))
     with pytest.raises(InvalidRequestError, match="messages: '<pad>' is token") as caught:
         chats.prompts(ChatCompletionRequest(messages=[fine, bad]))
