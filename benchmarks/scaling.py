@@ -172,7 +172,7 @@ def main() -> None:
     console = Console(width=110)
     console.print(
         f"{PRESET}, {arguments.threads} threads, {' '.join(settings)}, best of {arguments.rounds}; "
-        f"oneDNN's best {limits.gflops:.0f} GFLOP/s, reads {limits.gb_s:.1f} GB/s"
+        f"oneDNN's best {limits.gflops:.0f} GFLOP/s in {limits.dtype}, reads {limits.gb_s:.1f} GB/s"
     )
     for title, _, steps in panels:
         console.print(table(title, steps, limits))

@@ -21,10 +21,11 @@ from kvrelay.cluster.display import Display
 from kvrelay.cluster.process import name_process, refuse_foreign_packages
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import timeline_table
-from kvrelay.cluster.up import up
+from kvrelay.cluster.up import AfterReady, up
 from kvrelay.core.addresses import resolve, tcp_address
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError, KVRelayError
+from kvrelay.core.stop_signals import exit_on_stop_signals
 
 _QUESTION = (
     "The red key lies in box 417. The blue lamp stands in room 9. The old map hides behind door 58. "
@@ -43,24 +44,31 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/1p3d.yaml"), help="another cluster than 1P3D")
     parser.add_argument("--exit", action="store_true", help="end when the answer has been shown")
     arguments = parser.parse_args()
+    exit_on_stop_signals()
     name_process("demo")
     console = Console()
     try:
         refuse_foreign_packages()
         config, overrides = _runnable(arguments.config, console)
+        show = _shown_once(config, console, ends=arguments.exit)
+        return asyncio.run(up(config, arguments.config, overrides, console, show))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
 
+
+def _shown_once(config: ClusterConfig, console: Console, *, ends: bool) -> AfterReady:
+    """Return what to do when the cluster serves: show one request and, if the demo ends with that, stop."""
+
     async def show(supervisor: Supervisor, display: Display) -> None:
         with display.held():
             await asyncio.to_thread(_show_one_request, config.router.url, console)
-        if arguments.exit:
+        if ends:
             supervisor.stop()
         else:
             display.say(f"Ctrl-C ends it; to talk to it, in another terminal: {_command()} chat {config.router.url}")
 
-    return asyncio.run(up(config, arguments.config, overrides, console, show))
+    return show
 
 
 def _command() -> str:

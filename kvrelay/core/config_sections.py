@@ -129,7 +129,25 @@ class RouterConfig(Section):
         600.0, gt=0, le=86400, description="Seconds from admission after which a request ends with an error."
     )
     max_body_bytes: SizeBytes = Field(
-        16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB)."
+        16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB), decompressed."
+    )
+    max_header_bytes: SizeBytes = Field(
+        64 << 10, ge=1024, le=1 << 24, description="Longest request line and headers together; longer ones get 431."
+    )
+    request_read_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a client may take to send a request once it has begun; then 408."
+    )
+    keep_alive_timeout_s: float = Field(
+        75.0, gt=0, le=86400, description="Seconds a connection may be idle before the router closes it."
+    )
+    preparation_workers: int = Field(
+        2, ge=1, le=64, description="Processes that tokenize long bodies, started when needed; short ones need none."
+    )
+    preparation_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a worker may take to make prompts of a long body; then 503."
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (), strict=False, description='Origins whose web pages may use the API, or ["*"] for any; none by default.'
     )
     access_log: bool = Field(
         True, description="Log a line per HTTP request; those of probes such as /health at log_level debug only."
@@ -208,6 +226,18 @@ class SchedulerConfig(Section):
     max_num_seqs: int = Field(64, ge=1, le=65536, description="Requests that may run on a node at once.")
     prefill_policy: Literal["dedicated", "shared"] = Field(
         "dedicated", description="Scheduler of prefill nodes; shared: the one of decode nodes, for comparison."
+    )
+    prefill_order: Literal["fifo", "shortest_first"] = Field(
+        "shortest_first",
+        description="Which prompt is computed next; shortest_first: the one with fewest tokens still to compute, "
+        "without those in the prefix cache.",
+    )
+    prefill_overtake_tokens: int = Field(
+        16384,
+        ge=0,
+        le=1 << 30,
+        description="At most so many prompt tokens that came later go before a prompt: shorter prompts here, and "
+        "reservations on decode nodes; with max_num_batched_tokens or fewer, shortest_first is the order of arrival.",
     )
     reserve_policy: Literal["new_token_ratio", "fixed_blocks", "sglang", "none"] = Field(
         "new_token_ratio", description="How much of the pool is kept for running requests when one is admitted."

@@ -12,6 +12,7 @@ KVRelayError
 │   └── NeverFitsError
 ├── QueueFullError              try later (429)
 ├── NoNodeError                 nothing can serve now (503)
+├── PreparationError            a long body could not be made a prompt (503)
 ├── TransferError               KV did not get across (503)
 │   ├── TransferTimeoutError
 │   ├── PeerLostError
@@ -116,6 +117,13 @@ class NoNodeError(KVRelayError):
 
     http_status = 503
     code = "no_node_available"
+
+
+class PreparationError(KVRelayError):
+    """The router could not make a prompt of a long body: it took too long, or the process that did it died."""
+
+    http_status = 503
+    code = "preparation_failed"
 
 
 class TransferError(KVRelayError):

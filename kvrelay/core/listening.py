@@ -8,7 +8,7 @@ from kvrelay.core.addresses import netloc, resolve
 
 
 def listen_problem(host: str, port: int) -> str | None:
-    """Return why nobody could listen at ``host:port`` now, or None. Port 0 stands for any free one."""
+    """Return why nobody could listen at ``host:port`` now, or None."""
     try:
         family, address = resolve(host, port)
         with socket.socket(family, socket.SOCK_STREAM) as probe:

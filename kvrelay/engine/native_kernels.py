@@ -22,7 +22,7 @@ from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.kv_pool import AddressedPool
 from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrary
-from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
+from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RotationTables
@@ -132,6 +132,8 @@ class NativeKernels:
         self._use_threads()
         out_dtype = "float32" if wide else self.dtype
         if exact or self._quantization is Quantization.NONE:
+            if self.dtype == "float32" and self._library.owns_floats:
+                return OwnLinear(self._library, weight, bias)
             return self._few_rows.joined(self._onednn.pack(weight, bias, self.dtype, out_dtype))
         rows = self._quantized_rows
         return Int8Linear(self._library, weight, bias, self._quantization, self.dtype, out_dtype, rows)

@@ -9,16 +9,15 @@ from starlette.types import Receive, Scope, Send
 import kvrelay
 from kvrelay.core.errors import KVRelayError, ModelNotFoundError
 from kvrelay.core.messages.base import ErrorInfo
-from router.http.asgi import json_object, read_body, send_error, send_json
+from router.http.asgi import send_body, send_error
+from router.http.body import prepared
 from router.metrics import Metrics
-from router.openai.chat import chat_prompt
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
 from router.openai.models import model_card, model_cards, model_name
-from router.openai.sampling import check_token_ids
-from router.openai.schemas import DetokenizeRequest, Fields, TokenizeChatRequest, TokenizeTextRequest, parse
 from router.openai.tokenizer_info import tokenizer_info
+from router.preparation import Task
 from router.registry import Node
 from router.service import RouterService
 
@@ -112,50 +111,24 @@ class AdminEndpoints:
 
 
 class TokenEndpoint:
-    """``POST /tokenize`` and ``/detokenize``, as vLLM has them."""
+    """``POST /tokenize`` or ``/detokenize``."""
 
-    def __init__(self, service: RouterService, *, back: bool) -> None:
+    def __init__(self, task: Task, service: RouterService) -> None:
+        self._task = task
         self._service = service
-        self._back = back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            body = json_object(await read_body(receive, self._service.config.router.max_body_bytes))
-            await send_json(send, self._detokenized(body) if self._back else self._tokenized(body))
+            answer = await prepared(self._task, self._service, scope, receive)
+            assert isinstance(answer, bytes)
+            await send_body(send, answer)
         except ClientLeftError:
             return
         except AnswerError as error:
             await send_error(send, error)
         except KVRelayError as error:
             await send_error(send, AnswerError.of(error))
-
-    def _tokenized(self, body: dict[str, object]) -> dict[str, object]:
-        kind: type[Fields] = TokenizeChatRequest if body.get("messages") is not None else TokenizeTextRequest
-        request = parse(kind, body)
-        model = self._service.model
-        if isinstance(request, TokenizeChatRequest):
-            model_name(request.model, model)
-            token_ids, strings = chat_prompt(request, model), request.return_token_strs
-        else:
-            assert isinstance(request, TokenizeTextRequest)
-            model_name(request.model, model)
-            add_special_tokens = request.add_special_tokens is not False
-            token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=add_special_tokens)
-            strings = request.return_token_strs
-        return {
-            "count": len(token_ids),
-            "max_model_len": self._service.max_model_len,
-            "tokens": token_ids,
-            "token_strs": model.tokenizer.tokens_of(token_ids) if strings else None,
-        }
-
-    def _detokenized(self, body: dict[str, object]) -> dict[str, object]:
-        request = parse(DetokenizeRequest, body)
-        model = self._service.model
-        model_name(request.model, model)
-        check_token_ids(request.tokens, model.vocab_size, "tokens")
-        return {"prompt": model.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
 
 def _node_status(node: Node) -> dict[str, object]:

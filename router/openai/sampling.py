@@ -10,6 +10,9 @@ from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
 
+_LONG_TEXT_CHARS = 64 << 10
+"""Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
+
 
 def sampling_params(
     request: GenerationFields, model: ServedModel, *, num_prompt_tokens: int, max_model_len: int, seed: int
@@ -68,6 +71,15 @@ def num_logprobs(request: GenerationFields) -> int | None:
     return None
 
 
+def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
+    """Raise PromptTooLongError if ``text`` is certainly too long. It costs less than to tokenize it and then to see."""
+    if (
+        len(text) > max(max_model_len, _LONG_TEXT_CHARS)
+        and (fewest := model.tokenizer.fewest_tokens(text)) > max_model_len
+    ):
+        raise PromptTooLongError(too_long(fewest, 1, max_model_len, param, at_least=True), param=param)
+
+
 def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:
     """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
     for token_id in token_ids:
@@ -100,7 +112,7 @@ def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len
     if room < (0 if asked == 0 else 1):
         is_chat = isinstance(request, ChatCompletionRequest)
         raise PromptTooLongError(
-            _too_long(num_prompt_tokens, max(1, asked or 0), max_model_len, "messages" if is_chat else "prompt"),
+            too_long(num_prompt_tokens, max(1, asked or 0), max_model_len, "messages" if is_chat else "prompt"),
             param="messages" if is_chat else "prompt",
         )
     return room if asked is None else min(asked, room)
@@ -113,11 +125,13 @@ def _asked_tokens(request: GenerationFields) -> int | None:
     return request.max_tokens
 
 
-def _too_long(num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, prompt: str) -> str:
+def too_long(
+    num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, prompt: str, *, at_least: bool = False
+) -> str:
     """Return OpenAI's own sentence, by which client libraries know that they should shorten the prompt."""
     return (
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in the {prompt}, {num_output_tokens} in "
+        f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in the {prompt}, {num_output_tokens} in "
         f"the completion). Please reduce the length of the {prompt} or completion."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from kvrelay.core.errors import CheckpointError, InvalidRequestError
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import decode
 from router.text.token_bytes import TokenBytes
+from router.text.token_count import TokenCount
 from router.text.tokenizer_files import read_tokenizer_files
 
 
@@ -61,6 +63,14 @@ class TextTokenizer:
         """Return the token ids of ``text``; special tokens spelled out in it count as such."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """Return how many tokens ``text`` has at least; costs next to nothing."""
+        return self._token_count.fewest(text)
+
+    @cached_property
+    def _token_count(self) -> TokenCount:
+        return TokenCount(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``token_ids``."""

@@ -39,6 +39,8 @@ def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
             "max_num_batched_tokens": rng.choice([3, 8, 32, 64]),
             "max_num_seqs": rng.choice([2, 4, 16]),
             "prefill_policy": rng.choice(["dedicated", "shared"]),
+            "prefill_order": rng.choice(["fifo", "shortest_first", "shortest_first"]),
+            "prefill_overtake_tokens": rng.choice([0, 20, 60, 16384]),
             "reserve_policy": rng.choice(["new_token_ratio", "fixed_blocks", "sglang", "none"]),
             "watermark": rng.choice([0.0, 0.01, 0.2]),
             "preemption_order": rng.choice(["latest_first", "shortest_output_first"]),

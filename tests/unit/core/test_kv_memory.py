@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvrelay.core.errors import GeometryMismatchError, PeerLostError
+from kvrelay.core.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 
@@ -57,6 +58,22 @@ memory.close()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert (memory.planes[0, 0, 0] == 9).all()
     assert (memory.planes[0, 0, 1:] == 7).all()
+
+
+def test_more_memory_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"cache.num_blocks: 1,099,511,627,776 blocks take [\d,]+ bytes: this machine"
+    ):
+        KVMemory.create(GEOMETRY, num_blocks=1 << 40)
+
+
+def test_memory_that_the_kernel_does_not_give_is_refused_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(ConfigError, match=r"cache.num_blocks: 10 blocks take 7,680 bytes: Cannot allocate memory"):
+        KVMemory.create(GEOMETRY, num_blocks=10)
 
 
 def test_memory_lives_until_its_last_mapping_is_closed() -> None:

@@ -203,6 +203,25 @@ def test_a_reservation_that_makes_no_sense_is_refused_for_good(num_tokens: int) 
     desk.machine.assert_quiescent()
 
 
+def test_reservations_do_not_keep_a_prompt_waiting_for_blocks_without_end() -> None:
+    """P's requests take whatever becomes free, until the prompt that waits has been overtaken by the bound."""
+    desk = decode_desk(cache={"num_blocks": 8}, scheduler={"prefill_overtake_tokens": 25})
+    reserve(desk, "first")
+    desk.hear(ROUTER, Generate(request=spec("long", 28)))
+    assert desk.plan is None  # its 7 blocks are not free
+    assert not sent(reserve(desk, "second"), ReservationRefused)
+    assert not sent(reserve(desk, "small", 8), ReservationRefused)
+    for name in ("first", "second", "small"):
+        desk.hear(P0, CancelReservation(request_id=name, epoch=1, reason="over"))
+        if name == "first":
+            [refused] = sent(reserve(desk, "third"), ReservationRefused, P0)
+            assert refused.reason == "prompts that came earlier wait for blocks"
+            assert refused.retry_after_s is not None
+    assert desk.plan is not None
+    desk.run_steps()
+    desk.machine.assert_quiescent()
+
+
 def test_a_reservation_asked_twice_is_one_reservation() -> None:
     desk = decode_desk()
     reserve(desk)

@@ -158,7 +158,8 @@ def test_lesser_cpus_compute_the_same_but_for_rounding(
 
 
 def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
-    skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
+    if not choice.open_library().owns_floats:
+        skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
     found = []
     for threads in (1, 2, 3):
         nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
@@ -168,6 +169,27 @@ def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
         found.append(logits.take())
     for other in found[1:]:
         for name, wanted in found[0].items():
+            np.testing.assert_array_equal(other[name], wanted)
+
+
+def test_on_avx2_a_bfloat16_checkpoint_gives_the_tokens_of_float32_and_the_same_bits_however_it_is_computed(
+    model_dir: Path, logits: Logits, library: NativeLibrary
+) -> None:
+    library.limit_isa(1)
+    if not library.owns_floats:
+        pytest.skip("this CPU has no AVX2")
+    found: list[dict[str, np.ndarray]] = []
+    for kernels, threads, chunk in (("portable", 1, 1000), ("native", 1, 1000), ("native", 3, 1000), ("native", 2, 20)):
+        nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
+        engine = open_engine(model_dir, nodes=nodes, model={"dtype": "float32"}, engine={"kernels": kernels})
+        Runner(engine, seed=chunk).finish(*asked(), chunk=chunk)
+        engine.close()
+        found.append(logits.take())
+    portable, native, *others = found
+    for name, wanted in native.items():
+        np.testing.assert_array_equal(wanted.argmax(axis=1), portable[name].argmax(axis=1))
+        np.testing.assert_allclose(wanted, portable[name], rtol=0, atol=1e-5 * np.abs(wanted).max())
+        for other in others:
             np.testing.assert_array_equal(other[name], wanted)
 
 

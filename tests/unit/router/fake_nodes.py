@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from kvrelay.core.transport import Transport
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
-from router.server import http_server
+from router.server import http_limits, http_server
 from router.service import RouterService
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
@@ -155,6 +155,14 @@ class FakeNode:
         )
 
 
+async def _beat(nodes: Sequence[FakeNode]) -> None:
+    """Keep ``nodes`` alive, however long the test takes; of their loads they say nothing."""
+    while True:
+        for node in nodes:
+            node.say(Heartbeat())
+        await asyncio.sleep(1.0)
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Return when ``condition`` holds, which other tasks of this loop bring about."""
     while not condition():  # noqa: ASYNC110 (there is no event to wait for)
@@ -201,7 +209,9 @@ async def fake_cluster(
     for node in nodes:
         node.partners = {peer_id(other.node_id, "a"): other for other in nodes}
         node.join(service.control_addresses[0])
-    server = http_server(make_app(service, Metrics(service.machine, clock.now)), "127.0.0.1", 0)
+    beating = asyncio.create_task(_beat(nodes))
+    app = make_app(service, Metrics(service.machine, clock.now))
+    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         http = asyncio.create_task(server.serve([listener]))
@@ -213,6 +223,7 @@ async def fake_cluster(
             service.stop()
             service.stop()
             await running
+            beating.cancel()
             server.should_exit = True
             await http
             for node in nodes:

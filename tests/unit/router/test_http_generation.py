@@ -328,19 +328,6 @@ def test_request_id_of_the_client_is_used_and_told_back() -> None:
     run(scenario)
 
 
-def test_request_id_in_progress_is_refused() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        body, headers = {"prompt": "a", "max_tokens": 300}, {"X-Request-Id": "twice"}
-        first = asyncio.create_task(cluster.client.post("/v1/completions", json=body, headers=headers))
-        await until(lambda: len(cluster.service.machine.requests) == 1)
-        second = await cluster.client.post("/v1/completions", json=body, headers=headers)
-        assert second.status_code == 400
-        assert second.json()["error"]["param"] == "X-Request-Id"
-        assert (await first).status_code == 200
-
-    run(scenario, Script(pace_s=0.001))
-
-
 # ---------------------------------------------------------------- what goes wrong
 
 
