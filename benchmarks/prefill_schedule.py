@@ -18,7 +18,8 @@ prompt alone, so every run does the same work. Each round of three runs takes 4 
 the others.
 
 ``--virtual`` runs the same loads, of as many seeds as it is told, on one prefill node in virtual time, and shows what
-the two settings of the order do: how far a prompt may be overtaken, and to whom a prompt gives way that has begun.
+the two settings of the order do: how far a prompt may be overtaken, and to whom a prompt gives way that has begun. And
+short prompts on a mixed node, where they share the steps with decodes.
 
 ``--mixed`` compares the orders on a mixed node with a real model on this CPU, prompts of 32 to 1,024 tokens.
 
@@ -48,7 +49,7 @@ from support.p_marks import held_up_s, mean_companions
 from support.prefill_report import Latencies, rounds_table
 from support.prompt_loads import LOADS
 from support.running_cluster import Config, cluster_config, running
-from support.virtual_orders import compare_in_virtual_time
+from support.virtual_orders import compare_in_virtual_time, compare_mixed_in_virtual_time
 
 from kvrelay.core.config import NewTokenRatioConfig
 
@@ -251,6 +252,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.virtual:
         compare_in_virtual_time(arguments.virtual, console)
+        compare_mixed_in_virtual_time(arguments.virtual, console)
     elif arguments.mixed:
         compare_on_a_mixed_node(arguments.pairs, console)
     else:

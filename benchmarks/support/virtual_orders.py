@@ -8,13 +8,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from support.chats import MAX_TOKENS
 from support.cost_model import BLOCK_SIZE, NUM_BLOCKS
 from support.prefill_report import percentile
-from support.prompt_loads import LOADS, Load
+from support.prompt_loads import LOADS, MIXED_AT_ONCE, Load, mixed_load
+from support.virtual_node import EOS, Job, VirtualNode
 from support.virtual_prefill import Measured, VirtualPrefillNode
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.request import RequestSpec, SamplingParams
 from kvrelay.node.prefill_order import BEGUN_WEIGHT
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
@@ -43,17 +46,43 @@ def compare_in_virtual_time(num_seeds: int, console: Console) -> None:
         console.print(_table(name, baseline, rows))
 
 
+def compare_mixed_in_virtual_time(num_seeds: int, console: Console) -> None:
+    """Print what the orders do on a mixed node, where prompts and decodes share the steps."""
+    loads = [mixed_load(seed) for seed in range(num_seeds)]
+    baseline = [mixed_figures(load, "fifo") for load in loads]
+    rows = {"shortest_first": [mixed_figures(load, "shortest_first") for load in loads]}
+    console.print(_table(f"mixed node, {MIXED_AT_ONCE} at once", baseline, rows))
+
+
+def mixed_figures(load: Load, order: str) -> Figures:
+    """Return what a mixed node of the model of ``cost_model`` gives under ``load``."""
+    config = node("mixed", prefill_order=order, max_num_batched_tokens=512)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, eos_token_ids=[EOS])
+    jobs = []
+    for number, client in enumerate(load.clients):
+        spec = RequestSpec(request_id=f"r{number}", epoch=1, prompt_token_ids=client.messages[0], sampling=sampling)
+        jobs.append(Job(spec, [], load.max_tokens or MAX_TOKENS))
+    measured = VirtualNode(config, GEOMETRY, jobs, load.num_at_once).run()
+    return {
+        "total s": measured.total_s,
+        "mean TTFT s": statistics.mean(measured.ttft_s),
+        "P50": percentile(measured.ttft_s, 0.5),
+        "P90": percentile(measured.ttft_s, 0.9),
+        "P99": percentile(measured.ttft_s, 0.99),
+        "mean ITL s": statistics.mean(measured.itl_s),
+        "P99 ITL s": percentile(measured.itl_s, 0.99),
+    }
+
+
+def node(role: str, **scheduler: Any) -> NodeConfig:
+    """Return the config of a node for the model of ``cost_model``."""
+    cache = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS}
+    return NodeConfig.model_validate({"name": "n0", "role": role, "port": 1, "cache": cache, "scheduler": scheduler})
+
+
 def run(load: Load, order: str, *, begun_weight: float = BEGUN_WEIGHT, **scheduler: Any) -> Measured:
     """Serve ``load`` on a fresh node."""
-    config = NodeConfig.model_validate(
-        {
-            "name": "p0",
-            "role": "prefill",
-            "port": 1,
-            "cache": {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS},
-            "scheduler": {"prefill_order": order, **scheduler},
-        }
-    )
+    config = node("prefill", prefill_order=order, **scheduler)
     return VirtualPrefillNode(config, GEOMETRY, load, begun_weight).run()
 
 

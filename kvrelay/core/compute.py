@@ -64,7 +64,7 @@ class ComputeThread:
     def _outcomes(self, plan: StepPlan, on_layer: OnLayer, on_layer_of_part: OnLayer) -> list[SequenceOutcome]:
         """Run ``plan``; if the engine raises, run its halves, and so on, until what raises is one sequence alone.
 
-        Computing tokens once more is safe: it writes the same KV to the same place.
+        Computing tokens once more is safe: it writes the same KV, but for rounding, to the same place.
         """
         try:
             return self._engine.run(plan, on_layer).outcomes

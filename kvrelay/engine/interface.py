@@ -32,8 +32,8 @@ class Engine(Protocol):
         that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits that are not finite,
         sampling parameters) is its own outcome and changes nothing for the others.
 
-        Raises only what cannot be laid to one sequence. Then the KV of the new tokens of the whole batch is undefined,
-        and the caller may run the step again, or parts of it.
+        Raises only what it cannot attribute to one sequence. The KV of the new tokens of the whole batch is undefined
+        then, and the caller may run the step again, or parts of it.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The compute thread: steps in order, layers told, errors laid to the sequence that causes them."""
+"""The compute thread: steps in order, layers told, errors attributed to the sequence that causes them."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
 COMPLETIONS = "/v1/completions"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What a client that has ended its side is asked with, once a second at first: how often depends on the machine."""
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -195,7 +197,7 @@ def test_half_closed_client_gets_its_answer(streaming: bool, version: str) -> No
         async with connected(cluster) as (reader, writer):
             writer.write(post(completion(stream=streaming), version=version))
             writer.write_eof()
-            answer = await reader.read()
+            answer = (await reader.read()).replace(CONTINUE, b"")
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert (
             answer.endswith(b"[DONE]\n\n" if version == "1.0" else b"0\r\n\r\n") if streaming else b'"usage"' in answer
@@ -210,7 +212,8 @@ def test_half_closed_client_is_asked_and_waits() -> None:
             writer.write(post(completion(max_tokens=200)))
             writer.write_eof()
             answer = await reader.read()
-        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")
+        assert answer.startswith(CONTINUE)
+        assert answer.replace(CONTINUE, b"").startswith(b"HTTP/1.1 200 OK")
 
     run(scenario, Script(pace_s=0.01))
 
