@@ -131,7 +131,8 @@ def too_long(
     """Return OpenAI's own sentence, by which client libraries know that they should shorten the prompt."""
     return (
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in the {prompt}, {num_output_tokens} in "
+        f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens "
+        f"({num_prompt_tokens} in the {prompt}, {num_output_tokens} in "
         f"the completion). Please reduce the length of the {prompt} or completion."
     )
 
