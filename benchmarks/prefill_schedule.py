@@ -72,7 +72,7 @@ class Setting:
     p_max_num_seqs: int = 64
 
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, dict[str, Any]] = {
     "fifo": {"order": "fifo"},
     "shortest_first": {"order": "shortest_first"},
     "shared": {"policy": "shared"},

@@ -104,7 +104,6 @@ class BlockMover:
     # ------------------------------------------------------------ for links
 
     def send(self, peer: PeerId, frame: KVFrame, payload: Sequence[memoryview] = ()) -> None:
-        """See LinkHost."""
         if threading.get_ident() != self._thread:
             self._shell.call_threadsafe(lambda: self.send(peer, frame, payload))
             return
@@ -112,7 +111,6 @@ class BlockMover:
         self._shell.post(FrameSent(frame))
 
     def post(self, event: object) -> None:
-        """See LinkHost."""
         if threading.get_ident() == self._thread:
             self._shell.post(event)
         else:

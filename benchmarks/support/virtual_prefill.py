@@ -29,7 +29,7 @@ from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import ReserveBlocks
 from kvrelay.core.messages.router_to_node import Prefill
 from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+from kvrelay.core.step import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.engine.fake import step_seconds
 from kvrelay.node import prefill_order
 from prefill_node.state import PrefillMachine
@@ -184,5 +184,5 @@ class VirtualPrefillNode:
         measured.num_steps += 1
         measured.most_begun = max(measured.most_begun, len(self._begun))
         measured.most_used_blocks = max(measured.most_used_blocks, self.machine.kv.num_referenced)
-        sampled = [SampledTokens([TOKEN] if item.samples else [], []) for item in plan.batch]
+        sampled: list[SequenceOutcome] = [SampledTokens([TOKEN] if item.samples else [], []) for item in plan.batch]
         self._after(step_seconds(COSTS, plan.batch), StepDone(StepResult(plan.step, sampled)))

@@ -7,7 +7,7 @@ from kvrelay.core.messages.base import LinkAddress
 
 
 class Link(PayloadLink):
-    """See ``interface.KVLink``."""
+    """Payload over an IPC socket, to a peer on the same host."""
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:

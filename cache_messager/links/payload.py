@@ -13,7 +13,7 @@ from kvrelay.core.messages.messager_to_messager import KVFrame
 
 
 class PayloadLink:
-    """See ``interface.KVLink``; a kind adds how a peer is reached."""
+    """A ``KVLink`` but for ``address``, which each kind adds."""
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

@@ -20,7 +20,7 @@ from kvrelay.core.messages.messager_to_messager import KVFrame
 
 
 class Link:
-    """See ``interface.KVLink``."""
+    """Copies from the sender's pool, which the receiver maps; for a peer on the same host."""
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

@@ -7,7 +7,7 @@ from kvrelay.core.messages.base import LinkAddress
 
 
 class Link(PayloadLink):
-    """See ``interface.KVLink``."""
+    """Payload over a TCP socket, to a peer anywhere."""
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:

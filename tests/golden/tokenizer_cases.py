@@ -103,7 +103,7 @@ def sentence_piece(specials: Sequence[str] = ("<unk>", "<s>", "</s>")) -> Tokeni
 def metaspace(scheme: str) -> Tokenizer:
     """Return the same vocabulary behind a Metaspace pre-tokenizer."""
     tokenizer = sentence_piece()
-    tokenizer.normalizer = None  # type: ignore[assignment]
+    tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     return tokenizer
 

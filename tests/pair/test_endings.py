@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.world import Client, World
 
@@ -218,7 +220,7 @@ def test_a_prefill_step_fails(step: int) -> None:
 
 
 @pytest.mark.parametrize("roles", [{}, {"prefill": 0, "decode": 0, "mixed": 1}])
-def test_a_decode_step_fails(roles: dict[str, int]) -> None:
+def test_a_decode_step_fails(roles: dict[str, Any]) -> None:
     with World(**roles, engine={"eos_every": 0}) as world:
         name = "m0" if roles else "d0"
         world.nodes[name].failing_steps = {5}
@@ -229,7 +231,7 @@ def test_a_decode_step_fails(roles: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("roles", [{}, {"prefill": 0, "decode": 0, "mixed": 1}])
-def test_every_step_fails(roles: dict[str, int]) -> None:
+def test_every_step_fails(roles: dict[str, Any]) -> None:
     """Each request gets an error that is about itself."""
     with World(**roles, engine={"eos_every": 0}) as world:
         node = world.nodes["m0" if roles else "p0"]
@@ -266,7 +268,7 @@ def test_a_node_that_is_told_twice_to_stop_hands_its_requests_back_at_once() -> 
             node = world.nodes[client.nodes[which]]
             world.stop(node.config.name)
             world.stop(node.config.name)
-            world.run_until(lambda node=node: node.exit_reason)
+            world.run_until(lambda node=node: node.exit_reason)  # type: ignore[misc]
             world.settle(60.0)
             assert node.exit_reason == "drained"
             assert client.error is None

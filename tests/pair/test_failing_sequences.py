@@ -20,7 +20,7 @@ SHAPES: list[dict[str, int]] = [
 ids = ["1p1d", "2p2d", "mixed", "both"]
 
 
-def cluster(seed: int, shape: dict[str, int], **options: Any) -> World:
+def cluster(seed: int, shape: dict[str, Any], **options: Any) -> World:
     engine = {"eos_every": 0, "broken_token": BROKEN, **options.pop("engine", {})}
     return World(seed, **shape, engine=engine, careful=True, **options)
 

@@ -54,7 +54,7 @@ def first_tokens(world: World, clients: dict[str, Client]) -> list[str]:
     ("order", "expected"), [("fifo", ["long", "next turn"]), ("shortest_first", ["next turn", "long"])]
 )
 def test_the_next_turn_of_a_chat_does_not_wait_for_a_long_prompt(
-    shape: dict[str, int], order: str, expected: list[str]
+    shape: dict[str, Any], order: str, expected: list[str]
 ) -> None:
     engine = {"eos_every": 0, "prefill_token_s": 1e-3}
     with World(

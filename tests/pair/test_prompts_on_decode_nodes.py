@@ -15,7 +15,7 @@ from kvrelay.core.request import FinishReason
 
 SEEDS = range(6)
 SHAPES = [{"prefill": 1, "decode": 1}, {"prefill": 1, "decode": 2}]
-SAMPLED = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2, "ignore_eos": True}
 LENGTHS = (5, 17, 40, 30, 33, 8)
 
 
@@ -141,7 +141,9 @@ def test_prompts_that_wait_behind_others_do_not_keep_the_next_away() -> None:
         for _ in range(30):
             clients.append(world.submit(40, 4))
             world.run_for(0.3)
-            num_waiting.append(world.router.machine.registry.named("d0").load.num_waiting)
+            node = world.router.machine.registry.named("d0")
+            assert node is not None
+            num_waiting.append(node.load.num_waiting)
         lent = [client in on_decode_nodes(clients) for client in clients]
         assert all(num_waiting[20:])
         assert sum(lent[20:]) in (4, 5, 6)

@@ -11,7 +11,7 @@ from cache_messager import pending
 from cache_messager.transfer import TRANSITIONS, TransferStatus
 from kvrelay.core.config_sections import TransferConfig
 from kvrelay.core.ids import Attempt
-from kvrelay.core.messages.base import LinkAddress
+from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVExpected,
@@ -319,12 +319,12 @@ def test_any_chunking_in_any_order_moves_every_block_once(seed: int) -> None:
         pair.assert_quiescent()
 
 
-def _events(rng: random.Random, pair: Pair, attempt: Attempt, first_block: int) -> list[object]:
+def _events(rng: random.Random, pair: Pair, attempt: Attempt, first_block: int) -> list[Message]:
     """Return what P says about one transfer: OpenTransfer, a cached prefix, and signals of random pieces."""
     sources, (request_id, epoch) = pair.sources[attempt], attempt
     link = LinkAddress(peer=D, host_id="host", tcp="tcp://d", ipc="ipc://d")
     num_cached = rng.randrange(len(sources))
-    events: list[object] = [
+    events: list[Message] = [
         OpenTransfer(
             request_id=request_id,
             epoch=epoch,

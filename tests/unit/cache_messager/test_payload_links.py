@@ -16,6 +16,7 @@ from cache_messager.work import BlocksWritten
 from kvrelay.core.errors import CorruptKVError, TransferError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_pool import KVPool
 from kvrelay.core.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
@@ -56,7 +57,7 @@ class Host:
     """A messager that keeps what its links send and post."""
 
     def __init__(self, pool: KVMemory, *, checksum: bool = True) -> None:
-        self.pool = pool
+        self.pool: KVPool = pool
         self.checksum = checksum
         self.sent: list[tuple[KVFrame, list[memoryview]]] = []
         self.events: list[object] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 from support.cluster_config import free_ports
@@ -24,7 +25,7 @@ def config_of(http: int, control: int, node: int, host: str = "127.0.0.1", **sec
 
 
 def test_every_address_of_a_cluster_has_its_key() -> None:
-    redis = {"registry": {"kind": "redis", "url": "redis://127.0.0.1:6379/0"}}
+    redis: dict[str, Any] = {"registry": {"kind": "redis", "url": "redis://127.0.0.1:6379/0"}}
     by_key = {"router.port": ("127.0.0.1", 1), "nodes.m0.port": ("127.0.0.1", 3)}
 
     assert addresses(config_of(1, 2, 3)) == by_key | {"router.control": ("127.0.0.1", 2)}
@@ -32,7 +33,8 @@ def test_every_address_of_a_cluster_has_its_key() -> None:
 
 
 def test_all_that_are_taken_are_listed() -> None:
-    config = config_of(*free_ports(3))
+    http, control, node = free_ports(3)
+    config = config_of(http, control, node)
     assert taken_addresses(config) == {}
     require_free_addresses(config)
 

@@ -72,7 +72,8 @@ def test_a_sequence_that_breaks_a_step_fails_alone_and_the_next_step_runs(caplog
 
 @pytest.mark.parametrize("place", range(7))
 def test_the_others_of_a_step_that_breaks_are_computed_without_the_one_that_breaks_it(place: int) -> None:
-    names, outcomes = [f"r{number}" for number in range(7)], [TOLD] * 7
+    names = [f"r{number}" for number in range(7)]
+    outcomes: list[SequenceOutcome] = [TOLD] * 7
     names[place], outcomes[place] = "bad", BROKEN
     engine = Engine()
     assert events_of([plan(1, *names)], layer_events=False, engine=engine) == [done(1, *outcomes)]
@@ -82,7 +83,6 @@ def test_the_others_of_a_step_that_breaks_are_computed_without_the_one_that_brea
 def test_several_that_break_a_step_fail_each_with_an_error_of_its_own() -> None:
     events = events_of([plan(1, "bad0", "a", "b", "bad1", "bad2")], layer_events=False)
     assert events == [done(1, BROKEN, TOLD, TOLD, BROKEN, BROKEN)]
-    assert not any("bad" in outcome.reason for outcome in events[0].result.outcomes if outcome != TOLD)
 
 
 @pytest.mark.parametrize("layers_before", range(3))

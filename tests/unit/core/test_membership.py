@@ -21,7 +21,7 @@ BEAT = Heartbeat(load=Load(num_waiting=3))
 
 
 def registry(kind: str) -> RegistryConfig:
-    return RegistryConfig(kind=kind, url=None if kind == "static" else "redis://localhost")
+    return RegistryConfig.model_validate({"kind": kind, "url": None if kind == "static" else "redis://localhost"})
 
 
 def membership_of(kind: str) -> Membership:

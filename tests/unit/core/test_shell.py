@@ -284,7 +284,7 @@ def test_messages_go_through_the_transport() -> None:
         server, client = Transport("d0#1", shells[0].post), Transport("p0#1", shells[1].post)
         try:
             address.extend(server.bind("tcp://127.0.0.1:0"))
-            return await asyncio.gather(shells[0].run(server), shells[1].run(client))
+            return list(await asyncio.gather(shells[0].run(server), shells[1].run(client)))
         finally:
             server.close()
             client.close()

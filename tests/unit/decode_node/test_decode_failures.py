@@ -14,7 +14,7 @@ from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected
 from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, ReserveBlocks
 from kvrelay.core.messages.router_to_node import Abort, Generate
-from kvrelay.core.step import SampledTokens, SequenceFailed, StepResult
+from kvrelay.core.step import SampledTokens, SequenceFailed, StepPlan, StepResult
 from kvstore.block_hash import BlockHasher
 
 PROMPT = list(range(12))
@@ -103,12 +103,18 @@ def test_rejected_guesses_are_not_counted_of_a_sequence_that_fails() -> None:
     desk.machine.assert_quiescent()
 
 
+def take_plan(desk: NodeDesk) -> StepPlan:
+    """Return the plan of the running step, which the test ends itself."""
+    plan, desk.plan = desk.plan, None
+    assert plan is not None
+    return plan
+
+
 def test_guesses_cut_short_by_an_error_count_as_rejected_and_the_next_step_begins_there() -> None:
     desk = NodeDesk(Role.MIXED, speculative={"method": "ngram", "ngram_min": 1, "ngram_max": 2})
     generate(desk, "r", [1, 2, 3, 1, 2, 3, 1, 2], max_tokens=10)
     desk.finish_step(3)
-    assert desk.plan is not None and desk.plan.batch[0].drafts is not None
-    plan, desk.plan = desk.plan, None
+    plan = take_plan(desk)
     item = plan.batch[0]
     assert item.drafts is not None and len(item.drafts) >= 2
     # the engine stopped after one accepted guess: what follows it is not finite

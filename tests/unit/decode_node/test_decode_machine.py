@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,17 @@ from decode_node.request import DecodeStatus
 from decode_node.state import DecodeMachine
 from kvrelay.core.config import Role
 from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.machine import Exit, PeerLost, Received, SetTimer, Started, StepDone, StopRequested, TimerFired
+from kvrelay.core.machine import (
+    Exit,
+    PeerLost,
+    Received,
+    RunStep,
+    SetTimer,
+    Started,
+    StepDone,
+    StopRequested,
+    TimerFired,
+)
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed, MessagerReady
@@ -197,7 +208,7 @@ def test_reservations_do_not_keep_a_prompt_waiting_for_blocks_without_end() -> N
     desk = decode_desk(cache={"num_blocks": 8}, scheduler={"prefill_overtake_tokens": 25})
     reserve(desk, "first")
     desk.hear(ROUTER, Generate(request=spec("long", 28)))
-    assert desk.plan is None  # its 7 blocks are not free
+    assert not desk.did(RunStep)  # its 7 blocks are not free
     assert not sent(reserve(desk, "second"), ReservationRefused)
     assert not sent(reserve(desk, "small", 8), ReservationRefused)
     for name in ("first", "second", "small"):
@@ -256,7 +267,7 @@ def test_it_decodes_when_kv_and_hand_off_are_there_in_either_order() -> None:
         reserve(desk)
         expected(desk)
         first(desk)
-        assert desk.plan is None
+        assert not desk.did(RunStep)
         second(desk)
         assert desk.plan is not None
         [item] = desk.plan.batch
@@ -594,7 +605,11 @@ def test_preempted_requests_are_told_by_no_message() -> None:
 
 
 def test_a_node_leaves_when_its_last_request_has_ended() -> None:
-    for stop in (lambda desk: desk.tell(StopRequested()), lambda desk: desk.hear(ROUTER, Drain())):
+    stops: list[Callable[[NodeDesk], list[Any]]] = [
+        lambda desk: desk.tell(StopRequested()),
+        lambda desk: desk.hear(ROUTER, Drain()),
+    ]
+    for stop in stops:
         desk = decode_desk()
         decoding(desk)
         actions = stop(desk)

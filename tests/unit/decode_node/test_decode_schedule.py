@@ -243,7 +243,10 @@ def test_the_watermark_stays_free_when_one_is_admitted() -> None:
 
 def test_the_level_falls_only_with_steps_that_schedule_something_and_comes_back_when_idle() -> None:
     desk = Desk(reserve_policy="new_token_ratio", new_token_ratio={"decay": 0.1})
-    level = lambda: desk.scheduler.reserve.level  # noqa: E731
+
+    def level() -> float:
+        return desk.scheduler.reserve.level
+
     request = desk.receive("a", 4, max_tokens=3)
     desk.decode("b", max_tokens=2)
     desk.step()
@@ -474,7 +477,7 @@ def test_sglang_frees_room_for_retract_decode_steps_of_those_that_stay() -> None
 # ---------------------------------------------------------------- priorities
 
 
-PRIORITY = {"enable_priority_scheduling": True}
+PRIORITY: dict[str, Any] = {"enable_priority_scheduling": True}
 
 
 def test_the_lowest_number_is_admitted_first() -> None:

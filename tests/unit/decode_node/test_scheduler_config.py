@@ -53,7 +53,8 @@ def queue(**config: Any) -> list[str]:
 
 def level(policy: str, num_steps: int, **config: Any) -> float:
     """Return the reserve's level after some steps of a decode."""
-    desk = Desk(num_blocks=64, reserve_policy=policy, **{policy: config})
+    options: dict[str, Any] = {policy: config}
+    desk = Desk(num_blocks=64, reserve_policy=policy, **options)
     desk.decode("a", max_tokens=100)
     for _ in range(num_steps):
         desk.step()

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 
 from kvrelay.core.config import ClusterConfig
+from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine import kv_pool, portable
@@ -57,7 +58,9 @@ def _generated(engine: Engine) -> list[list[int]]:
     _step(engine, (long, LONG - CHUNK), (short, SHORT))
     for _ in range(NUM_OUTPUTS - 1):
         _step(engine, (long, 1), (short, 1))
-    engine.memory.planes[:, :, again.block_table] = engine.memory.planes[:, :, long.block_table]
+    assert isinstance(engine.memory, KVMemory)
+    planes = engine.memory.planes
+    planes[:, :, again.block_table] = planes[:, :, long.block_table]
     again.num_computed_tokens = LONG
     engine.run(StepPlan(1, [ScheduledSequence(again, LONG - 1, 1, True)]), lambda layer: None)
     return [one.token_ids[one.num_prompt_tokens :] for one in (long, short)]

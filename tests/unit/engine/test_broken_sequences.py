@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, sequence
+from engine_runs import Runner, open_engine, output, planes_of, sequence
 from support.broken_checkpoint import break_embedding, set_weights
 
 from kvrelay.core import compute
@@ -50,7 +51,12 @@ def prompt(length: int) -> list[int]:
 
 def neighbours() -> list[Sequence]:
     """Greedy and sampled sequences that have nothing to do with any bad token."""
-    kinds = [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}, {"num_logprobs": 3}]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "seed": 4},
+        {"repetition_penalty": 1.3},
+        {"num_logprobs": 3},
+    ]
     return [
         sequence(list(map(int, prompt(length))), f"n{length}", **kind)
         for length, kind in zip(LENGTHS, kinds, strict=True)
@@ -76,7 +82,7 @@ def outcomes_of(engine: Engine, runner: Runner, batch: list[tuple[Sequence, int]
 def steps_with(engine: Engine, middle: int, num_steps: int = 6) -> list[list[SequenceOutcome]]:
     """Run the neighbours' prompts and decodes; in the first step with a prompt that has ``middle`` in it."""
     runner, others = Runner(engine, seed=3), neighbours()
-    engine.memory.planes.view(np.float32)[:] = np.nan  # whatever was there before must not matter
+    planes_of(engine).view(np.float32)[:] = np.nan  # whatever was there before must not matter
     first = sequence([5, 6, middle, 9, 8], "bad")
     batch = [*((one, one.num_tokens) for one in others[:2]), (first, 5), *((one, one.num_tokens) for one in others[2:])]
     steps = [outcomes_of(engine, runner, batch)]
@@ -211,13 +217,14 @@ def test_what_breaks_the_forward_pass_is_found_and_the_others_grow_on(
     monkeypatch.setattr(kernels, "begin_step", begin_step)
 
     def events(middle: int) -> list[object]:
-        runner, others, posted = Runner(broken), neighbours(), []
+        runner, others = Runner(broken), neighbours()
+        posted: list[object] = []
         one = sequence([5, middle], "bad")
         thread = ComputeThread(broken, posted.append, layer_events=True)
         batch = []
-        for item in (others[0], one, *others[1:]):
-            runner.give_blocks(item, item.num_tokens)
-            batch.append(ScheduledSequence(item, 0, item.num_tokens, True))
+        for member in (others[0], one, *others[1:]):
+            runner.give_blocks(member, member.num_tokens)
+            batch.append(ScheduledSequence(member, 0, member.num_tokens, True))
         thread.start()
         thread.perform(RunStep(StepPlan(1, batch)))
         thread.stop()

@@ -17,7 +17,7 @@ from kvrelay.engine.safetensors_file import read_safetensors, write_safetensors
 from kvrelay.engine.tiny import tiny_config, write_tiny_checkpoint
 
 
-def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     """Change the tensors of a checkpoint."""
     file = path / "model.safetensors"
     tensors = {name: tensor.float32().copy() for name, tensor in read_safetensors(file).items()}

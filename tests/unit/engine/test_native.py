@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, not_compiled, open_engine, output, sequence, use_kernels
+from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, use_kernels
 
 from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.request import Sequence
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 LENGTHS = (1, 15, 33, 64, 200, 300)
@@ -70,7 +71,7 @@ class Logits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: dict[str, list[np.ndarray]] = {}
-        real = paddle_engine.sample_step
+        real = sample_step
 
         def spy(logits: np.ndarray, batch: Any) -> Any:
             for row, item in zip(logits, [item for item in batch if item.samples], strict=True):
@@ -114,7 +115,7 @@ def test_kv_moved_to_another_engine_gives_the_same_bits(open_native: Opener, log
     Runner(native, seed=1).run((one, 256))
     there = list(one.block_table)
     one.take_blocks(range(40, 40 + len(there)))
-    other.memory.planes[:, :, one.block_table] = native.memory.planes[:, :, there]
+    planes_of(other)[:, :, one.block_table] = planes_of(native)[:, :, there]
     Runner(other, seed=2).finish(one)
     np.testing.assert_array_equal(logits.take()["r300"], wanted)
 
@@ -221,7 +222,7 @@ def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
     Runner(ours).finish(one)
     runner = Runner(theirs)
     runner.run((other, 40))
-    ours.memory.planes[:, :, other.block_table] = theirs.memory.planes[:, :, other.block_table]
+    planes_of(ours)[:, :, other.block_table] = planes_of(theirs)[:, :, other.block_table]
     runner.engine = ours
     runner.finish(other)
     assert output(other) == output(one)

@@ -17,7 +17,8 @@ from kvrelay.engine.rope import (
 def turned(x: np.ndarray, position: int, inverse: np.ndarray) -> np.ndarray:
     """Turn x [D] the way the kernels do."""
     cosine, sine = rotation_tables(Rotation(inverse, 1.0), np.array([position]), 1)
-    return x * cosine[0, 0] + np.roll(x, len(x) // 2) * sine[0, 0]
+    out: np.ndarray = x * cosine[0, 0] + np.roll(x, len(x) // 2) * sine[0, 0]
+    return out
 
 
 def test_turning_is_a_complex_rotation_of_pairs_of_halves() -> None:

@@ -57,7 +57,7 @@ def test_a_prompt_that_has_begun_gives_way_to_much_shorter_ones_only() -> None:
     made.computing([("begun", 20)], NOW)  # 80 are left, so it counts as 40
     arrive(made, half=40, shorter=39)
     assert made.merged(["begun"], ["half", "shorter"], NOW) == ["shorter", "begun", "half"]
-    always = ShortestFirst(SchedulerConfig(), begun_weight=1.0)
+    always: ShortestFirst[str] = ShortestFirst(SchedulerConfig(), begun_weight=1.0)
     always.arrived("begun", 0, 100, NOW)
     always.admitted("begun", 100)
     always.computing([("begun", 20)], NOW)
@@ -211,7 +211,7 @@ def test_waits_are_counted_by_length_when_the_first_chunk_is_computed() -> None:
     made.computing([("long", 20)], NOW + 5.0)
     assert made.longest_wait_s(NOW + 9.0) == 0.0
     short, _, _, long, _ = made.waits.report()
-    assert (short.counts, short.total_s) == ([0, 0, 1, 0, 0, 0, 0, 0, 0, 0], pytest.approx(0.05))
+    assert short.counts == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0] and short.total_s == pytest.approx(0.05)
     assert (sum(long.counts), long.total_s) == (1, 4.0)
     assert made.tokens_by_length() == [0, 0, 0, 4960, 0]
     for name in ("short", "long", "unknown"):

@@ -116,8 +116,9 @@ class FakeNode:
         script = self._script
         if script.fail_with is not None and script.fail_times != 0 and script.fail_at in ("", self.node_id):
             script.fail_times -= 1
+            error = script.fail_with
             await until(script.fail_when)
-            self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=self._script.fail_with))
+            self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
             return
         done = max(done, len(spec.output_token_ids))
         while done < spec.sampling.max_tokens:

@@ -122,7 +122,7 @@ def test_a_broken_endpoint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    router.service.submit = broken  # type: ignore[method-assign]
+    router.service.submit = broken  # type: ignore[method-assign,assignment]
     router.app = AccessLog(router.app, Ticks().now)
     caplog.set_level(logging.INFO)
     assert router.post("/v1/completions", {"prompt": "a"}).status_code == 500

@@ -89,7 +89,7 @@ def test_roles_differ_in_the_form_they_take() -> None:
         "{% for part in message.content %}({{ part.text }}){% endfor %}"
         "{% else %}{{ message.role + ':' + message.content }}{% endif %}{% endfor %}"
     )
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": parts("a", "b")},
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": parts("d")},

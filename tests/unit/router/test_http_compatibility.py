@@ -185,8 +185,8 @@ def test_each_name_of_the_model_is_accepted_and_echoed(name: str) -> None:
         assert router.answer(path, {**body, "model": asked})["model"] == asked
         chunks = router.post(path, {**body, "model": asked, "stream": True}).text
         assert chunks.count(f'"model":{json.dumps(asked)}') == MOST_TOKENS
-    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
-        assert router.post(path, {**body, "model": asked}).status_code == 200
+    for path, field in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        assert router.post(path, {**field, "model": asked}).status_code == 200
     if not asked.startswith("."):  # no client sends such a path: they normalize it
         card = router.request("GET", f"/v1/models/{asked}").json()
         assert (card["id"], card["root"], card["max_model_len"]) == (asked, router.service.model.root, 512)

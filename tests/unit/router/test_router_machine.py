@@ -233,7 +233,7 @@ def test_refusal_said_again_after_decode_began_changes_nothing() -> None:
     driver.tokens("d1", 1, [2])
     driver.take_sent(AssignDecode)
     driver.decode_needed("p0", "d0")
-    assert driver.take_sent(Abort) == driver.take_sent(AssignDecode) == []
+    assert not driver.take_sent(Abort) and not driver.take_sent(AssignDecode)
     driver.tokens("d1", 2, [3], finish=STOP)
     assert driver.output() == [1, 2, 3]
 

@@ -15,7 +15,7 @@ from kvrelay.core.errors import CheckpointError, InvalidRequestError
 from router.model import load_model
 from router.openai.chat import ChatCompletions
 from router.openai.completions import Completions
-from router.openai.schemas import ChatCompletionRequest, CompletionRequest
+from router.openai.schemas import ChatCompletionRequest, ChatMessage, CompletionRequest
 from router.text.chat_template import ChatTemplate
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
@@ -255,18 +255,18 @@ def test_a_text_with_a_token_that_the_model_does_not_have_is_refused(tmp_path: P
     unknown = with_pad_token(tmp_path)
     model = load_model(cluster(tmp_path))
     with pytest.raises(InvalidRequestError, match=f"prompt: '<pad>' is token {unknown} of the tokenizer") as caught:
-        Completions(model).prompts(CompletionRequest(prompt=prompt), 64)
+        Completions(model).prompts(CompletionRequest(prompt=prompt), 512)
     assert caught.value.param == "prompt" and f"only {unknown} tokens" in caught.value.message
-    assert Completions(model).prompts(CompletionRequest(prompt="a b"), 64) == [model.tokenizer.encode("a b")]
+    assert Completions(model).prompts(CompletionRequest(prompt="a b"), 512) == [model.tokenizer.encode("a b")]
 
 
 def test_a_chat_with_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     with_pad_token(tmp_path, tokenizer_config={"chat_template": CHATML})
     chats = ChatCompletions(load_model(cluster(tmp_path)))
-    fine, bad = ({"role": "user", "content": text} for text in ("hi", "hi <pad>"))
-    assert chats.prompts(ChatCompletionRequest(messages=[fine]), 64)
+    fine, bad = (ChatMessage(role="user", content=text) for text in ("hi", "hi <pad>"))
+    assert chats.prompts(ChatCompletionRequest(messages=[fine]), 512)
     with pytest.raises(InvalidRequestError, match="messages: '<pad>' is token") as caught:
-        chats.prompts(ChatCompletionRequest(messages=[fine, bad]), 64)
+        chats.prompts(ChatCompletionRequest(messages=[fine, bad]), 512)
     assert caught.value.param == "messages"
 
 
@@ -274,4 +274,4 @@ def test_a_model_with_more_embeddings_than_the_tokenizer_has_tokens_is_common(tm
     write(tmp_path)
     model = load_model(cluster(tmp_path))
     assert model.vocab_size == 500 > byte_level().get_vocab_size()
-    assert Completions(model).prompts(CompletionRequest(prompt=[499]), 64) == [[499]]
+    assert Completions(model).prompts(CompletionRequest(prompt=[499]), 512) == [[499]]
