@@ -75,10 +75,10 @@ def make_environment(path: Path, isa: str) -> None:
     subprocess.run([*install, "llama-cpp-python>=0.3.16,<0.4", "gguf>=0.17"], check=True, env=variables)
 
 
-def command_of(peer: Peer, model: Path, environment: Path, threads: int, isa: str) -> list[str]:
+def command_of(peer: Peer, model: Path, environment: Path, threads: int) -> list[str]:
     if peer.engine == OURS:
         quantization = "none" if peer.kind == "bf16" else peer.kind
-        return [sys.executable, str(SUPPORT / "engine_job.py"), str(model), quantization, str(threads), isa]
+        return [sys.executable, str(SUPPORT / "engine_job.py"), str(model), quantization, str(threads)]
     target = model.with_name(f"{model.name}-{peer.kind}.gguf")
     script = str(SUPPORT / "llama_cpp_job.py")
     return [str(environment / "bin" / "python"), script, str(model), str(target), peer.kind, str(threads)]
@@ -139,7 +139,7 @@ def main() -> None:
     with ExitStack() as stack:
         jobs = {}
         for peer in peers:
-            command = command_of(peer, model, environment, arguments.threads, arguments.isa)
+            command = command_of(peer, model, environment, arguments.threads)
             jobs[peer] = stack.enter_context(prompt_job(command, variables))
         answers = measure(jobs, arguments.rounds)
     Console(width=140).print(table(answers, arguments.threads, arguments.isa))

@@ -1,6 +1,6 @@
 """Runs our engine on prompts from standard input: see ``prompt_jobs``.
 
-Usage: python engine_job.py MODEL QUANTIZATION THREADS ISA; ISA ``avx2`` keeps our library below AVX-512.
+Usage: python engine_job.py MODEL QUANTIZATION THREADS
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 from support.bare_engine import BLOCK_SIZE, bare_engine
 from support.prompt_jobs import answer_prompts
 
-from kvrelay.engine.choice import open_library
-
 MAX_MODEL_LEN = 2048
-AVX2_LEVEL = 1
 
 
 def main() -> None:
-    model, quantization, threads, isa = sys.argv[1:]
-    if isa == "avx2":
-        open_library().limit_isa(AVX2_LEVEL)
+    model, quantization, threads = sys.argv[1:]
     num_blocks = MAX_MODEL_LEN // BLOCK_SIZE
     overrides = [f"engine.quantization={quantization}"]
     with bare_engine(Path(model), num_blocks, MAX_MODEL_LEN, int(threads), overrides) as engine:

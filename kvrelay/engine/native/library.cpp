@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -22,7 +23,20 @@ typedef void (*RunParallel)(void (*function)(void *), void *data, unsigned num_t
 RunParallel run_parallel = nullptr;
 int num_threads = 1;
 
+// The highest level that ONEDNN_MAX_CPU_ISA allows, so that the one variable limits oneDNN and this library alike.
+int allowed_level() {
+    const char *name = getenv("ONEDNN_MAX_CPU_ISA");
+    if (name == nullptr) return 4;
+    const std::string isa = name;
+    if (isa == "SSE41" || isa == "AVX") return 0;
+    if (isa.rfind("AVX2", 0) == 0) return 1;
+    if (isa == "AVX512_CORE") return 2;
+    return isa == "AVX512_CORE_VNNI" ? 3 : 4;
+}
+
 bool supports(int level) {
+    static const int allowed = allowed_level();
+    if (level > allowed) return false;
 #if defined(KVR_X86)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
