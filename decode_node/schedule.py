@@ -270,10 +270,10 @@ class Scheduler:
         computed for another and soon there to share, or its KV is still being written to the store, or it would
         overtake another too far.
         """
-        if self._loads.waits(request):
+        if self._loads.waits(request) or self._must_wait(request):
             return True
         matched, num_new = self._blocks_of(request)
-        if self._waits_for_a_block(request) or not self.order.may_overtake(request):
+        if self._must_wait(request):  # after all: blocks have been evicted
             return True
         if not self.fits(request, num_new, matched):
             return False
@@ -290,6 +290,9 @@ class Scheduler:
             self._run_prefill(request)
             schedule.admitted.append(request)
         return self.num_holding < self._max_num_seqs
+
+    def _must_wait(self, request: DecodeRequest) -> bool:
+        return self._waits_for_a_block(request) or not self.order.may_overtake(request)
 
     def _waits_for_a_block(self, request: DecodeRequest) -> bool:
         lacking = self.waiting.lacks(request)

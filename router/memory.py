@@ -7,7 +7,10 @@ import sys
 
 LARGE_BYTES = 1 << 20
 
-_M_MMAP_THRESHOLD = -3
+KEPT_BYTES = 8 << 20
+"""What is free at the end of the heap stays: to give it back and ask for it again with every request takes time."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def return_large_blocks() -> None:
@@ -19,3 +22,4 @@ def return_large_blocks() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and no need of it
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+            mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)

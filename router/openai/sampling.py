@@ -129,11 +129,11 @@ def too_long(
     num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, prompt: str, *, at_least: bool = False
 ) -> str:
     """Return OpenAI's own sentence, by which client libraries know that they should shorten the prompt."""
+    requested = f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens"
     return (
-        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens "
-        f"({num_prompt_tokens} in the {prompt}, {num_output_tokens} in "
-        f"the completion). Please reduce the length of the {prompt} or completion."
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {requested} "
+        f"({num_prompt_tokens} in the {prompt}, {num_output_tokens} in the completion). "
+        f"Please reduce the length of the {prompt} or completion."
     )
 
 

@@ -164,7 +164,10 @@ INLINE void widen(const int8_t *from, int64_t steps, float *to, HalfTerms) {
 
 INLINE vf scaled(const KvrProduct *p, const float *sums, int64_t row, int64_t column) {
     vf v = load(sums);
-    if (p->row_scales) v = __builtin_convertvector((vi)v - load_ints(p->offsets + column), vf);
+    if (p->row_scales) {
+        const vi sum = (vi)v;
+        v = __builtin_convertvector(ByteTerms::IS_SIGNED ? sum : sum - load_ints(p->offsets + column), vf);
+    }
     if (p->scales) v *= load(p->scales + column);
     if (p->row_scales) v *= p->row_scales[row];
     return p->bias ? v + load(p->bias + column) : v;

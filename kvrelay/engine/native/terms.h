@@ -53,16 +53,19 @@ struct HalfTerms {
 };
 #endif
 
-// Rows of uint8 (an int8 and 128) with weights of int8. Sums are exact, so their order does not matter.
+// Rows of uint8 (an int8 and 128) with weights of int8. Sums are exact, so their order does not matter. IS_SIGNED: the
+// 128 is taken off here, so that what it adds is not in the sums.
 struct ByteTerms {
     typedef uint8_t Left;
     typedef vi Sum, Weights, Row;
 #if defined(__AVX512VNNI__)
-    enum { DEPTH = 4, PARTS = 1 };
+    enum { DEPTH = 4, PARTS = 1, IS_SIGNED = 0 };
+#elif defined(__AVX512BW__)
+    enum { DEPTH = 4, PARTS = 2, IS_SIGNED = 0 };  // even elements, then odd ones
 #elif defined(__AVX2__)
-    enum { DEPTH = 4, PARTS = 2 };  // even elements, then odd ones
+    enum { DEPTH = 4, PARTS = 1, IS_SIGNED = 1 };
 #else
-    enum { DEPTH = 4, PARTS = 4 };
+    enum { DEPTH = 4, PARTS = 4, IS_SIGNED = 0 };
 #endif
     INLINE vi four(const uint8_t *x) {
         int32_t bytes;
@@ -71,21 +74,19 @@ struct ByteTerms {
     }
     INLINE vi weights(const char *panel, int part) {
         const vi all = load_ints((const int32_t *)panel);
-#if defined(__AVX512VNNI__)
-        return all;
-#elif defined(__AVX512BW__)
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
         return (vi)_mm512_srai_epi16(part ? (__m512i)all : _mm512_slli_epi16((__m512i)all, 8), 8);
 #elif defined(__AVX2__)
-        return (vi)_mm256_srai_epi16(part ? (__m256i)all : _mm256_slli_epi16((__m256i)all, 8), 8);
+        return all;
 #else
         return all << (24 - 8 * part) >> 24;
 #endif
     }
     INLINE vi row(const uint8_t *x, int part) {
-#if defined(__AVX512VNNI__)
-        return four(x);
-#elif defined(__AVX2__)
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
         return (part ? four(x) >> 8 : four(x)) & 0xff00ff;
+#elif defined(__AVX2__)
+        return IS_SIGNED ? four(x) ^ (int32_t)0x80808080 : four(x);
 #else
         return x[part] - (vi){};
 #endif
@@ -96,7 +97,9 @@ struct ByteTerms {
 #elif defined(__AVX512BW__)
         return sum + (vi)_mm512_madd_epi16((__m512i)row, (__m512i)weights);
 #elif defined(__AVX2__)
-        return sum + (vi)_mm256_madd_epi16((__m256i)row, (__m256i)weights);
+        // the instruction wants one side without signs; two products of at most 127 * 127 fit in its 16 bits
+        const __m256i size = _mm256_abs_epi8((__m256i)row), turned = _mm256_sign_epi8((__m256i)weights, (__m256i)row);
+        return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), _mm256_set1_epi16(1));
 #else
         return sum + row * weights;
 #endif

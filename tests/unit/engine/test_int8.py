@@ -211,6 +211,13 @@ def test_an_odd_number_of_inputs_has_no_pairs(library: NativeLibrary) -> None:
         Int8Linear(library, weight, None, Quantization.W8A16, "bfloat16", "float32", QuantizedRows(library))
 
 
+def test_the_largest_numbers_do_not_overflow(library: NativeLibrary) -> None:
+    signs = np.where(np.random.default_rng(3).random((130, 256)) < 0.5, -1, 1).astype(np.float32)
+    weight, rows = signs[:128], np.vstack([signs[:1], np.ones((1, 256), np.float32), -signs[:1]])
+    linear = Int8Linear(library, weight, None, Quantization.W8A8, "float32", "float32", QuantizedRows(library))
+    np.testing.assert_allclose(multiplied(linear, rows), rows @ weight.T, rtol=1e-5, atol=1e-3)
+
+
 def test_what_is_not_finite_stays_visible(library: NativeLibrary) -> None:
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((64, 37), np.float32)

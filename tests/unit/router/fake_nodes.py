@@ -74,11 +74,15 @@ class FakeNode:
         self.partners: dict[str, FakeNode] = {}
 
     def join(self, address: str) -> None:
+        self._load = Load()
         self._transport.connect("router", address)
         self._transport.send("router", self._registration)
 
     def beat(self, **load: Any) -> None:
-        self._transport.send("router", Heartbeat(load=Load(**load)))
+        """Send a heartbeat with ``load``, or with that of the last one."""
+        if load:
+            self._load = Load(**load)
+        self._transport.send("router", Heartbeat(load=self._load))
 
     def close(self) -> None:
         for task in self._tasks.values():
@@ -159,7 +163,7 @@ async def _beat(nodes: Sequence[FakeNode]) -> None:
     """Keep ``nodes`` alive, however long the test takes; of their loads they say nothing."""
     while True:
         for node in nodes:
-            node.say(Heartbeat())
+            node.beat()
         await asyncio.sleep(1.0)
 
 
