@@ -31,8 +31,8 @@ TRANSITIONS: Table[ExpectationStatus] = {
 class Expectation:
     """One attempt's KV on its way in. A frame claims its blocks, is written, and they are never written again.
 
-    ``link_id`` is the link its first frame came by. ``num_writing`` writes are under way. ``farewell`` is what the node
-    is told when nothing writes to the blocks any more.
+    ``link_id`` is the link its first frame came by. ``num_writing`` writes are under way. ``final_message`` is what
+    the node is told when nothing writes to the blocks any more.
     """
 
     __slots__ = (
@@ -41,7 +41,7 @@ class Expectation:
         "_num_written",
         "_written",
         "attempt",
-        "farewell",
+        "final_message",
         "lifecycle",
         "link_id",
         "message",
@@ -56,7 +56,7 @@ class Expectation:
         self.link_id: int | None = None
         self.num_writing = 0
         self.num_bytes = 0
-        self.farewell: Message | None = None
+        self.final_message: Message | None = None
         self._num_layers = num_layers
         self._num_written = 0
         self._claimed = [0] * num_layers

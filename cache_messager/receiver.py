@@ -242,9 +242,9 @@ class Receiver:
         request_id, epoch = expectation.attempt
         self._leave(expectation, KVFailed(request_id=request_id, epoch=epoch, error=ErrorInfo.of(error)), now)
 
-    def _leave(self, expectation: Expectation, farewell: Message, now: float) -> None:
-        """Write nothing more, and say ``farewell`` when no write is under way any more."""
-        expectation.farewell = farewell
+    def _leave(self, expectation: Expectation, final_message: Message, now: float) -> None:
+        """Write nothing more, and send ``final_message`` when no write is under way any more."""
+        expectation.final_message = final_message
         if expectation.status is ExpectationStatus.RECEIVING:
             expectation.lifecycle.move(ExpectationStatus.DRAINING, now)
         self._finish(expectation, now)
@@ -257,12 +257,12 @@ class Receiver:
         if expectation.status is ExpectationStatus.RECEIVING:
             if not expectation.is_written:
                 return
-            expectation.farewell = KVArrived(request_id=request_id, epoch=epoch, num_bytes=expectation.num_bytes)
+            expectation.final_message = KVArrived(request_id=request_id, epoch=epoch, num_bytes=expectation.num_bytes)
             self._arrived.note(expectation.attempt, True)
         expectation.lifecycle.move(ExpectationStatus.ENDED, now)
         del self._expectations[expectation.attempt]
-        if expectation.farewell is not None:
-            self._tell(expectation.farewell)
+        if expectation.final_message is not None:
+            self._tell(expectation.final_message)
 
     def _tell(self, message: Message) -> None:
         self._emit(Send(self._settings.node, message))
@@ -270,13 +270,13 @@ class Receiver:
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId, now: float) -> None:
-        """Note a sign of life."""
+        """Note that ``peer`` sent something: any message counts as a heartbeat."""
         self._liveness.heard(peer, now)
 
     def beat(self, now: float) -> None:
-        """Show signs of life on every link, and give up silent senders."""
+        """Send a heartbeat on every link; give up silent senders."""
         for peer in self._liveness.lost(now):
-            self.peer_lost(peer, "no sign of life", now)
+            self.peer_lost(peer, "no heartbeat", now)
         for peer in self._links:
             self._emit(Send(peer, Heartbeat()))
 
@@ -297,5 +297,5 @@ class Receiver:
         """Raise LocalProtocolError unless nothing is expected and nothing is being written."""
         unacked_bytes = sum(link.unacked_bytes for link in self._links.values())
         if self._expectations or unacked_bytes:
-            stories = {attempt: expectation.lifecycle.story for attempt, expectation in self._expectations.items()}
-            raise LocalProtocolError(f"receiver not quiescent: {stories}, {unacked_bytes} bytes being written")
+            histories = {attempt: expectation.lifecycle.story for attempt, expectation in self._expectations.items()}
+            raise LocalProtocolError(f"receiver not quiescent: {histories}, {unacked_bytes} bytes being written")

@@ -271,9 +271,9 @@ class Sender:
     def _fail(self, transfer: Transfer, error: KVRelayError, now: float) -> None:
         self._leave(transfer, _failed(transfer.attempt, error), now)
 
-    def _leave(self, transfer: Transfer, farewell: Message, now: float) -> None:
-        """Send nothing more of ``transfer``, and say ``farewell`` when nothing reads its blocks any more."""
-        transfer.farewell = farewell
+    def _leave(self, transfer: Transfer, final_message: Message, now: float) -> None:
+        """Send nothing more of ``transfer``, and send ``final_message`` when nothing reads its blocks any more."""
+        transfer.final_message = final_message
         if transfer.status is TransferStatus.PENDING:
             self.pending.remove(transfer.pending)
             self._end(transfer, now)
@@ -290,7 +290,7 @@ class Sender:
         if transfer.inflight or transfer.reading:
             return
         if transfer.status is TransferStatus.SENDING and transfer.is_written:
-            transfer.farewell = TransferDone(
+            transfer.final_message = TransferDone(
                 request_id=transfer.attempt.request_id,
                 epoch=transfer.attempt.epoch,
                 num_bytes=transfer.num_bytes,
@@ -307,26 +307,26 @@ class Sender:
         link = self._links.get(transfer.peer)
         if link is not None:
             link.transfers.pop(transfer, None)
-        if transfer.farewell is not None:
-            self._answer(transfer.attempt, transfer.farewell)
+        if transfer.final_message is not None:
+            self._answer(transfer.attempt, transfer.final_message)
 
-    def _answer(self, attempt: Attempt, farewell: Message) -> None:
+    def _answer(self, attempt: Attempt, final_message: Message) -> None:
         """Tell the node how the attempt ended and remember it: signals may still come that were sent before."""
-        self._counters["transfers_done"] += isinstance(farewell, TransferDone)
-        self._counters["transfers_failed"] += isinstance(farewell, TransferFailed)
-        self._ended.note(attempt, type(farewell))
-        self._emit(Send(self._settings.node, farewell))
+        self._counters["transfers_done"] += isinstance(final_message, TransferDone)
+        self._counters["transfers_failed"] += isinstance(final_message, TransferFailed)
+        self._ended.note(attempt, type(final_message))
+        self._emit(Send(self._settings.node, final_message))
 
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId, now: float) -> None:
-        """Note a sign of life."""
+        """Note that ``peer`` sent something: any message counts as a heartbeat."""
         self._liveness.heard(peer, now)
 
     def beat(self, now: float) -> None:
-        """Show signs of life on every link, give up silent peers and transfers without progress."""
+        """Send a heartbeat on every link; give up silent peers and transfers without progress."""
         for peer in self._liveness.lost(now):
-            self.peer_lost(peer, "no sign of life", now)
+            self.peer_lost(peer, "no heartbeat", now)
         for transfer in list(self._transfers.values()):
             waits = transfer.inflight or (transfer.queue and self._may_send(transfer))
             if waits and now - transfer.busy_since_s >= self._settings.timeout_s:
@@ -363,9 +363,9 @@ class Sender:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no transfer, signal or credit is held."""
         if self._transfers or self.pending.num_signals or self.pending.num_blocks or self.inflight_bytes:
-            stories = {attempt: transfer.lifecycle.story for attempt, transfer in self._transfers.items()}
+            histories = {attempt: transfer.lifecycle.story for attempt, transfer in self._transfers.items()}
             raise LocalProtocolError(
-                f"sender not quiescent: {stories}, {self.pending.num_signals} pending signals,"
+                f"sender not quiescent: {histories}, {self.pending.num_signals} pending signals,"
                 f" {self.inflight_bytes} bytes under way"
             )
 

@@ -23,7 +23,7 @@ _QUEUE = 4000
 
 
 async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
-    """Move blocks until the node says stop or is gone; return which. Nothing is left behind.
+    """Move blocks until the node says stop or has ended; return which. Nothing is left behind.
 
     ``lifeline_fd`` is a pipe whose other end only the node holds: it ends when the node does. Raises PeerLostError or
     GeometryMismatchError if the node's pool cannot be opened.

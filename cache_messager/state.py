@@ -118,7 +118,7 @@ class MessagerMachine:
             case LinkRefused():
                 self._sender.refused(peer, message, now)
             case Heartbeat():
-                pass  # a sign of life, noted above
+                pass  # noted above, as any message
             case _:
                 reason = f"a messager takes no {type(message).__name__} from {peer}"
                 self._emit(Send(peer, ProtocolViolation(reason=reason)))

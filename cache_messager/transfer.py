@@ -98,7 +98,7 @@ class Transfer:
 
     ``inflight`` are the frames that D has not acknowledged, ``reading`` those whose blocks the link may still read to
     make the frame. ``busy_since_s`` is when it last made progress, or last began to have something to send.
-    ``farewell`` is what its node is told when nothing reads its blocks any more.
+    ``final_message`` is what its node is told when nothing reads its blocks any more.
     """
 
     __slots__ = (
@@ -108,7 +108,7 @@ class Transfer:
         "_tails",
         "attempt",
         "busy_since_s",
-        "farewell",
+        "final_message",
         "first_block",
         "inflight",
         "lifecycle",
@@ -130,7 +130,7 @@ class Transfer:
         self.inflight: dict[FrameKey, KVFrame] = {}
         self.reading: set[FrameKey] = set()
         self.busy_since_s = now
-        self.farewell: Message | None = None
+        self.final_message: Message | None = None
         self._layers = [_Layer() for _ in range(num_layers)]
         self._tails: dict[int, BlockRange] = {}
         self._num_signalled = 0

@@ -39,7 +39,7 @@ class ReservePolicy(Protocol):
 
     @property
     def level(self) -> float:
-        """The one number that describes the policy's present mood, for metrics."""
+        """The current reserve ratio, or blocks per decode, for metrics."""
 
     def reserved_blocks(self, running: Collection[Growing]) -> int:
         """Return how many blocks stay free for ``running`` when a newcomer is admitted."""

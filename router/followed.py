@@ -59,7 +59,7 @@ class FollowedNodes:
         return entry is not None and entry.is_draining
 
     def beat(self) -> None:
-        """Show every node a sign of life; those that do not know this router answer with a Register."""
+        """Send every node a heartbeat; those that do not know this router answer with a Register."""
         for peer in self._entries:
             self._perform(Send(peer, Heartbeat()))
 

@@ -220,7 +220,7 @@ class Registry:
         return node if node is not None and node.registration.incarnation != registration.incarnation else None
 
     def contest(self, holder: Node, peer: PeerId, registration: Register) -> None:
-        """Let ``registration`` wait until ``holder``, which has its name, shows a sign of life or is lost."""
+        """Let ``registration`` wait until ``holder``, which has its name, sends something or is lost."""
         self._rivals[holder.peer] = (peer, registration)
 
     def settle(self, holder: PeerId) -> tuple[PeerId, Register] | None:
@@ -238,7 +238,7 @@ class Registry:
     # ------------------------------------------------------------ staying and going
 
     def heard(self, peer: PeerId, now: float) -> None:
-        """Note a sign of life."""
+        """Note that ``peer`` sent something: any message counts as a heartbeat."""
         self._liveness.heard(peer, now)
 
     def silent(self, now: float) -> list[PeerId]:

@@ -224,15 +224,15 @@ class Requests:
             self._perform(Send(target.peer, Generate(request=spec)))
 
     def node_lost(self, node: Node, reason: str) -> None:
-        """Take every request away from a node that is gone."""
+        """Take every request away from a node that disconnected."""
         for request_id in list(node.pending):
-            error = ErrorInfo.of(PeerLostError(f"node {node.node_id} is gone: {reason}", request_id=request_id))
+            error = ErrorInfo.of(PeerLostError(f"node {node.node_id} disconnected: {reason}", request_id=request_id))
             self._attempt_over(self._requests[request_id], error, node.peer, 0.0)
 
     # ------------------------------------------------------------ what clients and timers say
 
     def abort(self, request_id: str) -> None:
-        """The client is gone."""
+        """End a request whose client disconnected."""
         request = self._requests.get(request_id)
         if request is not None:
             self._abort_nodes(request)
@@ -307,7 +307,7 @@ class Requests:
 
     def _attempt_over(self, request: RoutedRequest, error: ErrorInfo, by: PeerId, backoff_s: float) -> None:
         """The present attempt failed at ``by``: take it from the partner and begin another, if one is left."""
-        self._abort_nodes(request, but=by)
+        self._abort_nodes(request, exclude=by)
         request.avoid.update(request.nodes)  # whoever says it, the fault may be the partner's
         if not error.retryable or request.attempts >= self._limits.max_attempts:
             self._fail(request, error)
@@ -360,9 +360,9 @@ class Requests:
         self.counters.stale_messages += 1
         return None
 
-    def _abort_nodes(self, request: RoutedRequest, *, but: PeerId | None = None) -> None:
+    def _abort_nodes(self, request: RoutedRequest, *, exclude: PeerId | None = None) -> None:
         for peer in request.nodes:
-            if peer != but:
+            if peer != exclude:
                 self._abort(peer, request.request_id, request.epoch)
 
     def _abort(self, peer: PeerId, request_id: str, epoch: int) -> None:

@@ -192,7 +192,7 @@ class RouterMachine:
         if rival is None:
             self._join(peer, message)
         elif rival.registration.address == message.address:
-            # Two processes cannot listen at one address: the earlier one is gone.
+            # Two processes cannot listen at one address: the earlier one has ended.
             self._lose(rival.peer, "restarted")
             self._join(peer, message)
         else:

@@ -107,7 +107,7 @@ def _die_with_parent() -> None:
 
 
 async def _read_lines(fd: int, on_line: OnText) -> None:
-    """Hand on the lines from ``fd`` until its last writer is gone; a line without end is cut."""
+    """Hand on the lines from ``fd`` until its last writer has closed it; a line without end is cut."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb"))

@@ -95,7 +95,7 @@ def _tiny_model(wanted: str, console: Console) -> Path:
 
     if not (_TINY_MODEL / "config.json").is_file():
         write_tiny_checkpoint(_TINY_MODEL, "qwen3", 0)
-    console.print(f"no model in {wanted}: a tiny one with random weights will answer nonsense")
+    console.print(f"no model in {wanted}: a tiny one with random weights is made; its output is meaningless")
     return _TINY_MODEL.absolute()
 
 

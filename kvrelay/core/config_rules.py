@@ -15,7 +15,15 @@ from pydantic import BaseModel
 
 from kvrelay.core.addresses import netloc
 from kvrelay.core.config_document import Key
-from kvrelay.core.config_sections import CacheConfig, ModelConfig, Role, RouterConfig, SchedulerConfig, Section
+from kvrelay.core.config_sections import (
+    STORED_BACKENDS,
+    CacheConfig,
+    ModelConfig,
+    Role,
+    RouterConfig,
+    SchedulerConfig,
+    Section,
+)
 
 Problem: TypeAlias = tuple[Key, str]
 
@@ -123,7 +131,7 @@ def _storage_needs_prefix_caching(data: dict[str, Any], nodes: list[tuple[int, d
     """Stored blocks are found by their hash, as published ones are: without hashes in use there is nothing to find."""
     backend, caching = _get(data, "storage", "backend", "none"), _get(data, "cache", "prefix_caching", True)
     for index, node in nodes:
-        is_stored = _get(node, "storage", "backend", backend) in ("memory", "file", "redis", "mooncake")
+        is_stored = _get(node, "storage", "backend", backend) in STORED_BACKENDS
         if is_stored and _get(node, "cache", "prefix_caching", caching) is False:
             yield ("nodes", index, "cache", "prefix_caching"), "storage needs it: blocks are stored by their hash"
 

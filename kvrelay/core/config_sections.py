@@ -324,6 +324,9 @@ _STORAGE_KEYS: dict[str, set[str]] = {
     "redis": {"url", "ttl_s", "payload", "path", "capacity"},
     "mooncake": {"master", "capacity"},
 }
+STORED_BACKENDS = tuple(backend for backend in _STORAGE_KEYS if backend != "none")
+"""The backends that keep blocks."""
+
 _STORAGE_KEYS_OF_ALL = {
     "backend",
     "timeout_s",

@@ -8,10 +8,14 @@ import sys
 import msgspec
 import numpy as np
 import pytest
-from storage_rooms import GEOMETRY, HASHES, planes
+from storage_rooms import GEOMETRY as PRESENT
+from storage_rooms import HASHES, planes
 
 from kvrelay.core.geometry import KVGeometry
 from kvstore.storage.block_format import HEADER_BYTES, BlockFormat, is_intact, namespace_of
+
+GEOMETRY = msgspec.structs.replace(PRESENT, protocol_version=1)
+"""The same whatever the version of the protocol is, which changes the namespaces of new blocks."""
 
 NAMESPACE = "370c72653f9afe7eb7dbfa23895692ff"
 HEADER = (
