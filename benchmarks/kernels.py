@@ -26,7 +26,7 @@ from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 from kvrelay.engine.choice import open_library, open_onednn
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, LayerKV
@@ -186,7 +186,7 @@ class Bench:
             one.num_computed_tokens = start
             first += num_blocks
             scheduled.append(ScheduledSequence(one, start, count, True))
-        return BatchAssembler(PoolLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT)).assemble(scheduled)
+        return BatchAssembler(StepLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT, vocab_size=2)).assemble(scheduled)
 
     def attention(self) -> None:
         shape, kernels, item_bytes = self.shape, self.kernels, ITEM_BYTES[self.dtype]

@@ -148,7 +148,6 @@ class Reservations:
         request.kv_arrived, request.messager_holds = True, False
         request.mark("kv_arrived", self._outbox.now)
         self.counters["kv_bytes_received"] += num_bytes
-        self._scheduler.publish_blocks(request, len(request.hashes))
         self._begin_if_ready(request)
 
     def kv_failed(self, request: DecodeRequest, error: ErrorInfo) -> None:
@@ -159,8 +158,8 @@ class Reservations:
         else:
             self._give_up(request, error)
 
-    def hand_off(self, peer: PeerId, message: HandOff) -> None:
-        """Own the request from here on, or tell both P and the router why not."""
+    def hand_off(self, peer: PeerId, message: HandOff, wrong: KVRelayError | None) -> None:
+        """Own the request from here on, or tell both P and the router why not; ``wrong``: what is wrong with it."""
         spec = message.request
         request = self._requests.find(spec.attempt)
         if request is not None and request.sender != peer:
@@ -168,6 +167,8 @@ class Reservations:
         elif request is None or request.is_over:
             self._outbox.send(peer, _ended(spec.attempt, "no such reservation"))
             self._requests.report(spec, ErrorInfo.of(TransferError("handed off without a reservation")))
+        elif wrong is not None:
+            self._give_up(request, ErrorInfo.of(wrong))
         elif not request.accepts(spec):
             self._give_up(request, ErrorInfo.of(TransferError("handed off with another length than reserved")))
         elif not request.handed_off:
@@ -176,8 +177,13 @@ class Reservations:
             self._begin_if_ready(request)
 
     def _begin_if_ready(self, request: DecodeRequest) -> None:
-        """Let ``request`` decode once it has both its KV and its hand-off."""
+        """Let ``request`` decode, and others share its blocks, once it has both its KV and its hand-off.
+
+        KV may arrive whole and as it was sent from a prompt that fails on P in the step that computed it: the hand-off
+        is P's word that it is good.
+        """
         if request.status is DecodeStatus.RECEIVING and request.kv_arrived and request.handed_off:
+            self._scheduler.publish_blocks(request, len(request.hashes))
             del self._scheduler.receiving[request]
             request.begin_decode(self._outbox.now)
             self._scheduler.decoding[request] = None

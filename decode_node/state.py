@@ -28,7 +28,6 @@ from kvrelay.core.machine import (
     SetTimer,
     Started,
     StepDone,
-    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -50,6 +49,7 @@ from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, Registe
 from kvrelay.core.origin import may_send
 from kvrelay.core.outbox import Outbox
 from kvrelay.core.request import RequestSpec
+from kvrelay.core.request_limits import RequestLimits
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from kvstore.saver import Saver
@@ -69,6 +69,7 @@ class DecodeMachine:
     def __init__(self, node: NodeConfig, registration: Register) -> None:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
+        self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
         saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
@@ -101,8 +102,6 @@ class DecodeMachine:
                 self._reservations.heard(peer)
                 self._membership.heard(peer, self._outbox.now)
                 self._on_message(peer, message)
-            case StepFailed(reason=reason):
-                self._steps.failed(reason)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.traffic.take(event)
             case KVLoaded():
@@ -128,7 +127,7 @@ class DecodeMachine:
             case ReserveBlocks():
                 self._reservations.reserve(peer, message, self._inadmissible(message.num_tokens))
             case HandOff():
-                self._reservations.hand_off(peer, message)
+                self._reservations.hand_off(peer, message, self._limits.error(message.request))
             case RenewReservations(attempts=attempts):
                 self._reservations.renew(peer, attempts)
             case (
@@ -179,7 +178,8 @@ class DecodeMachine:
         if self._requests.find(spec.attempt) is not None:
             return
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
-        error = self._inadmissible(len(tokens))
+        wrong = self._limits.error(spec)
+        error = ErrorInfo.of(wrong) if wrong else self._inadmissible(len(tokens))
         if error is not None:
             self._requests.report(spec, error)
             return

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import msgspec
 
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
+from kvrelay.core.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.core.ids import MESSAGER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
@@ -21,7 +21,6 @@ from kvrelay.core.machine import (
     Received,
     SetTimer,
     StepDone,
-    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -56,7 +55,8 @@ from kvrelay.core.origin import may_send
 from kvrelay.core.outbox import Outbox
 from kvrelay.core.recent import Recent
 from kvrelay.core.request import RequestSpec
-from kvrelay.core.step import SampledTokens, StepResult
+from kvrelay.core.request_limits import RequestLimits
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepResult
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from prefill_node.admission import Admission
@@ -82,6 +82,7 @@ class PrefillMachine:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._block_size = node.cache.block_size
+        self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, self._block_size)
         self._outbox = Outbox()
         self._membership = Membership(registration, node)
@@ -122,8 +123,6 @@ class PrefillMachine:
                 self._steps.layer_computed(layer)
             case StepDone(result=result):
                 self._step_done(result)
-            case StepFailed(reason=reason):
-                self._step_failed(reason)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.traffic.take(event)
             case KVLoaded():
@@ -199,7 +198,8 @@ class PrefillMachine:
         if spec.attempt in self._requests or self._ended.get(spec.attempt):
             return  # said twice: nobody would take a second answer, nor its KV
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
-        error = self._inadmissible(len(tokens))
+        wrong = self._limits.error(spec)
+        error = ErrorInfo.of(wrong) if wrong else self._inadmissible(len(tokens))
         if error is not None:
             self._outbox.send(spec.router, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
             return
@@ -254,16 +254,24 @@ class PrefillMachine:
     def _step_done(self, result: StepResult) -> None:
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self._counters["steps"] += 1
-        for (request, chunk), sampled in zip(self._steps.end(), result.sampled, strict=True):
+        for (request, chunk), outcome in zip(self._steps.end(), result.outcomes, strict=True):
             self._counters["prefill_tokens"] += chunk.num_tokens
             if not request.is_over:
-                request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
-                self._admission.publish(request)
-                if sampled.token_ids:
-                    outputs.setdefault(request.spec.router, []).append(self._first_token(request, sampled))
+                if isinstance(outcome, SequenceFailed):
+                    self._fail(request, ErrorInfo.of(outcome.error))
+                elif output := self._computed(request, chunk, outcome):
+                    outputs.setdefault(request.spec.router, []).append(output)
             self._release(request, Holder.STEP)
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
+
+    def _computed(
+        self, request: PrefillRequest, chunk: ScheduledSequence, sampled: SampledTokens
+    ) -> RequestOutput | None:
+        """Take a chunk whose KV is good; return the first token if it was the prompt's last."""
+        request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+        self._admission.publish(request)
+        return self._first_token(request, sampled) if sampled.token_ids else None
 
     def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
         """The prompt is through: on to D with it, unless its first token ends it."""
@@ -280,12 +288,6 @@ class PrefillMachine:
         # From here on the blocks are kept for the messager, which reads them until D has them all.
         self._release(request, Holder.REQUEST)
         return output
-
-    def _step_failed(self, reason: str) -> None:
-        for request, _ in self._steps.end():
-            if not request.is_over:
-                self._fail(request, ErrorInfo.of(EngineError(reason)))
-            self._release(request, Holder.STEP)
 
     # ------------------------------------------------------------ endings
 

@@ -374,6 +374,9 @@ class FakeEngineConfig(Section):
     eos_every: int = Field(
         256, ge=0, le=1 << 32, description="About one token in so many is an end-of-sequence; 0: none."
     )
+    broken_token: int | None = Field(
+        None, ge=0, le=1 << 24, description="A sequence with this token fails, as one whose embedding is not finite."
+    )
 
 
 class EngineConfig(Section):

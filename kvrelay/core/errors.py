@@ -21,7 +21,7 @@ KVRelayError
 │   └── StorageUnavailableError     it cannot be reached, or does not answer in time
 ├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── CheckpointError             the model's files cannot be loaded
-└── EngineError                 the model step failed (500)
+└── EngineError                 the engine could not compute a sequence (500)
 
 "No blocks now" and "refused" are values, not exceptions.
 """
@@ -178,6 +178,10 @@ class CheckpointError(KVRelayError):
 
 
 class EngineError(KVRelayError):
-    """A model step failed."""
+    """The engine could not compute a sequence, or a whole step."""
 
     code = "engine_error"
+
+    def __init__(self, message: str, *, request_id: str | None = None, retryable: bool = False) -> None:
+        super().__init__(message, request_id=request_id)
+        self.retryable = retryable

@@ -25,10 +25,15 @@ class Engine(Protocol):
         """The KV pool, which the engine owns."""
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """Compute ``plan`` and sample.
+        """Compute ``plan`` and sample; an outcome for each sequence.
 
         Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
-        order. Raises EngineError if the step fails; the KV of the batch's new tokens is undefined then.
+        order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
+        that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits that are not finite,
+        sampling parameters) is its own outcome and changes nothing for the others.
+
+        Raises only what cannot be laid to one sequence. Then the KV of the new tokens of the whole batch is undefined,
+        and the caller may run the step again, or parts of it.
         """
 
     def close(self) -> None:

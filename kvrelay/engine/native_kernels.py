@@ -230,9 +230,17 @@ class NativeKernels:
     def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: NativeLinear) -> Float32:
         """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
-        out = self.linear(hidden, head)
-        array = self._buffers["linear", out.width, 4].array
-        return array.bytes.view(np.float32)[: out.num_rows * out.width].reshape(out.num_rows, out.width)
+        return self._on_host("linear", self.linear(hidden, head))
+
+    def finite_rows(self, residual: Rows) -> npt.NDArray[np.bool_]:
+        """See Kernels."""
+        finite: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(self._on_host("residual", residual)), axis=-1)
+        return finite
+
+    def _on_host(self, operation: str, rows: Rows) -> Float32:
+        """Return float32 ``rows`` of an operation's buffer as an array: good until that is used again."""
+        array = self._buffers[operation, rows.width, 4].array
+        return array.bytes.view(np.float32)[: rows.num_rows * rows.width].reshape(rows.num_rows, rows.width)
 
     def _rows(self, operation: str, count: int, width: int, item_bytes: int) -> Rows:
         key = operation, width, item_bytes

@@ -162,6 +162,11 @@ class PortableKernels:
         values: npt.NDArray[np.float32] = logits.cast("float32").numpy()
         return values
 
+    def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
+        """See Kernels."""
+        finite: npt.NDArray[np.bool_] = paddle.isfinite(residual).all(-1).numpy()
+        return finite
+
     def turn_and_store(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: PortableStep
     ) -> Tensor:

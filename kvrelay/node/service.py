@@ -136,6 +136,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
     )
 
 

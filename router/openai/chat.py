@@ -8,6 +8,7 @@ from kvrelay.core.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import chat_logprobs
+from router.openai.sampling import check_text_ids
 from router.openai.schemas import ChatCompletionRequest, ChatFields
 from router.text.token_bytes import TokenBytes
 
@@ -37,8 +38,13 @@ class ChatCompletions:
         self._model = model
 
     def prompts(self, request: ChatCompletionRequest) -> list[list[int]]:
-        """Return the token ids of the one prompt. Raises InvalidRequestError if the chat template refuses it."""
-        return [chat_prompt(request, self._model)]
+        """Return the token ids of the one prompt.
+
+        Raises InvalidRequestError if the chat template refuses it, or if it has tokens that the model does not have.
+        """
+        token_ids = chat_prompt(request, self._model)
+        check_text_ids(token_ids, self._model, "messages")
+        return [token_ids]
 
     def style(self, request: ChatCompletionRequest, choices: Sequence[Choice]) -> ChatStyle:
         """Return what writes the answer."""

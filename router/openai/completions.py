@@ -9,7 +9,7 @@ from kvrelay.core.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import CompletionLogprobs
-from router.openai.sampling import check_token_ids
+from router.openai.sampling import check_text_ids, check_token_ids
 from router.openai.schemas import CompletionRequest
 
 
@@ -38,7 +38,9 @@ class Completions:
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
         if isinstance(prompt, str):
             add_special_tokens = request.add_special_tokens is not False
-            return self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            token_ids = self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            check_text_ids(token_ids, self._model, "prompt")
+            return token_ids
         check_token_ids(prompt, self._model.vocab_size, "prompt")
         return prompt
 

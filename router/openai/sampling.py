@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvrelay.core.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.core.request import SamplingParams
+from kvrelay.core.request_limits import unknown_token
 from router.model import ServedModel
 from router.openai.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
@@ -68,9 +69,22 @@ def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, pa
     """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
-            raise InvalidRequestError(
-                f"{param}: {token_id} is no token id of this model, whose vocabulary has {vocab_size}", param=param
-            )
+            raise unknown_token(param, token_id, vocab_size)
+
+
+def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None:
+    """Raise InvalidRequestError if the text in ``param``, tokenized, has a token that the model does not have.
+
+    Tokenizers may know more tokens than the model has embeddings, for instance a padding token that was added later.
+    """
+    unknown = next((token_id for token_id in token_ids if token_id >= model.vocab_size), None)
+    if unknown is not None:
+        [text] = model.tokenizer.tokens_of([unknown])
+        raise InvalidRequestError(
+            f"{param}: {text!r} is token {unknown} of the tokenizer, but the model's vocabulary has only "
+            f"{model.vocab_size} tokens",
+            param=param,
+        )
 
 
 def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:

@@ -269,12 +269,9 @@ def test_a_step_with_a_prompt_fails_on_the_decode_node() -> None:
         world.nodes["d0"].failing_steps = {1}
         clients = burst(world)
         world.settle(5.0)
-        failed = [client for client in clients if client.error]
-        assert failed == on_decode_nodes(clients)[:1]
-        assert failed[0].error == "engine_error"
-        burst(world)
-        world.settle(5.0)
-        assert [client for client in world.clients.values() if client.error] == failed
+        assert on_decode_nodes(clients)
+        assert world.router.machine.requests.counters.retries == 1
+        assert not any(client.error for client in clients)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

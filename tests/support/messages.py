@@ -152,6 +152,7 @@ EXAMPLES: list[Message] = [
         num_blocks=2048,
         geometry=_GEOMETRY,
         session=1,
+        vocab_size=151936,
     ),
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),

@@ -28,12 +28,11 @@ from kvrelay.core.machine import (
     SetTimer,
     Started,
     StepDone,
-    StepFailed,
     TimerFired,
 )
 from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.step import StepResult
+from kvrelay.core.step import SequenceFailed, SequenceOutcome, StepResult
 from kvrelay.engine.fake import FakeEngine, step_seconds
 from prefill_node.state import PrefillMachine
 from router.events import Deliver
@@ -195,6 +194,7 @@ class NodeProcess(Process):
             max_num_seqs=config.scheduler.max_num_seqs,
             num_blocks=config.cache.num_blocks,
             geometry=self.engine.geometry,
+            vocab_size=self.engine.vocab_size,
         )
 
     def _run_step(self, action: RunStep) -> None:
@@ -218,7 +218,8 @@ class NodeProcess(Process):
             if self.config.role == "prefill":
                 self.handle(LayerComputed(action.plan.step, done))
             if action.plan.step in self.failing_steps and done == 0:
-                self.handle(StepFailed(action.plan.step, "ValueError: told to"))
+                failed: list[SequenceOutcome] = [SequenceFailed("ValueError: told to", retryable=True)]
+                self.handle(StepDone(StepResult(action.plan.step, failed * len(action.plan.batch))))
                 return
             last = done == self.engine.geometry.num_layers - 1
             self.world.after(0.0 if last else layer_s, advance)

@@ -14,7 +14,7 @@ class Register(Message, frozen=True, kw_only=True):
 
     The reader compares geometry, model and protocol with its other nodes and answers Registered or RegistrationRefused.
     ``session`` rises when the node takes a router for lost and drops what it held for it: a reader that knows another
-    gives the node's requests to others.
+    gives the node's requests to others. Token ids are below ``vocab_size``; a node that does not say takes any u32.
     """
 
     node_id: str
@@ -28,6 +28,7 @@ class Register(Message, frozen=True, kw_only=True):
     num_blocks: int
     geometry: KVGeometry
     session: int = 0
+    vocab_size: int = 1 << 32
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,9 +9,9 @@ from engine_runs import sequence
 
 from kvrelay.core.request import Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 
-LIMITS = PoolLimits(block_size=4, num_blocks=500, max_model_len=200)
+LIMITS = StepLimits(block_size=4, num_blocks=500, max_model_len=200, vocab_size=5000)
 
 
 def placed(rng: random.Random, num_tokens: int, num_slots: int) -> Sequence:

@@ -9,7 +9,7 @@ from engine_runs import Runner, output, sequence
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.errors import ConfigError, EngineError
-from kvrelay.core.step import ScheduledSequence, StepPlan
+from kvrelay.core.step import ScheduledSequence, SequenceFailed, StepPlan
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
 
 CONFIG = FakeEngineConfig()
@@ -193,19 +193,46 @@ def test_a_step_takes_what_the_cost_model_says(make_runner: MakeRunner) -> None:
         (0, 8, [0, -1], "leaves the pool"),
     ],
 )
-def test_a_step_beside_the_pool_is_an_error(
+def test_a_sequence_beside_the_pool_fails_alone(
     make_runner: MakeRunner, start: int, count: int, table: list[int], fault: str
 ) -> None:
-    runner, one = make_runner(), sequence(prompt(8), "bad")
+    runner, one, other = make_runner(), sequence(prompt(8), "bad"), sequence(prompt(9))
     one.take_blocks(table)
-    with pytest.raises(EngineError, match=fault) as caught:
-        runner.engine.run(StepPlan(1, [ScheduledSequence(one, start, count, False)]), lambda layer: None)
-    assert caught.value.request_id == "bad"
+    runner.give_blocks(other, 9)
+    batch = [ScheduledSequence(one, start, count, False), ScheduledSequence(other, 0, 9, True)]
+    outcomes = runner.engine.run(StepPlan(1, batch), lambda layer: None).outcomes
+    assert isinstance(outcomes[0], SequenceFailed) and fault in outcomes[0].reason
+    assert outcomes[1] == make_runner().run((sequence(prompt(9)), 9))[0]
+
+
+def test_a_step_of_which_nothing_can_be_computed_tells_no_layer(make_runner: MakeRunner) -> None:
+    runner, one, layers = make_runner(), sequence([5, 1024]), []
+    runner.give_blocks(one, 2)
+    result = runner.engine.run(StepPlan(1, [ScheduledSequence(one, 0, 2, True)]), layers.append)
+    assert result.outcomes == [SequenceFailed("token id 1024 is not in the vocabulary of 1024")]
+    assert layers == []
 
 
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
         make_runner().engine.run(StepPlan(1, []), lambda layer: None)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_broken_token_fails_its_sequence_in_the_step_that_computes_it(make_runner: MakeRunner, chunk: int) -> None:
+    """What that step writes is wrong from its first position on: who reads such blocks gets other tokens."""
+    config = FakeEngineConfig(broken_token=500, eos_every=0)
+    clean = prompt(12)
+    runner, one, other = make_runner(config), sequence([*clean[:8], 500, *clean[8:]]), sequence(clean, max_tokens=5)
+    with pytest.raises(EngineError, match="not finite at position 8"):
+        runner.finish(one, chunk=chunk)
+    runner.finish(other)
+    assert output(other) == reference_tokens(other.spec, config)
+    spoilt = sequence(clean, max_tokens=5)
+    spoilt.take_blocks(one.block_table)
+    spoilt.num_computed_tokens = 8
+    runner.finish(spoilt)
+    assert output(spoilt) != output(other)
 
 
 def test_a_geometry_without_whole_words_is_refused() -> None:

@@ -144,6 +144,18 @@ def test_body_that_is_no_json_object(path: str, content: bytes, said: str) -> No
     assert said in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize(
+    "field", ["logit_bias", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]
+)
+def test_a_number_that_is_not_finite_is_refused(field: str, number: str) -> None:
+    """Several JSON writers put such numbers out, and Python's reads them."""
+    value = f'{{"1": {number}}}' if field == "logit_bias" else number
+    response = answer("POST", COMPLETIONS, content=f'{{"prompt": "a", "{field}": {value}}}'.encode())
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
 def test_body_that_is_too_long_is_413(path: str) -> None:
     response = answer("POST", path, content=b"[" + b" " * 5000)
