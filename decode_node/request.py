@@ -130,6 +130,16 @@ class DecodeRequest(Sequence):
         """Whether it is its sender's to cancel."""
         return self.lifecycle.status in (DecodeStatus.RESERVING, DecodeStatus.RECEIVING)
 
+    @property
+    def next_position(self) -> int:
+        """Where its next chunk begins: the newest token is always computed, for the next one's logits."""
+        return min(self.num_computed_tokens, len(self.token_ids) - 1)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to compute before the next output token: one at least."""
+        return len(self.token_ids) - self.next_position
+
     def accepts(self, spec: RequestSpec) -> bool:
         """Return whether the reserved blocks are for all tokens of ``spec`` but the newest, whose KV nobody has yet."""
         return len(spec.prompt_token_ids) + len(spec.output_token_ids) - 1 == self.num_reserved_tokens

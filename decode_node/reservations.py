@@ -87,7 +87,7 @@ class Reservations:
             return Refusal("an earlier reservation for this request is still being given up", RETRY_AFTER_S)
         if inadmissible is not None:
             return Refusal(inadmissible.message, RETRY_AFTER_S if inadmissible.retryable else None)
-        reason = self._scheduler.may_reserve(message.priority, self._outbox.now)
+        reason = self._scheduler.may_reserve(message.priority, message.num_tokens, self._outbox.now)
         return None if reason is None else Refusal(reason, RETRY_AFTER_S)
 
     def _try_reserve(self, peer: PeerId, message: ReserveBlocks) -> Refusal | None:
@@ -106,6 +106,7 @@ class Reservations:
         request.messager_holds = True
         self._requests.add(request)
         self._scheduler.receiving[request] = None
+        self._scheduler.order.passed(message.priority, message.num_tokens)
         self._alive.watch(peer, self._outbox.now)
         expect = ExpectKV(
             request_id=message.request_id,

@@ -268,6 +268,7 @@ class DecodeMachine:
             queued_tokens=sum(len(request.token_ids) for request in waiting),
             gauges={
                 **self._messager_stats.gauges,
+                "longest_prompt_wait_s": scheduler.order.longest_wait_s(self._outbox.now),
                 "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
                 "reserved_blocks": float(reserved_blocks),
@@ -282,11 +283,15 @@ class DecodeMachine:
                 **asdict(self.kv.stats),
                 **self._messager_stats.counters,
             },
+            prompt_tokens=scheduler.order.tokens_by_length(),
+            prompt_waits=scheduler.order.waits.report(),
         )
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self._requests.assert_quiescent()
+        if len(self.scheduler.order):
+            raise LocalProtocolError(f"{self._node.name} is not quiescent: prompts are still in the prefill order")
         if not self._storage.traffic.is_idle:
             raise LocalProtocolError(f"{self._node.name} is not quiescent: KV is on its way to or from the store")
         self.kv.assert_quiescent()

@@ -87,7 +87,7 @@ class PrefillMachine:
         self._outbox = Outbox()
         self._membership = Membership(registration, node)
         self._policy = prefill_policy(node, self.kv)
-        self._admission = Admission(self.kv, self._policy, self._block_size)
+        self._admission = Admission(node.scheduler, self.kv, self._policy, self._block_size)
         self._reservations = Reservations(node, self._outbox, self._fail)
         self._steps = Steps(self._outbox, self._block_size)
         self._storage = Storage(node, registration.geometry.block_bytes, self.kv, self._outbox)
@@ -105,10 +105,10 @@ class PrefillMachine:
         """Take ``event``; see ``kvrelay.core.machine``."""
         self._outbox.now = now
         self._on_event(event)
-        while len(self._admission) and (request := self._admission.admit(self._here())):
+        while len(self._admission) and (request := self._admission.admit(self._here(), now)):
             self._begin(request)
         if self._running and not self._steps.is_running:
-            self._steps.start(self._policy.schedule(self._running.values(), len(self._sending)))
+            self._start_step()
         if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
@@ -206,7 +206,7 @@ class PrefillMachine:
         request = PrefillRequest(spec, decode_node, self._hasher.hashes(tokens), self._outbox.now)
         request.mark("queued", self._outbox.now)
         self._requests[spec.attempt] = request
-        self._admission.add(request)
+        self._admission.add(request, self._outbox.now)
 
     def _inadmissible(self, num_tokens: int) -> ErrorInfo | None:
         if self._leaving:
@@ -243,6 +243,7 @@ class PrefillMachine:
         request.lifecycle.move(PrefillStatus.RUNNING_PREFILL, self._outbox.now)
         request.mark("prefill", self._outbox.now)
         self._running[request.attempt] = request
+        self._admission.order.ready(request, request.num_remaining_tokens)
         span = None
         if request.decode_node is not None:
             span = request.take_span(request.num_cached_tokens // self._block_size)
@@ -250,6 +251,13 @@ class PrefillMachine:
             self._outbox.send(MESSAGER, CachedSignal(span=span))
 
     # ------------------------------------------------------------ steps
+
+    def _start_step(self) -> None:
+        order = self._admission.order
+        running = order.running(self._running.values(), self._outbox.now)
+        batch = self._policy.schedule(running, len(self._sending))
+        order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
+        self._steps.start(batch)
 
     def _step_done(self, result: StepResult) -> None:
         outputs: dict[PeerId, list[RequestOutput]] = {}
@@ -398,19 +406,25 @@ class PrefillMachine:
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
             queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
-            gauges=self._messager_stats.gauges,
+            gauges={
+                **self._messager_stats.gauges,
+                "longest_prompt_wait_s": self._admission.order.longest_wait_s(self._outbox.now),
+            },
             counters={
                 **self._counters,
                 **self._storage.traffic.counters,
                 **asdict(self.kv.stats),
                 **self._messager_stats.counters,
             },
+            prompt_tokens=self._admission.order.tokens_by_length(),
+            prompt_waits=self._admission.order.waits.report(),
         )
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self.kv.assert_quiescent()
         owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
+        owed += len(self._admission.order)
         if owed or len(self._admission) or self._steps.is_running or not self._storage.traffic.is_idle:
             stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
             raise LocalProtocolError(f"prefill node not quiescent: {stories}")

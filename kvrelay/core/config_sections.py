@@ -181,6 +181,18 @@ class SchedulerConfig(Section):
     prefill_policy: Literal["dedicated", "shared"] = Field(
         "dedicated", description="Scheduler of prefill nodes; shared: the one of decode nodes, for comparison."
     )
+    prefill_order: Literal["fifo", "shortest_first"] = Field(
+        "shortest_first",
+        description="Which prompt is computed next; shortest_first: the one with fewest tokens still to compute, "
+        "without those in the prefix cache.",
+    )
+    prefill_overtake_tokens: int = Field(
+        16384,
+        ge=0,
+        le=1 << 30,
+        description="shortest_first: at most so many prompt tokens that arrived later are computed before a prompt; "
+        "with max_num_batched_tokens or fewer the order is that of arrival.",
+    )
     reserve_policy: Literal["new_token_ratio", "fixed_blocks", "sglang", "none"] = Field(
         "new_token_ratio", description="How much of the pool is kept for running requests when one is admitted."
     )

@@ -137,6 +137,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         num_blocks=node.cache.num_blocks,
         geometry=engine.geometry,
         vocab_size=engine.vocab_size,
+        prefill_order=node.scheduler.prefill_order,
     )
 
 

@@ -20,6 +20,7 @@ from kvrelay.core.messages.base import (
     Mark,
     Message,
     NodeAddress,
+    PromptWait,
     ProtocolViolation,
 )
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
@@ -127,6 +128,8 @@ _LOAD = Load(
     queued_tokens=8,
     gauges={"reserve_level": 0.7},
     counters={"steps": 9.0},
+    prompt_tokens=[8, 0],
+    prompt_waits=[PromptWait([1, 2], 0.5)],
 )
 
 EXAMPLES: list[Message] = [
@@ -153,6 +156,7 @@ EXAMPLES: list[Message] = [
         geometry=_GEOMETRY,
         session=1,
         vocab_size=151936,
+        prefill_order="shortest_first",
     ),
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),

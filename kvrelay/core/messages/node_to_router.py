@@ -29,6 +29,7 @@ class Register(Message, frozen=True, kw_only=True):
     geometry: KVGeometry
     session: int = 0
     vocab_size: int = 1 << 32
+    prefill_order: str = "fifo"
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):

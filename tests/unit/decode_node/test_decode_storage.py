@@ -72,7 +72,7 @@ def test_the_reserve_counts_those_whose_kv_is_being_read() -> None:
 
 
 def test_nobody_else_is_preempted_while_the_blocks_of_a_victim_are_being_copied() -> None:
-    desk = desk_with(WRITES_ONLY, cache={"num_blocks": 6})
+    desk = desk_with(WRITES_ONLY, cache={"num_blocks": 6}, scheduler={"prefill_order": "fifo"})
     for name, num_tokens in (("a", 7), ("b", 7), ("c", 5)):
         generate(desk, name, num_tokens)
     desk.finish_step()

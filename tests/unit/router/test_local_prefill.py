@@ -77,6 +77,16 @@ def test_the_difference_must_reach_what_the_setting_says(tokens: int, expected: 
     assert entries(lending("p0 d0", tokens), prompt("a"), prompt("b")) == ["p0", expected]
 
 
+def test_a_short_prompt_stays_where_the_shortest_goes_first_whatever_is_behind_it() -> None:
+    for order, expected in (("fifo", "d0"), ("shortest_first", "p0")):
+        driver = Driver(local_prefill_tokens=PROMPT_LEN)
+        driver.join("p0", prefill_order=order)
+        driver.join("d0")
+        room(driver, "d0")
+        assert entries(driver, prompt("long", 4 * PROMPT_LEN), prompt("short")) == ["p0", expected]
+        assert entries(driver, prompt("longer", 5 * PROMPT_LEN)) == ["d0"]
+
+
 def test_a_prompt_that_is_computed_is_nobody_s_work_any_more() -> None:
     driver = lending("p0 d0")
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "d0"]
