@@ -13,7 +13,8 @@ from decode_node.speculate import NoProposer, proposer
 from decode_node.waiting import WaitingQueue
 from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
 from kvrelay.core.ids import BlockId
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.in_flight import PlansInFlight
+from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.prefill_order import PrefillOrder, prefill_order
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
@@ -38,7 +39,7 @@ class Schedule:
     """
 
     requests: list[DecodeRequest] = field(default_factory=list)
-    chunks: list[ScheduledSequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     admitted: list[DecodeRequest] = field(default_factory=list)
     loading: list[Loading] = field(default_factory=list)
     preempted: list[DecodeRequest] = field(default_factory=list)
@@ -49,8 +50,7 @@ class Schedule:
         num_remaining = request.num_uncomputed_tokens
         num_tokens = min(num_remaining, budget)
         self.requests.append(request)
-        chunk = ScheduledSequence(request, request.next_position, num_tokens, num_tokens == num_remaining)
-        self.chunks.append(chunk)
+        self.chunks.append(Chunk(request.next_position, num_tokens, num_tokens == num_remaining))
         return num_tokens
 
 
@@ -71,8 +71,11 @@ class Scheduler:
         hasher: BlockHasher,
         saver: Saver,
         loads: LoadPolicy,
+        max_plans_in_flight: int = 1,
     ) -> None:
         self.kv = kv
+        self.plans = PlanWriter()
+        self.in_flight: PlansInFlight[DecodeRequest] = PlansInFlight(max_plans_in_flight)
         self._hasher = hasher
         self._saver = saver
         self._loads = loads
@@ -206,6 +209,7 @@ class Scheduler:
         self.publish(victim)
         self.kv.unpin(victim.block_table)
         victim.take_blocks(())
+        self.plans.leave(victim)
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         schedule.preempted.append(victim)
@@ -219,15 +223,13 @@ class Scheduler:
     def _add_decodes(self, schedule: Schedule) -> int:
         """Add the newest token of each decode, and guesses for what follows; return how many tokens that is."""
         if isinstance(self._proposer, NoProposer):
-            schedule.chunks = [
-                ScheduledSequence(request, request.num_computed_tokens, 1, True) for request in schedule.requests
-            ]
+            schedule.chunks = [Chunk(request.num_computed_tokens, 1, True) for request in schedule.requests]
             return len(schedule.chunks)
         num_tokens = len(schedule.requests)
         for request in schedule.requests:
             drafts = self._drafts(request, self._token_budget - num_tokens)
             size = 1 + len(drafts or ())
-            schedule.chunks.append(ScheduledSequence(request, request.num_computed_tokens, size, True, drafts))
+            schedule.chunks.append(Chunk(request.num_computed_tokens, size, True, drafts))
             num_tokens += size - 1
         return num_tokens
 
@@ -342,6 +344,7 @@ class Scheduler:
         for place, block in shared:
             table[place] = block
         self.kv.unpin(copies)
+        self.plans.replaced(request, shared)
 
     def loaded(self, request: DecodeRequest, num_blocks: int) -> None:
         """Let ``request`` be prefilled from where the store's ``num_blocks`` blocks end."""

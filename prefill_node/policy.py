@@ -7,13 +7,13 @@ from typing import Protocol
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import BlockId
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.plans import Chunk
 from kvstore.kv_cache import KVCache
 from kvstore.reserve import reserve_policy
 from prefill_node.request import PrefillRequest
 from prefill_node.schedule import prefill_schedule
 
-Batch = list[tuple[PrefillRequest, ScheduledSequence]]
+Batch = list[tuple[PrefillRequest, Chunk]]
 
 
 class PrefillPolicy(Protocol):

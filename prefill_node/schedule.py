@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.plans import Chunk
 from prefill_node.request import PrefillRequest
 
 
 def prefill_schedule(
     running: Iterable[PrefillRequest], token_budget: int, block_size: int
-) -> list[tuple[PrefillRequest, ScheduledSequence]]:
+) -> list[tuple[PrefillRequest, Chunk]]:
     """Return the next chunk of each request that gets one, in the order of ``running``.
 
     A prompt that does not fit the rest of the budget is cut at a block's end, so that a chunk's blocks can travel as
     soon as they are computed, unless the budget is smaller than that one block. ``running`` are requests without their
     first token yet; what is only still sending is not among them and costs nothing.
     """
-    batch: list[tuple[PrefillRequest, ScheduledSequence]] = []
+    batch: list[tuple[PrefillRequest, Chunk]] = []
     for request in running:
-        sequence, start, remaining = request.sequence, request.next_position, request.num_remaining_tokens
+        start, remaining = request.next_position, request.num_remaining_tokens
         num_tokens = min(remaining, token_budget)
         if num_tokens < remaining:
             aligned = (start + num_tokens) // block_size * block_size - start
@@ -32,7 +32,7 @@ def prefill_schedule(
             elif batch:
                 break
         samples = num_tokens == remaining
-        batch.append((request, ScheduledSequence(sequence, start, num_tokens, samples)))
+        batch.append((request, Chunk(start, num_tokens, samples)))
         token_budget -= num_tokens
         if token_budget == 0 or not samples:
             break

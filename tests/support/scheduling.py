@@ -116,7 +116,7 @@ class Desk:
         """Decide a step and let it be computed."""
         schedule = self.schedule()
         for request, chunk in zip(schedule.requests, schedule.chunks, strict=True):
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
+            request.num_computed_tokens = chunk.end
             if request in self.scheduler.prefilling:
                 self.scheduler.publish(request)
                 if chunk.samples:

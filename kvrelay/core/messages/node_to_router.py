@@ -74,8 +74,8 @@ class RequestPreempted(Message, frozen=True, kw_only=True):
     """D or mixed -> router: it had to take the blocks from a request, which waits for ``num_blocks`` of them again.
 
     Sent when the save of its KV is over, or at once if there is nothing to save. Blocks that another request's save is
-    writing at that time count as saved: a node that does not find them computes them. The reader may give the request to
-    a node that has room now. If it does not, the sender resumes the request as soon as it has room itself.
+    writing at that time count as saved: a node that does not find them computes them. The reader may give the request
+    to a node that has room now. If it does not, the sender resumes the request as soon as it has room itself.
     """
 
     request_id: str

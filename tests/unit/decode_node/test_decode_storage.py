@@ -33,7 +33,7 @@ def abort(desk: NodeDesk, name: str) -> list[Any]:
 def scheduled(desk: NodeDesk) -> list[str]:
     """Return the names of those in the step that runs."""
     assert desk.plan is not None
-    return [item.sequence.spec.request_id for item in desk.plan.batch]
+    return desk.planned()
 
 
 # ---------------------------------------------------------------- in

@@ -8,10 +8,10 @@ from typing import cast
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, sequence, use_kernels
+from engine_runs import Runner, open_engine, sequence, spy_on_sampling, use_kernels
 
 from kvrelay.core.errors import CheckpointError
-from kvrelay.engine import choice, paddle_engine
+from kvrelay.engine import choice
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
 from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
 from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
@@ -191,7 +191,6 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     model_dir: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, np.ndarray] = {}
-    real = paddle_engine.sample_step
     for name, kernels, kind in (
         ("exact", "portable", "none"),
         ("portable", "portable", quantization),
@@ -200,11 +199,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     ):
         with monkeypatch.context() as patch:
             asked = use_kernels(kernels, patch)
-            patch.setattr(
-                paddle_engine,
-                "sample_step",
-                lambda logits, batch, name=name: (found.__setitem__(name, logits.copy()), real(logits, batch))[1],
-            )
+            spy_on_sampling(patch, lambda logits, batch, name=name: found.__setitem__(name, logits.copy()))
             engine = open_engine(model_dir, engine={"kernels": asked, "quantization": kind})
             Runner(engine).finish(sequence(np.random.default_rng(5).integers(0, 384, 90).tolist(), max_tokens=1))
             engine.close()
