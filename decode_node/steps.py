@@ -20,7 +20,7 @@ from kvrelay.node.plans import Chunk
 
 
 class Steps:
-    """At most one step at a time. ``counters`` only grow."""
+    """Plans steps as long as the engine takes more. ``counters`` only grow."""
 
     def __init__(
         self,
@@ -38,15 +38,20 @@ class Steps:
         self._loads = loads
         self._outbox = outbox
         self._number = 0
+        self._last_ended_s = 0.0
         self.counters = dict.fromkeys(
             ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
         )
 
     def start(self) -> None:
-        """Plan the next step, if none is in flight and there is anything to compute."""
-        if self._scheduler.in_flight:
-            return
-        schedule = self._scheduler.schedule(self._outbox.now)
+        """Plan as many steps as the engine takes, as long as there is anything to compute."""
+        while self._scheduler.in_flight.has_room and self._start_one():
+            pass
+
+    def _start_one(self) -> bool:
+        """Plan the next step; return whether another may follow."""
+        scheduler, now = self._scheduler, self._outbox.now
+        schedule = scheduler.schedule_ahead(now) if scheduler.in_flight else scheduler.schedule(now)
         for request in schedule.preempted:
             request.lifecycle.move(DecodeStatus.PREEMPTED, self._outbox.now)
             request.mark("preempted", self._outbox.now)
@@ -60,8 +65,7 @@ class Steps:
             self._fail_outgrown(schedule.outgrown)
         if schedule.chunks:
             self._submit(schedule)
-        elif schedule.outgrown is not None:
-            self.start()  # there is room for those who wait now
+        return bool(schedule.chunks) or schedule.outgrown is not None  # whose blocks are for those who wait
 
     def _submit(self, schedule: Schedule) -> None:
         self._number += 1
@@ -101,7 +105,9 @@ class Steps:
             if request in self._scheduler.prefilling
         )
         if num_prefill > len(ended.chunks):
-            self._loads.prefilling.add(num_prefill, self._outbox.now - ended.submitted_s, self._outbox.now)
+            began_s = max(ended.submitted_s, self._last_ended_s)
+            self._loads.prefilling.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
+        self._last_ended_s = self._outbox.now
 
     def _rejected(self, request: DecodeRequest, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
         """Count the guesses of one request in one step; return how many were wrong."""

@@ -109,8 +109,8 @@ class PrefillMachine:
         self._on_event(event)
         while len(self._admission) and (request := self._admission.admit(self._here(), now)):
             self._begin(request)
-        if self._running and not self._steps.in_flight:
-            self._start_step()
+        while self._running and self._steps.in_flight.has_room and self._start_step():
+            pass
         if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
@@ -254,12 +254,15 @@ class PrefillMachine:
 
     # ------------------------------------------------------------ steps
 
-    def _start_step(self) -> None:
+    def _start_step(self) -> bool:
+        """Plan the next step, and return True, if there is anything to compute that is not in flight."""
         order = self._admission.order
         running = order.running(self._running.values(), self._outbox.now)
-        batch = self._policy.schedule(running, len(self._sending))
-        order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
-        self._steps.start(batch)
+        batch = self._policy.schedule(running, self._steps.in_flight.chunks(), len(self._sending))
+        if batch:
+            order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
+            self._steps.start(batch)
+        return bool(batch)
 
     def _step_ended(self, event: StepDone | StepFailed) -> None:
         ended = self._steps.end(event.result.step if isinstance(event, StepDone) else event.step)
@@ -273,7 +276,8 @@ class PrefillMachine:
                     self._fail(request, ErrorInfo.of(outcome.error))
                 elif output := self._computed(request, chunk, outcome):
                     outputs.setdefault(request.spec.router, []).append(output)
-            self._release(request, Holder.STEP)
+            if request not in self._steps.in_flight:
+                self._release(request, Holder.STEP)
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
 

@@ -24,9 +24,7 @@ class Steps:
         self._spans: dict[int, list[tuple[PrefillRequest, KVSpan]]] = {}
 
     def start(self, batch: Batch) -> None:
-        """Compute ``batch``, unless it is empty."""
-        if not batch:
-            return
+        """Compute ``batch``, which is not empty."""
         self._number += 1
         self._spans[self._number] = self._spans_of(batch)
         requests, chunks = [request for request, _ in batch], [chunk for _, chunk in batch]

@@ -53,6 +53,12 @@ class PlansInFlight(Generic[R]):
         """Whether the engine takes another plan now."""
         return len(self._plans) < self._limit
 
+    def chunks(self) -> dict[R, Chunk]:
+        """Return the last chunk of each request that has any in flight."""
+        return {
+            request: chunk for plan in self._plans for request, chunk in zip(plan.requests, plan.chunks, strict=True)
+        }
+
     def begin(self, plan: PlanInFlight[R]) -> None:
         """Note that ``plan`` is submitted."""
         self._plans.append(plan)
