@@ -17,10 +17,30 @@ class Decodes:
     def __init__(self, config: SchedulerConfig, speculative: SpeculativeConfig, kv: KVCache, block_size: int) -> None:
         self._kv = kv
         self._proposer = proposer(speculative)
+        self._is_plain = isinstance(self._proposer, NoProposer)
         self._token_budget = config.max_num_batched_tokens
         self._watermark_blocks = int(config.watermark * kv.num_blocks)
         self._block_size = block_size
         self._turn = 0
+
+    def after(
+        self,
+        in_flight: Mapping[DecodeRequest, Chunk],
+        decoding: Iterable[DecodeRequest],
+        prefilling: Iterable[DecodeRequest],
+    ) -> list[DecodeRequest]:
+        """Return the requests that decode after the plans in flight, as far as their next position is known by then.
+
+        Not those whose token in flight is their last. A prompt whose last chunk is in flight decodes next.
+
+        With guesses the next position depends on how many are accepted, and guesses need known tokens. Then nobody
+        decodes until the decodes in flight are over, so that all go on together and not in two groups.
+        """
+        if not self._is_plain and any(chunk.samples for chunk in in_flight.values()):
+            return []
+        after = [request for request in decoding if request not in in_flight or _goes_on(request, in_flight[request])]
+        after += [request for request in prefilling if request in in_flight and _goes_on(request, in_flight[request])]
+        return after
 
     def in_turn(self, decodes: list[DecodeRequest]) -> list[DecodeRequest]:
         """Return all of ``decodes`` or, if they are more than the token budget, those whose turn it is."""
@@ -46,16 +66,20 @@ class Decodes:
     def chunks(self, decodes: Sequence[DecodeRequest], in_flight: Mapping[DecodeRequest, Chunk]) -> list[Chunk]:
         """Return what is computed of each of ``decodes``, whose newest tokens have their blocks.
 
-        One that is ``in_flight`` awaits the token that is sampled there; nothing is guessed to follow that.
+        One that is ``in_flight`` awaits the token that is sampled there.
         """
-        if isinstance(self._proposer, NoProposer) and not in_flight:
+        if in_flight and self._is_plain:
+            return [
+                Chunk(in_flight[request].end, 1, True, awaits=True)
+                if request in in_flight
+                else Chunk(request.num_computed_tokens, 1, True)
+                for request in decodes
+            ]
+        if self._is_plain:
             return [Chunk(request.num_computed_tokens, 1, True) for request in decodes]
         num_tokens = len(decodes)
         chunks: list[Chunk] = []
         for request in decodes:
-            if request in in_flight:
-                chunks.append(Chunk(in_flight[request].end, 1, True, awaits=True))
-                continue
             drafts = self._drafts(request, self._token_budget - num_tokens)
             size = 1 + len(drafts or ())
             chunks.append(Chunk(request.num_computed_tokens, size, True, drafts))
@@ -76,18 +100,5 @@ class Decodes:
         return drafts
 
 
-def decodes_after(
-    in_flight: Mapping[DecodeRequest, Chunk], decoding: Iterable[DecodeRequest], prefilling: Iterable[DecodeRequest]
-) -> list[DecodeRequest]:
-    """Return the requests that decode after the plans in flight, as far as their next position is known by then.
-
-    Not those with drafts in flight, which may be accepted or not, nor those whose token in flight is their last. A
-    prompt whose last chunk is in flight decodes next.
-    """
-    after = [request for request in decoding if request not in in_flight or _goes_on(request, in_flight[request])]
-    after += [request for request in prefilling if request in in_flight and _goes_on(request, in_flight[request])]
-    return after
-
-
 def _goes_on(request: DecodeRequest, chunk: Chunk) -> bool:
-    return chunk.samples and not chunk.drafts and request.remaining_output_tokens > 1
+    return chunk.samples and request.remaining_output_tokens > 1

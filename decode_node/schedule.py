@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from decode_node.decodes import Decodes, decodes_after
+from decode_node.decodes import Decodes
 from decode_node.load import LoadPolicy
 from decode_node.preempt import victim_order
 from decode_node.publishing import Publisher
@@ -141,7 +141,7 @@ class Scheduler:
         schedule, in_flight = Schedule(), self.in_flight.chunks()
         if self._by_priority and self.waiting and self._displaced(self.waiting.ordered(now)[0], now):
             return schedule
-        decodes = self._decodes.in_turn(decodes_after(in_flight, self.decoding, self.prefilling))
+        decodes = self._decodes.in_turn(self._decodes.after(in_flight, self.decoding, self.prefilling))
         if self._decodes.grow([(request, _next_end(request, in_flight)) for request in decodes]):
             self._fill(schedule, decodes, in_flight, now)
         return schedule

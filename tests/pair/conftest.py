@@ -9,9 +9,9 @@ from support import world
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of a module that uses a World twice, unless the module draws the number of plans itself."""
+    """Run each test of a module that uses a World twice, unless the module chooses the number of plans itself."""
     module = metafunc.module
-    if hasattr(module, "World") and not getattr(module, "DRAWS_PLANS_IN_FLIGHT", False):
+    if hasattr(module, "World") and not getattr(module, "CHOOSES_PLANS_IN_FLIGHT", False):
         metafunc.fixturenames.append("plans_in_flight")
         metafunc.parametrize("plans_in_flight", [1, 2], indirect=True, ids=["one-plan", "two-plans"])
 

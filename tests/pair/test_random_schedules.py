@@ -13,7 +13,7 @@ import pytest
 from support.world import Client, World
 
 FEW = 40
-DRAWS_PLANS_IN_FLIGHT = True
+CHOOSES_PLANS_IN_FLIGHT = True
 
 
 @pytest.fixture
