@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
-from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
+from support.bare_engine import BLOCK_SIZE, BareEngine, Batch, bare_engine
 
-from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk
 
 PRESET = "qwen2-0.5b"
 CONTEXT = 512
@@ -47,13 +47,13 @@ class Share(NamedTuple):
     threads: int
 
 
-def batch(engine: BareEngine, num_seqs: int, num_tokens: int) -> list[ScheduledSequence]:
+def batch(engine: BareEngine, num_seqs: int, num_tokens: int) -> Batch:
     rng, size, made = random.Random(1), CONTEXT // BLOCK_SIZE, []
     for index in range(num_seqs):
         tokens = [rng.randrange(3, engine.engine.vocab_size) for _ in range(CONTEXT)]
         sequence = engine.sequence(tokens, list(range(index * size, (index + 1) * size)))
         sequence.num_computed_tokens = CONTEXT - num_tokens
-        made.append(ScheduledSequence(sequence, CONTEXT - num_tokens, num_tokens, True))
+        made.append((sequence, Chunk(CONTEXT - num_tokens, num_tokens, True)))
     return made
 
 

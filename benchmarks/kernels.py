@@ -29,9 +29,10 @@ sys.path.append(str(Path(__file__).parent))
 from support.limits import fastest_dtype
 
 from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import SequenceId
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.core.messages.engine import NewSequence
+from kvrelay.core.request import SamplingParams
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 from kvrelay.engine.choice import open_library, open_onednn
 from kvrelay.engine.int8 import Quantization
@@ -42,6 +43,7 @@ from kvrelay.engine.native_linear import NativeLinear
 from kvrelay.engine.onednn import Array, OneDNN
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RopeConfig, Rotation, inverse_frequencies
+from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 
 BLOCK_SIZE = 16
 ROUNDS = 7
@@ -196,15 +198,17 @@ class Bench:
         """Return a step that computes so many tokens after so many, on blocks in ``order``."""
         scheduled, first = [], 0
         for index, (count, start) in enumerate(lengths):
-            params = SamplingParams(max_tokens=1, seed=0)
-            one = Sequence(
-                RequestSpec(request_id=f"r{index}", epoch=0, prompt_token_ids=[1] * (start + count), sampling=params)
-            )
             num_blocks = -(-(start + count) // BLOCK_SIZE)
-            one.take_blocks(order[first : first + num_blocks].tolist())
-            one.num_computed_tokens = start
+            new = NewSequence(
+                id=SequenceId(index),
+                request_id="",
+                token_ids=[1] * (start + count),
+                num_prompt_tokens=start + count,
+                sampling=SamplingParams(max_tokens=1, seed=0),
+                block_table=order[first : first + num_blocks].tolist(),
+            )
             first += num_blocks
-            scheduled.append(ScheduledSequence(one, start, count, True))
+            scheduled.append(ScheduledSequence(EngineSequence(new), start, count, True, start))
         return BatchAssembler(StepLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT, vocab_size=2)).assemble(scheduled)
 
     def attention(self) -> None:

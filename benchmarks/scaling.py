@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
-from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
+from support.bare_engine import BLOCK_SIZE, BareEngine, Batch, bare_engine
 from support.limits import QWEN2, Limits, ModelCost, measure_limits
 
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk
 
 PRESET = "qwen2-0.5b"
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -65,7 +65,7 @@ class Step:
         return self.cost.decode_gflop(self.batch_size, self.context) / limits.gflops
 
 
-def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> list[ScheduledSequence]:
+def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> Batch:
     """Return the batch of ``step``, on blocks anywhere; what lies in them is as good as any other KV."""
     blocks = rng.sample(range(NUM_BLOCKS), step.batch_size * -(-step.context // BLOCK_SIZE))
     size = len(blocks) // step.batch_size
@@ -74,7 +74,7 @@ def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> list[Schedu
         tokens = [rng.randrange(3, engine.engine.vocab_size) for _ in range(step.context)]
         sequence = engine.sequence(tokens, blocks[index * size : (index + 1) * size])
         sequence.num_computed_tokens = step.context - step.num_tokens
-        batch.append(ScheduledSequence(sequence, sequence.num_computed_tokens, step.num_tokens, True))
+        batch.append((sequence, Chunk(sequence.num_computed_tokens, step.num_tokens, True)))
     return batch
 
 

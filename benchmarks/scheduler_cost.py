@@ -25,14 +25,14 @@ from kvrelay.core.codec import encode
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER
+from kvrelay.core.ids import MESSAGER, ROUTER, SequenceId
 from kvrelay.core.machine import Machine, Received, RunStep, Send, StepDone
 from kvrelay.core.messages.base import LinkAddress
+from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.core.messages.messager_to_node import MessagerReady
 from kvrelay.core.messages.node_to_router import Register, TokensOut
 from kvrelay.core.messages.router_to_node import Generate, Prefill
 from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.step import SampledTokens, StepPlan, StepResult
 from prefill_node.state import PrefillMachine
 
 PROMPT_TOKENS = 500
@@ -78,9 +78,10 @@ def spec(index: int, prompt_tokens: int = PROMPT_TOKENS) -> RequestSpec:
 
 
 def result_of(plan: StepPlan) -> StepResult:
-    return StepResult(
-        plan.step, [SampledTokens([7], []) if chunk.samples else SampledTokens([], []) for chunk in plan.batch]
-    )
+    outcomes: dict[SequenceId, SequenceOutcome] = {
+        item.id: SampledTokens([7] if item.samples else [], []) for item in plan.batch
+    }
+    return StepResult(step=plan.step, outcomes=outcomes)
 
 
 def plan_in(actions: Sequence[object]) -> StepPlan | None:

@@ -35,11 +35,11 @@ from kvrelay.core.machine import Received, Send, StepDone
 from kvrelay.core.messages.node_to_router import TokensOut
 from kvrelay.core.messages.router_to_node import Generate
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine import choice
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk, PlanWriter
 
 PRESET = "qwen2-0.5b"
 PROMPT_TOKENS = 512
@@ -148,9 +148,11 @@ def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
     """Return the seconds of each operation of a prompt, the best of some in all."""
     sequence = Sequence(greedy(0))
     sequence.take_blocks(range(PROMPT_TOKENS // engine.geometry.block_size))
-    plan = StepPlan(0, [ScheduledSequence(sequence, 0, PROMPT_TOKENS, True)])
+    plans = PlanWriter()
     found = []
     for _ in range(PROMPTS):
+        plan = plans.write(0, [sequence], [Chunk(0, PROMPT_TOKENS, True)])
+        plans.leave(sequence)
         before = dict(timed.by_operation)
         engine.run(plan, lambda layer: None)
         found.append(since(before, timed))

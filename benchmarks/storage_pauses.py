@@ -32,14 +32,14 @@ from kvrelay.core.collector import calm_collector
 from kvrelay.core.compute import ComputeThread
 from kvrelay.core.config import CacheConfig, EngineConfig, NodeConfig, Role, SchedulerConfig, StorageConfig
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import ROUTER
+from kvrelay.core.ids import ROUTER, SequenceId
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.machine import Exit, Received, RunStep, StepDone
+from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.messages.router_to_node import Generate
 from kvrelay.core.request import RequestSpec, SamplingParams
 from kvrelay.core.shell import Shell
-from kvrelay.core.step import SampledTokens, StepPlan, StepResult
 from kvrelay.node.storage import StorageIO
 from kvstore.saver import num_staging_slots
 from kvstore.storage.factory import make_store
@@ -57,11 +57,14 @@ GEOMETRY = KVGeometry(24, 2, 64, BLOCK_SIZE, "float32", "benchmark")
 class SleepingEngine:
     """Samples the same token for ever."""
 
+    max_plans_in_flight = 1
+
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
         time.sleep(STEP_S)
-        return StepResult(
-            plan.step, [SampledTokens([7], []) if item.samples else SampledTokens([], []) for item in plan.batch]
-        )
+        outcomes: dict[SequenceId, SequenceOutcome] = {
+            item.id: SampledTokens([7] if item.samples else [], []) for item in plan.batch
+        }
+        return StepResult(step=plan.step, outcomes=outcomes)
 
 
 class Sink:
@@ -123,7 +126,7 @@ async def storm(storage: StorageConfig, num_steps: int) -> tuple[Turns, dict[str
     def run_step(action: RunStep) -> None:
         turns.started()
         if turns.left > 0:
-            compute.perform(action)
+            compute.submit(action.plan)
         else:
             shell._exit(Exit("enough"))
 

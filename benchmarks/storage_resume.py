@@ -29,10 +29,10 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.config import ClusterConfig, NodeConfig, StorageConfig
 from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.storage import StorageIO
 from kvstore.block_hash import BlockHasher
 from kvstore.saver import num_staging_slots
@@ -53,6 +53,7 @@ class Bench:
         self.node = node
         self.engine: Engine = load_engine(node, lambda done, total: None)
         self.half = node.cache.num_blocks // 2
+        self._plans = PlanWriter()
         self._step = 0
 
     def compute(self, sequence: Sequence, start: int) -> int:
@@ -62,12 +63,13 @@ class Bench:
             count = min(TOKEN_BUDGET, sequence.num_tokens - start)
             samples = start + count == sequence.num_tokens
             self._step += 1
-            plan = StepPlan(self._step, [ScheduledSequence(sequence, start, count, samples)])
+            plan = self._plans.write(self._step, [sequence], [Chunk(start, count, samples)])
             result = self.engine.run(plan, lambda layer: None)
             start += count
             sequence.num_computed_tokens = start
             if samples:
                 token = result.sampled[0].token_ids[0]
+        self._plans.leave(sequence)
         return token
 
     def sequence(self, num_tokens: int, first_block: int) -> Sequence:

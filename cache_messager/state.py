@@ -87,9 +87,9 @@ class MessagerMachine:
 
     def _from_node(self, message: Message, now: float) -> None:
         match message:
-            case LayerSignal(layer=layer, spans=spans):
+            case LayerSignal(layer=layer, num_layers=num_layers, spans=spans):
                 for span in spans:
-                    self._sender.signal(range(layer, layer + 1), span, now)
+                    self._sender.signal(range(layer, layer + num_layers), span, now)
             case CachedSignal(span=span):
                 self._sender.signal(range(self._settings.geometry.num_layers), span, now)
             case OpenTransfer():

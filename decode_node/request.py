@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Self
 from kvrelay.core.ids import PeerId
 from kvrelay.core.lifecycle import Lifecycle, Table
 from kvrelay.core.messages.base import Mark
+from kvrelay.core.messages.engine import SampledTokens
 from kvrelay.core.messages.node_to_router import RequestOutput, RequestTimeline
 from kvrelay.core.messages.prefill_to_decode import HandOff, ReserveBlocks
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import SampledTokens
 
 if TYPE_CHECKING:
     from decode_node.speculate import NgramIndex

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.schedule import Schedule, Scheduler
+from decode_node.schedule import Scheduler
 from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.ids import MESSAGER, Attempt
 from kvrelay.core.messages.base import ErrorInfo
@@ -16,14 +16,13 @@ from kvrelay.core.request import RequestSpec
 
 
 class Requests:
-    """Every request the node knows, over or not. ``step`` is the one that runs now: it uses its requests' blocks."""
+    """Every request the node knows, over or not."""
 
     def __init__(self, node_id: str, scheduler: Scheduler, outbox: Outbox) -> None:
         self._node_id = node_id
         self._scheduler = scheduler
         self._outbox = outbox
         self._requests: dict[Attempt, DecodeRequest] = {}
-        self.step: Schedule | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -72,18 +71,19 @@ class Requests:
         self.end_if_unused(request)
 
     def end_if_unused(self, request: DecodeRequest) -> None:
-        """Give the blocks of a closed request back once neither messager nor store nor the running step uses them."""
+        """Give the blocks of a closed request back once neither messager nor store nor a plan in flight uses them."""
         if request.messager_holds or request.is_loading or request.status is not DecodeStatus.CLOSING:
             return
-        if self.step is not None and request in self.step.requests:
+        if request in self._scheduler.in_flight:
             return
+        self._scheduler.plans.leave(request)
         self._scheduler.kv.unpin(request.block_table)
         request.lifecycle.move(DecodeStatus.ENDED, self._outbox.now)
         del self._requests[request.attempt]
         self._outbox.send(request.spec.router, request.timeline(self._node_id))
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless there are none."""
-        if self._requests or self.step is not None:
+        """Raise LocalProtocolError unless there are none, in the engine neither."""
+        if self._requests or self._scheduler.in_flight or self._scheduler.plans:
             stories = {request.attempt: request.lifecycle.story for request in self}
             raise LocalProtocolError(f"{self._node_id} is not quiescent: {stories}")

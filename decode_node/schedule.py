@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from decode_node.decodes import Decodes
 from decode_node.load import LoadPolicy
 from decode_node.preempt import victim_order
+from decode_node.publishing import Publisher
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.speculate import NoProposer, proposer
 from decode_node.waiting import WaitingQueue
 from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
 from kvrelay.core.ids import BlockId
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.in_flight import PlansInFlight
+from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.prefill_order import PrefillOrder, prefill_order
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
-from kvstore.promised import PromisedBlocks
 from kvstore.reserve import reserve_policy
 from kvstore.saver import Saver
 
@@ -38,19 +39,18 @@ class Schedule:
     """
 
     requests: list[DecodeRequest] = field(default_factory=list)
-    chunks: list[ScheduledSequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     admitted: list[DecodeRequest] = field(default_factory=list)
     loading: list[Loading] = field(default_factory=list)
     preempted: list[DecodeRequest] = field(default_factory=list)
     outgrown: DecodeRequest | None = None
 
-    def add(self, request: DecodeRequest, budget: int) -> int:
-        """Let the step compute the next tokens of a prefill, at most ``budget``; return how many."""
-        num_remaining = request.num_uncomputed_tokens
+    def add(self, request: DecodeRequest, start: int, budget: int) -> int:
+        """Let the step compute the tokens of a prefill from ``start`` on, at most ``budget``; return how many."""
+        num_remaining = len(request.token_ids) - start
         num_tokens = min(num_remaining, budget)
         self.requests.append(request)
-        chunk = ScheduledSequence(request, request.next_position, num_tokens, num_tokens == num_remaining)
-        self.chunks.append(chunk)
+        self.chunks.append(Chunk(start, num_tokens, num_tokens == num_remaining))
         return num_tokens
 
 
@@ -59,8 +59,7 @@ class Scheduler:
 
     Requests that have blocks are in exactly one of ``receiving`` (reserved for P, its KV on the way), ``loading`` (its
     KV on the way from the store), ``prefilling`` and ``decoding``, each in the order of joining; requests without are
-    in ``waiting``. The caller moves a request's status, and calls between steps only: nothing here is being computed
-    while it changes.
+    in ``waiting``. The caller moves a request's status. Nobody who is in a plan in flight gives up blocks.
     """
 
     def __init__(
@@ -71,9 +70,11 @@ class Scheduler:
         hasher: BlockHasher,
         saver: Saver,
         loads: LoadPolicy,
+        max_plans_in_flight: int = 1,
     ) -> None:
         self.kv = kv
-        self._hasher = hasher
+        self.plans = PlanWriter()
+        self.in_flight: PlansInFlight[DecodeRequest] = PlansInFlight(max_plans_in_flight)
         self._saver = saver
         self._loads = loads
         block_size = hasher.block_size
@@ -85,14 +86,15 @@ class Scheduler:
         self.decoding: dict[DecodeRequest, None] = {}
         self.reserve = reserve_policy(config, block_size)
         self._order = victim_order(config)
-        self._proposer = proposer(speculative)
+        self._decodes = Decodes(config, speculative, kv, block_size)
+        self._publisher = Publisher(kv, hasher, self.waiting, self.plans, self.in_flight)
+        self._promised = self._publisher.promised
+        self.publish, self.publish_blocks = self._publisher.publish, self._publisher.publish_blocks
         self._token_budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
         self._watermark_blocks = int(config.watermark * kv.num_blocks)
         self._block_size = block_size
         self._by_priority = config.enable_priority_scheduling
-        self._promised = PromisedBlocks()
-        self._turn = 0
         self.preemptions = {"growth": 0, "priority": 0}
 
     @property
@@ -116,27 +118,48 @@ class Scheduler:
     # ------------------------------------------------------------ a step
 
     def schedule(self, now: float) -> Schedule:
-        """Decide the next step: decodes, then chunks of prompts, those of newcomers too if nobody had to give way."""
+        """Decide the next step: decodes, then chunks of prompts, those of newcomers too if nobody had to give way.
+
+        No plan is in flight.
+        """
         schedule = Schedule()
+        self._publisher.share_late()
         stalled = self._make_room(schedule)
         if self._by_priority and self.waiting and not schedule.preempted:
             self._make_way(schedule, self.waiting.ordered(now)[0], now)
-        schedule.requests = self._in_turn([request for request in self.decoding if request not in stalled])
-        budget = self._token_budget - self._add_decodes(schedule)
-        self._add_prompts(schedule, budget, now)
-        if schedule.chunks:
-            self.reserve.step_scheduled()
-        elif not self.num_holding and not self.waiting:
+        decodes = self._decodes.in_turn([request for request in self.decoding if request not in stalled])
+        self._fill(schedule, decodes, {}, now)
+        if not schedule.chunks and not self.num_holding and not self.waiting:
             self.reserve.idle()
         return schedule
 
-    def _in_turn(self, decodes: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Return all of ``decodes`` or, if they are more than the token budget, those whose turn it is."""
-        if len(decodes) <= self._token_budget:
-            return decodes
-        first = self._turn % len(decodes)
-        self._turn += self._token_budget
-        return (decodes[first:] + decodes[:first])[: self._token_budget]
+    def schedule_ahead(self, now: float) -> Schedule:
+        """Decide the step after the plans in flight, as far as it depends on none of their results but the next tokens.
+
+        Nobody gives way for it. If somebody would have to, it is empty: ``schedule`` decides when the results are in.
+        """
+        schedule, in_flight = Schedule(), self.in_flight.chunks()
+        if self._by_priority and self.waiting and self._displaced(self.waiting.ordered(now)[0], now):
+            return schedule
+        decodes = self._decodes.in_turn(self._decodes.after(in_flight, self.decoding, self.prefilling))
+        if self._decodes.grow([(request, _next_end(request, in_flight)) for request in decodes]):
+            self._fill(schedule, decodes, in_flight, now)
+        return schedule
+
+    def _fill(
+        self,
+        schedule: Schedule,
+        decodes: list[DecodeRequest],
+        in_flight: Mapping[DecodeRequest, Chunk],
+        now: float,
+    ) -> None:
+        """Add ``decodes`` and then prompts to ``schedule``, from where the plans ``in_flight`` will leave them."""
+        schedule.requests = decodes
+        schedule.chunks = self._decodes.chunks(decodes, in_flight)
+        budget = self._token_budget - sum([chunk.num_tokens for chunk in schedule.chunks])
+        self._add_prompts(schedule, budget, in_flight, now)
+        if schedule.chunks:
+            self.reserve.step_scheduled()
 
     def _make_room(self, schedule: Schedule) -> set[DecodeRequest]:
         """Give every decode the block its next token needs, at the cost of other decodes if need be.
@@ -177,14 +200,23 @@ class Scheduler:
         return [request for request in needy if request in waiting_for]
 
     def _make_way(self, schedule: Schedule, urgent: DecodeRequest, now: float) -> None:
-        """Take blocks from decodes less urgent than ``urgent`` if that lets it in at the next step.
+        """Take blocks from decodes less urgent than ``urgent`` if that lets it in at the next step."""
+        matched, num_new = self._blocks_of(urgent)
+        for victim in self._displaced(urgent, now):
+            self._give_up(victim, schedule)
+            if self.fits(urgent, num_new, matched):
+                break
+        self._requeue(schedule.preempted, "priority")
 
-        Less urgent as the queue sees it: a victim that had waited longer would be before ``urgent`` there again, and
-        the two would change places at every step.
+    def _displaced(self, urgent: DecodeRequest, now: float) -> list[DecodeRequest]:
+        """Return decodes whose blocks would let ``urgent`` in; none if it fits as it is, or would not fit then.
+
+        They are less urgent as the queue sees it: a victim that had waited longer would be before ``urgent`` there
+        again, and the two would change places at every step.
         """
         matched, num_new = self._blocks_of(urgent)
         if self.fits(urgent, num_new, matched):
-            return
+            return []
         urgency = self.waiting.urgency(urgent, now)
         victims = [
             victim
@@ -192,13 +224,8 @@ class Scheduler:
             if victim.priority > urgent.priority and self.waiting.urgency(victim, now) > urgency
         ]
         victims = victims[: len(self.decoding) - 1]
-        if not self.kv.can_allocate(num_new - sum(len(victim.block_table) for victim in victims), matched):
-            return
-        for victim in victims:
-            self._give_up(victim, schedule)
-            if self.fits(urgent, num_new, matched):
-                break
-        self._requeue(schedule.preempted, "priority")
+        num_freed = sum(len(victim.block_table) for victim in victims)
+        return victims if self.kv.can_allocate(num_new - num_freed, matched) else []
 
     def _give_up(self, victim: DecodeRequest, schedule: Schedule) -> None:
         """Take the blocks of ``victim``. Those that are full stay matchable until somebody needs them."""
@@ -206,6 +233,7 @@ class Scheduler:
         self.publish(victim)
         self.kv.unpin(victim.block_table)
         victim.take_blocks(())
+        self.plans.leave(victim)
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         schedule.preempted.append(victim)
@@ -216,35 +244,9 @@ class Scheduler:
             self.waiting.requeue(victims)
             self.reserve.preempted(list(self.decoding))
 
-    def _add_decodes(self, schedule: Schedule) -> int:
-        """Add the newest token of each decode, and guesses for what follows; return how many tokens that is."""
-        if isinstance(self._proposer, NoProposer):
-            schedule.chunks = [
-                ScheduledSequence(request, request.num_computed_tokens, 1, True) for request in schedule.requests
-            ]
-            return len(schedule.chunks)
-        num_tokens = len(schedule.requests)
-        for request in schedule.requests:
-            drafts = self._drafts(request, self._token_budget - num_tokens)
-            size = 1 + len(drafts or ())
-            schedule.chunks.append(ScheduledSequence(request, request.num_computed_tokens, size, True, drafts))
-            num_tokens += size - 1
-        return num_tokens
-
-    def _drafts(self, request: DecodeRequest, budget: int) -> tuple[int, ...] | None:
-        """Return guesses that cost nobody anything: within budget and output length, in blocks nobody else needs."""
-        limit = min(budget, request.remaining_output_tokens - 1)
-        drafts = self._proposer.propose(request, max(0, limit))
-        if drafts:
-            num_slots = len(request.token_ids) + len(drafts)
-            num_new = -(-num_slots // self._block_size) - len(request.block_table)
-            if num_new > 0:
-                if self.kv.num_free < num_new + self._watermark_blocks:
-                    return ()
-                request.block_table.extend(self.kv.allocate(num_new))
-        return drafts
-
-    def _add_prompts(self, schedule: Schedule, budget: int, now: float) -> None:
+    def _add_prompts(
+        self, schedule: Schedule, budget: int, in_flight: Mapping[DecodeRequest, Chunk], now: float
+    ) -> None:
         """Add the next chunks of prompts as far as the budget goes, in order; those that wait get their blocks now.
 
         Nobody gets blocks in a step that took some from others, nor when the one before did not get what it needs.
@@ -257,7 +259,9 @@ class Scheduler:
             if request not in self.prefilling and may_admit:
                 may_admit = self._admit(request, schedule, now)
             if request in self.prefilling:
-                budget -= schedule.add(request, budget)
+                start = in_flight[request].end if request in in_flight else request.next_position
+                if start < len(request.token_ids):  # else its last chunk is in flight
+                    budget -= schedule.add(request, start, budget)
         chunks = zip(schedule.requests[num_decodes:], schedule.chunks[num_decodes:], strict=True)
         self.order.computing(((request, chunk.num_tokens) for request, chunk in chunks), now)
 
@@ -318,34 +322,6 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         self.kv.record_query(len(request.token_ids), request.num_computed_tokens)
 
-    def publish(self, request: DecodeRequest) -> None:
-        """Make the full blocks of ``request`` that are computed matchable."""
-        # A request that ended within accepted guesses has computed tokens that it does not have.
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
-        if num_full > len(request.hashes):
-            self._hasher.extend(request.hashes, request.token_ids[: num_full * self._block_size])
-        self.publish_blocks(request, num_full)
-        self._promised.keep(request, num_full)
-
-    def publish_blocks(self, request: DecodeRequest, num_blocks: int) -> None:
-        """Make the first ``num_blocks`` blocks of ``request`` matchable; nothing reads or writes them at present.
-
-        Where others have published the same contents it takes theirs and gives its own copies back. Copies would cost
-        twice: what it publishes behind them keeps those of the others from being evicted, though nobody else needs
-        them, and a request alone could not grow into their place.
-        """
-        hashes, table = request.hashes[:num_blocks], request.block_table
-        self.kv.publish(hashes, table[:num_blocks])
-        self.waiting.published(hashes)
-        shared = [(place, block) for place, block in enumerate(self.kv.match(hashes)) if table[place] != block]
-        if not shared:
-            return
-        self.kv.pin([block for _, block in shared])
-        copies = [table[place] for place, _ in shared]
-        for place, block in shared:
-            table[place] = block
-        self.kv.unpin(copies)
-
     def loaded(self, request: DecodeRequest, num_blocks: int) -> None:
         """Let ``request`` be prefilled from where the store's ``num_blocks`` blocks end."""
         del self.loading[request]
@@ -388,3 +364,8 @@ class Scheduler:
         if not self.order.may_be_passed(priority, num_tokens):
             return "prompts that came earlier wait for blocks"
         return None
+
+
+def _next_end(request: DecodeRequest, in_flight: Mapping[DecodeRequest, Chunk]) -> int:
+    """Return the position after the next token of a decode."""
+    return (in_flight[request].end if request in in_flight else request.num_computed_tokens) + 1

@@ -1,4 +1,4 @@
-"""Guessing tokens ahead, to be verified in one step (see ``ScheduledSequence.drafts``)."""
+"""Guessing tokens ahead, to be verified in one step (see ``ScheduledTokens.drafts``)."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from kvrelay.core.machine import (
     SetTimer,
     Started,
     StepDone,
+    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -66,7 +67,7 @@ class DecodeMachine:
     one that finishes it, or RequestFailed.
     """
 
-    def __init__(self, node: NodeConfig, registration: Register) -> None:
+    def __init__(self, node: NodeConfig, registration: Register, max_plans_in_flight: int = 1) -> None:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
@@ -74,7 +75,9 @@ class DecodeMachine:
         self._outbox = Outbox()
         saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
         loads = LoadPolicy(node.storage, node.cache.block_size)
-        self.scheduler = Scheduler(node.scheduler, node.speculative, self.kv, self._hasher, saver, loads)
+        self.scheduler = Scheduler(
+            node.scheduler, node.speculative, self.kv, self._hasher, saver, loads, max_plans_in_flight
+        )
         self._requests = Requests(node.name, self.scheduler, self._outbox)
         self._reservations = Reservations(node, self.scheduler, self._requests, self._outbox)
         self._storage = Storage(node, self.scheduler, self._requests, saver, loads, self._outbox)
@@ -96,8 +99,8 @@ class DecodeMachine:
 
     def _on_event(self, event: object) -> None:
         match event:
-            case StepDone(result=result):
-                self._steps.done(result)
+            case StepDone() | StepFailed():
+                self._steps.ended(event)
             case Received(peer=peer, message=message):
                 self._reservations.heard(peer)
                 self._membership.heard(peer, self._outbox.now)

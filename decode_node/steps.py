@@ -8,17 +8,19 @@ from decode_node.requests import Requests
 from decode_node.schedule import Schedule, Scheduler
 from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import LocalProtocolError, NeverFitsError
+from kvrelay.core.errors import NeverFitsError
 from kvrelay.core.ids import PeerId
-from kvrelay.core.machine import RunStep
+from kvrelay.core.machine import RunStep, StepDone, StepFailed
 from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.core.messages.node_to_router import RequestOutput, TokensOut
 from kvrelay.core.outbox import Outbox
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepPlan, StepResult
+from kvrelay.node.in_flight import PlanInFlight
+from kvrelay.node.plans import Chunk
 
 
 class Steps:
-    """At most one step at a time. ``counters`` only grow."""
+    """Plans steps as long as the engine takes more. ``counters`` only grow."""
 
     def __init__(
         self,
@@ -35,17 +37,21 @@ class Steps:
         self._storage = storage
         self._loads = loads
         self._outbox = outbox
-        self._started_s = 0.0
         self._number = 0
+        self._last_ended_s = 0.0
         self.counters = dict.fromkeys(
             ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
         )
 
     def start(self) -> None:
-        """Run the next step, if none runs and there is anything to compute."""
-        if self._requests.step is not None:
-            return
-        schedule = self._scheduler.schedule(self._outbox.now)
+        """Plan as many steps as the engine takes, as long as there is anything to compute."""
+        while self._scheduler.in_flight.has_room and self._start_one():
+            pass
+
+    def _start_one(self) -> bool:
+        """Plan the next step; return whether another may follow."""
+        scheduler, now = self._scheduler, self._outbox.now
+        schedule = scheduler.schedule_ahead(now) if scheduler.in_flight else scheduler.schedule(now)
         for request in schedule.preempted:
             request.lifecycle.move(DecodeStatus.PREEMPTED, self._outbox.now)
             request.mark("preempted", self._outbox.now)
@@ -58,25 +64,29 @@ class Steps:
         if schedule.outgrown is not None:
             self._fail_outgrown(schedule.outgrown)
         if schedule.chunks:
-            self._number += 1
-            self._started_s = self._outbox.now
-            self._requests.step = schedule
-            self._outbox.do(RunStep(StepPlan(self._number, schedule.chunks)))
-        elif schedule.outgrown is not None:
-            self.start()  # there is room for those who wait now
+            self._submit(schedule)
+        return bool(schedule.chunks) or schedule.outgrown is not None  # whose blocks are for those who wait
+
+    def _submit(self, schedule: Schedule) -> None:
+        self._number += 1
+        plan = self._scheduler.plans.write(self._number, schedule.requests, schedule.chunks)
+        self._scheduler.in_flight.begin(PlanInFlight(plan, schedule.requests, schedule.chunks, self._outbox.now))
+        self._outbox.do(RunStep(plan))
 
     def _fail_outgrown(self, request: DecodeRequest) -> None:
         num_blocks = self._scheduler.kv.num_blocks
         message = f"the KV cache of {self._node.name} ({num_blocks} blocks) is full with this request alone"
         self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))
 
-    def done(self, result: StepResult) -> None:
+    def ended(self, event: StepDone | StepFailed) -> None:
         """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
-        schedule = self._end()
+        step = event.result.step if isinstance(event, StepDone) else event.step
+        ended = self._scheduler.in_flight.end(step)
+        outcomes = event.result.outcomes if isinstance(event, StepDone) else ended.all_failed(event.reason)
         self.counters["steps"] += 1
-        self._measure(schedule)
+        self._measure(ended)
         outputs: dict[PeerId, list[RequestOutput]] = {}
-        for request, chunk, outcome in zip(schedule.requests, schedule.chunks, result.outcomes, strict=True):
+        for request, chunk, outcome in ended.with_outcomes(outcomes):
             if request.is_over:
                 self._requests.end_if_unused(request)
             elif isinstance(outcome, SequenceFailed):
@@ -87,25 +97,22 @@ class Steps:
             self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
             self._outbox.send(router, TokensOut(outputs=its))
 
-    def _end(self) -> Schedule:
-        schedule, self._requests.step = self._requests.step, None
-        if schedule is None:
-            raise LocalProtocolError(f"step {self._number} ended twice")
-        return schedule
-
-    def _measure(self, schedule: Schedule) -> None:
+    def _measure(self, ended: PlanInFlight[DecodeRequest]) -> None:
         """Note how fast prompts are computed, from steps that computed hardly anything else."""
         num_prefill = sum(
             chunk.num_tokens
-            for request, chunk in zip(schedule.requests, schedule.chunks, strict=True)
+            for request, chunk in zip(ended.requests, ended.chunks, strict=True)
             if request in self._scheduler.prefilling
         )
-        if num_prefill > len(schedule.chunks):
-            self._loads.prefilling.add(num_prefill, self._outbox.now - self._started_s, self._outbox.now)
+        if num_prefill > len(ended.chunks):
+            began_s = max(ended.submitted_s, self._last_ended_s)
+            self._loads.prefilling.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
+        self._last_ended_s = self._outbox.now
 
-    def _rejected(self, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
+    def _rejected(self, request: DecodeRequest, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
         """Count the guesses of one request in one step; return how many were wrong."""
         num_accepted = len(sampled.token_ids) - 1
+        self._scheduler.plans.accepted(request, num_accepted)
         self.counters["draft_tokens"] += len(drafts)
         self.counters["accepted_draft_tokens"] += num_accepted
         return len(drafts) - num_accepted
@@ -118,12 +125,10 @@ class Steps:
             request.begin_decode(self._outbox.now)
             self._scheduler.decoding[request] = None
 
-    def _computed(
-        self, request: DecodeRequest, chunk: ScheduledSequence, sampled: SampledTokens
-    ) -> RequestOutput | None:
+    def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
         """Take tokens whose KV is good, and what was sampled after them."""
-        num_rejected = 0 if chunk.drafts is None else self._rejected(chunk.drafts, sampled)
-        request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
+        num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
+        request.num_computed_tokens = chunk.end - num_rejected
         if request in self._scheduler.prefilling:
             self._chunk_done(request, chunk.num_tokens)
         return self._sampled(request, sampled) if sampled.token_ids else None

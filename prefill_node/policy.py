@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import BlockId
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.plans import Chunk
 from kvstore.kv_cache import KVCache
 from kvstore.reserve import reserve_policy
 from prefill_node.request import PrefillRequest
 from prefill_node.schedule import prefill_schedule
 
-Batch = list[tuple[PrefillRequest, ScheduledSequence]]
+Batch = list[tuple[PrefillRequest, Chunk]]
 
 
 class PrefillPolicy(Protocol):
@@ -24,8 +24,13 @@ class PrefillPolicy(Protocol):
     ) -> bool:
         """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``here`` have theirs."""
 
-    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
-        """Return the chunks of the next step, of requests in ``running``, the first of which goes first."""
+    def schedule(
+        self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
+    ) -> Batch:
+        """Return the chunks of the next step, of requests in ``running``, the first of which goes first.
+
+        ``in_flight``: the last chunk of each request that has any in a plan in flight.
+        """
 
 
 class DedicatedPolicy:
@@ -42,9 +47,11 @@ class DedicatedPolicy:
         """Whatever fits."""
         return self._kv.can_allocate(num_new, matched)
 
-    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
+    def schedule(
+        self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
+    ) -> Batch:
         """In order, with the whole budget."""
-        return prefill_schedule(running, self._token_budget, self._block_size)
+        return prefill_schedule(running, self._token_budget, self._block_size, in_flight)
 
 
 class SharedPolicy:
@@ -75,9 +82,11 @@ class SharedPolicy:
         kept_free = reserved + self._reserve.charge_blocks(newcomer.sequence)
         return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
 
-    def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
+    def schedule(
+        self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
+    ) -> Batch:
         """In order, with what the others leave of the budget."""
-        batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size)
+        batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size, in_flight)
         if batch:
             self._reserve.step_scheduled()
         return batch

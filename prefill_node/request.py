@@ -8,10 +8,10 @@ from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.ids import Attempt, PeerId
 from kvrelay.core.lifecycle import Lifecycle, Table
 from kvrelay.core.messages.base import LayerTransfer, Mark, NodeAddress
+from kvrelay.core.messages.engine import SampledTokens
 from kvrelay.core.messages.node_to_messager import KVSpan
 from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestOutput, RequestTimeline
 from kvrelay.core.request import RequestSpec, Sequence
-from kvrelay.core.step import SampledTokens
 
 
 class PrefillStatus(StrEnum):

@@ -12,7 +12,7 @@ def run(config: ClusterConfig, node_name: str) -> int:
     """Serve as the node called ``node_name``; return the process's exit status."""
     node = config.node(node_name)
 
-    def make_machine(registration: Register) -> PrefillMachine:
-        return PrefillMachine(node, registration)
+    def make_machine(registration: Register, max_plans_in_flight: int) -> PrefillMachine:
+        return PrefillMachine(node, registration, max_plans_in_flight)
 
     return run_node(node, make_machine, layer_events=True)

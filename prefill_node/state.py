@@ -15,12 +15,13 @@ from kvrelay.core.machine import (
     KVLoaded,
     KVStaged,
     KVStored,
-    LayerComputed,
+    LayersComputed,
     Log,
     PeerLost,
     Received,
     SetTimer,
     StepDone,
+    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -28,6 +29,7 @@ from kvrelay.core.machine import (
 from kvrelay.core.membership import Membership
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Load, Message, NodeAddress
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.core.messages.messager_to_node import (
     MessagerReady,
     MessagerStats,
@@ -56,7 +58,7 @@ from kvrelay.core.outbox import Outbox
 from kvrelay.core.recent import Recent
 from kvrelay.core.request import RequestSpec
 from kvrelay.core.request_limits import RequestLimits
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepResult
+from kvrelay.node.plans import Chunk
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from prefill_node.admission import Admission
@@ -78,7 +80,7 @@ class PrefillMachine:
     request it told its messager of, a CloseTransfer unless the transfer ended by itself.
     """
 
-    def __init__(self, node: NodeConfig, registration: Register) -> None:
+    def __init__(self, node: NodeConfig, registration: Register, max_plans_in_flight: int = 1) -> None:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._block_size = node.cache.block_size
@@ -89,7 +91,7 @@ class PrefillMachine:
         self._policy = prefill_policy(node, self.kv)
         self._admission = Admission(node.scheduler, self.kv, self._policy, self._block_size)
         self._reservations = Reservations(node, self._outbox, self._fail)
-        self._steps = Steps(self._outbox, self._block_size)
+        self._steps = Steps(self._outbox, self._block_size, max_plans_in_flight)
         self._storage = Storage(node, registration.geometry.block_bytes, self.kv, self._outbox)
         self._requests: dict[Attempt, PrefillRequest] = {}
         self._running: dict[Attempt, PrefillRequest] = {}
@@ -107,8 +109,8 @@ class PrefillMachine:
         self._on_event(event)
         while len(self._admission) and (request := self._admission.admit(self._here(), now)):
             self._begin(request)
-        if self._running and not self._steps.is_running:
-            self._start_step()
+        while self._running and self._steps.in_flight.has_room and self._start_step():
+            pass
         if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
@@ -119,10 +121,10 @@ class PrefillMachine:
                 self._reservations.heard(peer)
                 self._membership.heard(peer, self._outbox.now)
                 self._on_message(peer, message)
-            case LayerComputed(layer=layer):
-                self._steps.layer_computed(layer)
-            case StepDone(result=result):
-                self._step_done(result)
+            case LayersComputed():
+                self._steps.layers_computed(event)
+            case StepDone() | StepFailed():
+                self._step_ended(event)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.traffic.take(event)
             case KVLoaded():
@@ -252,32 +254,36 @@ class PrefillMachine:
 
     # ------------------------------------------------------------ steps
 
-    def _start_step(self) -> None:
+    def _start_step(self) -> bool:
+        """Plan the next step, and return True, if there is anything to compute that is not in flight."""
         order = self._admission.order
         running = order.running(self._running.values(), self._outbox.now)
-        batch = self._policy.schedule(running, len(self._sending))
-        order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
-        self._steps.start(batch)
+        batch = self._policy.schedule(running, self._steps.in_flight.chunks(), len(self._sending))
+        if batch:
+            order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
+            self._steps.start(batch)
+        return bool(batch)
 
-    def _step_done(self, result: StepResult) -> None:
+    def _step_ended(self, event: StepDone | StepFailed) -> None:
+        ended = self._steps.end(event.result.step if isinstance(event, StepDone) else event.step)
+        outcomes = event.result.outcomes if isinstance(event, StepDone) else ended.all_failed(event.reason)
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self._counters["steps"] += 1
-        for (request, chunk), outcome in zip(self._steps.end(), result.outcomes, strict=True):
+        for request, chunk, outcome in ended.with_outcomes(outcomes):
             self._counters["prefill_tokens"] += chunk.num_tokens
             if not request.is_over:
                 if isinstance(outcome, SequenceFailed):
                     self._fail(request, ErrorInfo.of(outcome.error))
                 elif output := self._computed(request, chunk, outcome):
                     outputs.setdefault(request.spec.router, []).append(output)
-            self._release(request, Holder.STEP)
+            if request not in self._steps.in_flight:
+                self._release(request, Holder.STEP)
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
 
-    def _computed(
-        self, request: PrefillRequest, chunk: ScheduledSequence, sampled: SampledTokens
-    ) -> RequestOutput | None:
+    def _computed(self, request: PrefillRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
         """Take a chunk whose KV is good; return the first token if it was the prompt's last."""
-        request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+        request.sequence.num_computed_tokens = chunk.end
         self._admission.publish(request)
         return self._first_token(request, sampled) if sampled.token_ids else None
 
@@ -292,6 +298,7 @@ class PrefillMachine:
         request.lifecycle.move(PrefillStatus.SENDING, self._outbox.now)
         self._sending[request.attempt] = self._running.pop(request.attempt)
         self._admission.computes_no_more(request)
+        self._steps.plans.leave(request.sequence)
         self._reservations.hand_off(request)
         # From here on the blocks are kept for the messager, which reads them until D has them all.
         self._release(request, Holder.REQUEST)
@@ -337,6 +344,7 @@ class PrefillMachine:
         request.holders.discard(holder)
         if request.holders:
             return
+        self._steps.plans.leave(request.sequence)
         self.kv.unpin(request.sequence.block_table)
         request.lifecycle.move(PrefillStatus.ENDED, self._outbox.now)
         del self._requests[request.attempt]
@@ -424,7 +432,7 @@ class PrefillMachine:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self.kv.assert_quiescent()
         owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
-        owed += len(self._admission.order)
-        if owed or len(self._admission) or self._steps.is_running or not self._storage.traffic.is_idle:
+        owed += len(self._admission.order) + len(self._steps.in_flight) + len(self._steps.plans)
+        if owed or len(self._admission) or not self._storage.traffic.is_idle:
             stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
             raise LocalProtocolError(f"prefill node not quiescent: {stories}")

@@ -1,53 +1,59 @@
-"""The step that runs on P, and which blocks of it may travel already."""
+"""The steps that run on P, and which blocks of them may travel already."""
 
 from __future__ import annotations
 
 from kvrelay.core.ids import MESSAGER
-from kvrelay.core.machine import RunStep
+from kvrelay.core.machine import LayersComputed, RunStep
 from kvrelay.core.messages.node_to_messager import KVSpan, LayerSignal
 from kvrelay.core.outbox import Outbox
-from kvrelay.core.step import StepPlan
+from kvrelay.node.in_flight import PlanInFlight, PlansInFlight
+from kvrelay.node.plans import PlanWriter
 from prefill_node.policy import Batch
 from prefill_node.request import Holder, PrefillRequest
 
 
 class Steps:
-    """At most one step at a time. A step holds the blocks of its requests until the caller has ended it."""
+    """The plans in flight. Each holds the blocks of its requests until the caller has released them."""
 
-    def __init__(self, outbox: Outbox, block_size: int) -> None:
+    def __init__(self, outbox: Outbox, block_size: int, max_plans_in_flight: int) -> None:
         self._outbox = outbox
         self._block_size = block_size
         self._number = 0
-        self._batch: Batch = []
-        self._spans: list[tuple[PrefillRequest, KVSpan]] = []
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a step runs now."""
-        return bool(self._batch)
+        self.plans = PlanWriter()
+        self.in_flight: PlansInFlight[PrefillRequest] = PlansInFlight(max_plans_in_flight)
+        self._spans: dict[int, list[tuple[PrefillRequest, KVSpan]]] = {}
 
     def start(self, batch: Batch) -> None:
-        """Run ``batch``, unless it is empty."""
-        if not batch:
-            return
+        """Compute ``batch``, which is not empty."""
         self._number += 1
-        self._batch = batch
-        for request, chunk in batch:
+        self._spans[self._number] = self._spans_of(batch)
+        requests, chunks = [request for request, _ in batch], [chunk for _, chunk in batch]
+        for request in requests:
             request.holders.add(Holder.STEP)
+        plan = self.plans.write(self._number, [request.sequence for request in requests], chunks)
+        self.in_flight.begin(PlanInFlight(plan, requests, chunks, self._outbox.now))
+        self._outbox.do(RunStep(plan))
+
+    def _spans_of(self, batch: Batch) -> list[tuple[PrefillRequest, KVSpan]]:
+        """Return the blocks that ``batch`` completes, of requests whose KV is to travel."""
+        spans = []
+        for request, chunk in batch:
             if request.decode_node is not None:
-                end = chunk.start + chunk.num_tokens
-                num_blocks = len(request.sequence.block_table) if chunk.samples else end // self._block_size
+                num_blocks = len(request.sequence.block_table) if chunk.samples else chunk.end // self._block_size
                 span = request.take_span(num_blocks)
-                self._spans += [(request, span)] if span else []
-        self._outbox.do(RunStep(StepPlan(self._number, [chunk for _, chunk in batch])))
+                spans += [(request, span)] if span else []
+        return spans
 
-    def layer_computed(self, layer: int) -> None:
-        """Tell the messager which blocks the running step has completed in ``layer``."""
-        spans = [span for request, span in self._spans if not request.is_over]
+    def layers_computed(self, event: LayersComputed) -> None:
+        """Tell the messager which blocks the step has completed in these layers."""
+        spans = [span for request, span in self._spans[event.step] if not request.is_over]
         if spans:
-            self._outbox.send(MESSAGER, LayerSignal(step=self._number, layer=layer, spans=spans))
+            layers = event.layers
+            signal = LayerSignal(step=event.step, layer=layers.start, num_layers=len(layers), spans=spans)
+            self._outbox.send(MESSAGER, signal)
 
-    def end(self) -> Batch:
-        """Return what the step was of; none runs any more."""
-        batch, self._batch, self._spans = self._batch, [], []
-        return batch
+    def end(self, step: int) -> PlanInFlight[PrefillRequest]:
+        """Return what ``step`` was of; it has ended."""
+        ended = self.in_flight.end(step)
+        del self._spans[step]
+        return ended

@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import yaml
 
 from kvrelay.core.config import ClusterConfig
+from kvrelay.core.messages.engine import SampledTokens
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
+from kvrelay.node.plans import Chunk, PlanWriter
 
 BLOCK_SIZE = 16
+
+Batch: TypeAlias = list[tuple[Sequence, Chunk]]
 
 
 class BareEngine:
@@ -24,6 +28,7 @@ class BareEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._plans = PlanWriter()
         self._step = 0
 
     def sequence(
@@ -34,9 +39,11 @@ class BareEngine:
         sequence.take_blocks(block_table)
         return sequence
 
-    def run(self, batch: list[ScheduledSequence]) -> list[SampledTokens]:
+    def run(self, batch: Batch) -> list[SampledTokens]:
+        """Compute a chunk of each sequence. The sequences stay as they are."""
         self._step += 1
-        return self.engine.run(StepPlan(self._step, batch), lambda layer: None).sampled
+        plan = self._plans.write(self._step, [one for one, _ in batch], [chunk for _, chunk in batch])
+        return self.engine.run(plan, lambda layer: None).sampled
 
     def advance(self, sequences: Seq[Sequence]) -> list[SampledTokens]:
         """Compute all tokens of ``sequences`` that are not computed yet; return what is sampled then.
@@ -44,13 +51,13 @@ class BareEngine:
         Sequences with one such token do it in one step; of others each has a step of its own.
         """
         scheduled = [
-            ScheduledSequence(one, one.num_computed_tokens, one.num_tokens - one.num_computed_tokens, True)
-            for one in sequences
+            (one, Chunk(one.num_computed_tokens, one.num_tokens - one.num_computed_tokens, True)) for one in sequences
         ]
-        decodes = all(item.num_tokens == 1 for item in scheduled)
+        decodes = all(chunk.num_tokens == 1 for _, chunk in scheduled)
         sampled = self.run(scheduled) if decodes else [self.run([item])[0] for item in scheduled]
         for one in sequences:
             one.num_computed_tokens = one.num_tokens
+            self._plans.leave(one)  # the caller may append other tokens than were sampled
         return sampled
 
 

@@ -23,13 +23,13 @@ from kvrelay.core.ids import MESSAGER, ROUTER
 from kvrelay.core.machine import Received, RunStep, Send, StepDone
 from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationRefused
+from kvrelay.core.messages.engine import NewSequence, SampledTokens, ScheduledTokens, StepPlan, StepResult
 from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected, MessagerReady
 from kvrelay.core.messages.node_to_messager import ExpectKV
 from kvrelay.core.messages.node_to_router import Register, RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import HandOff, ReserveBlocks
 from kvrelay.core.messages.router_to_node import Generate
 from kvrelay.core.request import RequestSpec
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
 from kvrelay.engine.fake import step_seconds
 
 TOKEN, EOS = 7, 1
@@ -94,6 +94,7 @@ class VirtualNode:
         self._num_output_tokens = 0
         self._sent_s: dict[str, float] = {}
         self._last_token_s: dict[str, float] = {}
+        self._sequences: dict[int, NewSequence] = {}
         self._events: list[tuple[float, int, Event]] = []
         self._order = itertools.count()
         self._now = 0.0
@@ -185,12 +186,15 @@ class VirtualNode:
     def _run_step(self, plan: StepPlan) -> None:
         self._measured.step_decodes.append(sum(item.samples for item in plan.batch))
         self._measured.step_kept_free.append(self._machine.scheduler.reserved_blocks())
-        result = StepResult(plan.step, [self._sample(item) for item in plan.batch])
+        for new in plan.new:
+            self._sequences[new.id] = new
+        result = StepResult(step=plan.step, outcomes={item.id: self._sample(item) for item in plan.batch})
         self._after(step_seconds(COSTS, plan.batch), StepDone(result))
 
-    def _sample(self, item: ScheduledSequence) -> SampledTokens:
+    def _sample(self, item: ScheduledTokens) -> SampledTokens:
         if not item.samples:
             return SampledTokens([], [])
-        sequence = item.sequence
-        is_last = sequence.num_output_tokens + 1 >= self._jobs[sequence.spec.request_id].num_output_tokens
+        sequence = self._sequences[item.id]
+        num_output_tokens = item.start + item.num_tokens + 1 - sequence.num_prompt_tokens
+        is_last = num_output_tokens >= self._jobs[sequence.request_id].num_output_tokens
         return SampledTokens([EOS if is_last else TOKEN], [])

@@ -20,16 +20,16 @@ from support.virtual_node import TOKEN, registration
 
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER
+from kvrelay.core.ids import MESSAGER, ROUTER, SequenceId
 from kvrelay.core.machine import Received, RunStep, Send, StepDone
 from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved
+from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.core.messages.messager_to_node import MessagerReady, TransferDone
 from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import ReserveBlocks
 from kvrelay.core.messages.router_to_node import Prefill
 from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.step import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.engine.fake import step_seconds
 from kvrelay.node import prefill_order
 from prefill_node.state import PrefillMachine
@@ -88,6 +88,7 @@ class VirtualPrefillNode:
         self._load = load
         self._waiting = iter(load.clients)
         self._turns: dict[str, Turn] = {}
+        self._names: dict[int, str] = {}
         self._begun: dict[str, None] = {}
         self._measured = Measured()
         self._events: list[tuple[float, int, Event | Turn]] = []
@@ -171,18 +172,21 @@ class VirtualPrefillNode:
 
     def _run_step(self, plan: StepPlan) -> None:
         measured, before = self._measured, set(self._begun)
+        self._names |= {new.id: new.request_id for new in plan.new}
         for item in plan.batch:
-            name = item.sequence.spec.request_id
+            name = self._names[item.id]
             turn = self._turns[name]
             if turn.first_chunk_s < 0:
                 turn.first_chunk_s = self._now
             self._begun[name] = None
             if item.samples:
                 del self._begun[name]
-        scheduled = {item.sequence.spec.request_id for item in plan.batch}
+        scheduled = {self._names[item.id] for item in plan.batch}
         measured.num_switches += len(before - scheduled)
         measured.num_steps += 1
         measured.most_begun = max(measured.most_begun, len(self._begun))
         measured.most_used_blocks = max(measured.most_used_blocks, self.machine.kv.num_referenced)
-        sampled: list[SequenceOutcome] = [SampledTokens([TOKEN] if item.samples else [], []) for item in plan.batch]
-        self._after(step_seconds(COSTS, plan.batch), StepDone(StepResult(plan.step, sampled)))
+        outcomes: dict[SequenceId, SequenceOutcome] = {
+            item.id: SampledTokens([TOKEN] if item.samples else [], []) for item in plan.batch
+        }
+        self._after(step_seconds(COSTS, plan.batch), StepDone(StepResult(step=plan.step, outcomes=outcomes)))

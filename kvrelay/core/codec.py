@@ -11,6 +11,7 @@ from kvrelay.core.errors import RemoteProtocolError
 from kvrelay.core.messages import (
     base,
     decode_to_prefill,
+    engine,
     messager_to_messager,
     messager_to_node,
     node_to_messager,
@@ -37,6 +38,7 @@ _MODULES: tuple[ModuleType, ...] = (
     messager_to_node,
     messager_to_messager,
     store_to_store,
+    engine,
 )
 
 MESSAGES: dict[str, type[Message]] = {

@@ -438,6 +438,9 @@ class FakeEngineConfig(Section):
     broken_token: int | None = Field(
         None, ge=0, le=1 << 24, description="A sequence with this token fails, as one whose embedding is not finite."
     )
+    max_plans_in_flight: int = Field(
+        1, ge=1, le=2, description="Steps planned before the first of them is done; 2: as for a device with a queue."
+    )
 
 
 class EngineConfig(Section):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NewType, TypeAlias
 
 BlockId: TypeAlias = int
 """Index of a KV block in one node's pool."""
+
+SequenceId = NewType("SequenceId", int)
+"""A sequence as a node's engine knows it. A request gets a new one each time it gets blocks on the node and runs."""
 
 NodeId: TypeAlias = str
 """Name of a node as the config gives it, e.g. ``d0``."""

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 from kvrelay.core.ids import BlockId, PeerId
 from kvrelay.core.messages.base import Message
-from kvrelay.core.step import StepPlan, StepResult
+from kvrelay.core.messages.engine import StepPlan, StepResult
 
 # ---------------------------------------------------------------- events
 
@@ -36,18 +36,29 @@ class PeerLost:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerComputed:
-    """The KV of one layer of the running step is in the pool, but for sequences that the step's result calls failed."""
+class LayersComputed:
+    """The KV of ``layers`` of a step is in the pool, but for sequences that the step's result says have failed."""
 
     step: int
-    layer: int
+    layers: range
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answers RunStep, whatever happens: errors are part of the result, by sequence."""
+    """Answers RunStep: what came of each sequence, errors of single sequences included."""
 
     result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """Answers RunStep: no sequence of the step has an outcome. The KV of the tokens it was to compute is undefined.
+
+    The engine may not know what the plan said of new and changed sequences; it has forgotten those that left.
+    """
+
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +113,9 @@ class StoreCounted:
 CoreEvent: TypeAlias = (
     Received
     | PeerLost
-    | LayerComputed
+    | LayersComputed
     | StepDone
+    | StepFailed
     | TimerFired
     | Started
     | StopRequested
@@ -141,7 +153,7 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one model step; StepDone follows, after LayerComputed for each layer."""
+    """Run one model step after those asked for before. StepDone or StepFailed follows, after LayersComputed events."""
 
     plan: StepPlan
 

@@ -73,23 +73,40 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-class Sequence:
-    """The tokens and KV blocks of one request on one node: what the engine reads while a step runs.
+class TokenSequence:
+    """Tokens, prompt first, and how the next one is chosen: all that sampling looks at."""
 
-    Only the node's state machine changes it, and never while a step that includes it is running: ``token_ids`` and
-    ``block_table`` grow between steps. ``token_ids`` holds the prompt and then the output.
+    __slots__ = ("num_prompt_tokens", "sampling", "token_ids")
 
-    ``block_table`` is an array of 32-bit integers that kernels read where it lies: a step copies nothing of it. While
-    one does, the array refuses to grow (BufferError).
+    def __init__(self, token_ids: list[int], num_prompt_tokens: int, sampling: SamplingParams) -> None:
+        self.token_ids = token_ids
+        self.num_prompt_tokens = num_prompt_tokens
+        self.sampling = sampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+class Sequence(TokenSequence):
+    """The tokens and KV blocks of one request, as the node's state machine knows them.
+
+    The machine alone reads and changes it, whether or not a step runs: the engine has sequences of its own, which
+    plans keep up to date (``kvrelay.node.plans``). ``token_ids`` are those whose results have come in, and the KV of
+    the first ``num_computed_tokens`` is in ``block_table``.
     """
 
-    __slots__ = ("block_table", "num_computed_tokens", "num_prompt_tokens", "sampling", "spec", "token_ids")
+    __slots__ = ("block_table", "num_computed_tokens", "spec")
 
     def __init__(self, spec: RequestSpec) -> None:
+        super().__init__([*spec.prompt_token_ids, *spec.output_token_ids], len(spec.prompt_token_ids), spec.sampling)
         self.spec = spec
-        self.sampling = spec.sampling
-        self.num_prompt_tokens = len(spec.prompt_token_ids)
-        self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.output_token_ids]
         self.num_computed_tokens = 0
         self.take_blocks(())
 
@@ -101,16 +118,6 @@ class Sequence:
     def attempt(self) -> Attempt:
         """The key of this try."""
         return self.spec.attempt
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.token_ids)
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Output tokens so far, those of earlier attempts included."""
-        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def max_tokens(self) -> int:

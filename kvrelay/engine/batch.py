@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.step import ScheduledSequence, SequenceFailed, SequenceOutcome
+from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome
+from kvrelay.engine.sequences import ScheduledSequence
 
 Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -152,7 +153,7 @@ class BatchAssembler:
         first = 0
         for index in order:
             ids, table = parts[index]
-            _, start, num_tokens, *_ = items[index]
+            start, num_tokens = items[index].start, items[index].num_tokens
             span = Span(index, first, num_tokens, start, table, block_size)
             if num_tokens == 1:
                 token_ids[first] = ids[0]
@@ -187,11 +188,10 @@ def _places(item: ScheduledSequence) -> range:
 
 def _written_rows(spans: list[Span], items: Sequence[ScheduledSequence], positions: Int64) -> Int64 | None:
     """Return the rows whose KV is not there yet, or None if that is every row, as it nearly always is."""
-    computed = [items[span.index].sequence.num_computed_tokens for span in spans]
-    if all(num_tokens <= span.start for num_tokens, span in zip(computed, spans, strict=True)):
+    firsts = [items[span.index].writes_from for span in spans]
+    if all(first <= span.start for first, span in zip(firsts, spans, strict=True)):
         return None
-    firsts = np.repeat(computed, [span.num_tokens for span in spans])
-    return np.flatnonzero(positions >= firsts)
+    return np.flatnonzero(positions >= np.repeat(firsts, [span.num_tokens for span in spans]))
 
 
 def _sort_key(item: ScheduledSequence) -> tuple[bool, int]:

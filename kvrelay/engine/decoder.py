@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import Bools, RaggedBatch
 from kvrelay.engine.checkpoint import Checkpoint, Float32
 from kvrelay.engine.decoder_config import DecoderConfig
@@ -93,18 +94,18 @@ def _halves_split(tensor: Float32, name: str, config: DecoderConfig) -> Float32:
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: float32 ``logits`` [sampling rows, vocab_size], and ``broken_rows`` [rows].
+    """What a forward pass gives: ``outcomes``, one for each of the batch's items, and ``broken_rows`` [rows].
 
     ``broken_rows``: where the last layer's result is not finite; None if every row has logits, which tell as much: they
     are not finite then either.
     """
 
-    logits: Float32
+    outcomes: list[SequenceOutcome]
     broken_rows: Bools | None
 
 
 class Decoder:
-    """A loaded model: tokens of a batch in, logits out, KV into the pool on the way."""
+    """A loaded model: tokens of a batch in, sampled tokens out, KV into the pool on the way."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, kernels: Kernels) -> None:
         self._config = config
@@ -133,6 +134,12 @@ class Decoder:
             gate_up = kernels.linear(kernels.normalize(residual, layer.post_attention_norm, eps), layer.gate_up)
             residual = kernels.add_linear(kernels.silu_mul(gate_up), layer.down, residual)
         broken = None if batch.samples_after_every_row else ~kernels.finite_rows(residual)
+        return Forward(self._sample(residual, batch), broken)
+
+    def _sample(self, residual: Tensor, batch: RaggedBatch) -> list[SequenceOutcome]:
+        kernels, weights = self._kernels, self._weights
         if not batch.sampling_rows.size:
-            return Forward(np.empty((0, config.vocab_size), np.float32), broken)
-        return Forward(kernels.logits(residual, batch.sampling_rows, weights.final_norm, eps, weights.lm_head), broken)
+            return kernels.sample(None, batch.items)
+        eps = self._config.rms_norm_eps
+        logits = kernels.logits(residual, batch.sampling_rows, weights.final_norm, eps, weights.lm_head)
+        return kernels.sample(logits, batch.items)

@@ -13,7 +13,6 @@ what that step writes for the sequence is wrong from its first position on.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -24,22 +23,21 @@ import numpy.typing as npt
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import Attempt
+from kvrelay.core.ids import SequenceId
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs
-from kvrelay.core.step import (
+from kvrelay.core.messages.engine import (
     SampledTokens,
-    ScheduledSequence,
+    ScheduledTokens,
     SequenceFailed,
     SequenceOutcome,
     StepPlan,
     StepResult,
 )
+from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs, TokenSequence
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
 from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
-
-_REMEMBERED_SEQUENCES = 4096
+from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 
 
 class FakeEngine:
@@ -57,10 +55,12 @@ class FakeEngine:
         self.memory = KVMemory.create(self.geometry, num_blocks)
         self.max_model_len = config.max_model_len
         self.vocab_size = config.vocab_size
+        self.max_plans_in_flight = config.max_plans_in_flight
         self._config = config
         self._sleep = sleep
         self._assembler = BatchAssembler(StepLimits(block_size, num_blocks, config.max_model_len, config.vocab_size))
-        self._contexts: OrderedDict[Attempt, Context] = OrderedDict()
+        self._sequences = EngineSequences()
+        self._contexts: dict[SequenceId, Context] = {}
         slots = num_blocks * block_size
         planes = (config.num_layers * 2, slots, self._words.words_per_token)
         self._pool = self.memory.planes.reshape(-1).view(np.uint64).reshape(planes)
@@ -79,9 +79,12 @@ class FakeEngine:
         """Yield each layer as soon as its KV is in the pool, then the result: for whoever lets time pass in between."""
         if not plan.batch:
             raise EngineError("a step without sequences")
-        batch = self._assembler.assemble(plan.batch)
+        items = self._sequences.apply(plan)
+        for id in plan.left:
+            self._contexts.pop(id, None)
+        batch = self._assembler.assemble(items)
         outcomes = (yield from self._compute(batch)) if batch.items else []
-        yield StepResult(plan.step, batch.outcomes(outcomes))
+        yield self._sequences.result(plan, items, batch.outcomes(outcomes))
 
     def _compute(self, batch: RaggedBatch) -> Generator[int, None, list[SequenceOutcome]]:
         """Yield each layer as soon as its KV is in the pool; return the outcome of each of the batch's items."""
@@ -136,16 +139,13 @@ class FakeEngine:
 
     def _chain(self, span: Span, item: ScheduledSequence) -> npt.NDArray[np.uint64]:
         """Return the chained hash at each position of ``span``, going on from where the sequence was last."""
-        attempt, drafts = item.sequence.attempt, item.drafts or ()
-        context = self._contexts.pop(attempt, None)
+        id, drafts = item.sequence.id, item.drafts or ()
+        context = self._contexts.get(id)
         if context is None or context.num_tokens > span.start:
-            context = Context()
+            context = self._contexts[id] = Context()
         chain = context.extend(item.sequence.token_ids[context.num_tokens : span.context_len - len(drafts)])
-        self._contexts[attempt] = context
         if drafts:
             chain = np.concatenate([chain, replace(context).extend(drafts)])
-        if len(self._contexts) > _REMEMBERED_SEQUENCES:
-            self._contexts.popitem(last=False)
         chain = chain[-span.num_tokens :]
         return chain if self._broken_position(item) is None else ~chain
 
@@ -162,7 +162,7 @@ def fake_geometry(config: FakeEngineConfig, block_size: int) -> KVGeometry:
     )
 
 
-def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledSequence]) -> float:
+def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledTokens]) -> float:
     """Return how long a step of ``batch`` takes: a sum over its tokens, decodes and their context."""
     prefill = sum(item.num_tokens for item in batch if item.num_tokens > 1)
     decodes = sum(item.num_tokens == 1 for item in batch)
@@ -175,7 +175,7 @@ def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledSequence]) -> flo
     )
 
 
-def sample_fake(config: FakeEngineConfig, sequence: Sequence, context_hash: int) -> SequenceOutcome:
+def sample_fake(config: FakeEngineConfig, sequence: TokenSequence, context_hash: int) -> SequenceOutcome:
     """Return the token after a context of ``context_hash``, by the same sampler that real logits go through."""
     params = sequence.sampling
     eos = () if params.ignore_eos else tuple(params.eos_token_ids)

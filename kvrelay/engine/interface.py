@@ -7,33 +7,58 @@ from typing import Protocol
 
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.step import StepPlan, StepResult
+from kvrelay.core.messages.engine import StepPlan, StepResult
+
+
+class EnginePort(Protocol):
+    """Takes plans and answers with events, so that a node's loop never waits for a step.
+
+    ``max_plans_in_flight``: how many plans it takes before the first of them is answered. 2 lets a device begin a step
+    while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
+
+    For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
+    the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.core.machine``). Plans are computed and
+    answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``.
+    """
+
+    max_plans_in_flight: int
+
+    def start(self) -> None:
+        """Get ready for plans."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begin ``plan``, or queue it. Call from the loop's thread."""
+
+    def stop(self) -> None:
+        """Finish what was submitted."""
 
 
 class Engine(Protocol):
     """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
 
-    ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute.
+    ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute. It computes
+    one step at a time; ``max_plans_in_flight`` says how many plans may wait for it.
     """
 
     geometry: KVGeometry
     max_model_len: int
     vocab_size: int
+    max_plans_in_flight: int
 
     @property
     def memory(self) -> KVPool:
         """The KV pool, which the engine owns."""
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """Compute ``plan`` and sample; an outcome for each sequence.
+        """Take in what ``plan`` says of sequences, compute its batch and sample; an outcome for each sequence.
 
         Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
         order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
         that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits that are not finite,
-        sampling parameters) is its own outcome and changes nothing for the others.
+        sampling parameters, an exception) is its own outcome and changes nothing for the others.
 
-        Raises only what it cannot attribute to one sequence. The KV of the new tokens of the whole batch is undefined
-        then, and the caller may run the step again, or parts of it.
+        Raises only what it cannot attribute to one sequence. Then the KV of the new tokens of the whole batch is
+        undefined.
         """
 
     def close(self) -> None:

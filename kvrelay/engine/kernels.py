@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.rope import Rotation
+from kvrelay.engine.sequences import ScheduledSequence
 
 Tensor: TypeAlias = Any
 """A tensor of the implementation."""
@@ -139,8 +140,15 @@ class Kernels(Protocol):
 
     def logits(
         self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
-    ) -> npt.NDArray[np.float32]:
-        """Return linear(normalize(residual[rows], weight, eps), head) on the host: [len(rows), vocab]."""
+    ) -> Tensor:
+        """Return linear(normalize(residual[rows], weight, eps), head): [len(rows), vocab], for ``sample``."""
+
+    def sample(self, logits: Tensor | None, batch: Sequence[ScheduledSequence]) -> list[SequenceOutcome]:
+        """Return the output tokens of each of ``batch``, or its error, as ``kvrelay.engine.sampler`` does on the host.
+
+        ``logits`` has, in order of the batch, a row for each one that samples and one more for each of its drafts; None
+        if nobody samples.
+        """
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
         """Return for each row of ``residual`` whether all of it is finite, on the host: [N]."""

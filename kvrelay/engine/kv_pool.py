@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.ids import Attempt, BlockId
+from kvrelay.core.ids import BlockId, SequenceId
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.kernels import LayerKV
 from kvrelay.engine.paddle_runtime import paddle
+from kvrelay.engine.sequences import ScheduledSequence
 
 _HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """How numpy holds each type; it has no bfloat16, and Paddle takes uint16 for it."""
@@ -53,7 +53,7 @@ class AddressedPool(_SharedPool):
 class _Resident(NamedTuple):
     """What a device block holds: the first ``num_tokens`` tokens of block number ``position`` of a sequence."""
 
-    attempt: Attempt
+    sequence: SequenceId
     position: int
     num_tokens: int
 
@@ -62,7 +62,7 @@ class StagedPool:
     """A copy of the memory on the device Paddle computes on.
 
     New KV is copied to the memory layer by layer, before it is announced. Context that this pool did not see being
-    computed for the same request came from elsewhere (a transfer, a storage, another request's prefix) and is copied
+    computed for the same sequence came from elsewhere (a transfer, a storage, another request's prefix) and is copied
     from the memory first. The copying is tested on a CPU; it has not been run on a GPU.
     """
 
@@ -96,12 +96,11 @@ class StagedPool:
         """Return the blocks of context that the device lacks."""
         missing: list[BlockId] = []
         end = item.start + item.num_tokens
-        there = max(item.start, item.sequence.num_computed_tokens)
         for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
             first = index * self._block_size
-            needed = min(there - first, self._block_size)
+            needed = min(item.writes_from - first, self._block_size)
             has = self._resident.get(block)
-            known = has is not None and has[:2] == (item.sequence.attempt, index) and has.num_tokens >= needed
+            known = has is not None and has[:2] == (item.sequence.id, index) and has.num_tokens >= needed
             if needed > 0 and not known:
                 missing.append(block)
         return missing
@@ -111,7 +110,7 @@ class StagedPool:
         end = item.start + item.num_tokens
         for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
             filled = min(end - index * self._block_size, self._block_size)
-            self._resident[block] = _Resident(item.sequence.attempt, index, filled)
+            self._resident[block] = _Resident(item.sequence.id, index, filled)
 
 
 def host_planes(memory: KVMemory) -> list[LayerKV]:

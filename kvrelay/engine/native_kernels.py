@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
@@ -26,6 +27,8 @@ from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnL
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RotationTables
+from kvrelay.engine.sampler import sample_step
+from kvrelay.engine.sequences import ScheduledSequence
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -233,6 +236,10 @@ class NativeKernels:
         """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
         return self._on_host("linear", self.linear(hidden, head))
+
+    def sample(self, logits: Float32 | None, batch: Sequence[ScheduledSequence]) -> list[SequenceOutcome]:
+        """See Kernels."""
+        return sample_step(logits, batch)
 
     def finite_rows(self, residual: Rows) -> npt.NDArray[np.bool_]:
         """See Kernels."""

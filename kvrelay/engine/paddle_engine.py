@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.step import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
+from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
-from kvrelay.engine.sampler import sample_step
+from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 
 
 class PaddleEngine:
@@ -32,19 +31,26 @@ class PaddleEngine:
         self.memory = KVMemory.create(geometry, num_blocks)
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.max_plans_in_flight = 1
         self._decoder = decoder
+        self._sequences = EngineSequences()
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
         self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
         """See Engine."""
         if not plan.batch:
             raise EngineError("a step without sequences")
-        batch = self._assembler.assemble(plan.batch)
-        outcomes = self._compute(batch, on_layer) if batch.items else []
-        return StepResult(plan.step, batch.outcomes(outcomes))
+        items = self._sequences.apply(plan)
+        outcomes = compute_isolated(plan.step, items, self._compute, on_layer)
+        return self._sequences.result(plan, items, outcomes)
 
-    def _compute(self, batch: RaggedBatch, on_layer: Callable[[int], None]) -> list[SequenceOutcome]:
+    def _compute(self, items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+        """Return the outcome of each of ``items``."""
+        batch = self._assembler.assemble(items)
+        return batch.outcomes(self._forward(batch, on_layer) if batch.items else [])
+
+    def _forward(self, batch: RaggedBatch, on_layer: OnLayer) -> list[SequenceOutcome]:
         """Return the outcome of each of the batch's items."""
         pool = self._pool
 
@@ -54,14 +60,13 @@ class PaddleEngine:
 
         with paddle.no_grad():
             pool.before_step(batch.items)
-            logits, broken_rows = self._decoder.forward(batch, pool.layers, layer_written)
-        outcomes = sample_step(logits, batch.items)
+            outcomes, broken_rows = self._decoder.forward(batch, pool.layers, layer_written)
         if broken_rows is not None:
             _fail_broken(outcomes, batch, broken_rows)
         for index, item in enumerate(batch.items):
             if item.drafts and isinstance(outcomes[index], SequenceFailed):
                 # Perhaps a guess is what is not finite, and spoils the rows before it (see _fail_broken).
-                [outcomes[index]] = self._compute(self._assembler.assemble([item.without_drafts]), lambda layer: None)
+                [outcomes[index]] = self._compute([item.without_drafts], lambda layer: None)
         return outcomes
 
     def close(self) -> None:

@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch, Span
 from kvrelay.engine.int8 import LARGEST, Quantization, rounded_rows
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, PackedLinear, Tensor
 from kvrelay.engine.kv_pool import MappedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.rope import rotation_tables
+from kvrelay.engine.sampler import sample_step
+from kvrelay.engine.sequences import ScheduledSequence
 
 Int64 = npt.NDArray[np.int64]
 
@@ -163,6 +166,12 @@ class PortableKernels:
         logits = self.linear(self.normalize(picked, weight, eps), head)
         values: npt.NDArray[np.float32] = logits.cast("float32").numpy()
         return values
+
+    def sample(
+        self, logits: npt.NDArray[np.float32] | None, batch: Sequence[ScheduledSequence]
+    ) -> list[SequenceOutcome]:
+        """See Kernels."""
+        return sample_step(logits, batch)
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
         """See Kernels."""

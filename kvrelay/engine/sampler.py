@@ -23,8 +23,9 @@ import numpy.typing as npt
 import xxhash
 
 from kvrelay.core.errors import EngineError
-from kvrelay.core.request import SamplingParams, Sequence, TokenLogprobs
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, SequenceOutcome
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
+from kvrelay.core.request import SamplingParams, TokenLogprobs, TokenSequence
+from kvrelay.engine.sequences import ScheduledSequence
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -36,12 +37,14 @@ _SEED_MASK = (1 << 64) - 1
 _FLOAT32 = np.finfo(np.float32)
 
 
-def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[SequenceOutcome]:
+def sample_step(logits: Float32 | None, batch: Seq[ScheduledSequence]) -> list[SequenceOutcome]:
     """Return the outcome of each of ``batch``: its output tokens, none if it does not sample, or its error.
 
     ``logits`` [rows, vocab_size] has, in order of the batch, a row for each one that samples, or one more than it has
-    drafts.
+    drafts; None if nobody samples.
     """
+    if logits is None:
+        return [SampledTokens([], []) for _ in batch]
     if all(item.drafts is None for item in batch):
         plain = iter(sample(logits, [item.sequence for item in batch if item.samples]))
         return [next(plain) if item.samples else SampledTokens([], []) for item in batch]
@@ -54,7 +57,7 @@ def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[Sequence
     return sampled
 
 
-def verify(logits: Float32, sequence: Sequence, drafts: Seq[int]) -> SequenceOutcome:
+def verify(logits: Float32, sequence: TokenSequence, drafts: Seq[int]) -> SequenceOutcome:
     """Return the tokens that sampling one by one would give as far as ``drafts`` guessed them, and the one after.
 
     ``logits`` [1 + len(drafts), vocab_size]: after the newest token and after each draft. A guess is accepted if it is
@@ -76,7 +79,7 @@ def verify(logits: Float32, sequence: Sequence, drafts: Seq[int]) -> SequenceOut
     return SampledTokens(token_ids, logprobs)
 
 
-def ahead(sequence: Sequence, token_ids: list[int]) -> Sequence:
+def ahead(sequence: TokenSequence, token_ids: list[int]) -> TokenSequence:
     """Return ``sequence`` as it is when ``token_ids`` have been appended."""
     if not token_ids:
         return sequence
@@ -85,7 +88,7 @@ def ahead(sequence: Sequence, token_ids: list[int]) -> Sequence:
     return ahead
 
 
-def sample(logits: Float32, sequences: Seq[Sequence]) -> list[SequenceOutcome]:
+def sample(logits: Float32, sequences: Seq[TokenSequence]) -> list[SequenceOutcome]:
     """Return one output token, or an error, for each row of ``logits`` [len(sequences), vocab_size]."""
     greedy = np.argmax(logits, axis=-1) if logits.size else ()
     return [
@@ -107,7 +110,7 @@ def token_logprobs(row: Float32, token_id: int, num_logprobs: int) -> TokenLogpr
     return TokenLogprobs(float(row[token_id]) - log_total, top, [float(row[item]) - log_total for item in top])
 
 
-def changes_logits(sequence: Sequence) -> bool:
+def changes_logits(sequence: TokenSequence) -> bool:
     """Return whether anything but the temperature and the filters bears on this sequence's next token."""
     params = sequence.sampling
     return bool(
@@ -119,7 +122,7 @@ def changes_logits(sequence: Sequence) -> bool:
     )
 
 
-def _sample_row(row: Float32, greedy: int, sequence: Sequence) -> SequenceOutcome:
+def _sample_row(row: Float32, greedy: int, sequence: TokenSequence) -> SequenceOutcome:
     """Sample one sequence; ``greedy`` is where its raw logits are highest, or the first that is NaN."""
     if not math.isfinite(row[greedy]):
         return SequenceFailed(f"the model's logits are not finite at output position {sequence.num_output_tokens}")
@@ -130,7 +133,7 @@ def _sample_row(row: Float32, greedy: int, sequence: Sequence) -> SequenceOutcom
         return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
 
 
-def _sample_finite(row: Float32, greedy: int, sequence: Sequence) -> SampledTokens:
+def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> SampledTokens:
     params = sequence.sampling
     token, adjusted = greedy, row
     if changes_logits(sequence):
@@ -145,7 +148,7 @@ def _sample_finite(row: Float32, greedy: int, sequence: Sequence) -> SampledToke
     return SampledTokens([token], [token_logprobs(row, token, params.num_logprobs)])
 
 
-def _adjust(row: Float32, sequence: Sequence) -> Float32:
+def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
     """Return a copy of ``row`` with logit_bias, penalties and min_tokens applied."""
     params, adjusted = sequence.sampling, row.copy()
     for token_id, bias in params.logit_bias.items():

@@ -30,15 +30,15 @@ from kvrelay.core.runtime_dir import runtime_dir
 from kvrelay.core.shell import Shell
 from kvrelay.core.startup import startup
 from kvrelay.core.transport import Transport
-from kvrelay.engine.interface import Engine
+from kvrelay.engine.interface import Engine, EnginePort
 from kvrelay.engine.load import load_engine
 from kvrelay.node.storage import StorageIO
 from kvrelay.registry.publisher import announcing
 from kvstore.saver import num_staging_slots
 from kvstore.storage.factory import make_store
 
-MakeMachine: TypeAlias = Callable[[Register], Machine]
-"""Builds a role's machine from what it registers as."""
+MakeMachine: TypeAlias = Callable[[Register, int], Machine]
+"""Builds a role's machine from what it registers as, and how many plans its engine takes ahead."""
 
 
 def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool) -> int:
@@ -63,11 +63,11 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     incarnation = new_incarnation()
     me = peer_id(node.name, incarnation)
     registration = _registration(node, incarnation, engine)
-    shell = Shell(make_machine(registration), clock=Clock())
+    shell = Shell(make_machine(registration, engine.max_plans_in_flight), clock=Clock())
     shell.listen_for_stop()
     startup.report("connecting")
-    compute = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
-    shell.handle_with(RunStep, compute.perform)
+    compute: EnginePort = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
+    shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
     transport = Transport(me, shell.post)
     compute.start()
     calm_collector()

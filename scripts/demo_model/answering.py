@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from demo_model.tokenizer import END, render, token_id
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine.load import load_engine
+from kvrelay.node.plans import Chunk, PlanWriter
 
 MAX_MODEL_LEN = 4096
 
@@ -30,6 +30,7 @@ class Answerer:
         self._engine = load_engine(config.node("m0"), lambda _read, _size: None)
         self._tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         self._end = token_id(self._tokenizer, END)
+        self._plans = PlanWriter()
         self._steps = 0
 
     def close(self) -> None:
@@ -44,6 +45,8 @@ class Answerer:
             self._run([sequence])
         while running := [sequence for sequence in sequences if sequence.finish_reason() is None]:
             self._run(running)
+        for sequence in sequences:
+            self._plans.leave(sequence)
         return [
             self._tokenizer.decode(sequence.token_ids[sequence.num_prompt_tokens :], skip_special_tokens=True)
             for sequence in sequences
@@ -63,11 +66,8 @@ class Answerer:
 
     def _run(self, sequences: list[Sequence]) -> None:
         """Compute what is not computed yet and add a token to each."""
-        batch = [
-            ScheduledSequence(s, s.num_computed_tokens, s.num_tokens - s.num_computed_tokens, samples=True)
-            for s in sequences
-        ]
-        result = self._engine.run(StepPlan(self._steps, batch), lambda _layer: None)
+        chunks = [Chunk(s.num_computed_tokens, s.num_tokens - s.num_computed_tokens, samples=True) for s in sequences]
+        result = self._engine.run(self._plans.write(self._steps, sequences, chunks), lambda _layer: None)
         self._steps += 1
         for sequence, sampled in zip(sequences, result.sampled, strict=True):
             sequence.num_computed_tokens = sequence.num_tokens

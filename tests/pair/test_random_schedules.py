@@ -13,6 +13,7 @@ import pytest
 from support.world import Client, World
 
 FEW = 40
+CHOOSES_PLANS_IN_FLIGHT = True
 
 
 @pytest.fixture
@@ -49,7 +50,11 @@ def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
             "priority_aging_s": rng.choice([0.01, 0.1, 10.0]),
         },
         transfer={"link": rng.choice(["auto", "tcp"]), "layerwise": rng.random() < 0.8},
-        engine={"num_layers": rng.randint(1, 3), **options.pop("engine", {})},
+        engine={
+            "num_layers": rng.randint(1, 3),
+            "max_plans_in_flight": rng.choice([1, 2]),
+            **options.pop("engine", {}),
+        },
         storage=rng.choice([{}, some_storage(rng)]),
         speculative={"method": rng.choice(["none", "none", "naive", "ngram"]), "num_speculative_tokens": 3},
         careful=True,

@@ -186,7 +186,7 @@ async def _serve(
     machine = DecodeMachine(node, registration)
     shell = Shell(machine if store is None else Forgetful(machine, engine), clock=Clock())
     compute = ComputeThread(engine, shell.post_threadsafe, layer_events=False)
-    shell.handle_with(RunStep, compute.perform)
+    shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
     router = cast(Transport, RouterStub(shell, served, len(specs)))
     for spec in specs:
         shell.post(Received(ROUTER, Generate(request=spec)))

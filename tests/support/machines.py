@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -21,11 +22,11 @@ from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId
 from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone, TimerFired
 from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.core.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
 from kvrelay.core.messages.node_to_messager import CancelKV, CloseTransfer
 from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.step import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from prefill_node.state import PrefillMachine
 
 M = TypeVar("M", bound=Message)
@@ -84,18 +85,29 @@ def spec(name: str = "r", prompt: int | list[int] = 10, max_tokens: int = 5, **o
 class NodeDesk:
     """A node's machine. Its messager lets go of blocks when it is told to, unless ``messager_answers`` is off."""
 
-    def __init__(self, role: Role, **sections: dict[str, Any]) -> None:
+    def __init__(self, role: Role, plans_in_flight: int = 1, **sections: Any) -> None:
         node = node_config(role, **sections)
         kind = PrefillMachine if role is Role.PREFILL else DecodeMachine
-        self.machine: Any = kind(node, registration(node))
+        self.machine: Any = kind(node, registration(node), plans_in_flight)
         self.now = 100.0
         self.messager_answers = True
         self.actions: list[object] = []
-        self.plan: StepPlan | None = None
+        self.plans: deque[StepPlan] = deque()
+        self.names: dict[int, str] = {}
+        self._plans_in_flight = plans_in_flight
         self.tell(Started())
         if role is not Role.MIXED:
             self.hear(MESSAGER, MessagerReady(link=LINK))
         self.actions.clear()
+
+    @property
+    def plan(self) -> StepPlan | None:
+        """The plan whose step runs."""
+        return self.plans[0] if self.plans else None
+
+    def planned(self) -> list[str]:
+        """Return the requests of the step that runs."""
+        return [self.names[item.id] for item in self.plans[0].batch]
 
     # ------------------------------------------------------------ telling
 
@@ -106,11 +118,15 @@ class NodeDesk:
         for action in actions:
             match action:
                 case RunStep(plan=plan):
-                    assert self.plan is None, "a step was started while another runs"
-                    self.plan = plan
+                    self._take_plan(plan)
                 case Send(peer="messager", message=message) if self.messager_answers:
                     self._answer(message)
         return actions
+
+    def _take_plan(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        assert len(self.plans) <= self._plans_in_flight, "more plans than the engine takes"
+        self.names |= {new.id: new.request_id for new in plan.new}
 
     def _answer(self, message: Message) -> None:
         match message:
@@ -130,25 +146,25 @@ class NodeDesk:
 
     def finish_step(self, *tokens: int) -> list[Any]:
         """End the running step; whoever samples gets the next of ``tokens``, or 7."""
-        assert self.plan is not None, "no step is running"
-        plan, self.plan = self.plan, None
         left = list(tokens)
-        sampled: list[SequenceOutcome] = [
-            SampledTokens([left.pop(0) if left else 7] if item.samples else [], []) for item in plan.batch
-        ]
-        return self.tell(StepDone(StepResult(plan.step, sampled)))
+        return self.end_step(
+            [SampledTokens([left.pop(0) if left else 7] if item.samples else [], []) for item in self.plans[0].batch]
+        )
 
     def fail_step(self, *names: str) -> list[Any]:
         """End the running step; the sequences of ``names`` (all, if there are none) fail, the others sample 7."""
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
-        outcomes: list[SequenceOutcome] = [
-            SequenceFailed("ValueError: broken")
-            if not names or item.sequence.spec.request_id in names
-            else SampledTokens([7] if item.samples else [], [])
-            for item in plan.batch
-        ]
-        return self.tell(StepDone(StepResult(plan.step, outcomes)))
+        return self.end_step(
+            [
+                SequenceFailed("ValueError: broken")
+                if not names or self.names[item.id] in names
+                else SampledTokens([7] if item.samples else [], [])
+                for item in self.plans[0].batch
+            ]
+        )
+
+    def end_step(self, outcomes: Sequence[SequenceOutcome]) -> list[Any]:
+        """End the running step with ``outcomes`` in the order of its batch."""
+        return self.tell(StepDone(result_of(self.plans.popleft(), outcomes)))
 
     def run_steps(self, limit: int = 1000) -> None:
         """Let all steps be computed until there is nothing left to do."""
@@ -173,6 +189,12 @@ class NodeDesk:
         """Blocks that somebody holds."""
         used: int = self.machine.kv.num_referenced
         return used
+
+
+def result_of(plan: StepPlan, outcomes: Sequence[SequenceOutcome]) -> StepResult:
+    """Return the result of ``plan`` with ``outcomes`` in the order of its batch."""
+    by_id = {item.id: outcome for item, outcome in zip(plan.batch, outcomes, strict=True)}
+    return StepResult(step=plan.step, outcomes=by_id)
 
 
 def sent(actions: Sequence[object], kind: type[M], to: PeerId | None = None) -> list[M]:
@@ -201,6 +223,7 @@ __all__ = [
     "NodeDesk",
     "node_config",
     "registration",
+    "result_of",
     "sent",
     "spec",
 ]

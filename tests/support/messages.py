@@ -11,6 +11,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import SequenceId
 from kvrelay.core.messages.base import (
     ErrorInfo,
     Heartbeat,
@@ -24,6 +25,15 @@ from kvrelay.core.messages.base import (
     ProtocolViolation,
 )
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.core.messages.engine import (
+    NewSequence,
+    SampledTokens,
+    ScheduledTokens,
+    SequenceChange,
+    SequenceFailed,
+    StepPlan,
+    StepResult,
+)
 from kvrelay.core.messages.messager_to_messager import (
     FrameAck,
     KVFrame,
@@ -179,7 +189,7 @@ EXAMPLES: list[Message] = [
     BlocksReserved(**_ID, block_ids=[4, 5, 9], num_cached_blocks=1, link=_LINK, lease_s=30.0),
     ReservationRefused(**_ID, reason="full", retry_after_s=None),
     ReservationEnded(**_ID, reason="lease over"),
-    LayerSignal(step=7, layer=3, spans=[KVSpan("cmpl-1", 2, 1, [8, 9])]),
+    LayerSignal(step=7, layer=3, num_layers=2, spans=[KVSpan("cmpl-1", 2, 1, [8, 9])]),
     CachedSignal(span=KVSpan("cmpl-1", 2, 0, [3])),
     OpenTransfer(**_ID, link=_LINK, first_block=1, target_block_ids=[4, 5, 9]),
     CloseTransfer(**_ID),
@@ -213,6 +223,23 @@ EXAMPLES: list[Message] = [
     BlocksFetched(fetch_id=7, found=[True, False]),
     DropBlocks(fetch_id=8, namespace=b"n" * 16, block_hashes=[b"a" * 32]),
     BlocksDropped(fetch_id=8, num_blocks=1),
+    StepPlan(
+        step=12,
+        batch=[
+            ScheduledTokens(SequenceId(3), 16, 3, True, 17, (9, 70000), True),
+            ScheduledTokens(SequenceId(4), 0, 2, False, 0),
+        ],
+        new=[NewSequence(SequenceId(4), "cmpl-1", [1, 200, 70000], 2, _SPEC.sampling, [0, 8])],
+        changed=[SequenceChange(SequenceId(3), [7], [(0, 5)], [11])],
+        left=[SequenceId(1), SequenceId(2)],
+    ),
+    StepResult(
+        step=12,
+        outcomes={
+            SequenceId(3): SampledTokens([9, 4], [TokenLogprobs(-0.5, [9, 4], [-0.5, -1.5])]),
+            SequenceId(4): SequenceFailed("out of memory", retryable=True),
+        },
+    ),
 ]
 
 _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
@@ -228,12 +255,15 @@ _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
 def random_values(kind: Any) -> st.SearchStrategy[Any]:
     """Return values of ``kind``: a message, a struct, or anything one may be made of."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    kind = getattr(kind, "__supertype__", kind)
     if kind in _LEAVES:
         return _LEAVES[kind]
     if origin is list:
         return st.lists(random_values(arguments[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(random_values(arguments[0]), random_values(arguments[1]), max_size=3)
+    if origin is tuple and arguments[-1] is ...:
+        return st.lists(random_values(arguments[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(random_values, arguments))
     if origin in (typing.Union, types.UnionType):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from kvrelay.core.machine import (
     Connect,
     Disconnect,
     Exit,
-    LayerComputed,
+    LayersComputed,
     Log,
     Machine,
     PeerLost,
@@ -29,11 +30,12 @@ from kvrelay.core.machine import (
     SetTimer,
     Started,
     StepDone,
+    StepFailed,
     TimerFired,
 )
 from kvrelay.core.messages.base import LinkAddress, Message
+from kvrelay.core.messages.engine import StepPlan, StepResult
 from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.step import SequenceFailed, SequenceOutcome, StepResult
 from kvrelay.engine.fake import FakeEngine, step_seconds
 from prefill_node.state import PrefillMachine
 from router.events import Deliver
@@ -169,10 +171,11 @@ class NodeProcess(Process):
     def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
         self.config = config
         self.failing_steps: set[int] = set()
+        self._plans: deque[StepPlan] = deque()
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.num_blocks)
         me = peer_id(config.name, incarnation)
         kind = PrefillMachine if config.role == "prefill" else DecodeMachine
-        machine = kind(config, self._registration(incarnation))
+        machine = kind(config, self._registration(incarnation), self.engine.max_plans_in_flight)
         super().__init__(world, me, machine, [config.address, f"ipc:///{me}"])
         self.connections[ROUTER] = CONTROL
         self.handle_with(RunStep, self._run_step)
@@ -200,33 +203,45 @@ class NodeProcess(Process):
         )
 
     def _run_step(self, action: RunStep) -> None:
+        """Begin a step, or queue it as a device would."""
+        assert action.plan.num_tokens <= self.config.scheduler.max_num_batched_tokens, "a step beyond the token budget"
+        self._plans.append(action.plan)
+        assert len(self._plans) <= self.engine.max_plans_in_flight, "more plans than the engine takes"
+        if len(self._plans) == 1:
+            self._begin_step(action.plan)
+
+    def _begin_step(self, plan: StepPlan) -> None:
         """Let virtual time pass between the layers.
 
         A block that is given away while the step still runs is written to after that, and one that is read before its
         time has not been written yet: what would be a race between threads shows as a wrong token.
         """
-        assert action.plan.num_tokens <= self.config.scheduler.max_num_batched_tokens, "a step beyond the token budget"
-        layers = self.engine.layers(action.plan)
-        layer_s = step_seconds(self.config.engine.fake, action.plan.batch) / self.engine.geometry.num_layers
+        layers = self.engine.layers(plan)
+        layer_s = step_seconds(self.config.engine.fake, plan.batch) / self.engine.geometry.num_layers
 
         def advance(layers: Iterator[int | StepResult] = layers) -> None:
             if not self.alive:
                 return
             done = next(layers)
             if isinstance(done, StepResult):
-                next(layers, None)  # the step is over, and has the block tables no longer
-                self.handle(StepDone(done))
+                self._end_step(StepDone(done))
                 return
             if self.config.role == "prefill":
-                self.handle(LayerComputed(action.plan.step, done))
-            if action.plan.step in self.failing_steps and done == 0:
-                failed: list[SequenceOutcome] = [SequenceFailed("ValueError: told to", retryable=True)]
-                self.handle(StepDone(StepResult(action.plan.step, failed * len(action.plan.batch))))
+                self.handle(LayersComputed(plan.step, range(done, done + 1)))
+            if plan.step in self.failing_steps and done == 0:
+                self._end_step(StepFailed(plan.step, "ValueError: told to"))
                 return
             last = done == self.engine.geometry.num_layers - 1
             self.world.after(0.0 if last else layer_s, advance)
 
         self.world.after(layer_s, advance)
+
+    def _end_step(self, event: StepDone | StepFailed) -> None:
+        """Answer the plan, and go on with the next one at once."""
+        self._plans.popleft()
+        if self._plans:
+            self._begin_step(self._plans[0])
+        self.handle(event)
 
     def exit(self, reason: str) -> None:
         """End; the messager sees its lifeline cut."""

@@ -72,14 +72,14 @@ class Desk:
         self.scheduler.decoding[request] = None
         return request
 
-    def prefill(self, name: str, prompt: int, computed: int = 0, **options: Any) -> DecodeRequest:
+    def prefill(self, name: str, prompt: int | list[int], computed: int = 0, **options: Any) -> DecodeRequest:
         """Let a request be in the midst of its prefill."""
         request = self.request(name, prompt, DecodeStatus.RUNNING_PREFILL, **options)
         self._give_blocks(request, len(request.token_ids))
         request.num_computed_tokens = computed
         self.scheduler.prefilling[request] = None
-        self.scheduler.order.arrived(request, request.priority, prompt, self.now)
-        self.scheduler.order.admitted(request, prompt)
+        self.scheduler.order.arrived(request, request.priority, request.num_tokens, self.now)
+        self.scheduler.order.admitted(request, request.num_tokens)
         self.scheduler.order.ready(request, request.num_uncomputed_tokens)
         return request
 
@@ -116,7 +116,7 @@ class Desk:
         """Decide a step and let it be computed."""
         schedule = self.schedule()
         for request, chunk in zip(schedule.requests, schedule.chunks, strict=True):
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
+            request.num_computed_tokens = chunk.end
             if request in self.scheduler.prefilling:
                 self.scheduler.publish(request)
                 if chunk.samples:

@@ -50,6 +50,8 @@ from support.processes import MessagerProcess, NodeProcess, Process, RouterProce
 
 EOS = 1
 VOCAB_SIZE = 512
+PLANS_IN_FLIGHT = 1
+"""How many plans engines take at a time unless a test says otherwise."""
 
 
 @dataclass
@@ -158,6 +160,7 @@ class World:
                 "prefill_token_s": 0.0001,
                 "decode_token_s": 0.0002,
                 "eos_every": 64,
+                "max_plans_in_flight": PLANS_IN_FLIGHT,
                 **(engine or {}),
             },
         }

@@ -20,14 +20,15 @@ class KVSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LayerSignal(Message, frozen=True, kw_only=True):
-    """P -> its messager, after each layer of each step.
+    """P -> its messager, after each layer of each step, or after several: ``num_layers`` from ``layer`` on.
 
-    The reader sends those blocks of that layer, or keeps the signal until the transfer is opened.
+    The reader sends those blocks of those layers, or keeps the signal until the transfer is opened.
     """
 
     step: int
     layer: int
     spans: list[KVSpan]
+    num_layers: int = 1
 
 
 class CachedSignal(Message, frozen=True, kw_only=True):

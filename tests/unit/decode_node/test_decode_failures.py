@@ -8,13 +8,12 @@ import pytest
 from support.machines import MESSAGER, P0, ROUTER, VOCAB_SIZE, NodeDesk, sent, spec
 
 from kvrelay.core.config import Role
-from kvrelay.core.machine import StepDone
 from kvrelay.core.messages.decode_to_prefill import ReservationEnded
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected
 from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, ReserveBlocks
 from kvrelay.core.messages.router_to_node import Abort, Generate
-from kvrelay.core.step import SampledTokens, SequenceFailed, StepPlan, StepResult
 from kvstore.block_hash import BlockHasher
 
 PROMPT = list(range(12))
@@ -85,7 +84,7 @@ def test_a_preempted_request_may_fail_when_it_is_resumed() -> None:
         desk.finish_step()
     [victim] = list(desk.machine.scheduler.waiting)
     name = victim.spec.request_id
-    while desk.plan is not None and name not in {item.sequence.spec.request_id for item in desk.plan.batch}:
+    while name not in desk.planned():
         desk.finish_step()
     assert [failure.request_id for failure in sent(desk.fail_step(name), RequestFailed)] == [name]
     desk.run_steps()
@@ -97,28 +96,20 @@ def test_rejected_guesses_are_not_counted_of_a_sequence_that_fails() -> None:
     generate(desk, "bad", [1, 2, 3, 1, 2, 3, 1, 2], max_tokens=10)
     desk.finish_step(3)
     assert desk.plan is not None and desk.plan.batch[0].drafts
-    plan, desk.plan = desk.plan, None
-    desk.tell(StepDone(StepResult(plan.step, [SequenceFailed("the model's logits are not finite")])))
+    desk.end_step([SequenceFailed("the model's logits are not finite")])
     assert desk.machine.load().counters["draft_tokens"] == 0
     desk.machine.assert_quiescent()
-
-
-def take_plan(desk: NodeDesk) -> StepPlan:
-    """Return the plan of the running step, which the test ends itself."""
-    plan, desk.plan = desk.plan, None
-    assert plan is not None
-    return plan
 
 
 def test_guesses_cut_short_by_an_error_count_as_rejected_and_the_next_step_begins_there() -> None:
     desk = NodeDesk(Role.MIXED, speculative={"method": "ngram", "ngram_min": 1, "ngram_max": 2})
     generate(desk, "r", [1, 2, 3, 1, 2, 3, 1, 2], max_tokens=10)
     desk.finish_step(3)
-    plan = take_plan(desk)
-    item = plan.batch[0]
+    assert desk.plan is not None and desk.plan.batch[0].drafts is not None
+    item = desk.plan.batch[0]
     assert item.drafts is not None and len(item.drafts) >= 2
     # the engine stopped after one accepted guess: what follows it is not finite
-    desk.tell(StepDone(StepResult(plan.step, [SampledTokens(list(item.drafts[:1]), [])])))
+    desk.end_step([SampledTokens(list(item.drafts[:1]), [])])
     assert desk.plan is not None and desk.plan.batch[0].start == item.start + 1
     desk.fail_step()
     desk.machine.assert_quiescent()

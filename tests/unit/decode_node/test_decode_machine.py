@@ -38,6 +38,7 @@ from kvrelay.core.machine import (
 )
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.core.messages.engine import StepResult
 from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed, MessagerReady
 from kvrelay.core.messages.node_to_messager import CancelKV, ExpectKV, StopMessager
 from kvrelay.core.messages.node_to_router import (
@@ -51,7 +52,6 @@ from kvrelay.core.messages.node_to_router import (
 from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
 from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, RegisterAgain, Registered, RegistrationRefused
 from kvrelay.core.request import FinishReason
-from kvrelay.core.step import StepResult
 from kvstore.block_hash import BlockHasher
 
 ID: dict[str, Any] = {"request_id": "r", "epoch": 1}
@@ -59,11 +59,11 @@ PROMPT = list(range(10))
 HASHES = BlockHasher("model", 4).hashes(PROMPT)
 
 
-def decode_desk(**sections: dict[str, Any]) -> NodeDesk:
+def decode_desk(**sections: Any) -> NodeDesk:
     return NodeDesk(Role.DECODE, **sections)
 
 
-def mixed_desk(**sections: dict[str, Any]) -> NodeDesk:
+def mixed_desk(**sections: Any) -> NodeDesk:
     return NodeDesk(Role.MIXED, **sections)
 
 
@@ -272,7 +272,7 @@ def test_it_decodes_when_kv_and_hand_off_are_there_in_either_order() -> None:
         assert desk.plan is not None
         [item] = desk.plan.batch
         assert (item.start, item.num_tokens, item.samples) == (10, 1, True)
-        assert item.sequence.token_ids == [*PROMPT, 50]
+        assert desk.plan.new[0].token_ids == [*PROMPT, 50]
 
 
 def test_one_message_per_step_carries_all_tokens_of_the_step() -> None:
@@ -403,8 +403,8 @@ def test_a_step_that_ends_twice_is_a_bug() -> None:
     desk.hear(ROUTER, Abort(**ID))
     step = desk.plan.step if desk.plan else 0
     desk.finish_step()
-    with pytest.raises(LocalProtocolError, match="ended twice"):
-        desk.tell(StepDone(StepResult(step, [])))
+    with pytest.raises(LocalProtocolError, match="not in flight"):
+        desk.tell(StepDone(StepResult(step=step, outcomes={})))
 
 
 def test_a_request_that_outgrows_the_pool_fails_after_all_its_tokens_went_out() -> None:

@@ -436,11 +436,12 @@ def test_a_resumed_request_computes_what_was_evicted_and_samples_the_token_after
     victim_tokens = list(victim.token_ids)
     assert names(desk.step().preempted) == ["b"]
     assert first in desk.finished
-    [chunk] = desk.schedule().chunks
-    assert chunk.sequence is victim
+    schedule = desk.schedule()
+    [chunk] = schedule.chunks
+    assert schedule.requests == [victim]
     assert victim.token_ids == victim_tokens
     assert chunk.samples
-    assert chunk.start + chunk.num_tokens == len(victim_tokens)
+    assert chunk.end == len(victim_tokens)
     assert victim.num_cached_tokens == 0  # what it finds of its own is no prefix hit of the client's
 
 

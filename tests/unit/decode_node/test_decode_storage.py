@@ -16,7 +16,7 @@ STORE = {"backend": "file", "min_read_tokens": 1, "resume": "auto"}
 WRITES_ONLY = {**STORE, "min_read_tokens": 1000, "write_policy": "on_preempt"}
 
 
-def desk_with(store: dict[str, Any], **sections: dict[str, Any]) -> NodeDesk:
+def desk_with(store: dict[str, Any], **sections: Any) -> NodeDesk:
     return NodeDesk(Role.MIXED, storage=store, **sections)
 
 
@@ -33,7 +33,7 @@ def abort(desk: NodeDesk, name: str) -> list[Any]:
 def scheduled(desk: NodeDesk) -> list[str]:
     """Return the names of those in the step that runs."""
     assert desk.plan is not None
-    return [item.sequence.spec.request_id for item in desk.plan.batch]
+    return desk.planned()
 
 
 # ---------------------------------------------------------------- in

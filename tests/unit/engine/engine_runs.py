@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from kvrelay.core.config import ClusterConfig, NodeConfig
+from kvrelay.core.ids import SequenceId
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.messages.engine import NewSequence, SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
+from kvrelay.engine.sequences import EngineSequence
+from kvrelay.node.plans import Chunk, PlanWriter
 
 KERNELS = ("portable", "native", "products")
 """Each kind of kernels that computes on a CPU; products: what there is without our own library."""
@@ -67,12 +72,56 @@ def planes_of(engine: Engine) -> npt.NDArray[np.uint8]:
     return engine.memory.planes
 
 
+Logits = npt.NDArray[np.float32]
+_writers: WeakKeyDictionary[Engine, PlanWriter] = WeakKeyDictionary()
+
+
+def writer_of(engine: Engine) -> PlanWriter:
+    """Return what writes the plans of ``engine``, whoever drives it: one for each."""
+    return _writers.setdefault(engine, PlanWriter())
+
+
+def plan_of(engine: Engine, *batch: tuple[Sequence, Chunk], step: int = 1) -> StepPlan:
+    """Return the plan for ``engine`` that computes a chunk of each sequence."""
+    return writer_of(engine).write(step, [one for one, _ in batch], [chunk for _, chunk in batch])
+
+
+def run_batch(engine: Engine, *batch: tuple[Sequence, Chunk], layers: list[int] | None = None) -> StepResult:
+    """Compute a chunk of each sequence; the sequences stay as they are."""
+    heard: list[int] = [] if layers is None else layers
+    return engine.run(plan_of(engine, *batch), heard.append)
+
+
+def outcomes_in_order(result: StepResult) -> list[SequenceOutcome]:
+    """Return what came of each sequence, in the order of the batch."""
+    return list(result.outcomes.values())
+
+
+def take(engine: Engine, one: Sequence, chunk: Chunk, sampled: SampledTokens) -> None:
+    """Let ``one`` be as the engine has it: as a machine does when the result comes in."""
+    if chunk.drafts is not None:
+        writer_of(engine).accepted(one, len(sampled.token_ids) - 1)
+    one.token_ids += sampled.token_ids
+    one.num_computed_tokens = chunk.end if chunk.drafts is None else one.num_tokens - 1
+
+
+def spy_on_sampling(patch: pytest.MonkeyPatch, see: Callable[[Logits | None, Any], object]) -> None:
+    """Have ``see`` called with the logits and the items of each step before they are sampled."""
+    from kvrelay.engine import native_kernels, portable, sampler
+
+    def spy(logits: Logits | None, batch: Any) -> list[SequenceOutcome]:
+        see(logits, batch)
+        return sampler.sample_step(logits, batch)
+
+    for module in (native_kernels, portable):
+        patch.setattr(module, "sample_step", spy)
+
+
 class Runner:
     """Schedules sequences on an engine by hand; hands out blocks in a random order."""
 
     def __init__(self, engine: Engine, seed: int = 0) -> None:
         self.engine = engine
-        self.step = 0
         self.free = np.random.default_rng(seed).permutation(engine.memory.num_blocks).tolist()
 
     def give_blocks(self, one: Sequence, num_tokens: int) -> None:
@@ -85,13 +134,10 @@ class Runner:
         for one, count in batch:
             self.give_blocks(one, one.num_computed_tokens + count)
             samples = one.num_computed_tokens + count == one.num_tokens
-            scheduled.append(ScheduledSequence(one, one.num_computed_tokens, count, samples))
-        self.step += 1
-        heard: list[int] = [] if layers is None else layers
-        result = self.engine.run(StepPlan(self.step, scheduled), heard.append)
-        for item, sampled in zip(scheduled, result.sampled, strict=True):
-            item.sequence.num_computed_tokens += item.num_tokens
-            item.sequence.token_ids += sampled.token_ids
+            scheduled.append((one, Chunk(one.num_computed_tokens, count, samples)))
+        result = run_batch(self.engine, *scheduled, layers=layers)
+        for (one, chunk), sampled in zip(scheduled, result.sampled, strict=True):
+            take(self.engine, one, chunk, sampled)
         return result.sampled
 
     def finish(self, *sequences: Sequence, chunk: int = 1 << 30) -> list[list[SampledTokens]]:
@@ -103,6 +149,21 @@ class Runner:
                 if sampled.token_ids:
                     outputs[sequences.index(one)].append(sampled)
         return outputs
+
+
+def engine_sequence(tokens: list[int], blocks: list[int]) -> EngineSequence:
+    """Return a sequence as an engine knows it."""
+    params = SamplingParams(max_tokens=64, seed=0, temperature=0.0)
+    return EngineSequence(
+        NewSequence(
+            id=SequenceId(1),
+            request_id="r",
+            token_ids=tokens,
+            num_prompt_tokens=len(tokens),
+            sampling=params,
+            block_table=blocks,
+        )
+    )
 
 
 def output(one: Sequence) -> list[int]:

@@ -15,11 +15,11 @@ import numpy as np
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk, PlanWriter
 
 LONG, SHORT, CHUNK, NUM_OUTPUTS = 40, 5, 24, 3
 
@@ -53,16 +53,17 @@ def _tokens(directory: Path, quantization: str) -> list[list[int]]:
 
 
 def _generated(engine: Engine) -> list[list[int]]:
+    plans = PlanWriter()
     long, short, again = _sequence(LONG, 0), _sequence(SHORT, 4), _sequence(LONG, 8)
-    _step(engine, (long, CHUNK))
-    _step(engine, (long, LONG - CHUNK), (short, SHORT))
+    _step(engine, plans, (long, CHUNK))
+    _step(engine, plans, (long, LONG - CHUNK), (short, SHORT))
     for _ in range(NUM_OUTPUTS - 1):
-        _step(engine, (long, 1), (short, 1))
+        _step(engine, plans, (long, 1), (short, 1))
     assert isinstance(engine.memory, KVMemory)
     planes = engine.memory.planes
     planes[:, :, again.block_table] = planes[:, :, long.block_table]
     again.num_computed_tokens = LONG
-    engine.run(StepPlan(1, [ScheduledSequence(again, LONG - 1, 1, True)]), lambda layer: None)
+    engine.run(plans.write(1, [again], [Chunk(LONG - 1, 1, True)]), lambda layer: None)
     return [one.token_ids[one.num_prompt_tokens :] for one in (long, short)]
 
 
@@ -74,15 +75,15 @@ def _sequence(num_tokens: int, first_block: int) -> Sequence:
     return one
 
 
-def _step(engine: Engine, *batch: tuple[Sequence, int]) -> None:
-    scheduled = [
-        ScheduledSequence(one, one.num_computed_tokens, count, one.num_computed_tokens + count == one.num_tokens)
-        for one, count in batch
+def _step(engine: Engine, plans: PlanWriter, *batch: tuple[Sequence, int]) -> None:
+    sequences = [one for one, _ in batch]
+    chunks = [
+        Chunk(one.num_computed_tokens, count, one.num_computed_tokens + count == one.num_tokens) for one, count in batch
     ]
-    result = engine.run(StepPlan(1, scheduled), lambda layer: None)
-    for item, sampled in zip(scheduled, result.sampled, strict=True):
-        item.sequence.num_computed_tokens += item.num_tokens
-        item.sequence.token_ids += sampled.token_ids
+    result = engine.run(plans.write(1, sequences, chunks), lambda layer: None)
+    for one, chunk, sampled in zip(sequences, chunks, result.sampled, strict=True):
+        one.num_computed_tokens += chunk.num_tokens
+        one.token_ids += sampled.token_ids
 
 
 if __name__ == "__main__":

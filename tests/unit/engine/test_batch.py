@@ -5,19 +5,17 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from engine_runs import sequence
+from engine_runs import engine_sequence
 
-from kvrelay.core.request import Sequence
-from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
+from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 
 LIMITS = StepLimits(block_size=4, num_blocks=500, max_model_len=200, vocab_size=5000)
 
 
-def placed(rng: random.Random, num_tokens: int, num_slots: int) -> Sequence:
-    one = sequence(rng.choices(range(1000), k=num_tokens))
-    one.take_blocks(rng.sample(range(LIMITS.num_blocks), -(-num_slots // LIMITS.block_size)))
-    return one
+def placed(rng: random.Random, num_tokens: int, num_slots: int) -> EngineSequence:
+    blocks = rng.sample(range(LIMITS.num_blocks), -(-num_slots // LIMITS.block_size))
+    return engine_sequence(rng.choices(range(1000), k=num_tokens), blocks)
 
 
 def scheduled(rng: random.Random) -> ScheduledSequence:
@@ -28,8 +26,8 @@ def scheduled(rng: random.Random) -> ScheduledSequence:
     one = placed(rng, num_known, num_known + 5)
     start = rng.randrange(num_known) if kind == "chunk" else num_known - 1
     num_tokens = rng.randint(1, num_known - start) if kind == "chunk" else 1 + len(drafts or ())
-    one.num_computed_tokens = num_known if kind == "again" else start
-    return ScheduledSequence(one, start, num_tokens, start + num_tokens >= num_known, drafts)
+    writes_from = num_known if kind == "again" else start
+    return ScheduledSequence(one, start, num_tokens, start + num_tokens >= num_known, writes_from, drafts)
 
 
 def assert_flat(batch: RaggedBatch, items: list[ScheduledSequence]) -> None:
@@ -43,7 +41,7 @@ def assert_flat(batch: RaggedBatch, items: list[ScheduledSequence]) -> None:
             position = item.start + offset
             block = item.sequence.block_table[position // LIMITS.block_size]
             slot = block * LIMITS.block_size + position % LIMITS.block_size
-            is_new = position >= item.sequence.num_computed_tokens
+            is_new = position >= item.writes_from
             rows[span.first_row + offset] = known[position], position, slot if is_new else None
     assert sorted(rows) == list(range(len(batch.token_ids)))
     written = np.arange(len(rows)) if batch.written_rows is None else batch.written_rows
@@ -67,7 +65,7 @@ def test_every_step_is_flattened_right_whatever_came_before() -> None:
 
 def test_a_step_like_the_one_before_uses_its_memory_and_copies_no_block_table() -> None:
     rng, assembler = random.Random(7), BatchAssembler(LIMITS)
-    items = [ScheduledSequence(placed(rng, 30, 40), 29, 1, True) for _ in range(8)]
+    items = [ScheduledSequence(placed(rng, 30, 40), 29, 1, True, 29) for _ in range(8)]
     first, second = assembler.assemble(items), assembler.assemble(items)
     for name in ("token_ids", "positions", "slot_mapping"):
         assert np.shares_memory(getattr(first, name), getattr(second, name))

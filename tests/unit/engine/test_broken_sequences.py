@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, planes_of, sequence
+from engine_runs import Runner, open_engine, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, take
 from support.broken_checkpoint import break_embedding, set_weights
 
-from kvrelay.core import compute
 from kvrelay.core.compute import ComputeThread
 from kvrelay.core.errors import EngineError
-from kvrelay.core.machine import LayerComputed, RunStep, StepDone
+from kvrelay.core.machine import LayersComputed, StepDone
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.core.request import Sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, SequenceOutcome, StepPlan
+from kvrelay.engine import isolation
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.node.plans import Chunk
 
 VOCAB_SIZE = 384
 BAD, GOOD = 77, 78
@@ -69,13 +70,11 @@ def outcomes_of(engine: Engine, runner: Runner, batch: list[tuple[Sequence, int]
     for one, count in batch:
         runner.give_blocks(one, one.num_computed_tokens + count)
         samples = one.num_computed_tokens + count == one.num_tokens
-        scheduled.append(ScheduledSequence(one, one.num_computed_tokens, count, samples))
-    runner.step += 1
-    outcomes = engine.run(StepPlan(runner.step, scheduled), lambda layer: None).outcomes
-    for item, outcome in zip(scheduled, outcomes, strict=True):
+        scheduled.append((one, Chunk(one.num_computed_tokens, count, samples)))
+    outcomes = outcomes_in_order(run_batch(engine, *scheduled))
+    for (one, chunk), outcome in zip(scheduled, outcomes, strict=True):
         if isinstance(outcome, SampledTokens):
-            item.sequence.num_computed_tokens += item.num_tokens
-            item.sequence.token_ids += outcome.token_ids
+            take(engine, one, chunk, outcome)
     return outcomes
 
 
@@ -126,8 +125,8 @@ def test_a_guess_that_cannot_be_computed_is_as_good_as_a_wrong_one(broken: Engin
         runner, one = Runner(broken), sequence([1, 2, 3, 4])
         runner.run((one, 4))
         runner.give_blocks(one, one.num_tokens + 2)
-        item = ScheduledSequence(one, 4, 1 + len(drafts or ()), True, drafts)
-        return broken.run(StepPlan(9, [item]), lambda layer: None).outcomes[0]
+        chunk = Chunk(4, 1 + len(drafts or ()), True, drafts)
+        return outcomes_in_order(run_batch(broken, (one, chunk)))[0]
 
     assert outcome(drafts) == outcome(None)
 
@@ -136,8 +135,8 @@ def test_a_guess_that_is_sampled_and_then_fails_fails_in_the_next_step(broken: E
     runner, one = Runner(broken), sequence([1, 2, 3, 4], logit_bias={BAD: 100.0})
     runner.run((one, 3))
     runner.give_blocks(one, 8)
-    item = ScheduledSequence(one, 3, 3, True, (BAD, GOOD))
-    assert broken.run(StepPlan(9, [item]), lambda layer: None).outcomes == [SampledTokens([BAD], [])]
+    result = run_batch(broken, (one, Chunk(3, 3, True, (BAD, GOOD))))
+    assert outcomes_in_order(result) == [SampledTokens([BAD], [])]
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 1 << 40])
@@ -211,8 +210,8 @@ def test_what_breaks_the_forward_pass_is_found_and_the_others_grow_on(
         cursed["on"] = BAD in batch.token_ids  # type: ignore[attr-defined]
         return begin(self, batch, windows)  # type: ignore[operator]
 
-    # Kept with what is logged, the traceback would keep views of the block tables.
-    monkeypatch.setattr(compute.logger, "disabled", True)
+    # Kept with what is logged, the traceback would keep views of the pool's memory.
+    monkeypatch.setattr(isolation.logger, "disabled", True)
     monkeypatch.setattr(kernels, "silu_mul", silu_mul)
     monkeypatch.setattr(kernels, "begin_step", begin_step)
 
@@ -222,23 +221,21 @@ def test_what_breaks_the_forward_pass_is_found_and_the_others_grow_on(
         one = sequence([5, middle], "bad")
         thread = ComputeThread(broken, posted.append, layer_events=True)
         batch = []
-        for member in (others[0], one, *others[1:]):
-            runner.give_blocks(member, member.num_tokens)
-            batch.append(ScheduledSequence(member, 0, member.num_tokens, True))
+        for item in (others[0], one, *others[1:]):
+            runner.give_blocks(item, item.num_tokens)
+            batch.append((item, Chunk(0, item.num_tokens, True)))
         thread.start()
-        thread.perform(RunStep(StepPlan(1, batch)))
+        thread.submit(plan_of(broken, *batch))
         thread.stop()
-        for item in batch:
-            item.sequence.block_table.append(0)  # nobody reads the old table any more
         return posted
 
     bad, good = events(BAD), events(GOOD)
-    assert [event.layer for event in bad if isinstance(event, LayerComputed)] == [0, 1, 2, 3]
+    assert [event.layers.start for event in bad if isinstance(event, LayersComputed)] == [0, 1, 2, 3]
     assert isinstance(bad[-1], StepDone) and isinstance(good[-1], StepDone)
-    assert bad[-1].result.outcomes[1] == SequenceFailed("RuntimeError: out of memory", retryable=True)
-    assert [tokens_of(outcome) for place, outcome in enumerate(bad[-1].result.outcomes) if place != 1] == [
-        tokens_of(outcome) for place, outcome in enumerate(good[-1].result.outcomes) if place != 1
-    ]
+    with_bad, with_good = outcomes_in_order(bad[-1].result), outcomes_in_order(good[-1].result)
+    assert with_bad.pop(1) == SequenceFailed("RuntimeError: out of memory", retryable=True)
+    del with_good[1]
+    assert [tokens_of(outcome) for outcome in with_bad] == [tokens_of(outcome) for outcome in with_good]
 
 
 def tokens_of(outcome: SequenceOutcome) -> list[int]:

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import KERNELS, Runner, open_engine, output, planes_of, sequence, use_kernels
+from engine_runs import KERNELS, Runner, open_engine, output, planes_of, run_batch, sequence, take, use_kernels
 
 from kvrelay.core.config import FakeEngineConfig
+from kvrelay.core.messages.engine import SampledTokens
 from kvrelay.core.request import Sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
 from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
+from kvrelay.node.plans import Chunk
 
 LENGTH, OUTPUTS = 33, 12
 
@@ -47,10 +48,9 @@ def verified(runner: Runner, one: Sequence, drafts: tuple[int, ...]) -> SampledT
     """Run one step with ``drafts`` and append what comes out."""
     start, count = one.num_tokens - 1, 1 + len(drafts)
     runner.give_blocks(one, start + count)
-    plan = StepPlan(9, [ScheduledSequence(one, start, count, True, drafts)])
-    sampled = runner.engine.run(plan, lambda layer: None).sampled[0]
-    one.token_ids += sampled.token_ids
-    one.num_computed_tokens = one.num_tokens - 1
+    chunk = Chunk(start, count, True, drafts)
+    [sampled] = run_batch(runner.engine, (one, chunk)).sampled
+    take(runner.engine, one, chunk, sampled)
     return sampled
 
 
@@ -90,11 +90,11 @@ def test_sequences_with_and_without_drafts_share_a_step(any_engine: Engine) -> N
         runner.give_blocks(item, LENGTH + 3)
     runner.give_blocks(late, 20)
     batch = [
-        ScheduledSequence(late, 0, 20, False),
-        ScheduledSequence(one, LENGTH, 3, True, (wanted[1], wanted[2])),
-        ScheduledSequence(other, LENGTH, 1, True),
+        (late, Chunk(0, 20, False)),
+        (one, Chunk(LENGTH, 3, True, (wanted[1], wanted[2]))),
+        (other, Chunk(LENGTH, 1, True)),
     ]
-    sampled = any_engine.run(StepPlan(1, batch), lambda layer: None).sampled
+    sampled = run_batch(any_engine, *batch).sampled
     assert [item.token_ids for item in sampled] == [[], wanted[1:4], wanted[1:2]]
 
 
@@ -108,6 +108,5 @@ def test_a_prompt_that_is_wholly_there_computes_its_last_token_and_writes_nothin
     planes[:, :, again.block_table] = planes[:, :, one.block_table]
     again.num_computed_tokens = LENGTH
     before = planes.copy()
-    plan = StepPlan(1, [ScheduledSequence(again, LENGTH - 1, 1, True)])
-    assert any_engine.run(plan, lambda layer: None).sampled[0].token_ids == wanted[:1]
+    assert run_batch(any_engine, (again, Chunk(LENGTH - 1, 1, True))).sampled[0].token_ids == wanted[:1]
     np.testing.assert_array_equal(planes, before)

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, planes_of, sequence
+from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, writer_of
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.errors import ConfigError, EngineError
-from kvrelay.core.step import ScheduledSequence, SequenceFailed, StepPlan
+from kvrelay.core.ids import SequenceId
+from kvrelay.core.messages.engine import ScheduledTokens, SequenceFailed, StepPlan
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
+from kvrelay.node.plans import Chunk
 
 CONFIG = FakeEngineConfig()
 MakeRunner = Callable[..., Runner]
@@ -95,6 +97,7 @@ def test_exchanged_blocks_give_a_wrong_token(make_runner: MakeRunner) -> None:
     def exchange(runner: Runner, one: Any) -> None:
         table = one.block_table
         table[1], table[2] = table[2], table[1]
+        writer_of(runner.engine).replaced(one, [(1, table[1]), (2, table[2])])
 
     assert not decode_after(make_runner, exchange)
 
@@ -139,7 +142,7 @@ def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunn
         assert planes[layer][:, one.block_table].any(-1).all()
         assert not planes[layer + 1 :].any()
 
-    runner.engine.run(StepPlan(1, [ScheduledSequence(one, 0, 8, True)]), on_layer)
+    runner.engine.run(plan_of(runner.engine, (one, Chunk(0, 8, True))), on_layer)
     assert heard == list(range(CONFIG.num_layers))
 
 
@@ -177,7 +180,7 @@ def test_a_step_takes_what_the_cost_model_says(make_runner: MakeRunner) -> None:
     runner.run((one, 20))
     assert slept == pytest.approx([(1 + 2 + 0.02) / 4] * 4)
     slept.clear()
-    batch = [ScheduledSequence(one, 20, 1, True), ScheduledSequence(other, 0, 5, True)]
+    batch = [ScheduledTokens(SequenceId(1), 20, 1, True, 20), ScheduledTokens(SequenceId(2), 0, 5, True, 0)]
     assert step_seconds(config, batch) == pytest.approx(1 + 0.5 + 0.01 + 0.026)
     runner.run((one, 1), (other, 5))
     assert sum(slept) == pytest.approx(step_seconds(config, batch))
@@ -199,8 +202,8 @@ def test_a_sequence_beside_the_pool_fails_alone(
     runner, one, other = make_runner(), sequence(prompt(8), "bad"), sequence(prompt(9))
     one.take_blocks(table)
     runner.give_blocks(other, 9)
-    batch = [ScheduledSequence(one, start, count, False), ScheduledSequence(other, 0, 9, True)]
-    outcomes = runner.engine.run(StepPlan(1, batch), lambda layer: None).outcomes
+    batch = [(one, Chunk(start, count, False)), (other, Chunk(0, 9, True))]
+    outcomes = outcomes_in_order(run_batch(runner.engine, *batch))
     assert isinstance(outcomes[0], SequenceFailed) and fault in outcomes[0].reason
     assert outcomes[1] == make_runner().run((sequence(prompt(9)), 9))[0]
 
@@ -209,14 +212,14 @@ def test_a_step_of_which_nothing_can_be_computed_tells_no_layer(make_runner: Mak
     runner, one = make_runner(), sequence([5, 1024])
     layers: list[int] = []
     runner.give_blocks(one, 2)
-    result = runner.engine.run(StepPlan(1, [ScheduledSequence(one, 0, 2, True)]), layers.append)
-    assert result.outcomes == [SequenceFailed("token id 1024 is not in the vocabulary of 1024")]
+    result = run_batch(runner.engine, (one, Chunk(0, 2, True)), layers=layers)
+    assert outcomes_in_order(result) == [SequenceFailed("token id 1024 is not in the vocabulary of 1024")]
     assert layers == []
 
 
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
-        make_runner().engine.run(StepPlan(1, []), lambda layer: None)
+        make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layer: None)
 
 
 @pytest.mark.parametrize("chunk", [3, 100])

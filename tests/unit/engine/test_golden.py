@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, sequence
+from engine_runs import Runner, open_engine, output, sequence, spy_on_sampling
 from golden.cases import CASES, PROMPT_LENGTHS, GoldenCase, load_golden
-
-from kvrelay.engine import paddle_engine
-from kvrelay.engine.sampler import sample_step
 
 
 @pytest.fixture
 def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Collect what reaches the sampler."""
     seen: list[np.ndarray] = []
-    real = sample_step
-
-    def spy(logits: np.ndarray, batch: Any) -> Any:
-        if logits.size:
-            seen.append(logits.copy())
-        return real(logits, batch)
-
-    monkeypatch.setattr(paddle_engine, "sample_step", spy)
+    spy_on_sampling(monkeypatch, lambda logits, batch: None if logits is None else seen.append(logits.copy()))
     return seen
 
 

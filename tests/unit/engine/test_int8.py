@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, sequence, use_kernels
+from engine_runs import Runner, open_engine, sequence, spy_on_sampling, use_kernels
 
 from kvrelay.core.errors import CheckpointError
-from kvrelay.engine import choice, paddle_engine
+from kvrelay.engine import choice
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
 from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
 from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
-from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 SIZES = [(64, 64), (96, 70), (300, 200), (1030, 130)]
@@ -249,7 +249,11 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     model_dir: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, np.ndarray] = {}
-    real = sample_step
+
+    def keep(name: str, logits: np.ndarray | None, batch: object) -> None:
+        assert logits is not None
+        found[name] = logits.copy()
+
     for name, kernels, kind in (
         ("exact", "portable", "none"),
         ("portable", "portable", quantization),
@@ -258,11 +262,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     ):
         with monkeypatch.context() as patch:
             asked = use_kernels(kernels, patch)
-            patch.setattr(
-                paddle_engine,
-                "sample_step",
-                lambda logits, batch, name=name: (found.__setitem__(name, logits.copy()), real(logits, batch))[1],  # type: ignore[func-returns-value]
-            )
+            spy_on_sampling(patch, partial(keep, name))
             engine = open_engine(model_dir, engine={"kernels": asked, "quantization": kind})
             Runner(engine).finish(sequence(np.random.default_rng(5).integers(0, 384, 90).tolist(), max_tokens=1))
             engine.close()

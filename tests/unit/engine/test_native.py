@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, use_kernels
+from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, spy_on_sampling, use_kernels
 
 from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.request import Sequence
-from kvrelay.engine import choice, paddle_engine
+from kvrelay.engine import choice
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.native.library import NativeLibrary
-from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 LENGTHS = (1, 15, 33, 64, 200, 300)
@@ -71,14 +70,12 @@ class Logits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: dict[str, list[np.ndarray]] = {}
-        real = sample_step
+        spy_on_sampling(monkeypatch, self._see)
 
-        def spy(logits: np.ndarray, batch: Any) -> Any:
-            for row, item in zip(logits, [item for item in batch if item.samples], strict=True):
-                self.rows.setdefault(item.sequence.spec.request_id, []).append(row.copy())
-            return real(logits, batch)
-
-        monkeypatch.setattr(paddle_engine, "sample_step", spy)
+    def _see(self, logits: np.ndarray | None, batch: Any) -> None:
+        sampling = [item for item in batch if item.samples]
+        for row, item in zip(() if logits is None else logits, sampling, strict=True):
+            self.rows.setdefault(item.sequence.request_id, []).append(row.copy())
 
     def take(self) -> dict[str, np.ndarray]:
         taken = {name: np.stack(rows) for name, rows in self.rows.items()}

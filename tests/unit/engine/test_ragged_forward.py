@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, planes_of, sequence
+from engine_runs import Runner, open_engine, plan_of, planes_of, sequence, writer_of
 
 from kvrelay.core.errors import EngineError
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
+from kvrelay.core.messages.engine import SampledTokens, StepPlan
 from kvrelay.engine.interface import Engine
+from kvrelay.node.plans import Chunk
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -121,21 +122,9 @@ def test_a_block_exchanged_between_steps_is_read_in_its_new_place(engine: Engine
     one.block_table[1] = after
     planes[:, :, after] = planes[:, :, before]
     planes[:, :, before] = 0
+    writer_of(engine).replaced(one, [(1, after)])
     outputs += runner.finish(one)[0]
     assert_same(outputs, alone[33])
-
-
-def test_a_block_table_cannot_grow_while_a_step_reads_it(engine: Engine) -> None:
-    runner, one = Runner(engine), asked(20)
-    runner.give_blocks(one, 20)
-
-    def on_layer(layer: int) -> None:
-        with pytest.raises(BufferError):
-            one.block_table.append(9)
-
-    engine.run(StepPlan(1, [ScheduledSequence(one, 0, 20, True)]), on_layer)
-    one.block_table.append(9)
-    assert len(one.block_table) == 3
 
 
 def test_layers_are_announced_in_order_with_their_kv_in_the_pool(engine: Engine) -> None:
@@ -148,7 +137,7 @@ def test_layers_are_announced_in_order_with_their_kv_in_the_pool(engine: Engine)
         assert planes[layer][:, [5, 2]].any(-1).all()
         assert not planes[layer + 1 :].any()
 
-    engine.run(StepPlan(1, [ScheduledSequence(one, 0, 20, True)]), on_layer)
+    engine.run(plan_of(engine, (one, Chunk(0, 20, True))), on_layer)
     assert heard == [0, 1, 2, 3]
     assert not np.delete(planes, [5, 2], axis=2).any()
 
@@ -168,4 +157,4 @@ def test_a_token_outside_the_vocabulary_is_an_error(engine: Engine, token: int) 
 
 def test_an_empty_step_is_an_error(engine: Engine) -> None:
     with pytest.raises(EngineError, match="without sequences"):
-        engine.run(StepPlan(1, []), lambda layer: None)
+        engine.run(StepPlan(step=1, batch=[]), lambda layer: None)

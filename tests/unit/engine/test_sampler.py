@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from engine_runs import sequence
 
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.core.request import Sequence
-from kvrelay.core.step import SampledTokens, SequenceFailed
 from kvrelay.engine.sampler import sample, uniform, verify
 
 GOLDEN_UNIFORM = 0.5351388454566608

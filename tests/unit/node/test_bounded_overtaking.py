@@ -13,12 +13,12 @@ from support.machines import D0, D0_ADDRESS, LINK, MESSAGER, ROUTER, NodeDesk, s
 
 from kvrelay.core.config import Role
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved
+from kvrelay.core.messages.engine import StepPlan
 from kvrelay.core.messages.messager_to_node import TransferDone
 from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.core.messages.prefill_to_decode import ReserveBlocks
 from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.core.request import RequestSpec
-from kvrelay.core.step import StepPlan
 
 BLOCK_SIZE, STEP_TOKENS = 4, 8
 
@@ -39,9 +39,9 @@ class Referee:
     unfinished: dict[str, Arrived] = field(default_factory=dict)
     most_overtaken: int = 0
 
-    def watch(self, plan: StepPlan) -> None:
-        """Take in a step that has just been decided."""
-        computed = {item.sequence.spec.request_id: item for item in plan.batch}
+    def watch(self, plan: StepPlan, names: dict[int, str]) -> None:
+        """Take in a step that has just been decided, of sequences that belong to the requests ``names``."""
+        computed = {names[item.id]: item for item in plan.batch}
         finished = {name for name, item in computed.items() if item.samples}
         for (name, prompt), (later, other) in itertools.combinations(self.unfinished.items(), 2):
             if later in computed and prompt.priority == other.priority and name not in finished:
@@ -126,7 +126,7 @@ class Node:
                     raise AssertionError(error)
             plan = getattr(action, "plan", None)
             if plan is not None:
-                self.referee.watch(plan)
+                self.referee.watch(plan, self.desk.names)
 
 
 EVENTS = st.one_of(

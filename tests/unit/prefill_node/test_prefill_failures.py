@@ -72,8 +72,7 @@ def test_who_waited_for_the_blocks_of_a_sequence_that_fails_computes_them() -> N
     assert desk.plan is not None and len(desk.plan.batch) == 1
     desk.fail_step()
     assert desk.plan is not None
-    [item] = desk.plan.batch
-    assert (item.sequence.spec.request_id, item.start) == ("same", 0)
+    assert (desk.planned(), desk.plan.batch[0].start) == (["same"], 0)
     desk.hear(ROUTER, Abort(request_id="same", epoch=1))
     desk.finish_step()
     desk.machine.assert_quiescent()

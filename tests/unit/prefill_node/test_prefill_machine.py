@@ -23,7 +23,16 @@ from support.machines import (
 from kvrelay.core.config import Role
 from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.ids import Attempt
-from kvrelay.core.machine import Connect, Disconnect, Exit, LayerComputed, PeerLost, SetTimer, StopRequested, TimerFired
+from kvrelay.core.machine import (
+    Connect,
+    Disconnect,
+    Exit,
+    LayersComputed,
+    PeerLost,
+    SetTimer,
+    StopRequested,
+    TimerFired,
+)
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat, NodeAddress
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.core.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
@@ -43,7 +52,7 @@ from kvrelay.core.request import FinishReason
 ID: dict[str, Any] = {"request_id": "r", "epoch": 1}
 
 
-def prefill_desk(**sections: dict[str, Any]) -> NodeDesk:
+def prefill_desk(**sections: Any) -> NodeDesk:
     return NodeDesk(Role.PREFILL, **sections)
 
 
@@ -85,7 +94,7 @@ def test_a_request_from_end_to_end() -> None:
     assert desk.plan is not None  # P does not wait for the answer
     [opened] = sent(granted(desk), OpenTransfer, MESSAGER)
     assert (opened.first_block, opened.target_block_ids, opened.link) == (0, [20, 21, 22], LINK)
-    desk.tell(LayerComputed(desk.plan.step, 0))
+    desk.tell(LayersComputed(desk.plan.step, range(1)))
     actions = desk.finish_step(50)
     [out] = sent(actions, TokensOut, ROUTER)
     assert [(output.index, output.token_ids, output.finish_reason) for output in out.outputs] == [(0, [50], None)]
@@ -177,7 +186,7 @@ def signalled(desk: NodeDesk) -> list[tuple[int, int, int]]:
 def run_layers(desk: NodeDesk) -> None:
     assert desk.plan is not None
     for layer in (0, 1):
-        desk.tell(LayerComputed(desk.plan.step, layer))
+        desk.tell(LayersComputed(desk.plan.step, range(layer, layer + 1)))
 
 
 def test_each_layer_signals_the_blocks_that_are_whole_and_the_last_chunk_the_rest() -> None:
@@ -225,9 +234,9 @@ def test_an_aborted_request_is_signalled_no_more() -> None:
     desk = prefill_desk()
     prefill(desk)
     assert desk.plan is not None
-    desk.tell(LayerComputed(desk.plan.step, 0))
+    desk.tell(LayersComputed(desk.plan.step, range(1)))
     desk.hear(ROUTER, Abort(**ID))
-    desk.tell(LayerComputed(desk.plan.step, 1))
+    desk.tell(LayersComputed(desk.plan.step, range(1, 2)))
     assert [signal.layer for signal in desk.sent(LayerSignal)] == [0]
 
 
@@ -259,7 +268,7 @@ def test_a_follow_up_of_few_tokens_goes_before_an_earlier_long_prompt() -> None:
     prefill(desk, "turn 2", [*history, 90, 91, 92], max_tokens=1, node=None)
     order = []
     while desk.plan is not None:
-        order += [item.sequence.spec.request_id for item in desk.plan.batch if item.samples]
+        order += [desk.names[item.id] for item in desk.plan.batch if item.samples]
         desk.finish_step()
     assert order == ["turn 2", "other", "long"]
     desk.machine.assert_quiescent()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.machines import spec
 
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.plans import Chunk
 from prefill_node.request import PrefillRequest
 from prefill_node.schedule import prefill_schedule
 
@@ -80,7 +80,7 @@ def test_every_prompt_is_computed_once_from_end_to_end() -> None:
     for budget in range(1, 30):
         for block_size in (1, 4, 16):
             requests = [request(str(length), length) for length in (1, 3, 16, 33, 7)]
-            computed: dict[str, list[ScheduledSequence]] = {}
+            computed: dict[str, list[Chunk]] = {}
             while requests:
                 batch = prefill_schedule(requests, budget, block_size)
                 assert 0 < sum(chunk.num_tokens for _, chunk in batch) <= budget

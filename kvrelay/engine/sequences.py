@@ -1,0 +1,120 @@
+"""The engine's own copies of the sequences that it computes, kept up to date by plans."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import msgspec
+
+from kvrelay.core.ids import BlockId, SequenceId
+from kvrelay.core.messages.engine import (
+    NewSequence,
+    SampledTokens,
+    SequenceChange,
+    SequenceOutcome,
+    StepPlan,
+    StepResult,
+)
+from kvrelay.core.request import SamplingParams, TokenSequence
+
+NOBODY = NewSequence(
+    id=SequenceId(0),
+    request_id="",
+    token_ids=[],
+    num_prompt_tokens=0,
+    sampling=SamplingParams(max_tokens=0, seed=0),
+    block_table=[],
+)
+
+
+class EngineSequence(TokenSequence):
+    """A sequence, from the plan that introduces it to the plan in which it leaves.
+
+    ``block_table`` is an array of 32-bit integers that kernels read where it lies. It is a new array whenever it grows,
+    so nobody's view of it is in the way.
+    """
+
+    __slots__ = ("block_table", "id", "request_id")
+
+    def __init__(self, new: NewSequence) -> None:
+        super().__init__(list(new.token_ids), new.num_prompt_tokens, new.sampling)
+        self.id = new.id
+        self.request_id = new.request_id
+        self.block_table = array("i", new.block_table)
+
+    def change(self, change: SequenceChange) -> None:
+        """Take in what the machine says has changed."""
+        for place, block in change.replaced:
+            self.block_table[place] = block
+        if change.block_ids:
+            self.block_table = self.block_table + array("i", change.block_ids)
+        self.token_ids += change.token_ids
+
+    def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
+        """Have ``block_ids`` for its KV, and none of those it had before."""
+        self.block_table = array("i", block_ids)
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True):
+    """ScheduledTokens, with the sequence itself."""
+
+    sequence: EngineSequence
+    start: int
+    num_tokens: int
+    samples: bool
+    writes_from: int
+    drafts: tuple[int, ...] | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        drafts = self.drafts or ()
+        end = self.start + self.num_tokens - len(drafts)
+        return [*self.sequence.token_ids[self.start : end], *drafts]
+
+    @property
+    def without_drafts(self) -> ScheduledSequence:
+        """The plain step in its place."""
+        num_tokens = self.num_tokens - len(self.drafts or ())
+        return msgspec.structs.replace(self, num_tokens=num_tokens, drafts=None)
+
+
+class EngineSequences:
+    """All sequences that an engine knows, by id.
+
+    One it was not told of has no tokens, so it fails as one whose plan asks for more tokens than it has.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[SequenceId, EngineSequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def apply(self, plan: StepPlan) -> list[ScheduledSequence]:
+        """Take in what ``plan`` says of sequences, once; return its batch."""
+        for id in plan.left:
+            self._sequences.pop(id, None)
+        for new in plan.new:
+            self._sequences[new.id] = EngineSequence(new)
+        for change in plan.changed:
+            self._find(change.id).change(change)
+        return [
+            ScheduledSequence(
+                self._find(item.id), item.start, item.num_tokens, item.samples, item.writes_from, item.drafts
+            )
+            for item in plan.batch
+        ]
+
+    def _find(self, id: SequenceId) -> EngineSequence:
+        return self._sequences.get(id) or EngineSequence(NOBODY)
+
+    def result(self, plan: StepPlan, items: Seq[ScheduledSequence], outcomes: Seq[SequenceOutcome]) -> StepResult:
+        """Append what was sampled; return the result of ``plan``, whose batch is ``items``."""
+        for item, outcome in zip(items, outcomes, strict=True):
+            if isinstance(outcome, SampledTokens):
+                item.sequence.token_ids += outcome.token_ids
+        ids = [item.id for item in plan.batch]
+        return StepResult(step=plan.step, outcomes=dict(zip(ids, outcomes, strict=True)))

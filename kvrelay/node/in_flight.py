@@ -1,0 +1,78 @@
+"""The plans that a node's engine has and has not answered yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kvrelay.core.errors import LocalProtocolError
+from kvrelay.core.ids import SequenceId
+from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome, StepPlan
+from kvrelay.node.plans import Chunk
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInFlight(Generic[R]):
+    """``plan`` computes ``chunks[i]`` of ``requests[i]``. It was submitted at ``submitted_s``."""
+
+    plan: StepPlan
+    requests: list[R]
+    chunks: list[Chunk]
+    submitted_s: float
+
+    def with_outcomes(self, outcomes: dict[SequenceId, SequenceOutcome]) -> Iterator[tuple[R, Chunk, SequenceOutcome]]:
+        """Return each request with what was to be computed of it and what came of that."""
+        for request, chunk, item in zip(self.requests, self.chunks, self.plan.batch, strict=True):
+            yield request, chunk, outcomes[item.id]
+
+    def all_failed(self, reason: str) -> dict[SequenceId, SequenceOutcome]:
+        """Return the outcomes of a step that failed as a whole."""
+        failed = SequenceFailed(reason, retryable=True)
+        return {item.id: failed for item in self.plan.batch}
+
+
+class PlansInFlight(Generic[R]):
+    """At most ``limit`` plans, oldest first. Each uses the blocks of its requests until it is over."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._plans: deque[PlanInFlight[R]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def __contains__(self, request: R) -> bool:
+        return any(request in plan.requests for plan in self._plans)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the engine takes another plan now."""
+        return len(self._plans) < self._limit
+
+    def chunks(self) -> dict[R, Chunk]:
+        """Return the last chunk of each request that has any in flight."""
+        return {
+            request: chunk for plan in self._plans for request, chunk in zip(plan.requests, plan.chunks, strict=True)
+        }
+
+    def begin(self, plan: PlanInFlight[R]) -> None:
+        """Note that ``plan`` is submitted."""
+        self._plans.append(plan)
+
+    def find(self, step: int) -> PlanInFlight[R]:
+        """Return the plan of ``step``. Raises LocalProtocolError if it is not in flight."""
+        for plan in self._plans:
+            if plan.plan.step == step:
+                return plan
+        raise LocalProtocolError(f"step {step} is not in flight: it has ended, or was never planned")
+
+    def end(self, step: int) -> PlanInFlight[R]:
+        """Take out the oldest plan, which is that of ``step``. Raises LocalProtocolError if it is not."""
+        plan = self.find(step)
+        if plan is not self._plans[0]:
+            raise LocalProtocolError(f"step {step} has ended before step {self._plans[0].plan.step}")
+        return self._plans.popleft()

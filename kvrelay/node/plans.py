@@ -1,0 +1,130 @@
+"""Writes a node's plans: what its engine must compute, and what the engine must know for that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from kvrelay.core.ids import BlockId, SequenceId
+from kvrelay.core.messages.engine import NewSequence, ScheduledTokens, SequenceChange, StepPlan
+from kvrelay.core.request import Sequence
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one sequence that a scheduler wants computed. The fields are those of ScheduledTokens."""
+
+    start: int
+    num_tokens: int
+    samples: bool
+    drafts: tuple[int, ...] | None = None
+    awaits: bool = False
+
+    @property
+    def end(self) -> int:
+        """The position after the last of them, drafts included."""
+        return self.start + self.num_tokens
+
+
+class _Told:
+    """What the engine knows of one sequence, once it has computed all plans so far."""
+
+    __slots__ = ("id", "num_blocks", "num_tokens", "replaced")
+
+    def __init__(self, id: SequenceId) -> None:
+        self.id = id
+        self.num_blocks = 0
+        self.num_tokens = 0
+        self.replaced: list[tuple[int, BlockId]] = []
+
+    def differs_from(self, sequence: Sequence) -> bool:
+        """Return whether the engine must be told of a change in ``sequence``."""
+        return (
+            len(sequence.block_table) != self.num_blocks
+            or len(sequence.token_ids) > self.num_tokens
+            or bool(self.replaced)
+        )
+
+
+class PlanWriter:
+    """Turns what a scheduler has decided into plans for one engine, and remembers what each plan told it.
+
+    The caller reports blocks that are exchanged (``replaced``), drafts that were accepted (``accepted``) and sequences
+    that the engine may forget (``leave``). All else is found by comparing.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[Sequence, _Told] = {}
+        self._left: list[SequenceId] = []
+        self._ids: Iterator[int] = itertools.count(1)
+
+    def __len__(self) -> int:
+        """Return how many sequences the engine knows that have not left."""
+        return len(self._told)
+
+    def write(self, step: int, sequences: Iterable[Sequence], chunks: Iterable[Chunk]) -> StepPlan:
+        """Return the plan that computes ``chunks[i]`` of ``sequences[i]``. Every plan must be submitted, in order.
+
+        Raises ValueError if there are not as many of the one as of the other.
+        """
+        batch: list[ScheduledTokens] = []
+        new: list[NewSequence] = []
+        changed: list[SequenceChange] = []
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            told = self._told.get(sequence)
+            if told is None:
+                told = self._told[sequence] = _Told(SequenceId(next(self._ids)))
+                new.append(_introduce(sequence, told))
+            elif told.differs_from(sequence):
+                changed.append(_update(sequence, told))
+            if chunk.samples:
+                told.num_tokens += 1
+            writes_from = max(chunk.start, sequence.num_computed_tokens)
+            batch.append(
+                ScheduledTokens(
+                    told.id, chunk.start, chunk.num_tokens, chunk.samples, writes_from, chunk.drafts, chunk.awaits
+                )
+            )
+        left, self._left = self._left, []
+        return StepPlan(step=step, batch=batch, new=new, changed=changed, left=left)
+
+    def replaced(self, sequence: Sequence, blocks: Iterable[tuple[int, BlockId]]) -> None:
+        """Note that ``blocks`` [(place in the table, block)] took the place of others in the table of ``sequence``."""
+        told = self._told.get(sequence)
+        if told is not None:
+            told.replaced += [(place, block) for place, block in blocks if place < told.num_blocks]
+
+    def accepted(self, sequence: Sequence, num_drafts: int) -> None:
+        """Note that the engine has appended ``num_drafts`` drafts to ``sequence``, and what it sampled after them."""
+        self._told[sequence].num_tokens += num_drafts
+
+    def leave(self, sequence: Sequence) -> None:
+        """Have the engine forget ``sequence``, with the next plan, if it knows it."""
+        told = self._told.pop(sequence, None)
+        if told is not None:
+            self._left.append(told.id)
+
+
+def _introduce(sequence: Sequence, told: _Told) -> NewSequence:
+    told.num_blocks, told.num_tokens = len(sequence.block_table), len(sequence.token_ids)
+    return NewSequence(
+        id=told.id,
+        request_id=sequence.spec.request_id,
+        token_ids=list(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        sampling=sequence.sampling,
+        block_table=sequence.block_table.tolist(),
+    )
+
+
+def _update(sequence: Sequence, told: _Told) -> SequenceChange:
+    change = SequenceChange(
+        id=told.id,
+        block_ids=sequence.block_table[told.num_blocks :].tolist(),
+        replaced=told.replaced,
+        token_ids=sequence.token_ids[told.num_tokens :],
+    )
+    told.num_blocks, told.replaced = len(sequence.block_table), []
+    told.num_tokens = max(told.num_tokens, len(sequence.token_ids))
+    return change
