@@ -1,0 +1,190 @@
+"""The engine that runs a model on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from kvrelay.core.errors import EngineError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence, TokenLogprobs
+from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
+from kvrelay.engine.decoder import DecoderWeights
+from kvrelay.engine.decoder_config import DecoderConfig
+from kvrelay.engine.device.batch import Batch, BatchAssembler, BatchLimits
+from kvrelay.engine.device.decoder import DeviceDecoder
+from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes, decode_shapes
+from kvrelay.engine.device.operations import Operations, Sampled, StepShape
+from kvrelay.engine.device.pool import DevicePool, MirroredPool, SharedPool
+from kvrelay.engine.device.sequence_rows import SequenceRows
+from kvrelay.engine.device.step_buffer import StepBuffer, fits
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEngineLimits:
+    """Sizes of the pool and of steps. ``graph_chunks``: numbers of tokens up to which prefill steps are graphs."""
+
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    graph_decodes: bool = True
+    graph_chunks: tuple[int, ...] = ()
+
+
+class DeviceEngine:
+    """A decoder with its KV pool on a device (see ``interface.Engine``). ``mirrored``: the pool is not ``memory``."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        geometry: KVGeometry,
+        framework: Framework,
+        operations: Operations,
+        limits: DeviceEngineLimits,
+        mirrored: bool,
+    ) -> None:
+        self.geometry = geometry
+        self.memory = KVMemory.create(geometry, limits.num_blocks)
+        self.max_model_len = limits.max_model_len
+        self.vocab_size = config.vocab_size
+        self._framework = framework
+        self._operations = operations
+        self._limits = limits
+        self._stream = framework.stream()
+        max_blocks = geometry.blocks_for(limits.max_model_len)
+        self._rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
+        batch_limits = BatchLimits(geometry.block_size, limits.max_model_len, config.vocab_size)
+        self._assembler = BatchAssembler(batch_limits, self._rows, operations.tile_rows)
+        with framework.on(self._stream):
+            self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
+            last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
+            self._pool: DevicePool = (
+                MirroredPool(self.memory, framework, operations, self._stream)
+                if mirrored
+                else SharedPool(self.memory, framework)
+            )
+            self._buffer = self._make_buffer(entries=0)
+        self._tokens, self._token_staging = framework.staging(limits.max_num_batched_tokens)
+        self._sampled = framework.event()
+        self._decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
+        self._graphs = StepGraphs((), self._decoder, self._pool.layers, framework, self._stream)
+
+    def warm_up(self) -> None:
+        """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
+        limits, shapes = self._limits, list[StepShape]()
+        for count in {1, 2, min(300, self._longest_warm_up())}:
+            self.run(_warm_up_plan(count, self.geometry), lambda layer: None)
+        self._rows.clear()
+        if limits.graph_decodes:
+            shapes += decode_shapes(limits.max_num_seqs)
+        shapes += chunk_shapes(limits.graph_chunks, self._operations.tile_rows)
+        self._graphs = StepGraphs(shapes, self._decoder, self._pool.layers, self._framework, self._stream)
+
+    def _longest_warm_up(self) -> int:
+        room = self._limits.num_blocks * self.geometry.block_size
+        return min(room, self._limits.max_model_len, self._limits.max_num_batched_tokens)
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+        """See Engine."""
+        batch = self._assembler.assemble(plan.batch)
+        with self._framework.on(self._stream):
+            self._pool.copy_in(batch.foreign)
+            self._update_tables()
+            sampled, finish = self._launch(batch, on_layer)
+            count = batch.shape.samples
+            if sampled is not None:
+                self._framework.copy(self._token_staging[:count], sampled.tokens[:count])
+            self._sampled.record(self._stream)
+            finish()
+            self._sampled.synchronize()
+            entries = self._logprobs(batch, sampled)
+        return StepResult(plan.step, _results(plan.batch, self._tokens[:count].tolist(), entries))
+
+    def _update_tables(self) -> None:
+        changes = self._rows.take_changes()
+        if changes is not None:
+            self._operations.set_entries(self._tables, self._framework.upload(changes, "int32"))
+
+    def _launch(self, batch: Batch, on_layer: Callable[[int], None]) -> tuple[Sampled | None, Callable[[], None]]:
+        """Tell the device to compute ``batch``; return what it samples, and what announces the rest of the layers."""
+        entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
+        graph = self._graphs.find(batch.shape, entries)
+        buffer = self._eager_buffer(batch, entries) if graph is None else graph.buffer
+        self._assembler.fill(buffer, batch)
+        step = buffer.tensors(batch.shape)
+        copies = self._pool.begin_copy_out(step.slots, on_layer)
+        if graph is not None:
+            return graph.replay(), copies.finish
+        logits = self._decoder.forward(step, self._pool.layers, copies.layer_launched)
+        return None if logits is None else self._decoder.sample(logits, step), copies.finish
+
+    def _eager_buffer(self, batch: Batch, entries: int) -> StepBuffer:
+        if not fits(batch.shape, self._buffer.capacity):
+            most = self._limits.max_num_batched_tokens
+            raise EngineError(f"a step of {batch.shape.rows} tokens is more than max_num_batched_tokens {most}")
+        if entries > self._buffer.entries:
+            self._buffer = self._make_buffer(2 * entries)
+        return self._buffer
+
+    def _make_buffer(self, entries: int) -> StepBuffer:
+        rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
+        tiles = rows // self._operations.tile_rows + seqs
+        return StepBuffer(self._framework, StepShape(rows, seqs, tiles, rows), entries)
+
+    def _logprobs(self, batch: Batch, sampled: Sampled | None) -> Iterator[TokenLogprobs | None]:
+        """Return for each sampling row its log probabilities, if they are asked for."""
+        wanted = [sample.item.sequence.sampling.num_logprobs for sample in batch.samples]
+        if sampled is None or all(count is None for count in wanted):
+            return iter([None] * len(wanted))
+        tops, logprobs = (self._framework.to_host(one).tolist() for one in sampled[1:])
+        return (
+            None if count is None else TokenLogprobs(values[0], ids[1 : 1 + count], values[1 : 1 + count])
+            for count, ids, values in zip(wanted, tops, logprobs, strict=False)
+        )
+
+    def close(self) -> None:
+        """See Engine."""
+        self._stream.synchronize()
+        del self._graphs
+        self._pool.close()
+        self.memory.close()
+
+
+def _results(
+    batch: list[ScheduledSequence], tokens: list[int], entries: Iterator[TokenLogprobs | None]
+) -> list[SampledTokens]:
+    """Return the output tokens of ``batch``: of drafts as many as were guessed right, and the one after."""
+    if -1 in tokens:
+        _refuse_non_finite(batch, tokens)
+    rows = iter(tokens)
+    results = []
+    for item in batch:
+        drafts = item.drafts or ()
+        count = 1 + len(drafts) if item.samples else 0
+        mine, logprobs = list(islice(rows, count)), list(islice(entries, count))
+        wrong = (index for index, draft in enumerate(drafts) if mine[index] != draft) if item.samples else iter(())
+        accepted = next(wrong, len(drafts)) + 1
+        results.append(SampledTokens(mine[:accepted], [entry for entry in logprobs[:accepted] if entry is not None]))
+    return results
+
+
+def _refuse_non_finite(batch: list[ScheduledSequence], tokens: list[int]) -> None:
+    owners = [item.sequence.spec.request_id for item in batch if item.samples for _ in range(1 + len(item.drafts or ()))]
+    names = dict.fromkeys(owner for owner, token in zip(owners, tokens, strict=True) if token == -1)
+    raise EngineError(f"the model gave logits that are not finite for {', '.join(names)}")
+
+
+def _warm_up_plan(num_tokens: int, geometry: KVGeometry) -> StepPlan:
+    """Return a step whose keys and values count as there already, so that it writes none."""
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=1.0, top_p=0.9, top_k=5, num_logprobs=1)
+    spec = RequestSpec(request_id="warm-up", epoch=0, prompt_token_ids=[0] * num_tokens, sampling=sampling)
+    sequence = Sequence(spec)
+    sequence.take_blocks(range(geometry.blocks_for(num_tokens)))
+    sequence.num_computed_tokens = num_tokens
+    return StepPlan(0, [ScheduledSequence(sequence, 0, num_tokens, samples=True)])
+

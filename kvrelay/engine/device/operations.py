@@ -1,0 +1,102 @@
+"""What the decoder does between matrix products, as the device's kernels or their references do it.
+
+Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S rows that sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kvrelay.engine.device.framework import Tensor
+from kvrelay.engine.kernels import HeadNorms, LayerKV
+
+
+MOST_LOGPROBS = 20
+"""Alternatives that can be reported with a token: the most the OpenAI API allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationLimits:
+    """``dtype`` of activations, weights and pool; tokens of a block; the longest sequence; the most in one step."""
+
+    dtype: str
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+
+class StepShape(NamedTuple):
+    """How many rows a step has; the first ``decodes`` of them are sequences of one token, the others lie in tiles."""
+
+    rows: int
+    decodes: int
+    tiles: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A step on the device, all int32 unless said otherwise.
+
+    By row [N]: ``tokens`` (below 0: the last one sampled for its sequence), ``positions``, ``slots`` to write keys and
+    values to (below 0: none), ``table_rows`` (below 0: padding). ``tiles`` [4, T]: see prefill_attention.
+    By sampling row [S]: ``sample_rows``, ``reals`` float64 [4, capacity] and ``numbers`` [5, capacity]: see sample.
+    ``adjusted_tokens`` [entries] and ``changes`` float32 [3, entries]: see sample.
+    """
+
+    shape: StepShape
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    table_rows: Tensor
+    tiles: Tensor
+    sample_rows: Tensor
+    reals: Tensor
+    numbers: Tensor
+    adjusted_tokens: Tensor
+    changes: Tensor
+
+
+class Sampled(NamedTuple):
+    """``tokens`` int32 [S], -1 where a logit is not finite. ``logprobs`` float32 [S, 1 + most] of the token itself and
+    of ``top_tokens`` int32 [S, 1 + most], whose first column means nothing.
+    """
+
+    tokens: Tensor
+    top_tokens: Tensor
+    logprobs: Tensor
+
+
+class Operations(Protocol):
+    """``tile_rows``: how many consecutive queries of a sequence form a tile at most."""
+
+    tile_rows: int
+
+    def embed(self, step: StepTensors, last_tokens: Tensor, table: Tensor) -> Tensor:
+        """Return rows of ``table`` for the step's tokens: [N, hidden]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        """Return the RMS norm of ``x`` [N, width] or of its ``rows``."""
+
+    def apply_rope_and_write_kv(
+        self, qkv: Tensor, norms: HeadNorms | None, eps: float, step: StepTensors, layer: LayerKV
+    ) -> Tensor:
+        """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D], write keys and values, return queries [N, H, D]."""
+
+    def attention(
+        self, queries: Tensor, layer: LayerKV, step: StepTensors, tables: Tensor, window: int | None
+    ) -> Tensor:
+        """Return attention of ``queries`` [N, H, D] over what ``layer`` holds of their sequences: [N, H * D]."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up for ``gate_up`` [N, 2 * ffn], gate first: [N, ffn]."""
+
+    def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
+        """Sample from ``logits`` float32 [S, vocab]; also note tokens in ``last_tokens`` where the step says so."""
+
+    def set_entries(self, table: Tensor, entries: Tensor) -> None:
+        """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
+
+    def copy_blocks(self, source: Tensor, target: Tensor, blocks: Tensor, planes: range) -> None:
+        """Copy ``blocks`` (below 0: none) of ``planes``; both int32 [planes, blocks, words], on either side."""

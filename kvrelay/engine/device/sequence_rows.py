@@ -1,0 +1,124 @@
+"""What the device keeps of sequences from step to step: a row each, with the block table and the sampling parameters.
+
+A step then names rows. Only blocks that were appended since the sequence's last step travel to the device.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.core.errors import EngineError
+from kvrelay.core.request import SamplingParams, Sequence
+from kvrelay.core.step import ScheduledSequence
+from kvrelay.engine.sampler import GREEDY_BELOW
+
+Int32 = npt.NDArray[np.int32]
+
+
+class SequenceRow:
+    """The row ``index`` of one sequence.
+
+    ``table`` is the sequence's own block table, and the row has the first ``num_blocks`` of it. The device has the KV
+    of the first ``resident`` tokens. ``draws``: tokens are not greedy. ``adjusts``: logits may be changed first.
+    """
+
+    __slots__ = ("adjusts", "draws", "index", "num_blocks", "resident", "table")
+
+    def __init__(self, index: int, sequence: Sequence) -> None:
+        self.index = index
+        self.table: array[int] = sequence.block_table
+        self.num_blocks = 0
+        self.resident = 0
+        self.draws = sequence.sampling.temperature >= GREEDY_BELOW
+        self.adjusts = _adjusts(sequence.sampling)
+
+
+class SequenceRows:
+    """Rows for the sequences of the last steps. Sequences that have ended give theirs up when another needs it.
+
+    ``tables`` [rows, blocks] is the host's copy of the device's. ``reals`` [3, rows]: temperature, top_p, min_p.
+    ``numbers`` [2, rows]: top_k, number of logprobs or -1.
+    """
+
+    def __init__(self, num_rows: int, max_blocks: int, num_pool_blocks: int) -> None:
+        self.tables: Int32 = np.zeros((num_rows, max_blocks), np.int32)
+        self.reals: npt.NDArray[np.float64] = np.zeros((3, num_rows))
+        self.numbers: Int32 = np.zeros((2, num_rows), np.int32)
+        self._num_pool_blocks = num_pool_blocks
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._rows: OrderedDict[Sequence, SequenceRow] = OrderedDict()
+        self._places: list[int] = []
+        self._blocks: list[int] = []
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._free += [row.index for row in self._rows.values()]
+        self._rows.clear()
+
+    def take(self, batch: list[ScheduledSequence]) -> list[SequenceRow]:
+        """Return the rows of ``batch``, brought up to date with the sequences' block tables. Raises EngineError.
+
+        A sequence with another block table than before has been elsewhere: none of its KV is known any more.
+        """
+        if len(batch) > len(self.tables):
+            raise EngineError(f"a step of {len(batch)} sequences is more than max_num_seqs {len(self.tables)}")
+        known = self._rows
+        for item in batch:
+            if item.sequence in known:
+                known.move_to_end(item.sequence)
+        rows = []
+        for item in batch:
+            sequence = item.sequence
+            row = known.get(sequence)
+            if row is None or row.table is not sequence.block_table:
+                row = known[sequence] = self._new_row(sequence, row)
+            if len(row.table) != row.num_blocks:
+                self._add_blocks(sequence, row)
+            rows.append(row)
+        return rows
+
+    def _new_row(self, sequence: Sequence, old: SequenceRow | None) -> SequenceRow:
+        if old is None and not self._free:
+            _, old = self._rows.popitem(last=False)
+        row = SequenceRow(old.index if old is not None else self._free.pop(), sequence)
+        params = sequence.sampling
+        self.reals[:, row.index] = params.temperature, params.top_p, params.min_p
+        self.numbers[:, row.index] = params.top_k, -1 if params.num_logprobs is None else params.num_logprobs
+        return row
+
+    def _add_blocks(self, sequence: Sequence, row: SequenceRow) -> None:
+        first, last = row.num_blocks, len(row.table)
+        blocks = row.table[first:last]
+        if min(blocks) < 0 or max(blocks) >= self._num_pool_blocks:
+            reason = f"the block table leaves the pool of {self._num_pool_blocks} blocks"
+            raise EngineError(reason, request_id=sequence.spec.request_id)
+        if last > self.tables.shape[1]:
+            reason = f"{last} blocks are more than a sequence of max_model_len has"
+            raise EngineError(reason, request_id=sequence.spec.request_id)
+        self.tables[row.index, first:last] = blocks
+        start = row.index * self.tables.shape[1]
+        self._places.extend(range(start + first, start + last))
+        self._blocks.extend(blocks)
+        row.num_blocks = last
+
+    def take_changes(self) -> Int32 | None:
+        """Return flat places of the device's tables and what to put there, int32 [2, count], once; None if none."""
+        if not self._places:
+            return None
+        changes = np.array([self._places, self._blocks], np.int32)
+        self._places, self._blocks = [], []
+        return changes
+
+
+def _adjusts(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.min_tokens
+    )
