@@ -16,27 +16,31 @@ from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import Batch, BatchAssembler, BatchLimits
 from kvrelay.engine.device.decoder import DeviceDecoder
 from kvrelay.engine.device.framework import Framework
-from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes, decode_shapes
+from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes
 from kvrelay.engine.device.operations import Operations, Sampled, StepShape
-from kvrelay.engine.device.pool import DevicePool, MirroredPool, SharedPool
+from kvrelay.engine.device.pool import DevicePool, MirroredPool, private_pool, shared_pool
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer, fits
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceEngineLimits:
-    """Sizes of the pool and of steps. ``graph_chunks``: numbers of tokens up to which prefill steps are graphs."""
+    """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: of which decode and prefill steps are graphs.
+
+    ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
+    """
 
     num_blocks: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    graph_decodes: bool = True
-    graph_chunks: tuple[int, ...] = ()
+    decode_graphs: tuple[int, ...] = ()
+    chunk_graphs: tuple[int, ...] = ()
+    mirrored: bool = False
 
 
 class DeviceEngine:
-    """A decoder with its KV pool on a device (see ``interface.Engine``). ``mirrored``: the pool is not ``memory``."""
+    """A decoder with its KV pool on a device (see ``interface.Engine``)."""
 
     def __init__(
         self,
@@ -46,7 +50,6 @@ class DeviceEngine:
         framework: Framework,
         operations: Operations,
         limits: DeviceEngineLimits,
-        mirrored: bool,
     ) -> None:
         self.geometry = geometry
         self.memory = KVMemory.create(geometry, limits.num_blocks)
@@ -63,26 +66,25 @@ class DeviceEngine:
         with framework.on(self._stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
-            self._pool: DevicePool = (
-                MirroredPool(self.memory, framework, operations, self._stream)
-                if mirrored
-                else SharedPool(self.memory, framework)
-            )
+            self._pool = self._make_pool()
             self._buffer = self._make_buffer(entries=0)
         self._tokens, self._token_staging = framework.staging(limits.max_num_batched_tokens)
         self._sampled = framework.event()
         self._decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
         self._graphs = StepGraphs((), self._decoder, self._pool.layers, framework, self._stream)
 
+    def _make_pool(self) -> DevicePool:
+        if self._limits.mirrored:
+            return MirroredPool(self.memory, self._framework, self._operations, self._stream)
+        return (private_pool if self._framework.is_gpu else shared_pool)(self.memory, self._framework)
+
     def warm_up(self) -> None:
         """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
-        limits, shapes = self._limits, list[StepShape]()
         for count in {1, 2, min(300, self._longest_warm_up())}:
             self.run(_warm_up_plan(count, self.geometry), lambda layer: None)
         self._rows.clear()
-        if limits.graph_decodes:
-            shapes += decode_shapes(limits.max_num_seqs)
-        shapes += chunk_shapes(limits.graph_chunks, self._operations.tile_rows)
+        decodes = [StepShape(size, size, 0, size) for size in self._limits.decode_graphs]
+        shapes = [*decodes, *chunk_shapes(self._limits.chunk_graphs, self._operations.tile_rows)]
         self._graphs = StepGraphs(shapes, self._decoder, self._pool.layers, self._framework, self._stream)
 
     def _longest_warm_up(self) -> int:

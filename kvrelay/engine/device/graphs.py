@@ -13,14 +13,14 @@ from kvrelay.engine.kernels import LayerKV
 ADJUSTMENTS_PER_ROW = 4096
 """Adjusted logits that a graph has room for, by row; a step with more of them is computed without one."""
 
-DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SAMPLES_OF_CHUNKS = 8
 
+_DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-def decode_shapes(max_num_seqs: int) -> list[StepShape]:
-    """Return shapes of decode steps: a token of each of up to so many sequences."""
-    sizes = [*(size for size in DECODE_SIZES if size < max_num_seqs), max_num_seqs]
-    return [StepShape(size, size, 0, size) for size in sizes]
+
+def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Return of how many sequences decode steps are graphs, so that a step of up to so many wastes little."""
+    return *(size for size in _DECODE_SIZES if size < max_num_seqs), max_num_seqs
 
 
 def chunk_shapes(sizes: Sequence[int], tile_rows: int) -> list[StepShape]:

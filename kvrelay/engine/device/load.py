@@ -14,6 +14,7 @@ from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
 from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.graphs import decode_sizes
 from kvrelay.engine.device.operations import OperationLimits, Operations
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
@@ -56,8 +57,9 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         max_model_len=max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
         max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
-        graph_decodes=node.role != "prefill",
-        graph_chunks=CHUNK_GRAPHS if is_gpu else (),
+        decode_graphs=() if node.role == "prefill" else decode_sizes(node.scheduler.max_num_seqs),
+        chunk_graphs=CHUNK_GRAPHS if is_gpu else (),
+        mirrored=is_gpu,
     )
     framework = TorchFramework(node.engine.device, node.threads)
     weights = load_weights(checkpoint, DevicePacking(framework, dtype))
@@ -91,7 +93,7 @@ def build_engine(
 ) -> DeviceEngine:
     """Return an engine of its parts, compiled and with its graphs captured."""
     operations = make_operations(config, framework, limits, options)
-    engine = DeviceEngine(config, weights, geometry, framework, operations, limits, mirrored=framework.is_gpu)
+    engine = DeviceEngine(config, weights, geometry, framework, operations, limits)
     engine.warm_up()
     return engine
 

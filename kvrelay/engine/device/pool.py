@@ -20,12 +20,11 @@ LAYERS_PER_COPY = 4
 """Layers that one copy to the mirror takes: fewer launches, while later layers are computed."""
 
 
-class SharedPool:
-    """A pool that is the node's memory: nothing is copied."""
+class PlainPool:
+    """A pool with nothing to copy: the node's memory itself, or memory of the device that nobody else reads."""
 
-    def __init__(self, memory: KVMemory, framework: Framework) -> None:
-        self._device = framework.share(memory.planes)
-        self.layers = _layers(framework, self._device, memory)
+    def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework) -> None:
+        self.layers = _layers(framework, tensor, memory)
 
     def copy_in(self, blocks: list[BlockId]) -> None:
         """Make ``blocks``, which others wrote, visible to the kernels."""
@@ -36,7 +35,7 @@ class SharedPool:
 
     def close(self) -> None:
         """Let go of the memory."""
-        del self._device, self.layers
+        del self.layers
 
 
 class LayerCopies:
@@ -80,14 +79,14 @@ class MirroredPool:
         self._copied = [framework.event() for _ in range(geometry.num_layers)]
 
     def copy_in(self, blocks: list[BlockId]) -> None:
-        """See SharedPool. Steps from now on come after it."""
+        """See PlainPool. Steps from now on come after it."""
         if blocks:
             device_blocks = self._framework.upload(np.array(blocks, np.int32), "int32")
             planes = range(2 * self._num_layers)
             self._operations.copy_blocks(self._host_words, self._device_words, device_blocks, planes)
 
     def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> MirrorCopies:
-        """See SharedPool."""
+        """See PlainPool."""
         return MirrorCopies(self, slots, on_layer)
 
     def copy_out(self, slots: Tensor, layers: range) -> None:
@@ -145,7 +144,19 @@ class MirrorCopies(LayerCopies):
             self._tell(self._begun.pop(0).stop)
 
 
-DevicePool = SharedPool | MirroredPool
+DevicePool = PlainPool | MirroredPool
+
+
+def shared_pool(memory: KVMemory, framework: Framework) -> PlainPool:
+    """Return the pool that is ``memory`` itself, for a CPU."""
+    return PlainPool(framework.share(memory.planes), memory, framework)
+
+
+def private_pool(memory: KVMemory, framework: Framework) -> PlainPool:
+    """Return a pool of the size of ``memory`` that only this engine reads and writes."""
+    geometry = memory.geometry
+    words = memory.num_blocks * geometry.block_bytes // 4
+    return PlainPool(framework.zeros((words,), "int32"), memory, framework)
 
 
 def _layers(framework: Framework, tensor: Tensor, memory: KVMemory) -> list[LayerKV]:

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_runs import sequence
 
-from kvrelay.core.request import Sequence
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.device.batch import BatchAssembler, BatchLimits
 from kvrelay.engine.device.operations import Sampled, StepShape
@@ -36,6 +35,12 @@ KINDS: list[dict[str, Any]] = [
     {"num_logprobs": 5},
     {"temperature": 0.8, "top_p": 0.95, "num_logprobs": 20, "repetition_penalty": 1.2},
 ]
+
+
+def sequence(tokens: list[int], name: str, **sampling: Any) -> Sequence:
+    """Return a sequence, greedy unless ``sampling`` says otherwise."""
+    params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, **sampling})
+    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=tokens, sampling=params))
 
 
 def sequences(vocab_size: int, count: int, seed: int) -> list[Sequence]:

@@ -15,10 +15,10 @@ def scheduled(one: Any, drafts: tuple[int, ...] | None = None) -> ScheduledSeque
     return ScheduledSequence(one, one.num_tokens - 1, 1 + len(drafts or ()), True, drafts)
 
 
-def check_tokens_and_logprobs(operations: Any, vocab_size: int, seed: int) -> None:
+def check_tokens_and_logprobs(operations: Any, vocab_size: int, seed: int, device: str = "cpu") -> None:
     made = sequences(vocab_size, 2 * len(KINDS), seed)
     values = logits(vocab_size, len(made), seed)
-    sampled = sample_on(operations, "cpu", [scheduled(one) for one in made], values)
+    sampled = sample_on(operations, device, [scheduled(one) for one in made], values)
     expected = sample(values, made)
     assert sampled.tokens.tolist() == [one.token_ids[0] for one in expected]
     for row, one in enumerate(expected):
@@ -29,21 +29,21 @@ def check_tokens_and_logprobs(operations: Any, vocab_size: int, seed: int) -> No
             np.testing.assert_allclose(ours, [entry.logprob, *entry.top_logprobs], atol=1e-4)
 
 
-def check_drafts(operations: Any, vocab_size: int) -> None:
+def check_drafts(operations: Any, vocab_size: int, device: str = "cpu") -> None:
     """A row for each draft samples what the host samples when the drafts before it were right."""
     made = sequences(vocab_size, len(KINDS), 5)
     values = logits(vocab_size, 3 * len(made), 6).reshape(len(made), 3, vocab_size)
     drafts = [tuple(sample(rows[:1], [one])[0].token_ids) for rows, one in zip(values, made, strict=True)]
     batch = [scheduled(one, (*guess, 7)) for one, guess in zip(made, drafts, strict=True)]
-    sampled = sample_on(operations, "cpu", batch, values.reshape(-1, vocab_size))
+    sampled = sample_on(operations, device, batch, values.reshape(-1, vocab_size))
     ours = sampled.tokens.view(-1, 3)[:, :2].tolist()
     expected = sample_step(values.reshape(-1, vocab_size), batch)
     assert ours == [one.token_ids[:2] for one in expected]
 
 
-def check_non_finite(operations: Any) -> None:
+def check_non_finite(operations: Any, device: str = "cpu") -> None:
     made = sequences(50, 6, 1)
     values = logits(50, 6, 1)
     values[1, 7], values[2, 0], values[4, 49] = np.nan, np.inf, -np.inf
-    tokens = sample_on(operations, "cpu", [scheduled(one) for one in made], values).tokens.tolist()
+    tokens = sample_on(operations, device, [scheduled(one) for one in made], values).tokens.tolist()
     assert [index for index, token in enumerate(tokens) if token == -1] == [1, 2, 4]

@@ -13,9 +13,6 @@ from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.kernels import HeadShape, LayerKV
 from kvrelay.engine.rope import RopeConfig, Rotation, inverse_frequencies
 
-MAX_LEN = 256
-
-
 @dataclass(frozen=True)
 class Shape:
     """Sizes of heads and blocks of one test."""
@@ -25,13 +22,14 @@ class Shape:
     dim: int = 16
     block_size: int = 16
     dtype: str = "float32"
+    max_len: int = 256
 
     def head_shape(self) -> HeadShape:
-        rotation = Rotation(*inverse_frequencies(RopeConfig(), self.dim, MAX_LEN))
+        rotation = Rotation(*inverse_frequencies(RopeConfig(), self.dim, self.max_len))
         return HeadShape(self.heads, self.groups, self.dim, rotation)
 
     def limits(self, max_num_seqs: int = 8) -> OperationLimits:
-        return OperationLimits(self.dtype, self.block_size, MAX_LEN, max_num_seqs)
+        return OperationLimits(self.dtype, self.block_size, self.max_len, max_num_seqs)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Case:
     def build(self) -> tuple[StepTensors, torch.Tensor, LayerKV]:
         """Return the step, block tables and a layer of random keys and values."""
         rng = np.random.default_rng(self.seed)
-        size, width = self.shape.block_size, -(-MAX_LEN // self.shape.block_size)
+        size, width = self.shape.block_size, -(-self.shape.max_len // self.shape.block_size)
         num_blocks = width * len(self.spans) + 3
         tables = rng.permutation(num_blocks)[: width * len(self.spans)].reshape(len(self.spans), width)
         rows: list[tuple[int, int, int, int]] = []
@@ -89,13 +87,12 @@ def copy_of(layer: LayerKV) -> LayerKV:
     return LayerKV(layer.keys.clone(), layer.values.clone())
 
 
-def operations(shape: Shape) -> tuple[Any, Any]:
-    """Return Triton's operations, interpreted, and their references."""
+def operations(shape: Shape, framework: TorchFramework | None = None) -> tuple[Any, Any]:
+    """Return Triton's operations, interpreted unless ``framework`` is a GPU's, and their references."""
     from kvrelay.engine.device.torch_operations import TorchOperations
     from kvrelay.engine.device.triton_operations import TritonOperations
 
-    framework = TorchFramework("cpu")
-    arguments = framework, shape.head_shape(), shape.limits()
+    arguments = framework or TorchFramework("cpu"), shape.head_shape(), shape.limits()
     return TritonOperations(*arguments), TorchOperations(*arguments)
 
 
