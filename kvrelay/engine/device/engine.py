@@ -80,6 +80,7 @@ class DeviceEngine:
 
     def warm_up(self) -> None:
         """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
+        self._framework.synchronize()  # weights and tables were made in other streams
         for count in {1, 2, min(300, self._longest_warm_up())}:
             self.run(_warm_up_plan(count, self.geometry), lambda layer: None)
         self._rows.clear()

@@ -96,8 +96,11 @@ class Framework(Protocol):
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         """Return random numbers made on the device."""
 
+    def synchronize(self) -> None:
+        """Wait until the device has done everything that it was told, in any stream."""
+
     def stream(self) -> Stream:
-        """Return a new stream."""
+        """Return a new stream, which does not wait for the others."""
 
     def event(self) -> Event:
         """Return a new event."""

@@ -34,8 +34,9 @@ class StepGraph:
     def __init__(
         self, shape: StepShape, decoder: DeviceDecoder, pool: Sequence[LayerKV], framework: Framework, stream: Stream
     ) -> None:
-        self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples)
-        step = self.buffer.tensors(shape)
+        with framework.on(stream):
+            self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples)
+            step = self.buffer.tensors(shape)
 
         def work() -> Sampled:
             return decoder.sample(decoder.forward(step, pool), step)

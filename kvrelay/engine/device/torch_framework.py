@@ -68,8 +68,8 @@ class TorchFramework:
 
     def unshare(self, array: npt.NDArray[np.uint8]) -> None:
         """See Framework."""
+        self.synchronize()
         if self.is_gpu:
-            torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -103,6 +103,11 @@ class TorchFramework:
         empty = torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
         return empty.normal_(0.0, deviation, generator=generator)
 
+    def synchronize(self) -> None:
+        """See Framework."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
     def stream(self) -> Stream:
         """See Framework."""
         return torch.cuda.Stream(self._device) if self.is_gpu else _InOrder()
@@ -126,7 +131,7 @@ class TorchFramework:
             with torch.inference_mode():
                 return _DoneAgain(work)
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+        self.synchronize()
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graph_pool, stream=stream):
             output = work()
         return _CudaGraph(graph, output)

@@ -1,17 +1,5 @@
-"""Triton's interpreter turns scalars into Python integers in a way that numpy 2.4 refuses: see to it here."""
-
 from __future__ import annotations
 
-from typing import Any
+from interpreting import prepare_interpreter
 
-from triton.runtime import interpreter
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_integers(tensor: Any, scope: Any) -> None:
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_integers
+prepare_interpreter()
