@@ -63,7 +63,9 @@ def main() -> int:
     context.describe()
     if options.device == "gpu":
         precompile(report)
-    failed = [name for name in options.parts if not _run(name, context, 60 * options.minutes - time.monotonic() + began)]
+    failed = [
+        name for name in options.parts if not _run(name, context, 60 * options.minutes - time.monotonic() + began)
+    ]
     report.finish(failed, time.monotonic() - began)
     return 1 if failed else 0
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from gpu_check.context import Context
 
+from gpu_check.context import Context
 from kvrelay.engine.device.kernels.decode_attention import DecodeTiling, decode_attention, scratch_sizes
 from kvrelay.engine.device.kernels.prefill_attention import PrefillTiling, prefill_attention
 
@@ -73,8 +73,7 @@ def _prefill(context: Context, length: int) -> None:
     reference = _sdpa(context, queries, keys, values, tables, flops)
     for tiling in PREFILL_TILINGS[:1] if context.tiny else PREFILL_TILINGS:
         rows = [
-            (first, min(tiling.rows, length - first), first, 0)
-            for first in reversed(range(0, length, tiling.rows))
+            (first, min(tiling.rows, length - first), first, 0) for first in reversed(range(0, length, tiling.rows))
         ]
         tiles = torch.tensor(np.array(rows, np.int32).T.copy()).to(device)
         work = partial(prefill_attention, queries, keys, values, tiles, tables, out, BLOCK, None, False, tiling)
@@ -88,12 +87,18 @@ def _prefill(context: Context, length: int) -> None:
             continue
         distance = float((out.float() - reference.float()).norm() / reference.float().norm())
         context.report.add(
-            "attention", name, flops / seconds / 1e12, "TFLOP/s", best, f"{seconds * 1e6:.0f} us, distance {distance:.1e}"
+            "attention",
+            name,
+            flops / seconds / 1e12,
+            "TFLOP/s",
+            best,
+            f"{seconds * 1e6:.0f} us, distance {distance:.1e}",
         )
 
 
 def _sdpa(
-    context: Context, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, flops: float
+    context: Context, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor,
+    flops: float,
 ) -> torch.Tensor:  # fmt: skip
     """Measure torch's attention on contiguous keys and values; return its result [length, H, D]."""
     length = queries.shape[0]
@@ -122,7 +127,9 @@ def _decode(context: Context, batch: int, length: int) -> None:
     width = -(-length // BLOCK)
     token_bytes = 2 * GROUPS * DIM * 2
     bytes_read = batch * length * token_bytes
-    pools = [_pool(context, batch * width) for _ in range(2 if context.tiny else max(2, min(16, int(2e9 / bytes_read))))]
+    pools = [
+        _pool(context, batch * width) for _ in range(2 if context.tiny else max(2, min(16, int(2e9 / bytes_read))))
+    ]
     device = context.torch_device
     order = np.random.default_rng(0).permutation(batch * width).astype(np.int32)
     tables = torch.from_numpy(order).view(batch, width).to(device)
@@ -142,7 +149,19 @@ def _decode(context: Context, batch: int, length: int) -> None:
         outs = [torch.empty_like(queries) for _ in pools]
         works = [
             partial(
-                decode_attention, queries, keys, values, positions, rows, tables, out, scratch, BLOCK, None, False, tiling
+                decode_attention,
+                queries,
+                keys,
+                values,
+                positions,
+                rows,
+                tables,
+                out,
+                scratch,
+                BLOCK,
+                None,
+                False,
+                tiling,
             )
             for (keys, values), out in zip(pools, outs, strict=True)
         ]

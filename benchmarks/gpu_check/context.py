@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import triton
-from gpu_check.report import Report
 
+from gpu_check.report import Report
 from kvrelay.engine.decoder_config import DecoderConfig, parse_decoder_config
 from kvrelay.engine.device.torch_framework import DTYPES, TorchFramework
 

@@ -6,10 +6,10 @@ import statistics
 import time
 
 import numpy as np
+
 from gpu_check.context import Context
 from gpu_check.driving import Driver, engine_of, sequence
 from gpu_check.profile import report_kernels
-
 from kvrelay.core.request import Sequence
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.engine import DeviceEngine
@@ -32,7 +32,9 @@ def run(context: Context) -> None:
 def weight_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
     """Return the bytes of all matrices that a step of few tokens reads: all but the embedding's."""
     hidden = config.hidden_size
-    layer = config.qkv_size * hidden + config.num_heads * config.head_dim * hidden + 3 * config.intermediate_size * hidden
+    layer = (
+        config.qkv_size * hidden + config.num_heads * config.head_dim * hidden + 3 * config.intermediate_size * hidden
+    )
     return itemsize * (config.num_layers * layer + config.vocab_size * hidden)
 
 

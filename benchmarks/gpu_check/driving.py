@@ -6,8 +6,8 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
-from gpu_check.context import Context
 
+from gpu_check.context import Context
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence, StepPlan
 from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_check.context import Context
 
+from gpu_check.context import Context
 from kvrelay.engine.device.framework import Tensor
 
 SHAPES = {

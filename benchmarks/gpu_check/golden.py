@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from golden.cases import CASES, GoldenCase, load_golden
+
 from gpu_check.context import Context
 from gpu_check.driving import Driver, sequence
-
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights

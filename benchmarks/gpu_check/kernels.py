@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from gpu_check.context import Context, PoisonedFramework
 from sampling_checks import check_drafts, check_non_finite, check_tokens_and_logprobs
 from steps import Case, Shape, copy_of, operations
 
+from gpu_check.context import Context, PoisonedFramework
 from kvrelay.engine.kernels import HeadNorms
 
 SPANS = [(1500, 1), (0, 1), (700, 1), (15, 1), (0, 300), (21, 5), (1000, 200)]
@@ -57,8 +57,7 @@ def _check_layer(context: Context, shape: Shape, wrong: list[str]) -> None:
     compare("rms_norm of rows", ours.rms_norm(hidden, weight, 1e-6, rows), theirs.rms_norm(hidden, weight, 1e-6, rows))
     compare("silu_mul", ours.silu_mul(hidden), theirs.silu_mul(hidden))
     turned = [
-        do.apply_rope_and_write_kv(qkv, norms, 1e-6, step, pool)
-        for do, pool in zip((ours, theirs), pools, strict=True)
+        do.apply_rope_and_write_kv(qkv, norms, 1e-6, step, pool) for do, pool in zip((ours, theirs), pools, strict=True)
     ]
     compare("rope", *turned)
     compare("keys", pools[0].keys, pools[1].keys)

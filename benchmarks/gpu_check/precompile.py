@@ -39,7 +39,9 @@ def precompile(report: Any) -> None:
         if "failed" in line:
             print(f"# {line[:300]}", flush=True)
     compiled = sum(line.startswith("compiled") for line in lines)
-    report.fact("precompiled", f"{compiled} of {len(lines)} jobs in {time.monotonic() - began:.0f} s, {count} processes")
+    report.fact(
+        "precompiled", f"{compiled} of {len(lines)} jobs in {time.monotonic() - began:.0f} s, {count} processes"
+    )
 
 
 class Model(NamedTuple):
@@ -55,10 +57,11 @@ class Model(NamedTuple):
 
 def _jobs() -> list[Callable[[], object]]:
     """Return launches in an order in which neighbours take about as long."""
+    from steps import Shape  # noqa: PLC0415
+
     from gpu_check.attention import DECODE_TILINGS, PREFILL_TILINGS  # noqa: PLC0415
     from gpu_check.kernels import SHAPES  # noqa: PLC0415
     from gpu_check.sampling import TILINGS  # noqa: PLC0415
-    from steps import Shape  # noqa: PLC0415
 
     eight = Shape(32, 8, 128, 16, "bfloat16")
     models = [Model(shape, 4096, 2048, 384, (None, 100), True) for shape in SHAPES]
@@ -151,7 +154,17 @@ def _decode(shape: Any, tiling: Any) -> None:
     sizes = scratch_sizes(1, shape.heads, shape.groups, shape.dim, tiling.splits)
     scratch = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.zeros(sizes[2], dtype=torch.int32)
     decode_attention(
-        queries, *layer, step.positions, step.table_rows, tables, queries, scratch, shape.block_size, None, False, tiling
+        queries,
+        *layer,
+        step.positions,
+        step.table_rows,
+        tables,
+        queries,
+        scratch,
+        shape.block_size,
+        None,
+        False,
+        tiling,
     )
 
 

@@ -6,11 +6,11 @@ import statistics
 import time
 
 import numpy as np
+
 from gpu_check.context import Context
 from gpu_check.decode import weight_bytes
 from gpu_check.driving import Driver, engine_of, sequence
 from gpu_check.profile import report_kernels
-
 from kvrelay.engine.decoder_config import DecoderConfig
 
 
@@ -54,7 +54,9 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
         seconds = statistics.median(times[2:])
         limit = flops(config, length) / context.gemm_flops_per_s * 1e3
         what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}"
-        note = f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the product's {limit / seconds / 1e3:.2f}"
+        note = (
+            f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the product's {limit / seconds / 1e3:.2f}"
+        )
         context.report.add("prefill", what, seconds * 1e3, "ms", limit, note)
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")

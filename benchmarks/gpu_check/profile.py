@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from gpu_check.context import Context
 
 MOST_KERNELS = 9
@@ -28,4 +29,6 @@ def report_kernels(context: Context, part: str, what: str, work: Callable[[], ob
     everything = sum(total for total, _ in times.values())
     for name, (total, count) in ordered[:MOST_KERNELS]:
         context.report.add(part, f"{what}: {name[:70]}", total, "us", None, f"{count} times")
-    context.report.add(part, f"{what}: all kernels", everything, "us", None, f"{sum(n for _, n in times.values())} launches")
+    context.report.add(
+        part, f"{what}: all kernels", everything, "us", None, f"{sum(n for _, n in times.values())} launches"
+    )

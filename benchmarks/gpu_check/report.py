@@ -23,9 +23,7 @@ class Report:
         print(f"# {name}: {value}", flush=True)
         self._write()
 
-    def add(
-        self, part: str, what: str, value: Any, unit: str = "", limit: float | None = None, note: str = ""
-    ) -> None:
+    def add(self, part: str, what: str, value: Any, unit: str = "", limit: float | None = None, note: str = "") -> None:
         """Add a row; ``limit`` is what arithmetic says cannot be beaten, in the same unit."""
         rounded = float(f"{value:.4g}") if isinstance(value, float) else value
         bound = None if limit is None else float(f"{limit:.4g}")

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_check.context import Context
 
+from gpu_check.context import Context
 from kvrelay.engine.device.kernels.sampling import SamplingTiling, sample
 
 KINDS: dict[str, tuple[float, float, float, int, int]] = {
@@ -50,9 +50,7 @@ def _measure(context: Context, rows: int, vocab: int, kinds: dict[str, Any], til
         reals = torch.tensor([[0.5], [temperature], [top_p], [min_p]], dtype=torch.float64).repeat(1, rows).to(device)
         reals[0] = torch.rand(rows, dtype=torch.float64, device=device)
         numbers = torch.tensor([[top_k], [num_logprobs], [-1], [0], [0]], dtype=torch.int32).repeat(1, rows).to(device)
-        work = partial(
-            sample, logits, weights, reals, numbers, adjusted, last, tokens, tops, logprobs, tiling
-        )
+        work = partial(sample, logits, weights, reals, numbers, adjusted, last, tokens, tops, logprobs, tiling)
         name = f"{rows} x {vocab}, {kind}, block {tiling.block} warps {tiling.num_warps}"
         try:
             seconds = context.seconds_in_graph([work] * 4, repeats=8)

@@ -23,6 +23,7 @@ class BatchLimits(NamedTuple):
 
     block_size: int
     max_model_len: int
+    max_num_tokens: int
     vocab_size: int
 
 
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class Adjustments(NamedTuple):
-    """Changes of logits by sampling row: ``ends[i]`` of ``tokens`` and ``changes`` [3, count] are those of rows to i."""
+    """Changes of logits by sampling row: ``ends[i]`` of ``tokens`` and ``changes`` [3, n] are those of rows to i."""
 
     tokens: Int32
     changes: npt.NDArray[np.float32]
@@ -75,6 +76,9 @@ class BatchAssembler:
         """Flatten ``scheduled``. Raises EngineError if it is empty or breaks a limit."""
         if not scheduled:
             raise EngineError("a step without sequences")
+        num_tokens, most = sum(item.num_tokens for item in scheduled), self._limits.max_num_tokens
+        if num_tokens > most:
+            raise EngineError(f"a step of {num_tokens} tokens is more than max_num_batched_tokens {most}")
         rows = self._rows.take(scheduled)
         for item, row in zip(scheduled, rows, strict=True):
             self._check(item, row)

@@ -20,12 +20,12 @@ from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes
 from kvrelay.engine.device.operations import Operations, Sampled, StepShape
 from kvrelay.engine.device.pool import DevicePool, MirroredPool, private_pool, shared_pool
 from kvrelay.engine.device.sequence_rows import SequenceRows
-from kvrelay.engine.device.step_buffer import StepBuffer, fits
+from kvrelay.engine.device.step_buffer import StepBuffer
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceEngineLimits:
-    """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: of which decode and prefill steps are graphs.
+    """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: sizes of steps that are graphs.
 
     ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
     """
@@ -61,7 +61,9 @@ class DeviceEngine:
         self._stream = framework.stream()
         max_blocks = geometry.blocks_for(limits.max_model_len)
         self._rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
-        batch_limits = BatchLimits(geometry.block_size, limits.max_model_len, config.vocab_size)
+        batch_limits = BatchLimits(
+            geometry.block_size, limits.max_model_len, limits.max_num_batched_tokens, config.vocab_size
+        )
         self._assembler = BatchAssembler(batch_limits, self._rows, operations.tile_rows)
         with framework.on(self._stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
@@ -117,7 +119,7 @@ class DeviceEngine:
         """Tell the device to compute ``batch``; return what it samples, and what announces the rest of the layers."""
         entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
         graph = self._graphs.find(batch.shape, entries)
-        buffer = self._eager_buffer(batch, entries) if graph is None else graph.buffer
+        buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self._assembler.fill(buffer, batch)
         step = buffer.tensors(batch.shape)
         copies = self._pool.begin_copy_out(step.slots, on_layer)
@@ -126,10 +128,7 @@ class DeviceEngine:
         logits = self._decoder.forward(step, self._pool.layers, copies.layer_launched)
         return None if logits is None else self._decoder.sample(logits, step), copies.finish
 
-    def _eager_buffer(self, batch: Batch, entries: int) -> StepBuffer:
-        if not fits(batch.shape, self._buffer.capacity):
-            most = self._limits.max_num_batched_tokens
-            raise EngineError(f"a step of {batch.shape.rows} tokens is more than max_num_batched_tokens {most}")
+    def _eager_buffer(self, entries: int) -> StepBuffer:
         if entries > self._buffer.entries:
             self._buffer = self._make_buffer(2 * entries)
         return self._buffer
@@ -177,7 +176,9 @@ def _results(
 
 
 def _refuse_non_finite(batch: list[ScheduledSequence], tokens: list[int]) -> None:
-    owners = [item.sequence.spec.request_id for item in batch if item.samples for _ in range(1 + len(item.drafts or ()))]
+    owners = [
+        item.sequence.spec.request_id for item in batch if item.samples for _ in range(1 + len(item.drafts or ()))
+    ]
     names = dict.fromkeys(owner for owner, token in zip(owners, tokens, strict=True) if token == -1)
     raise EngineError(f"the model gave logits that are not finite for {', '.join(names)}")
 
@@ -190,4 +191,3 @@ def _warm_up_plan(num_tokens: int, geometry: KVGeometry) -> StepPlan:
     sequence.take_blocks(range(geometry.blocks_for(num_tokens)))
     sequence.num_computed_tokens = num_tokens
     return StepPlan(0, [ScheduledSequence(sequence, 0, num_tokens, samples=True)])
-

@@ -1,6 +1,6 @@
 """What the decoder does between matrix products, as the device's kernels or their references do it.
 
-Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S rows that sample.
+Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S sampling rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 from kvrelay.engine.device.framework import Tensor
 from kvrelay.engine.kernels import HeadNorms, LayerKV
-
 
 MOST_LOGPROBS = 20
 """Alternatives that can be reported with a token: the most the OpenAI API allows."""
@@ -82,7 +81,10 @@ class Operations(Protocol):
     def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, step: StepTensors, layer: LayerKV
     ) -> Tensor:
-        """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D], write keys and values, return queries [N, H, D]."""
+        """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D], write keys and values.
+
+        Returns queries [N, H, D].
+        """
 
     def attention(
         self, queries: Tensor, layer: LayerKV, step: StepTensors, tables: Tensor, window: int | None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -63,17 +61,19 @@ class StepBuffer:
         """Return the first part of each array, for a step of ``shape``, on the device."""
         rows, _, tiles, samples = shape
         parts = self._parts
-        by_row = parts["rows"].view(4, -1)
-        typed: Any = self._framework.typed
+        tokens, positions, slots, table_rows = (row[:rows] for row in parts["rows"].view(4, -1))
         return StepTensors(
-            shape,
-            *(by_row[index][:rows] for index in range(4)),
-            parts["tiles"].view(4, -1)[:, :tiles],
-            parts["sample_rows"][:samples],
-            typed(parts["reals"], "float64", (4, -1)),
-            parts["numbers"].view(5, -1),
-            self._adjusted_tokens,
-            self._changes,
+            shape=shape,
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            table_rows=table_rows,
+            tiles=parts["tiles"].view(4, -1)[:, :tiles],
+            sample_rows=parts["sample_rows"][:samples],
+            reals=self._framework.typed(parts["reals"], "float64", (4, -1)),
+            numbers=parts["numbers"].view(5, -1),
+            adjusted_tokens=self._adjusted_tokens,
+            changes=self._changes,
         )
 
 
@@ -84,5 +84,3 @@ def fits(shape: StepShape, capacity: StepShape) -> bool:
 
 def _padded(size: int) -> int:
     return max(_ALIGNMENT, size + -size % _ALIGNMENT)
-
-

@@ -99,9 +99,7 @@ class TorchOperations:
             self._sample_row(logits[row], row, step, last_tokens, sampled)
         return sampled
 
-    def _sample_row(
-        self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled
-    ) -> None:
+    def _sample_row(self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled) -> None:
         uniform, temperature, top_p, min_p = step.reals[:, row].tolist()
         top_k, num_logprobs, table_row, begin, end = step.numbers[:, row].tolist()
         token = -1

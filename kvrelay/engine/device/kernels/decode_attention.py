@@ -139,4 +139,5 @@ def decode_attention(
 
 def _padded_heads(heads: int, groups: int) -> int:
     """Return the rows of a product's tile: at least 16, which the matrix units need."""
-    return max(16, triton.next_power_of_2(heads // groups))
+    padded: int = max(16, triton.next_power_of_2(heads // groups))
+    return padded

@@ -192,7 +192,7 @@ def sample_kernel(
     top = raw_top
     if end > begin:
         _adjust(values, mine, adjusted_tokens, changes, entries, begin, end, V, BLOCK)
-        top, token, ignored = _highest(mine, V, BLOCK)
+        top, token, _unused = _highest(mine, V, BLOCK)
     if (temperature >= GREEDY_BELOW) & (wrong == 0):
         inverse = (1.0 / temperature).to(tl.float32)
         if end > begin:
@@ -204,7 +204,7 @@ def sample_kernel(
         if (top_k > 0) & (top_k < V):
             low = _threshold(mine, low, top_k.to(tl.float32), True, V, BLOCK)
         if top_p < 1.0:
-            total, ignored = _mass(mine, low, V, BLOCK)
+            total, _unused = _mass(mine, low, V, BLOCK)
             # all below this together are less than 1 - top_p of the total; half of it, for what rounding may do
             surely = ((1.0 - top_p) * total * (0.5 / V)).to(tl.float32).to(tl.int32, bitcast=True)
             low = _threshold(mine, tl.maximum(low, surely), (top_p * total).to(tl.float32), False, V, BLOCK)

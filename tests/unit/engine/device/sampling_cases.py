@@ -68,7 +68,7 @@ def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], valu
     """Return what ``operations`` sample from ``values``, on the host."""
     framework = TorchFramework(device)
     rows = SequenceRows(len(batch), 4, 8)
-    assembler = BatchAssembler(BatchLimits(16, 64, values.shape[1]), rows, operations.tile_rows)
+    assembler = BatchAssembler(BatchLimits(16, 64, 1024, values.shape[1]), rows, operations.tile_rows)
     assembled = assembler.assemble(batch)
     count = len(batch)
     most = 0 if assembled.adjustments is None else len(assembled.adjustments.tokens)

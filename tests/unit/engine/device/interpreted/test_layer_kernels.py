@@ -6,7 +6,12 @@ from steps import Case, Shape, close, copy_of, operations
 
 from kvrelay.engine.kernels import HeadNorms
 
-SHAPES = [Shape(), Shape(heads=6, groups=3, dim=12), Shape(heads=7, groups=1, dim=8, block_size=4), Shape(dtype="float16")]
+SHAPES = [
+    Shape(),
+    Shape(heads=6, groups=3, dim=12),
+    Shape(heads=7, groups=1, dim=8, block_size=4),
+    Shape(dtype="float16"),
+]
 SPANS = [(40, 1), (0, 1), (15, 1), (0, 37), (21, 5), (100, 70)]
 
 
@@ -54,8 +59,7 @@ def test_rope_and_writing_of_kv(shape: Shape, normed: bool) -> None:
     norms = HeadNorms(case.random(shape.dim, seed=3), case.random(shape.dim, seed=4)) if normed else None
     pools = copy_of(layer), copy_of(layer)
     queries = [
-        do.apply_rope_and_write_kv(qkv, norms, 1e-6, step, pool)
-        for do, pool in zip((ours, theirs), pools, strict=True)
+        do.apply_rope_and_write_kv(qkv, norms, 1e-6, step, pool) for do, pool in zip((ours, theirs), pools, strict=True)
     ]
     assert close(*queries, tolerance(shape))
     for mine, reference in zip(*pools, strict=True):

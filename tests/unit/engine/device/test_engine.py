@@ -1,0 +1,224 @@
+"""The device engine on a CPU: steps with and without graphs, rows of sequences, and the pool's mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_runs import Runner, output, sequence
+
+from kvrelay.core.errors import EngineError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.request import Sequence
+from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
+from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.decoder import load_weights
+from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.weights import DevicePacking
+
+Make = Callable[..., DeviceEngine]
+
+
+@pytest.fixture
+def make(tiny_dir: Path) -> Iterator[Make]:
+    """Make engines of the tiny checkpoint, closed at the end."""
+    made: list[DeviceEngine] = []
+
+    def make_one(**limits: Any) -> DeviceEngine:
+        config = read_decoder_config(tiny_dir)
+        checkpoint = Checkpoint.open(tiny_dir, config, lambda done, total: None)
+        framework = TorchFramework("cpu")
+        weights = load_weights(checkpoint, DevicePacking(framework, "float32"))
+        geometry = KVGeometry(4, config.num_kv_heads, config.head_dim, 16, "float32", checkpoint.digest())
+        sizes = {"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
+        options = DeviceOptions("cpu", "float32", 16)
+        made.append(build_engine(config, weights, geometry, framework, DeviceEngineLimits(**sizes), options))
+        return made[-1]
+
+    yield make_one
+    for engine in made:
+        engine.close()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng([length, seed]).integers(0, 384, length).tolist()
+    return tokens
+
+
+def sequences(count: int = 8) -> list[Sequence]:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "num_logprobs": 3},
+        {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
+    ]
+    return [
+        sequence(prompt(3 + 9 * index), f"r{index}", max_tokens=7, seed=index, **kinds[index % len(kinds)])
+        for index in range(count)
+    ]
+
+
+def run_all(engine: DeviceEngine, chunk: int = 1 << 20) -> list[list[SampledTokens]]:
+    return Runner(engine).finish(*sequences(), chunk=chunk)
+
+
+def test_graphs_chunks_and_mirrors_change_no_token(make: Make) -> None:
+    expected = [Runner(make()).finish(one)[0] for one in sequences()]
+    tokens = [[entry.token_ids for entry in one] for one in expected]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"decode_graphs": (2, 8), "chunk_graphs": (16, 128)},
+        {"mirrored": True, "decode_graphs": (8,)},
+    ]
+    for limits in variants:
+        for chunk in (11, 1 << 20):
+            results = run_all(make(**limits), chunk)
+            assert [[entry.token_ids for entry in one] for one in results] == tokens
+            for ours, theirs in zip(results[2], expected[2], strict=True):
+                assert ours.logprobs[0].top_token_ids == theirs.logprobs[0].top_token_ids
+                np.testing.assert_allclose(ours.logprobs[0].logprob, theirs.logprobs[0].logprob, atol=1e-4)
+
+
+def test_rows_are_reused_when_more_sequences_come_than_there_are(make: Make) -> None:
+    engine = make(max_num_seqs=2, decode_graphs=(2,))
+    runner = Runner(engine)
+    started = sequences(6)
+    for one in started:
+        runner.run((one, one.num_tokens))
+    outputs = [[*output(one)] for one in started]
+    for one, rest in zip(started, outputs, strict=True):
+        for entry in runner.finish(one)[0]:
+            rest += entry.token_ids
+    assert outputs == [output(one) for one in started]
+    alone = [sequence(prompt(3 + 9 * index), max_tokens=7) for index in range(0, 6, 4)]
+    for one, there in zip(alone, started[::4], strict=True):
+        Runner(make()).finish(one)
+        assert output(one) == output(there)
+
+
+def test_drafts_are_accepted_as_far_as_they_are_right(make: Make) -> None:
+    engine = make()
+    for index in range(4):
+        one = sequences()[index]
+        Runner(engine).finish(one)
+        tokens = output(one)
+        again, runner = sequences()[index], Runner(engine, seed=1)
+        runner.run((again, again.num_tokens))
+        drafts = (*tokens[1:3], (tokens[3] + 1) % 384, 5)
+        runner.give_blocks(again, again.num_tokens + len(drafts))
+        item = ScheduledSequence(again, again.num_tokens - 1, 1 + len(drafts), True, drafts)
+        ((sampled,),) = [engine.run(StepPlan(9, [item]), lambda layer: None).sampled]
+        assert sampled.token_ids == tokens[1:4]
+        assert len(sampled.logprobs) == (3 if again.sampling.num_logprobs is not None else 0)
+
+
+def test_a_cached_prompt_computes_its_last_token_and_writes_nothing(make: Make) -> None:
+    engine = make(mirrored=True)
+    one, runner = sequence(prompt(32), max_tokens=1), Runner(engine)
+    runner.run((one, 32))
+    before = engine.memory.planes.copy()
+    again = sequence(prompt(32), "again")
+    again.take_blocks(one.block_table)
+    again.num_computed_tokens = 32
+    item = ScheduledSequence(again, 31, 1, True)
+    (sampled,) = engine.run(StepPlan(2, [item]), lambda layer: None).sampled
+    assert sampled.token_ids == output(one)
+    assert np.array_equal(engine.memory.planes, before)
+
+
+def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
+    for limits in ({"mirrored": True}, {"mirrored": True, "chunk_graphs": (32,)}, {}):
+        engine = make(**limits)
+        runner, one = Runner(engine), sequence(prompt(20), max_tokens=1)
+        runner.give_blocks(one, 20)
+        seen: list[tuple[int, bool]] = []
+        planes, table = engine.memory.planes, list(one.block_table)
+
+        class Heard(list[int]):
+            def append(self, layer: int) -> None:
+                seen.append((layer, bool(planes[layer][:, table].any(-1).all())))  # noqa: B023
+
+        runner.run((one, 20), layers=Heard())
+        assert seen == [(layer, True) for layer in range(4)]
+        del planes
+
+
+def test_kv_that_others_wrote_is_copied_in_first(make: Make) -> None:
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
+    Runner(make()).finish(expected)
+    Runner(there).run((one, 33))
+    away, runner = list(one.block_table), Runner(here, seed=3)
+    one.take_blocks(())
+    runner.give_blocks(one, 33)
+    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, away]
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def test_a_sequence_that_grew_elsewhere_is_read_anew(make: Make) -> None:
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(18), max_tokens=8), sequence(prompt(18), max_tokens=8)
+    Runner(make()).finish(expected)
+    runner, other = Runner(here), Runner(there)
+    runner.run((one, 18))
+    runner.run((one, 1))
+    table = list(one.block_table)
+    there.memory.planes[:, :, table] = here.memory.planes[:, :, table]
+    for _ in range(3):
+        other.run((one, 1))
+    here.memory.planes[:, :, table] = there.memory.planes[:, :, table]
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def test_steps_that_break_a_limit_are_refused_and_leave_the_engine_as_it_was(make: Make) -> None:
+    engine = make(mirrored=True)
+    good, runner = sequence(prompt(20), "good", max_tokens=4), Runner(engine)
+    runner.run((good, 20))
+
+    def refused(match: str, *items: ScheduledSequence) -> None:
+        with pytest.raises(EngineError, match=match):
+            engine.run(StepPlan(5, list(items)), lambda layer: None)
+
+    def bad(blocks: list[int], tokens: list[int] | None = None, **sampling: Any) -> Sequence:
+        made = sequence(tokens or prompt(20), "bad", **sampling)
+        made.take_blocks(blocks)
+        return made
+
+    refused("without sequences")
+    refused("do not hold 20 tokens", ScheduledSequence(bad([1]), 0, 20, True))
+    refused("leaves the pool of 64", ScheduledSequence(bad([1, 64]), 0, 20, True))
+    refused("leaves the pool of 64", ScheduledSequence(bad([1, -1]), 0, 20, True))
+    refused("positions 0 to 21", ScheduledSequence(bad([1, 2]), 0, 21, True))
+    refused("leave the vocabulary", ScheduledSequence(bad([1, 2], [384] * 20), 0, 20, True))
+    refused("leave the vocabulary", ScheduledSequence(bad([1, 2], logit_bias={384: 1.0}), 0, 20, True))
+    longest = [ScheduledSequence(bad(list(range(20)), prompt(300)), 0, 300, True) for _ in range(2)]
+    refused("600 tokens is more than max_num_batched_tokens 512", *longest)
+    refused("max_num_seqs", *[ScheduledSequence(bad([1, 2]), 0, 20, True) for _ in range(9)])
+    expected = sequence(prompt(20), max_tokens=4)
+    Runner(make()).finish(expected)
+    runner.finish(good)
+    assert output(good) == output(expected)
+
+
+def test_logits_that_are_not_finite_name_their_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
+    batch = [(sequence(prompt(5), "fine"), 5), (sequence(prompt(6), "broken"), 6)]
+    with pytest.raises(EngineError, match="not finite for broken$"):
+        Runner(engine).run(*batch)
+
+
+def _spoiled(sample: Any) -> Any:
+    def with_nan(logits: Any, step: Any) -> Any:
+        logits[1, 3] = float("nan")
+        return sample(logits, step)
+
+    return with_nan
