@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gpu_check.context import Context
+from gpu_check.dense_attention import dense_attention, gather
 from kvrelay.engine.device.kernels.decode_attention import DecodeTiling, decode_attention, scratch_sizes
 from kvrelay.engine.device.kernels.prefill_attention import PrefillTiling, prefill_attention
 
@@ -27,6 +28,9 @@ PREFILL_TILINGS = [
     PrefillTiling(64, 128, 4, 2),
     PrefillTiling(128, 64, 4, 3),
 ]
+
+DENSE_TILINGS = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3)]
+"""Rows, tile, warps and stages of the candidate on gathered keys and values."""
 
 DECODE_TILINGS = [
     DecodeTiling(1, 64),
@@ -85,7 +89,7 @@ def _prefill(context: Context, length: int) -> None:
         except Exception as error:  # a tiling that this card cannot run says so; the others go on
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")
             continue
-        distance = float((out.float() - reference.float()).norm() / reference.float().norm())
+        distance = _distance(out, reference)
         context.report.add(
             "attention",
             name,
@@ -94,6 +98,37 @@ def _prefill(context: Context, length: int) -> None:
             best,
             f"{seconds * 1e6:.0f} us, distance {distance:.1e}",
         )
+    _dense(context, queries, keys, values, tables[0], reference, flops)
+
+
+def _dense(
+    context: Context, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
+    reference: torch.Tensor, flops: float,
+) -> None:  # fmt: skip
+    """Measure the candidate, and the gathering that it needs."""
+    length = queries.shape[0]
+    gathered = [torch.empty_like(keys), torch.empty_like(values)]
+
+    def gather_both() -> None:
+        for source, target in zip((keys, values), gathered, strict=True):
+            gather(source, table, target, BLOCK * GROUPS * DIM)
+
+    seconds = context.seconds(gather_both, repeats=10)
+    context.report.add("attention", f"prefill {length}, gathering for the dense kernel", seconds * 1e6, "us")
+    for tiling in DENSE_TILINGS[:1] if context.tiny else DENSE_TILINGS:
+        out = torch.full_like(queries, float("nan"))
+        name = "prefill {}, dense, rows {} tile {} warps {} stages {}".format(length, *tiling)
+        try:
+            seconds = context.seconds(partial(dense_attention, queries, *gathered, out, *tiling), repeats=10)
+        except Exception as error:
+            context.report.add("attention", name, f"failed: {repr(error)[:150]}")
+            continue
+        note = f"{seconds * 1e6:.0f} us, distance {_distance(out, reference):.1e}"
+        context.report.add("attention", name, flops / seconds / 1e12, "TFLOP/s", context.gemm_flops_per_s / 1e12, note)
+
+
+def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours.float() - reference.float()).norm() / reference.float().norm())
 
 
 def _sdpa(
@@ -173,7 +208,7 @@ def _decode(context: Context, batch: int, length: int) -> None:
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")
             continue
         reference = outs[0] if reference is None else reference
-        distance = float((outs[0].float() - reference.float()).norm() / reference.float().norm())
+        distance = _distance(outs[0], reference)
         context.report.add(
             "attention", name, seconds * 1e6, "us", limit,
             f"{bytes_read / seconds / 1e12:.2f} TB/s, distance to the first {distance:.1e}",

@@ -59,7 +59,7 @@ def _jobs() -> list[Callable[[], object]]:
     """Return launches in an order in which neighbours take about as long."""
     from steps import Shape  # noqa: PLC0415
 
-    from gpu_check.attention import DECODE_TILINGS, PREFILL_TILINGS  # noqa: PLC0415
+    from gpu_check.attention import DECODE_TILINGS, DENSE_TILINGS, PREFILL_TILINGS  # noqa: PLC0415
     from gpu_check.kernels import SHAPES  # noqa: PLC0415
     from gpu_check.sampling import TILINGS  # noqa: PLC0415
 
@@ -79,6 +79,7 @@ def _jobs() -> list[Callable[[], object]]:
         jobs.append(partial(_others, model))
         jobs.append(partial(_sampling, model.vocab, None))
     jobs += [partial(_prefill, eight, tiling) for tiling in PREFILL_TILINGS]
+    jobs += [partial(_dense, eight, tiling) for tiling in DENSE_TILINGS]
     jobs += [partial(_decode, eight, tiling) for tiling in DECODE_TILINGS]
     jobs += [partial(_sampling, 128256, tiling) for tiling in TILINGS]
     return jobs
@@ -142,6 +143,16 @@ def _prefill(shape: Any, tiling: Any) -> None:
     _, step, tables, layer = _operations(shape)
     queries = layer.keys.new_empty((16, shape.heads, shape.dim))
     prefill_attention(queries, *layer, step.tiles, tables, queries, shape.block_size, None, False, tiling)
+
+
+def _dense(shape: Any, tiling: tuple[int, int, int, int]) -> None:
+    from gpu_check.dense_attention import dense_attention, gather  # noqa: PLC0415
+
+    _, step, tables, layer = _operations(shape)
+    queries = layer.keys.new_empty((128, shape.heads, shape.dim))
+    keys = layer.keys.new_empty((128, shape.groups, shape.dim))
+    dense_attention(queries, keys, keys, queries, *tiling)
+    gather(keys, step.tokens, keys, shape.block_size * shape.groups * shape.dim)
 
 
 def _decode(shape: Any, tiling: Any) -> None:

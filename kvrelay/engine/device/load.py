@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrelay.core.errors import CheckpointError
+from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
@@ -40,10 +40,12 @@ class DeviceOptions:
 
 
 def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]) -> DeviceEngine:
-    """Return the engine of ``node`` with its checkpoint loaded, ready to run. Raises CheckpointError."""
+    """Return the engine of ``node`` with its checkpoint loaded, ready to run. Raises CheckpointError or ConfigError."""
     from kvrelay.engine.geometry import checkpoint_geometry, device_dtype  # noqa: PLC0415
     from kvrelay.engine.load import longest_sequence  # noqa: PLC0415
 
+    if node.engine.quantization != "none":
+        raise ConfigError([f"engine.quantization: {node.engine.quantization} is not for engine.kind: torch"])
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)
