@@ -85,7 +85,7 @@ def _prefill(context: Context, length: int) -> None:
         name += f" stages {tiling.num_stages}"
         out.fill_(float("nan"))
         try:
-            seconds = context.seconds(work, repeats=10)
+            seconds = context.seconds_in_graph([work] * 3, repeats=5)
         except Exception as error:  # a tiling that this card cannot run says so; the others go on
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")
             continue
@@ -113,13 +113,14 @@ def _dense(
         for source, target in zip((keys, values), gathered, strict=True):
             gather(source, table, target, BLOCK * GROUPS * DIM)
 
-    seconds = context.seconds(gather_both, repeats=10)
+    seconds = context.seconds_in_graph([gather_both] * 3, repeats=5)
     context.report.add("attention", f"prefill {length}, gathering for the dense kernel", seconds * 1e6, "us")
     for tiling in DENSE_TILINGS[:1] if context.tiny else DENSE_TILINGS:
         out = torch.full_like(queries, float("nan"))
         name = "prefill {}, dense, rows {} tile {} warps {} stages {}".format(length, *tiling)
         try:
-            seconds = context.seconds(partial(dense_attention, queries, *gathered, out, *tiling), repeats=10)
+            work = partial(dense_attention, queries, *gathered, out, *tiling)
+            seconds = context.seconds_in_graph([work] * 3, repeats=5)
         except Exception as error:
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")
             continue
@@ -149,7 +150,7 @@ def _sdpa(
             repeated = [parts[0], *(one.repeat_interleave(HEADS // GROUPS, 1) for one in parts[1:])]
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 work = partial(torch.nn.functional.scaled_dot_product_attention, *repeated, is_causal=True)
-                seconds = context.seconds(work, repeats=10)
+                seconds = context.seconds_in_graph([work] * 3, repeats=5)
             context.report.add("attention", name, flops / seconds / 1e12, "TFLOP/s", None, f"{seconds * 1e6:.0f} us")
         except Exception as error:
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")

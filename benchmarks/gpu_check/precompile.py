@@ -148,7 +148,7 @@ def _prefill(shape: Any, tiling: Any) -> None:
 def _dense(shape: Any, tiling: tuple[int, int, int, int]) -> None:
     from gpu_check.dense_attention import dense_attention, gather  # noqa: PLC0415
 
-    _, step, tables, layer = _operations(shape)
+    _, step, _, layer = _operations(shape)
     queries = layer.keys.new_empty((128, shape.heads, shape.dim))
     keys = layer.keys.new_empty((128, shape.groups, shape.dim))
     dense_attention(queries, keys, keys, queries, *tiling)
