@@ -92,9 +92,9 @@ def test_rows_are_reused_when_more_sequences_come_than_there_are(make: Make) -> 
     for one in started:
         runner.run((one, one.num_tokens))
     outputs = [[*output(one)] for one in started]
-    for one, rest in zip(started, outputs, strict=True):
+    for one, tokens in zip(started, outputs, strict=True):
         for entry in runner.finish(one)[0]:
-            rest += entry.token_ids
+            tokens.extend(entry.token_ids)
     assert outputs == [output(one) for one in started]
     alone = [sequence(prompt(3 + 9 * index), max_tokens=7) for index in range(0, 6, 4)]
     for one, there in zip(alone, started[::4], strict=True):
@@ -137,16 +137,22 @@ def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
         engine = make(**limits)
         runner, one = Runner(engine), sequence(prompt(20), max_tokens=1)
         runner.give_blocks(one, 20)
-        seen: list[tuple[int, bool]] = []
-        planes, table = engine.memory.planes, list(one.block_table)
+        heard = Heard(engine, list(one.block_table))
+        runner.run((one, 20), layers=heard)
+        assert heard.seen == [(layer, True) for layer in range(4)]
 
-        class Heard(list[int]):
-            def append(self, layer: int) -> None:
-                seen.append((layer, bool(planes[layer][:, table].any(-1).all())))  # noqa: B023
 
-        runner.run((one, 20), layers=Heard())
-        assert seen == [(layer, True) for layer in range(4)]
-        del planes
+class Heard(list[int]):
+    """Notes at each announcement of a layer whether its KV is in the memory."""
+
+    def __init__(self, engine: DeviceEngine, blocks: list[int]) -> None:
+        super().__init__()
+        self._engine, self._blocks = engine, blocks
+        self.seen: list[tuple[int, bool]] = []
+
+    def append(self, layer: int) -> None:
+        written = self._engine.memory.planes[layer][:, self._blocks].any(-1).all()
+        self.seen.append((layer, bool(written)))
 
 
 def test_kv_that_others_wrote_is_copied_in_first(make: Make) -> None:
@@ -212,7 +218,7 @@ def test_logits_that_are_not_finite_name_their_request(make: Make, monkeypatch: 
     engine = make()
     monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
     batch = [(sequence(prompt(5), "fine"), 5), (sequence(prompt(6), "broken"), 6)]
-    with pytest.raises(EngineError, match="not finite for broken$"):
+    with pytest.raises(EngineError, match=r"not finite for broken$"):
         Runner(engine).run(*batch)
 
 
