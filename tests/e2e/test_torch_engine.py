@@ -36,7 +36,7 @@ def cluster(request: pytest.FixtureRequest, checkpoint: WriteCheckpoint) -> Iter
 
 
 def test_tokens_are_those_of_transformers(cluster: Cluster) -> None:
-    golden = [one for one in load_golden(next(case for case in CASES if case.name == "qwen3"))][:5]
+    golden = list(load_golden(next(case for case in CASES if case.name == "qwen3")))[:5]
 
     given = answers(cluster, [Ask(one.prompt_token_ids, NUM_OUTPUT_TOKENS) for one in golden])
 
