@@ -29,6 +29,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "script
 from demo_model.questions import questions
 from demo_model.tokenizer import render
 from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
+from support.limits import fastest_dtype
 from support.vllm_processes import DEFAULT_ENVIRONMENT, make_environment, random_model, run_offline
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
@@ -202,6 +203,8 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
     parser.add_argument("--no-vllm", action="store_true", help="kvrelay's own numbers only")
     arguments = parser.parse_args()
+    if fastest_dtype() != "bfloat16":
+        sys.exit("this CPU has no bf16 products: kvrelay computes in float32 here, which is the reference")
     if not arguments.no_vllm:
         make_environment(arguments.vllm.resolve())
     console = Console(width=130)

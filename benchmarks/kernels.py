@@ -1,10 +1,12 @@
 """Each native kernel against its limit, measured in the same run: read and copy bandwidth, oneDNN's own best.
 
-Usage: python benchmarks/kernels.py [--threads 1] [--dtype bfloat16] [--shape qwen2-0.5b|llama-8b]
+Usage: python benchmarks/kernels.py [--threads 1] [--dtype bfloat16|float32] [--shape qwen2-0.5b|llama-8b]
 
-A ratio is the share of the limit that is reached. Limits and kernels take turns, the best of all rounds counts, and
-with one thread it is the thread's own time that is taken: what else runs on the machine bears on the ratios only by the
-caches and the memory it uses. Pin it: ``taskset -c 1 python benchmarks/kernels.py``.
+The type is by default bfloat16 where oneDNN multiplies it on this CPU, else float32. Where products in float32 are all
+our own, weights that bfloat16 holds exactly are measured too. A ratio is the share of the limit that is reached. Limits
+and kernels take turns, the best of all rounds counts, and with one thread it is the thread's own time that is taken:
+what else runs on the machine bears on the ratios only by the caches and the memory it uses. Pin it:
+``taskset -c 1 python benchmarks/kernels.py``.
 """
 
 from __future__ import annotations
@@ -16,20 +18,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parent))
+from support.limits import fastest_dtype
+
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 from kvrelay.engine.choice import open_library, open_onednn
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, LayerKV
+from kvrelay.engine.native.library import ProductKind
 from kvrelay.engine.native_kernels import NativeKernels
 from kvrelay.engine.native_linear import NativeLinear
 from kvrelay.engine.onednn import Array, OneDNN
@@ -93,9 +100,10 @@ class Bench:
         self.shape, self.dtype, self.threads = shape, dtype, threads
         self.rng = np.random.default_rng(0)
         self.onednn: OneDNN = open_onednn()
+        self.library = open_library()
         rotation = Rotation(*inverse_frequencies(RopeConfig(), shape.head_dim, 4 * CONTEXT))
         heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, rotation)
-        self.new_kernels = partial(NativeKernels, dtype, heads, BLOCK_SIZE, self.onednn, open_library(), threads)
+        self.new_kernels = partial(NativeKernels, dtype, heads, BLOCK_SIZE, self.onednn, self.library, threads)
         self.all_kernels = {kind: self.new_kernels(kind) for kind in Quantization}
         self.kernels = self.all_kernels[Quantization.NONE]
         set_num_threads(threads)
@@ -136,8 +144,9 @@ class Bench:
         x, out = self.rows(1024, size, ITEM_BYTES[self.dtype]), self.rows(1024, size, 4)
         self.add(ONEDNN, lambda: best.multiply(x, out, 1024), 2 * 1024 * size**2)
 
-    def weight(self, size_in: int, size_out: int) -> np.ndarray:
-        return self.rng.standard_normal((size_out, size_in), np.float32)
+    def weight(self, size_in: int, size_out: int, holds: str = "float32") -> np.ndarray:
+        values = self.rng.standard_normal((size_out, size_in), np.float32)
+        return values if holds == "float32" else (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
     def rows(self, count: int, width: int, item_bytes: int) -> int:
         """Return the address of that many rows, which are kept."""
@@ -153,22 +162,32 @@ class Bench:
         shape = self.shape
         for size in [(shape.hidden, shape.qkv), (shape.hidden, 2 * shape.ffn), (shape.ffn, shape.hidden)]:
             self.linear(size, Quantization.NONE, (1, 8, 32, 509))
+            if self.dtype == "float32" and self.library.owns_floats:
+                self.linear(size, Quantization.NONE, (1, 8, 32, 509), holds="bfloat16")
         for kind in (Quantization.W8A16, Quantization.W8A8):
-            self.linear((shape.hidden, 2 * shape.ffn), kind, (1, 8, 32, 509))
+            needs = ProductKind.HALVES_BY_INT8 if self.dtype == "bfloat16" else ProductKind.FLOATS_BY_INT8
+            if kind is Quantization.W8A8 or self.library.multiplies(needs):
+                self.linear((shape.hidden, 2 * shape.ffn), kind, (1, 8, 32, 509))
 
-    def linear(self, size: tuple[int, int], kind: Quantization, counts: tuple[int, ...]) -> None:
-        """Add products with so many weights that none is in cache, but for many rows, where that does not matter."""
+    def linear(
+        self, size: tuple[int, int], kind: Quantization, counts: tuple[int, ...], holds: str | None = None
+    ) -> None:
+        """Add products with so many weights that none is in cache, but for many rows, where that does not matter.
+
+        ``holds``: the type that holds the weight exactly, that of compute if it is not given.
+        """
         size_in, size_out = size
-        item_bytes = ITEM_BYTES[self.dtype] if kind is Quantization.NONE else 1
+        holds = holds or self.dtype
+        item_bytes = ITEM_BYTES[holds] if kind is Quantization.NONE else 1
         weight_bytes = size_in * size_out * item_bytes
-        weight = self.weight(size_in, size_out)
+        weight = self.weight(size_in, size_out, holds)
         num_weights = 1 + BEYOND_CACHE_BYTES // 2 // weight_bytes
         weights = [self.all_kernels[kind].pack_linear(weight, None, wide=True) for _ in range(num_weights)]
         for count in counts:
             used = weights if count < 100 else weights[:2]
             x, out = self.rows(512, size_in, ITEM_BYTES[self.dtype]), self.rows(512, size_out, 4)
             work = len(used) * (weight_bytes if count == 1 else 2 * count * size_in * size_out)
-            type_of = "" if kind is Quantization.NONE else f" {kind}"
+            type_of = f" {holds}" if kind is Quantization.NONE else f" {kind}"
             name = f"linear{type_of} [{count}, {size_in}] x [{size_in}, {size_out}]"
             aim = 0.9 if count in (1, 509) and kind is Quantization.NONE else None
             self.add(name, partial(multiply_all, used, x, out, count), work, "read" if count == 1 else ONEDNN, aim)
@@ -186,7 +205,7 @@ class Bench:
             one.num_computed_tokens = start
             first += num_blocks
             scheduled.append(ScheduledSequence(one, start, count, True))
-        return BatchAssembler(PoolLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT)).assemble(scheduled)
+        return BatchAssembler(StepLimits(BLOCK_SIZE, self.num_blocks, 4 * CONTEXT, vocab_size=2)).assemble(scheduled)
 
     def attention(self) -> None:
         shape, kernels, item_bytes = self.shape, self.kernels, ITEM_BYTES[self.dtype]
@@ -245,9 +264,11 @@ def multiply_all(weights: list[NativeLinear], x: int, out: int, count: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=list(ITEM_BYTES), default="bfloat16")
+    parser.add_argument("--dtype", choices=list(ITEM_BYTES), default=fastest_dtype())
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2-0.5b")
     arguments = parser.parse_args()
+    if not open_onednn().multiplies(arguments.dtype) and arguments.dtype == "bfloat16":
+        sys.exit(f"--dtype bfloat16: oneDNN has no bf16 products on this CPU ({open_onednn().isa}); use float32")
     bench = Bench(SHAPES[arguments.shape], arguments.dtype, arguments.threads)
     bench.limits()
     bench.linears()
@@ -255,8 +276,7 @@ def main() -> None:
     bench.passes()
     bench.run()
     by_name = {one.name: one for one in bench.items}
-    library = open_library()
-    made_for = f"oneDNN for {bench.onednn.isa}, own code for {library.isa}"
+    made_for = f"oneDNN for {bench.onednn.isa}, own code for {bench.library.isa}"
     title = f"{arguments.shape} in {arguments.dtype}, {arguments.threads} threads, {made_for}"
     table = Table("what", "best time", "rate", "of limit", "aim", title=title)
     missed = 0

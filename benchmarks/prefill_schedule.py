@@ -1,19 +1,29 @@
-"""What a prefill node gains from a scheduler of its own: 1P3D of real processes, chats of several turns.
+"""In which order, and under which rules, a prefill node computes its prompts: 1P3D of real processes.
 
-    python benchmarks/prefill_schedule.py [--pairs N] [--explain]
+    python benchmarks/prefill_schedule.py [--load chats|random|heavy-tail] [--pairs N] [--explain]
+    python benchmarks/prefill_schedule.py --virtual SEEDS
+    python benchmarks/prefill_schedule.py --mixed [--pairs N]
 
-Prints total time, TTFT and throughput for ``scheduler.prefill_policy`` ``shared`` (the baseline: P schedules as a node
-that also decodes would) and ``dedicated`` in turn, on a fresh cluster each time, and what the prefill node did.
+Compares ``scheduler.prefill_order`` ``shortest_first`` with ``fifo``, and ``scheduler.prefill_policy`` ``shared`` (P
+schedules as a node that also decodes would, first come, first served) with that too, in turn, on a fresh cluster each
+time: total time, TTFT and throughput, and what the prefill node did.
 
 The nodes are as they would be for a model of the 8B class on 40 GB accelerators (``support/cost_model.py``): pools of
 9,500 blocks, default limits (2,048 tokens and 64 requests per step). Fake engines take the time the model would, times
 ``TIME_SCALE``: what the machine's CPUs add weighs less that way. All times shown are the model's.
 
-The load (``support/chats.py``): 78 chats of 2 to 8 turns, 39 at once, without pauses, each turn with the whole history
-before it. The prefixes in use at one time take about half of P's pool. Answers depend on the prompt alone, so every run
-does the same work.
+The loads (``support/prompt_loads.py``): chats of several turns, 39 at once, each turn with the whole history before it;
+prompts of random length at random times; the same with one prompt in a hundred 50 times as long. Answers depend on the
+prompt alone, so every run does the same work. Each round of three runs takes 4 to 5 minutes with chats, 3 to 4 with
+the others.
 
-``--explain`` adds one pair each under conditions that are meant to hurt the baseline, and runs with a smaller pool on
+``--virtual`` runs the same loads, of as many seeds as it is told, on one prefill node in virtual time, and shows what
+the two settings of the order do: how far a prompt may be overtaken, and to whom a prompt gives way that has begun. And
+short prompts on a mixed node, where they share the steps with decodes.
+
+``--mixed`` compares the orders on a mixed node with a real model on this CPU, prompts of 32 to 1,024 tokens.
+
+``--explain`` adds one pair each under conditions that are meant to hurt ``shared``, and runs with a smaller pool on
 P: what a scheduler loses that evicts its prefix cache to keep a reserve free (``SharedPolicy`` does not).
 """
 
@@ -24,21 +34,25 @@ import asyncio
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from support.chats import ANSWER_MEAN, MAX_TOKENS, VOCAB_SIZE, ChatLoad
+from support.chats import ANSWER_MEAN, MAX_TOKENS, VOCAB_SIZE
+from support.client_load import ClientLoad
 from support.cost_model import BLOCK_SIZE, COSTS, NUM_BLOCKS
+from support.mixed_prompts import compare_on_a_mixed_node
 from support.p_marks import held_up_s, mean_companions
+from support.prefill_report import Latencies, rounds_table
+from support.prompt_loads import LOADS
 from support.running_cluster import Config, cluster_config, running
+from support.virtual_orders import compare_in_virtual_time, compare_mixed_in_virtual_time
 
 from kvrelay.core.config import NewTokenRatioConfig
 
-POLICIES = ("shared", "dedicated")
 DECODE_NODES = ("d0", "d1", "d2")
 TIME_SCALE = 1.25
 SETTLE_S = 2.5
@@ -47,14 +61,23 @@ SETTLE_S = 2.5
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between clusters."""
+    """What differs between clusters, and the load."""
 
     title: str = "as deployed"
-    policy: str = "shared"
+    load: str = "chats"
+    policy: str = "dedicated"
+    order: str = "fifo"
     p_blocks: int = NUM_BLOCKS
     d_blocks: int = NUM_BLOCKS
     p_max_num_seqs: int = 64
 
+
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "fifo": {"order": "fifo"},
+    "shortest_first": {"order": "shortest_first"},
+    "shared": {"policy": "shared"},
+}
+"""By name what each sets; the others are compared with the first."""
 
 STRESSES = (
     Setting("decode pools of 2,000 blocks, so that reservations are refused", d_blocks=2_000),
@@ -71,7 +94,11 @@ def config(setting: Setting) -> Config:
     prefill: Config = {
         "role": "prefill",
         "cache": {"num_blocks": setting.p_blocks},
-        "scheduler": {"prefill_policy": setting.policy, "max_num_seqs": setting.p_max_num_seqs},
+        "scheduler": {
+            "prefill_policy": setting.policy,
+            "prefill_order": setting.order,
+            "max_num_seqs": setting.p_max_num_seqs,
+        },
     }
     decode: Config = {"role": "decode", "cache": {"num_blocks": setting.d_blocks}}
     return cluster_config(
@@ -114,37 +141,26 @@ class PrefillWork:
 class Run:
     """What one run gave."""
 
-    total_s: float
-    mean_ttft_s: float
-    p90_ttft_s: float
-    output_tokens: int
+    latencies: Latencies
     prefill: PrefillWork
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.output_tokens / self.total_s
 
 
 def measure(setting: Setting) -> Run:
-    """Hold all chats on a fresh cluster."""
+    """Send the whole load to a fresh cluster."""
     cluster_settings = config(setting)
     with running(cluster_settings) as cluster, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        load = ChatLoad(cluster, cluster_settings["router"]["port"])
+        load = ClientLoad(cluster, cluster_settings["router"]["port"], LOADS[setting.load](0), TIME_SCALE)
         cpu_before = cluster.cpu_s()
         wall_s = runner.run(load.run())
         cpu_s = max(spent - cpu_before.get(title, 0.0) for title, spent in cluster.cpu_s().items())
         time.sleep(SETTLE_S)
-        ttfts_s = [completion.ttft_s / TIME_SCALE for completion in load.completions]
         return Run(
-            total_s=wall_s / TIME_SCALE,
-            mean_ttft_s=statistics.mean(ttfts_s),
-            p90_ttft_s=statistics.quantiles(ttfts_s, n=10)[-1],
-            output_tokens=sum(len(completion.token_ids) for completion in load.completions),
+            latencies=Latencies.of(load.completions, wall_s, TIME_SCALE),
             prefill=prefill_work(load, cluster.loads(), wall_s, cpu_s),
         )
 
 
-def prefill_work(load: ChatLoad, loads: dict[str, dict[str, Any]], wall_s: float, cpu_s: float) -> PrefillWork:
+def prefill_work(load: ClientLoad, loads: dict[str, dict[str, Any]], wall_s: float, cpu_s: float) -> PrefillWork:
     marks, counters = load.marks, loads["p0"]["counters"]
     busy_s = TIME_SCALE * (counters["steps"] * COSTS.step_s + counters["prefill_tokens"] * COSTS.prefill_token_s)
     reserve = NewTokenRatioConfig().init * MAX_TOKENS / BLOCK_SIZE
@@ -172,44 +188,20 @@ def mean_ms(wall_s: Sequence[float]) -> float:
 
 # ---------------------------------------------------------------- tables
 
-MEASURES: dict[str, Callable[[Run], float]] = {
-    "total s": lambda run: run.total_s,
-    "mean TTFT ms": lambda run: 1e3 * run.mean_ttft_s,
-    "P90 TTFT ms": lambda run: 1e3 * run.p90_ttft_s,
-    "output tokens/s": lambda run: run.tokens_per_s,
-}
-REPORTED = {"total s": -0.143, "mean TTFT ms": -0.198, "P90 TTFT ms": -0.244, "output tokens/s": 0.167}
-"""What FastDeploy #7944 reports for such a cluster and load."""
-
-Pair = dict[str, Run]
+Round = dict[str, Run]
 
 
-def measure_pair(setting: Setting, console: Console) -> Pair:
-    pair = {}
-    for policy in POLICIES:
-        pair[policy] = measure(replace(setting, policy=policy))
-        told = ", ".join(f"{name} {value(pair[policy]):,.1f}" for name, value in MEASURES.items())
-        console.print(f"{setting.title}, {policy}: {told}", highlight=False)
-    return pair
+def measure_round(setting: Setting, console: Console) -> Round:
+    """Measure every contestant once."""
+    runs = {}
+    for name, changes in CONTESTANTS.items():
+        runs[name] = measure(replace(setting, **changes))
+        console.print(f"{setting.title}, {setting.load}, {name}: {runs[name].latencies}", highlight=False)
+    return runs
 
 
-def pairs_table(title: str, pairs: Sequence[Pair]) -> Table:
-    """Return what each pair gave and, in the last rows, the median change and what FastDeploy reports."""
-    table = Table("pair", "policy", title=title, title_justify="left")
-    for name in MEASURES:
-        table.add_column(name, justify="right")
-    for number, pair in enumerate(pairs, 1):
-        for policy, run in pair.items():
-            table.add_row(str(number), policy, *(f"{value(run):,.1f}" for value in MEASURES.values()))
-        table.add_row("", "change", *(f"{change(pair, value):+.1%}" for value in MEASURES.values()), end_section=True)
-    medians = (statistics.median(change(pair, value) for pair in pairs) for value in MEASURES.values())
-    table.add_row("median", "change", *(f"{median:+.1%}" for median in medians))
-    table.add_row("", "FastDeploy", *(f"{REPORTED[name]:+.1%}" for name in MEASURES))
-    return table
-
-
-def change(pair: Pair, value: Callable[[Run], float]) -> float:
-    return value(pair["dedicated"]) / value(pair["shared"]) - 1
+def latencies(rounds: Sequence[Round]) -> list[dict[str, Latencies]]:
+    return [{name: run.latencies for name, run in runs.items()} for runs in rounds]
 
 
 def work_table(title: str, columns: dict[str, Sequence[Run]]) -> Table:
@@ -225,35 +217,48 @@ def work_table(title: str, columns: dict[str, Sequence[Run]]) -> Table:
 
 
 def small_pools_table(runs: dict[int, Run]) -> Table:
-    table = Table("blocks on P", title="dedicated, with a smaller pool on P", title_justify="left")
-    for name in (*MEASURES, "from prefix cache", "computed tokens"):
+    table = Table("blocks on P", title="fifo, with a smaller pool on P", title_justify="left")
+    for name in ("total s", "mean TTFT ms", "from prefix cache", "computed tokens"):
         table.add_column(name, justify="right")
     for num_blocks, run in runs.items():
+        times = (f"{run.latencies.total_s:.1f}", f"{1e3 * run.latencies.mean_ttft_s:,.1f}")
         shares = (f"{run.prefill.percent_of_tokens_from_prefix_cache:.0f} %", f"{run.prefill.computed_tokens:,}")
-        table.add_row(f"{num_blocks:,}", *(f"{value(run):,.1f}" for value in MEASURES.values()), *shares)
+        table.add_row(f"{num_blocks:,}", *times, *shares)
     return table
 
 
 def explain(console: Console) -> None:
     for setting in STRESSES:
-        pair = measure_pair(setting, console)
-        console.print(pairs_table(setting.title, [pair]))
-        console.print(work_table(setting.title, {policy: [run] for policy, run in pair.items()}))
-    small = {num_blocks: measure(Setting(policy="dedicated", p_blocks=num_blocks)) for num_blocks in SMALL_POOLS}
-    console.print(small_pools_table(small))
+        runs = measure_round(setting, console)
+        console.print(rounds_table(setting.title, latencies([runs])))
+        console.print(work_table(setting.title, {name: [run] for name, run in runs.items()}))
+    console.print(small_pools_table({num_blocks: measure(Setting(p_blocks=num_blocks)) for num_blocks in SMALL_POOLS}))
+
+
+def compare(load: str, num_rounds: int, console: Console) -> None:
+    rounds = [measure_round(Setting(load=load), console) for _ in range(num_rounds)]
+    console.print(rounds_table(f"1P3D, {load}", latencies(rounds)))
+    console.print(work_table(f"1P3D, {load}", {name: [runs[name] for runs in rounds] for name in CONTESTANTS}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the schedulers a prefill node can have.")
+    parser = argparse.ArgumentParser(description="Compare the ways a prefill node can schedule prompts.")
+    parser.add_argument("--load", choices=[*LOADS], default="chats")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each")
+    parser.add_argument("--virtual", type=int, metavar="SEEDS", help="virtual time instead, all loads")
+    parser.add_argument("--mixed", action="store_true", help="a mixed node with a real model instead")
     parser.add_argument("--explain", action="store_true", help="other conditions too")
     arguments = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    pairs = [measure_pair(Setting(), console) for _ in range(arguments.pairs)]
-    console.print(pairs_table("1P3D, 78 chats, 39 at once", pairs))
-    console.print(work_table("as deployed", {policy: [pair[policy] for pair in pairs] for policy in POLICIES}))
-    if arguments.explain:
-        explain(console)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if arguments.virtual:
+        compare_in_virtual_time(arguments.virtual, console)
+        compare_mixed_in_virtual_time(arguments.virtual, console)
+    elif arguments.mixed:
+        compare_on_a_mixed_node(arguments.pairs, console)
+    else:
+        compare(arguments.load, arguments.pairs, console)
+        if arguments.explain:
+            explain(console)
 
 
 if __name__ == "__main__":

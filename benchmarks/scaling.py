@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parent))
 from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
 from support.limits import QWEN2, Limits, ModelCost, measure_limits
 
+from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.step import ScheduledSequence
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
@@ -79,8 +80,10 @@ def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> list[Schedu
 
 def measure(engine: BareEngine, steps: Seq[Step], rounds: int, threads: int) -> None:
     clock = time.thread_time if threads == 1 else time.perf_counter
-    values = np.random.default_rng(0).integers(0x3C00, 0x3F80, engine.engine.memory.size_bytes // 2, np.uint16)
-    engine.engine.memory.planes.reshape(-1)[:] = values.view(np.uint8)  # small numbers, in every type
+    memory = engine.engine.memory
+    assert isinstance(memory, KVMemory)
+    values = np.random.default_rng(0).integers(0x3C00, 0x3F80, memory.size_bytes // 2, dtype=np.uint16)
+    memory.planes.reshape(-1)[:] = values.view(np.uint8)  # small numbers, in every type
     rng = random.Random(0)
     batches = [scheduled(engine, step, rng) for step in steps]
     for batch in batches:
@@ -169,7 +172,7 @@ def main() -> None:
     console = Console(width=110)
     console.print(
         f"{PRESET}, {arguments.threads} threads, {' '.join(settings)}, best of {arguments.rounds}; "
-        f"oneDNN's best {limits.gflops:.0f} GFLOP/s, reads {limits.gb_s:.1f} GB/s"
+        f"oneDNN's best {limits.gflops:.0f} GFLOP/s in {limits.dtype}, reads {limits.gb_s:.1f} GB/s"
     )
     for title, _, steps in panels:
         console.print(table(title, steps, limits))

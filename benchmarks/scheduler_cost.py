@@ -169,9 +169,9 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     for num_running in (64, 256, 1024):
-        machine = best(lambda n=num_running: decode_cost_us(n)[0])
+        machine = best(lambda n=num_running: decode_cost_us(n)[0])  # type: ignore[misc]
         encoding = decode_cost_us(num_running)[1]
-        bare = best(lambda n=num_running: bare_loop_us(n))[0]
+        bare = best(lambda n=num_running: bare_loop_us(n))[0]  # type: ignore[misc]
         cells = (*machine, encoding, bare, machine[0] / bare)
         table.add_row(str(num_running), *(f"{cell:.2f}" for cell in cells))
     console = Console()

@@ -44,7 +44,17 @@ from kvrelay.engine.tiny import write_tiny_checkpoint
 PRESET = "qwen2-0.5b"
 PROMPT_TOKENS = 512
 PROMPTS = 3
-OPERATIONS = ("embed", "normalize", "linear", "add_linear", "turn_and_store", "attention", "silu_mul", "logits")
+OPERATIONS = (
+    "embed",
+    "normalize",
+    "linear",
+    "add_linear",
+    "turn_and_store",
+    "attention",
+    "silu_mul",
+    "finite_rows",
+    "logits",
+)
 PARTS = ("machine", "message", "batch and sampling", "kernels")
 clock = time.thread_time
 

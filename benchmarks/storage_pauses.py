@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvloop
 from pydantic import SecretStr
@@ -164,7 +164,7 @@ def main() -> None:
     for heading in ("store", "preemptions", "saved", "loaded", "cpu p50", "p99", "max", "clock p50", "p99", "max"):
         table.add_column(heading, justify="right")
 
-    def measure(name: str, **storage: Any) -> None:
+    def measure(name: Literal["none", "file", "redis"], **storage: Any) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             turns, counters = runner.run(
                 storm(StorageConfig(backend=name, resume="storage", **storage), arguments.steps)

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvloop
 import yaml
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -147,10 +148,10 @@ def main() -> None:
         (directory / "cluster.yaml").write_text(yaml.safe_dump(config))
         node = ClusterConfig.load(directory / "cluster.yaml", arguments.overrides).node("m0")
         bench, computed = Bench(node), dict[int, float]()
-        room = {"staging": 1 << 30, "timeout_s": 60.0}
+        room: dict[str, Any] = {"staging": 1 << 30, "timeout_s": 60.0}
         stores = [
             StorageConfig(backend="file", path=str(directory / "kv"), capacity=2 << 30, **room),
-            StorageConfig(backend="redis", url=server.url, **room),
+            StorageConfig(backend="redis", url=SecretStr(server.url), **room),
         ]
         try:
             for storage in stores:

@@ -232,7 +232,7 @@ async def measure_links(cases: Sequence[Case], num_rounds: int) -> list[dict[str
             movers[f"bare {link}"] = Bare(stack.enter_context(bare_zmq(link, address, p_pool, d_pool)))
         for kind, (link, checksum) in KINDS.items():
             settings = {
-                "link": link,
+                "links": (link,),
                 "checksum": checksum,
                 "heartbeat_s": 1.0,
                 "peer_timeout_s": 60.0,

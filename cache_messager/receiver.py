@@ -10,9 +10,8 @@ from cache_messager.block_mask import all_within
 from cache_messager.counters import Counters
 from cache_messager.expectation import Expectation, ExpectationStatus
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, MapPool, PoolMapped, UnmapPool, WriteBlocks
+from cache_messager.work import AcceptLink, BlocksWritten, DropLink, LinkReady, WriteBlocks, violation
 from kvrelay.core.errors import (
-    CorruptKVError,
     GeometryMismatchError,
     KVRelayError,
     LocalProtocolError,
@@ -42,12 +41,12 @@ class AckStatus(StrEnum):
 
 @dataclass(slots=True)
 class ReceiverLink:
-    """The receiving end of a link. ``shm`` is None until it is known whether the sender's pool can be mapped."""
+    """The receiving end of a link. ``kind`` is None until one of the offers has been accepted."""
 
     link_id: int
     peer: PeerId
     hello: LinkHello
-    shm: bool | None = None
+    kind: str | None = None
     unacked_bytes: int = 0
 
 
@@ -105,8 +104,8 @@ class Receiver:
         """A sender opens a link, or says so again."""
         known = self._links.get(peer)
         if known is not None and known.hello == message:
-            if known.shm is not None:
-                self._accept(known)
+            if known.kind is not None:
+                self._tell_accepted(known, known.kind)
             return
         if known is not None:
             self._drop_link(known, PeerLostError(f"{peer} opened its link anew"), now)
@@ -118,20 +117,20 @@ class Receiver:
         link = ReceiverLink(self._last_link_id, peer, message)
         self._links[peer] = self._links_by_id[link.link_id] = link
         self._liveness.watch(peer, now)
-        if message.pool is None:
-            link.shm = False
-            self._accept(link)
-        else:
-            self._emit(MapPool(link.link_id, message.pool))
+        self._emit(AcceptLink(link.link_id, message.offers))
 
-    def pool_mapped(self, event: PoolMapped) -> None:
-        """The sender's pool can be copied from, or not: then it must send payload."""
+    def link_ready(self, event: LinkReady, now: float) -> None:
+        """The service accepted one of the offers, or none."""
         link = self._links_by_id.get(event.link_id)
         if link is None:
-            self._unmap(event.link_id, event.ok)
-            return
-        link.shm = event.ok
-        self._accept(link)
+            self._release(event.link_id, event.kind)
+        elif event.kind is None:
+            reason = f"none of the links offered is possible: {event.reason}"
+            self._refuse(link.peer, reason, TransferError.code)
+            self._drop_link(link, TransferError(reason), now)
+        else:
+            link.kind = event.kind
+            self._tell_accepted(link, event.kind)
 
     def peer_lost(self, peer: PeerId, reason: str, now: float) -> None:
         """Nothing comes from ``peer`` any more."""
@@ -140,8 +139,8 @@ class Receiver:
             self._emit(Log("warning", "sender lost", {"peer": peer, "reason": reason}))
             self._drop_link(link, PeerLostError(f"{peer} is lost: {reason}"), now)
 
-    def _accept(self, link: ReceiverLink) -> None:
-        self._emit(Send(link.peer, LinkAccepted(shm=bool(link.shm), credit_bytes=self._credit_bytes)))
+    def _tell_accepted(self, link: ReceiverLink, kind: str) -> None:
+        self._emit(Send(link.peer, LinkAccepted(kind=kind, credit_bytes=self._credit_bytes)))
 
     def _refuse(self, peer: PeerId, reason: str, code: str) -> None:
         self._counters["links_refused"] += 1
@@ -156,11 +155,11 @@ class Receiver:
         for expectation in list(self._expectations.values()):
             if expectation.link_id == link.link_id and expectation.status is ExpectationStatus.RECEIVING:
                 self._fail(expectation, error, now)
-        self._unmap(link.link_id, bool(link.shm))
+        self._release(link.link_id, link.kind)
 
-    def _unmap(self, link_id: int, mapped: bool) -> None:
-        if mapped:
-            self._emit(UnmapPool(link_id))
+    def _release(self, link_id: int, kind: str | None) -> None:
+        if kind is not None:
+            self._emit(DropLink(link_id))
 
     # ------------------------------------------------------------ frames
 
@@ -169,7 +168,7 @@ class Receiver:
         link = self._links.get(peer)
         attempt = Attempt(frame.request_id, frame.epoch)
         expectation = self._expectations.get(attempt)
-        if link is None or link.shm is None:
+        if link is None or link.kind is None:
             self._refuse(peer, "frames need an accepted link", TransferError.code)
         elif self._arrived.get(attempt):
             self._counters["duplicate_frames"] += 1
@@ -188,11 +187,11 @@ class Receiver:
         payload: tuple[memoryview, ...],
         now: float,
     ) -> None:
-        problem = expectation.problem_with(frame, self._geometry) or self._problem_with(link, frame, payload)
+        problem = expectation.problem_with(frame, self._geometry) or self._beyond_credit(link, frame)
         if problem is not None:
             self._counters["corrupt_frames"] += 1
             self._ack(link.peer, frame, AckStatus.CORRUPT)
-            self._fail(expectation, TransferError(f"{link.peer} broke the protocol: {problem}"), now)
+            self._fail(expectation, violation(link.peer, problem), now)
         elif expectation.is_claimed(frame):
             self._counters["duplicate_frames"] += 1
             if expectation.has_written(frame):
@@ -203,34 +202,27 @@ class Receiver:
             link.unacked_bytes += frame.num_bytes
             self._emit(WriteBlocks(link.link_id, frame, payload))
 
-    def _problem_with(self, link: ReceiverLink, frame: KVFrame, payload: tuple[memoryview, ...]) -> str | None:
-        """Return why ``frame`` cannot be taken from ``link``, or None."""
+    def _beyond_credit(self, link: ReceiverLink, frame: KVFrame) -> str | None:
+        """Return what is wrong if ``frame`` exceeds the sender's credit, or None."""
         if link.unacked_bytes + frame.num_bytes > self._credit_bytes:
             return f"more than {self._credit_bytes} bytes under way"
-        num_bytes = sum(part.nbytes for part in payload)
-        if not link.shm:
-            return None if num_bytes == frame.num_bytes else f"{num_bytes} bytes of payload for {frame.num_bytes}"
-        blocks, pool = frame.source_block_ids, link.hello.pool
-        if payload or pool is None or len(blocks) != len(frame.target_block_ids):
-            return f"{len(blocks)} source blocks and {num_bytes} bytes of payload on a shm link"
-        return None if all_within(blocks, pool.num_blocks) else "source blocks outside the pool"
+        return None
 
     def blocks_written(self, event: BlocksWritten, now: float) -> None:
         """A write is over: acknowledge it, and tell the node if that was the last, or if it went wrong."""
         frame, link = event.frame, self._links_by_id.get(event.link_id)
-        status = AckStatus.WRITTEN if event.ok else AckStatus.CORRUPT
-        self._counters[f"{status}_frames" if not event.ok else "frames_written"] += 1
-        self._counters["bytes_written"] += frame.num_bytes if event.ok else 0
+        status = AckStatus.WRITTEN if event.error is None else AckStatus.CORRUPT
+        self._counters["frames_written" if event.error is None else "corrupt_frames"] += 1
+        self._counters["bytes_written"] += frame.num_bytes if event.error is None else 0
         if link is not None:
             link.unacked_bytes -= frame.num_bytes
             self._ack(link.peer, frame, status)
         expectation = self._expectations[Attempt(frame.request_id, frame.epoch)]
         expectation.num_writing -= 1
-        if event.ok:
+        if event.error is None:
             expectation.wrote(frame)
         elif expectation.status is ExpectationStatus.RECEIVING:
-            where = f"layer {frame.layer} from block {frame.first_block}"
-            self._fail(expectation, CorruptKVError(f"{where} arrived corrupt"), now)
+            self._fail(expectation, event.error, now)
         self._finish(expectation, now)
 
     def _ack(self, peer: PeerId, frame: KVFrame, status: AckStatus) -> None:
@@ -292,7 +284,7 @@ class Receiver:
         """Tell every sender that nothing is taken any more; the process is about to end."""
         for link in self._links.values():
             self._emit(Send(link.peer, LinkRefused(reason="its node is leaving")))
-            self._unmap(link.link_id, bool(link.shm))
+            self._release(link.link_id, link.kind)
 
     # ------------------------------------------------------------ looking in
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cache_messager.block_mask import all_within
-from cache_messager.counters import Counters
+from cache_messager.counters import Counters, links_counter
 from cache_messager.pending import PendingCount, PendingSignal
 from cache_messager.sender_link import SenderLink, choose_route
 from cache_messager.settings import MessagerSettings
 from cache_messager.transfer import FrameKey, Transfer, TransferStatus
-from cache_messager.work import SendFrame
+from cache_messager.work import FrameSent, SendFrame
 from kvrelay.core.errors import (
     CorruptKVError,
     GeometryMismatchError,
@@ -24,7 +24,7 @@ from kvrelay.core.ids import Attempt, PeerId
 from kvrelay.core.liveness import Liveness
 from kvrelay.core.machine import Connect, Disconnect, Log, Send
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.core.messages.messager_to_messager import FrameAck, LinkAccepted, LinkHello, LinkOffer, LinkRefused
 from kvrelay.core.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
 from kvrelay.core.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
 from kvrelay.core.recent import Recent
@@ -40,8 +40,11 @@ class Sender:
     for each CloseTransfer one TransferClosed; and none of them while the blocks may still be read.
     """
 
-    def __init__(self, settings: MessagerSettings, host_id: str, emit: Emit, counters: Counters) -> None:
+    def __init__(
+        self, settings: MessagerSettings, host_id: str, offers: Sequence[LinkOffer], emit: Emit, counters: Counters
+    ) -> None:
         self._settings = settings
+        self._offers = offers
         self._geometry = settings.geometry
         self._host_id = host_id
         self._emit = emit
@@ -164,12 +167,26 @@ class Sender:
     def _send_frame(self, link: SenderLink, transfer: Transfer, max_blocks: int, now: float) -> None:
         blocks = transfer.next_frame(max_blocks)
         num_bytes = blocks.num_blocks * self._geometry.layer_block_bytes
-        shm = link.kind == "shm"
-        frame = transfer.send(blocks, num_bytes, name_sources=shm, now=now)
+        frame = transfer.send(blocks, num_bytes, now=now)
         link.took(num_bytes)
         self._counters["frames_sent"] += 1
         self._counters["bytes_sent"] += num_bytes
-        self._emit(SendFrame(link.peer, frame, blocks.block_ids, with_payload=not shm))
+        self._emit(SendFrame(link.peer, link.kind, frame, blocks.block_ids))
+
+    def frame_sent(self, event: FrameSent, now: float) -> None:
+        """The link has read what it needed of the blocks, or it cannot send them: then the transfer fails."""
+        transfer = self._transfers[Attempt(event.frame.request_id, event.frame.epoch)]
+        key = FrameKey.of(event.frame)
+        transfer.reading.remove(key)
+        link = self._links.get(transfer.peer)
+        if event.error is not None:
+            if link is not None and transfer.inflight.pop(key, None) is not None:
+                link.returned(event.frame.num_bytes)
+            if transfer.status is TransferStatus.SENDING:
+                self._fail(transfer, event.error, now)
+        self._finish(transfer, now)
+        if link is not None:
+            self._pump(link, now)
 
     # ------------------------------------------------------------ links
 
@@ -178,24 +195,27 @@ class Sender:
         peer = message.link.peer
         if peer in self._links:
             return self._links[peer]
-        route = choose_route(self._settings.link, self._host_id, message.link)
-        link = self._links[peer] = SenderLink(peer, route)
+        route = choose_route(self._offers, self._host_id, message.link)
+        link = self._links[peer] = SenderLink(peer, route.offers)
         self._liveness.watch(peer, now)
-        hello = LinkHello(geometry=self._geometry, pool=self._settings.pool if route.kind == "shm" else None)
         self._emit(Connect(peer, route.address))
-        self._emit(Send(peer, hello))
+        self._emit(Send(peer, LinkHello(geometry=self._geometry, offers=route.offers)))
         return link
 
     def accepted(self, peer: PeerId, message: LinkAccepted, now: float) -> None:
         """D's messager takes frames on this link."""
         link = self._links.get(peer)
-        if link is None or link.accepted:
+        if link is None or link.kind:
             return
         if message.credit_bytes < self._geometry.layer_block_bytes:
             self._lose_link(link, TransferError(f"{peer} has no room for even one block"), now)
             return
-        link.accept(message.shm, message.credit_bytes)
-        self._counters[f"links_{link.kind}"] += 1
+        try:
+            link.accept(message.kind, message.credit_bytes)
+        except TransferError as error:
+            self._lose_link(link, error, now)
+            return
+        self._counters[links_counter(link.kind)] += 1
         self._emit(Log("info", "link open", {"peer": peer, "link": link.kind}))
         self._pump(link, now)
 
@@ -234,7 +254,7 @@ class Sender:
         transfer = self._transfers.get(Attempt(ack.request_id, ack.epoch))
         frame = None
         if link is not None and transfer is not None and transfer.peer == peer:
-            frame = transfer.inflight.pop(FrameKey(ack.layer, ack.first_block), None)
+            frame = transfer.inflight.pop(FrameKey.of(ack), None)
         if link is None or transfer is None or frame is None:
             self._counters["unexpected_acks"] += 1
             return
@@ -267,7 +287,7 @@ class Sender:
 
     def _finish(self, transfer: Transfer, now: float) -> None:
         """End ``transfer`` if all is written, or if it is draining and nothing reads its blocks any more."""
-        if transfer.inflight:
+        if transfer.inflight or transfer.reading:
             return
         if transfer.status is TransferStatus.SENDING and transfer.is_written:
             transfer.farewell = TransferDone(

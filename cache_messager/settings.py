@@ -11,7 +11,7 @@ import msgspec
 
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import PeerId
-from kvrelay.core.kv_handle import KVMemoryHandle
+from kvrelay.core.kv_handle import KVHandle
 
 if TYPE_CHECKING:  # the messager's process has no use for pydantic and starts faster without it
     from kvrelay.core.config import NodeConfig
@@ -21,7 +21,8 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a messager needs to know.
 
     ``me`` is its name among messagers, ``node`` the incarnation it works for, listening at ``node_address``. ``pool``
-    is the node's KV memory. Link files are made in ``runtime_dir``. ``cpus`` are those it may run on, all by default:
+    is the node's KV memory, ``links`` the kinds of link it may send
+    by, the best first. Link files are made in ``runtime_dir``. ``cpus`` are those it may run on, all by default:
     a node may be pinned, and its messager must not stand in its way. The rest is from the config's sections
     ``transfer`` and ``cluster``.
     """
@@ -30,11 +31,11 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     node: PeerId
     node_address: str
     geometry: KVGeometry
-    pool: KVMemoryHandle
+    pool: KVHandle
     host: str
     runtime_dir: str
     cpus: list[int] | None = None
-    link: str = "auto"
+    links: tuple[str, ...] = ("shm", "ipc", "tcp")
     layerwise: bool = True
     checksum: bool = True
     timeout_s: float = 60.0
@@ -51,7 +52,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
         node: PeerId,
         node_address: str,
         geometry: KVGeometry,
-        pool: KVMemoryHandle,
+        pool: KVHandle,
         runtime_dir: str,
     ) -> MessagerSettings:
         """Return the settings of the messager of the node that ``config`` describes and ``node`` is a start of."""
@@ -64,7 +65,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             pool=pool,
             host=config.host,
             runtime_dir=runtime_dir,
-            link=config.transfer.link,
+            links=config.transfer.link_kinds,
             layerwise=config.transfer.layerwise,
             checksum=config.transfer.checksum,
             timeout_s=config.transfer.timeout_s,

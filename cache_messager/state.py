@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, PoolMapped
+from cache_messager.work import BlocksWritten, FrameSent, LinkReady
 from kvrelay.core.ids import PeerId
 from kvrelay.core.machine import Exit, Log, PeerLost, Received, Send, SetTimer, Started, StopRequested, TimerFired
 from kvrelay.core.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.core.messages.messager_to_messager import (
+    FrameAck,
+    KVFrame,
+    LinkAccepted,
+    LinkHello,
+    LinkOffer,
+    LinkRefused,
+)
 from kvrelay.core.messages.messager_to_node import MessagerReady, MessagerStats
 from kvrelay.core.messages.node_to_messager import (
     CachedSignal,
@@ -29,15 +38,15 @@ class MessagerMachine:
     """Moves KV blocks between its node's pool and those of other nodes.
 
     Events and actions: the core ones and those of ``cache_messager.work``. ``link`` is where other messagers reach this
-    one; it is bound, and the pool mapped, before Started.
+    one; it is bound, and the pool open, before Started. ``offers``: how it may send, the best first.
     """
 
-    def __init__(self, settings: MessagerSettings, link: LinkAddress) -> None:
-        self.counters = new_counters()
+    def __init__(self, settings: MessagerSettings, link: LinkAddress, offers: Sequence[LinkOffer]) -> None:
+        self.counters = new_counters(settings.links)
         self._settings = settings
         self._link = link
         self._actions: list[object] = []
-        self._sender = Sender(settings, link.host_id, self._emit, self.counters)
+        self._sender = Sender(settings, link.host_id, offers, self._emit, self.counters)
         self._receiver = Receiver(settings, self._emit, self.counters)
 
     def handle(self, event: object, now: float) -> list[object]:
@@ -59,8 +68,10 @@ class MessagerMachine:
                 self._from_messager(peer, message, payload, now)
             case BlocksWritten():
                 self._receiver.blocks_written(event, now)
-            case PoolMapped():
-                self._receiver.pool_mapped(event)
+            case FrameSent():
+                self._sender.frame_sent(event, now)
+            case LinkReady():
+                self._receiver.link_ready(event, now)
             case TimerFired(key="heartbeat"):
                 self._beat(now)
             case PeerLost(peer=peer, reason=reason) if peer == self._settings.node:

@@ -13,7 +13,7 @@ from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.ids import Attempt, BlockId, PeerId
 from kvrelay.core.lifecycle import Lifecycle, Table
 from kvrelay.core.messages.base import LayerTransfer, Message
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame
 from kvrelay.core.messages.node_to_messager import KVSpan, OpenTransfer
 
 
@@ -75,6 +75,11 @@ class FrameKey(NamedTuple):
     layer: int
     first_block: int
 
+    @classmethod
+    def of(cls, message: KVFrame | FrameAck) -> FrameKey:
+        """Return the key of the frame that ``message`` is or answers."""
+        return cls(message.layer, message.first_block)
+
 
 class _Layer:
     """How far one layer is: ``signalled`` as a block mask, times in seconds since 1970."""
@@ -91,8 +96,9 @@ class _Layer:
 class Transfer:
     """One attempt's KV on its way. Each block of each layer is queued, sent and acknowledged once.
 
-    ``busy_since_s`` is when it last made progress, or last began to have something to send. ``farewell`` is what its
-    node is told when nothing reads its blocks any more.
+    ``inflight`` are the frames that D has not acknowledged, ``reading`` those whose blocks the link may still read to
+    make the frame. ``busy_since_s`` is when it last made progress, or last began to have something to send.
+    ``farewell`` is what its node is told when nothing reads its blocks any more.
     """
 
     __slots__ = (
@@ -109,6 +115,7 @@ class Transfer:
         "peer",
         "pending",
         "queue",
+        "reading",
         "target_block_ids",
     )
 
@@ -121,6 +128,7 @@ class Transfer:
         self.target_block_ids: list[BlockId] = []
         self.queue: deque[BlockRange] = deque()
         self.inflight: dict[FrameKey, KVFrame] = {}
+        self.reading: set[FrameKey] = set()
         self.busy_since_s = now
         self.farewell: Message | None = None
         self._layers = [_Layer() for _ in range(num_layers)]
@@ -203,8 +211,8 @@ class Transfer:
         if self._tails.get(head.layer) is head:
             del self._tails[head.layer]
 
-    def send(self, blocks: BlockRange, num_bytes: int, *, name_sources: bool, now: float) -> KVFrame:
-        """Return the frame for ``blocks``, which is under way from here on; its digest is not known here."""
+    def send(self, blocks: BlockRange, num_bytes: int, *, now: float) -> KVFrame:
+        """Return the frame for ``blocks``, which is under way from here on; its link fills in digest and sources."""
         first, end = blocks.first_block - self.first_block, blocks.end_block - self.first_block
         frame = KVFrame(
             request_id=self.attempt.request_id,
@@ -212,12 +220,14 @@ class Transfer:
             layer=blocks.layer,
             first_block=blocks.first_block,
             target_block_ids=self.target_block_ids[first:end],
-            source_block_ids=blocks.block_ids if name_sources else [],
+            source_block_ids=[],
             num_bytes=num_bytes,
             digest=0,
             num_layers=blocks.num_layers,
         )
-        self.inflight[FrameKey(frame.layer, frame.first_block)] = frame
+        key = FrameKey.of(frame)
+        self.inflight[key] = frame
+        self.reading.add(key)
         for layer in self._layers[frame.layer : frame.layer + frame.num_layers]:
             layer.first_sent_s = layer.first_sent_s or now
         return frame

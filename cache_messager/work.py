@@ -4,68 +4,85 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvrelay.core.errors import CorruptKVError, TransferError
 from kvrelay.core.ids import BlockId, PeerId
-from kvrelay.core.kv_handle import KVMemoryHandle
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.core.messages.messager_to_messager import KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Fill in the digest of ``frame`` and send it, followed by the blocks themselves if ``with_payload``.
+    """Send these blocks as ``frame`` by a link of ``kind``; FrameSent follows.
 
-    The blocks are read until the peer's FrameAck. If the frame cannot be queued at once, a PeerLost follows.
+    The blocks may be read until then, and until the peer's FrameAck. If the frame cannot be queued at once, a PeerLost
+    follows too.
     """
 
     peer: PeerId
+    kind: str
     frame: KVFrame
     source_block_ids: list[BlockId]
-    with_payload: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptLink:
+    """Accept the first of ``offers`` that is possible here; LinkReady follows."""
+
+    link_id: int
+    offers: list[LinkOffer]
+
+
+@dataclass(frozen=True, slots=True)
+class DropLink:
+    """Give back what the link holds, when the writes under way are over. Nothing more comes by it."""
+
+    link_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBlocks:
-    """Verify ``payload`` and copy it into the pool; without payload, copy from the pool mapped for ``link_id``.
-
-    BlocksWritten follows.
-    """
+    """Verify the blocks of ``frame`` and put them into the pool, as this kind of link does; BlocksWritten follows."""
 
     link_id: int
     frame: KVFrame
     payload: tuple[memoryview, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MapPool:
-    """Map a sender's pool, to copy from it; PoolMapped follows."""
-
-    link_id: int
-    handle: KVMemoryHandle
-
-
-@dataclass(frozen=True, slots=True)
-class UnmapPool:
-    """Give back the pool mapped for ``link_id``. Nothing is copied from it any more."""
-
-    link_id: int
-
-
 # ---------------------------------------------------------------- events
 
 
 @dataclass(frozen=True, slots=True)
-class BlocksWritten:
-    """Answers WriteBlocks. Not ``ok``: the bytes are not those the sender read, and the blocks hold nothing of use."""
+class FrameSent:
+    """Answers SendFrame: the frame is queued for the peer, or could not be made, with ``error``."""
 
-    link_id: int
     frame: KVFrame
-    ok: bool
+    error: TransferError | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class PoolMapped:
-    """Answers MapPool. Not ``ok``: the pool cannot be mapped here."""
+class LinkReady:
+    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here, for the given ``reason``."""
 
     link_id: int
-    ok: bool
+    kind: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksWritten:
+    """Answers WriteBlocks. With an ``error`` the blocks hold nothing of use."""
+
+    link_id: int
+    frame: KVFrame
+    error: TransferError | None = None
+
+
+def corrupt(frame: KVFrame) -> CorruptKVError:
+    """Return the error of a frame whose bytes are not those that the sender read."""
+    return CorruptKVError(f"layer {frame.layer} from block {frame.first_block} arrived corrupt")
+
+
+def violation(sender: str, problem: str) -> TransferError:
+    """Return the error of a frame that ``sender`` should not have sent."""
+    return TransferError(f"{sender} broke the protocol: {problem}")

@@ -6,8 +6,10 @@ import sys
 
 from decode_node.service import run
 from kvrelay.core.config import ClusterConfig
+from kvrelay.core.stop_signals import exit_on_stop_signals
 
 __all__ = ["run"]
 
 if __name__ == "__main__":
+    exit_on_stop_signals()
     sys.exit(run(ClusterConfig.load(sys.argv[1]), sys.argv[2]))

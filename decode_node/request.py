@@ -53,7 +53,7 @@ class DecodeRequest(Sequence):
     ``sender`` is the P whose reservation it began as, None if the router sent it here. Until the hand-off a reserved
     request's tokens are unknown and ``spec`` stands in with the maximum output only; ``num_cached_blocks`` of its
     blocks need not come from P. After a preemption its first ``num_stored_blocks`` blocks are in the store, once it
-    is no longer ``is_saving``; while it ``is_loading`` the store writes to its blocks.
+    is no longer ``is_saving``; while it ``is_loading`` a read from the store fills its blocks.
     """
 
     __slots__ = (
@@ -129,6 +129,16 @@ class DecodeRequest(Sequence):
     def is_reserved(self) -> bool:
         """Whether it is its sender's to cancel."""
         return self.lifecycle.status in (DecodeStatus.RESERVING, DecodeStatus.RECEIVING)
+
+    @property
+    def next_position(self) -> int:
+        """Where its next chunk begins: the newest token is always computed, for the next one's logits."""
+        return min(self.num_computed_tokens, len(self.token_ids) - 1)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to compute before the next output token: one at least."""
+        return len(self.token_ids) - self.next_position
 
     def accepts(self, spec: RequestSpec) -> bool:
         """Return whether the reserved blocks are for all tokens of ``spec`` but the newest, whose KV nobody has yet."""

@@ -87,7 +87,7 @@ class Reservations:
             return Refusal("an earlier reservation for this request is still being given up", RETRY_AFTER_S)
         if inadmissible is not None:
             return Refusal(inadmissible.message, RETRY_AFTER_S if inadmissible.retryable else None)
-        reason = self._scheduler.may_reserve(message.priority, self._outbox.now)
+        reason = self._scheduler.may_reserve(message.priority, message.num_tokens, self._outbox.now)
         return None if reason is None else Refusal(reason, RETRY_AFTER_S)
 
     def _try_reserve(self, peer: PeerId, message: ReserveBlocks) -> Refusal | None:
@@ -106,6 +106,7 @@ class Reservations:
         request.messager_holds = True
         self._requests.add(request)
         self._scheduler.receiving[request] = None
+        self._scheduler.order.passed(message.priority, message.num_tokens)
         self._alive.watch(peer, self._outbox.now)
         expect = ExpectKV(
             request_id=message.request_id,
@@ -148,7 +149,6 @@ class Reservations:
         request.kv_arrived, request.messager_holds = True, False
         request.mark("kv_arrived", self._outbox.now)
         self.counters["kv_bytes_received"] += num_bytes
-        self._scheduler.publish_blocks(request, len(request.hashes))
         self._begin_if_ready(request)
 
     def kv_failed(self, request: DecodeRequest, error: ErrorInfo) -> None:
@@ -159,8 +159,8 @@ class Reservations:
         else:
             self._give_up(request, error)
 
-    def hand_off(self, peer: PeerId, message: HandOff) -> None:
-        """Own the request from here on, or tell both P and the router why not."""
+    def hand_off(self, peer: PeerId, message: HandOff, wrong: KVRelayError | None) -> None:
+        """Own the request from here on, or tell both P and the router why not; ``wrong``: what is wrong with it."""
         spec = message.request
         request = self._requests.find(spec.attempt)
         if request is not None and request.sender != peer:
@@ -168,6 +168,8 @@ class Reservations:
         elif request is None or request.is_over:
             self._outbox.send(peer, _ended(spec.attempt, "no such reservation"))
             self._requests.report(spec, ErrorInfo.of(TransferError("handed off without a reservation")))
+        elif wrong is not None:
+            self._give_up(request, ErrorInfo.of(wrong))
         elif not request.accepts(spec):
             self._give_up(request, ErrorInfo.of(TransferError("handed off with another length than reserved")))
         elif not request.handed_off:
@@ -176,8 +178,13 @@ class Reservations:
             self._begin_if_ready(request)
 
     def _begin_if_ready(self, request: DecodeRequest) -> None:
-        """Let ``request`` decode once it has both its KV and its hand-off."""
+        """Let ``request`` decode, and others share its blocks, once it has both its KV and its hand-off.
+
+        KV may arrive whole and as it was sent from a prompt that fails on P in the step that computed it: the hand-off
+        is P's word that it is good.
+        """
         if request.status is DecodeStatus.RECEIVING and request.kv_arrived and request.handed_off:
+            self._scheduler.publish_blocks(request, len(request.hashes))
             del self._scheduler.receiving[request]
             request.begin_decode(self._outbox.now)
             self._scheduler.decoding[request] = None

@@ -14,6 +14,7 @@ from decode_node.waiting import WaitingQueue
 from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
 from kvrelay.core.ids import BlockId
 from kvrelay.core.step import ScheduledSequence
+from kvrelay.node.prefill_order import PrefillOrder, prefill_order
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from kvstore.promised import PromisedBlocks
@@ -45,11 +46,11 @@ class Schedule:
 
     def add(self, request: DecodeRequest, budget: int) -> int:
         """Let the step compute the next tokens of a prefill, at most ``budget``; return how many."""
-        num_known = len(request.token_ids)
-        start = min(request.num_computed_tokens, num_known - 1)
-        num_tokens = min(num_known - start, budget)
+        num_remaining = request.num_uncomputed_tokens
+        num_tokens = min(num_remaining, budget)
         self.requests.append(request)
-        self.chunks.append(ScheduledSequence(request, start, num_tokens, start + num_tokens == num_known))
+        chunk = ScheduledSequence(request, request.next_position, num_tokens, num_tokens == num_remaining)
+        self.chunks.append(chunk)
         return num_tokens
 
 
@@ -76,7 +77,8 @@ class Scheduler:
         self._saver = saver
         self._loads = loads
         block_size = hasher.block_size
-        self.waiting = WaitingQueue(config)
+        self.order: PrefillOrder[DecodeRequest] = prefill_order(config)
+        self.waiting = WaitingQueue(config, self.order, kv, block_size)
         self.receiving: dict[DecodeRequest, None] = {}
         self.loading: dict[DecodeRequest, None] = {}
         self.prefilling: dict[DecodeRequest, None] = {}
@@ -114,16 +116,14 @@ class Scheduler:
     # ------------------------------------------------------------ a step
 
     def schedule(self, now: float) -> Schedule:
-        """Decide the next step: decodes, chunks of running prefills, then newcomers if nobody had to give way."""
+        """Decide the next step: decodes, then chunks of prompts, those of newcomers too if nobody had to give way."""
         schedule = Schedule()
         stalled = self._make_room(schedule)
         if self._by_priority and self.waiting and not schedule.preempted:
             self._make_way(schedule, self.waiting.ordered(now)[0], now)
         schedule.requests = self._in_turn([request for request in self.decoding if request not in stalled])
         budget = self._token_budget - self._add_decodes(schedule)
-        budget = self._continue_prefills(schedule, budget)
-        if not schedule.preempted:
-            self._admit(schedule, budget, now)
+        self._add_prompts(schedule, budget, now)
         if schedule.chunks:
             self.reserve.step_scheduled()
         elif not self.num_holding and not self.waiting:
@@ -244,52 +244,70 @@ class Scheduler:
                 request.block_table.extend(self.kv.allocate(num_new))
         return drafts
 
-    def _continue_prefills(self, schedule: Schedule, budget: int) -> int:
-        """Add the next chunk of each running prefill as far as the budget goes; return what is left of it."""
-        for request in self.prefilling:
+    def _add_prompts(self, schedule: Schedule, budget: int, now: float) -> None:
+        """Add the next chunks of prompts as far as the budget goes, in order; those that wait get their blocks now.
+
+        Nobody gets blocks in a step that took some from others, nor when the one before did not get what it needs.
+        """
+        num_decodes = len(schedule.chunks)
+        may_admit = not schedule.preempted and self.num_holding < self._max_num_seqs
+        for request in self.order.merged(self.prefilling, self.waiting if may_admit else (), now):
             if budget <= 0:
                 break
-            budget -= schedule.add(request, budget)
-        return budget
+            if request not in self.prefilling and may_admit:
+                may_admit = self._admit(request, schedule, now)
+            if request in self.prefilling:
+                budget -= schedule.add(request, budget)
+        chunks = zip(schedule.requests[num_decodes:], schedule.chunks[num_decodes:], strict=True)
+        self.order.computing(((request, chunk.num_tokens) for request, chunk in chunks), now)
 
     # ------------------------------------------------------------ admission
 
-    def _admit(self, schedule: Schedule, budget: int, now: float) -> None:
-        """Give blocks and a first chunk to waiting requests, in order, until one does not fit.
+    def _admit(self, request: DecodeRequest, schedule: Schedule, now: float) -> bool:
+        """Give ``request`` its blocks, and let it run unless the store has some of it; return if others may follow.
 
-        One whose next block is being computed for another is passed over until it is there to share, and one whose KV
-        is still being written to the store may be.
+        They may not if there are too few for this one. They may if it waits for something else: its next block is being
+        computed for another and soon there to share, or its KV is still being written to the store, or it would
+        overtake another too far.
         """
-        for request in self.waiting.ordered(now):
-            if budget <= 0 or self.num_holding >= self._max_num_seqs:
-                return
-            if self._loads.waits(request):
-                continue
-            matched, num_new = self._blocks_of(request)
-            if len(matched) < len(request.hashes) and request.hashes[len(matched)] in self._promised:
-                continue
-            if not self.fits(request, num_new, matched):
-                return
-            self._take_blocks(request, num_new, matched)
-            self.waiting.remove(request)
-            if self.kv.prefix_caching:
-                # A copy: the request's own list grows with its output, what is promised does not.
-                self._promised.promise(request, tuple(request.hashes), len(matched))
-            num_stored = self._loads.num_blocks(request, len(matched), now)
-            if num_stored:
-                self.loading[request] = None
-                schedule.loading.append(Loading(request, len(matched), num_stored))
-                continue
-            self.prefilling[request] = None
+        if self._loads.waits(request) or self._must_wait(request):
+            return True
+        matched, num_new = self._blocks_of(request)
+        if self._must_wait(request):  # after all: blocks have been evicted
+            return True
+        if not self.fits(request, num_new, matched):
+            return False
+        self._take_blocks(request, num_new, matched)
+        self.waiting.admit(request)
+        if self.kv.prefix_caching:
+            # A copy: the request's own list grows with its output, what is promised does not.
+            self._promised.promise(request, tuple(request.hashes), len(matched))
+        num_stored = self._loads.num_blocks(request, len(matched), now)
+        if num_stored:
+            self.loading[request] = None
+            schedule.loading.append(Loading(request, len(matched), num_stored))
+        else:
+            self._run_prefill(request)
             schedule.admitted.append(request)
-            budget -= schedule.add(request, budget)
+        return self.num_holding < self._max_num_seqs
+
+    def _must_wait(self, request: DecodeRequest) -> bool:
+        return self._waits_for_a_block(request) or not self.order.may_overtake(request)
+
+    def _waits_for_a_block(self, request: DecodeRequest) -> bool:
+        lacking = self.waiting.lacks(request)
+        return lacking is not None and lacking in self._promised and self.order.may_wait_for_a_block(request)
+
+    def _run_prefill(self, request: DecodeRequest) -> None:
+        self.prefilling[request] = None
+        self.order.ready(request, request.num_uncomputed_tokens)
 
     def _blocks_of(self, request: DecodeRequest) -> tuple[list[BlockId], int]:
         """Return the blocks that hold a prefix of ``request`` already, and how many more it needs to be computed here.
 
         Its newest token is always computed again, for the next one's logits, but never written again.
         """
-        matched = self.kv.match(request.hashes)
+        matched = self.waiting.match(request)
         return matched, -(-len(request.token_ids) // self._block_size) - len(matched)
 
     def _take_blocks(self, request: DecodeRequest, num_new: int, matched: list[BlockId]) -> None:
@@ -318,6 +336,7 @@ class Scheduler:
         """
         hashes, table = request.hashes[:num_blocks], request.block_table
         self.kv.publish(hashes, table[:num_blocks])
+        self.waiting.published(hashes)
         shared = [(place, block) for place, block in enumerate(self.kv.match(hashes)) if table[place] != block]
         if not shared:
             return
@@ -334,16 +353,18 @@ class Scheduler:
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
         self.publish(request)
-        self.prefilling[request] = None
+        self._run_prefill(request)
 
     def leave_loading(self, request: DecodeRequest) -> None:
         """Take ``request`` out of those being loaded: it is given up."""
         del self.loading[request]
+        self.order.left(request)
         self._promised.withdraw(request)
 
     def leave_prefill(self, request: DecodeRequest) -> None:
         """Take ``request`` out of those being prefilled: it is through, or given up."""
         del self.prefilling[request]
+        self.order.left(request)
         self._promised.withdraw(request)
 
     def fits(self, request: DecodeRequest, num_new: int, matched: Sequence[BlockId]) -> bool:
@@ -357,11 +378,13 @@ class Scheduler:
         kept_free = self.reserved_blocks() + self.reserve.charge_blocks(request) + self._watermark_blocks
         return self.kv.can_allocate(num_new + kept_free, matched)
 
-    def may_reserve(self, priority: int, now: float) -> str | None:
-        """Return why no reservation can be granted now, whatever its size, or None."""
+    def may_reserve(self, priority: int, num_tokens: int, now: float) -> str | None:
+        """Return why no reservation for ``num_tokens`` can be granted now, whatever is free, or None."""
         if self.num_holding + len(self.waiting) >= self._max_num_seqs:
             return f"max_num_seqs ({self._max_num_seqs}) requests are here"
         preempted = (request for request in self.waiting if request.status is DecodeStatus.PREEMPTED)
         if any(not self._by_priority or self.waiting.urgency(request, now) <= priority for request in preempted):
             return "preempted requests wait for blocks"
+        if not self.order.may_be_passed(priority, num_tokens):
+            return "prompts that came earlier wait for blocks"
         return None

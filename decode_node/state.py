@@ -28,7 +28,6 @@ from kvrelay.core.machine import (
     SetTimer,
     Started,
     StepDone,
-    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -50,6 +49,7 @@ from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, Registe
 from kvrelay.core.origin import may_send
 from kvrelay.core.outbox import Outbox
 from kvrelay.core.request import RequestSpec
+from kvrelay.core.request_limits import RequestLimits
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from kvstore.saver import Saver
@@ -69,6 +69,7 @@ class DecodeMachine:
     def __init__(self, node: NodeConfig, registration: Register) -> None:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
+        self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
         saver = Saver(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
@@ -101,8 +102,6 @@ class DecodeMachine:
                 self._reservations.heard(peer)
                 self._membership.heard(peer, self._outbox.now)
                 self._on_message(peer, message)
-            case StepFailed(reason=reason):
-                self._steps.failed(reason)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.traffic.take(event)
             case KVLoaded():
@@ -128,7 +127,7 @@ class DecodeMachine:
             case ReserveBlocks():
                 self._reservations.reserve(peer, message, self._inadmissible(message.num_tokens))
             case HandOff():
-                self._reservations.hand_off(peer, message)
+                self._reservations.hand_off(peer, message, self._limits.error(message.request))
             case RenewReservations(attempts=attempts):
                 self._reservations.renew(peer, attempts)
             case (
@@ -179,7 +178,8 @@ class DecodeMachine:
         if self._requests.find(spec.attempt) is not None:
             return
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
-        error = self._inadmissible(len(tokens))
+        wrong = self._limits.error(spec)
+        error = ErrorInfo.of(wrong) if wrong else self._inadmissible(len(tokens))
         if error is not None:
             self._requests.report(spec, error)
             return
@@ -268,6 +268,7 @@ class DecodeMachine:
             queued_tokens=sum(len(request.token_ids) for request in waiting),
             gauges={
                 **self._messager_stats.gauges,
+                "longest_prompt_wait_s": scheduler.order.longest_wait_s(self._outbox.now),
                 "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
                 "reserved_blocks": float(reserved_blocks),
@@ -282,11 +283,15 @@ class DecodeMachine:
                 **asdict(self.kv.stats),
                 **self._messager_stats.counters,
             },
+            prompt_tokens=scheduler.order.tokens_by_length(),
+            prompt_waits=scheduler.order.waits.report(),
         )
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self._requests.assert_quiescent()
+        if len(self.scheduler.order):
+            raise LocalProtocolError(f"{self._node.name} is not quiescent: prompts are still in the prefill order")
         if not self._storage.traffic.is_idle:
             raise LocalProtocolError(f"{self._node.name} is not quiescent: KV is on its way to or from the store")
         self.kv.assert_quiescent()

@@ -8,13 +8,13 @@ from decode_node.requests import Requests
 from decode_node.schedule import Schedule, Scheduler
 from decode_node.storage import Storage
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError
+from kvrelay.core.errors import LocalProtocolError, NeverFitsError
 from kvrelay.core.ids import PeerId
 from kvrelay.core.machine import RunStep
 from kvrelay.core.messages.base import ErrorInfo
 from kvrelay.core.messages.node_to_router import RequestOutput, TokensOut
 from kvrelay.core.outbox import Outbox
-from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepPlan, StepResult
 
 
 class Steps:
@@ -71,32 +71,21 @@ class Steps:
         self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))
 
     def done(self, result: StepResult) -> None:
-        """Take what the step sampled; each router gets what is its own in one message."""
+        """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
         schedule = self._end()
         self.counters["steps"] += 1
         self._measure(schedule)
         outputs: dict[PeerId, list[RequestOutput]] = {}
-        for request, chunk, sampled in zip(schedule.requests, schedule.chunks, result.sampled, strict=True):
+        for request, chunk, outcome in zip(schedule.requests, schedule.chunks, result.outcomes, strict=True):
             if request.is_over:
                 self._requests.end_if_unused(request)
-                continue
-            num_rejected = 0 if chunk.drafts is None else self._rejected(chunk.drafts, sampled)
-            request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
-            if request in self._scheduler.prefilling:
-                self._chunk_done(request, chunk.num_tokens)
-            if sampled.token_ids:
-                outputs.setdefault(request.spec.router, []).append(self._sampled(request, sampled))
+            elif isinstance(outcome, SequenceFailed):
+                self._requests.fail(request, ErrorInfo.of(outcome.error))
+            elif output := self._computed(request, chunk, outcome):
+                outputs.setdefault(request.spec.router, []).append(output)
         for router, its in outputs.items():
             self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
             self._outbox.send(router, TokensOut(outputs=its))
-
-    def failed(self, reason: str) -> None:
-        """End every request of the step with an error."""
-        for request in self._end().requests:
-            if request.is_over:
-                self._requests.end_if_unused(request)
-            else:
-                self._requests.fail(request, ErrorInfo.of(EngineError(reason)))
 
     def _end(self) -> Schedule:
         schedule, self._requests.step = self._requests.step, None
@@ -128,6 +117,16 @@ class Steps:
             self._scheduler.leave_prefill(request)
             request.begin_decode(self._outbox.now)
             self._scheduler.decoding[request] = None
+
+    def _computed(
+        self, request: DecodeRequest, chunk: ScheduledSequence, sampled: SampledTokens
+    ) -> RequestOutput | None:
+        """Take tokens whose KV is good, and what was sampled after them."""
+        num_rejected = 0 if chunk.drafts is None else self._rejected(chunk.drafts, sampled)
+        request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
+        if request in self._scheduler.prefilling:
+            self._chunk_done(request, chunk.num_tokens)
+        return self._sampled(request, sampled) if sampled.token_ids else None
 
     def _sampled(self, request: DecodeRequest, sampled: SampledTokens) -> RequestOutput:
         output = request.take(sampled)

@@ -66,15 +66,12 @@ class NoReserve:
     level = 0.0
 
     def reserved_blocks(self, running: Collection[Growing]) -> int:
-        """Return 0."""
         return 0
 
     def charge_blocks(self, newcomer: Growing) -> int:
-        """Return 0."""
         return 0
 
     def room_blocks(self, num_decodes: int) -> int:
-        """Return 0."""
         return 0
 
     def step_scheduled(self) -> None:

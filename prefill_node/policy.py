@@ -25,7 +25,7 @@ class PrefillPolicy(Protocol):
         """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``here`` have theirs."""
 
     def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
-        """Return the chunks of the next step, of requests in ``running``, which is in order of admission."""
+        """Return the chunks of the next step, of requests in ``running``, the first of which goes first."""
 
 
 class DedicatedPolicy:
@@ -43,7 +43,7 @@ class DedicatedPolicy:
         return self._kv.can_allocate(num_new, matched)
 
     def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
-        """First come, first served."""
+        """In order, with the whole budget."""
         return prefill_schedule(running, self._token_budget, self._block_size)
 
 
@@ -76,7 +76,7 @@ class SharedPolicy:
         return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
 
     def schedule(self, running: Iterable[PrefillRequest], num_sending: int) -> Batch:
-        """First come, first served, with what the others leave of the budget."""
+        """In order, with what the others leave of the budget."""
         batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size)
         if batch:
             self._reserve.step_scheduled()

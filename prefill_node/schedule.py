@@ -1,7 +1,7 @@
 """What a prefill node computes next.
 
-P has one job, so its scheduler has neither a waiting queue nor a reserve for decoding: everything that runs is served
-in order of arrival with the whole token budget of the step (FastDeploy #7944).
+P has one job, so its scheduler has no reserve for decoding: prompts that run get the whole token budget of the step
+(FastDeploy #7944), in the order of ``scheduler.prefill_order``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prefill_node.request import PrefillRequest
 def prefill_schedule(
     running: Iterable[PrefillRequest], token_budget: int, block_size: int
 ) -> list[tuple[PrefillRequest, ScheduledSequence]]:
-    """Return the next chunk of each request that gets one, first come first served.
+    """Return the next chunk of each request that gets one, in the order of ``running``.
 
     A prompt that does not fit the rest of the budget is cut at a block's end, so that a chunk's blocks can travel as
     soon as they are computed, unless the budget is smaller than that one block. ``running`` are requests without their

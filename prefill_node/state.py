@@ -7,7 +7,7 @@ from dataclasses import asdict
 import msgspec
 
 from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import EngineError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
+from kvrelay.core.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.core.ids import MESSAGER, Attempt, PeerId
 from kvrelay.core.machine import (
     CoreAction,
@@ -21,7 +21,6 @@ from kvrelay.core.machine import (
     Received,
     SetTimer,
     StepDone,
-    StepFailed,
     StopRequested,
     StoreCounted,
     TimerFired,
@@ -56,7 +55,8 @@ from kvrelay.core.origin import may_send
 from kvrelay.core.outbox import Outbox
 from kvrelay.core.recent import Recent
 from kvrelay.core.request import RequestSpec
-from kvrelay.core.step import SampledTokens, StepResult
+from kvrelay.core.request_limits import RequestLimits
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepResult
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from prefill_node.admission import Admission
@@ -82,11 +82,12 @@ class PrefillMachine:
         self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._block_size = node.cache.block_size
+        self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, self._block_size)
         self._outbox = Outbox()
         self._membership = Membership(registration, node)
         self._policy = prefill_policy(node, self.kv)
-        self._admission = Admission(self.kv, self._policy, self._block_size)
+        self._admission = Admission(node.scheduler, self.kv, self._policy, self._block_size)
         self._reservations = Reservations(node, self._outbox, self._fail)
         self._steps = Steps(self._outbox, self._block_size)
         self._storage = Storage(node, registration.geometry.block_bytes, self.kv, self._outbox)
@@ -104,10 +105,10 @@ class PrefillMachine:
         """Take ``event``; see ``kvrelay.core.machine``."""
         self._outbox.now = now
         self._on_event(event)
-        while len(self._admission) and (request := self._admission.admit(self._here())):
+        while len(self._admission) and (request := self._admission.admit(self._here(), now)):
             self._begin(request)
         if self._running and not self._steps.is_running:
-            self._steps.start(self._policy.schedule(self._running.values(), len(self._sending)))
+            self._start_step()
         if self._leaving and not self._requests and self._storage.traffic.is_idle:
             self._leave()
         return self._outbox.take()
@@ -122,8 +123,6 @@ class PrefillMachine:
                 self._steps.layer_computed(layer)
             case StepDone(result=result):
                 self._step_done(result)
-            case StepFailed(reason=reason):
-                self._step_failed(reason)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.traffic.take(event)
             case KVLoaded():
@@ -199,14 +198,15 @@ class PrefillMachine:
         if spec.attempt in self._requests or self._ended.get(spec.attempt):
             return  # said twice: nobody would take a second answer, nor its KV
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
-        error = self._inadmissible(len(tokens))
+        wrong = self._limits.error(spec)
+        error = ErrorInfo.of(wrong) if wrong else self._inadmissible(len(tokens))
         if error is not None:
             self._outbox.send(spec.router, RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
             return
         request = PrefillRequest(spec, decode_node, self._hasher.hashes(tokens), self._outbox.now)
         request.mark("queued", self._outbox.now)
         self._requests[spec.attempt] = request
-        self._admission.add(request)
+        self._admission.add(request, self._outbox.now)
 
     def _inadmissible(self, num_tokens: int) -> ErrorInfo | None:
         if self._leaving:
@@ -243,6 +243,7 @@ class PrefillMachine:
         request.lifecycle.move(PrefillStatus.RUNNING_PREFILL, self._outbox.now)
         request.mark("prefill", self._outbox.now)
         self._running[request.attempt] = request
+        self._admission.order.ready(request, request.num_remaining_tokens)
         span = None
         if request.decode_node is not None:
             span = request.take_span(request.num_cached_tokens // self._block_size)
@@ -251,19 +252,34 @@ class PrefillMachine:
 
     # ------------------------------------------------------------ steps
 
+    def _start_step(self) -> None:
+        order = self._admission.order
+        running = order.running(self._running.values(), self._outbox.now)
+        batch = self._policy.schedule(running, len(self._sending))
+        order.computing(((request, chunk.num_tokens) for request, chunk in batch), self._outbox.now)
+        self._steps.start(batch)
+
     def _step_done(self, result: StepResult) -> None:
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self._counters["steps"] += 1
-        for (request, chunk), sampled in zip(self._steps.end(), result.sampled, strict=True):
+        for (request, chunk), outcome in zip(self._steps.end(), result.outcomes, strict=True):
             self._counters["prefill_tokens"] += chunk.num_tokens
             if not request.is_over:
-                request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
-                self._admission.publish(request)
-                if sampled.token_ids:
-                    outputs.setdefault(request.spec.router, []).append(self._first_token(request, sampled))
+                if isinstance(outcome, SequenceFailed):
+                    self._fail(request, ErrorInfo.of(outcome.error))
+                elif output := self._computed(request, chunk, outcome):
+                    outputs.setdefault(request.spec.router, []).append(output)
             self._release(request, Holder.STEP)
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
+
+    def _computed(
+        self, request: PrefillRequest, chunk: ScheduledSequence, sampled: SampledTokens
+    ) -> RequestOutput | None:
+        """Take a chunk whose KV is good; return the first token if it was the prompt's last."""
+        request.sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+        self._admission.publish(request)
+        return self._first_token(request, sampled) if sampled.token_ids else None
 
     def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
         """The prompt is through: on to D with it, unless its first token ends it."""
@@ -280,12 +296,6 @@ class PrefillMachine:
         # From here on the blocks are kept for the messager, which reads them until D has them all.
         self._release(request, Holder.REQUEST)
         return output
-
-    def _step_failed(self, reason: str) -> None:
-        for request, _ in self._steps.end():
-            if not request.is_over:
-                self._fail(request, ErrorInfo.of(EngineError(reason)))
-            self._release(request, Holder.STEP)
 
     # ------------------------------------------------------------ endings
 
@@ -396,19 +406,25 @@ class PrefillMachine:
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
             queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
-            gauges=self._messager_stats.gauges,
+            gauges={
+                **self._messager_stats.gauges,
+                "longest_prompt_wait_s": self._admission.order.longest_wait_s(self._outbox.now),
+            },
             counters={
                 **self._counters,
                 **self._storage.traffic.counters,
                 **asdict(self.kv.stats),
                 **self._messager_stats.counters,
             },
+            prompt_tokens=self._admission.order.tokens_by_length(),
+            prompt_waits=self._admission.order.waits.report(),
         )
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self.kv.assert_quiescent()
         owed = len(self._requests) + len(self._running) + len(self._sending) + self._admission.num_promised
+        owed += len(self._admission.order)
         if owed or len(self._admission) or self._steps.is_running or not self._storage.traffic.is_idle:
             stories = {request.attempt: request.lifecycle.story for request in self._requests.values()}
             raise LocalProtocolError(f"prefill node not quiescent: {stories}")

@@ -8,6 +8,7 @@ import uvloop
 
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.logging import log_event
+from kvrelay.core.stop_signals import exit_on_stop_signals
 from router.server import serve
 
 
@@ -19,4 +20,5 @@ def run(config: ClusterConfig) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_stop_signals()
     sys.exit(run(ClusterConfig.load(sys.argv[1])))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kvrelay.core.messages.base import WAIT_BOUNDS_S
+from kvrelay.core.prompt_lengths import LENGTH_NAMES
 from router.openai.choice import Choice
 from router.state import RouterMachine
 
@@ -119,6 +122,7 @@ class _MachineCollector(Collector):
             up.add_metric(labels, 1)
             load = node.load_as_dict()
             counters, gauges = load.pop("counters"), load.pop("gauges")
+            del load["prompt_tokens"], load["prompt_waits"]
             for kind, values in ((GaugeMetricFamily, {**load, **gauges}), (CounterMetricFamily, counters)):
                 for name, value in values.items():
                     metric = f"kvrelay_node_{_NOT_A_NAME.sub('_', name)}"
@@ -126,6 +130,26 @@ class _MachineCollector(Collector):
                     family.add_metric(labels, value)
         yield up
         yield from families.values()
+        yield from self._prompts()
+
+    def _prompts(self) -> Iterator[Metric]:
+        """Yield what nodes tell of prompts by length."""
+        labels = ["node", "role", "prompt_tokens"]
+        tokens = GaugeMetricFamily(
+            "kvrelay_node_queued_prompt_tokens", "Prompt tokens still to compute.", labels=labels
+        )
+        waits = HistogramMetricFamily(
+            "kvrelay_node_prompt_wait_seconds", "Arrival at the node to first computed token.", labels=labels
+        )
+        for node in self._machine.registry:
+            for name, value in zip(LENGTH_NAMES, node.load.prompt_tokens, strict=False):
+                tokens.add_metric([node.node_id, node.role.value, name], value)
+            for name, wait in zip(LENGTH_NAMES, node.load.prompt_waits, strict=False):
+                totals = itertools.accumulate(wait.counts)
+                buckets = [(str(bound), total) for bound, total in zip((*WAIT_BOUNDS_S, "+Inf"), totals, strict=False)]
+                waits.add_metric([node.node_id, node.role.value, name], buckets, wait.total_s)
+        yield tokens
+        yield waits
 
 
 def _words(name: str) -> str:

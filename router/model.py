@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvrelay.core.checkpoint_files import read_json_object
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import CheckpointError
+from kvrelay.core.logging import log_event
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
 
@@ -17,7 +19,10 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The one model of this cluster. ``default_sampling``: what requests get that do not say otherwise."""
+    """The one model of this cluster.
+
+    ``default_sampling``: what requests get that do not say otherwise. ``tokenizer_config``: ``tokenizer_config.json``.
+    """
 
     name: str
     root: str
@@ -26,47 +31,85 @@ class ServedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: dict[str, float] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(config: ClusterConfig) -> ServedModel:
     """Read tokenizer, ``config.json`` and ``generation_config.json`` of the configured checkpoint.
 
     An engine of kind fake needs no checkpoint; without one its tokens are bytes. Raises CheckpointError if a file is
-    missing or damaged.
+    missing or damaged, or if no text could be given to the model.
     """
     model_dir = Path(config.model.path)
     fake = config.engine.fake if config.engine.kind == "fake" else None
     if fake and not (model_dir / "tokenizer.json").is_file():
         length = config.model.max_model_len or fake.max_model_len
-        return ServedModel(config.model.name, str(model_dir), plain_tokenizer(fake.vocab_size), fake.vocab_size, length)
+        return ServedModel(
+            config.model.name,
+            str(model_dir),
+            plain_tokenizer(fake.vocab_size),
+            fake.vocab_size,
+            length,
+            aliases=config.model.aliases,
+        )
     tokenizer = TextTokenizer.load(model_dir)
-    settings = _read_json(model_dir / "config.json", required=fake is None)
-    generation = _read_json(model_dir / "generation_config.json", required=False)
-    eos_token_ids = [*_ids(generation), *_ids(settings), tokenizer.eos_token_id]
+    settings = read_json_object(model_dir / "config.json", required=fake is None)
+    generation = read_json_object(model_dir / "generation_config.json", required=False)
+    vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
+    _require_known(tokenizer, vocab_size)
     return ServedModel(
         name=config.model.name,
         root=str(model_dir),
         tokenizer=tokenizer,
-        vocab_size=fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size)),
+        vocab_size=vocab_size,
         max_model_len=config.model.max_model_len or int(settings.get("max_position_embeddings", 2048)),
-        eos_token_ids=tuple(dict.fromkeys(token_id for token_id in eos_token_ids if token_id is not None)),
-        default_sampling={name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None},
+        eos_token_ids=_eos_token_ids(generation, settings, tokenizer.eos_token_id, vocab_size),
+        default_sampling=_default_sampling(generation),
+        aliases=config.model.aliases,
+        tokenizer_config=read_json_object(model_dir / "tokenizer_config.json", required=False),
     )
 
 
-def _ids(settings: dict[str, Any]) -> list[int]:
-    """Return the end-of-text ids of a config file, which has one, a list or none."""
+def _require_known(tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Raise CheckpointError if the tokenizer puts a token around every text that the model does not have."""
+    unknown = [token_id for token_id in tokenizer.encode("") if token_id >= vocab_size]
+    if unknown:
+        raise CheckpointError(
+            f"the tokenizer adds {tokenizer.tokens_of(unknown)} ({unknown}) to every text, "
+            f"but the model's vocabulary has only {vocab_size} tokens"
+        )
+
+
+def _eos_token_ids(
+    generation: dict[str, Any], settings: dict[str, Any], of_tokenizer: int | None, vocab_size: int
+) -> tuple[int, ...]:
+    """Return all ids that end a text, without those that the model does not have.
+
+    Such an id is no reason to refuse a checkpoint: it is never sampled, so it ends no text. But it must not get to
+    where ids are indices (``min_tokens``), and that texts do not end as the file says is worth a warning.
+    """
+    named = [*_ids(generation, "generation_config.json"), *_ids(settings, "config.json")]
+    named += [] if of_tokenizer is None else [of_tokenizer]
+    unknown = [token_id for token_id in named if not 0 <= token_id < vocab_size]
+    if unknown:
+        log_event("warning", "eos_token_id beyond the vocabulary", {"ids": unknown, "vocab_size": vocab_size})
+    return tuple(dict.fromkeys(token_id for token_id in named if token_id not in unknown))
+
+
+def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
+    """Return what ``generation_config.json`` says of sampling. Raises CheckpointError if one of it is no number."""
+    given = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
+    for name, value in given.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise CheckpointError(f"generation_config.json: {name} should be a number, not {value!r}")
+    return given
+
+
+def _ids(settings: dict[str, Any], file: str) -> list[int]:
+    """Return the end-of-text ids of a config file, which has one, a list or none. Raises CheckpointError."""
     value = settings.get("eos_token_id")
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not required and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold an object")
-    return content
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int for token_id in ids):
+        raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {value!r}")
+    return ids

@@ -15,7 +15,7 @@ class Placement:
     """Gives requests to nodes and takes them back. A request and its nodes always tell the same of each other.
 
     ``local_prefill_tokens``: a decode node computes a prompt itself when every prefill node has at least so many more
-    prompt tokens to compute than it has, or there is none; None: never.
+    prompt tokens to compute before it than it has, or there is none; None: never.
     """
 
     def __init__(
@@ -65,11 +65,12 @@ class Placement:
 
     def _ahead(self, request: RoutedRequest, nodes: list[Node], helpers: list[Node]) -> list[Node]:
         """Return those of ``helpers`` that have room for the prompt and are ahead of all prefill nodes in ``nodes``."""
-        least_behind = min(node.pending_tokens for node in nodes if node.role is Role.PREFILL)
+        num_tokens = request.num_tokens
+        least_behind = min(node.tokens_before(num_tokens) for node in nodes if node.role is Role.PREFILL)
         return [
             node
             for node in helpers
-            if least_behind - node.pending_tokens >= (self._local_prefill_tokens or 0)
+            if least_behind - node.tokens_before(num_tokens) >= (self._local_prefill_tokens or 0)
             and node.prompt_blocks >= _num_blocks(request, node)
         ]
 
@@ -168,4 +169,4 @@ def _helpfulness(request: RoutedRequest, node: Node) -> tuple[bool, bool, int, i
     """
     num_blocks = _num_blocks(request, node)
     never_fits = node.registration.num_blocks < num_blocks - 1
-    return node.prompt_blocks < num_blocks, never_fits, node.pending_tokens, -node.prompt_blocks
+    return node.prompt_blocks < num_blocks, never_fits, node.tokens_before(request.num_tokens), -node.prompt_blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kvrelay.core.config import Role
 from kvrelay.core.ids import NodeId
 from router.registry import Node
 
@@ -20,10 +21,10 @@ class Policy(Protocol):
 
 
 class LeastLoaded:
-    """The node with the least work per request it may run at once.
+    """The node where a prompt adds least waiting per request that the node may run at once.
 
-    Work is what this router has given it, and what its last heartbeat told of others'. Of equals the one that was not
-    chosen for longest.
+    Waiting is for the prompts before it, and of those behind it (``Node.added_wait``): what this router has given the
+    node, and what its last heartbeat told of others'. Of equals the one that was not chosen for longest.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,8 @@ class LeastLoaded:
 
     def choose(self, candidates: Sequence[Node], prompt_token_ids: Sequence[int]) -> Node:
         """Return the least loaded of ``candidates``."""
-        chosen = min(candidates, key=lambda node: (_pressure(node), self._last_chosen.get(node.node_id, 0)))
+        num_tokens = len(prompt_token_ids)
+        chosen = min(candidates, key=lambda node: (_pressure(node, num_tokens), self._last_chosen.get(node.node_id, 0)))
         self._num_chosen += 1
         self._last_chosen[chosen.node_id] = self._num_chosen
         return chosen
@@ -52,8 +54,10 @@ class RoundRobin:
         return chosen
 
 
-def _pressure(node: Node) -> float:
-    return (node.pending_tokens + REQUEST_TOKENS * node.num_requests) / node.max_num_seqs
+def _pressure(node: Node, num_tokens: int) -> float:
+    """Return how loaded ``node`` is for a prompt of ``num_tokens``. A decode node is chosen for no prompt's sake."""
+    wait_tokens = node.pending_tokens if node.role is Role.DECODE else node.added_wait(num_tokens)
+    return (wait_tokens + REQUEST_TOKENS * node.num_requests) / node.max_num_seqs
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded, "round_robin": RoundRobin}

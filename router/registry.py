@@ -15,6 +15,7 @@ from kvrelay.core.ids import NodeId, PeerId, peer_id
 from kvrelay.core.liveness import Liveness
 from kvrelay.core.messages.base import Load, NodeAddress
 from kvrelay.core.messages.node_to_router import Register
+from kvrelay.core.prompt_lengths import length_class
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +54,8 @@ class Node:
 
     def load_as_dict(self) -> dict[str, Any]:
         """Return what it last said of its load."""
-        return msgspec.structs.asdict(self.load)
+        loads: dict[str, Any] = msgspec.to_builtins(self.load)
+        return loads
 
     @property
     def max_num_seqs(self) -> int:
@@ -74,6 +76,33 @@ class Node:
     def pending_tokens(self) -> int:
         """Prompt tokens it must yet compute, likewise."""
         return sum(self.pending.values()) + self._foreign_tokens
+
+    def tokens_before(self, num_tokens: int) -> int:
+        """Return how many prompt tokens it would compute before those of one more prompt of ``num_tokens``.
+
+        Those of all prompts it has, or, if it computes the shortest first, of prompts that are no longer. What prompts
+        to come will add is not known.
+        """
+        if self.registration.prefill_order != "shortest_first":
+            return self.pending_tokens
+        own = sum(pending for pending in self.pending.values() if pending <= num_tokens)
+        return own + int(self._foreign_tokens * self._share_up_to(num_tokens))
+
+    def added_wait(self, num_tokens: int) -> int:
+        """Return for how many tokens' time one more prompt of ``num_tokens`` waits here, and makes others wait, in all.
+
+        Where prompts are computed in order of arrival it makes no prompt wait that is there.
+        """
+        if self.registration.prefill_order != "shortest_first":
+            return self.pending_tokens
+        num_longer = sum(pending > num_tokens for pending in self.pending.values())
+        return self.tokens_before(num_tokens) + num_tokens * num_longer
+
+    def _share_up_to(self, num_tokens: int) -> float:
+        """Return the share that prompts in the class of ``num_tokens`` and below have in the tokens it tells of."""
+        by_length = self.load.prompt_tokens
+        total = sum(by_length)
+        return sum(by_length[: length_class(num_tokens) + 1]) / total if total else 1.0
 
     @property
     def spare_blocks(self) -> int:

@@ -6,24 +6,30 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
+from kvrelay.core.addresses import listen_at, netloc
 from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.config import ClusterConfig
+from kvrelay.core.config_sections import RouterConfig
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.startup import READY, startup
+from router.descriptors import raise_limit
+from router.http.access_log import AccessLog
 from router.http.app import make_app
+from router.http.protocol import HttpLimits, HttpProtocol
+from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
 CONNECTION_BACKLOG = 2048
 """Connections the kernel takes for us before we do."""
-
-KEEP_ALIVE_S = 75
-"""How long an idle connection stays open: longer than clients keep theirs, so that none closes just as it is used."""
 
 FLUSH_TIMEOUT_S = 5
 """How long clients may take to read the last of their answers when the router ends."""
@@ -38,13 +44,15 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: Starlette, host: str, port: int) -> HttpServer:
+def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None) -> HttpServer:
     """Return a server for ``app`` that is not running yet."""
+    # uvicorn calls what it is given as a class.
+    protocol = cast(type[asyncio.Protocol], partial(HttpProtocol, limits=limits or HttpLimits()))
     settings = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http="httptools",
+        http=protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -52,17 +60,21 @@ def http_server(app: Starlette, host: str, port: int) -> HttpServer:
         access_log=False,
         date_header=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
     )
     return HttpServer(settings)
 
 
+def http_limits(config: RouterConfig) -> HttpLimits:
+    """Return what a connection may take, by ``config`` and the process's limit of descriptors."""
+    return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=CONNECTION_BACKLOG)
+        return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {host}:{port}: {error.strerror}"]) from error
+        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -73,10 +85,16 @@ async def serve(config: ClusterConfig) -> str:
     clock = Clock()
     service = RouterService(config, load_model(config), clock)
     metrics = Metrics(service.machine, clock.now)
-    server = http_server(make_app(service, metrics), config.router.host, config.router.port)
+    raise_limit()
+    return_large_blocks()
+    app: ASGIApp = make_app(service, metrics)
+    if config.router.access_log:
+        app = AccessLog(app, clock.now)
+    server = http_server(app, config.router.host, config.router.port, http_limits(config.router))
     calm_collector()
     with _listen(config.router.host, config.router.port) as listener:
         http = asyncio.create_task(server.serve([listener]))
+        startup.report(READY)
         try:
             return await service.run()
         finally:

@@ -27,6 +27,7 @@ from router.events import (
 from router.follower import following
 from router.limits import Limits
 from router.model import ServedModel
+from router.preparation_pool import Preparer
 from router.state import RouterMachine, RouterSettings
 
 Sink = Callable[[str, Delivery], None]
@@ -65,6 +66,7 @@ class RouterService:
         self.config = config
         self.model = model
         self.clock = clock
+        self.preparer = Preparer(config, model)
         self._incarnation = new_incarnation()
         self.machine = RouterMachine(router_settings(config, self._incarnation))
         self._sinks: dict[str, Sink] = {}
@@ -86,6 +88,7 @@ class RouterService:
                 return await shell.run(transport)
         finally:
             transport.close()
+            await self.preparer.close()
 
     def _bind(self, transport: Transport) -> list[str]:
         address = self.config.router.control
@@ -114,6 +117,10 @@ class RouterService:
         for request in requests:
             self._sinks[request.request_id] = deliver
         self._post(Submitted(tuple(requests)))
+
+    def is_in_progress(self, request_id: str) -> bool:
+        """Tell whether a request with this id has been submitted and has not ended."""
+        return request_id in self._sinks
 
     def stop_matched(self, request_id: str) -> None:
         """No more tokens are wanted: the text has come to a stop string."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kvrelay.core.errors import LocalProtocolError, NoNodeError
@@ -73,6 +74,7 @@ class RouterMachine:
         self._actions: list[object] = []
         self._now = 0.0
         self._stopping = False
+        self._liveness_due_s = math.inf
         decode_alone = settings.local_prefill_tokens is not None
         self.registry = Registry(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
         prefill_policy, decode_policy = POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()
@@ -248,10 +250,19 @@ class RouterMachine:
             self._register(*waiting)
 
     def _check_liveness(self) -> None:
-        for peer in self.registry.silent(self._now):
-            self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")
+        """Lose the nodes that are silent, unless it was this process that did not listen.
+
+        After a pause timers fire before sockets are read, so what nodes said meanwhile is heard first.
+        """
+        late_s = self._now - self._liveness_due_s
+        if late_s > self._settings.peer_timeout_s / 2:
+            self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
+        else:
+            for peer in self.registry.silent(self._now):
+                self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")
         self.followed.beat()
-        self._perform(SetTimer(_LIVENESS, self._now + self._settings.heartbeat_s))
+        self._liveness_due_s = self._now + self._settings.heartbeat_s
+        self._perform(SetTimer(_LIVENESS, self._liveness_due_s))
 
     def _drain(self, node_id: str) -> None:
         node = self.registry.named(node_id)

@@ -53,3 +53,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this suite."""
     parser.addoption("--regenerate-golden", action="store_true", help="write golden files anew from what the code does")
     parser.addoption("--schedules", type=int, help="how many random schedules of each kind the pair tests run")
+    parser.addoption("--first-seed", type=int, default=0, help="the seed of the first of them")

@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
     num_layers: int
     source: int
     target: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 class BareZmq:
@@ -91,7 +91,7 @@ def _receive(driver: Connection, geometry: KVGeometry, handle: KVMemoryHandle, a
             planes = [plane for layer in pool.planes[first : first + num_layers] for plane in layer]
             for plane, part in zip(planes, parts, strict=True):
                 rows = plane[target : target + count]
-                np.copyto(rows, np.frombuffer(part, np.uint8).reshape(rows.shape))
+                np.copyto(rows, np.frombuffer(part.buffer, np.uint8).reshape(rows.shape))
             num_taken += 1
             if num_taken == num_chunks:
                 num_taken = 0

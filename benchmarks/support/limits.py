@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvrelay.engine.choice import open_onednn
-from kvrelay.engine.onednn import Array, to_bfloat16
+from kvrelay.engine.onednn import ITEM_BYTES, Array, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 
 BEYOND_CACHE_BYTES = 256 << 20
@@ -22,27 +22,35 @@ ROUNDS = 9
 
 
 class Limits(NamedTuple):
-    """Of so many cores: multiplications in bfloat16 as oneDNN does them at best, and reads beyond any cache."""
+    """Of so many cores: multiplications in ``dtype`` as oneDNN does them at best, and reads beyond any cache."""
 
     gflops: float
     gb_s: float
+    dtype: str = "bfloat16"
+
+
+def fastest_dtype() -> str:
+    """Return bfloat16 where this CPU multiplies it, else float32: what a bfloat16 checkpoint is computed in."""
+    return "bfloat16" if open_onednn().multiplies("bfloat16") else "float32"
 
 
 def measure_limits(threads: int) -> Limits:
     """Return the limits of ``threads`` cores, best of some rounds; with one thread by the thread's own time."""
+    dtype = fastest_dtype()
     set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     rng = np.random.default_rng(0)
-    weight = open_onednn().pack(rng.standard_normal((SIZE, SIZE), np.float32), None, "bfloat16", "float32")
-    x, out = Array(NUM_ROWS * SIZE * 2), Array(NUM_ROWS * SIZE * 4)
-    x.bytes[:] = to_bfloat16(rng.standard_normal(NUM_ROWS * SIZE, np.float32)).view(np.uint8)
+    weight = open_onednn().pack(rng.standard_normal((SIZE, SIZE), np.float32), None, dtype, "float32")
+    values = rng.standard_normal(NUM_ROWS * SIZE, np.float32)
+    x, out = Array(NUM_ROWS * SIZE * ITEM_BYTES[dtype]), Array(NUM_ROWS * SIZE * 4)
+    x.bytes[:] = (to_bfloat16(values) if dtype == "bfloat16" else values).view(np.uint8)
     parts = np.array_split(np.ones(BEYOND_CACHE_BYTES // 8, np.uint64), threads)
     with ThreadPoolExecutor(threads) as readers:
         each = map if threads == 1 else readers.map
         multiply_s, read_s = _best_of(
             [lambda: weight.multiply(x.address, out.address, NUM_ROWS), lambda: list(each(np.sum, parts))], clock
         )
-    return Limits(2 * NUM_ROWS * SIZE**2 / multiply_s / 1e9, BEYOND_CACHE_BYTES / read_s / 1e9)
+    return Limits(2 * NUM_ROWS * SIZE**2 / multiply_s / 1e9, BEYOND_CACHE_BYTES / read_s / 1e9, dtype)
 
 
 def _best_of(doings: list[Callable[[], object]], clock: Callable[[], float]) -> list[float]:

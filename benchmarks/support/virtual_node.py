@@ -59,6 +59,8 @@ class Measured:
     busy_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    total_s: float = 0.0
+    ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     step_decodes: list[int] = field(default_factory=list)
     step_kept_free: list[int] = field(default_factory=list)
@@ -90,6 +92,7 @@ class VirtualNode:
         self._jobs = {job.spec.request_id: job for job in jobs}
         self._todo = iter(jobs)
         self._num_output_tokens = 0
+        self._sent_s: dict[str, float] = {}
         self._last_token_s: dict[str, float] = {}
         self._events: list[tuple[float, int, Event]] = []
         self._order = itertools.count()
@@ -107,6 +110,7 @@ class VirtualNode:
         self._machine.assert_quiescent()
         counters, measured = self._machine.load().counters, self._measured
         num_prompt_tokens = 0 if self._takes_over else sum(job.num_prompt_tokens for job in self._jobs.values())
+        measured.total_s = self._now
         measured.preemptions = int(counters["preemptions"])
         measured.recomputed_tokens = int(counters["prefill_tokens"]) - num_prompt_tokens
         return measured
@@ -142,6 +146,7 @@ class VirtualNode:
         job = next(self._todo, None)
         if job is not None:
             self._after(0.0, self._request(job))
+            self._sent_s[job.spec.request_id] = self._now
             self._measured.busy_s, self._measured.busy_tokens = self._now, self._num_output_tokens
 
     def _request(self, job: Job) -> Event:
@@ -169,6 +174,8 @@ class VirtualNode:
         for output in message.outputs:
             if output.request_id in last_s:
                 itl_s.append(now - last_s[output.request_id])
+            else:
+                self._measured.ttft_s.append(now - self._sent_s[output.request_id])
             last_s[output.request_id] = now
             if output.finish_reason is not None:
                 self._send_next()

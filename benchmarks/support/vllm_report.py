@@ -56,8 +56,8 @@ def rows(cases: Sequence[Case], results: Results, limits: tuple[Limits, Limits])
 def table(rows: Sequence[Row], limits: tuple[Limits, Limits]) -> Table:
     one, both = limits
     title = (
-        f"kvrelay against vLLM, {PRESET}, medians; one core: {one.gflops:.0f} GFLOP/s, {one.gb_s:.0f} GB/s, "
-        f"both: {both.gflops:.0f}, {both.gb_s:.0f}"
+        f"kvrelay against vLLM, {PRESET}, medians; limits in {one.dtype}, one core: {one.gflops:.0f} GFLOP/s, "
+        f"{one.gb_s:.0f} GB/s, both: {both.gflops:.0f}, {both.gb_s:.0f}"
     )
     made = Table(title=title)
     for heading in ("case", "cluster", "load", "metric", "kvrelay", "vLLM", "ratio", "aim", "", "by arithmetic"):

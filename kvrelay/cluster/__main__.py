@@ -1,5 +1,23 @@
-"""``python -m kvrelay.cluster`` is the ``kvrelay`` command; the supervisor starts its children so."""
+"""The ``kvrelay`` command, also as ``python -m kvrelay.cluster``; the supervisor starts its children so."""
 
-from kvrelay.cluster.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from kvrelay.core.stop_signals import exit_on_stop_signals
+
+_SERVING = ("up", "router", "prefill", "decode", "mixed")
+"""Verbs that run until they are told to stop."""
+
+
+def main() -> None:
+    """Run the command and exit."""
+    if sys.argv[1:2] and sys.argv[1] in _SERVING:
+        exit_on_stop_signals()
+    from kvrelay.cluster import cli  # noqa: PLC0415 - takes most of a second, in which the process may be told to stop
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

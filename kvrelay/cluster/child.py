@@ -11,9 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvrelay.core.startup import READY, STAGES_FD
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MAX_LINE_BYTES = 1 << 16
+
+
+OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,43 +30,66 @@ class ProcessSpec:
     argv: tuple[str, ...]
 
 
+class _Pipe:
+    """What a child writes to and its parent reads from."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+
+
 class Child:
     """A running process, the leader of a process group of its own.
 
     The kernel kills it when this process ends, however that happens; a terminal's Ctrl-C does not reach it.
     """
 
-    def __init__(self, process: Process, output: asyncio.Task[None]) -> None:
+    def __init__(self, process: Process, output: _Pipe, stages: _Pipe, on_line: OnText, on_stage: OnText) -> None:
         self._process = process
-        self._output = output
+        self._on_stage = on_stage
+        self._readers = [
+            asyncio.create_task(_read_lines(output.read_end, on_line)),
+            asyncio.create_task(_read_lines(stages.read_end, self._take_stage)),
+        ]
+        self.was_ready = False
+        """Whether it has said that its start is over."""
 
     @classmethod
-    async def start(cls, spec: ProcessSpec, env: Mapping[str, str], on_line: Callable[[str], None]) -> Child:
-        """Start ``spec`` in ``env``; every line it or its own children write goes to ``on_line``."""
-        read_end, write_end = os.pipe()
+    async def start(cls, spec: ProcessSpec, env: Mapping[str, str], on_line: OnText, on_stage: OnText) -> Child:
+        """Start ``spec`` in ``env``.
+
+        Every line it or its own children write goes to ``on_line``, each stage of its start to ``on_stage``.
+        """
+        output, stages = _Pipe(), _Pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *spec.argv,
-                env=env,
+                env={**env, STAGES_FD: str(stages.write_end)},
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=write_end,
+                stdout=output.write_end,
+                stderr=output.write_end,
+                pass_fds=[stages.write_end],
                 process_group=0,
                 preexec_fn=_die_with_parent,
             )
         except OSError:
-            os.close(read_end)
+            os.close(output.read_end)
+            os.close(stages.read_end)
             raise
         finally:
-            os.close(write_end)
-        return cls(process, asyncio.create_task(_read_lines(read_end, on_line)))
+            os.close(output.write_end)
+            os.close(stages.write_end)
+        return cls(process, output, stages, on_line, on_stage)
 
     async def wait(self) -> int:
         """Return the exit code (negative: the signal that ended it) once nothing of the process group is left."""
         code = await self._process.wait()
         self.kill()
-        await self._output
+        await asyncio.gather(*self._readers)
         return code
+
+    def _take_stage(self, stage: str) -> None:
+        self.was_ready |= stage == READY
+        self._on_stage(stage)
 
     def terminate(self) -> None:
         """Ask the process to finish what it has and end. It tells its own children."""
@@ -78,7 +106,7 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-async def _read_lines(fd: int, on_line: Callable[[str], None]) -> None:
+async def _read_lines(fd: int, on_line: OnText) -> None:
     """Hand on the lines from ``fd`` until its last writer is gone; a line without end is cut."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections import Counter
 from enum import StrEnum
@@ -16,10 +17,16 @@ from typing import Annotated
 import typer
 
 from kvrelay.core.config import ClusterConfig, Role
-from kvrelay.core.errors import CheckpointError, ConfigError, KVRelayError
+from kvrelay.core.errors import (
+    CheckpointError,
+    ConfigError,
+    KVRelayError,
+)
 from kvrelay.core.ids import NodeId
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_ADDRESS = re.compile(r"https?://\S+|(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(?:/v1)?/?")
+"""What of the words of ``chat`` is an address and no text."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,6 +164,14 @@ def _run_node(role: Role, path: Path, name: NodeId, overrides: list[str] | None)
 # ---------------------------------------------------------------- talking to a cluster
 
 
+def _router_url(text: str) -> str:
+    """Return the base URL of the router that ``text`` means: a URL, with or without ``/v1``, or ``HOST:PORT``."""
+    url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/v1")
+    if not url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"should be http://HOST:PORT, not {text!r}", param_hint="URL")
+    return url
+
+
 @app.command()
 def status(
     url: Annotated[str, typer.Argument(metavar="[URL]", help="Where the router is.")] = DEFAULT_URL,
@@ -165,7 +180,7 @@ def status(
     """Show the nodes, their load and the requests."""
     from kvrelay.cluster.talk import show_status
 
-    show_status(url, watch=watch)
+    show_status(_router_url(url), watch=watch)
 
 
 @app.command()
@@ -179,7 +194,7 @@ def chat(
     from kvrelay.cluster.talk import converse, say
 
     words = words or []
-    url = words.pop(0) if words and words[0].startswith(("http://", "https://")) else DEFAULT_URL
+    url = _router_url(words.pop(0) if words and _ADDRESS.fullmatch(words[0]) else DEFAULT_URL)
     if words:
         say(url, " ".join(words), max_tokens)
     elif sys.stdin.isatty():
@@ -196,7 +211,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Tell whether CONFIG is right; if not, list everything that is wrong, with file and line."""
     cluster = _load(config, overrides)
     counts = Counter(node.role.value for node in cluster.nodes)
-    typer.echo(f"{config}: fine: " + ", ".join(f"{count} {role}" for role, count in sorted(counts.items())))
+    typer.echo(f"{config}: OK: " + ", ".join(f"{count} {role}" for role, count in sorted(counts.items())))
 
 
 @config_app.command()
@@ -221,7 +236,7 @@ def tiny(
     ] = Preset.TINY,
     seed: Annotated[int, typer.Option(help="Its random weights.")] = 0,
 ) -> None:
-    """Make a checkpoint with random weights: it answers fast, and nonsense."""
+    """Make a checkpoint with random weights: its output is meaningless."""
     from kvrelay.engine.tiny import write_tiny_checkpoint
 
     chosen = arch or (Arch.QWEN3 if preset is Preset.TINY else Arch.QWEN2)

@@ -73,13 +73,18 @@ class ClusterClient:
             response = self._http.get(path)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
-        if not response.is_success:
-            raise KVRelayError(_error_text(response))
-        body: dict[str, Any] = response.json()
-        return body
+        body = _json_object(response)
+        if response.is_success and body:
+            return body
+        if response.is_success or (response.status_code == httpx.codes.NOT_FOUND and "error" not in body):
+            raise ClusterUnreachableError(f"what answers at {self.url} is not a kvrelay router: it has no {path}")
+        raise KVRelayError(_error_text(response))
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachableError:
-        return ClusterUnreachableError(f"no cluster at {self.url}: {error}")
+        return ClusterUnreachableError(
+            f"nothing answers at {self.url} ({error}); 'kvrelay up CONFIG' starts a cluster, and the address of one "
+            "elsewhere goes before the text: http://HOST:PORT"
+        )
 
 
 def _new_text(chunk: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,9 +97,15 @@ def _new_text(chunk: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _error_text(response: httpx.Response) -> str:
     """Return the words of an error response, whatever it looks like."""
+    body = _json_object(response)
+    error = body.get("error", body) or f"{response.status_code} {response.reason_phrase}"
+    return str(error.get("message") or error.get("reason") or error) if isinstance(error, dict) else str(error)
+
+
+def _json_object(response: httpx.Response) -> dict[str, Any]:
+    """Return the body of ``response``, or nothing if it is no JSON object."""
     try:
         body = response.json()
     except ValueError:
-        return f"{response.status_code} {response.reason_phrase}"
-    error = body.get("error", body) if isinstance(body, dict) else body
-    return str(error.get("message") or error.get("reason") or error) if isinstance(error, dict) else str(error)
+        return {}
+    return body if isinstance(body, dict) else {}

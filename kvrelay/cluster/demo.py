@@ -1,9 +1,12 @@
-"""``scripts/demo``: a cluster from nothing, one answer, and the story of the request behind it."""
+"""``scripts/demo``: a cluster from nothing, one answer, and the timeline of the request behind it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import shlex
+import shutil
 import socket
 import sys
 import time
@@ -12,14 +15,17 @@ from typing import Any
 
 from rich.console import Console
 
+from kvrelay.cluster.addresses import addresses, taken_addresses
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.process import name_process, refuse_foreign_packages
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import timeline_table
-from kvrelay.cluster.up import up
+from kvrelay.cluster.up import AfterReady, up
+from kvrelay.core.addresses import resolve, tcp_address
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.errors import ConfigError, KVRelayError
+from kvrelay.core.stop_signals import exit_on_stop_signals
 
 _QUESTION = (
     "The red key lies in box 417. The blue lamp stands in room 9. The old map hides behind door 58. "
@@ -38,24 +44,40 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/1p3d.yaml"), help="another cluster than 1P3D")
     parser.add_argument("--exit", action="store_true", help="end when the answer has been shown")
     arguments = parser.parse_args()
+    exit_on_stop_signals()
     name_process("demo")
     console = Console()
     try:
         refuse_foreign_packages()
         config, overrides = _runnable(arguments.config, console)
+        show = _shown_once(config, console, ends=arguments.exit)
+        return asyncio.run(up(config, arguments.config, overrides, console, show))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
 
+
+def _shown_once(config: ClusterConfig, console: Console, *, ends: bool) -> AfterReady:
+    """Return what to do when the cluster serves: show one request and, if the demo ends with that, stop."""
+
     async def show(supervisor: Supervisor, display: Display) -> None:
         with display.held():
             await asyncio.to_thread(_show_one_request, config.router.url, console)
-        if arguments.exit:
+        if ends:
             supervisor.stop()
         else:
-            display.say(f"kvrelay chat {config.router.url}   talks to it; Ctrl-C ends it")
+            display.say(f"Ctrl-C ends it; to talk to it, in another terminal: {_command()} chat {config.router.url}")
 
-    return asyncio.run(up(config, arguments.config, overrides, console, show))
+    return show
+
+
+def _command() -> str:
+    """Return what to type for the ``kvrelay`` that belongs to this Python, in a new shell in this directory."""
+    path = Path(sys.executable).with_name("kvrelay")
+    on_path = shutil.which("kvrelay")
+    if on_path is not None and Path(on_path) == path:
+        return "kvrelay"
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _runnable(path: Path, console: Console) -> tuple[ClusterConfig, list[str]]:
@@ -79,38 +101,35 @@ def _tiny_model(wanted: str, console: Console) -> Path:
 
 def _other_ports(config: ClusterConfig, console: Console) -> list[str]:
     """Return overrides that move everything to free ports, or none if the configured ones are free."""
-    host, port = config.router.control.removeprefix("tcp://").rsplit(":", 1)
-    ports = {"router.port": (config.router.host, config.router.port), "router.control": (host, int(port))}
-    ports |= {f"nodes.{node.name}.port": (node.host, node.port) for node in config.nodes}
-    taken = [f"{host}:{port}" for host, port in ports.values() if not _is_free(host, port)]
+    taken = taken_addresses(config)
     if not taken:
         return []
-    console.print(f"in use: {', '.join(taken)}; taking other ports")
-    free = dict(zip(ports, _free_ports([host for host, _ in ports.values()]), strict=True))
-    control = f"router.control=tcp://{host}:{free.pop('router.control')}"
-    return [control, *(f"{key}={port}" for key, port in free.items())]
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    for key, problem in taken.items():
+        console.print(f"{key}: {problem}; taking other ports")
+    wanted = addresses(config)
+    hosts = [host for host, _ in wanted.values()]
+    free = dict(zip(wanted, zip(hosts, _free_ports(hosts), strict=True), strict=True))
+    return [
+        f"{key}={tcp_address(host, port) if key == 'router.control' else port}" for key, (host, port) in free.items()
+    ]
 
 
 def _free_ports(hosts: list[str]) -> list[int]:
     """Return a different free port for each of ``hosts``."""
-    probes = [socket.socket() for _ in hosts]
+    with contextlib.ExitStack() as probes:
+        return [probes.enter_context(_bound(host, 0)).getsockname()[1] for host in hosts]
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, address = resolve(host, port)
+    probe = socket.socket(family)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        for host, probe in zip(hosts, probes, strict=True):
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+        probe.bind(address)
+    except OSError:
+        probe.close()
+        raise
+    return probe
 
 
 def _show_one_request(url: str, console: Console) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from kvrelay.core.logging import parse_progress
+from kvrelay.core.startup import READY
 
 _COLOURS = ("cyan", "green", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta", "bright_blue")
 _LEVEL_STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
 _OUR_LINE = re.compile(r"\d{4}-\d\d-\d\dT(?P<time>[\d:.]+)Z (?P<level>[A-Z]+) \S+ (?P<text>.*)")
+
+_SILENCE_S = 1.5
+"""How long nothing may be shown of a start, in seconds, where lines cannot be changed any more."""
+
+
+class _Bar(NamedTuple):
+    """One process that starts: what it is doing, and the bar for that."""
+
+    what: str
+    task: TaskID
 
 
 class Display:
@@ -24,9 +36,13 @@ class Display:
         self._console = console
         self._styles = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
         self._width = max(map(len, self._styles), default=0)
-        self._progress: Progress | None = None
-        self._bars: dict[str, TaskID] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._bars: dict[str, _Bar] = {}
         self._held: list[Text] | None = None
+        self._num_shown = 0
+        self._silence: tuple[int, float] | None = None
+        """How many lines had been shown when, last time somebody asked."""
 
     def say(self, text: str) -> None:
         """Show words of the supervisor's own."""
@@ -53,6 +69,29 @@ class Display:
             text = f"{match['time']} {match['level'].lower():<7} {match['text']}"
             self._print(name, Text(text, _LEVEL_STYLES.get(match["level"], "")))
 
+    def stage(self, name: str, stage: str) -> None:
+        """Show how far process ``name`` is in its start: by a bar until it is ready, or a line for each stage."""
+        if not self._console.is_terminal:
+            self._print(name, Text(stage))
+        elif stage == READY:
+            self._remove_bar(name)
+        elif self._held is None:
+            self._bar(name, stage)
+
+    def ended(self, name: str) -> None:
+        """Note that process ``name`` is not starting any more."""
+        self._remove_bar(name)
+
+    def waiting_for(self, stages: Mapping[str, str], reason: str, now: float) -> None:
+        """Show who is not ready, by name and stage, or else ``reason``, if nothing has been shown for a while."""
+        if self._console.is_terminal and self._bars:
+            return
+        if self._silence is None or self._silence[0] != self._num_shown:
+            self._silence = (self._num_shown, now)
+        elif now - self._silence[1] >= _SILENCE_S:
+            who = ", ".join(f"{name} ({stage})" for name, stage in stages.items())
+            self.say(f"waiting for {who}" if who else f"waiting: {reason}")
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep lines back meanwhile, so that they do not come in between what somebody else prints."""
@@ -66,12 +105,11 @@ class Display:
 
     def close(self) -> None:
         """Take bars away that are still there."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-            self._bars.clear()
+        for name in list(self._bars):
+            self._remove_bar(name)
 
     def _print(self, name: str, text: Text) -> None:
+        self._num_shown += 1
         prefix = Text(f"{name:>{self._width}} | ", self._styles.get(name, "bold"))
         if self._held is not None:
             self._held.append(prefix + text)
@@ -79,14 +117,22 @@ class Display:
             self._console.print(prefix + text, soft_wrap=True, highlight=False)
 
     def _move_bar(self, name: str, what: str, done: int, total: int) -> None:
-        if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-            self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+        if self._held is None:
+            task = self._bar(name, self._bars[name].what if name in self._bars else what)
+            self._progress.update(task, completed=done, total=total, refresh=True)
+
+    def _bar(self, name: str, what: str) -> TaskID:
+        """Return the bar of ``name``, a new one if ``what`` it is doing is new."""
+        bar = self._bars.get(name)
+        if bar is None or bar.what != what:
+            self._remove_bar(name)
+            bar = _Bar(what, self._progress.add_task(f"{name:>{self._width}} | {what}", total=None))
+            self._bars[name] = bar
             self._progress.start()
-        if name not in self._bars:
-            self._bars[name] = self._progress.add_task(f"{name:>{self._width}} | {what}", total=total)
-        self._progress.update(self._bars[name], completed=done, total=total, refresh=True)
-        if done >= total:
-            self._progress.remove_task(self._bars.pop(name))
-        if not self._bars:
-            self.close()
+        return bar.task
+
+    def _remove_bar(self, name: str) -> None:
+        if name in self._bars:
+            self._progress.remove_task(self._bars.pop(name).task)
+            if not self._bars:
+                self._progress.stop()

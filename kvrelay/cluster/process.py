@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 
 import setproctitle
 
@@ -63,13 +60,7 @@ def require_checkpoint(model: ModelConfig) -> None:
 
 
 def become(role: str, name: str, log_level: str) -> None:
-    """Give this process what every process of a cluster has: its title, its log, a clean end on SIGTERM."""
+    """Give this process what every process of a cluster has: its title and its log."""
     refuse_foreign_packages()
     name_process(role, "" if name == role else name)
     set_up_logging(name, log_level)
-    signal.signal(signal.SIGTERM, _exit)
-
-
-def _exit(_signal: int, _frame: FrameType | None) -> None:
-    """End a process that is told to before its role has taken signals over: nothing runs yet."""
-    sys.exit(0)

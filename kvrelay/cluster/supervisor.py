@@ -8,7 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from kvrelay.cluster.child import Child, ProcessSpec
 from kvrelay.cluster.display import Display
+from kvrelay.cluster.restarts import Life, RestartPolicy
 from kvrelay.core.config import ClusterSettings
+from kvrelay.core.startup import READY
+from kvrelay.core.stop_signals import StopRequests
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -18,23 +21,6 @@ EXIT_REFUSED = 2
 _PROBE_INTERVAL_S = 0.2
 _GRACE_S = 5.0
 """Seconds past the drain time-out that a process may take to clean up."""
-
-
-class Backoff:
-    """How long to wait before a crashed process is started again: twice as long each time, up to a limit."""
-
-    def __init__(self, first_s: float, longest_s: float) -> None:
-        self._first_s = first_s
-        self._longest_s = longest_s
-        self._next_s = first_s
-
-    def after(self, lived_s: float) -> float:
-        """Return the wait after a life of ``lived_s``; one longer than the longest wait was no crash loop."""
-        if lived_s > self._longest_s:
-            self._next_s = self._first_s
-        delay_s = min(self._next_s, self._longest_s)
-        self._next_s = 2 * delay_s
-        return delay_s
 
 
 class Supervisor:
@@ -48,7 +34,6 @@ class Supervisor:
         self,
         specs: Sequence[ProcessSpec],
         settings: ClusterSettings,
-        env: Mapping[str, str],
         display: Display,
         *,
         probe: Callable[[], Awaitable[str | None]],
@@ -58,26 +43,39 @@ class Supervisor:
     ) -> None:
         self._specs = specs
         self._settings = settings
-        self._env = dict(env)
         self._display = display
         self._probe = probe
         self._on_ready = on_ready
         self._now = now
         self._sleep = sleep
+        self._env: Mapping[str, str] = {}
         self._children: dict[str, Child] = {}
+        self._starting: dict[str, str] = {}
+        """Processes that are not ready, and how far they are."""
+        self._stop_requests = StopRequests()
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
         self._was_ready = False
         self._exit_code = EXIT_OK
 
     def stop(self) -> None:
-        """End the cluster: let it finish what runs the first time, at once the second time."""
+        """End the cluster: let it finish what runs the first time, at once the second time.
+
+        What comes within a second is the same request: ``timeout`` signals this process and then its group.
+        """
+        if not self._stop_requests.is_new(self._now()):
+            return
         if self._stopping.is_set():
             self._hurrying.set()
         self._stopping.set()
 
-    async def run(self) -> int:
-        """Run the cluster until it is stopped or cannot go on; return the exit code. Nothing is left running."""
+    async def run(self, env: Mapping[str, str]) -> int:
+        """Run the cluster in ``env`` until it is stopped or cannot go on; return the exit code.
+
+        Nothing is left running.
+        """
+        self._env = env
+        self._display.say(f"starting {', '.join(spec.name for spec in self._specs)}")
         keepers = {spec: asyncio.create_task(self._keep(spec)) for spec in self._specs}
         bring_up = asyncio.create_task(self._bring_up())
         try:
@@ -101,6 +99,7 @@ class Supervisor:
                 if self._now() > deadline_s:
                     self._give_up(EXIT_ERROR, f"not ready after {self._settings.start_timeout_s:g} s: {reason}")
                     return
+                self._display.waiting_for(self._starting, reason, self._now())
                 await self._sleep(_PROBE_INTERVAL_S)
             self._was_ready = True
             await self._on_ready()
@@ -109,38 +108,57 @@ class Supervisor:
 
     async def _keep(self, spec: ProcessSpec) -> None:
         """Run ``spec`` again and again until the cluster stops or the process is done for good."""
-        backoff = Backoff(self._settings.restart_backoff_s, self._settings.restart_backoff_max_s)
+        policy = RestartPolicy(self._settings)
         while not self._stopping.is_set():
-            started_s = self._now()
-            code = await self._run_once(spec)
+            life = await self._live(spec)
             if self._stopping.is_set():
                 return
-            if code in (EXIT_OK, EXIT_REFUSED):
-                self._ended(spec, code)
+            if life.code in (EXIT_OK, EXIT_REFUSED):
+                self._ended(spec, life)
                 return
-            delay_s = backoff.after(self._now() - started_s)
-            self._display.warn(f"{spec.name} {_ending(code)}; starting it again in {delay_s:g} s")
+            delay_s = policy.delay_after(life)
+            if delay_s is None:
+                crashes = f"crash {policy.num_crashes} in a row"
+                self._give_up(EXIT_ERROR, f"{spec.name} {life.ending}; {crashes}, not starting it again")
+                return
+            self._display.warn(f"{spec.name} {life.ending}; starting it again in {delay_s:g} s")
             await _first_of(self._sleep(delay_s), self._stopping.wait())
 
-    async def _run_once(self, spec: ProcessSpec) -> int:
-        child = await Child.start(spec, self._env, lambda line: self._display.line(spec.name, line))
+    async def _live(self, spec: ProcessSpec) -> Life:
+        """Run ``spec`` once, to its end."""
+        started_s = self._now()
+        self._starting[spec.name] = "starting"
+        child = await Child.start(
+            spec,
+            self._env,
+            lambda line: self._display.line(spec.name, line),
+            lambda stage: self._take_stage(spec.name, stage),
+        )
         self._children[spec.name] = child
         try:
             if self._hurrying.is_set():
                 child.kill()
             elif self._stopping.is_set():
                 child.terminate()
-            return await child.wait()
+            code = await child.wait()
+            return Life(code, self._now() - started_s, child.was_ready)
         finally:
             del self._children[spec.name]
+            self._display.ended(spec.name)
 
-    def _ended(self, spec: ProcessSpec, code: int) -> None:
+    def _take_stage(self, name: str, stage: str) -> None:
+        self._starting[name] = stage
+        if stage == READY:
+            del self._starting[name]
+        self._display.stage(name, stage)
+
+    def _ended(self, spec: ProcessSpec, life: Life) -> None:
         """Take note of a process that will not be started again."""
-        self._display.warn(f"{spec.name} {_ending(code)}; not starting it again")
-        if code == EXIT_REFUSED and not self._was_ready:
+        self._display.warn(f"{spec.name} {life.ending}; not starting it again")
+        if life.code == EXIT_REFUSED and not self._was_ready:
             self._give_up(EXIT_REFUSED, f"{spec.name} cannot run as it is configured")
         elif spec.role == "router":
-            self._give_up(code, "no cluster without its router")
+            self._give_up(life.code, "no cluster without its router")
 
     def _give_up(self, code: int, reason: str) -> None:
         self._display.warn(reason)
@@ -166,10 +184,6 @@ class Supervisor:
         """Wait for ``tasks``, not past ``deadline_s`` and not when hurried."""
         left_s = max(deadline_s - self._now(), _GRACE_S)
         await _first_of(_all(tasks), self._hurrying.wait(), asyncio.sleep(left_s))
-
-
-def _ending(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
 
 
 async def _all(tasks: Iterable[asyncio.Task[None]]) -> None:

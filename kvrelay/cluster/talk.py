@@ -8,8 +8,9 @@ import time
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from kvrelay.cluster.client import ClusterClient
+from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.cluster.tables import status_tables
+from kvrelay.core.errors import KVRelayError
 
 _WATCH_INTERVAL_S = 1.0
 
@@ -22,6 +23,8 @@ def show_status(url: str, *, watch: bool) -> None:
             _watch(cluster, console)
         else:
             console.print(status_tables(cluster.status()))
+            if (reason := cluster.not_ready_because()) is not None:
+                console.print(f"not ready: {reason}", style="yellow")
 
 
 def _watch(cluster: ClusterClient, console: Console) -> None:
@@ -53,8 +56,15 @@ def converse(url: str, max_tokens: int) -> None:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
-            history.append({"role": "user", "content": text})
-            history.append({"role": "assistant", "content": _answer(cluster, history, max_tokens)})
+            question = {"role": "user", "content": text}
+            try:
+                answer = _answer(cluster, [*history, question], max_tokens)
+            except ClusterUnreachableError:
+                raise
+            except KVRelayError as error:  # this question cannot be answered; another may be
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                history += [question, {"role": "assistant", "content": answer}]
 
 
 def _answer(cluster: ClusterClient, messages: list[dict[str, str]], max_tokens: int) -> str:

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
+from kvrelay.cluster.addresses import require_free_addresses
 from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
@@ -18,6 +20,7 @@ from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
 from kvrelay.core.config import ClusterConfig
 from kvrelay.core.runtime_dir import VARIABLE, runtime_dir
+from kvrelay.core.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
 AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
 """What to do once the cluster serves."""
@@ -26,7 +29,11 @@ AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
 async def up(
     config: ClusterConfig, path: Path, overrides: Sequence[str], console: Console, after_ready: AfterReady | None = None
 ) -> int:
-    """Run the cluster of ``config``, read from ``path`` with ``overrides``, until a signal; return the exit code."""
+    """Run the cluster of ``config``, read from ``path`` with ``overrides``, until a signal; return the exit code.
+
+    Raises ConfigError if one of its addresses is taken or is not this host's.
+    """
+    require_free_addresses(config)
     specs = process_specs(config, path, overrides)
     display = Display(console, [spec.name for spec in specs])
 
@@ -39,16 +46,14 @@ async def up(
         if after_ready is not None:
             await after_ready(supervisor, display)
 
-    with runtime_dir() as directory, ClusterClient(config.router.url) as client:
-        env = {**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"}
-        supervisor = Supervisor(specs, config.cluster, env, display, probe=probe, on_ready=on_ready)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, supervisor.stop)
+    with ClusterClient(config.router.url) as client:
+        supervisor = Supervisor(specs, config.cluster, display, probe=probe, on_ready=on_ready)
+        handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:
-            return await supervisor.run()
+            with runtime_dir() as directory, closing(display):
+                return await supervisor.run({**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"})
         finally:
-            display.close()
+            ignore_stop_signals()
 
 
 def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
+from kvrelay.core.addresses import tcp_address
 from kvrelay.core.config_document import Document, Key
 from kvrelay.core.config_rules import inconsistencies, suggestion
 from kvrelay.core.config_sections import (
@@ -92,7 +93,7 @@ class NodeConfig(Sections):
     @property
     def address(self) -> str:
         """Where other nodes reach this one."""
-        return f"tcp://{self.host}:{self.port}"
+        return tcp_address(self.host, self.port)
 
 
 class ClusterConfig(Sections):
@@ -159,6 +160,9 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
     return problems
 
 
+_SUBJECT = re.compile(r"^\w+ (?=should )")
+"""What pydantic calls a value: the key names it better."""
+
 _REASONS = {
     "missing": "is missing",
     "too_short": "should not be empty",
@@ -174,7 +178,8 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
         return "unknown key" + suggestion(ClusterConfig, key)
     if kind == "refused":
         return message
-    return _REASONS.get(kind, message.removeprefix("Input ") + ", not {shown}").replace("{shown}", document.shown(key))
+    otherwise = _SUBJECT.sub("", message) + ", not {shown}"
+    return _REASONS.get(kind, otherwise).replace("{shown}", document.shown(key))
 
 
 def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:

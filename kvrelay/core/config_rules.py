@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from kvrelay.core.addresses import netloc
 from kvrelay.core.config_document import Key
 from kvrelay.core.config_sections import CacheConfig, ModelConfig, Role, RouterConfig, SchedulerConfig, Section
 
@@ -77,12 +78,12 @@ def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) ->
     router = data["router"] if isinstance(data.get("router"), dict) else {}
     host, port = router.get("host", "127.0.0.1"), router.get("port", RouterConfig().port)
     control = str(router.get("control", RouterConfig().control)).removeprefix("tcp://")
-    taken = {f"{host}:{port}": "router.port"}
+    taken = {netloc(str(host), port): "router.port"}
     if control in taken:
         yield ("router", "control"), f"{control} is router.port's already"
     taken[control] = "router.control"
     for index, node in nodes:
-        address = f"{node.get('host', '127.0.0.1')}:{node.get('port')}"
+        address = netloc(str(node.get("host", "127.0.0.1")), node.get("port"))
         if address in taken and "port" in node:
             yield ("nodes", index, "port"), f"{address} is {taken[address]}'s already"
         taken.setdefault(address, f"node {node.get('name', index)}")

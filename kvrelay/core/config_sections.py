@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
+
+from kvrelay.core.addresses import HOST_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -44,8 +46,25 @@ def _parse_size(value: object) -> object:
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
 
 
+def _checked_host(host: str) -> str:
+    try:
+        check_host(host)
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return host
+
+
+def _checked_tcp_address(address: str) -> str:
+    try:
+        split_tcp_address(address)
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return address
+
+
 Port = Annotated[int, Field(ge=1, le=65535)]
-Host = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9._-]+$")]
+Host = Annotated[str, Field(min_length=1, max_length=253, pattern=HOST_PATTERN), AfterValidator(_checked_host)]
+TcpAddress = Annotated[str, Field(max_length=300, pattern=TCP_PATTERN), AfterValidator(_checked_tcp_address)]
 SizeBytes = Annotated[int, BeforeValidator(_parse_size, json_schema_input_type=int | str)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -56,6 +75,9 @@ class ModelConfig(Section):
     path: str = Field("models/demo", min_length=1, description="Directory of the checkpoint in Hugging Face layout.")
     served_name: str | None = Field(
         None, min_length=1, description="Name clients ask for; default: the directory's name."
+    )
+    aliases: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), strict=False, description="Further names clients may ask for; the checkpoint's path is one anyway."
     )
     dtype: DType = Field(
         "auto", description="Type of weights and compute; auto: the checkpoint's where that is fast, else float32."
@@ -73,12 +95,15 @@ class ModelConfig(Section):
 class RouterConfig(Section):
     """The router: HTTP for clients, a control address for nodes."""
 
-    host: Host = Field("127.0.0.1", description="Address the HTTP server listens on.")
+    host: Host = Field(
+        "127.0.0.1",
+        description="Address the HTTP server listens on; ::, where there is IPv6, stands for all of both kinds.",
+    )
     port: Port = Field(8000, description="Port the HTTP server listens on.")
-    control: str = Field(
+    control: TcpAddress = Field(
         "tcp://127.0.0.1:8100",
-        pattern=r"^tcp://[A-Za-z0-9._-]+:[0-9]{1,5}$",
-        description="registry static: where nodes reach the router, as tcp://host:port; the router listens there.",
+        description="registry static: where nodes reach the router, as tcp://host:port (IPv6: tcp://[::1]:8100); the "
+        "router listens there.",
     )
     prefill_policy: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="How the prefill (or mixed) node of a request is chosen."
@@ -104,13 +129,34 @@ class RouterConfig(Section):
         600.0, gt=0, le=86400, description="Seconds from admission after which a request ends with an error."
     )
     max_body_bytes: SizeBytes = Field(
-        16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB)."
+        16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB), decompressed."
+    )
+    max_header_bytes: SizeBytes = Field(
+        64 << 10, ge=1024, le=1 << 24, description="Longest request line and headers together; longer ones get 431."
+    )
+    request_read_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a client may take to send a request once it has begun; then 408."
+    )
+    keep_alive_timeout_s: float = Field(
+        75.0, gt=0, le=86400, description="Seconds a connection may be idle before the router closes it."
+    )
+    preparation_workers: int = Field(
+        2, ge=1, le=64, description="Processes that tokenize long bodies, started when needed; short ones need none."
+    )
+    preparation_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a worker may take to make prompts of a long body; then 503."
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (), strict=False, description='Origins whose web pages may use the API, or ["*"] for any; none by default.'
+    )
+    access_log: bool = Field(
+        True, description="Log a line per HTTP request; those of probes such as /health at log_level debug only."
     )
 
     @property
     def url(self) -> str:
         """Base URL of the HTTP server."""
-        return f"http://{self.host}:{self.port}"
+        return f"http://{netloc(self.host, self.port)}"
 
 
 class CacheConfig(Section):
@@ -181,6 +227,18 @@ class SchedulerConfig(Section):
     prefill_policy: Literal["dedicated", "shared"] = Field(
         "dedicated", description="Scheduler of prefill nodes; shared: the one of decode nodes, for comparison."
     )
+    prefill_order: Literal["fifo", "shortest_first"] = Field(
+        "shortest_first",
+        description="Which prompt is computed next; shortest_first: the one with fewest tokens still to compute, "
+        "without those in the prefix cache.",
+    )
+    prefill_overtake_tokens: int = Field(
+        16384,
+        ge=0,
+        le=1 << 30,
+        description="At most so many prompt tokens that came later go before a prompt: shorter prompts here, and "
+        "reservations on decode nodes; with max_num_batched_tokens or fewer, shortest_first is the order of arrival.",
+    )
     reserve_policy: Literal["new_token_ratio", "fixed_blocks", "sglang", "none"] = Field(
         "new_token_ratio", description="How much of the pool is kept for running requests when one is admitted."
     )
@@ -222,11 +280,21 @@ class SpeculativeConfig(Section):
         return self
 
 
+LinkKind = Literal["shm", "ipc", "tcp"]
+"""The kinds of link there are (``cache_messager/links``), the fastest first."""
+
+LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
+
+_LINK_CHOICES: dict[str, tuple[LinkKind, ...]] = {"auto": LINK_KINDS, "zmq": ("ipc", "tcp"), "shm": ("shm", "ipc")}
+
+
 class TransferConfig(Section):
     """How KV gets from prefill to decode nodes."""
 
-    link: Literal["auto", "zmq", "shm", "ipc", "tcp"] = Field(
-        "auto", description="auto: shm on the same host, else tcp; zmq: ipc on the same host, else tcp."
+    link: LinkKind | Literal["auto", "zmq"] = Field(
+        "auto",
+        description="auto: shm on the same host, else tcp; zmq: ipc on the same host, else tcp; shm: ipc where the pool"
+        " cannot be mapped.",
     )
     layerwise: bool = Field(True, description="Send each layer as soon as it is computed, not all at the end.")
     checksum: bool = Field(True, description="Verify an xxh3 digest of every frame.")
@@ -242,6 +310,11 @@ class TransferConfig(Section):
         le=1 << 40,
         description="KV a decode node lets each sender have under way, in bytes (also 64MiB).",
     )
+
+    @property
+    def link_kinds(self) -> tuple[str, ...]:
+        """The kinds of link that ``link`` allows, the fastest first."""
+        return _LINK_CHOICES.get(self.link, (self.link,))
 
 
 _STORAGE_KEYS: dict[str, set[str]] = {
@@ -359,6 +432,9 @@ class FakeEngineConfig(Section):
     eos_every: int = Field(
         256, ge=0, le=1 << 32, description="About one token in so many is an end-of-sequence; 0: none."
     )
+    broken_token: int | None = Field(
+        None, ge=0, le=1 << 24, description="A sequence with this token fails, as one whose embedding is not finite."
+    )
 
 
 class EngineConfig(Section):
@@ -395,6 +471,13 @@ class ClusterSettings(Section):
         0.5, gt=0, le=3600, description="Seconds before a crashed process is started again; doubles with each crash."
     )
     restart_backoff_max_s: float = Field(30.0, gt=0, le=3600, description="The longest such wait, in seconds.")
+    max_crashes: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="Crashes in a row, before it is ready or by a fault of its code (SIGILL, SIGSEGV, SIGBUS, SIGFPE, "
+        "SIGABRT), after which a process is not started again and the cluster ends.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ KVRelayError
 │   └── NeverFitsError
 ├── QueueFullError              try later (429)
 ├── NoNodeError                 nothing can serve now (503)
+├── PreparationError            a long body could not be made a prompt (503)
 ├── TransferError               KV did not get across (503)
 │   ├── TransferTimeoutError
 │   ├── PeerLostError
@@ -21,7 +22,7 @@ KVRelayError
 │   └── StorageUnavailableError     it cannot be reached, or does not answer in time
 ├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── CheckpointError             the model's files cannot be loaded
-└── EngineError                 the model step failed (500)
+└── EngineError                 the engine could not compute a sequence (500)
 
 "No blocks now" and "refused" are values, not exceptions.
 """
@@ -118,6 +119,13 @@ class NoNodeError(KVRelayError):
     code = "no_node_available"
 
 
+class PreparationError(KVRelayError):
+    """The router could not make a prompt of a long body: it took too long, or the process that did it died."""
+
+    http_status = 503
+    code = "preparation_failed"
+
+
 class TransferError(KVRelayError):
     """KV did not get from P to D."""
 
@@ -178,6 +186,10 @@ class CheckpointError(KVRelayError):
 
 
 class EngineError(KVRelayError):
-    """A model step failed."""
+    """The engine could not compute a sequence, or a whole step."""
 
     code = "engine_error"
+
+    def __init__(self, message: str, *, request_id: str | None = None, retryable: bool = False) -> None:
+        super().__init__(message, request_id=request_id)
+        self.retryable = retryable

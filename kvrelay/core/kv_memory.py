@@ -1,4 +1,4 @@
-"""The memory of a node's KV pool, shared with its messager and with messagers on the same host.
+"""A KV pool in host memory, shared with the node's messager and with messagers on the same host.
 
 The memory is an anonymous file (``memfd_create``): it has no name that could outlive its processes, so a node
 that is killed leaves nothing behind, and its size is not bound by a small ``/dev/shm``. Another process of the
@@ -12,14 +12,18 @@ import contextlib
 import mmap
 import os
 import secrets
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from kvrelay.core.errors import GeometryMismatchError, PeerLostError
+from kvrelay.core import kv_copy
+from kvrelay.core.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv_handle import KVMemoryHandle
+from kvrelay.core.kv_pool import HostBlock, KVPool
 
 TAG_BYTES = 16
 
@@ -29,7 +33,10 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class KVMemory:
-    """All KV blocks of one node: ``planes[layer, 0 for K or 1 for V, block]`` is one block's bytes in one layer."""
+    """All KV blocks of one node (see ``kv_pool.KVPool``).
+
+    Only the engine, which owns them, uses ``planes[layer, 0 for K or 1 for V, block]``: a block's bytes in one layer.
+    """
 
     def __init__(self, geometry: KVGeometry, handle: KVMemoryHandle, fd: int) -> None:
         self.geometry = geometry
@@ -46,13 +53,22 @@ class KVMemory:
 
     @classmethod
     def create(cls, geometry: KVGeometry, num_blocks: int) -> KVMemory:
-        """Make zeroed memory for ``num_blocks`` blocks, owned by this process."""
-        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
+        """Make zeroed memory for ``num_blocks`` blocks, owned by this process.
+
+        Raises ConfigError if that is more than this machine has or gives.
+        """
         size_bytes = num_blocks * geometry.block_bytes
-        os.ftruncate(fd, size_bytes + TAG_BYTES)
-        tag = secrets.token_hex(TAG_BYTES // 2)
-        os.pwrite(fd, tag.encode(), size_bytes)
-        return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
+        if size_bytes > (total := _machine_bytes()):
+            raise _too_large(num_blocks, size_bytes, f"this machine has {total:,} bytes of memory")
+        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_bytes + TAG_BYTES)
+            tag = secrets.token_hex(TAG_BYTES // 2)
+            os.pwrite(fd, tag.encode(), size_bytes)
+            return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
+        except OSError as error:
+            os.close(fd)
+            raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
 
     @classmethod
     def attach(cls, geometry: KVGeometry, handle: KVMemoryHandle) -> KVMemory:
@@ -79,10 +95,39 @@ class KVMemory:
         """Bytes of all blocks together."""
         return self.planes.nbytes
 
-    def layer_parts(self, layer: int, block_ids: list[BlockId]) -> list[Bytes]:
-        """Return views of ``block_ids`` in one layer: all K, then all V, one view for each run of consecutive ids."""
-        runs = consecutive_runs(block_ids)
-        return [self.planes[layer, kv, first : first + count].reshape(-1) for kv in (0, 1) for first, count in runs]
+    # ------------------------------------------------------------ for those who do not own it: see KVPool
+
+    def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
+        """See KVPool: views where blocks lie together, copies where they are scattered."""
+        return kv_copy.read(self._planes_of(layers), block_ids)
+
+    def digest(self, layers: range, block_ids: list[BlockId]) -> int:
+        """See KVPool."""
+        return _digest(kv_copy.pieces(self._planes_of(layers), block_ids))
+
+    def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
+        """See KVPool."""
+        kv_copy.write(self._planes_of(layers), block_ids, payload)
+
+    def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
+        """See KVPool: the source must be host memory too."""
+        if not isinstance(source, KVMemory):
+            raise GeometryMismatchError(f"host memory cannot be copied from {type(source).__name__}")
+        return _digest(kv_copy.copy(self._planes_of(layers), target_ids, source._planes_of(layers), source_ids))
+
+    def copy_out(self, block_ids: Sequence[BlockId], into: Sequence[HostBlock]) -> None:
+        """See KVPool."""
+        for block, target in zip(block_ids, into, strict=True):
+            np.copyto(target, self.planes[:, :, block])
+
+    @contextlib.contextmanager
+    def lend(self, block_ids: Sequence[BlockId]) -> Iterator[list[HostBlock]]:
+        """See KVPool: the blocks themselves."""
+        yield [self.planes[:, :, block] for block in block_ids]
+
+    def _planes_of(self, layers: range) -> list[Bytes]:
+        """Return K and V of each layer."""
+        return [plane for layer in layers for plane in self.planes[layer]]
 
     def close(self) -> None:
         """Give the memory back; it is gone when the last process that maps it has done so."""
@@ -92,12 +137,16 @@ class KVMemory:
         os.close(self._fd)
 
 
-def consecutive_runs(block_ids: list[BlockId]) -> list[tuple[BlockId, int]]:
-    """Return ``block_ids`` as (first, count) runs, in order: ``[4, 5, 6, 2]`` is ``[(4, 3), (2, 1)]``."""
-    runs: list[tuple[BlockId, int]] = []
-    for block in block_ids:
-        if runs and runs[-1][0] + runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((block, 1))
-    return runs
+def _digest(parts: Iterable[memoryview]) -> int:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _too_large(num_blocks: int, size_bytes: int, reason: str) -> ConfigError:
+    return ConfigError([f"cache.num_blocks: {num_blocks:,} blocks take {size_bytes:,} bytes: {reason}"])

@@ -37,7 +37,7 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class LayerComputed:
-    """The KV of one layer of the running step is in the pool."""
+    """The KV of one layer of the running step is in the pool, but for sequences that the step's result calls failed."""
 
     step: int
     layer: int
@@ -45,17 +45,9 @@ class LayerComputed:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answers RunStep."""
+    """Answers RunStep, whatever happens: errors are part of the result, by sequence."""
 
     result: StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailed:
-    """Answers RunStep when the engine raised: nothing was sampled, the KV of the batch is undefined."""
-
-    step: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +104,6 @@ CoreEvent: TypeAlias = (
     | PeerLost
     | LayerComputed
     | StepDone
-    | StepFailed
     | TimerFired
     | Started
     | StopRequested
@@ -150,7 +141,7 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one model step; StepDone or StepFailed follows, after LayerComputed for each layer."""
+    """Run one model step; StepDone follows, after LayerComputed for each layer."""
 
     plan: StepPlan
 
@@ -210,6 +201,11 @@ class Announce:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """Have whoever supervises this process know that its start is over. Again is no fault."""
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """Write a log line. For people: nothing depends on it."""
 
@@ -226,7 +222,19 @@ class Exit:
 
 
 CoreAction: TypeAlias = (
-    Send | Connect | Disconnect | RunStep | SetTimer | CancelTimer | StageKV | StoreKV | LoadKV | Announce | Log | Exit
+    Send
+    | Connect
+    | Disconnect
+    | RunStep
+    | SetTimer
+    | CancelTimer
+    | StageKV
+    | StoreKV
+    | LoadKV
+    | Announce
+    | Ready
+    | Log
+    | Exit
 )
 
 

@@ -8,7 +8,7 @@ from kvrelay.core.config import NodeConfig
 from kvrelay.core.errors import RemoteProtocolError
 from kvrelay.core.ids import ROUTER, PeerId, peer_name
 from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import Announce, CoreAction, Exit, Log, Send
+from kvrelay.core.machine import Announce, CoreAction, Exit, Log, Ready, Send
 from kvrelay.core.messages import router_to_node
 from kvrelay.core.messages.base import Heartbeat, Load, Message
 from kvrelay.core.messages.node_to_router import Drained, Leaving, Register
@@ -58,7 +58,7 @@ class Membership:
     def join(self) -> list[CoreAction]:
         """Ask to be registered: the node can serve."""
         self._joined = True
-        return [Send(ROUTER, self._registration)] if self._is_static else [Announce(READY)]
+        return [Ready(), Send(ROUTER, self._registration) if self._is_static else Announce(READY)]
 
     def beat(self, load: Load) -> list[CoreAction]:
         """Show every router a sign of life, or ask again to be registered."""

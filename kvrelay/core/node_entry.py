@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
+from kvrelay.core.addresses import split_tcp_address
 from kvrelay.core.errors import RemoteProtocolError
 from kvrelay.core.ids import PeerId, peer_id
 from kvrelay.core.membership import DRAINING
@@ -13,9 +12,6 @@ from kvrelay.core.messages.node_to_router import Register
 
 MAX_ENTRY_BYTES = 64 << 10
 """Longest entry that is looked at."""
-
-_ADDRESS = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
-_MAX_PORT = 65535
 
 
 class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,10 +50,17 @@ def unpack_entry(data: bytes) -> NodeEntry:
         entry = msgspec.json.decode(data, type=NodeEntry)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(str(error)) from error
-    found = _ADDRESS.fullmatch(entry.address)
-    if found is None or not 0 < int(found[1]) <= _MAX_PORT:
+    if not _is_address(entry.address):
         raise RemoteProtocolError(f"no address of a node: {entry.address!r:.100}")
     return entry
+
+
+def _is_address(address: str) -> bool:
+    try:
+        _, port = split_tcp_address(address)
+    except ValueError:
+        return False
+    return port > 0
 
 
 def present(entries: list[NodeEntry]) -> list[NodeEntry]:

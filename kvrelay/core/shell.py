@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -18,12 +17,15 @@ from kvrelay.core.machine import (
     Exit,
     Log,
     Machine,
+    Ready,
     Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
 )
+from kvrelay.core.startup import READY, startup
+from kvrelay.core.stop_signals import StopRequests, handle_stop_signals
 from kvrelay.core.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -45,12 +47,15 @@ class Shell:
         self._loop = asyncio.get_running_loop()
         self._events: deque[object] = deque()
         self._running = False
+        self._listening = False
+        self._stop_requests = StopRequests()
         self._timers: dict[Hashable, asyncio.TimerHandle] = {}
         self._done: asyncio.Future[str] = self._loop.create_future()
         self._handlers: dict[type, Handler] = {
             SetTimer: self._set_timer,
             CancelTimer: self._cancel_timer,
             Log: lambda action: log_event(action.level, action.event, action.fields),
+            Ready: lambda _: startup.report(READY),
             Exit: self._exit,
             **(handlers or {}),
         }
@@ -69,6 +74,16 @@ class Shell:
         """Queue ``event`` from any thread."""
         self._loop.call_soon_threadsafe(self.post, event)
 
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the loop's thread; from any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    def listen_for_stop(self) -> None:
+        """Have SIGTERM and SIGINT ask the machine to stop, once it runs; ``run`` does it at the latest."""
+        if not self._listening:
+            self._listening = True
+            handle_stop_signals(self._loop, self._told_to_stop)
+
     async def run(self, transport: Transport) -> str:
         """Run until the machine exits; return its reason. SIGTERM and SIGINT ask it to stop."""
         self._handlers |= {
@@ -76,8 +91,7 @@ class Shell:
             Connect: lambda action: transport.connect(action.peer, action.address),
             Disconnect: lambda action: transport.disconnect(action.peer),
         }
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self.post, StopRequested())
+        self.listen_for_stop()
         self._events.appendleft(Started())
         self._running = True
         self._loop.call_soon(self._pump)
@@ -86,6 +100,10 @@ class Shell:
         finally:
             for timer in self._timers.values():
                 timer.cancel()
+
+    def _told_to_stop(self) -> None:
+        if self._stop_requests.is_new(self._clock.now()):
+            self.post(StopRequested())
 
     def _pump(self) -> None:
         # The event stays at the head while it is handled, so that post() does not schedule a second pump.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from kvrelay.core.errors import EngineError
 from kvrelay.core.request import Sequence, TokenLogprobs
 
 
@@ -34,6 +35,11 @@ class ScheduledSequence(NamedTuple):
         end = self.start + self.num_tokens - len(drafts)
         return [*self.sequence.token_ids[self.start : end], *drafts]
 
+    @property
+    def without_drafts(self) -> ScheduledSequence:
+        """The plain step in its place."""
+        return self._replace(num_tokens=self.num_tokens - len(self.drafts or ()), drafts=None)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -58,9 +64,39 @@ class SampledTokens(NamedTuple):
     logprobs: list[TokenLogprobs]
 
 
+class SequenceFailed(NamedTuple):
+    """Why one sequence of a step cannot go on. The other sequences of the step are as they would be without it.
+
+    The KV of the tokens that the step computed of it is undefined: it must never be published. ``retryable``: another
+    node, or a later try, may succeed.
+    """
+
+    reason: str
+    retryable: bool = False
+
+    @property
+    def error(self) -> EngineError:
+        """The error that ends the request."""
+        return EngineError(self.reason, retryable=self.retryable)
+
+
+SequenceOutcome: TypeAlias = SampledTokens | SequenceFailed
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """``sampled[i]`` belongs to ``plan.batch[i]``."""
+    """``outcomes[i]`` belongs to ``plan.batch[i]``."""
 
     step: int
-    sampled: list[SampledTokens]
+    outcomes: list[SequenceOutcome]
+
+    @property
+    def sampled(self) -> list[SampledTokens]:
+        """The tokens of every sequence, for whoever runs an engine by hand. Raises EngineError if a sequence failed."""
+        return [_tokens_of(outcome) for outcome in self.outcomes]
+
+
+def _tokens_of(outcome: SequenceOutcome) -> SampledTokens:
+    if isinstance(outcome, SequenceFailed):
+        raise outcome.error
+    return outcome

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from kvrelay.core.addresses import is_ipv6
 from kvrelay.core.codec import decode, encode
 from kvrelay.core.errors import LocalProtocolError, RemoteProtocolError
 from kvrelay.core.ids import PeerId
@@ -58,6 +59,7 @@ class Transport:
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bound = []
         for address in addresses:
+            self._router.setsockopt(zmq.IPV6, is_ipv6(address))
             self._router.bind(address)
             bound.append(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._watch(self._router)
@@ -69,6 +71,7 @@ class Transport:
             raise LocalProtocolError(f"already connected to {peer}")
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self.me.encode())
+        dealer.setsockopt(zmq.IPV6, is_ipv6(address))
         dealer.connect(address)
         self._dealers[peer] = dealer
         self._names[dealer] = peer

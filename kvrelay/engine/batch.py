@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.core.step import ScheduledSequence, SequenceFailed, SequenceOutcome
 
+Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -20,7 +20,7 @@ Int64 = npt.NDArray[np.int64]
 class Span:
     """The rows of one sequence: ``num_tokens`` from ``first_row`` on, for positions from ``start`` on.
 
-    ``index``: where the sequence is in the plan's batch.
+    ``index``: where the sequence is among the batch's ``items``.
     ``block_table``: the sequence's own table, where it lies, as far as the step's last position.
     """
 
@@ -49,14 +49,19 @@ class Span:
 class RaggedBatch:
     """All rows of a step. Row r is a token ``token_ids[r]`` at ``positions[r]``.
 
+    ``items`` are the sequences that are computed, in order of the plan. The others broke a limit: they are ``failed``,
+    by their place in the plan.
+
     The KV of row ``written_rows[i]`` (None: of row i) goes to slot ``slot_mapping[i]``; that of other rows is there
     already. Spans are ordered by context length with single tokens first, so that similar decodes lie side by side.
-    ``sampling_rows`` are the rows after which a token is sampled, in order of the plan's batch: one for each sequence
-    that samples, and one more for each of its drafts.
+    ``sampling_rows`` are the rows after which a token is sampled, in order of ``items``: one for each sequence that
+    samples, and one more for each of its drafts.
 
     It is good until the next one is assembled: arrays are kept from step to step, and block tables are the sequences'.
     """
 
+    items: list[ScheduledSequence]
+    failed: dict[int, SequenceFailed]
     spans: list[Span]
     token_ids: Int64
     positions: Int64
@@ -64,54 +69,108 @@ class RaggedBatch:
     written_rows: Int64 | None
     sampling_rows: Int64
 
+    @property
+    def samples_after_every_row(self) -> bool:
+        """Whether there are logits for each row."""
+        return len(self.sampling_rows) == len(self.token_ids)
 
-class PoolLimits(NamedTuple):
-    """What a step must stay within, or it would read or write beside the pool."""
+    def outcomes(self, computed: Iterable[SequenceOutcome]) -> list[SequenceOutcome]:
+        """Return the outcome of each sequence of the plan; ``computed`` are those of ``items``."""
+        if not self.failed:
+            return list(computed)
+        others, places = iter(computed), range(len(self.items) + len(self.failed))
+        return [self.failed[place] if place in self.failed else next(others) for place in places]
+
+    def first_positions_of(self, rows: Bools) -> dict[int, int]:
+        """Return for each of ``items`` that has any of ``rows`` [number of rows] the position of the first.
+
+        Rows of drafts are nobody's: they mean nothing unless the draft is accepted.
+        """
+        if not rows.any():
+            return {}
+        positions: dict[int, int] = {}
+        for span in self.spans:
+            end = span.first_row + span.num_tokens - len(self.items[span.index].drafts or ())
+            own = rows[span.first_row : end]
+            if own.any():
+                positions[span.index] = span.start + int(own.argmax())
+        return positions
+
+
+class StepLimits(NamedTuple):
+    """What each sequence of a step must stay within, or the step would read or write beside the pool or the weights."""
 
     block_size: int
     num_blocks: int
     max_model_len: int
+    vocab_size: int
+
+
+class _Part(NamedTuple):
+    """What a step computes of one sequence, and the blocks up to the last token, where the sequence has them."""
+
+    token_ids: list[int]
+    block_table: Int32
 
 
 class BatchAssembler:
     """Flattens one step after the other into the same arrays, which grow to the largest of them."""
 
-    def __init__(self, limits: PoolLimits) -> None:
+    def __init__(self, limits: StepLimits) -> None:
         self._limits = limits
         self._rows = np.empty((3, 0), np.int64)
         """Token ids, positions and slots."""
 
     def assemble(self, scheduled: Sequence[ScheduledSequence]) -> RaggedBatch:
-        """Flatten ``scheduled``, which is not empty. Raises EngineError if one of it breaks the limits."""
+        """Flatten those of ``scheduled`` that are within the limits; perhaps there are none."""
+        items: list[ScheduledSequence] = []
+        parts: list[_Part] = []
+        failed: dict[int, SequenceFailed] = {}
+        for place, item in enumerate(scheduled):
+            part = _part(item, self._limits)
+            if isinstance(part, SequenceFailed) and item.drafts:
+                item = item.without_drafts  # noqa: PLW2901 (a guess beyond the limits is a wrong one)
+                part = _part(item, self._limits)
+            if isinstance(part, SequenceFailed):
+                failed[place] = part
+            else:
+                items.append(item)
+                parts.append(part)
+        return self._flatten(items, parts, failed)
+
+    def _flatten(
+        self, items: list[ScheduledSequence], parts: list[_Part], failed: dict[int, SequenceFailed]
+    ) -> RaggedBatch:
         block_size = self._limits.block_size
-        order = sorted(range(len(scheduled)), key=lambda index: _sort_key(scheduled[index]))
-        num_rows = sum(item.num_tokens for item in scheduled)
+        order = sorted(range(len(items)), key=lambda index: _sort_key(items[index]))
+        num_rows = sum(item.num_tokens for item in items)
         if num_rows > self._rows.shape[1]:
             self._rows = np.empty((3, max(num_rows, 2 * self._rows.shape[1])), np.int64)
         token_ids, positions, slots = self._rows[:, :num_rows]
         spans: list[Span] = []
-        last_rows = [0] * len(scheduled)
+        last_rows = [0] * len(items)
         first = 0
         for index in order:
-            item = scheduled[index]
-            table = _block_table(item, self._limits)
-            _, start, num_tokens, *_ = item
+            ids, table = parts[index]
+            _, start, num_tokens, *_ = items[index]
             span = Span(index, first, num_tokens, start, table, block_size)
             if num_tokens == 1:
-                token_ids[first] = item.token_ids[0]
+                token_ids[first] = ids[0]
                 positions[first] = start
                 slots[first] = int(table[-1]) * block_size + start % block_size
             else:
                 rows = slice(first, first + num_tokens)
-                token_ids[rows] = item.token_ids
+                token_ids[rows] = ids
                 positions[rows] = np.arange(start, start + num_tokens)
                 slots[rows] = span.slots(start)
             spans.append(span)
             first += num_tokens
             last_rows[index] = first - 1
-        written = _written_rows(spans, scheduled, positions)
-        sampling = [last_rows[index] - back for index, item in enumerate(scheduled) for back in _places(item)]
+        written = _written_rows(spans, items, positions)
+        sampling = [last_rows[index] - back for index, item in enumerate(items) for back in _places(item)]
         return RaggedBatch(
+            items=items,
+            failed=failed,
             spans=spans,
             token_ids=token_ids,
             positions=positions,
@@ -126,9 +185,9 @@ def _places(item: ScheduledSequence) -> range:
     return range(len(item.drafts or ()), -1, -1) if item.samples else range(0)
 
 
-def _written_rows(spans: list[Span], scheduled: Sequence[ScheduledSequence], positions: Int64) -> Int64 | None:
+def _written_rows(spans: list[Span], items: Sequence[ScheduledSequence], positions: Int64) -> Int64 | None:
     """Return the rows whose KV is not there yet, or None if that is every row, as it nearly always is."""
-    computed = [scheduled[span.index].sequence.num_computed_tokens for span in spans]
+    computed = [items[span.index].sequence.num_computed_tokens for span in spans]
     if all(num_tokens <= span.start for num_tokens, span in zip(computed, spans, strict=True)):
         return None
     firsts = np.repeat(computed, [span.num_tokens for span in spans])
@@ -139,22 +198,24 @@ def _sort_key(item: ScheduledSequence) -> tuple[bool, int]:
     return item.num_tokens > 1, item.start + item.num_tokens
 
 
-def _block_table(item: ScheduledSequence, limits: PoolLimits) -> Int32:
-    """Return the blocks ``item`` needs, where its sequence has them. Raises EngineError if it breaks ``limits``."""
+def _part(item: ScheduledSequence, limits: StepLimits) -> _Part | SequenceFailed:
+    """Return what to compute of ``item``, or how it breaks ``limits``."""
     sequence, end = item.sequence, item.start + item.num_tokens
     known = sequence.num_tokens + len(item.drafts or ())
     num_blocks = -(-end // limits.block_size)
     blocks = sequence.block_table
-    reason = None
     if item.num_tokens < 1 or item.start < 0 or end > known:
-        reason = f"the step wants positions {item.start} to {end} of {known} tokens"
-    elif end > limits.max_model_len:
-        reason = f"{end} tokens are more than the model's {limits.max_model_len}"
-    elif len(blocks) < num_blocks:
-        reason = f"{len(blocks)} blocks of {limits.block_size} do not hold {end} tokens"
+        return SequenceFailed(f"the step wants positions {item.start} to {end} of {known} tokens")
+    if end > limits.max_model_len:
+        return SequenceFailed(f"{end} tokens are more than the model's {limits.max_model_len}")
+    if len(blocks) < num_blocks:
+        return SequenceFailed(f"{len(blocks)} blocks of {limits.block_size} do not hold {end} tokens")
     # as unsigned numbers, so that one comparison finds those below 0 as well
-    elif np.maximum.reduce(np.frombuffer(blocks, np.uint32, num_blocks)) >= limits.num_blocks:
-        reason = f"the block table leaves the pool of {limits.num_blocks} blocks"
-    if reason is not None:
-        raise EngineError(reason, request_id=sequence.spec.request_id)
-    return np.frombuffer(blocks, np.int32, num_blocks)
+    if np.maximum.reduce(np.frombuffer(blocks, np.uint32, num_blocks)) >= limits.num_blocks:
+        return SequenceFailed(f"the block table leaves the pool of {limits.num_blocks} blocks")
+    token_ids = item.token_ids
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= limits.vocab_size:
+        outside = lowest if lowest < 0 else highest
+        return SequenceFailed(f"token id {outside} is not in the vocabulary of {limits.vocab_size}")
+    return _Part(token_ids, np.frombuffer(blocks, np.int32, num_blocks))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.batch import Bools, RaggedBatch
 from kvrelay.engine.checkpoint import Checkpoint, Float32
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor, WeightPacking
@@ -92,6 +92,17 @@ def _halves_split(tensor: Float32, name: str, config: DecoderConfig) -> Float32:
     return heads[:, half_split_order(config.head_dim)].reshape(tensor.shape)
 
 
+class Forward(NamedTuple):
+    """What a forward pass gives: float32 ``logits`` [sampling rows, vocab_size], and ``broken_rows`` [rows].
+
+    ``broken_rows``: where the last layer's result is not finite; None if every row has logits, which tell as much: they
+    are not finite then either.
+    """
+
+    logits: Float32
+    broken_rows: Bools | None
+
+
 class Decoder:
     """A loaded model: tokens of a batch in, logits out, KV into the pool on the way."""
 
@@ -104,10 +115,8 @@ class Decoder:
         """Return the pool in ``memory`` as ``forward`` takes it."""
         return self._kernels.map_pool(memory)
 
-    def forward(
-        self, batch: RaggedBatch, pool: Sequence[LayerKV], on_layer: Callable[[int], None]
-    ) -> npt.NDArray[np.float32]:
-        """Compute ``batch``; return float32 logits [number of sampling rows, vocab_size].
+    def forward(self, batch: RaggedBatch, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Forward:
+        """Compute ``batch``, which is not empty.
 
         Calls ``on_layer(layer)`` when the layer's KV is in ``pool``.
         """
@@ -123,6 +132,7 @@ class Decoder:
             residual = kernels.add_linear(attended, layer.out, residual)
             gate_up = kernels.linear(kernels.normalize(residual, layer.post_attention_norm, eps), layer.gate_up)
             residual = kernels.add_linear(kernels.silu_mul(gate_up), layer.down, residual)
+        broken = None if batch.samples_after_every_row else ~kernels.finite_rows(residual)
         if not batch.sampling_rows.size:
-            return np.empty((0, config.vocab_size), np.float32)
-        return kernels.logits(residual, batch.sampling_rows, weights.final_norm, eps, weights.lm_head)
+            return Forward(np.empty((0, config.vocab_size), np.float32), broken)
+        return Forward(kernels.logits(residual, batch.sampling_rows, weights.final_norm, eps, weights.lm_head), broken)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvrelay.core.checkpoint_files import read_json_object
 from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.rope import RopeConfig
 
@@ -100,16 +100,7 @@ class DecoderConfig:
 
 def read_decoder_config(model_dir: Path) -> DecoderConfig:
     """Return the config of the checkpoint in ``model_dir``. Raises CheckpointError that says what is wrong with it."""
-    path = model_dir / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return parse_decoder_config(data)
+    return parse_decoder_config(read_json_object(model_dir / "config.json"))
 
 
 def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
@@ -119,6 +110,7 @@ def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
     _refuse_unsupported(values)
     num_heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
     num_layers, max_length = _size(values, "num_hidden_layers"), _size(values, "max_position_embeddings")
+    windows = _windows(family, values, data, num_layers)
     config = DecoderConfig(
         architecture=architecture,
         vocab_size=_size(values, "vocab_size"),
@@ -130,8 +122,8 @@ def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
         head_dim=_size({"head_dim": hidden_size // num_heads, **values}, "head_dim"),
         rms_norm_eps=float(values["rms_norm_eps"]),
         max_position_embeddings=max_length,
-        rope=RopeConfig.parse(values, max_length),
-        windows=_windows(family, values, data, num_layers),
+        rope=RopeConfig.parse(values, max_length, _layer_types(windows)),
+        windows=windows,
         qkv_bias=_flag(family.qkv_bias, values),
         out_bias=_flag(family.out_bias, values),
         mlp_bias=_flag(family.mlp_bias, values),
@@ -150,8 +142,7 @@ def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
 def read_eos_token_ids(model_dir: Path) -> list[int]:
     """Return the ids that end a text, from ``generation_config.json`` or else ``config.json``; none if neither says."""
     for name in ("generation_config.json", "config.json"):
-        path = model_dir / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        eos = read_json_object(model_dir / name, required=False).get("eos_token_id")
         if eos is not None:
             return [eos] if isinstance(eos, int) else list(eos)
     return []
@@ -207,3 +198,7 @@ def _windows(
             f"layer_types should give sliding_attention or full_attention for each of {num_layers} layers"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _layer_types(windows: tuple[int | None, ...]) -> set[str]:
+    return {"full_attention" if window is None else "sliding_attention" for window in windows}

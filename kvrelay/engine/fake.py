@@ -5,13 +5,16 @@ to it. To sample, it reads the K and V of every position of the context back thr
 So a block that is wrong, missing, stale or out of place gives another token, which is what tests of the machinery
 around it need. The tokens depend on the context alone (and, if they are drawn, on the seed): not on node, batch or
 chunks.
+
+``broken_token`` stands for a token whose embedding is not finite: a sequence fails in the step that computes it, and
+what that step writes for the sequence is wrong from its first position on.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -24,8 +27,15 @@ from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import Attempt
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, Span
+from kvrelay.core.step import (
+    SampledTokens,
+    ScheduledSequence,
+    SequenceFailed,
+    SequenceOutcome,
+    StepPlan,
+    StepResult,
+)
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
 from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 
@@ -49,7 +59,7 @@ class FakeEngine:
         self.vocab_size = config.vocab_size
         self._config = config
         self._sleep = sleep
-        self._assembler = BatchAssembler(PoolLimits(block_size, num_blocks, config.max_model_len))
+        self._assembler = BatchAssembler(StepLimits(block_size, num_blocks, config.max_model_len, config.vocab_size))
         self._contexts: OrderedDict[Attempt, Context] = OrderedDict()
         slots = num_blocks * block_size
         planes = (config.num_layers * 2, slots, self._words.words_per_token)
@@ -59,41 +69,55 @@ class FakeEngine:
         """See Engine. Takes ``step_seconds`` as the config's cost model gives it."""
         layer_s = step_seconds(self._config, plan.batch) / self.geometry.num_layers
         steps = self.layers(plan)
-        for layer in range(self.geometry.num_layers):
-            next(steps)
+        while not isinstance(done := next(steps), StepResult):
             if layer_s > 0:
                 self._sleep(layer_s)
-            on_layer(layer)
-        result = next(steps)
-        if not isinstance(result, StepResult):
-            raise EngineError("a step with more layers than the model")
-        return result
+            on_layer(done)
+        return done
 
     def layers(self, plan: StepPlan) -> Iterator[int | StepResult]:
         """Yield each layer as soon as its KV is in the pool, then the result: for whoever lets time pass in between."""
         if not plan.batch:
             raise EngineError("a step without sequences")
         batch = self._assembler.assemble(plan.batch)
-        chains = np.concatenate([self._chain(span, plan.batch[span.index]) for span in batch.spans])
+        outcomes = (yield from self._compute(batch)) if batch.items else []
+        yield StepResult(plan.step, batch.outcomes(outcomes))
+
+    def _compute(self, batch: RaggedBatch) -> Generator[int, None, list[SequenceOutcome]]:
+        """Yield each layer as soon as its KV is in the pool; return the outcome of each of the batch's items."""
+        chains = np.concatenate([self._chain(span, batch.items[span.index]) for span in batch.spans])
         words = self._words.of_tokens(chains if batch.written_rows is None else chains[batch.written_rows])
         for layer in range(self.geometry.num_layers):
             planes = slice(2 * layer, 2 * layer + 2)
             self._pool[planes, batch.slot_mapping] = words[planes]
             yield layer
-        sampled = [SampledTokens([], []) for _ in plan.batch]
+        outcomes: list[SequenceOutcome] = [SampledTokens([], []) for _ in batch.items]
         for span in batch.spans:
-            item = plan.batch[span.index]
-            if item.samples:
-                sampled[span.index] = self._sample(span, item)
-        yield StepResult(plan.step, sampled)
+            outcomes[span.index] = self._outcome(span, batch.items[span.index])
+        return outcomes
 
     def close(self) -> None:
         """See Engine."""
         del self._pool
         self.memory.close()
 
-    def _sample(self, span: Span, item: ScheduledSequence) -> SampledTokens:
-        """Read the context back and sample after the newest token, and after each draft that is accepted."""
+    def _outcome(self, span: Span, item: ScheduledSequence) -> SequenceOutcome:
+        broken = self._broken_position(item)
+        if broken is not None:
+            return SequenceFailed(f"the model's hidden states are not finite at position {broken}")
+        return self._sample(span, item) if item.samples else SampledTokens([], [])
+
+    def _broken_position(self, item: ScheduledSequence) -> int | None:
+        """Return the first position of the broken token among the tokens computed, its drafts apart."""
+        ids = item.sequence.token_ids[item.start : item.start + item.num_tokens - len(item.drafts or ())]
+        broken = self._config.broken_token
+        return item.start + ids.index(broken) if broken is not None and broken in ids else None
+
+    def _sample(self, span: Span, item: ScheduledSequence) -> SequenceOutcome:
+        """Read the context back and sample after the newest token, and after each draft that is accepted.
+
+        A broken token among those sampled is left to the next step, which computes it as its newest.
+        """
         drafts = item.drafts or ()
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
@@ -101,10 +125,12 @@ class FakeEngine:
             slots = span.slots(0)[: span.context_len - len(drafts) + place]
             # no slot is outside of the pool, so nothing is clipped: it is merely the quick mode
             context = self._words.context_hash(np.take(self._pool, slots, axis=1, mode="clip"))
-            tokens, entries = sample_fake(self._config, ahead(item.sequence, token_ids), context)
-            token_ids += tokens
-            logprobs += entries
-            if tokens[0] != draft:
+            outcome = sample_fake(self._config, ahead(item.sequence, token_ids), context)
+            if isinstance(outcome, SequenceFailed):
+                return SampledTokens(token_ids, logprobs) if token_ids else outcome
+            token_ids += outcome.token_ids
+            logprobs += outcome.logprobs
+            if outcome.token_ids[0] != draft or draft == self._config.broken_token:
                 break
         return SampledTokens(token_ids, logprobs)
 
@@ -120,7 +146,8 @@ class FakeEngine:
             chain = np.concatenate([chain, replace(context).extend(drafts)])
         if len(self._contexts) > _REMEMBERED_SEQUENCES:
             self._contexts.popitem(last=False)
-        return chain[-span.num_tokens :]
+        chain = chain[-span.num_tokens :]
+        return chain if self._broken_position(item) is None else ~chain
 
 
 def fake_geometry(config: FakeEngineConfig, block_size: int) -> KVGeometry:
@@ -148,7 +175,7 @@ def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledSequence]) -> flo
     )
 
 
-def sample_fake(config: FakeEngineConfig, sequence: Sequence, context_hash: int) -> SampledTokens:
+def sample_fake(config: FakeEngineConfig, sequence: Sequence, context_hash: int) -> SequenceOutcome:
     """Return the token after a context of ``context_hash``, by the same sampler that real logits go through."""
     params = sequence.sampling
     eos = () if params.ignore_eos else tuple(params.eos_token_ids)
@@ -160,14 +187,16 @@ def sample_fake(config: FakeEngineConfig, sequence: Sequence, context_hash: int)
 
 
 def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> list[int]:
-    """Return all output tokens a clean run of ``spec`` gives, computed without a pool."""
+    """Return all output tokens a clean run of ``spec`` gives, computed without a pool; up to its error if it fails."""
     words = KVWords(fake_geometry(config, block_size))
     sequence = Sequence(spec)
     context = Context()
     total = words.context_hash(words.of_tokens(context.extend(sequence.token_ids)))
     while True:
-        sequence.token_ids += sample_fake(config, sequence, total).token_ids
-        if sequence.finish_reason() is not None:
+        outcome = sample_fake(config, sequence, total)
+        if not isinstance(outcome, SequenceFailed):
+            sequence.token_ids += outcome.token_ids
+        if isinstance(outcome, SequenceFailed) or sequence.finish_reason() is not None:
             return sequence.token_ids[sequence.num_prompt_tokens :]
         position = context.num_tokens
         newest = words.of_tokens(context.extend(sequence.token_ids[position:]))

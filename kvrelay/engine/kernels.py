@@ -145,3 +145,6 @@ class Kernels(WeightPacking, Protocol):
         self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
     ) -> npt.NDArray[np.float32]:
         """Return linear(normalize(residual[rows], weight, eps), head) on the host: [len(rows), vocab]."""
+
+    def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
+        """Return for each row of ``residual`` whether all of it is finite, on the host: [N]."""

@@ -76,12 +76,15 @@ class StagedPool:
     def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
         """See KVPool."""
         missing = [block for item in scheduled for block in self._missing(item)]
+        # An exception in between leaves nothing noted that is not there: the step may be run again.
         if missing:
             offsets = np.arange(self._block_size)
             slots = (np.array(missing)[:, None] * self._block_size + offsets).reshape(-1)
             for device, host in zip(self.layers, self._host, strict=True):
                 _copy_in(device.keys, host.keys, slots)
                 _copy_in(device.values, host.values, slots)
+        for item in scheduled:
+            self._note(item)
 
     def after_layer(self, layer: int, batch: RaggedBatch) -> None:
         """See KVPool."""
@@ -90,7 +93,7 @@ class StagedPool:
             host[batch.slot_mapping] = paddle.gather(device, slots).numpy()
 
     def _missing(self, item: ScheduledSequence) -> list[BlockId]:
-        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
+        """Return the blocks of context that the device lacks."""
         missing: list[BlockId] = []
         end = item.start + item.num_tokens
         there = max(item.start, item.sequence.num_computed_tokens)
@@ -101,9 +104,14 @@ class StagedPool:
             known = has is not None and has[:2] == (item.sequence.attempt, index) and has.num_tokens >= needed
             if needed > 0 and not known:
                 missing.append(block)
-            filled = min(end - first, self._block_size)
-            self._resident[block] = _Resident(item.sequence.attempt, index, filled)
         return missing
+
+    def _note(self, item: ScheduledSequence) -> None:
+        """Note that the device has all blocks of ``item`` after this step."""
+        end = item.start + item.num_tokens
+        for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
+            filled = min(end - index * self._block_size, self._block_size)
+            self._resident[block] = _Resident(item.sequence.attempt, index, filled)
 
 
 def host_planes(memory: KVMemory) -> list[LayerKV]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvrelay.core.config import NodeConfig, Sections
 from kvrelay.core.errors import CheckpointError, ConfigError
+from kvrelay.core.startup import startup
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 
@@ -43,6 +44,7 @@ def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """Load a checkpoint; Paddle is imported here and nowhere before."""
+    startup.report("importing Paddle")
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
     from kvrelay.engine.choice import choose_kernels  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
@@ -53,6 +55,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
     from kvrelay.engine.rope import Rotation, inverse_frequencies  # noqa: PLC0415
 
+    startup.report("loading weights")
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)

@@ -22,7 +22,7 @@ from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.kv_pool import AddressedPool
 from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrary
-from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
+from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RotationTables
@@ -132,6 +132,8 @@ class NativeKernels:
         self._use_threads()
         out_dtype = "float32" if wide else self.dtype
         if exact or self._quantization is Quantization.NONE:
+            if self.dtype == "float32" and self._library.owns_floats:
+                return OwnLinear(self._library, weight, bias)
             return self._few_rows.joined(self._onednn.pack(weight, bias, self.dtype, out_dtype))
         rows = self._quantized_rows
         return Int8Linear(self._library, weight, bias, self._quantization, self.dtype, out_dtype, rows)
@@ -230,9 +232,17 @@ class NativeKernels:
     def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: NativeLinear) -> Float32:
         """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
-        out = self.linear(hidden, head)
-        array = self._buffers["linear", out.width, 4].array
-        return array.bytes.view(np.float32)[: out.num_rows * out.width].reshape(out.num_rows, out.width)
+        return self._on_host("linear", self.linear(hidden, head))
+
+    def finite_rows(self, residual: Rows) -> npt.NDArray[np.bool_]:
+        """See Kernels."""
+        finite: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(self._on_host("residual", residual)), axis=-1)
+        return finite
+
+    def _on_host(self, operation: str, rows: Rows) -> Float32:
+        """Return float32 ``rows`` of an operation's buffer as an array: good until that is used again."""
+        array = self._buffers[operation, rows.width, 4].array
+        return array.bytes.view(np.float32)[: rows.num_rows * rows.width].reshape(rows.num_rows, rows.width)
 
     def _rows(self, operation: str, count: int, width: int, item_bytes: int) -> Rows:
         key = operation, width, item_bytes

@@ -13,6 +13,7 @@ from kvrelay.engine.int8 import Quantization, quantize_rows
 from kvrelay.engine.native.library import (
     COLUMNS,
     INT8_SLAB,
+    OWN_CHUNK,
     STEP_BYTES,
     WIDENED_SLAB,
     NativeLibrary,
@@ -115,6 +116,47 @@ class _Joined:
         return bool(self._library.multiply(ctypes.byref(call)))
 
 
+class OwnLinear:
+    """A weight of float32 products, all of which are our own: kept in bfloat16 if that holds every element exactly.
+
+    A bfloat16 checkpoint is then read at half the size, and its products are the same as if it were float32.
+    """
+
+    out_dtype = "float32"
+
+    def __init__(self, library: NativeLibrary, weight: Float32, bias: Float32 | None) -> None:
+        """Pack ``weight`` [out, in], which is not kept."""
+        size_out, size_in = weight.shape
+        self.shape = size_in, size_out
+        self._library = library
+        bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+        is_narrow = size_in % 2 == 0 and not (bits & 0xFFFF).any()
+        depth = 2 if is_narrow else 1
+        self._weight = _panels_of((bits >> 16).astype(np.uint16) if is_narrow else weight, depth)
+        self._bias = None if bias is None else _padded(bias)
+        self._call = ProductCall(
+            weights=self._weight.address,
+            bias=_address(self._bias),
+            size_in=size_in,
+            size_out=size_out,
+            x_stride=size_in,
+            panel_steps=-(-size_in // depth),
+            slab=OWN_CHUNK // depth,
+            kind=ProductKind.FLOATS_BY_HALVES if is_narrow else ProductKind.FLOATS,
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the weight a step reads."""
+        return len(self._weight.bytes)
+
+    def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
+        """See NativeLinear."""
+        call = self._call
+        call.x, call.out, call.num_rows, call.accumulate = x, out, num_rows, accumulate
+        self._library.multiply(ctypes.byref(call))
+
+
 class QuantizedRows:
     """Room for the rows of one product as uint8, and their scales: as many as a step has ever needed."""
 
@@ -211,11 +253,11 @@ def _address(array: npt.NDArray[np.generic] | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def _panels_of(values: npt.NDArray[np.int8], depth: int) -> Array:
+def _panels_of(values: npt.NDArray[np.generic], depth: int) -> Array:
     """Return ``values`` [out, in] in panels [out / COLUMNS, in / depth, COLUMNS, depth], with zeros at the edges."""
     size_out, size_in = values.shape
     padded = np.pad(values, ((0, -size_out % COLUMNS), (0, -size_in % depth)))
     panels = padded.reshape(-1, COLUMNS, padded.shape[1] // depth, depth).transpose(0, 2, 1, 3)
-    packed = Array(padded.size)
-    packed.bytes.view(np.int8).reshape(panels.shape)[:] = panels
+    packed = Array(padded.nbytes)
+    packed.bytes.view(values.dtype).reshape(panels.shape)[:] = panels
     return packed

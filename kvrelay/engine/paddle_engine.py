@@ -7,8 +7,8 @@ from collections.abc import Callable
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.step import StepPlan, StepResult
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
+from kvrelay.core.step import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
+from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
@@ -34,11 +34,18 @@ class PaddleEngine:
         self.vocab_size = vocab_size
         self._decoder = decoder
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
-        self._assembler = BatchAssembler(PoolLimits(geometry.block_size, num_blocks, max_model_len))
+        self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
         """See Engine."""
-        batch = self._batch(plan)
+        if not plan.batch:
+            raise EngineError("a step without sequences")
+        batch = self._assembler.assemble(plan.batch)
+        outcomes = self._compute(batch, on_layer) if batch.items else []
+        return StepResult(plan.step, batch.outcomes(outcomes))
+
+    def _compute(self, batch: RaggedBatch, on_layer: Callable[[int], None]) -> list[SequenceOutcome]:
+        """Return the outcome of each of the batch's items."""
         pool = self._pool
 
         def layer_written(layer: int) -> None:
@@ -46,20 +53,32 @@ class PaddleEngine:
             on_layer(layer)
 
         with paddle.no_grad():
-            pool.before_step(plan.batch)
-            logits = self._decoder.forward(batch, pool.layers, layer_written)
-        return StepResult(plan.step, sample_step(logits, plan.batch))
-
-    def _batch(self, plan: StepPlan) -> RaggedBatch:
-        if not plan.batch:
-            raise EngineError("a step without sequences")
-        batch = self._assembler.assemble(plan.batch)
-        lowest, highest = int(batch.token_ids.min()), int(batch.token_ids.max())
-        if lowest < 0 or highest >= self.vocab_size:
-            raise EngineError(f"token ids {lowest} to {highest} leave the vocabulary of {self.vocab_size}")
-        return batch
+            pool.before_step(batch.items)
+            logits, broken_rows = self._decoder.forward(batch, pool.layers, layer_written)
+        outcomes = sample_step(logits, batch.items)
+        if broken_rows is not None:
+            _fail_broken(outcomes, batch, broken_rows)
+        for index, item in enumerate(batch.items):
+            if item.drafts and isinstance(outcomes[index], SequenceFailed):
+                # Perhaps a guess is what is not finite, and spoils the rows before it (see _fail_broken).
+                [outcomes[index]] = self._compute(self._assembler.assemble([item.without_drafts]), lambda layer: None)
+        return outcomes
 
     def close(self) -> None:
         """See Engine."""
         del self._pool  # its tensors and arrays keep the memory mapped
         self.memory.close()
+
+
+def _fail_broken(outcomes: list[SequenceOutcome], batch: RaggedBatch, broken_rows: Bools) -> None:
+    """Let each sequence that has broken rows fail, whether or not its logits show them.
+
+    They need not: a chunk that does not end the prompt has no logits, and the last token does not attend to all others
+    where there are windows. Nothing of such a chunk may be published, its first blocks neither: what kernels mask they
+    multiply by zero, which leaves NaN what it is, so a token that is not finite can spoil those before it in the chunk.
+    Where all rows are finite, so is their KV: a token attends to itself, and what is not finite stays in its row to the
+    last layer.
+    """
+    for index, position in batch.first_positions_of(broken_rows).items():
+        if isinstance(outcomes[index], SampledTokens):
+            outcomes[index] = SequenceFailed(f"the model's hidden states are not finite at position {position}")

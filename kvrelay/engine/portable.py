@@ -135,8 +135,10 @@ class PortableKernels:
         return paddle.nn.functional.embedding(step.token_ids, table)
 
     def normalize(self, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See Kernels."""
-        return paddle.incubate.nn.functional.fused_rms_norm(residual, weight, None, eps, residual.ndim - 1)[0]
+        """See Kernels. Paddle's fused norm is not used: its CPU kernel executes AVX-512 instructions on any CPU."""
+        exact = residual.cast("float32")
+        factors = paddle.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+        return exact.multiply(factors).cast(self.dtype).multiply_(weight)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See Kernels."""
@@ -161,6 +163,11 @@ class PortableKernels:
         logits = self.linear(self.normalize(picked, weight, eps), head)
         values: npt.NDArray[np.float32] = logits.cast("float32").numpy()
         return values
+
+    def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
+        """See Kernels."""
+        finite: npt.NDArray[np.bool_] = paddle.isfinite(residual).all(-1).numpy()
+        return finite
 
     def turn_and_store(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: PortableStep

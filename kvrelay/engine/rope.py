@@ -6,7 +6,7 @@ The formulas are those of Hugging Face transformers, computed in float32 as it d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,26 +36,50 @@ class RopeConfig:
     truncate: bool = True
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], max_position: int) -> RopeConfig:
-        """Read ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``, of a ``config.json``.
+    def parse(
+        cls, values: Mapping[str, Any], max_position: int, layer_types: Collection[str] = ("full_attention",)
+    ) -> RopeConfig:
+        """Read ``rope_scaling`` or ``rope_parameters``, with ``rope_theta``, of a ``config.json``.
 
-        Raises CheckpointError for an unknown kind or a missing number.
+        ``layer_types``: the types of attention that the decoder has. Raises CheckpointError for an unknown kind, a
+        missing number, or parameters that differ between these types: one rotation serves all layers.
         """
-        scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+        declared = values.get(name) or {}
+        if not isinstance(declared, Mapping):
+            raise CheckpointError(f"config.json: {name} should be an object, not {declared!r:.80}")
+        if not any(isinstance(value, Mapping) for value in declared.values()):
+            return cls._parse_one(values, declared, max_position)
+        nested = [_of_layers(declared, name, layer_type) for layer_type in sorted(layer_types)]
+        parsed = [cls._parse_one(values, scaling, max_position) for scaling in nested]
+        if any(rope != parsed[0] for rope in parsed):
+            raise CheckpointError(f"config.json: {name} differs between layers; only one RoPE for all is supported")
+        return parsed[0]
+
+    @classmethod
+    def _parse_one(cls, values: Mapping[str, Any], scaling: Mapping[str, Any], max_position: int) -> RopeConfig:
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind not in KINDS:
             raise CheckpointError(f"rope kind {kind!r} is not supported; supported are {', '.join(KINDS)}")
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        if (scaling.get("partial_rotary_factor") or 1.0) != 1.0:
             raise CheckpointError("partial_rotary_factor other than 1 is not supported")
-        for key in KINDS[kind].required:
+        known = {key: scaling[key] for key in _OPTIONAL if scaling.get(key) is not None}
+        for key in {*known, *KINDS[kind].required}:
             if not isinstance(scaling.get(key), int | float):
                 raise CheckpointError(f"rope kind {kind!r} needs a number {key}, not {scaling.get(key)!r}")
         original = scaling.get("original_max_position_embeddings") or max_position
         if kind == "dynamic":
             original = max_position
-        known = {key: scaling[key] for key in _OPTIONAL if scaling.get(key) is not None}
         theta = float(scaling.get("rope_theta") or values["rope_theta"])
         return cls(kind=kind, theta=theta, original_max_position=int(original), **known)
+
+
+def _of_layers(declared: Mapping[str, Any], name: str, layer_type: str) -> Mapping[str, Any]:
+    """Return the parameters of the layers of ``layer_type``; flat ones beside the nested ones are their defaults."""
+    nested = declared.get(layer_type)
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"config.json: {name} has no parameters for {layer_type}, only for {', '.join(declared)}")
+    return {**{key: value for key, value in declared.items() if not isinstance(value, Mapping)}, **nested}
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[Float32, float]:

@@ -6,10 +6,14 @@ min_p, top_k, top_p and a draw. Log probabilities are those of the model itself,
 The draw inverts the distribution function in vocabulary order with one uniform number that is a hash of the request's
 seed and the token's position. So a token depends on nothing but its context and seed, and a logit that differs in its
 last bits moves a boundary by as little, instead of exchanging neighbours in a sorted order.
+
+What cannot be sampled is the error of its sequence: logits that are NaN or plus infinity (one of minus infinity is a
+token that is never sampled), parameters that leave no token, and whatever else sampling raises.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence as Seq
 from copy import copy
@@ -20,7 +24,7 @@ import xxhash
 
 from kvrelay.core.errors import EngineError
 from kvrelay.core.request import SamplingParams, Sequence, TokenLogprobs
-from kvrelay.core.step import SampledTokens, ScheduledSequence
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, SequenceOutcome
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -29,18 +33,20 @@ GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow."""
 
 _SEED_MASK = (1 << 64) - 1
+_FLOAT32 = np.finfo(np.float32)
 
 
-def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[SampledTokens]:
-    """Return the output tokens of ``batch``, one entry each.
+def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[SequenceOutcome]:
+    """Return the outcome of each of ``batch``: its output tokens, none if it does not sample, or its error.
 
     ``logits`` [rows, vocab_size] has, in order of the batch, a row for each one that samples, or one more than it has
-    drafts. Raises EngineError if a logit is not finite.
+    drafts.
     """
     if all(item.drafts is None for item in batch):
         plain = iter(sample(logits, [item.sequence for item in batch if item.samples]))
         return [next(plain) if item.samples else SampledTokens([], []) for item in batch]
-    sampled, row = [], 0
+    sampled: list[SequenceOutcome] = []
+    row = 0
     for item in batch:
         num_rows = 1 + len(item.drafts or ()) if item.samples else 0
         rows, row = logits[row : row + num_rows], row + num_rows
@@ -48,21 +54,24 @@ def sample_step(logits: Float32, batch: Seq[ScheduledSequence]) -> list[SampledT
     return sampled
 
 
-def verify(logits: Float32, sequence: Sequence, drafts: Seq[int]) -> SampledTokens:
+def verify(logits: Float32, sequence: Sequence, drafts: Seq[int]) -> SequenceOutcome:
     """Return the tokens that sampling one by one would give as far as ``drafts`` guessed them, and the one after.
 
     ``logits`` [1 + len(drafts), vocab_size]: after the newest token and after each draft. A guess is accepted if it is
     what its place samples anyway. That happens with the probability the model gives the guess, as in rejection sampling
     of a proposal that is certain of itself; and because random numbers are keyed by position, the very same
-    tokens come out as without guesses. Raises EngineError if a logit is not finite.
+    tokens come out as without guesses. So does an error: after accepted guesses it is left to the next step, which
+    begins in that place, unless one of the accepted ends the request.
     """
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
     for row, draft in zip(logits, (*drafts, None), strict=True):
-        tokens, entries = sample(row[None], [ahead(sequence, token_ids)])[0]
-        token_ids += tokens
-        logprobs += entries
-        if tokens[0] != draft:
+        outcome = sample(row[None], [ahead(sequence, token_ids)])[0]
+        if isinstance(outcome, SequenceFailed):
+            return SampledTokens(token_ids, logprobs) if token_ids else outcome
+        token_ids += outcome.token_ids
+        logprobs += outcome.logprobs
+        if outcome.token_ids[0] != draft:
             break
     return SampledTokens(token_ids, logprobs)
 
@@ -76,12 +85,8 @@ def ahead(sequence: Sequence, token_ids: list[int]) -> Sequence:
     return ahead
 
 
-def sample(logits: Float32, sequences: Seq[Sequence]) -> list[SampledTokens]:
-    """Return one output token for each row of ``logits`` [len(sequences), vocab_size], which belong to ``sequences``.
-
-    Raises EngineError if a logit is not finite.
-    """
-    _refuse_non_finite(logits, sequences)
+def sample(logits: Float32, sequences: Seq[Sequence]) -> list[SequenceOutcome]:
+    """Return one output token, or an error, for each row of ``logits`` [len(sequences), vocab_size]."""
     greedy = np.argmax(logits, axis=-1) if logits.size else ()
     return [
         _sample_row(row, int(token), sequence) for row, token, sequence in zip(logits, greedy, sequences, strict=True)
@@ -114,22 +119,27 @@ def changes_logits(sequence: Sequence) -> bool:
     )
 
 
-def _refuse_non_finite(logits: Float32, sequences: Seq[Sequence]) -> None:
-    if not logits.size or (np.isfinite(logits.min()) and np.isfinite(logits.max())):
-        return
-    rows = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
-    names = ", ".join(sequences[row].spec.request_id for row in rows.tolist())
-    raise EngineError(f"the model gave logits that are not finite for {names}")
+def _sample_row(row: Float32, greedy: int, sequence: Sequence) -> SequenceOutcome:
+    """Sample one sequence; ``greedy`` is where its raw logits are highest, or the first that is NaN."""
+    if not math.isfinite(row[greedy]):
+        return SequenceFailed(f"the model's logits are not finite at output position {sequence.num_output_tokens}")
+    try:
+        return _sample_finite(row, greedy, sequence)
+    except Exception as error:  # the border of a sequence: what sampling it raises must not end the others of the step
+        reason = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
 
 
-def _sample_row(row: Float32, greedy: int, sequence: Sequence) -> SampledTokens:
-    """Sample one sequence; ``greedy`` is where its raw logits are highest."""
+def _sample_finite(row: Float32, greedy: int, sequence: Sequence) -> SampledTokens:
     params = sequence.sampling
-    adjusted = _adjust(row, sequence) if changes_logits(sequence) else row
+    token, adjusted = greedy, row
+    if changes_logits(sequence):
+        adjusted = _adjust(row, sequence)
+        token = int(np.argmax(adjusted))
+        if not math.isfinite(adjusted[token]):
+            raise EngineError("the sampling parameters leave no token to choose")
     if params.temperature >= GREEDY_BELOW:
         token = _draw(_filtered(adjusted, params), uniform(params.seed, sequence.num_tokens))
-    else:
-        token = greedy if adjusted is row else int(np.argmax(adjusted))
     if params.num_logprobs is None:
         return SampledTokens([token], [])
     return SampledTokens([token], [token_logprobs(row, token, params.num_logprobs)])
@@ -142,9 +152,7 @@ def _adjust(row: Float32, sequence: Sequence) -> Float32:
         adjusted[token_id] += bias
     if params.repetition_penalty != 1.0:
         seen = np.unique(sequence.token_ids)
-        values = adjusted[seen]
-        penalty = np.float32(params.repetition_penalty)
-        adjusted[seen] = np.where(values > 0, values / penalty, values * penalty)
+        adjusted[seen] = _penalized(adjusted[seen], params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         output, counts = np.unique(sequence.token_ids[sequence.num_prompt_tokens :], return_counts=True)
         output = output.astype(np.intp)
@@ -152,6 +160,14 @@ def _adjust(row: Float32, sequence: Sequence) -> Float32:
     if sequence.num_output_tokens < params.min_tokens:
         adjusted[[*params.eos_token_ids, *params.stop_token_ids]] = -np.inf
     return adjusted
+
+
+def _penalized(values: Float32, penalty: float) -> Float32:
+    """Return ``values`` after a repetition penalty. The quotient by a tiny one is at most the largest float32."""
+    divisor = np.float32(max(penalty, float(_FLOAT32.tiny)))
+    with np.errstate(over="ignore"):
+        scaled = np.where(values > 0, values / divisor, values * divisor)
+    return np.minimum(scaled, _FLOAT32.max)
 
 
 def _filtered(row: Float32, params: SamplingParams) -> Float64:

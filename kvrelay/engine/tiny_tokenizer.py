@@ -65,6 +65,7 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
         "bos_token": SPECIAL_TOKENS[BOS_ID],
         "eos_token": SPECIAL_TOKENS[EOS_ID],
         "pad_token": SPECIAL_TOKENS[PAD_ID],
+        "unk_token": None,  # else transformers adds one to a tokenizer of Qwen2, beyond the vocabulary
         "add_bos_token": False,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,

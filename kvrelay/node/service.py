@@ -6,11 +6,12 @@ import asyncio
 import os
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import uvloop
+import zmq
 
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
@@ -18,13 +19,16 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.collector import calm_collector
 from kvrelay.core.compute import ComputeThread
 from kvrelay.core.config import NodeConfig
+from kvrelay.core.errors import ConfigError, StorageError, StorageUnavailableError
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
+from kvrelay.core.listening import listen_problem
 from kvrelay.core.logging import log_event, progress_log
 from kvrelay.core.machine import Announce, Machine, PeerLost, RunStep
 from kvrelay.core.membership import REFUSED
 from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.runtime_dir import runtime_dir
 from kvrelay.core.shell import Shell
+from kvrelay.core.startup import startup
 from kvrelay.core.transport import Transport
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
@@ -40,8 +44,10 @@ MakeMachine: TypeAlias = Callable[[Register], Machine]
 def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool) -> int:
     """Serve as ``node`` until told to stop; return the process's exit status: 0 stopped, 1 broken, 2 refused.
 
-    ``layer_events``: the machine wants to know of each layer computed.
+    ``layer_events``: the machine wants to know of each layer computed. Raises ConfigError or CheckpointError if this
+    node can never run as it is configured.
     """
+    _require_free_port(node)
     engine = load_engine(node, progress_log(f"{node.name} checkpoint"))
     try:
         reason = uvloop.run(_serve(node, engine, make_machine, layer_events))
@@ -58,6 +64,8 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     me = peer_id(node.name, incarnation)
     registration = _registration(node, incarnation, engine)
     shell = Shell(make_machine(registration), clock=Clock())
+    shell.listen_for_stop()
+    startup.report("connecting")
     compute = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, compute.perform)
     transport = Transport(me, shell.post)
@@ -65,7 +73,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     calm_collector()
     try:
         with runtime_dir() as directory:
-            transport.bind(node.address, f"ipc://{directory}/{me}")
+            _bind(transport, node, f"ipc://{directory}/{me}")
             async with _storage(node, engine, shell), _registry(node, registration, shell, transport):
                 if node.role == "mixed":
                     return await shell.run(transport)
@@ -75,16 +83,40 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
         transport.close()
 
 
+def _require_free_port(node: NodeConfig) -> None:
+    """Raise ConfigError if the node's port is taken: before its checkpoint is read, which may take minutes."""
+    problem = listen_problem(node.host, node.port)
+    if problem is not None:
+        raise ConfigError([f"nodes.{node.name}.port: {problem}"])
+
+
+def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
+    """Listen for routers, peers and the messager. Raises ConfigError if the port has been taken meanwhile."""
+    try:
+        transport.bind(node.address, ipc_address)
+    except zmq.ZMQError as error:
+        raise ConfigError([f"nodes.{node.name}.port: cannot listen at {node.address}: {error.strerror}"]) from error
+
+
 @asynccontextmanager
 async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
-    """Keep the node's store open, if it has one: without, its machine never asks for it."""
+    """Keep the node's store open, if it has one: without, its machine never asks for it.
+
+    Raises ConfigError if the store cannot be used as it is configured, StorageUnavailableError if not now.
+    """
     if node.storage.backend == "none":
         yield
         return
     clock = Clock()
     store = make_store(node.storage, engine.geometry, clock, node.host)
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
-    async with StorageIO(store, engine.memory, num_slots, shell.post, clock) as storage:
+    async with AsyncExitStack() as stack:
+        try:
+            storage = await stack.enter_async_context(StorageIO(store, engine.memory, num_slots, shell.post, clock))
+        except StorageUnavailableError:
+            raise
+        except StorageError as error:
+            raise ConfigError([f"nodes.{node.name}: {error}"]) from error
         storage.handle_with(shell)
         yield
 
@@ -136,6 +168,8 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
+        prefill_order=node.scheduler.prefill_order,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from kvrelay.core.clock import Clock
-from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_pool import KVPool
 from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
 from kvrelay.core.shell import Shell
 from kvstore.storage.interface import KVStore, PutOutcome
@@ -23,21 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class StorageIO:
-    """Between one node's pool ``memory`` and its ``store``, with staging memory of ``num_slots`` blocks in between.
+    """Between one node's ``pool`` and its ``store``, with staging memory of ``num_slots`` blocks in between.
 
     ``async with`` opens the store and, at the end, waits for the calls under way and closes it. Every action gets its
     event, whatever happens. All of it runs on the loop or in threads of its own, none of it in the way of a step.
     """
 
     def __init__(
-        self, store: KVStore, memory: KVMemory, num_slots: int, post: Callable[[object], None], clock: Clock
+        self, store: KVStore, pool: KVPool, num_slots: int, post: Callable[[object], None], clock: Clock
     ) -> None:
         self._store = store
-        self._memory = memory
+        self._pool = pool
         self._post = post
         self._clock = clock
         # Pages that are never used are never made: an idle node pays nothing for it.
-        self._staging = np.empty((num_slots, memory.planes.shape[0], 2, memory.planes.shape[3]), np.uint8)
+        geometry = pool.geometry
+        self._staging = np.empty((num_slots, geometry.num_layers, 2, geometry.plane_block_bytes), np.uint8)
         self._copying = ThreadPoolExecutor(1, "kv-staging")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -83,8 +84,7 @@ class StorageIO:
 
     async def _stage(self, action: StageKV) -> KVStaged:
         def copy() -> None:
-            for block, slot in zip(action.blocks, action.slots, strict=True):
-                self._staging[slot] = self._memory.planes[:, :, block]
+            self._pool.copy_out(action.blocks, [self._staging[slot] for slot in action.slots])
 
         await asyncio.get_running_loop().run_in_executor(self._copying, copy)
         return KVStaged(action.key)
@@ -100,6 +100,6 @@ class StorageIO:
         left_s = deadline - self._clock.now()
         if num_there < action.min_blocks or left_s <= 0:
             return KVLoaded(action.key, 0)
-        blocks = [self._memory.planes[:, :, block] for block in action.blocks[:num_there]]
-        hits = await self._store.get(action.hashes[:num_there], blocks, left_s)
+        with self._pool.lend(action.blocks[:num_there]) as blocks:
+            hits = await self._store.get(action.hashes[:num_there], blocks, left_s)
         return KVLoaded(action.key, sum(1 for _ in takewhile(bool, hits)))

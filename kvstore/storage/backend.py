@@ -16,13 +16,15 @@ from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
 
 
 class Backend(Protocol):
-    """One place for the values of one geometry. All methods are called from one event loop and do not block it."""
+    """One place for the values of one geometry. All methods are called from one event loop and do not block it.
+
+    Methods without a description are as in ``KVStore``.
+    """
 
     counters: StoreCounters
     """Of these it keeps ``corrupt_blocks`` and ``evicted_blocks``, and ``errors`` of single blocks."""
 
-    async def open(self) -> None:
-        """As in KVStore."""
+    async def open(self) -> None: ...
 
     async def put(self, call: PutCall) -> None:
         """Store what ``call`` packs; note each block in ``call.outcomes``."""
@@ -33,20 +35,15 @@ class Backend(Protocol):
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
         """Return which blocks are there."""
 
-    async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """As in KVStore."""
+    async def delete(self, block_hashes: Sequence[bytes]) -> int: ...
 
-    async def clear(self) -> int:
-        """As in KVStore."""
+    async def clear(self) -> int: ...
 
-    async def stats(self) -> StoreStats:
-        """As in KVStore."""
+    async def stats(self) -> StoreStats: ...
 
-    async def verify(self) -> VerifyReport:
-        """As in KVStore."""
+    async def verify(self) -> VerifyReport: ...
 
-    async def close(self) -> None:
-        """As in KVStore."""
+    async def close(self) -> None: ...
 
 
 class LocalBackend(Backend, Protocol):

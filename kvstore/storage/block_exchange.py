@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from kvrelay.core.addresses import tcp_address
 from kvrelay.core.errors import StorageUnavailableError
 from kvrelay.core.ids import PeerId, new_incarnation, peer_id
 from kvrelay.core.machine import PeerLost, Received
@@ -55,7 +56,7 @@ class BlockExchange:
     def open(self, host: str) -> str:
         """Listen at any free port of ``host`` and return the address."""
         self._transport = Transport(peer_id("kv-store", new_incarnation()), self._deliver)
-        [address] = self._transport.bind(f"tcp://{host}:0")
+        [address] = self._transport.bind(tcp_address(host, 0))
         return address
 
     async def fetch(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> list[Value | None]:

@@ -50,7 +50,7 @@ def _make_backend(
 
             capacity_bytes = 0 if as_is else config.capacity
             return MooncakeBackend(geometry, config.master, host, capacity_bytes, config.timeout_s)
-        case _:
+        case "file":
             return _make_file(config, geometry, clock, as_is=as_is)
 
 

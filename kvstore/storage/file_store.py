@@ -90,25 +90,20 @@ class FileBackend:
         return await self._threads.read(lambda: [self._value(block_hash) for block_hash in block_hashes])
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Look into the index."""
         return await self._threads.read(lambda: [self._index.find(one) is not None for one in block_hashes])
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Free the slots."""
         return await self._threads.write(lambda: sum([self._remove(one) for one in block_hashes]))
 
     async def clear(self) -> int:
-        """Empty the index."""
         return await self._threads.write(self._index.clear)
 
     async def stats(self) -> StoreStats:
-        """Count in the index."""
         layout = self._index.layout
         num_blocks = await self._threads.read(self._index.count)
         return StoreStats("file", num_blocks, num_blocks * layout.slot_bytes, layout.num_slots * layout.slot_bytes)
 
     async def verify(self) -> VerifyReport:
-        """Read every slot in the index."""
         return await self._threads.read(self._verify)
 
     async def close(self) -> None:

@@ -1,8 +1,7 @@
 """What a store of KV blocks is to those who use it: the nodes' shells and the ``kvrelay store`` command.
 
 A block is named by its block hash (``kvstore.block_hash``) and holds the KV of all layers. Its bytes are in the
-caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides: ``KVMemory.planes[:, :, block_id]`` as
-it is.
+caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
 
 Whose memory it is: the caller lends the arrays of ``put`` and ``get`` for the length of the call and must keep them
 (pin the blocks) until it returns. Afterwards nothing here reads or writes them, whatever happened: not when the
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+from kvrelay.core.kv_pool import HostBlock
 
-BlockView: TypeAlias = npt.NDArray[np.uint8]
-"""One block in the caller's memory, ``[num_layers, 2, plane_block_bytes]``."""
+BlockView: TypeAlias = HostBlock
+"""One block in the caller's memory."""
 
 
 class PutOutcome(StrEnum):

@@ -49,29 +49,23 @@ class MemoryBackend:
         await self._threads.read(lambda: self._get(call))
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Look into the index."""
         with self._mutex:
             return [block_hash in self._index for block_hash in block_hashes]
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Free the slots."""
         return sum([self._drop(block_hash) for block_hash in block_hashes])
 
     async def clear(self) -> int:
-        """Free all slots."""
         return await self.delete(list(self._index))
 
     async def stats(self) -> StoreStats:
-        """Count."""
         num_blocks, value_bytes = len(self._index), self._format.value_bytes
         return StoreStats("memory", num_blocks, num_blocks * value_bytes, self._num_slots * value_bytes)
 
     async def verify(self) -> VerifyReport:
-        """Check every slot in the index."""
         return await self._threads.read(self._verify)
 
     async def close(self) -> None:
-        """Forget everything."""
         await self._threads.close(self._timeout_s)
         self._index.clear()
         self._free.clear()

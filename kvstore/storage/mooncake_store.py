@@ -74,7 +74,6 @@ class MooncakeBackend:
         await self._threads.read(lambda: self._get(call))
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Ask the master."""
         return await self._threads.read(lambda: self._contains(block_hashes))
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:

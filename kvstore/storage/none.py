@@ -26,19 +26,15 @@ class NoBackend:
         """Find nothing."""
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Find nothing."""
         return [None] * len(block_hashes)
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Find nothing."""
         return [False] * len(block_hashes)
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Return 0."""
         return 0
 
     async def clear(self) -> int:
-        """Return 0."""
         return 0
 
     async def stats(self) -> StoreStats:

@@ -110,7 +110,6 @@ class RedisBackend:
         return await self.delete(block_hashes)
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Ask for each key."""
         return [
             _is_one(result) for result in await self._link.run([("EXISTS", self._key(one)) for one in block_hashes])
         ]

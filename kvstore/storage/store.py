@@ -40,11 +40,9 @@ class Store:
 
     @property
     def counters(self) -> StoreCounters:
-        """What this object did so far."""
         return self._backend.counters
 
     async def open(self) -> None:
-        """Open the backend. Raises StorageError as in KVStore."""
         try:
             await self._backend.open()
         except BaseException:
@@ -52,7 +50,6 @@ class Store:
             raise
 
     async def put(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[PutOutcome]:
-        """Store the blocks, as in KVStore."""
         call = PutCall(self._format, block_hashes, blocks)
         if block_hashes and self._may_try():
             try:
@@ -66,7 +63,6 @@ class Store:
     async def get(
         self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
     ) -> list[bool]:
-        """Read the blocks, as in KVStore."""
         call = GetCall(self._format, block_hashes, blocks)
         if block_hashes and self._may_try():
             try:
@@ -80,7 +76,6 @@ class Store:
         return call.hits
 
     async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
-        """Count the first blocks that are there, as in KVStore."""
         require_hashes(block_hashes)
         found = 0
 
@@ -97,26 +92,21 @@ class Store:
         return found
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Drop the blocks, as in KVStore."""
         require_hashes(block_hashes)
         if not block_hashes or not self._may_try():
             return 0
         return await self._try(lambda: self._backend.delete(block_hashes), lambda: False) or 0
 
     async def clear(self) -> int:
-        """Drop everything. Raises StorageUnavailableError as in KVStore."""
         return await self._insist(self._backend.clear, self._timeout_s)
 
     async def stats(self) -> StoreStats:
-        """Ask the backend what it holds. Raises StorageUnavailableError as in KVStore."""
         return await self._insist(self._backend.stats, self._timeout_s)
 
     async def verify(self) -> VerifyReport:
-        """Read everything. Raises StorageUnavailableError as in KVStore."""
         return await self._insist(self._backend.verify, None)
 
     async def close(self) -> None:
-        """Close the backend, as in KVStore."""
         if not self._closed:
             self._closed = True
             await self._backend.close()

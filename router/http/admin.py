@@ -9,14 +9,15 @@ from starlette.types import Receive, Scope, Send
 import kvrelay
 from kvrelay.core.errors import KVRelayError, ModelNotFoundError
 from kvrelay.core.messages.base import ErrorInfo
-from router.http.asgi import json_object, read_body, send_error, send_json
+from router.http.asgi import send_body, send_error
+from router.http.body import prepared
 from router.metrics import Metrics
-from router.openai.chat import chat_prompt
 from router.openai.errors import AnswerError
+from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
-from router.openai.models import check_model, model_card
-from router.openai.sampling import check_token_ids
-from router.openai.schemas import DetokenizeRequest, Fields, TokenizeChatRequest, TokenizeTextRequest, parse
+from router.openai.models import model_card, model_cards, model_name
+from router.openai.tokenizer_info import tokenizer_info
+from router.preparation import Task
 from router.registry import Node
 from router.service import RouterService
 
@@ -32,20 +33,23 @@ class AdminEndpoints:
     # ------------------------------------------------------------ models
 
     async def models(self, _: Request) -> Response:
-        """``GET /v1/models``."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """``GET /v1/models``: the model under each of its names."""
+        return JSONResponse({"object": "list", "data": model_cards(self._service.model, **self._card_facts())})
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``; the id may have slashes."""
         try:
-            check_model(request.path_params["model_id"], self._service.model)
+            name = model_name(request.path_params["model_id"], self._service.model)
         except ModelNotFoundError as error:
             return _error_response(AnswerError.of(error))
-        return JSONResponse(self._card())
+        return JSONResponse(model_card(name, self._service.model, **self._card_facts()))
 
-    def _card(self) -> dict[str, object]:
-        service = self._service
-        return model_card(service.model, created_s=int(self._started_s), max_model_len=service.max_model_len)
+    def _card_facts(self) -> dict[str, int]:
+        return {"created_s": int(self._started_s), "max_model_len": self._service.max_model_len}
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """``GET /tokenizer_info``: the checkpoint's tokenizer config and the chat template in use."""
+        return JSONResponse(tokenizer_info(self._service.model))
 
     # ------------------------------------------------------------ state
 
@@ -92,7 +96,7 @@ class AdminEndpoints:
         request_id = request.path_params["request_id"]
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
-            message = f"no request {request_id!r} is in progress or among the last that ended"
+            message = f"no request {shown(request_id)} is in progress or among the last that ended"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         return JSONResponse(timeline)
 
@@ -100,57 +104,31 @@ class AdminEndpoints:
         """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
         node_id = request.path_params["node_id"]
         if self._service.machine.registry.named(node_id) is None:
-            message = f"no node is called {node_id!r}"
+            message = f"no node is called {shown(node_id)}"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         self._service.drain(node_id)
         return JSONResponse({"status": "draining"}, 202)
 
 
 class TokenEndpoint:
-    """``POST /tokenize`` and ``/detokenize``, as vLLM has them."""
+    """``POST /tokenize`` or ``/detokenize``."""
 
-    def __init__(self, service: RouterService, *, back: bool) -> None:
+    def __init__(self, task: Task, service: RouterService) -> None:
+        self._task = task
         self._service = service
-        self._back = back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
-            body = json_object(await read_body(receive, self._service.config.router.max_body_bytes))
-            await send_json(send, self._detokenized(body) if self._back else self._tokenized(body))
+            answer = await prepared(self._task, self._service, scope, receive)
+            assert isinstance(answer, bytes)
+            await send_body(send, answer)
         except ClientLeftError:
             return
         except AnswerError as error:
             await send_error(send, error)
         except KVRelayError as error:
             await send_error(send, AnswerError.of(error))
-
-    def _tokenized(self, body: dict[str, object]) -> dict[str, object]:
-        kind: type[Fields] = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
-        request = parse(kind, body)
-        model = self._service.model
-        if isinstance(request, TokenizeChatRequest):
-            check_model(request.model, model)
-            token_ids, strings = chat_prompt(request, model), request.return_token_strs
-        else:
-            assert isinstance(request, TokenizeTextRequest)
-            check_model(request.model, model)
-            add_special_tokens = request.add_special_tokens is not False
-            token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=add_special_tokens)
-            strings = request.return_token_strs
-        return {
-            "count": len(token_ids),
-            "max_model_len": self._service.max_model_len,
-            "tokens": token_ids,
-            "token_strs": model.tokenizer.tokens_of(token_ids) if strings else None,
-        }
-
-    def _detokenized(self, body: dict[str, object]) -> dict[str, object]:
-        request = parse(DetokenizeRequest, body)
-        model = self._service.model
-        check_model(request.model, model)
-        check_token_ids(request.tokens, model.vocab_size, "tokens")
-        return {"prompt": model.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
 
 def _node_status(node: Node) -> dict[str, object]:

@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from kvrelay.core.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.generate import GenerateEndpoint
 from router.metrics import Metrics
-from router.openai.chat import ChatCompletions
-from router.openai.completions import Completions
 from router.openai.errors import AnswerError
 from router.service import RouterService
 
 
-def make_app(service: RouterService, metrics: Metrics) -> Starlette:
-    """Return the HTTP application. There is no middleware: what it would cost, it would cost per token."""
+class App(Starlette):
+    """Starlette's application, to which ``/x/`` is ``/x``: clients lose their body when they are redirected."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await super().__call__(scope, receive, send)
+
+
+def make_app(service: RouterService, metrics: Metrics) -> App:
+    """Return the HTTP application.
+
+    There is no middleware unless web pages may use the API: what it costs, it costs per token.
+    """
     admin = AdminEndpoints(service, metrics)
-    completions = GenerateEndpoint(Completions(service.model), service, metrics)
-    chat = GenerateEndpoint(ChatCompletions(service.model), service, metrics)
     routes = [
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
+        Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model_id:path}", admin.model),
-        Route("/tokenize", TokenEndpoint(service, back=False), methods=["POST"]),
-        Route("/detokenize", TokenEndpoint(service, back=True), methods=["POST"]),
-        Route("/health", admin.health),
-        Route("/ready", admin.ready),
+        Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),
+        Route("/detokenize", TokenEndpoint("detokenize", service), methods=["POST"]),
+        Route("/tokenizer_info", admin.tokenizer_info),
+        *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
+        *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
         Route("/metrics", admin.metrics),
         Route("/cluster", admin.cluster),
         Route("/cluster/requests/{request_id}", admin.timeline),
         Route("/cluster/nodes/{node_id}/drain", admin.drain, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    middleware = _cors(service.config.router.cors_allow_origins)
+    return App(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Return what lets web pages of these origins use the API."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    ]
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

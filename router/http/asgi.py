@@ -1,19 +1,15 @@
-"""The few things the endpoints need of ASGI: read a JSON body, answer, notice that the client is gone."""
+"""The few things the endpoints need of ASGI: answer, notice that the client is gone."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import msgspec
 from starlette.types import Receive, Send
 
-from kvrelay.core.errors import InvalidRequestError
-from kvrelay.core.messages.base import ErrorInfo
 from router.openai.errors import AnswerError
-from router.openai.generation import ClientLeftError
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -25,39 +21,13 @@ _EVENT_STREAM = [
 ]
 
 
-async def read_body(receive: Receive, max_body_bytes: int) -> bytes:
-    """Return the request's body.
-
-    Raises AnswerError (413) if it is longer than ``max_body_bytes``, ClientLeftError if it never comes to its end.
-    """
-    body = bytearray()
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeftError
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > max_body_bytes:
-            reason = f"the body is longer than {max_body_bytes} bytes"
-            raise AnswerError(ErrorInfo(code="request_too_large", message=reason, http_status=413))
-    return bytes(body)
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``body``. Raises InvalidRequestError if there is none."""
-    try:
-        content = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRequestError("the body should be a JSON object")
-    return content
-
-
 async def send_json(send: Send, body: object, status: int = 200, headers: Headers = ()) -> None:
     """Answer with ``body``."""
-    content = msgspec.json.encode(body)
+    await send_body(send, msgspec.json.encode(body), status, headers)
+
+
+async def send_body(send: Send, content: bytes, status: int = 200, headers: Headers = ()) -> None:
+    """Answer with JSON that is encoded already."""
     length = (b"content-length", str(len(content)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
     await send({"type": "http.response.body", "body": content})

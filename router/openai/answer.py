@@ -11,7 +11,6 @@ import msgspec
 from kvrelay.core.request import TokenLogprobs
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
-from router.openai.sampling import num_logprobs
 from router.openai.schemas import GenerationFields
 
 DONE = b"data: [DONE]\n\n"
@@ -56,7 +55,6 @@ class Answer:
         self._style = style
         self._choices = choices
         self._with_token_ids = bool(request.return_token_ids)
-        self._with_details = self._with_token_ids or num_logprobs(request) is not None
         options = request.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
         self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
@@ -80,7 +78,7 @@ class Answer:
         begun = False
         try:
             async for delta in deltas:
-                if self._is_news(delta):
+                if delta.is_news:
                     begun = True
                     yield event(self._chunk(delta))
         except AnswerError as error:
@@ -92,10 +90,6 @@ class Answer:
         if self._with_usage:
             yield event({**self._chunk_head(), "choices": [], "usage": usage(self._choices)})
         yield DONE
-
-    def _is_news(self, delta: Delta) -> bool:
-        """Tell whether a chunk is worth sending: always for the first tokens, since clients take time by it."""
-        return bool(delta.text or delta.finish_reason or self._with_details or not self._begun[delta.index])
 
     def _chunk(self, delta: Delta) -> dict[str, object]:
         choice, first = self._choices[delta.index], not self._begun[delta.index]
@@ -110,8 +104,8 @@ class Answer:
         if first:
             body |= self._style.prompt_fields([choice])
         body["choices"] = [item]
-        if self._with_continuous_usage:
-            body["usage"] = usage([choice])
+        if self._with_usage:
+            body["usage"] = usage([choice]) if self._with_continuous_usage else None
         return body
 
     def _chunk_head(self) -> dict[str, object]:

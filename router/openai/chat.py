@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from kvrelay.core.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import chat_logprobs
-from router.openai.schemas import ChatCompletionRequest, ChatFields
+from router.openai.reading import reading
+from router.openai.sampling import check_text_ids, check_text_length
+from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
 from router.text.token_bytes import TokenBytes
 
 ROLE = "assistant"
 
 
-def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
-    """Return the token ids of a chat. Raises InvalidRequestError if the template refuses it."""
-    text = model.tokenizer.render_chat(
-        [message.model_dump() for message in fields.messages],
-        add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
-        continue_final_message=bool(fields.continue_final_message),
-        variables=fields.chat_template_kwargs,
-    )
+def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | None = None) -> list[int]:
+    """Return the token ids of a chat.
+
+    Raises InvalidRequestError if the template refuses it, PromptTooLongError if it is certainly longer than
+    ``max_model_len`` tokens.
+    """
+    with reading("messages: the chat template cannot render them", "messages"):
+        text = model.tokenizer.render_chat(
+            [message.model_dump() for message in fields.messages],
+            add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
+            continue_final_message=bool(fields.continue_final_message),
+            variables=fields.chat_template_kwargs,
+        )
+    if max_model_len is not None:
+        check_text_length(text, model, max_model_len, "messages")
     # The template has put the special tokens there already.
     return model.tokenizer.encode(text, add_special_tokens=bool(fields.add_special_tokens))
 
@@ -32,15 +42,33 @@ class ChatCompletions:
     name = "chat"
     id_prefix = "chatcmpl-"
     schema = ChatCompletionRequest
+    without_content: ClassVar[dict[str, object]] = {
+        "messages": [ChatMessage(role="user")],
+        "chat_template_kwargs": None,
+    }
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
-    def prompts(self, request: ChatCompletionRequest) -> list[list[int]]:
-        """Return the token ids of the one prompt. Raises InvalidRequestError if the chat template refuses it."""
-        return [chat_prompt(request, self._model)]
+    def num_prompts(self, request: ChatCompletionRequest) -> int:
+        """Return 1: a chat is one prompt."""
+        return 1
 
-    def style(self, request: ChatCompletionRequest, choices: Sequence[Choice]) -> ChatStyle:
+    def prompts(self, request: ChatCompletionRequest, max_model_len: int) -> list[list[int]]:
+        """Return the token ids of the one prompt.
+
+        Raises what ``chat_prompt`` raises, and InvalidRequestError if it has tokens that the model does not have.
+        """
+        token_ids = chat_prompt(request, self._model, max_model_len)
+        check_text_ids(token_ids, self._model, "messages")
+        return [token_ids]
+
+    def texts(self, request: ChatCompletionRequest) -> None:
+        """Return nothing: a chat has no echo."""
+
+    def style(
+        self, request: ChatCompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
+    ) -> ChatStyle:
         """Return what writes the answer."""
         return ChatStyle(self._model.tokenizer.token_bytes, request)
 

@@ -25,6 +25,11 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    @property
+    def is_news(self) -> bool:
+        """Whether it is worth a chunk: clients count and time chunks, so tokens are, even if they make no text yet."""
+        return bool(self.token_ids or self.text or self.finish_reason)
+
 
 class Choice:
     """Makes deltas of what the machine delivers for one request, and counts its tokens."""

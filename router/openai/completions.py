@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from kvrelay.core.errors import InvalidRequestError
 from kvrelay.core.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import CompletionLogprobs
-from router.openai.sampling import check_token_ids
+from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest
 
 
@@ -19,26 +20,43 @@ class Completions:
     name = "completions"
     id_prefix = "cmpl-"
     schema = CompletionRequest
+    without_content: ClassVar[dict[str, object]] = {"prompt": "-"}
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
-    def prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt. Raises InvalidRequestError if there are none, or unknown ones."""
-        prompts = [self._token_ids(prompt, request) for prompt in _each(request.prompt)]
+    def num_prompts(self, request: CompletionRequest) -> int:
+        """Return how many prompts there are."""
+        return len(_each(request.prompt))
+
+    def prompts(self, request: CompletionRequest, max_model_len: int) -> list[list[int]]:
+        """Return the token ids of each prompt.
+
+        Raises InvalidRequestError if there are none, or unknown ones, PromptTooLongError if a text is certainly longer
+        than ``max_model_len`` tokens.
+        """
+        prompts = [self._token_ids(prompt, request, max_model_len) for prompt in _each(request.prompt)]
         if not all(prompts):
             raise InvalidRequestError("prompt: has no tokens", param="prompt")
         return prompts
 
-    def style(self, request: CompletionRequest, choices: Sequence[Choice]) -> CompletionStyle:
+    def texts(self, request: CompletionRequest) -> list[str] | None:
+        """Return each prompt as text if the client wants an echo."""
+        return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
+
+    def style(
+        self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
+    ) -> CompletionStyle:
         """Return what writes the answer."""
-        texts = [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
         return CompletionStyle(self._model, request, choices, texts)
 
-    def _token_ids(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
+    def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
         if isinstance(prompt, str):
+            check_text_length(prompt, self._model, max_model_len, "prompt")
             add_special_tokens = request.add_special_tokens is not False
-            return self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            token_ids = self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            check_text_ids(token_ids, self._model, "prompt")
+            return token_ids
         check_token_ids(prompt, self._model.vocab_size, "prompt")
         return prompt
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
+from kvrelay.core.request import FinishReason
 from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
@@ -49,9 +50,17 @@ class Generation:
         self._queue: asyncio.Queue[tuple[str, Delivery] | None] = asyncio.Queue()
 
     def start(self) -> None:
-        """Submit all choices. Raises InvalidRequestError if an id is in use."""
+        """Submit all choices that want tokens. Raises InvalidRequestError if an id is in use."""
         requests = [choice.request for choice in self._choices.values()]
-        self._backend.submit(requests, lambda request_id, delivery: self._queue.put_nowait((request_id, delivery)))
+        wanted = [request for request in requests if request.sampling.max_tokens]
+        if wanted:
+            self._backend.submit(wanted, self._deliver)
+        for request in requests:
+            if not request.sampling.max_tokens:
+                self._deliver(request.request_id, TokensDelivered([], finish_reason=FinishReason.LENGTH))
+
+    def _deliver(self, request_id: str, delivery: Delivery) -> None:
+        self._queue.put_nowait((request_id, delivery))
 
     def client_left(self) -> None:
         """Have ``deltas`` raise ClientLeftError."""
@@ -85,7 +94,8 @@ class Generation:
 
     def _take(self, choice: Choice, tokens: TokensDelivered) -> Delta:
         delta = choice.take(tokens)
-        self._observer.tokens(choice, len(delta.token_ids))
+        if delta.token_ids:
+            self._observer.tokens(choice, len(delta.token_ids))
         if choice.stop_matched:
             self._backend.stop_matched(choice.request_id)
         if choice.finished:

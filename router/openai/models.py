@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from kvrelay.core.errors import ModelNotFoundError
 from router.model import ServedModel
+from router.openai.field_types import shown
 
 
-def check_model(name: str | None, model: ServedModel) -> None:
-    """Raise ModelNotFoundError if ``name`` is not the served model's; without a name that one is meant."""
-    if name is not None and name != model.name:
-        raise ModelNotFoundError(f"model {name!r} is not served here; {model.name!r} is", param="model")
+def model_name(name: str | None, model: ServedModel) -> str:
+    """Return the name the answer gives the model: the one the client used, or the first if it used none.
+
+    Raises ModelNotFoundError if ``name`` is none of the served model's.
+    """
+    if name is None:
+        return model.name
+    if name in (model.name, *model.aliases) or _is_path(name, model.root):
+        return name
+    raise ModelNotFoundError(f"model {shown(name)} is not served here; {model.name!r} is", param="model")
 
 
-def model_card(model: ServedModel, *, created_s: int, max_model_len: int) -> dict[str, object]:
-    """Return ``model`` as an item of ``/v1/models``."""
+def model_cards(model: ServedModel, *, created_s: int, max_model_len: int) -> list[dict[str, object]]:
+    """Return the items of ``/v1/models``: the model under each of its names."""
+    return [
+        model_card(name, model, created_s=created_s, max_model_len=max_model_len)
+        for name in (model.name, *model.aliases)
+    ]
+
+
+def model_card(name: str, model: ServedModel, *, created_s: int, max_model_len: int) -> dict[str, object]:
+    """Return ``model`` under ``name`` as an item of ``/v1/models``."""
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": created_s,
         "owned_by": "kvrelay",
@@ -23,3 +38,9 @@ def model_card(model: ServedModel, *, created_s: int, max_model_len: int) -> dic
         "parent": None,
         "max_model_len": max_model_len,
     }
+
+
+def _is_path(name: str, root: str) -> bool:
+    """Tell whether ``name`` is ``root``, or its end as in ``Qwen/Qwen3-0.6B``: directory and parent at least."""
+    name = name.removeprefix("./").rstrip("/")
+    return name == root or ("/" in name and root.endswith(f"/{name}"))

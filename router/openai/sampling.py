@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from kvrelay.core.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.core.request import SamplingParams
+from kvrelay.core.request_limits import unknown_token
 from router.model import ServedModel
-from router.openai.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationFields
+from router.openai.field_types import INT64
+from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
+
+_LONG_TEXT_CHARS = 64 << 10
+"""Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
 
 
 def sampling_params(
@@ -14,24 +19,26 @@ def sampling_params(
 ) -> SamplingParams:
     """Return the parameters for one prompt, with ``seed`` as its own.
 
-    Raises PromptTooLongError if prompt and output exceed ``max_model_len``, InvalidRequestError if a token id is not in
-    the vocabulary or ``min_tokens`` is more than what may be generated.
+    Raises PromptTooLongError if ``max_model_len`` leaves no room for output, InvalidRequestError if a token id is not
+    in the vocabulary or ``min_tokens`` is more than what may be generated.
     """
     max_tokens = _max_tokens(request, num_prompt_tokens, max_model_len)
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequestError(
-            f"min_tokens: {min_tokens} is more than max_tokens, which is {max_tokens}", param="min_tokens"
+            f"min_tokens: {min_tokens} is more than may be generated, which is {max_tokens}", param="min_tokens"
         )
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
     check_token_ids(logit_bias, model.vocab_size, "logit_bias")
+    top_p = _chosen(request, model, "top_p", 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=seed & INT64,
-        temperature=_chosen(request, model, "temperature", 1.0),
-        top_p=_chosen(request, model, "top_p", 1.0),
+        # top_p 0 leaves the most likely token only.
+        temperature=_chosen(request, model, "temperature", 1.0) if top_p else 0.0,
+        top_p=top_p or 1.0,
         top_k=max(0, int(_chosen(request, model, "top_k", 0))),
         min_p=_chosen(request, model, "min_p", 0.0),
         repetition_penalty=_chosen(request, model, "repetition_penalty", 1.0),
@@ -64,36 +71,70 @@ def num_logprobs(request: GenerationFields) -> int | None:
     return None
 
 
+def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
+    """Raise PromptTooLongError if ``text`` is certainly too long. It costs less than to tokenize it and then to see."""
+    if (
+        len(text) > max(max_model_len, _LONG_TEXT_CHARS)
+        and (fewest := model.tokenizer.fewest_tokens(text)) > max_model_len
+    ):
+        raise PromptTooLongError(too_long(fewest, 1, max_model_len, param, at_least=True), param=param)
+
+
 def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:
     """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
-            raise InvalidRequestError(
-                f"{param}: {token_id} is no token id of this model, whose vocabulary has {vocab_size}", param=param
-            )
+            raise unknown_token(param, token_id, vocab_size)
+
+
+def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None:
+    """Raise InvalidRequestError if the text in ``param``, tokenized, has a token that the model does not have.
+
+    Tokenizers may know more tokens than the model has embeddings, for instance a padding token that was added later.
+    """
+    unknown = next((token_id for token_id in token_ids if token_id >= model.vocab_size), None)
+    if unknown is not None:
+        [text] = model.tokenizer.tokens_of([unknown])
+        raise InvalidRequestError(
+            f"{param}: {text!r} is token {unknown} of the tokenizer, but the model's vocabulary has only "
+            f"{model.vocab_size} tokens",
+            param=param,
+        )
 
 
 def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:
-    """Return how many tokens to generate at most: what was asked for, else all that the model has room for."""
+    """Return how many tokens to generate at most: what was asked for, as far as the model has room for it.
+
+    Clients ask for their own upper limit, so more than there is room for is no fault, as long as one token fits.
+    """
+    asked = _asked_tokens(request)
     room = max_model_len - num_prompt_tokens
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
+        is_chat = isinstance(request, ChatCompletionRequest)
         raise PromptTooLongError(
-            f"the prompt has {num_prompt_tokens} tokens; the model's length is {max_model_len}, with the output",
-            param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+            too_long(num_prompt_tokens, max(1, asked or 0), max_model_len, "messages" if is_chat else "prompt"),
+            param="messages" if is_chat else "prompt",
         )
-    param = "max_tokens"
+    return room if asked is None else min(asked, room)
+
+
+def _asked_tokens(request: GenerationFields) -> int | None:
+    """Return the limit the client set; None: as many as there is room for."""
     if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
-        param = "max_completion_tokens"
-    asked: int | None = getattr(request, param)
-    if asked is None or (asked > room and param not in request.model_fields_set):
-        return room
-    if asked > room:
-        raise PromptTooLongError(
-            f"{param}: {asked} tokens after a prompt of {num_prompt_tokens} are {asked + num_prompt_tokens}; "
-            f"the model's length is {max_model_len}",
-            param=param,
-        )
-    return asked
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
+def too_long(
+    num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, prompt: str, *, at_least: bool = False
+) -> str:
+    """Return OpenAI's own sentence, by which client libraries know that they should shorten the prompt."""
+    requested = f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens"
+    return (
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {requested} "
+        f"({num_prompt_tokens} in the {prompt}, {num_output_tokens} in the completion). "
+        f"Please reduce the length of the {prompt} or completion."
+    )
 
 
 def _chosen(request: GenerationFields, model: ServedModel, name: str, default: float) -> float:

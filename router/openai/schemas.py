@@ -1,4 +1,4 @@
-"""What clients may ask for: every field with its type, bounds and default.
+"""What clients may ask for: every field with its type, bounds and default. ``docs/api.md`` says what each does.
 
 Unknown fields are ignored, as clients send many. Fields we know and cannot honour are refused (``REFUSED_FIELDS``):
 an answer that silently lacks what was asked for is worse than none. A ``null`` is as good as an absent field.
@@ -6,20 +6,35 @@ an answer that silently lacks what was asked for is worse than none. A ``null`` 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from kvrelay.core.errors import InvalidRequestError
-
-MAX_CHOICES = 128
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1024
-MAX_LOGPROBS = 20
-MAX_BIASES = 1024
-MAX_IDS = 1024
-INT64 = (1 << 63) - 1
+from router.openai.field_types import (
+    Biases,
+    Natural,
+    NoTool,
+    NumChoices,
+    NumLogprobs,
+    Penalty,
+    Positive,
+    Probability,
+    Prompt,
+    RepetitionPenalty,
+    Signed,
+    Stops,
+    StopTokenIds,
+    Temperature,
+    TokenIds,
+    TopK,
+    shown,
+    wrong,
+)
+from router.openai.reading import reading
+from router.openai.unknown_fields import UnknownFields
+from router.openai.wording import first_problem
 
 REFUSED_FIELDS = {
     "tools": "tools are not supported",
@@ -40,44 +55,36 @@ REFUSED_FIELDS = {
     "audio": "only text is supported",
     "prompt_embeds": "prompt_embeds is not supported",
 }
-"""Fields that would change the answer in a way this server cannot, unless they are empty or false."""
+"""Fields that would change the answer in a way this server cannot, unless they are null, empty, zero or false."""
 
+IGNORED_FIELDS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    }
+)
+"""Fields that need not change the answer. They are ignored like unknown ones, without a line in the log."""
 
-def wrong(reason: str) -> PydanticCustomError:
-    """Return the error for a value that is of the right type and still cannot be."""
-    return PydanticCustomError("wrong", "{reason}", {"reason": reason})
+unknown_fields = UnknownFields()
 
-
-def _stops(value: object) -> object:
-    """Take one stop string for a list of one; refuse empty ones, which would match everywhere."""
-    stops = [value] if isinstance(value, str) else value
-    if isinstance(stops, list) and any(stop == "" for stop in stops):
-        raise wrong("should not be empty")
-    return stops
-
-
-def _biases(value: object) -> object:
-    """Turn JSON's string keys into token ids."""
-    if not isinstance(value, dict):
-        return value
-    try:
-        return {int(key): bias for key, bias in value.items()}
-    except ValueError:
-        raise wrong("should have token ids as keys") from None
-
-
-TokenId = Annotated[int, Field(ge=0, le=INT64)]
-StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[StopString] | None, BeforeValidator(_stops), Field(max_length=MAX_STOPS)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[int, Bias] | None, BeforeValidator(_biases), Field(max_length=MAX_BIASES)]
 Flag = bool | None
 
 
 class Fields(BaseModel):
-    """Base of all requests: no silent conversion of types."""
+    """Base of all requests and of the objects in them: no silent conversion of types, and no null."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None}
 
 
 class StreamOptions(Fields):
@@ -97,20 +104,20 @@ class GenerationFields(Fields):
     """What completions and chat completions have in common."""
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=INT64)
-    min_tokens: int | None = Field(None, ge=0, le=INT64)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=INT64)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Biases = None
-    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Stops = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_IDS)
+    max_tokens: Natural | None = None
+    min_tokens: Natural | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
+    seed: Signed | None = None
+    n: NumChoices | None = None
+    stop: Stops | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: Flag = None
     include_stop_str_in_output: Flag = None
     skip_special_tokens: Flag = None
@@ -118,7 +125,7 @@ class GenerationFields(Fields):
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
     response_format: ResponseFormat | None = None
-    priority: int | None = Field(None, ge=-INT64 - 1, le=INT64)
+    priority: Signed | None = None
     user: str | None = None
 
     @model_validator(mode="after")
@@ -126,7 +133,7 @@ class GenerationFields(Fields):
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options: only allowed when stream is true")
         if self.response_format is not None and self.response_format.type != "text":
-            raise wrong(f"response_format: type {self.response_format.type!r} is not supported, only 'text' is")
+            raise wrong(f"response_format: type {shown(self.response_format.type)} is not supported, only 'text' is")
         return self
 
     @property
@@ -135,37 +142,14 @@ class GenerationFields(Fields):
         return self.n or 1
 
 
-def _prompt(value: object) -> object:
-    """Check that a prompt is text, token ids, or a list of one of these kinds, and not empty."""
-    kinds = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-    if not isinstance(value, (str, list)):
-        raise wrong(f"should be {kinds}")
-    if not value:
-        raise wrong("should not be empty")
-    if isinstance(value, str) or _are_ids(value) or all(isinstance(item, str) for item in value):
-        return value
-    if all(isinstance(item, list) and _are_ids(item) for item in value):
-        if any(not item for item in value):
-            raise wrong("should not hold an empty list of token ids")
-        return value
-    raise wrong(f"should be {kinds}")
-
-
-def _are_ids(items: list[object]) -> bool:
-    return all(type(item) is int and 0 <= item <= INT64 for item in items)
-
-
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
-
-
 class CompletionRequest(GenerationFields):
-    """Body of ``/v1/completions``. Absent ``max_tokens`` means 16 (null: as many as the model can)."""
+    """Body of ``/v1/completions``. ``max_tokens`` 0 gives no token: the prompt alone, with ``echo``."""
 
     prompt: Prompt
-    max_tokens: int | None = Field(16, ge=1, le=INT64)
-    best_of: int | None = None
+    max_tokens: Natural = 16
+    best_of: Signed | None = None
     echo: Flag = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: NumLogprobs | None = None
     add_special_tokens: Flag = None
 
     @model_validator(mode="after")
@@ -177,13 +161,13 @@ class CompletionRequest(GenerationFields):
         return self
 
 
-def _content(value: object) -> str:
-    """Return a message's content as one text: of several parts, each is a line."""
-    if value is None or isinstance(value, str):
-        return value or ""
+def _content(value: object) -> str | list[dict[str, str]]:
+    """Return a message's content: text, or a list of text parts."""
+    if isinstance(value, str):
+        return value
     if not isinstance(value, list):
         raise wrong("should be a string or a list of parts")
-    return "\n".join(_part_text(part) for part in value)
+    return [{"type": "text", "text": _part_text(part)} for part in value]
 
 
 def _part_text(part: object) -> str:
@@ -191,8 +175,33 @@ def _part_text(part: object) -> str:
         case {"type": "text", "text": str() as text}:
             return text
         case {"type": str() as kind} if kind != "text":
-            raise wrong(f"parts of type {kind[:40]!r} are not supported, only 'text' is")
+            raise wrong(f"parts of type {shown(kind)} are not supported, only 'text' is")
     raise wrong("parts should be objects with type 'text' and a text")
+
+
+def _tool_calls(value: object) -> list[dict[str, Any]]:
+    """Return an assistant's calls with their arguments as objects, which chat templates expect."""
+    if not isinstance(value, list):
+        raise wrong("should be a list of calls")
+    return [_tool_call(call) for call in value]
+
+
+def _tool_call(call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong("should hold objects with a function that has a name")
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """Return a call's arguments, which the API spells as JSON in a string. Absent ones are none."""
+    try:
+        arguments = msgspec.json.decode(value or "null") if isinstance(value, str) else value
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        raise wrong("arguments should be a JSON object, in a string or as it is") from None
+    if arguments is not None and not isinstance(arguments, dict):
+        raise wrong("arguments should be a JSON object, in a string or as it is")
+    return arguments or {}
 
 
 class ChatMessage(Fields):
@@ -201,13 +210,14 @@ class ChatMessage(Fields):
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str, PlainValidator(_content)] = ""
+    content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
+    tool_calls: Annotated[list[dict[str, Any]] | None, PlainValidator(_tool_calls)] = None
 
 
 class ChatFields(Fields):
     """How a chat becomes a prompt."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     add_special_tokens: Flag = None
@@ -223,9 +233,12 @@ class ChatFields(Fields):
 class ChatCompletionRequest(GenerationFields, ChatFields):
     """Body of ``/v1/chat/completions``."""
 
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT64)
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: Flag = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: NumLogprobs | None = None
+    tool_choice: NoTool | None = None
+    function_call: NoTool | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatCompletionRequest:
@@ -254,11 +267,10 @@ class DetokenizeRequest(Fields):
     """Body of ``/detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 Request = TypeVar("Request", bound=Fields)
-Endpoint = Literal["completions", "chat"]
 
 
 def parse(kind: type[Request], body: dict[str, Any]) -> Request:
@@ -266,23 +278,10 @@ def parse(kind: type[Request], body: dict[str, Any]) -> Request:
     for name, reason in REFUSED_FIELDS.items():
         if name not in kind.model_fields and body.get(name) not in (None, False, 0, "", [], {}):
             raise InvalidRequestError(reason, param=name)
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        raise _first_problem(error, kind) from None
-
-
-def _first_problem(error: ValidationError, kind: type[Fields]) -> InvalidRequestError:
-    """Return the first fault pydantic found, in words for the client."""
-    item = error.errors(include_url=False)[0]
-    # Names of union members are pydantic's affair: a path is made of the request's own names and positions.
-    path = [str(part) for part in item["loc"] if isinstance(part, int) or part.replace("_", "").isalpha()]
-    if not path:
-        field, _, reason = item["msg"].partition(": ")
-        return InvalidRequestError(f"{field}: {reason}", param=field)
-    param = path[0]
-    if item["type"] == "missing":
-        return InvalidRequestError(f"{'.'.join(path)}: is required", param=param)
-    reason = item["msg"].replace("Input should", "should", 1)
-    shown = "" if item["type"] == "wrong" and len(repr(item["input"])) > 80 else f", not {item['input']!r:.80}"
-    return InvalidRequestError(f"{'.'.join(path)}: {reason}{shown}", param=param)
+    with reading("the request cannot be read"):
+        try:
+            request = kind.model_validate(body)
+        except ValidationError as error:
+            raise first_problem(error) from None
+    unknown_fields.notice(body.keys() - kind.model_fields.keys() - REFUSED_FIELDS.keys() - IGNORED_FIELDS)
+    return request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -12,12 +12,24 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvrelay.core.errors import InvalidRequestError
+from router.text.chat_messages import Message, MessageForms
 
 _END_MARK = "\u241fend of the message to continue\u241f"
 """Put behind a message that is to be continued, to find its end in the rendered prompt.
 
 A space follows it: if that is gone, the template trims messages, and would have trimmed this one.
 """
+
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What a template raises for messages that it is not made for."""
 
 
 class ChatTemplate:
@@ -35,6 +47,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
+        self._forms = MessageForms(self._try)
 
     def render(
         self,
@@ -49,17 +62,35 @@ class ChatTemplate:
         ``continue_final_message`` leaves the last message open. ``variables`` are further ones for the template. Raises
         InvalidRequestError if the template refuses the messages or has no use for the last one.
         """
-        shown = [dict(message) for message in messages]
+        shown = [self._forms.fit(message) for message in messages]
+        final = shown[-1].get("content")
         if continue_final_message:
-            shown[-1]["content"] = f"{shown[-1]['content']}{_END_MARK} "
-        context = {**self._special_tokens, "tools": None, "documents": None, **(variables or {})}
+            shown[-1]["content"] = _left_open(final)
+        context = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(
-                **context | {"messages": shown, "add_generation_prompt": add_generation_prompt}
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            text = self._render_all(shown, context)
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
-        return _without_the_end(text) if continue_final_message else text
+        return _without_the_end(text, _last_text(final)) if continue_final_message else text
+
+    def _render_all(self, messages: list[Message], context: Mapping[str, Any]) -> str:
+        """Render ``messages``; those without content have an empty one for a template that cannot do without."""
+        try:
+            return self._render(messages, context)
+        except (jinja2.UndefinedError, TypeError):
+            if all("content" in message for message in messages):
+                raise
+            return self._render([self._forms.fit({"content": "", **message}) for message in messages], context)
+
+    def _render(self, messages: list[Message], context: Mapping[str, Any]) -> str:
+        defaults = {**self._special_tokens, "tools": None, "documents": None}
+        return self._template.render({**defaults, **context, "messages": messages})
+
+    def _try(self, messages: list[Message]) -> str | None:
+        try:
+            return self._render(messages, {"add_generation_prompt": False})
+        except _TEMPLATE_ERRORS:
+            return None
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -67,16 +98,36 @@ class _GenerationBlock(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 (declared as a plain set by the base class)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Take the block's body in place of the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Put the block's body in place of the block, with a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
-def _without_the_end(text: str) -> str:
-    """Return ``text`` up to the end of the message to continue."""
-    before, mark, behind = text.rpartition(_END_MARK)
-    if not mark:
+def _left_open(content: str | list[Any] | None) -> str | list[Any]:
+    """Return a message's content with the mark behind its last text."""
+    if content is None or content == []:
+        raise InvalidRequestError(
+            "continue_final_message: the last message has no content", param="continue_final_message"
+        )
+    marked = f"{_last_text(content)}{_END_MARK} "
+    return marked if isinstance(content, str) else [*content[:-1], {**content[-1], "text": marked}]
+
+
+def _last_text(content: str | list[Any] | None) -> str:
+    if isinstance(content, list):
+        return str(content[-1]["text"]) if content else ""
+    return content or ""
+
+
+def _without_the_end(prompt: str, final: str) -> str:
+    """Return ``prompt`` up to the end of ``final``, the text to continue. Raises InvalidRequestError without it."""
+    before, mark, behind = prompt.rpartition(_END_MARK)
+    if not mark or final.strip() not in before:
         raise InvalidRequestError(
             "continue_final_message: the chat template does not show the last message as it is",
             param="continue_final_message",
@@ -84,9 +135,15 @@ def _without_the_end(text: str) -> str:
     return before if behind.startswith(" ") else before.rstrip()
 
 
-def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes for HTML, which models have not seen in training.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

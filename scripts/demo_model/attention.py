@@ -8,7 +8,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch  # type: ignore[import-not-found]
+import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("attention.cpp")

@@ -41,7 +41,7 @@ def kvrelay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_config_check_counts_the_nodes(kvrelay: Command) -> None:
     assert kvrelay("config", "check", CONFIGS / "1p3d.yaml") == (
         0,
-        f"{CONFIGS}/1p3d.yaml: fine: 3 decode, 1 prefill\n",
+        f"{CONFIGS}/1p3d.yaml: OK: 3 decode, 1 prefill\n",
         "",
     )
 
@@ -77,6 +77,7 @@ def test_config_check_lists_every_problem_and_exits_2(kvrelay: Command, tmp_path
         ["model", "tiny", "somewhere", "--arch", "gpt2"],
         ["model", "tiny", "somewhere", "--preset", "huge"],
         ["config", "check"],
+        ["status", "ftp://127.0.0.1:8000"],
     ],
     ids=lambda arguments: " ".join(map(str, arguments)).replace(str(CONFIGS), "configs"),
 )
@@ -95,7 +96,19 @@ def test_no_cluster_there_exits_1(kvrelay: Command, verb: str) -> None:
     code, _, err = kvrelay(verb, "http://127.0.0.1:9", *words)
 
     assert code == 1
-    assert err.startswith("error: no cluster at http://127.0.0.1:9")
+    assert err.startswith("error: nothing answers at http://127.0.0.1:9 (")
+    assert "kvrelay up CONFIG" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "localhost:9/v1", "http://127.0.0.1:9/v1/", "[::1]:9"])
+def test_an_address_may_be_written_as_people_write_it(kvrelay: Command, address: str) -> None:
+    url = f"http://{address.removeprefix('http://')}".rstrip("/").removesuffix("/v1")
+
+    for arguments in (["status", address], ["chat", address, "hello"]):
+        code, _, err = kvrelay(*arguments)
+        assert code == 1
+        assert err.startswith(f"error: nothing answers at {url} (")
 
 
 def test_the_schema_is_json_with_every_section(kvrelay: Command) -> None:

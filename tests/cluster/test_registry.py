@@ -60,7 +60,7 @@ class Fleet:
             sets = {"router.port": http, "router.control": f"tcp://127.0.0.1:{control}"}
             arguments = [text for key, value in sets.items() for text in ("--set", f"{key}={value}")]
             self.processes[f"router{number}"] = cluster.kvrelay("router", *arguments)
-            cluster.http.base_url = f"http://127.0.0.1:{http}"  # type: ignore[assignment]
+            cluster.http.base_url = f"http://127.0.0.1:{http}"
             cluster.url = f"http://127.0.0.1:{http}"
         for name, role in NODES.items():
             self.processes[name] = self.clusters[0].kvrelay(role, "--node", name)
@@ -196,16 +196,16 @@ def test_redis_is_killed_and_started_again_under_load(model: Path) -> None:
 
         server.kill()
         for cluster in running.clusters:
-            until("the loss is noticed", lambda cluster=cluster: cluster.status()["registry_problem"])
+            until("the loss is noticed", lambda cluster=cluster: cluster.status()["registry_problem"])  # type: ignore[misc]
         running.start_new("d9")
         more = [len(load.answered) + 30 for load in loads]
         for load, enough in zip(loads, more, strict=True):
-            until("requests are served on", lambda load=load, enough=enough: len(load.answered) >= enough)
+            until("requests are served on", lambda load=load, enough=enough: len(load.answered) >= enough)  # type: ignore[misc]
         for cluster in running.clusters:
             assert nodes(cluster) == dict.fromkeys(NODES, "ready")
         server.start()
         for cluster in running.clusters:
-            until("d9 is there", lambda cluster=cluster: "d9" in nodes(cluster), START_PATIENCE_S)
+            until("d9 is there", lambda cluster=cluster: "d9" in nodes(cluster), START_PATIENCE_S)  # type: ignore[misc]
 
         for cluster, load in zip(running.clusters, loads, strict=True):
             asks, given = load.end()

@@ -51,16 +51,36 @@ def test_supervisor_is_told_twice_and_does_not_wait(model: Path) -> None:
     config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.05))
     asks = random_asks(22, 20, max_tokens=1000)
 
-    def twice() -> None:
-        for _ in range(2):
+    def impatient() -> None:
+        def press() -> bool:
             cluster.process.send_signal(signal.SIGINT)
-            until("it has heard", lambda: "finishing what runs" in cluster.log())
+            return "killing" in cluster.log()
+
+        until("it does not wait any longer", press)
+
+    with running(config) as cluster:
+        given = answers_while(cluster, asks, impatient, limit=20, first=1)
+
+        assert_right(cluster, asks, given, CONNECTION_LOST, NO_NODE)
+        assert_ended_well(cluster)
+
+
+def test_one_request_to_end_that_comes_as_two_signals_is_no_hurry(model: Path) -> None:
+    """As from ``timeout``, which signals the process and then its group."""
+    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.01))
+    asks = random_asks(23, 20, max_tokens=60)
+
+    def twice() -> None:
+        cluster.process.send_signal(signal.SIGTERM)
+        os.killpg(cluster.process.pid, signal.SIGTERM)
 
     with running(config) as cluster:
         given = answers_while(cluster, asks, twice, limit=20, first=1)
 
-        assert_right(cluster, asks, given, CONNECTION_LOST, NO_NODE)
+        assert assert_right(cluster, asks, given, NO_NODE, CONNECTION_LOST) > 1
         assert_ended_well(cluster)
+        assert "killing" not in cluster.log()
+        assert "aborted" not in cluster.log()
 
 
 def test_supervisor_is_killed_and_nothing_outlives_it(model: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
@@ -72,8 +72,8 @@ def under_load(cluster: Cluster, seed: int, act: Callable[[], object]) -> int:
                 num_right += assert_right(cluster, [ask], [await asker.ask(ask)])
             return num_right
 
-        _, *counts = await asyncio.gather(acting, *(keep_asking() for _ in range(AT_ONCE)))
-        return sum(counts)
+        answered: list[Any] = await asyncio.gather(acting, *(keep_asking() for _ in range(AT_ONCE)))
+        return sum(map(int, answered[1:]))
 
     num_right = play(cluster, scenario)
     cluster.wait_until_quiescent()
@@ -81,7 +81,7 @@ def under_load(cluster: Cluster, seed: int, act: Callable[[], object]) -> int:
 
 
 def counted(cluster: Cluster, name: str) -> float:
-    return sum(load["counters"].get(name, 0) for load in cluster.loads().values())
+    return float(sum(load["counters"].get(name, 0) for load in cluster.loads().values()))
 
 
 def storing_cluster(model: Path, storage: dict[str, object]) -> dict[str, object]:
@@ -147,7 +147,7 @@ class Killer:
             return False
         with stopped(pids):
             for pid in pids:
-                until("it stands still", lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+                until("it stands still", lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED)  # type: ignore[misc]
             begun = reservations(index)
             if begun <= self._seen_s.keys():
                 return False
@@ -268,7 +268,12 @@ def test_redis_has_other_bytes_than_were_written(storing: Cluster, server: Redis
     def spoil() -> None:
         before = counted(storing, "store_corrupt_blocks")
         with server.client() as client:
-            until("bad values were read", lambda: [spoil_all(client, rng)] and corrupt() > before + 20)
+
+            def bad_values_were_read() -> bool:
+                spoil_all(client, rng)
+                return corrupt() > before + 20
+
+            until("bad values were read", bad_values_were_read)
 
     def corrupt() -> float:
         return counted(storing, "store_corrupt_blocks")

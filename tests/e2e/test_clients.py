@@ -88,11 +88,12 @@ def test_openai_client_sees_typed_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.completions.create(model="nobody", prompt=PROMPT)
     with pytest.raises(openai.BadRequestError) as too_long:
-        client.completions.create(model="demo", prompt=PROMPT, max_tokens=1_000_000)
+        client.completions.create(model="demo", prompt=[5] * 100_000)
 
     assert unknown.value.code == "model_not_found"
     assert too_long.value.code == "context_length_exceeded"
-    assert too_long.value.param == "max_tokens"
+    assert too_long.value.param == "prompt"
+    assert "This model's maximum context length is" in str(too_long.value)
 
 
 def test_curl(real_cluster: Cluster) -> None:

@@ -157,4 +157,4 @@ def test_each_turn_of_a_chat_begins_where_the_last_one_ended_on_another_node(
 
 
 def num_saved(cluster: Cluster) -> float:
-    return sum(load["counters"].get("kv_blocks_saved", 0) for load in cluster.loads().values())
+    return float(sum(load["counters"].get("kv_blocks_saved", 0) for load in cluster.loads().values()))

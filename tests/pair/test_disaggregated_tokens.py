@@ -116,7 +116,8 @@ STYLES: list[dict[str, Any]] = [
 
 def test_sampling_penalties_and_logprobs_go_on_behind_the_hand_off() -> None:
     logprobs = []
-    for roles in ({"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 1}):
+    shapes: list[dict[str, Any]] = [{"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 1}]
+    for roles in shapes:
         with World(**roles) as world:
             clients = [world.submit(length, 12, **style) for length, style in itertools.product((3, 16, 30), STYLES)]
         for client in clients:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.world import World
 
+from decode_node.state import DecodeMachine
 from kvrelay.core.request import FinishReason
 
 HEARTBEATS = ["Heartbeat", "MessagerStats"]
@@ -233,8 +234,10 @@ def test_a_renewal_of_what_is_over_is_answered_at_once() -> None:
     with World(engine={"eos_every": 0, "prefill_token_s": 0.2}) as world:
         client = world.submit(30, 5)
         world.run_until_arrived("BlocksReserved")
-        [request] = world.nodes["d0"].machine.scheduler.receiving
-        world.nodes["d0"].machine._requests.close(request)
+        machine = world.nodes["d0"].machine
+        assert isinstance(machine, DecodeMachine)
+        [request] = machine.scheduler.receiving
+        machine._requests.close(request)
         world.run_until_arrived("ReservationEnded")
         world.settle(60.0)
         assert client.error is None

@@ -15,7 +15,7 @@ from kvrelay.core.request import FinishReason
 
 SEEDS = range(6)
 SHAPES = [{"prefill": 1, "decode": 1}, {"prefill": 1, "decode": 2}]
-SAMPLED = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2, "ignore_eos": True}
 LENGTHS = (5, 17, 40, 30, 33, 8)
 
 
@@ -141,7 +141,9 @@ def test_prompts_that_wait_behind_others_do_not_keep_the_next_away() -> None:
         for _ in range(30):
             clients.append(world.submit(40, 4))
             world.run_for(0.3)
-            num_waiting.append(world.router.machine.registry.named("d0").load.num_waiting)
+            node = world.router.machine.registry.named("d0")
+            assert node is not None
+            num_waiting.append(node.load.num_waiting)
         lent = [client in on_decode_nodes(clients) for client in clients]
         assert all(num_waiting[20:])
         assert sum(lent[20:]) in (4, 5, 6)
@@ -269,12 +271,9 @@ def test_a_step_with_a_prompt_fails_on_the_decode_node() -> None:
         world.nodes["d0"].failing_steps = {1}
         clients = burst(world)
         world.settle(5.0)
-        failed = [client for client in clients if client.error]
-        assert failed == on_decode_nodes(clients)[:1]
-        assert failed[0].error == "engine_error"
-        burst(world)
-        world.settle(5.0)
-        assert [client for client in world.clients.values() if client.error] == failed
+        assert on_decode_nodes(clients)
+        assert world.router.machine.requests.counters.retries == 1
+        assert not any(client.error for client in clients)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,6 +1,6 @@
 """Clusters of every shape under random load: every request ends, with the right tokens, and no block is ever lost.
 
-``--schedules N`` runs N of each kind instead of a few.
+``--schedules N --first-seed S`` runs N of each kind from seed S on, instead of a few; see ``scripts/fuzz-schedules``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ FEW = 40
 
 @pytest.fixture
 def seeds(request: pytest.FixtureRequest) -> Iterator[int]:
-    return iter(range(request.config.getoption("schedules") or FEW))
+    first, count = request.config.getoption("first_seed"), request.config.getoption("schedules") or FEW
+    return iter(range(first, first + count))
 
 
 def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
@@ -38,6 +39,8 @@ def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
             "max_num_batched_tokens": rng.choice([3, 8, 32, 64]),
             "max_num_seqs": rng.choice([2, 4, 16]),
             "prefill_policy": rng.choice(["dedicated", "shared"]),
+            "prefill_order": rng.choice(["fifo", "shortest_first", "shortest_first"]),
+            "prefill_overtake_tokens": rng.choice([0, 20, 60, 16384]),
             "reserve_policy": rng.choice(["new_token_ratio", "fixed_blocks", "sglang", "none"]),
             "watermark": rng.choice([0.0, 0.01, 0.2]),
             "preemption_order": rng.choice(["latest_first", "shortest_output_first"]),
@@ -92,7 +95,9 @@ def check_all(seeds: Iterator[int], check: Callable[[random.Random, int], None])
         try:
             check(random.Random(seed), seed)
         except Exception as error:
-            error.add_note(f"seed {seed}")
+            test = check.__qualname__.partition(".")[0]
+            repeat = f"tests/pair/test_random_schedules.py::{test} --schedules 1 --first-seed {seed}"
+            error.add_note(f"to repeat: scripts/test {repeat}")
             raise
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.world import World
 
+from decode_node.state import DecodeMachine
 from kvrelay.core.request import FinishReason
 
 NO_EOS = {"eos_every": 0}
@@ -98,7 +101,9 @@ def test_a_reserve_for_decodes_keeps_prompts_out_but_never_an_idle_node() -> Non
 
         def ended() -> bool:
             nonlocal most
-            most = max(most, world.nodes["d0"].machine.scheduler.num_holding)
+            machine = world.nodes["d0"].machine
+            assert isinstance(machine, DecodeMachine)
+            most = max(most, machine.scheduler.num_holding)
             return world.all_ended()
 
         world.run_until(ended, 30.0)
@@ -123,7 +128,8 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(policy: str, order:
         "sglang": {"init": 0.05, "clip_max_new_tokens": 1},
         "fixed_blocks": {"blocks": 1},
     }
-    for roles, letter in (({}, "d"), ({"prefill": 0, "decode": 0, "mixed": 1}, "m")):
+    shapes: list[tuple[dict[str, Any], str]] = [({}, "d"), ({"prefill": 0, "decode": 0, "mixed": 1}, "m")]
+    for roles, letter in shapes:
         with World(**roles, engine=NO_EOS, scheduler=scheduler, nodes={f"{letter}0": small(16)}, careful=True) as world:
             clients = [
                 world.submit(

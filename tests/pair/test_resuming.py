@@ -14,7 +14,7 @@ from decode_node.state import DecodeMachine
 from kvrelay.core.config import Role
 
 STORE = {"backend": "file", "min_read_tokens": 1, "resume": "storage"}
-SAMPLED = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2}
 
 
 def preempt_often(monkeypatch: pytest.MonkeyPatch, every: int = 3) -> None:
@@ -38,7 +38,7 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch, every: int = 3) -> None:
 
 
 def shape(role: str, **options: Any) -> World:
-    sizes = {"prefill": 1, "decode": 1} if role == "decode" else {"prefill": 0, "decode": 0, "mixed": 1}
+    sizes: dict[str, Any] = {"prefill": 1, "decode": 1} if role == "decode" else {"prefill": 0, "decode": 0, "mixed": 1}
     return World(3, careful=True, **sizes, **options)
 
 
@@ -247,7 +247,9 @@ def restart_empty(world: World, name: str) -> NodeProcess:
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.MIXED])
 def test_the_next_turn_on_another_node_begins_where_the_last_one_ended(role: Role) -> None:
-    sizes = {"prefill": 1, "decode": 1} if role is Role.PREFILL else {"prefill": 0, "decode": 0, "mixed": 1}
+    sizes: dict[str, Any] = (
+        {"prefill": 1, "decode": 1} if role is Role.PREFILL else {"prefill": 0, "decode": 0, "mixed": 1}
+    )
     with World(7, careful=True, storage=STORE, **sizes) as world:
         first = world.submit(40, max_tokens=9, ignore_eos=True)
         world.settle()

@@ -11,7 +11,7 @@ import pytest
 from decode_node.state import DecodeMachine
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import ROUTER
-from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone
+from kvrelay.core.machine import CoreEvent, Received, RunStep, Send, Started, StepDone
 from kvrelay.core.messages.node_to_router import Register, TokensOut
 from kvrelay.core.messages.router_to_node import Generate
 from kvrelay.core.request import RequestSpec, SamplingParams
@@ -54,7 +54,8 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
         num_blocks=node.cache.num_blocks,
         geometry=engine.geometry,
     )
-    machine, served, events = DecodeMachine(node, registration), Served(), [Started()]
+    machine, served = DecodeMachine(node, registration), Served()
+    events: list[CoreEvent] = [Started()]
     events += [Received(ROUTER, Generate(request=request)) for request in requests]
     while events:
         for action in machine.handle(events.pop(0), 0.0):

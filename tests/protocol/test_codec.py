@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.messages import EXAMPLES, random_values
 
-from kvrelay.core import codec
 from kvrelay.core.codec import MAX_MESSAGE_BYTES, MESSAGES, decode, encode
 from kvrelay.core.errors import RemoteProtocolError
 from kvrelay.core.messages.base import Heartbeat, Message, ProtocolViolation
@@ -151,7 +150,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(data: bytes, told: str) 
 
 
 def test_a_message_that_is_too_long_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec.msgpack, "unpackb", None)
+    monkeypatch.setattr("kvrelay.core.codec.msgpack.unpackb", None)
     told = f"message of {MAX_MESSAGE_BYTES + 1} bytes, the limit is {MAX_MESSAGE_BYTES}"
     assert refusal(bytes(MAX_MESSAGE_BYTES + 1)) == told
 

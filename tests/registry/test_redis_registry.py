@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from pydantic import SecretStr
 from support.machines import node_config, registration
 from support.redis_server import RedisServer, binary, redis_cluster, redis_server
 
@@ -169,7 +170,7 @@ def test_a_password_is_used_and_never_shown(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_url_without_sense_is_a_config_error_that_does_not_quote_it() -> None:
-    registry = RedisRegistry(RegistryConfig(kind="redis", url=f"redis://:{PASSWORD}@host:port/0"))
+    registry = RedisRegistry(RegistryConfig(kind="redis", url=SecretStr(f"redis://:{PASSWORD}@host:port/0")))
     with pytest.raises(ConfigError, match=r"registry\.url") as told:
         registry.open()
     assert PASSWORD not in str(told.value)

@@ -20,6 +20,7 @@ from kvrelay.core.compute import ComputeThread
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import ROUTER
+from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.machine import Received, RunStep, StopRequested
 from kvrelay.core.messages.node_to_router import Register, TokensOut
 from kvrelay.core.messages.router_to_node import Generate
@@ -98,6 +99,7 @@ class Forgetful:
 
     def __init__(self, machine: DecodeMachine, engine: Engine) -> None:
         self._machine = machine
+        assert isinstance(engine.memory, KVMemory)
         self._planes = engine.memory.planes
 
     def handle(self, event: object, now: float) -> Sequence[object]:

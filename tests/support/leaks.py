@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 SETTLE_S = 2.0
 """What is being torn down already (a thread past its last statement, a child just killed) may take this long to go."""
 
@@ -18,6 +20,9 @@ _SELF = Path("/proc/self")
 _OWN_FD = re.compile(r"^(socket:|pipe:|/memfd:|/dev/shm/|anon_inode:\[(eventfd|eventpoll|io_uring|pidfd))")
 _INODE = re.compile(r":?\[\d+\]$")
 _OWN_MAPPING = re.compile(r"(/memfd:\S+|/dev/shm/\S+)")
+_SHARED_MEMORY = Path("/dev/shm")
+_OWN_SHARED_MEMORY = re.compile(r"kvrelay-(?:.*-)?(\d+)")
+"""What kvrelay would call a file there: it ends with the pid of its maker. All else in it is other programs'."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,24 @@ def _mappings() -> list[str]:
 
 
 def _files() -> list[str]:
-    places = [Path("/dev/shm"), Path(os.environ["XDG_RUNTIME_DIR"])]
-    return [f"file {path}" for place in places for path in place.rglob("*")]
+    shared_memory = [path for path in _SHARED_MEMORY.iterdir() if _is_ours(path.name)]
+    return [f"file {path}" for path in (*shared_memory, *Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*"))]
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether a file in /dev/shm was made by this process or one it started, as far as its name tells.
+
+    What a living process outside this session made belongs to somebody else, such as another run of the tests.
+    """
+    match = _OWN_SHARED_MEMORY.fullmatch(name)
+    if match is None:
+        return False
+    me = psutil.Process()
+    try:
+        maker = psutil.Process(int(match[1]))
+        return maker == me or me in maker.parents()
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _read(path: Path) -> str:

@@ -19,13 +19,13 @@ from kvrelay.core.config import (
 )
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId
-from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone, StepFailed, TimerFired
+from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone, TimerFired
 from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.core.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
 from kvrelay.core.messages.node_to_messager import CancelKV, CloseTransfer
 from kvrelay.core.messages.node_to_router import Register
 from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.step import SampledTokens, StepPlan, StepResult
+from kvrelay.core.step import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from prefill_node.state import PrefillMachine
 
 M = TypeVar("M", bound=Message)
@@ -35,6 +35,7 @@ D0_ADDRESS = NodeAddress(peer=D0, address="tcp://127.0.0.1:8300")
 D1_ADDRESS = NodeAddress(peer=D1, address="tcp://127.0.0.1:8301")
 LINK = LinkAddress(peer="d0.messager#1", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///d0")
 BLOCK_SIZE = 4
+VOCAB_SIZE = 1 << 20
 LEASE_S, TIMEOUT_S, DRAIN_S = 8.0, 10.0, 20.0
 
 
@@ -67,6 +68,7 @@ def registration(node: NodeConfig) -> Register:
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.num_blocks,
         geometry=KVGeometry(2, 1, 8, node.cache.block_size, "uint8", "model"),
+        vocab_size=VOCAB_SIZE,
     )
 
 
@@ -131,14 +133,22 @@ class NodeDesk:
         assert self.plan is not None, "no step is running"
         plan, self.plan = self.plan, None
         left = list(tokens)
-        sampled = [SampledTokens([left.pop(0) if left else 7] if item.samples else [], []) for item in plan.batch]
+        sampled: list[SequenceOutcome] = [
+            SampledTokens([left.pop(0) if left else 7] if item.samples else [], []) for item in plan.batch
+        ]
         return self.tell(StepDone(StepResult(plan.step, sampled)))
 
-    def fail_step(self) -> list[Any]:
-        """Let the running step break."""
+    def fail_step(self, *names: str) -> list[Any]:
+        """End the running step; the sequences of ``names`` (all, if there are none) fail, the others sample 7."""
         assert self.plan is not None
         plan, self.plan = self.plan, None
-        return self.tell(StepFailed(plan.step, "ValueError: broken"))
+        outcomes: list[SequenceOutcome] = [
+            SequenceFailed("ValueError: broken")
+            if not names or item.sequence.spec.request_id in names
+            else SampledTokens([7] if item.samples else [], [])
+            for item in plan.batch
+        ]
+        return self.tell(StepDone(StepResult(plan.step, outcomes)))
 
     def run_steps(self, limit: int = 1000) -> None:
         """Let all steps be computed until there is nothing left to do."""
@@ -187,6 +197,7 @@ __all__ = [
     "P0",
     "ROUTER",
     "TIMEOUT_S",
+    "VOCAB_SIZE",
     "NodeDesk",
     "node_config",
     "registration",

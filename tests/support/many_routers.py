@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import SecretStr
+
 from kvrelay.core.config import NodeConfig, RegistryConfig, Role
 from kvrelay.core.ids import ROUTER, PeerId, peer_id
 from kvrelay.core.machine import Announce, Started
@@ -16,7 +18,7 @@ from support.world import EOS, Client, World
 
 POLL_S = 1.0
 LEASE_S = 10.0
-REGISTRY = RegistryConfig(kind="redis", url="redis://nowhere", lease_s=LEASE_S)
+REGISTRY = RegistryConfig(kind="redis", url=SecretStr("redis://nowhere"), lease_s=LEASE_S)
 
 
 class FollowingRouter(Process):

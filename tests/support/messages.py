@@ -11,7 +11,6 @@ import msgspec
 from hypothesis import strategies as st
 
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_handle import KVMemoryHandle
 from kvrelay.core.messages.base import (
     ErrorInfo,
     Heartbeat,
@@ -21,10 +20,18 @@ from kvrelay.core.messages.base import (
     Mark,
     Message,
     NodeAddress,
+    PromptWait,
     ProtocolViolation,
 )
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.core.messages.messager_to_messager import (
+    FrameAck,
+    KVFrame,
+    LinkAccepted,
+    LinkHello,
+    LinkOffer,
+    LinkRefused,
+)
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVCancelled,
@@ -121,6 +128,8 @@ _LOAD = Load(
     queued_tokens=8,
     gauges={"reserve_level": 0.7},
     counters={"steps": 9.0},
+    prompt_tokens=[8, 0],
+    prompt_waits=[PromptWait([1, 2], 0.5)],
 )
 
 EXAMPLES: list[Message] = [
@@ -146,6 +155,8 @@ EXAMPLES: list[Message] = [
         num_blocks=2048,
         geometry=_GEOMETRY,
         session=1,
+        vocab_size=151936,
+        prefill_order="shortest_first",
     ),
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),
@@ -184,8 +195,8 @@ EXAMPLES: list[Message] = [
     KVFailed(**_ID, error=_ERROR),
     KVCancelled(**_ID),
     MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
-    LinkHello(geometry=_GEOMETRY, pool=KVMemoryHandle(42, 7, "00112233", 64)),
-    LinkAccepted(shm=False, credit_bytes=1 << 20),
+    LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
+    LinkAccepted(kind="ipc", credit_bytes=1 << 20),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),
     KVFrame(
         **_ID,

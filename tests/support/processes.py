@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cache_messager.service import BlockMover
+from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
 from cache_messager.state import MessagerMachine
 from cache_messager.work import WriteBlocks
 from decode_node.state import DecodeMachine
 from kvrelay.core.config import NodeConfig
 from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, peer_id
-from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_open import open_pool
 from kvrelay.core.machine import (
     CancelTimer,
     Connect,
@@ -22,18 +22,18 @@ from kvrelay.core.machine import (
     Log,
     Machine,
     PeerLost,
+    Ready,
     Received,
     RunStep,
     Send,
     SetTimer,
     Started,
     StepDone,
-    StepFailed,
     TimerFired,
 )
 from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.step import StepResult
+from kvrelay.core.step import SequenceFailed, SequenceOutcome, StepResult
 from kvrelay.engine.fake import FakeEngine, step_seconds
 from prefill_node.state import PrefillMachine
 from router.events import Deliver
@@ -75,6 +75,7 @@ class Process:
             Disconnect: lambda action: self.connections.pop(action.peer, None),
             SetTimer: self._set_timer,
             CancelTimer: lambda action: self._timers.pop(action.key, None),
+            Ready: lambda _: None,
             Log: self.log.append,
             Exit: lambda action: self.exit(action.reason),
         }
@@ -195,6 +196,7 @@ class NodeProcess(Process):
             max_num_seqs=config.scheduler.max_num_seqs,
             num_blocks=config.cache.num_blocks,
             geometry=self.engine.geometry,
+            vocab_size=self.engine.vocab_size,
         )
 
     def _run_step(self, action: RunStep) -> None:
@@ -218,7 +220,8 @@ class NodeProcess(Process):
             if self.config.role == "prefill":
                 self.handle(LayerComputed(action.plan.step, done))
             if action.plan.step in self.failing_steps and done == 0:
-                self.handle(StepFailed(action.plan.step, "ValueError: told to"))
+                failed: list[SequenceOutcome] = [SequenceFailed("ValueError: told to", retryable=True)]
+                self.handle(StepDone(StepResult(action.plan.step, failed * len(action.plan.batch))))
                 return
             last = done == self.engine.geometry.num_layers - 1
             self.world.after(0.0 if last else layer_s, advance)
@@ -250,14 +253,20 @@ class MessagerProcess(Process):
         link = LinkAddress(
             peer=settings.me, host_id=node.config.host, tcp=f"tcp://{settings.me}", ipc=f"ipc:///{settings.me}"
         )
-        super().__init__(world, settings.me, MessagerMachine(settings, link), [link.tcp, link.ipc])
-        self.connections[node.peer] = f"ipc:///{node.peer}"
         # Its own mapping, as in a process of its own: the pool outlives the node as long as frames are read from it.
-        self._pool = KVMemory.attach(settings.geometry, settings.pool)
-        self.mover = BlockMover(settings, self._pool, self, self)  # type: ignore[arg-type]
+        self._pool = open_pool(settings.geometry, settings.pool)
+        self.mover = BlockMover(settings, self._pool)
+        machine = MessagerMachine(settings, link, self.mover.offers)
+        super().__init__(world, settings.me, machine, [link.tcp, link.ipc])
+        self.connections[node.peer] = f"ipc:///{node.peer}"
+        self.mover.serve(self, self)
         write_now = self.handlers[WriteBlocks]
         self.handle_with(WriteBlocks, lambda action: self._write_later(action, write_now))
         self.post(Started())
+
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Call at once: everything is on one thread here."""
+        call()
 
     def _write_later(self, action: WriteBlocks, write_now: Callable[[Any], object]) -> None:
         def write() -> None:

@@ -78,6 +78,9 @@ class Desk:
         self._give_blocks(request, len(request.token_ids))
         request.num_computed_tokens = computed
         self.scheduler.prefilling[request] = None
+        self.scheduler.order.arrived(request, request.priority, prompt, self.now)
+        self.scheduler.order.admitted(request, prompt)
+        self.scheduler.order.ready(request, request.num_uncomputed_tokens)
         return request
 
     def receive(self, name: str, prompt: int, **options: Any) -> DecodeRequest:

@@ -33,7 +33,7 @@ class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a messager listens for KV frames: ``ipc`` and ``shm`` only help senders with the same ``host_id``."""
+    """Where a messager listens for KV frames. ``ipc`` only helps senders with the same ``host_id``."""
 
     peer: str
     host_id: str
@@ -58,8 +58,27 @@ class LayerTransfer(msgspec.Struct, frozen=True, array_like=True):
     num_bytes: int
 
 
+WAIT_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Upper bounds of the histograms in ``Load.prompt_waits``, in seconds."""
+
+
+class PromptWait(msgspec.Struct, frozen=True, array_like=True):
+    """How long prompts of one class of lengths waited, from arrival until their first token was computed.
+
+    ``counts[i]`` waited for up to ``WAIT_BOUNDS_S[i]`` seconds and for longer than the bound before; the last of them
+    for longer than all bounds. ``total_s`` is the sum of all waits.
+    """
+
+    counts: list[int]
+    total_s: float
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy a node is. Gauges by field; ``counters`` only ever grow while the process lives."""
+    """How busy a node is. Gauges by field; ``counters`` only ever grow while the process lives.
+
+    By class of prompt length (``kvrelay.core.prompt_lengths``): ``prompt_tokens``, prompt tokens still to compute of
+    prompts with so many to compute, and ``prompt_waits``, which only grow.
+    """
 
     num_waiting: int = 0
     num_running: int = 0
@@ -71,12 +90,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     queued_tokens: int = 0
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
     counters: dict[str, float] = msgspec.field(default_factory=dict)
+    prompt_tokens: list[int] = msgspec.field(default_factory=list)
+    prompt_waits: list[PromptWait] = msgspec.field(default_factory=list)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Node -> router, node -> node it has business with, once per ``heartbeat_s``, whatever the compute thread does.
 
-    The reader takes the peer for alive until ``peer_timeout_s`` later and renews every lease that hangs on its word.
+    The reader takes the peer for alive until ``peer_timeout_s`` later. It renews no lease on a reservation: only
+    RenewReservations does.
     """
 
     load: Load | None = None

@@ -9,7 +9,7 @@ class BlocksReserved(Message, frozen=True, kw_only=True):
     """D -> P, answers ReserveBlocks: the messager at ``link`` takes frames for these blocks.
 
     The reader has the KV sent. ``block_ids[i]`` takes the request's block ``num_cached_blocks + i``: the blocks before
-    those D has in its prefix cache. The blocks are P's for ``lease_s`` from here or from the last heartbeat.
+    those D has in its prefix cache. The blocks are P's for ``lease_s`` from here or from the last RenewReservations.
     """
 
     request_id: str
@@ -33,9 +33,10 @@ class ReservationRefused(Message, frozen=True, kw_only=True):
 
 
 class ReservationEnded(Message, frozen=True, kw_only=True):
-    """D -> P: this reservation is no more (aborted, lease over, KV corrupt), or never was.
+    """D -> P: this reservation is no more (its lease ran out, its KV failed, D is stopping), or it never was.
 
-    The reader stops sending for it and, unless it has ended the request itself, reports RequestFailed with ``reason``.
+    Not sent after an Abort: the router sends one to P too. The reader stops sending for it and, unless it has ended the
+    request itself, reports RequestFailed with ``reason``.
     """
 
     request_id: str

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_handle import KVMemoryHandle
 from kvrelay.core.messages.base import Message
 
 
+class LinkOffer(msgspec.Struct, frozen=True, array_like=True):
+    """A kind of link that a sender can use. ``handle`` is what a receiver needs for it, known to that kind alone."""
+
+    kind: str
+    handle: bytes
+
+
 class LinkHello(Message, frozen=True, kw_only=True):
-    """P's messager -> D's, first on each link. ``pool``: the sender would have its memory read rather than send it.
+    """P's messager -> D's, first on each link. ``offers`` are the kinds of link it may be, the best first.
 
     The reader answers LinkAccepted or LinkRefused.
     """
 
     geometry: KVGeometry
-    pool: KVMemoryHandle | None
+    offers: list[LinkOffer]
 
 
 class LinkAccepted(Message, frozen=True, kw_only=True):
-    """D's messager -> P's. ``shm``: the reader's pool could be mapped, frames carry no payload.
+    """D's messager -> P's. ``kind`` is the first offer that is possible at the sender of this message.
 
     The reader sends frames, with at most ``credit_bytes`` of KV not yet acknowledged.
     """
 
-    shm: bool
+    kind: str
     credit_bytes: int
 
 
@@ -40,9 +48,9 @@ class LinkRefused(Message, frozen=True, kw_only=True):
 class KVFrame(Message, frozen=True, kw_only=True):
     """P's messager -> D's: some blocks, the same in ``num_layers`` layers from ``layer`` on.
 
-    Payload follows, layer by layer all K and then all V, unless the link is shm. The reader verifies the digest
-    (xxh3-64 over the payload, 0 if unchecked), writes each block once and answers FrameAck. ``source_block_ids`` tell
-    where the blocks lie in the sender's pool, for shm.
+    Payload follows if the kind of the link has the bytes travel so: layer by layer, all K and then all V. The reader
+    verifies the digest (xxh3-64 of the payload, 0 if unchecked), writes each block once and answers FrameAck. Where the
+    reader copies from the sender's pool, ``source_block_ids`` tell which blocks.
     """
 
     request_id: str

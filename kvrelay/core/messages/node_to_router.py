@@ -14,7 +14,7 @@ class Register(Message, frozen=True, kw_only=True):
 
     The reader compares geometry, model and protocol with its other nodes and answers Registered or RegistrationRefused.
     ``session`` rises when the node takes a router for lost and drops what it held for it: a reader that knows another
-    gives the node's requests to others.
+    gives the node's requests to others. Token ids are below ``vocab_size``; a node that does not say takes any u32.
     """
 
     node_id: str
@@ -28,6 +28,8 @@ class Register(Message, frozen=True, kw_only=True):
     num_blocks: int
     geometry: KVGeometry
     session: int = 0
+    vocab_size: int = 1 << 32
+    prefill_order: str = "fifo"
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,8 +73,9 @@ class RequestFailed(Message, frozen=True, kw_only=True):
 class RequestPreempted(Message, frozen=True, kw_only=True):
     """D or mixed -> router: it had to take the blocks from a request, which waits for ``num_blocks`` of them again.
 
-    Said when its KV has been written to the store, or will not be. The reader may give the request to a node that has
-    room now; if not, the sender resumes it as soon as it has.
+    Sent when the save of its KV is over, or at once if there is nothing to save. Blocks that another request's save is
+    writing at that time count as saved: a node that does not find them computes them. The reader may give the request
+    to a node that has room now. If it does not, the sender resumes it as soon as it has room itself.
     """
 
     request_id: str

@@ -66,7 +66,8 @@ class Generate(Message, frozen=True, kw_only=True):
 class Abort(Message, frozen=True, kw_only=True):
     """Router -> every node that serves the request: the client is gone, a stop string matched, or the partner failed.
 
-    The reader stops work on it, tells the partner, releases everything and sends nothing more about it.
+    The reader stops work on it, releases its blocks and sends no more tokens of it, only its timeline. P also cancels
+    its reservation on D. D does not tell P: the router sends an Abort to both.
     """
 
     request_id: str

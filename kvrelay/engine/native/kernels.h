@@ -30,8 +30,9 @@ typedef struct {
     int32_t bf16;
 } KvrHeads;
 
-// How rows and weights of a product are held: both float32, both bf16, either of them by int8 weights, or both int8.
-enum { KVR_FLOATS, KVR_HALVES, KVR_FLOATS_BY_INT8, KVR_HALVES_BY_INT8, KVR_INT8 };
+// How rows and weights of a product are held: both float32, both bf16, either of them by int8 weights, both int8, or
+// float32 by bf16 weights.
+enum { KVR_FLOATS, KVR_HALVES, KVR_FLOATS_BY_INT8, KVR_HALVES_BY_INT8, KVR_INT8, KVR_FLOATS_BY_HALVES };
 
 // out [rows, size_out] = (x [rows, size_in] times weight - offsets) * scales * row_scales + bias; added to what out
 // has, if accumulate. The weight lies as products.h says, each panel panel_steps long. slab: how many steps are added
@@ -75,7 +76,7 @@ struct KernelTable {
 
 // Columns of a panel of weights; memory for the sums of 96 rows, and for 128 steps of a panel that are widened.
 constexpr int COLUMNS = 64;
-constexpr size_t PRODUCT_SCRATCH = (96 + 128) * COLUMNS * 4;
+constexpr size_t PRODUCT_SCRATCH = (96 + 512) * COLUMNS * 4;
 
 // Context is cut at multiples of this position, whatever the batch: each segment has its own softmax, and the results
 // are merged in order. So a query's result does not depend on how work was divided.

@@ -160,7 +160,7 @@ thread_local std::vector<Item> pieces;
 extern "C" {
 
 // Interface version: the Python side refuses a library of another one.
-int32_t kvr_version() { return 3; }
+int32_t kvr_version() { return 4; }
 
 // Compute with threads threads, run by gomp_parallel (see RunParallel).
 void kvr_set_threads(int32_t threads, void *gomp_parallel) {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvrelay.engine.kernels import KernelsUnavailableError
 
-_INTERFACE_VERSION = 3
+_INTERFACE_VERSION = 4
 
 _Pointer, _Int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -22,10 +22,14 @@ INT8_SLAB, WIDENED_SLAB = 256, 64
 """Steps of a panel that rows are multiplied with in turns: so that it stays in cache; what there is room to widen."""
 
 
+OWN_CHUNK = 512
+"""Elements of a row that are added up at a time where all products are our own: what there is room to widen."""
+
+
 class ProductKind(IntEnum):
     """``KvrProduct.kind`` of ``kernels.h``."""
 
-    FLOATS, HALVES, FLOATS_BY_INT8, HALVES_BY_INT8, INT8 = range(5)
+    FLOATS, HALVES, FLOATS_BY_INT8, HALVES_BY_INT8, INT8, FLOATS_BY_HALVES = range(6)
 
 
 class AttentionCall(ctypes.Structure):
@@ -108,6 +112,11 @@ class NativeLibrary:
     def multiplies(self, kind: ProductKind) -> bool:
         """Return whether there are products of ``kind`` on this CPU."""
         return bool(self.multiply(ctypes.byref(ProductCall(kind=kind, size_out=1))))
+
+    @property
+    def owns_floats(self) -> bool:
+        """Whether float32 products of any number of rows are best our own: they are as fast as oneDNN's on AVX2."""
+        return self.isa == "avx2"
 
     def limit_isa(self, level: int) -> None:
         """Use nothing above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with bfloat16."""

@@ -6,54 +6,28 @@
 // up from the first to the last in one accumulator, then added to the slabs before it, whatever the number of rows.
 #pragma once
 
-#include "vectors.h"
+#include "terms.h"
 
 namespace {
 
 constexpr int STEP_BYTES = 4 * COLUMNS;  // of a panel, but half of it or less where int8 is widened
 constexpr int64_t ROWS_AT_ONCE = 96;     // whose sums stay in the first-level cache
+constexpr int64_t WIDENED_ROWS = 24;     // up to which widening bf16 for each tile is faster than doing it once
 
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 12;
+constexpr int TILE_ROWS = 12, SUMS = 24;
 #elif defined(__AVX2__)
-constexpr int TILE_ROWS = 6;
+constexpr int TILE_ROWS = 6, SUMS = 12;
 #else
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_ROWS = 4, SUMS = 8;
 #endif
 
-// Rows of uint8 (an int8 and 128) with weights of int8. Sums are exact, so the order does not matter.
-struct Bytes {
-    typedef uint8_t Left;
-    typedef vi Sum;
-    enum { DEPTH = 4 };
-    INLINE vi step(vi sum, const uint8_t *left, const void *right) {
-        int32_t four;
-        memcpy(&four, left, 4);
-#if defined(__AVX512VNNI__)
-        return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), _mm512_loadu_si512(right));
-#else
-        vi weights;
-        memcpy(&weights, right, sizeof weights);
-#if defined(__AVX512BW__)
-        const __m512i even = _mm512_set1_epi32(four & 0xff00ff), odd = _mm512_set1_epi32((four >> 8) & 0xff00ff);
-        const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)weights, 8), 8);
-        const __m512i high = _mm512_srai_epi16((__m512i)weights, 8);
-        return sum + (vi)_mm512_madd_epi16(even, low) + (vi)_mm512_madd_epi16(odd, high);
-#elif defined(__AVX2__)
-        const __m256i even = _mm256_set1_epi32(four & 0xff00ff), odd = _mm256_set1_epi32((four >> 8) & 0xff00ff);
-        const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)weights, 8), 8);
-        const __m256i high = _mm256_srai_epi16((__m256i)weights, 8);
-        return sum + (vi)_mm256_madd_epi16(even, low) + (vi)_mm256_madd_epi16(odd, high);
-#else
-        for (int d = 0; d < 4; d++) sum += (weights << (24 - 8 * d) >> 24) * (int32_t)left[d];
-        return sum;
-#endif
-#endif
-    }
-};
-
-// How many vectors of columns a tile of so many rows has, so that sums and weights fill the registers.
-INLINE constexpr int vectors_of(int rows) { return W == 16 && rows <= 6 ? 4 : 2; }
+// How many vectors of columns a tile of so many rows has, so that its sums fill the registers, but not all of them.
+INLINE constexpr int vectors_of(int rows) {
+    int vectors = 2;
+    while (2 * vectors * rows <= SUMS && 2 * vectors * W <= COLUMNS) vectors *= 2;
+    return vectors;
+}
 
 // sums[r][0:vectors * W] of R rows, from steps steps of a panel, stored or added to what is there. LINES: how many
 // cache lines of what comes next in memory are sent for with each step.
@@ -67,10 +41,18 @@ __attribute__((noinline)) void multiply_tile(const typename P::Left *x, int64_t 
         for (int line = 0; line < LINES; line++) __builtin_prefetch(next + 64 * line, 0, 2);
         if (R > 6)
             for (int n = 0; n < N; n++) __builtin_prefetch(panel + 4 * n * W + 4096, 0, 3);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int n = 0; n < N; n++) acc[r][n] = P::step(acc[r][n], x + r * stride, panel + 4 * n * W);
+        for (int part = 0; part < P::PARTS; part++) {
+            typename P::Weights weights[N];
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) weights[n] = P::weights(panel + 4 * n * W, part);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                const typename P::Row row = P::row(x + r * stride, part);
+#pragma GCC unroll 16
+                for (int n = 0; n < N; n++) acc[r][n] = P::add(acc[r][n], row, weights[n]);
+            }
+        }
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
@@ -136,8 +118,15 @@ void multiply_slab(const typename P::Left *x, int64_t num_rows, int64_t stride, 
 }
 
 // A slab of int8 weights as the type they are multiplied in: whole numbers up to 127 are exact in either.
-INLINE void widen(const int8_t *from, int64_t steps, float *to, Floats) {
+INLINE void widen(const int8_t *from, int64_t steps, float *to, FloatTerms) {
     for (int64_t i = 0; i < steps * COLUMNS; i++) to[i] = from[i];
+}
+// Pairs of bf16 as two steps of float32; there is an even number of steps.
+INLINE void widen(const uint16_t *from, int64_t steps, float *to, FloatTerms) {
+    for (int64_t k = 0; k < steps; k += 2, from += 2 * COLUMNS, to += 2 * COLUMNS)
+        for (int n = 0; n < COLUMNS; n += W)
+            for (int part = 0; part < 2; part++)
+                store(to + part * COLUMNS + n, WidenedTerms::weights((const char *)(from + 2 * n), part));
 }
 #if defined(__AVX512BF16__)
 // The upper and lower bytes of the bf16 of 0 to 127, looked up 64 at a time.
@@ -155,7 +144,7 @@ struct WholeNumbers {
 };
 constexpr WholeNumbers whole_numbers;  // made by the compiler: nothing of this file may run unasked on a lesser CPU
 
-INLINE void widen(const int8_t *from, int64_t steps, float *to, Halves) {
+INLINE void widen(const int8_t *from, int64_t steps, float *to, HalfTerms) {
     const WholeNumbers &w = whole_numbers;
     const __m512i upper = _mm512_load_si512(w.upper), upper2 = _mm512_load_si512(w.upper + 64);
     const __m512i lower = _mm512_load_si512(w.lower), lower2 = _mm512_load_si512(w.lower + 64);
@@ -175,7 +164,10 @@ INLINE void widen(const int8_t *from, int64_t steps, float *to, Halves) {
 
 INLINE vf scaled(const KvrProduct *p, const float *sums, int64_t row, int64_t column) {
     vf v = load(sums);
-    if (p->row_scales) v = __builtin_convertvector((vi)v - load_ints(p->offsets + column), vf);
+    if (p->row_scales) {
+        const vi sum = (vi)v;
+        v = __builtin_convertvector(ByteTerms::IS_SIGNED ? sum : sum - load_ints(p->offsets + column), vf);
+    }
     if (p->scales) v *= load(p->scales + column);
     if (p->row_scales) v *= p->row_scales[row];
     return p->bias ? v + load(p->bias + column) : v;
@@ -199,22 +191,41 @@ void finish_rows(const KvrProduct *p, const float *sums, int64_t first, int64_t 
     }
 }
 
-// Panels [first, last) of product p. NARROW: the weight is int8 and is widened for P.
-template <typename P, bool NARROW>
-void multiply_panels_of(const KvrProduct *p, int64_t first, int64_t last, float *memory) {
+// How the weights of a product lie in memory: as P multiplies them, or narrower, to be widened a slab at a time.
+// BYTES: of a panel for one step of P.
+template <typename P>
+struct AsMultiplied {
+    enum { BYTES = STEP_BYTES, IS_NARROW = 0 };
+    typedef char Element;
+};
+template <typename P>
+struct NarrowBytes {
+    enum { BYTES = COLUMNS * P::DEPTH, IS_NARROW = 1 };
+    typedef int8_t Element;
+};
+template <typename P>
+struct NarrowHalves {
+    enum { BYTES = 2 * COLUMNS * P::DEPTH, IS_NARROW = 1 };
+    typedef uint16_t Element;
+};
+
+// Panels [first, last) of product p, whose panel_steps and slab are scale steps of P each.
+template <typename P, template <typename> class Held = AsMultiplied>
+void multiply_panels_of(const KvrProduct *p, int64_t first, int64_t last, float *memory, int64_t scale = 1) {
+    constexpr int64_t step_bytes = Held<P>::BYTES;
     float *sums = memory, *wide = memory + ROWS_AT_ONCE * COLUMNS;
-    const int64_t steps = (p->size_in + P::DEPTH - 1) / P::DEPTH;
-    const int64_t step_bytes = NARROW ? COLUMNS * P::DEPTH : STEP_BYTES, panel_bytes = p->panel_steps * step_bytes;
+    const int64_t steps = (p->size_in + P::DEPTH - 1) / P::DEPTH, slab = p->slab * scale;
+    const int64_t panel_bytes = p->panel_steps * scale * step_bytes;
     for (int64_t panel = first; panel < last; panel++) {
         const char *weights = (const char *)p->weights + panel * panel_bytes;
         for (int64_t row = 0; row < p->num_rows; row += ROWS_AT_ONCE) {
             const int64_t count = p->num_rows - row < ROWS_AT_ONCE ? p->num_rows - row : ROWS_AT_ONCE;
             const typename P::Left *x = (const typename P::Left *)p->x + row * p->x_stride;
-            for (int64_t k = 0; k < steps; k += p->slab) {
-                const int64_t here = steps - k < p->slab ? steps - k : p->slab;
+            for (int64_t k = 0; k < steps; k += slab) {
+                const int64_t here = steps - k < slab ? steps - k : slab;
                 const char *part = weights + k * step_bytes, *next = part + here * step_bytes;
-                if constexpr (NARROW) {
-                    widen((const int8_t *)part, here, wide, P());
+                if constexpr (Held<P>::IS_NARROW) {
+                    widen((const typename Held<P>::Element *)part, here, wide, P());
                     part = (const char *)wide;
                 }
                 const Slab at{part, here, next, row > 0 ? 0 : step_bytes / 64};
@@ -228,16 +239,25 @@ void multiply_panels_of(const KvrProduct *p, int64_t first, int64_t last, float 
     }
 }
 
+// Float32 by bf16: few rows widen what they multiply; for many it is widened once, and the same sums are as many bits.
+void multiply_widened(const KvrProduct *p, int64_t first, int64_t last, float *memory) {
+    if (p->num_rows <= WIDENED_ROWS)
+        multiply_panels_of<WidenedTerms>(p, first, last, memory);
+    else
+        multiply_panels_of<FloatTerms, NarrowHalves>(p, first, last, memory, WidenedTerms::DEPTH);
+}
+
 // False if this instruction set has nothing for the product's kind.
 bool multiply(const KvrProduct *p, int64_t first, int64_t last, void *memory) {
     float *at = (float *)memory;
     switch (p->kind) {
-        case KVR_FLOATS: multiply_panels_of<Floats, false>(p, first, last, at); return true;
-        case KVR_FLOATS_BY_INT8: multiply_panels_of<Floats, true>(p, first, last, at); return true;
-        case KVR_INT8: multiply_panels_of<Bytes, false>(p, first, last, at); return true;
+        case KVR_FLOATS: multiply_panels_of<FloatTerms>(p, first, last, at); return true;
+        case KVR_FLOATS_BY_INT8: multiply_panels_of<FloatTerms, NarrowBytes>(p, first, last, at); return true;
+        case KVR_FLOATS_BY_HALVES: multiply_widened(p, first, last, at); return true;
+        case KVR_INT8: multiply_panels_of<ByteTerms>(p, first, last, at); return true;
 #if defined(__AVX512BF16__)
-        case KVR_HALVES: multiply_panels_of<Halves, false>(p, first, last, at); return true;
-        case KVR_HALVES_BY_INT8: multiply_panels_of<Halves, true>(p, first, last, at); return true;
+        case KVR_HALVES: multiply_panels_of<HalfTerms>(p, first, last, at); return true;
+        case KVR_HALVES_BY_INT8: multiply_panels_of<HalfTerms, NarrowBytes>(p, first, last, at); return true;
 #endif
         default: return false;
     }

@@ -25,6 +25,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -70,7 +71,8 @@ INLINE void store_bytes(uint8_t *p, vi v) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
 #else
-    for (int i = 0; i < W; i++) p[i] = (uint8_t)v[i];
+    vb bytes = __builtin_convertvector(v, vb);
+    memcpy(p, &bytes, sizeof bytes);
 #endif
 }
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from cache_messager.links import PayloadLink, SharedMemoryLink
+from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
 from cache_messager.state import MessagerMachine
-from cache_messager.work import BlocksWritten, MapPool, PoolMapped, SendFrame, UnmapPool, WriteBlocks
+from cache_messager.work import AcceptLink, DropLink, SendFrame, WriteBlocks
 from kvrelay.core.codec import decode, encode
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.ids import Attempt, PeerId
@@ -39,7 +40,7 @@ from kvrelay.core.machine import (
     TimerFired,
 )
 from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame
+from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkOffer
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVCancelled,
@@ -79,12 +80,33 @@ class Endpoint:
 
     machine: MessagerMachine
     pool: KVMemory
-    payload: PayloadLink
+    mover: BlockMover
+    handlers: dict[type, Callable[[Any], None]] = field(default_factory=dict)
     timers: dict[Hashable, float] = field(default_factory=dict)
-    mapped: set[int] = field(default_factory=set)
     told: list[Message] = field(default_factory=list)
     exit_reason: str | None = None
     logs: list[Log] = field(default_factory=list)
+
+
+class _Service:
+    """What a mover needs of transport and shell; its events are handled in their turn."""
+
+    def __init__(self, pair: Pair, me: PeerId, end: Endpoint) -> None:
+        self._pair = pair
+        self._me = me
+        self._end = end
+
+    def handle_with(self, kind: type, handler: Callable[[Any], None]) -> None:
+        self._end.handlers[kind] = handler
+
+    def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        self._pair.transmit(self._me, peer, message, tuple(payload))
+
+    def post(self, event: object) -> None:
+        self._pair.channels["service", self._me].append(event)
+
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        raise AssertionError("everything is on one thread here")
 
 
 def settings(me: PeerId, pool: KVMemoryHandle, **changes: object) -> MessagerSettings:
@@ -140,10 +162,15 @@ class Pair:
         pool = KVMemory.create(geometry, NUM_BLOCKS)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
         chosen = settings(me, pool.handle, **changes)
-        return Endpoint(MessagerMachine(chosen, link), pool, PayloadLink(pool, checksum=chosen.checksum))
+        mover = BlockMover(chosen, pool)
+        end = Endpoint(MessagerMachine(chosen, link, mover.offers), pool, mover)
+        service = _Service(self, me, end)
+        mover.serve(service, service)
+        return end
 
     def close(self) -> None:
         for end in self.ends.values():
+            end.mover.close()
             end.pool.close()
 
     def __enter__(self) -> Pair:
@@ -199,13 +226,11 @@ class Pair:
                 end.told.append(decode(encode(message)))
                 self._watch_told(me, message)
             case Send(peer=peer, message=message):
-                self._transmit(me, peer, message, ())
-            case SendFrame(peer=peer, frame=frame, source_block_ids=blocks, with_payload=with_payload):
-                link = end.payload if with_payload else SharedMemoryLink(end.pool)
-                digest, parts = link.read(frame, blocks)
+                self.transmit(me, peer, message, ())
+            case SendFrame(frame=frame):
                 self._watch_sent(frame)
-                self._transmit(me, peer, msgspec.structs.replace(frame, digest=digest), tuple(parts))
-            case WriteBlocks() | MapPool() | UnmapPool():
+                end.handlers[SendFrame](action)
+            case WriteBlocks() | AcceptLink() | DropLink():
                 self.channels["service", me].append(action)
             case Connect(peer=peer):
                 assert peer not in self.connections, "connected twice"
@@ -226,7 +251,7 @@ class Pair:
             case _:
                 raise AssertionError(f"unknown action {action}")
 
-    def _transmit(self, me: PeerId, peer: PeerId, message: Message, parts: tuple[memoryview, ...]) -> None:
+    def transmit(self, me: PeerId, peer: PeerId, message: Message, parts: tuple[memoryview, ...]) -> None:
         for copy in self.on_wire(me, peer, decode(encode(message))):
             self.channels[me, peer].append((copy, parts))
 
@@ -262,20 +287,18 @@ class Pair:
             pass
 
     def _serve(self, me: PeerId, action: object) -> None:
-        end, other = self.ends[me], self.ends[P if me == D else D]
+        end = self.ends[me]
         match action:
-            case MapPool(link_id=link_id):
-                if self.can_map:
-                    end.mapped.add(link_id)
-                self.feed(me, PoolMapped(link_id, self.can_map))
-            case UnmapPool(link_id=link_id):
-                end.mapped.remove(link_id)
-            case WriteBlocks(link_id=link_id, frame=frame, payload=payload):
-                shm = link_id in end.mapped
-                link = SharedMemoryLink(end.pool, other.pool) if shm else end.payload
-                ok = link.write(frame, payload)
-                self._watch_written(frame, ok)
-                self.feed(me, BlocksWritten(link_id, frame, ok))
+            case AcceptLink(link_id=link_id, offers=offers) if not self.can_map:
+                offers = [LinkOffer(offer.kind, b"spoilt") for offer in offers]  # payload links need nothing
+                end.handlers[AcceptLink](AcceptLink(link_id, offers))
+            case AcceptLink() | DropLink():
+                end.handlers[type(action)](action)
+            case WriteBlocks(frame=frame):
+                self._watch_written(frame)
+                end.handlers[WriteBlocks](action)
+            case _:
+                self.feed(me, action)
 
     def advance(self, seconds: float) -> None:
         """Let time pass, a heartbeat at a time, with everything delivered in between."""
@@ -314,7 +337,7 @@ class Pair:
         if isinstance(message, FrameAck):
             self.unacked.pop((message.request_id, message.epoch, message.layer, message.first_block), None)
 
-    def _watch_written(self, frame: KVFrame, ok: bool) -> None:
+    def _watch_written(self, frame: KVFrame) -> None:
         attempt = Attempt(frame.request_id, frame.epoch)
         for layer, block in product(frame.layers, frame.target_block_ids):
             assert self.writable.get(block) == attempt, f"{attempt} wrote to block {block}, which is not its own"
@@ -344,6 +367,10 @@ class Pair:
     def assert_quiescent(self) -> None:
         for end in self.ends.values():
             end.machine.assert_quiescent()
+
+    def num_accepted(self, me: PeerId) -> int:
+        """Return how many links the service of ``me`` holds something for."""
+        return len(self.ends[me].mover._accepted)
 
     def counter(self, me: PeerId, name: str) -> float:
         return self.ends[me].machine.counters[name]

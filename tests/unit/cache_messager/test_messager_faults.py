@@ -9,10 +9,19 @@ import msgspec
 import pytest
 from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, D, P, Pair, one_of_each
 
+from cache_messager.work import FrameSent, SendFrame
+from kvrelay.core.errors import TransferError
 from kvrelay.core.ids import Attempt
 from kvrelay.core.machine import PeerLost, Received, Send, TimerFired
 from kvrelay.core.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.core.messages.messager_to_messager import (
+    FrameAck,
+    KVFrame,
+    LinkAccepted,
+    LinkHello,
+    LinkOffer,
+    LinkRefused,
+)
 from kvrelay.core.messages.messager_to_node import KVFailed, TransferFailed
 from kvrelay.core.messages.node_to_messager import ExpectKV, KVSpan, LayerSignal, OpenTransfer
 
@@ -66,7 +75,7 @@ def test_progress_puts_the_timeout_off() -> None:
         for _ in range(12):  # one frame each 2 s, and always more to send
             pair.now += 2
             pair.feed(P, TimerFired("heartbeat"))
-            for channel in ((P, D), ("service", D), (D, P)):
+            for channel in (("service", P), (P, D), ("service", D), (D, P)):
                 pair.run([channel])
         assert pair.endings(P, A) == ["TransferDone"]
 
@@ -85,7 +94,7 @@ def test_waiting_for_the_own_node_is_no_lack_of_progress() -> None:
 
 @pytest.mark.parametrize("link", ["shm", "ipc"])
 def test_doubled_frames_are_written_once(link: str) -> None:
-    with Pair(link=link) as pair:
+    with Pair(links=(link,)) as pair:
         pair.on_wire = lambda _src, _dst, message: [message] * (2 if isinstance(message, KVFrame) else 1)
         sources, _ = started(pair)
         pair.signal_all(A, sources)
@@ -117,7 +126,7 @@ def test_everything_doubled_on_the_wire_changes_nothing(seed: int) -> None:
 
 
 def test_corrupt_payload_fails_both_ends_and_writes_nothing() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, targets = started(pair)
         pair.corrupt_payload = True
         pair.signal(A, 0, 0, sources)
@@ -140,7 +149,7 @@ def test_blocks_changed_under_a_shm_reader_are_a_failure_and_never_kv() -> None:
 
 
 def test_frame_of_an_earlier_epoch_does_not_touch_the_slot_it_aimed_at() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         old, new = Attempt("a", 1), Attempt("a", 2)
         sources, targets = started(pair, old)
         pair.signal_all(old, sources)
@@ -162,7 +171,7 @@ def test_frame_of_an_earlier_epoch_does_not_touch_the_slot_it_aimed_at() -> None
 
 
 def test_failure_waits_until_no_frame_is_under_way() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
@@ -174,7 +183,7 @@ def test_failure_waits_until_no_frame_is_under_way() -> None:
 
 
 def test_signals_of_a_failing_transfer_send_nothing_more() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources[:2])
         pair.signal(A, 1, 0, sources)
@@ -189,7 +198,7 @@ def test_signals_of_a_failing_transfer_send_nothing_more() -> None:
 
 
 def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
         pair.run([(P_NODE, P)])
@@ -299,7 +308,7 @@ def test_blocks_outside_the_own_reservation_cannot_be_written() -> None:
 
 @pytest.mark.parametrize("payload", [(), (memoryview(bytes(4 * BLOCK_BYTES + 1)),)])
 def test_payload_of_another_length_is_refused(payload: tuple[memoryview, ...]) -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         _, targets = started(pair)
         frame = KVFrame(
             request_id="a",
@@ -312,6 +321,7 @@ def test_payload_of_another_length_is_refused(payload: tuple[memoryview, ...]) -
             digest=0,
         )
         pair.feed(D, Received(P, frame, payload))
+        pair.run()
         assert "bytes of payload" in failure(pair, D).error.message
 
 
@@ -421,7 +431,7 @@ def test_pool_mapped_for_a_sender_that_is_gone_is_given_back() -> None:
         pair.run([(P_NODE, P), (P, D)])
         pair.lose(D, P)
         pair.run()
-        assert not pair.ends[D].mapped
+        assert not pair.num_accepted(D)
 
 
 def test_sender_that_comes_again_with_another_pool_gets_a_new_link() -> None:
@@ -429,11 +439,11 @@ def test_sender_that_comes_again_with_another_pool_gets_a_new_link() -> None:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
         pair.run()
-        pool = msgspec.structs.replace(pair.ends[P].pool.handle, tag="another")
-        pair.feed(D, Received(P, LinkHello(geometry=GEOMETRY, pool=pool)))
+        another = LinkOffer("shm", msgspec.json.encode(pair.ends[D].pool.handle))
+        pair.feed(D, Received(P, LinkHello(geometry=GEOMETRY, offers=[another])))
         assert failure(pair, D).error.code == "peer_lost"
         pair.run()
-        assert len(pair.ends[D].mapped) == 1
+        assert pair.num_accepted(D) == 1
 
 
 def test_silent_receiver_is_lost_and_its_transfers_fail() -> None:
@@ -457,7 +467,7 @@ def test_silent_sender_is_lost_and_what_came_from_it_fails() -> None:
         pair.on_wire = lambda src, _dst, message: [] if src == P else [message]
         pair.advance(6)
         assert failure(pair, D).request_id == "a"
-        assert not pair.ends[D].mapped
+        assert not pair.num_accepted(D)
 
 
 def test_heartbeats_keep_an_idle_link() -> None:
@@ -509,7 +519,7 @@ def test_messager_ends_with_its_node(me: str) -> None:
 
 
 def test_close_waits_for_the_frames_under_way() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.close_transfer(A)
@@ -520,17 +530,65 @@ def test_close_waits_for_the_frames_under_way() -> None:
 
 
 def test_close_is_answered_when_the_link_is_lost() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.close_transfer(A)
         pair.run([(P_NODE, P)])
         pair.feed(P, PeerLost(D, "gone"))
+        assert pair.endings(P, A) == [], "the link may still read the blocks"
+        pair.run([("service", P)])
         assert pair.endings(P, A) == ["TransferClosed"]
 
 
+def test_frame_that_the_link_cannot_send_fails_the_transfer_and_returns_its_credit() -> None:
+    with Pair(links=("ipc",)) as pair:
+        sources, _ = started(pair)
+        pair.ends[P].handlers[SendFrame] = lambda action: pair.channels["service", P].append(
+            FrameSent(action.frame, TransferError("the device is gone"))
+        )
+        pair.signal_all(A, sources)
+        pair.run()
+        assert failure(pair).error.message == "the device is gone"
+        pair.cancel(A)
+        pair.run()
+        pair.assert_quiescent()
+
+
+def test_link_of_a_kind_that_was_not_offered_is_given_up() -> None:
+    with Pair(links=("ipc",)) as pair:
+        pair.on_wire = lambda _src, _dst, message: [
+            msgspec.structs.replace(message, kind="shm") if isinstance(message, LinkAccepted) else message
+        ]
+        pair.open(A, [1])
+        pair.run()
+        assert "which was not offered" in failure(pair).error.message
+        assert not pair.connections
+
+
+@pytest.mark.parametrize(
+    "offers",
+    [
+        [],
+        [LinkOffer("interface", b"")],
+        [LinkOffer("unheard of", b"")],
+        [LinkOffer("shm", b""), LinkOffer("shm", b'{"type": "device"}'), LinkOffer("shm", b"\xff")],
+    ],
+)
+def test_link_without_a_possible_offer_is_refused(offers: list[LinkOffer]) -> None:
+    with Pair() as pair:
+        pair.on_wire = lambda _src, _dst, message: [
+            msgspec.structs.replace(message, offers=offers) if isinstance(message, LinkHello) else message
+        ]
+        pair.open(A, [1])
+        pair.run()
+        assert "none of the links offered is possible" in failure(pair).error.message
+        assert not pair.num_accepted(D)
+        pair.assert_quiescent()
+
+
 def test_close_without_an_acknowledgement_is_answered_in_time() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.on_wire = lambda _src, _dst, message: [] if isinstance(message, KVFrame) else [message]
         pair.signal_all(A, sources)
@@ -582,7 +640,7 @@ def test_cancel_waits_for_the_write_under_way() -> None:
 
 
 def test_frames_after_a_cancel_are_stale_even_while_a_write_ends() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
@@ -596,7 +654,7 @@ def test_frames_after_a_cancel_are_stale_even_while_a_write_ends() -> None:
 
 
 def test_copy_of_a_frame_is_stale_once_its_blocks_were_given_up() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run()
@@ -608,7 +666,7 @@ def test_copy_of_a_frame_is_stale_once_its_blocks_were_given_up() -> None:
 
 
 def test_failed_expectation_waits_for_the_other_writes() -> None:
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
@@ -629,7 +687,7 @@ EVENTS = ("open", "signals", "close", "acks", "cancel")
 @pytest.mark.parametrize("order", list(itertools.permutations(EVENTS)), ids="-".join)
 def test_every_order_of_open_signals_close_acks_and_cancel(order: tuple[str, ...]) -> None:
     """F15, F24: whatever comes first, both nodes get their answers, once, and no block is touched after them."""
-    with Pair(link="ipc") as pair:
+    with Pair(links=("ipc",)) as pair:
         sources, targets = one_of_each(pair, A)
         pair.run()
         for event in order:
@@ -661,7 +719,7 @@ def test_every_order_of_open_signals_close_acks_and_cancel(order: tuple[str, ...
 def test_any_mishap_in_any_order_ends_once_and_leaves_nothing(seed: int) -> None:
     """F01, F14, F16: frames and acks lost, doubled and damaged, attempts closed and cancelled, slots used again."""
     rng = random.Random(seed)
-    with Pair(seed, link=rng.choice(["shm", "ipc"]), d={"max_inflight_bytes": 6 * BLOCK_BYTES}) as pair:
+    with Pair(seed, links=(rng.choice(["shm", "ipc"]),), d={"max_inflight_bytes": 6 * BLOCK_BYTES}) as pair:
         pair.on_wire = lambda _src, _dst, message: _mishap(rng, message)
         for epoch in range(1, 6):
             attempt = Attempt("a", epoch)

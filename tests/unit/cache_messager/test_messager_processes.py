@@ -14,6 +14,7 @@ import pytest
 import uvloop
 from messager_node import MessagerNode, messager_node
 
+from kvrelay.core.config_sections import TransferConfig
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.messages.messager_to_node import (
@@ -98,7 +99,7 @@ def test_blocks_move_between_processes(directory: Path, setting: str, link: str,
         d.pool.planes[:] = 0
         assert await transfer(p, d, list(range(100)), list(range(100, 200)), request_id="in one piece") == link
 
-    run(scenario, directory, link=setting, checksum=checksum)
+    run(scenario, directory, links=TransferConfig.model_validate({"link": setting}).link_kinds, checksum=checksum)
 
 
 def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path) -> None:

@@ -9,8 +9,9 @@ from messager_pair import BLOCK_BYTES, GEOMETRY, D, P, Pair, one_of_each
 
 from cache_messager import pending
 from cache_messager.transfer import TRANSITIONS, TransferStatus
+from kvrelay.core.config_sections import TransferConfig
 from kvrelay.core.ids import Attempt
-from kvrelay.core.messages.base import LinkAddress
+from kvrelay.core.messages.base import LinkAddress, Message
 from kvrelay.core.messages.messager_to_node import (
     KVArrived,
     KVExpected,
@@ -22,6 +23,10 @@ from kvrelay.core.messages.messager_to_node import (
 from kvrelay.core.messages.node_to_messager import CachedSignal, KVSpan, LayerSignal, OpenTransfer, StopMessager
 
 A = Attempt("a", 1)
+
+
+def link_kinds(setting: str) -> tuple[str, ...]:
+    return TransferConfig.model_validate({"link": setting}).link_kinds
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,7 @@ A = Attempt("a", 1)
     ],
 )
 def test_blocks_move_over_the_link_the_config_asks_for(setting: str, hosts: tuple[str, str], link: str) -> None:
-    with Pair(hosts=hosts, link=setting) as pair:
+    with Pair(hosts=hosts, links=link_kinds(setting)) as pair:
         sources, targets = one_of_each(pair, A)
         pair.signal_all(A, sources)
         pair.open(A, targets)
@@ -55,7 +60,7 @@ def test_blocks_move_over_the_link_the_config_asks_for(setting: str, hosts: tupl
 
 def test_pool_that_cannot_be_mapped_is_sent_as_payload() -> None:
     with Pair() as pair:
-        pair.can_map = False
+        pair.can_map = False  # the shm offer names no pool
         sources, targets = one_of_each(pair, A)
         pair.signal_all(A, sources)
         pair.open(A, targets)
@@ -66,7 +71,7 @@ def test_pool_that_cannot_be_mapped_is_sent_as_payload() -> None:
 
 @pytest.mark.parametrize("setting", ["shm", "ipc"])
 def test_link_within_a_host_to_another_host_fails_the_transfer(setting: str) -> None:
-    with Pair(hosts=("here", "there"), link=setting) as pair:
+    with Pair(hosts=("here", "there"), links=link_kinds(setting)) as pair:
         pair.open(A, [1])
         pair.run()
         (failed,) = pair.told(P, TransferFailed)
@@ -289,7 +294,7 @@ def test_without_layerwise_nothing_is_sent_before_the_last_signal() -> None:
 def test_any_chunking_in_any_order_moves_every_block_once(seed: int) -> None:
     rng = random.Random(seed)
     link = rng.choice(["shm", "ipc"])
-    with Pair(seed, link=link, d={"max_inflight_bytes": rng.choice([1, 4, 40]) * BLOCK_BYTES}) as pair:
+    with Pair(seed, links=(link,), d={"max_inflight_bytes": rng.choice([1, 4, 40]) * BLOCK_BYTES}) as pair:
         blocks = rng.sample(range(64), 64)
         attempts = [Attempt(name, 1) for name in "abc"]
         first_blocks = {attempt: rng.randrange(6) for attempt in attempts}
@@ -314,12 +319,12 @@ def test_any_chunking_in_any_order_moves_every_block_once(seed: int) -> None:
         pair.assert_quiescent()
 
 
-def _events(rng: random.Random, pair: Pair, attempt: Attempt, first_block: int) -> list[object]:
+def _events(rng: random.Random, pair: Pair, attempt: Attempt, first_block: int) -> list[Message]:
     """Return what P says about one transfer: OpenTransfer, a cached prefix, and signals of random pieces."""
     sources, (request_id, epoch) = pair.sources[attempt], attempt
     link = LinkAddress(peer=D, host_id="host", tcp="tcp://d", ipc="ipc://d")
     num_cached = rng.randrange(len(sources))
-    events: list[object] = [
+    events: list[Message] = [
         OpenTransfer(
             request_id=request_id,
             epoch=epoch,
@@ -370,7 +375,7 @@ def test_stop_ends_the_process_and_tells_senders() -> None:
         pair.say(D, StopMessager())
         pair.run()
         assert pair.ends[D].exit_reason == "the node is leaving"
-        assert not pair.ends[D].mapped
+        assert not pair.num_accepted(D)
         (failed,) = pair.told(P, TransferFailed)
         assert isinstance(failed, TransferFailed)
         assert "leaving" in failed.error.message

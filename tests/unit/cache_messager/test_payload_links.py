@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_messager.links import Link, PayloadLink, SharedMemoryLink
+from cache_messager.links import ipc, link_class, shm
+from cache_messager.links.interface import KVLink
+from cache_messager.work import BlocksWritten
+from kvrelay.core.errors import CorruptKVError, TransferError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.kv_pool import KVPool
 from kvrelay.core.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
@@ -49,9 +53,42 @@ def frame_of(pool: KVMemory, sources: list[int], targets: list[int]) -> KVFrame:
     )
 
 
-def send(link: Link, frame: KVFrame) -> tuple[KVFrame, list[memoryview]]:
-    digest, parts = link.read(frame, frame.source_block_ids)
-    return msgspec.structs.replace(frame, digest=digest), parts
+class Host:
+    """A messager that keeps what its links send and post."""
+
+    def __init__(self, pool: KVMemory, *, checksum: bool = True) -> None:
+        self.pool: KVPool = pool
+        self.checksum = checksum
+        self.sent: list[tuple[KVFrame, list[memoryview]]] = []
+        self.events: list[object] = []
+
+    def send(self, peer: str, frame: KVFrame, payload: Sequence[memoryview] = ()) -> None:
+        self.sent.append((frame, list(payload)))
+
+    def post(self, event: object) -> None:
+        self.events.append(event)
+
+
+def send(kind: type[KVLink], host: Host, frame: KVFrame) -> tuple[KVFrame, list[memoryview]]:
+    sources = frame.source_block_ids
+    kind(host).send("d0", msgspec.structs.replace(frame, source_block_ids=[]), sources)
+    return host.sent.pop()
+
+
+def write(
+    kind: type[KVLink], target: KVMemory, source: KVMemory, frame: KVFrame, payload: Sequence[memoryview]
+) -> object:
+    """Return the error of the write, or None."""
+    host, offer = Host(target), kind(Host(source)).offer()
+    assert offer is not None
+    link = kind(host)
+    link.accept(1, offer)
+    link.write(1, frame, tuple(payload))
+    link.drop(1)
+    link.close()
+    (event,) = host.events
+    assert isinstance(event, BlocksWritten)
+    return event.error
 
 
 @given(sources=BLOCK_LISTS | SORTED_RUNS, targets=BLOCK_LISTS | SORTED_RUNS)
@@ -64,14 +101,15 @@ def test_blocks_arrive_where_they_belong(
     sources, targets = sources[:count], targets[:count]
     target.planes[:] = 0
     if kind == "shm":
-        frame, parts = send(SharedMemoryLink(source), frame_of(source, sources, targets))
+        frame, parts = send(shm.Link, Host(source), frame_of(source, sources, targets))
         assert parts == []
-        assert SharedMemoryLink(target, source).write(frame, ())
+        assert write(shm.Link, target, source, frame, ()) is None
     else:
-        frame, parts = send(PayloadLink(source, checksum=kind == "payload"), frame_of(source, sources, targets))
+        host = Host(source, checksum=kind == "payload")
+        frame, parts = send(ipc.Link, host, frame_of(source, sources, targets))
         assert sum(part.nbytes for part in parts) == frame.num_bytes
         assert (frame.digest != 0) == (kind == "payload")
-        assert PayloadLink(target, checksum=True).write(frame, parts)
+        assert write(ipc.Link, target, source, frame, parts) is None
     assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, sources])
     untouched = sorted(set(range(NUM_BLOCKS)) - set(targets))
     assert not target.planes[:, :, untouched].any()
@@ -82,18 +120,18 @@ def test_blocks_arrive_where_they_belong(
 def test_parts_may_be_cut_anywhere(pools: tuple[KVMemory, KVMemory], data: st.DataObject, targets: list[int]) -> None:
     source, target = pools
     target.planes[:] = 0
-    frame, parts = send(PayloadLink(source, checksum=True), frame_of(source, targets, targets))
+    frame, parts = send(ipc.Link, Host(source), frame_of(source, targets, targets))
     whole = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
     pieces = [memoryview(whole[a:b]) for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-    assert PayloadLink(target, checksum=True).write(frame, pieces)
+    assert write(ipc.Link, target, source, frame, pieces) is None
     assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, targets])
 
 
 def test_one_piece_is_sent_without_a_copy(pools: tuple[KVMemory, KVMemory]) -> None:
     source, _ = pools
     blocks = list(range(NUM_BLOCKS))
-    frame, parts = send(PayloadLink(source, checksum=True), frame_of(source, blocks, blocks))
+    frame, parts = send(ipc.Link, Host(source), frame_of(source, blocks, blocks))
     assert len(parts) == 2 * frame.num_layers
     assert all(np.shares_memory(np.frombuffer(part, np.uint8), source.planes) for part in parts)
 
@@ -101,22 +139,46 @@ def test_one_piece_is_sent_without_a_copy(pools: tuple[KVMemory, KVMemory]) -> N
 def test_corrupt_payload_is_not_written(pools: tuple[KVMemory, KVMemory]) -> None:
     source, target = pools
     target.planes[:] = 0
-    frame, parts = send(PayloadLink(source, checksum=True), frame_of(source, [1, 2], [1, 2]))
+    frame, parts = send(ipc.Link, Host(source), frame_of(source, [1, 2], [1, 2]))
     flipped = bytes([parts[0][0] ^ 1]) + bytes(parts[0][1:])
-    assert not PayloadLink(target, checksum=True).write(frame, [memoryview(flipped), *parts[1:]])
+    error = write(ipc.Link, target, source, frame, [memoryview(flipped), *parts[1:]])
+    assert isinstance(error, CorruptKVError)
     assert not target.planes.any()
 
 
 def test_blocks_that_change_while_they_are_read_are_noticed(pools: tuple[KVMemory, KVMemory]) -> None:
     source, target = pools
-    frame, _ = send(SharedMemoryLink(source), frame_of(source, [1, 2], [3, 4]))
+    frame, _ = send(shm.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
     source.planes[frame.layer, 1, 2, -1] ^= 1
-    assert not SharedMemoryLink(target, source).write(frame, ())
+    assert isinstance(write(shm.Link, target, source, frame, ()), CorruptKVError)
     source.planes[frame.layer, 1, 2, -1] ^= 1
 
 
-def test_nothing_is_copied_from_a_pool_that_is_not_mapped(pools: tuple[KVMemory, KVMemory]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "change", "payload_bytes"),
+    [
+        ("shm", {}, 8),
+        ("shm", {"source_block_ids": [1]}, 0),
+        ("shm", {"source_block_ids": [1, NUM_BLOCKS]}, 0),
+        ("shm", {"source_block_ids": [-1, 1]}, 0),
+        ("ipc", {}, 8),
+        ("ipc", {}, 0),
+    ],
+)
+def test_frames_that_are_not_of_the_kind_of_the_link_are_refused(
+    pools: tuple[KVMemory, KVMemory], kind: str, change: dict[str, object], payload_bytes: int
+) -> None:
     source, target = pools
-    frame, parts = send(PayloadLink(source, checksum=True), frame_of(source, [1], [1]))
-    assert not SharedMemoryLink(target).write(frame, ())
-    assert not SharedMemoryLink(target, source).write(frame, parts)
+    target.planes[:] = 0
+    frame = msgspec.structs.replace(frame_of(source, [1, 2], [3, 4]), **change)
+    payload = [memoryview(bytes(payload_bytes))] if payload_bytes else []
+    error = write(link_class(kind), target, source, frame, payload)
+    assert type(error) is TransferError
+    assert "broke the protocol" in error.message
+    assert not target.planes.any()
+
+
+@pytest.mark.parametrize("kind", ["", "interface", "payload", "..", "shm.Link", "os", "a" * 1000, "\0"])
+def test_kinds_of_link_that_do_not_exist_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError):
+        link_class(kind)

@@ -87,5 +87,22 @@ def test_a_refusal_is_raised_in_the_router_s_words() -> None:
 
 
 def test_nobody_there() -> None:
-    with client_of(refused) as client, pytest.raises(ClusterUnreachableError, match="no cluster at http://router"):
+    with client_of(refused) as client, pytest.raises(ClusterUnreachableError, match="nothing answers at http://router"):
         client.status()
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx.Response(404, text="<html>"),
+        httpx.Response(404, json={"detail": "Not Found"}),
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json=[]),
+    ],
+    ids=["a web server", "another API", "a page for everything", "a list"],
+)
+def test_something_else_is_there(response: httpx.Response) -> None:
+    with client_of(lambda _: response) as client:
+        for ask in (client.status, lambda: list(client.chat([], max_tokens=1))):
+            with pytest.raises(ClusterUnreachableError, match="at http://router is not a kvrelay router: it has no /"):
+                ask()

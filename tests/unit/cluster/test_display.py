@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -93,6 +94,49 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere() -> None:
     on_terminal = shown(*lines, terminal=True)
     assert "progress what" not in on_terminal
     assert "50%" in on_terminal
+
+
+def test_a_start_is_a_bar_on_a_terminal_and_a_line_for_each_stage_elsewhere() -> None:
+    def console_after(*stages: str, terminal: bool) -> str:
+        console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
+        with closing(Display(console, ["router", "p0"])) as display:
+            for stage in stages:
+                display.stage("p0", stage)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    assert console_after("importing Paddle", "ready", terminal=False) == "    p0 | importing Paddle\n    p0 | ready\n"
+    assert "p0 | importing Paddle" in console_after("importing Paddle", "ready", terminal=True)
+    assert console_after("ready", terminal=True) == ""
+
+
+def test_checkpoint_progress_moves_the_bar_of_its_process() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with closing(Display(console, ["p0"])) as display:
+        display.stage("p0", "loading weights")
+        display.line("p0", line_of("progress what=checkpoint done=1 total=4"))
+        display.stage("p0", "connecting")
+
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "p0 | loading weights" in text
+    assert "25%" in text
+    assert "p0 | checkpoint" not in text
+
+
+def test_silence_is_broken_by_who_is_awaited_and_how_far_they_are() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    display = Display(console, ["p0", "d0"])
+    stages = {"p0": "importing Paddle", "d0": "starting"}
+
+    for tenths in range(41):
+        if tenths == 30:
+            display.line("p0", "a word")
+        display.waiting_for(stages, "no decode node", tenths / 10)
+    display.waiting_for({}, "no decode node", 10.0)
+
+    waiting = "kvrelay | waiting for p0 (importing Paddle), d0 (starting)\n"
+    assert console.file.getvalue() == (  # type: ignore[attr-defined]
+        waiting + "p0 | a word\n".rjust(12) + "kvrelay | waiting: no decode node\n"
+    )
 
 
 LOAD = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import io
 import os
 import signal
@@ -11,23 +12,30 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import ParamSpec
 
 import psutil
+import pytest
 from rich.console import Console
 
 from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.display import Display
-from kvrelay.cluster.supervisor import Backoff, Supervisor
+from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.core.config import ClusterSettings
 
+P = ParamSpec("P")
 SETTINGS = ClusterSettings(restart_backoff_s=0.5, restart_backoff_max_s=3.0, drain_timeout_s=20.0)
 
+SAY_READY = """
+import os
+os.write(int(os.environ["KVRELAY_STAGES_FD"]), b"loading\\nready\\n")
+"""
 STUBBORN = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"no\\n"))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("grandchild", child.pid, flush=True)
-time.sleep(600)
+while True: signal.pause()
 """
 POLITE = """
 import os, signal, sys
@@ -40,13 +48,14 @@ while True: signal.pause()
 """
 
 
-def in_loop(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
+def in_loop(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:
     """Run an async test on a loop of its own."""
 
     @functools.wraps(test)
-    def run() -> None:
-        asyncio.run(test())
+    def run(*arguments: P.args, **named: P.kwargs) -> None:
+        asyncio.run(test(*arguments, **named))
 
+    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
     del run.__wrapped__  # pytest would take the test for a coroutine function
     return run
 
@@ -55,16 +64,36 @@ def spec(name: str, code: str, role: str = "decode") -> ProcessSpec:
     return ProcessSpec(name, role, (sys.executable, "-c", code))
 
 
+def killed_by(number: signal.Signals) -> str:
+    """Return the code of a process that ends as if its own code were at fault, without a core file."""
+    return f"""
+import os, resource, signal
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+os.kill(os.getpid(), {int(number)})
+signal.pause()
+"""
+
+
 class Screen(Display):
     """Keeps what is shown, and tells who waits for a line."""
 
     def __init__(self) -> None:
         super().__init__(Console(file=io.StringIO()), [])
+        self.stages: list[str] = []
         self.lines: list[str] = []
         self._changed = asyncio.Event()
 
     def line(self, name: str, line: str) -> None:
         self._add(f"{name}: {line}")
+
+    def stage(self, name: str, stage: str) -> None:
+        self.stages.append(f"{name}: {stage}")
+        self._changed.set()
+
+    async def wait_for_stage(self, stage: str) -> None:
+        while stage not in self.stages:
+            self._changed.clear()
+            await self._changed.wait()
 
     def say(self, text: str) -> None:
         self._add(text)
@@ -103,6 +132,11 @@ async def ready() -> str | None:
     return None
 
 
+async def not_yet() -> str | None:
+    await asyncio.Event().wait()
+    return None
+
+
 async def nothing() -> None:
     return None
 
@@ -114,23 +148,14 @@ def supervisor_of(
     probe: Callable[[], Awaitable[str | None]] = ready,
     on_ready: Callable[[], Awaitable[None]] = nothing,
 ) -> Supervisor:
-    return Supervisor(
-        specs, SETTINGS, os.environ, screen, probe=probe, on_ready=on_ready, now=time.now, sleep=time.sleep
-    )
-
-
-def test_backoff_doubles_up_to_its_limit_and_starts_over_after_a_long_life() -> None:
-    backoff = Backoff(0.5, 3.0)
-
-    assert [backoff.after(0.1) for _ in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
-    assert [backoff.after(3.1), backoff.after(0.1)] == [0.5, 1.0]
+    return Supervisor(specs, SETTINGS, screen, probe=probe, on_ready=on_ready, now=time.now, sleep=time.sleep)
 
 
 @in_loop
 async def test_a_crashed_process_is_started_again_later_and_later() -> None:
     screen, time = Screen(), Time()
-    supervisor = supervisor_of(spec("d0", "raise SystemExit(7)"), screen=screen, time=time)
-    running = asyncio.create_task(supervisor.run())
+    supervisor = supervisor_of(spec("d0", SAY_READY + "raise SystemExit(7)"), screen=screen, time=time)
+    running = asyncio.create_task(supervisor.run(os.environ))
 
     shown = await screen.wait_for("d0 exited with 7; starting it again", count=4)
     supervisor.stop()
@@ -144,17 +169,53 @@ async def test_a_crashed_process_is_started_again_later_and_later() -> None:
 async def test_a_killed_process_is_started_again() -> None:
     screen = Screen()
     supervisor = supervisor_of(
-        spec("d0", "import os; print(os.getpid(), flush=True)\n" + POLITE), screen=screen, time=Time()
+        spec("d0", SAY_READY + "print(os.getpid(), flush=True)\n" + POLITE), screen=screen, time=Time()
     )
-    running = asyncio.create_task(supervisor.run())
+    running = asyncio.create_task(supervisor.run(os.environ))
 
     await screen.wait_for("d0: running")
-    os.kill(int(screen.lines[0].removeprefix("d0: ")), signal.SIGKILL)
+    pid = next(line for line in screen.lines if line.removeprefix("d0: ").isdecimal())
+    os.kill(int(pid.removeprefix("d0: ")), signal.SIGKILL)
     await screen.wait_for("d0: running", count=2)
     supervisor.stop()
 
     assert await running == 0
-    assert "d0 was killed by signal 9; starting it again in 0.5 s" in screen.lines
+    (line,) = await screen.wait_for("d0 was killed by SIGKILL")
+    assert "if memory ran out" in line
+    assert line.endswith("; starting it again in 0.5 s")
+
+
+@pytest.mark.parametrize("when", ["starting", "serving"])
+@pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGSEGV])
+@in_loop
+async def test_a_process_killed_by_its_own_fault_again_and_again_ends_the_cluster(
+    number: signal.Signals, when: str
+) -> None:
+    """The others are ended well, and the last words name the process, the signal and the likely cause."""
+    screen, time = Screen(), Time()
+    faulty = spec("d0", (SAY_READY if when == "serving" else "") + killed_by(number))
+
+    async def probe() -> str | None:
+        await screen.wait_for("d1: running")
+        return await (ready() if when == "serving" else not_yet())
+
+    code = await supervisor_of(faulty, spec("d1", POLITE), screen=screen, time=time, probe=probe).run(os.environ)
+
+    assert code == 1
+    *again, last = await screen.wait_for(f"d0 was killed by {number.name} (")
+    assert [line.rpartition("; ")[2] for line in again] == [f"starting it again in {wait} s" for wait in ("0.5", "1")]
+    assert last.endswith("; crash 3 in a row, not starting it again")
+    assert {signal.SIGILL: "lacks an instruction", signal.SIGSEGV: "native code"}[number] in last
+    assert "d1: finished" in screen.lines
+
+
+@in_loop
+async def test_a_process_that_never_gets_ready_ends_the_cluster() -> None:
+    screen = Screen()
+    supervisor = supervisor_of(spec("d0", "raise SystemExit(1)"), screen=screen, time=Time(), probe=not_yet)
+
+    assert await supervisor.run(os.environ) == 1
+    assert "d0 exited with 1; crash 3 in a row, not starting it again" in screen.lines
 
 
 @in_loop
@@ -172,7 +233,7 @@ async def test_a_refused_process_is_not_started_again_once_the_cluster_served() 
     os.mkfifo(gate)
     d0 = ProcessSpec("d0", "decode", (sys.executable, "-c", f"open({str(gate)!r}).read(); raise SystemExit(2)"))
     supervisor = supervisor_of(d0, spec("d1", POLITE), screen=screen, time=Time(), probe=probe, on_ready=on_ready)
-    running = asyncio.create_task(supervisor.run())
+    running = asyncio.create_task(supervisor.run(os.environ))
 
     await screen.wait_for("up")
     await asyncio.to_thread(gate.write_text, "open")
@@ -189,12 +250,8 @@ async def test_a_refused_process_is_not_started_again_once_the_cluster_served() 
 async def test_a_process_refused_at_the_start_ends_the_cluster_with_2() -> None:
     screen = Screen()
 
-    async def waiting() -> str | None:
-        await asyncio.Event().wait()
-        return None
-
     d0, d1 = spec("d0", "raise SystemExit(2)"), spec("d1", POLITE)
-    code = await supervisor_of(d0, d1, screen=screen, time=Time(), probe=waiting).run()
+    code = await supervisor_of(d0, d1, screen=screen, time=Time(), probe=not_yet).run(os.environ)
 
     assert code == 2
     assert "d0 cannot run as it is configured" in screen.lines
@@ -207,10 +264,35 @@ async def test_a_cluster_that_never_serves_is_given_up_with_the_reason() -> None
     async def never() -> str | None:
         return "no decode node"
 
-    code = await supervisor_of(spec("d0", POLITE), screen=screen, time=Time(), probe=never).run()
+    code = await supervisor_of(spec("d0", POLITE), screen=screen, time=Time(), probe=never).run(os.environ)
 
     assert code == 1
     assert "not ready after 600 s: no decode node" in screen.lines
+
+
+@in_loop
+async def test_stages_of_a_start_are_shown_and_who_is_not_ready_is_named() -> None:
+    screen, time = Screen(), Time()
+
+    async def probe() -> str | None:
+        await screen.wait_for_stage("d0: ready")
+        await screen.wait_for_stage("p0: loading")
+        if any(line.startswith("waiting for ") for line in screen.lines):
+            await not_yet()
+        return "no prefill node"
+
+    loading = SAY_READY.replace("ready", "loading")
+    d0, p0 = spec("d0", SAY_READY + POLITE), spec("p0", loading + POLITE, "prefill")
+    supervisor = supervisor_of(d0, p0, screen=screen, time=time, probe=probe)
+    running = asyncio.create_task(supervisor.run(os.environ))
+    await screen.wait_for("waiting for ")
+    for name in ("d0", "p0"):
+        await screen.wait_for(f"{name}: running")
+    supervisor.stop()
+
+    assert await running == 0
+    assert {line for line in screen.lines if line.startswith("waiting")} == {"waiting for p0 (loading)"}
+    assert [stage for stage in screen.stages if stage.startswith("d0")] == ["d0: loading", "d0: ready"]
 
 
 @in_loop
@@ -219,7 +301,7 @@ async def test_nodes_are_drained_after_the_router() -> None:
     supervisor = supervisor_of(
         spec("p0", POLITE, "prefill"), spec("d0", POLITE), spec("router", POLITE, "router"), screen=screen, time=Time()
     )
-    running = asyncio.create_task(supervisor.run())
+    running = asyncio.create_task(supervisor.run(os.environ))
     for name in ("router", "p0", "d0"):
         await screen.wait_for(f"{name}: running")
 
@@ -235,13 +317,17 @@ async def test_nodes_are_drained_after_the_router() -> None:
 @in_loop
 async def test_a_second_stop_kills_with_all_they_started_who_will_not_end() -> None:
     screen = Screen()
-    supervisor = supervisor_of(spec("d0", STUBBORN), screen=screen, time=Time())
-    running = asyncio.create_task(supervisor.run())
+    time = Time()
+    supervisor = supervisor_of(spec("d0", STUBBORN), screen=screen, time=time)
+    running = asyncio.create_task(supervisor.run(os.environ))
     (line,) = await screen.wait_for("d0: grandchild")
 
     supervisor.stop()
-    await screen.wait_for("finishing what runs")
+    time.now_s += 0.9
+    supervisor.stop()  # timeout(1) signals the process, and then its group
+    await screen.wait_for("d0: no")
     assert not running.done()
+    time.now_s += 0.2
     supervisor.stop()
 
     assert await running == 0
@@ -252,13 +338,15 @@ async def test_a_second_stop_kills_with_all_they_started_who_will_not_end() -> N
 @in_loop
 async def test_what_a_crashed_process_had_started_ends_with_it() -> None:
     screen = Screen()
-    crash = STUBBORN.replace("time.sleep(600)\n", "raise SystemExit(5)\n")
-    supervisor = supervisor_of(spec("d0", crash), screen=screen, time=Time())
-    running = asyncio.create_task(supervisor.run())
+    crash = STUBBORN.replace("while True: signal.pause()", "raise SystemExit(5)")
+    time = Time()
+    supervisor = supervisor_of(spec("d0", crash), screen=screen, time=time)
+    running = asyncio.create_task(supervisor.run(os.environ))
 
     (line, *_) = await screen.wait_for("d0: grandchild", count=2)
     assert gone(int(line.split()[-1]))
     supervisor.stop()
+    time.now_s += 1.1
     supervisor.stop()
     assert await running == 0
 
@@ -270,7 +358,7 @@ sys.path[:0] = {sys.path!r}
 from kvrelay.cluster.child import Child, ProcessSpec
 async def main():
     sleeper = ProcessSpec("d0", "decode", (sys.executable, "-c", "import time; time.sleep(600)"))
-    child = await Child.start(sleeper, {{}}, print)
+    child = await Child.start(sleeper, {{}}, print, print)
     print("child", child._process.pid, flush=True)
     await child.wait()
 asyncio.run(main())

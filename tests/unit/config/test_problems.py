@@ -108,6 +108,35 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + 'router:\n  control: "tcp://127.0.0.1:8000"\n',
         ["7: router.control: 127.0.0.1:8000 is router.port's already"],
     ),
+    "control at the router's IPv6 port": (
+        GOOD + 'router:\n  host: "::1"\n  control: "tcp://[::1]:8000"\n',
+        ["8: router.control: [::1]:8000 is router.port's already"],
+    ),
+    "two nodes at one IPv6 address": (
+        GOOD.replace("port: 8200", 'host: "::1", port: 8200').replace("port: 8300", 'host: "::1", port: 8200'),
+        ["5: nodes.d0.port: [::1]:8200 is node p0's already"],
+    ),
+    "control with an IPv6 host that lacks its brackets": (
+        GOOD + 'router: {control: "tcp://::1:8100"}\n',
+        ["6: router.control: cannot be 'tcp://::1:8100'"],
+    ),
+    "control at a port there cannot be": (
+        GOOD + 'router: {control: "tcp://[::1]:81000"}\n',
+        ["6: router.control: should be tcp://host:port, with an IPv6 host in brackets"],
+    ),
+    "host in brackets": (GOOD + 'router: {host: "[::1]"}\n', ["6: router.host: cannot be '[::1]'"]),
+    "host that is no IPv6 address": (
+        GOOD.replace("port: 8200", 'host: "1::2::3", port: 8200'),
+        ["4: nodes.p0.host: should be a host name, an IPv4 address or an IPv6 address such as ::1"],
+    ),
+    "empty text": (
+        GOOD + "storage: {path: ''}\n",
+        ["6: storage.path: should have at least 1 character, not ''"],
+    ),
+    "empty alias": (
+        GOOD.replace("models/demo", "models/demo, aliases: [a, '']"),
+        ["1: model.aliases.1: should have at least 1 character, not ''"],
+    ),
     "control is no address": (
         GOOD + "router: {control: localhost}\n",
         ["6: router.control: cannot be 'localhost'"],

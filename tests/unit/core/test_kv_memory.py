@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 
-from kvrelay.core.errors import GeometryMismatchError, PeerLostError
+from kvrelay.core.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory, consecutive_runs
+from kvrelay.core.kv_memory import KVMemory
 
 GEOMETRY = KVGeometry(3, 2, 4, 8, "float16", "model")
 
@@ -56,6 +58,22 @@ memory.close()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert (memory.planes[0, 0, 0] == 9).all()
     assert (memory.planes[0, 0, 1:] == 7).all()
+
+
+def test_more_memory_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"cache.num_blocks: 1,099,511,627,776 blocks take [\d,]+ bytes: this machine"
+    ):
+        KVMemory.create(GEOMETRY, num_blocks=1 << 40)
+
+
+def test_memory_that_the_kernel_does_not_give_is_refused_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(ConfigError, match=r"cache.num_blocks: 10 blocks take 7,680 bytes: Cannot allocate memory"):
+        KVMemory.create(GEOMETRY, num_blocks=10)
 
 
 def test_memory_lives_until_its_last_mapping_is_closed() -> None:
@@ -115,29 +133,37 @@ def test_refused_attachments_leave_no_descriptor(memory: KVMemory) -> None:
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_layer_parts_are_views_one_per_run_k_before_v(memory: KVMemory) -> None:
-    blocks = [4, 5, 6, 2, 8, 9]
-    memory.planes[:] = np.arange(10, dtype=np.uint8)[None, None, :, None]
-    parts = memory.layer_parts(1, blocks)
-    size = GEOMETRY.plane_block_bytes
-    assert [len(part) // size for part in parts] == [3, 1, 2, 3, 1, 2]
-    assert [int(block) for part in parts for block in part[::size]] == [*blocks, *blocks]
-    assert all(np.shares_memory(part, memory.planes[1, 0]) for part in parts[:3])
-    assert all(np.shares_memory(part, memory.planes[1, 1]) for part in parts[3:])
+def test_read_gives_views_of_runs_plane_by_plane() -> None:
+    large = KVGeometry(3, 8, 128, 32, "float32", "model")
+    made = KVMemory.create(large, num_blocks=10)
+    made.planes[:] = np.arange(10, dtype=np.uint8)[None, None, :, None]
+    parts = made.read(range(1, 2), [4, 5, 6, 2])
+    assert [part.nbytes for part in parts] == [3 * large.plane_block_bytes, large.plane_block_bytes] * 2
+    assert [part[0] for part in parts] == [4, 2, 4, 2]
+    assert all(np.shares_memory(np.frombuffer(part, np.uint8), made.planes[1]) for part in parts)
+    del parts
+    made.close()
 
 
-@pytest.mark.parametrize(
-    ("block_ids", "runs"),
-    [
-        ([], []),
-        ([3], [(3, 1)]),
-        ([4, 5, 6, 2], [(4, 3), (2, 1)]),
-        ([2, 1, 0], [(2, 1), (1, 1), (0, 1)]),
-        ([0, 1, 3, 4], [(0, 2), (3, 2)]),
-    ],
-)
-def test_consecutive_runs(block_ids: list[int], runs: list[tuple[int, int]]) -> None:
-    assert consecutive_runs(block_ids) == runs
+def test_digest_is_that_of_what_is_read_and_copied(memory: KVMemory) -> None:
+    memory.planes[:] = np.random.default_rng(3).integers(0, 255, memory.planes.shape, np.uint8)
+    other = KVMemory.create(GEOMETRY, num_blocks=10)
+    expected = xxhash.xxh3_64_intdigest(b"".join(memory.read(range(1, 3), [7, 1, 2])))
+    assert memory.digest(range(1, 3), [7, 1, 2]) == expected
+    assert other.copy_from(memory, range(1, 3), [0, 5, 9], [7, 1, 2]) == expected
+    assert np.array_equal(other.planes[1:, :, [0, 5, 9]], memory.planes[1:, :, [7, 1, 2]])
+    assert not other.planes[0].any()
+    other.close()
+
+
+def test_blocks_go_out_and_come_in_whole(memory: KVMemory) -> None:
+    memory.planes[:] = np.random.default_rng(4).integers(0, 255, memory.planes.shape, np.uint8)
+    copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in range(2)]
+    memory.copy_out([8, 3], copies)
+    with memory.lend([0, 1]) as blocks:
+        for block, copy in zip(blocks, copies, strict=True):
+            block[:] = copy
+    assert np.array_equal(memory.planes[:, :, [0, 1]], memory.planes[:, :, [8, 3]])
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")

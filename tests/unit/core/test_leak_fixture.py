@@ -59,11 +59,23 @@ def kv_memory() -> Iterator[None]:
 
 
 @contextmanager
-def shm_file() -> Iterator[None]:
-    path = Path(f"/dev/shm/kvrelay-test-{os.getpid()}")
+def shm_file(name: str) -> Iterator[None]:
+    path = Path("/dev/shm") / name
     path.touch()
-    yield
-    path.unlink()
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def own_shm_file() -> AbstractContextManager[None]:
+    return shm_file(f"kvrelay-test-{os.getpid()}")
+
+
+def shm_file_of_an_ended_child() -> AbstractContextManager[None]:
+    with subprocess.Popen(["/bin/true"]) as process:
+        pass
+    return shm_file(f"kvrelay-{process.pid}")
 
 
 @contextmanager
@@ -80,9 +92,27 @@ LEAKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "descriptor socket": plain_socket,
     "descriptor anon_inode:[eventfd": zmq_socket,
     "memfd:kvrelay-kv": kv_memory,
-    "file /dev/shm/": shm_file,
+    "file /dev/shm/kvrelay-test-": own_shm_file,
+    "file /dev/shm/kvrelay-": shm_file_of_an_ended_child,
     "messager.ipc": runtime_file,
 }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"psm_{os.getpid()}",
+        f"sem.kvrelay-{os.getpid()}",
+        f"torch_{os.getpid()}_kvrelay",
+        "kvrelay-test-1",
+    ],
+    ids=["python", "semaphore", "library", "another run of the tests"],
+)
+def test_files_of_other_programs_in_shared_memory_are_no_leak(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "SETTLE_S", 0.0)
+    before = Belongings.now()
+    with shm_file(name):
+        assert before.leaked() == []
 
 
 @pytest.mark.parametrize("told", LEAKS)

@@ -10,7 +10,7 @@ from support.machines import node_config, registration
 from kvrelay.core.config import RegistryConfig, Role
 from kvrelay.core.errors import RemoteProtocolError
 from kvrelay.core.ids import ROUTER, PeerId
-from kvrelay.core.machine import Announce, Exit, Send
+from kvrelay.core.machine import Announce, Exit, Ready, Send
 from kvrelay.core.membership import DRAINING, READY, REFUSED, Membership
 from kvrelay.core.messages.base import Heartbeat, Load, Message
 from kvrelay.core.messages.node_to_router import Drained, Leaving, Register
@@ -21,7 +21,7 @@ BEAT = Heartbeat(load=Load(num_waiting=3))
 
 
 def registry(kind: str) -> RegistryConfig:
-    return RegistryConfig(kind=kind, url=None if kind == "static" else "redis://localhost")
+    return RegistryConfig.model_validate({"kind": kind, "url": None if kind == "static" else "redis://localhost"})
 
 
 def membership_of(kind: str) -> Membership:
@@ -95,7 +95,7 @@ def test_nobody_else_is_the_one_router() -> None:
 def test_a_node_announces_itself_and_answers_each_router_that_finds_it() -> None:
     membership = membership_of("redis")
     assert membership.receive(A, Heartbeat(), 0.0) == ([], False), "it cannot serve yet"
-    assert membership.join() == [Announce(READY)]
+    assert membership.join() == [Ready(), Announce(READY)]
     registered(membership, A, B)
     assert membership.receive(A, Heartbeat(), 0.0) == ([], False), "it is known there"
     actions = membership.beat(Load(num_waiting=3))

@@ -54,9 +54,14 @@ class Scripted:
         return self.answer(event, now)
 
 
-def drive(machine: Machine, handlers: dict[type, Any] | None = None, meanwhile: Callable[[Shell], Any] = id) -> str:
+def drive(
+    machine: Machine,
+    handlers: dict[type, Any] | None = None,
+    meanwhile: Callable[[Shell], Any] = id,
+    clock: Clock | None = None,
+) -> str:
     async def main() -> str:
-        shell = Shell(machine, clock=Clock(), handlers=handlers)
+        shell = Shell(machine, clock=clock or Clock(), handlers=handlers)
         transport = Transport("me#1", shell.post)
         try:
             meanwhile(shell)
@@ -212,6 +217,42 @@ def test_signals_ask_the_machine_to_stop(number: signal.Signals) -> None:
     assert drive(Scripted(answer)) == "asked"
 
 
+class StandingClock(Clock):
+    """However loaded the machine, no time passes between two signals."""
+
+    def now(self) -> float:
+        return 0.0
+
+
+def test_a_second_signal_at_once_is_the_same_request() -> None:
+    def answer(event: object, now: float) -> list[object]:
+        match event:
+            case Started():
+                os.kill(os.getpid(), signal.SIGTERM)
+            case StopRequested():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return [SetTimer("end", now + 0.1)]
+            case TimerFired():
+                return [Exit("asked")]
+        return []
+
+    machine = Scripted(answer)
+    assert drive(machine, clock=StandingClock()) == "asked"
+    assert machine.events.count(StopRequested()) == 1
+
+
+def test_signals_before_it_runs_wait_for_it() -> None:
+    """As while a node opens its store: what it has begun is cleaned up by the machine's own end."""
+
+    def told(shell: Shell) -> None:
+        shell.listen_for_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    machine = Scripted(lambda event, now: [Exit("asked")] if isinstance(event, StopRequested) else [])
+    assert drive(machine, meanwhile=told) == "asked"
+    assert machine.events == [Started(), StopRequested()]
+
+
 def test_log_actions_become_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     drive(Scripted(lambda event, now: [Log("warning", "decode node lost", {"peer": "d0"}), Exit()]))
@@ -243,7 +284,7 @@ def test_messages_go_through_the_transport() -> None:
         server, client = Transport("d0#1", shells[0].post), Transport("p0#1", shells[1].post)
         try:
             address.extend(server.bind("tcp://127.0.0.1:0"))
-            return await asyncio.gather(shells[0].run(server), shells[1].run(client))
+            return list(await asyncio.gather(shells[0].run(server), shells[1].run(client)))
         finally:
             server.close()
             client.close()

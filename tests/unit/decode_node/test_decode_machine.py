@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,17 @@ from decode_node.request import DecodeStatus
 from decode_node.state import DecodeMachine
 from kvrelay.core.config import Role
 from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.machine import Exit, PeerLost, Received, SetTimer, Started, StepDone, StopRequested, TimerFired
+from kvrelay.core.machine import (
+    Exit,
+    PeerLost,
+    Received,
+    RunStep,
+    SetTimer,
+    Started,
+    StepDone,
+    StopRequested,
+    TimerFired,
+)
 from kvrelay.core.messages.base import ErrorInfo, Heartbeat
 from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed, MessagerReady
@@ -192,6 +203,25 @@ def test_a_reservation_that_makes_no_sense_is_refused_for_good(num_tokens: int) 
     desk.machine.assert_quiescent()
 
 
+def test_reservations_do_not_keep_a_prompt_waiting_for_blocks_without_end() -> None:
+    """P's requests take whatever becomes free, until the prompt that waits has been overtaken by the bound."""
+    desk = decode_desk(cache={"num_blocks": 8}, scheduler={"prefill_overtake_tokens": 25})
+    reserve(desk, "first")
+    desk.hear(ROUTER, Generate(request=spec("long", 28)))
+    assert not desk.did(RunStep)  # its 7 blocks are not free
+    assert not sent(reserve(desk, "second"), ReservationRefused)
+    assert not sent(reserve(desk, "small", 8), ReservationRefused)
+    for name in ("first", "second", "small"):
+        desk.hear(P0, CancelReservation(request_id=name, epoch=1, reason="over"))
+        if name == "first":
+            [refused] = sent(reserve(desk, "third"), ReservationRefused, P0)
+            assert refused.reason == "prompts that came earlier wait for blocks"
+            assert refused.retry_after_s is not None
+    assert desk.plan is not None
+    desk.run_steps()
+    desk.machine.assert_quiescent()
+
+
 def test_a_reservation_asked_twice_is_one_reservation() -> None:
     desk = decode_desk()
     reserve(desk)
@@ -237,7 +267,7 @@ def test_it_decodes_when_kv_and_hand_off_are_there_in_either_order() -> None:
         reserve(desk)
         expected(desk)
         first(desk)
-        assert desk.plan is None
+        assert not desk.did(RunStep)
         second(desk)
         assert desk.plan is not None
         [item] = desk.plan.batch
@@ -575,7 +605,11 @@ def test_preempted_requests_are_told_by_no_message() -> None:
 
 
 def test_a_node_leaves_when_its_last_request_has_ended() -> None:
-    for stop in (lambda desk: desk.tell(StopRequested()), lambda desk: desk.hear(ROUTER, Drain())):
+    stops: list[Callable[[NodeDesk], list[Any]]] = [
+        lambda desk: desk.tell(StopRequested()),
+        lambda desk: desk.hear(ROUTER, Drain()),
+    ]
+    for stop in stops:
         desk = decode_desk()
         decoding(desk)
         actions = stop(desk)

@@ -13,7 +13,7 @@ from decode_node.request import TRANSITIONS, DecodeStatus
 
 
 def test_decodes_come_first_then_running_prefills_then_newcomers() -> None:
-    desk = Desk(max_num_batched_tokens=20)
+    desk = Desk(max_num_batched_tokens=20, prefill_order="fifo")
     desk.wait("new", 8)
     desk.prefill("chunked", 12, computed=4)
     desk.decode("a")
@@ -27,7 +27,7 @@ def test_decodes_come_first_then_running_prefills_then_newcomers() -> None:
 
 
 def test_a_step_never_computes_more_than_the_budget() -> None:
-    desk = Desk(num_blocks=64, max_num_batched_tokens=10)
+    desk = Desk(num_blocks=64, max_num_batched_tokens=10, prefill_order="fifo")
     desk.prefill("chunked", 30, computed=20)
     desk.decode("a")
     desk.wait("new", 8)
@@ -35,6 +35,63 @@ def test_a_step_never_computes_more_than_the_budget() -> None:
     assert [chunk.num_tokens for chunk in schedule.chunks] == [1, 9]
     assert [chunk.samples for chunk in schedule.chunks] == [True, False]
     assert not schedule.admitted
+
+
+def test_a_newcomer_that_is_much_shorter_goes_before_a_prompt_that_has_begun() -> None:
+    desk = Desk(num_blocks=64, max_num_batched_tokens=10)
+    desk.prefill("chunked", 40, computed=20)
+    desk.decode("a")
+    desk.wait("long", 30)
+    desk.wait("new", 8)
+    schedule = desk.schedule()
+    assert names(schedule.requests) == ["a", "new", "chunked"]
+    assert [chunk.num_tokens for chunk in schedule.chunks] == [1, 8, 1]
+    assert names(schedule.admitted) == ["new"]
+
+
+def test_what_is_in_the_prefix_cache_does_not_count_as_length() -> None:
+    desk = Desk(num_blocks=64, max_num_batched_tokens=100)
+    history = desk.tokens(48)
+    desk.wait("first", history, max_tokens=1)
+    desk.run()
+    desk.wait("other", 20)
+    desk.wait("follow-up", [*history, *desk.tokens(6)])
+    assert names(desk.schedule().requests) == ["follow-up", "other"]
+
+
+def test_what_is_published_while_a_prompt_waits_makes_it_shorter() -> None:
+    desk = Desk(num_blocks=64, max_num_batched_tokens=16, max_num_seqs=1)
+    common = desk.tokens(16)
+    desk.wait("computes", common)
+    desk.wait("other", 18)
+    desk.wait("shares", [*common, *desk.tokens(5)])
+    assert names(desk.scheduler.waiting.ordered(desk.now)) == ["computes", "other", "shares"]
+    desk.step()
+    assert names(desk.scheduler.waiting.ordered(desk.now)) == ["shares", "other"]
+
+
+def test_a_prompt_whose_next_block_is_being_computed_comes_after_others() -> None:
+    desk = Desk(num_blocks=64, max_num_batched_tokens=8)
+    common = desk.tokens(32)
+    desk.wait("computes", common)
+    desk.step()
+    desk.wait("shares", [*common[:12], *desk.tokens(1)])
+    desk.wait("longer", 6)
+    schedule = desk.step()  # what "shares" lacks is computed from here on
+    assert names(schedule.admitted) == ["longer"]
+    desk.step()
+    assert names(desk.step().admitted) == ["shares"]
+
+
+def test_a_reservation_is_refused_while_a_prompt_waits_that_has_been_overtaken_enough() -> None:
+    desk = Desk(num_blocks=8, prefill_overtake_tokens=20)
+    desk.decode("a", prompt=16)
+    desk.wait("long", 28)
+    desk.schedule()
+    assert desk.scheduler.may_reserve(0, 12, desk.now) is None
+    desk.scheduler.order.passed(0, 12)
+    assert desk.scheduler.may_reserve(0, 12, desk.now) == "prompts that came earlier wait for blocks"
+    assert desk.scheduler.may_reserve(0, 8, desk.now) is None
 
 
 def test_what_is_left_of_the_budget_goes_to_the_next_prompt() -> None:
@@ -76,11 +133,12 @@ def test_a_running_prefill_that_gets_no_budget_stops_newcomers_and_no_decode() -
 
 
 def test_first_come_first_served_even_if_the_second_would_fit() -> None:
-    desk = Desk(num_blocks=8)
-    desk.decode("a", prompt=12)
-    desk.wait("large", 24)
-    desk.wait("small", 4)
-    assert not desk.schedule().admitted
+    for order, admitted in (("fifo", []), ("shortest_first", ["small"])):
+        desk = Desk(num_blocks=8, prefill_order=order)
+        desk.decode("a", prompt=12)
+        desk.wait("large", 24)
+        desk.wait("small", 4)
+        assert names(desk.schedule().admitted) == admitted
 
 
 def test_a_newcomer_begins_behind_its_prefix_hit() -> None:
@@ -185,7 +243,10 @@ def test_the_watermark_stays_free_when_one_is_admitted() -> None:
 
 def test_the_level_falls_only_with_steps_that_schedule_something_and_comes_back_when_idle() -> None:
     desk = Desk(reserve_policy="new_token_ratio", new_token_ratio={"decay": 0.1})
-    level = lambda: desk.scheduler.reserve.level  # noqa: E731
+
+    def level() -> float:
+        return desk.scheduler.reserve.level
+
     request = desk.receive("a", 4, max_tokens=3)
     desk.decode("b", max_tokens=2)
     desk.step()
@@ -416,7 +477,7 @@ def test_sglang_frees_room_for_retract_decode_steps_of_those_that_stay() -> None
 # ---------------------------------------------------------------- priorities
 
 
-PRIORITY = {"enable_priority_scheduling": True}
+PRIORITY: dict[str, Any] = {"enable_priority_scheduling": True}
 
 
 def test_the_lowest_number_is_admitted_first() -> None:
@@ -530,9 +591,9 @@ def test_reservations_are_refused_while_preempted_requests_wait() -> None:
     desk = Desk(num_blocks=4)
     for name in "ab":
         desk.decode(name, prompt=8, output=1)
-    assert desk.scheduler.may_reserve(0, desk.now) is None
+    assert desk.scheduler.may_reserve(0, 4, desk.now) is None
     desk.schedule()
-    assert desk.scheduler.may_reserve(0, desk.now) == "preempted requests wait for blocks"
+    assert desk.scheduler.may_reserve(0, 4, desk.now) == "preempted requests wait for blocks"
 
 
 def test_an_urgent_reservation_need_not_wait_for_a_less_urgent_preempted_request() -> None:
@@ -540,17 +601,17 @@ def test_an_urgent_reservation_need_not_wait_for_a_less_urgent_preempted_request
     for name in "ab":
         desk.decode(name, prompt=8, output=1, priority=5)
     desk.schedule()
-    assert desk.scheduler.may_reserve(5, desk.now) is not None
-    assert desk.scheduler.may_reserve(4, desk.now) is None
+    assert desk.scheduler.may_reserve(5, 4, desk.now) is not None
+    assert desk.scheduler.may_reserve(4, 4, desk.now) is None
 
 
 def test_reservations_count_against_max_num_seqs_with_those_that_wait() -> None:
     desk = Desk(max_num_seqs=3)
     desk.decode("a")
     desk.receive("b", 4)
-    assert desk.scheduler.may_reserve(0, desk.now) is None
+    assert desk.scheduler.may_reserve(0, 4, desk.now) is None
     desk.wait("c", 4)
-    assert desk.scheduler.may_reserve(0, desk.now) == "max_num_seqs (3) requests are here"
+    assert desk.scheduler.may_reserve(0, 4, desk.now) == "max_num_seqs (3) requests are here"
 
 
 def test_reserved_requests_that_cannot_be_preempted_leave_a_running_one_room_to_grow() -> None:

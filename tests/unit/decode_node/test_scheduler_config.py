@@ -41,9 +41,20 @@ def steps(**config: Any) -> list[int]:
     return [sum(chunk.num_tokens for chunk in desk.step().chunks) for _ in range(4)]
 
 
+def queue(**config: Any) -> list[str]:
+    """Return who waits in which order when the first, which is the longest, has been overtaken by 900 tokens."""
+    desk = Desk(**config)
+    for name, length in (("long", 24), ("middle", 20), ("short", 8)):
+        desk.wait(name, length)
+    desk.scheduler.order.passed(0, 900)
+    desk.wait("new", 10)
+    return names(desk.scheduler.waiting.ordered(desk.now))
+
+
 def level(policy: str, num_steps: int, **config: Any) -> float:
     """Return the reserve's level after some steps of a decode."""
-    desk = Desk(num_blocks=64, reserve_policy=policy, **{policy: config})
+    options: dict[str, Any] = {policy: config}
+    desk = Desk(num_blocks=64, reserve_policy=policy, **options)
     desk.decode("a", max_tokens=100)
     for _ in range(num_steps):
         desk.step()
@@ -83,6 +94,11 @@ EFFECTS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "prefill_policy": (
         lambda: first_token_s(prefill_policy="dedicated"),
         lambda: first_token_s(prefill_policy="shared"),
+    ),
+    "prefill_order": (lambda: queue(prefill_order="fifo"), lambda: queue(prefill_order="shortest_first")),
+    "prefill_overtake_tokens": (
+        lambda: queue(prefill_overtake_tokens=3000),
+        lambda: queue(prefill_overtake_tokens=10_000),
     ),
     "reserve_policy": (lambda: admitted(reserve_policy="none"), lambda: admitted(reserve_policy="sglang")),
     "new_token_ratio.init": (lambda: level("new_token_ratio", 0, init=0.5), lambda: level("new_token_ratio", 0)),

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvrelay.core.config import ClusterConfig, NodeConfig
+from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
 from kvrelay.engine.interface import Engine
@@ -57,6 +59,12 @@ def sequence(tokens: list[int], name: str = "r", **sampling: Any) -> Sequence:
     """Return a greedy sequence unless ``sampling`` says otherwise."""
     params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, "ignore_eos": True, **sampling})
     return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=tokens, sampling=params))
+
+
+def planes_of(engine: Engine) -> npt.NDArray[np.uint8]:
+    """Return the bytes of an engine's pool, which is in this process."""
+    assert isinstance(engine.memory, KVMemory)
+    return engine.memory.planes
 
 
 class Runner:

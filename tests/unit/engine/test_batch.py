@@ -9,9 +9,9 @@ from engine_runs import sequence
 
 from kvrelay.core.request import Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.batch import BatchAssembler, PoolLimits, RaggedBatch
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 
-LIMITS = PoolLimits(block_size=4, num_blocks=500, max_model_len=200)
+LIMITS = StepLimits(block_size=4, num_blocks=500, max_model_len=200, vocab_size=5000)
 
 
 def placed(rng: random.Random, num_tokens: int, num_slots: int) -> Sequence:
@@ -34,7 +34,8 @@ def scheduled(rng: random.Random) -> ScheduledSequence:
 
 def assert_flat(batch: RaggedBatch, items: list[ScheduledSequence]) -> None:
     """Compare each row with what the sequence it belongs to says."""
-    rows, sampling = {}, []
+    rows: dict[int, tuple[int, int, int | None]] = {}
+    sampling: list[int] = []
     for span in batch.spans:
         item = items[span.index]
         known = [*item.sequence.token_ids, *(item.drafts or ())]
@@ -47,8 +48,8 @@ def assert_flat(batch: RaggedBatch, items: list[ScheduledSequence]) -> None:
     assert sorted(rows) == list(range(len(batch.token_ids)))
     written = np.arange(len(rows)) if batch.written_rows is None else batch.written_rows
     slots = dict(zip(written.tolist(), batch.slot_mapping.tolist(), strict=True))
-    for row, (token, position, slot) in rows.items():
-        assert (batch.token_ids[row], batch.positions[row], slots.get(row)) == (token, position, slot)
+    for row, known_row in rows.items():
+        assert (batch.token_ids[row], batch.positions[row], slots.get(row)) == known_row
     last_rows = {span.index: span.first_row + span.num_tokens - 1 for span in batch.spans}
     for index, item in enumerate(items):
         if item.samples:

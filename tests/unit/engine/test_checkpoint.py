@@ -11,13 +11,13 @@ from engine_runs import node_config, open_engine
 
 from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.engine.checkpoint import Checkpoint, expected_shapes
-from kvrelay.engine.decoder_config import parse_decoder_config, read_eos_token_ids
+from kvrelay.engine.decoder_config import parse_decoder_config, read_decoder_config, read_eos_token_ids
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.safetensors_file import read_safetensors, write_safetensors
 from kvrelay.engine.tiny import tiny_config, write_tiny_checkpoint
 
 
-def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     """Change the tensors of a checkpoint."""
     file = path / "model.safetensors"
     tensors = {name: tensor.float32().copy() for name, tensor in read_safetensors(file).items()}
@@ -150,6 +150,24 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_a_config_this_engine_cannot_run_says_why(change: dict[str, Any], fault: str) -> None:
     with pytest.raises(CheckpointError, match=fault):
         parse_decoder_config({**tiny_config("qwen2"), **change})
+
+
+def test_rope_parameters_by_layer_type_meet_the_layers_there_are() -> None:
+    linear, sliding = {"rope_type": "linear", "factor": 2.0}, {"use_sliding_window": True, "max_window_layers": 2}
+    both = {"rope_parameters": {"full_attention": linear, "sliding_attention": {"rope_type": "default"}}}
+    assert parse_decoder_config({**tiny_config("qwen2"), **both}).rope.kind == "linear"
+    with pytest.raises(CheckpointError, match="differs between layers"):
+        parse_decoder_config({**tiny_config("qwen2"), **both, **sliding})
+    assert (
+        parse_decoder_config({**tiny_config("mistral", overrides={"sliding_window": 7}), **both}).rope.kind == "default"
+    )
+
+
+def test_files_may_begin_with_a_byte_order_mark(model: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        (model / name).write_text((model / name).read_text(), "utf-8-sig")
+    assert read_decoder_config(model) == parse_decoder_config(tiny_config("qwen3"))
+    assert read_eos_token_ids(model) == [2]
 
 
 def test_windows_follow_the_config() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import KERNELS, Runner, open_engine, output, sequence, use_kernels
+from engine_runs import KERNELS, Runner, open_engine, output, planes_of, sequence, use_kernels
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.request import Sequence
@@ -102,7 +102,7 @@ def test_a_prompt_that_is_wholly_there_computes_its_last_token_and_writes_nothin
     wanted, _ = plain(any_engine)
     source, one = Runner(any_engine), asked()
     source.run((one, LENGTH))
-    planes = any_engine.memory.planes
+    planes = planes_of(any_engine)
     again = asked()
     again.take_blocks(source.free[:3])
     planes[:, :, again.block_table] = planes[:, :, one.block_table]

@@ -16,7 +16,7 @@ def silu(library: NativeLibrary, gate: np.ndarray) -> np.ndarray:
     rows = np.concatenate([gate, np.ones_like(gate)])[None].astype(np.float32)
     out = np.empty((1, len(gate)), np.float32)
     library.silu_mul(rows.ctypes.data, out.ctypes.data, 1, len(gate), 0)
-    return out[0]
+    return out.reshape(-1)
 
 
 def attended(library: NativeLibrary, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def attended(library: NativeLibrary, keys: np.ndarray, values: np.ndarray) -> np
         scale=1.0,
     )
     library.attention(ctypes.byref(call))
-    return out[0]
+    return out.reshape(-1)
 
 
 def test_silu_is_exact_over_its_whole_range(library: NativeLibrary) -> None:

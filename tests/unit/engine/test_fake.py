@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, sequence
+from engine_runs import Runner, output, planes_of, sequence
 
 from kvrelay.core.config import FakeEngineConfig
 from kvrelay.core.errors import ConfigError, EngineError
-from kvrelay.core.step import ScheduledSequence, StepPlan
+from kvrelay.core.step import ScheduledSequence, SequenceFailed, StepPlan
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
 
 CONFIG = FakeEngineConfig()
@@ -79,14 +79,14 @@ def test_without_damage_the_tokens_are_right(make_runner: MakeRunner) -> None:
 @pytest.mark.parametrize("kv", [0, 1])
 def test_one_flipped_bit_gives_a_wrong_token(make_runner: MakeRunner, layer: int, kv: int) -> None:
     def flip(runner: Runner, one: Any) -> None:
-        runner.engine.memory.planes[layer, kv, one.block_table[3], 17] ^= 1
+        planes_of(runner.engine)[layer, kv, one.block_table[3], 17] ^= 1
 
     assert not decode_after(make_runner, flip)
 
 
 def test_a_block_that_never_arrived_gives_a_wrong_token(make_runner: MakeRunner) -> None:
     def clear(runner: Runner, one: Any) -> None:
-        runner.engine.memory.planes[:, :, one.block_table[0]] = 0
+        planes_of(runner.engine)[:, :, one.block_table[0]] = 0
 
     assert not decode_after(make_runner, clear)
 
@@ -101,7 +101,7 @@ def test_exchanged_blocks_give_a_wrong_token(make_runner: MakeRunner) -> None:
 
 def test_exchanged_keys_and_values_give_a_wrong_token(make_runner: MakeRunner) -> None:
     def exchange(runner: Runner, one: Any) -> None:
-        planes = runner.engine.memory.planes
+        planes = planes_of(runner.engine)
         planes[2, [0, 1], one.block_table[1]] = planes[2, [1, 0], one.block_table[1]]
 
     assert not decode_after(make_runner, exchange)
@@ -111,7 +111,7 @@ def test_a_block_of_another_prompt_gives_a_wrong_token(make_runner: MakeRunner) 
     def stale(runner: Runner, one: Any) -> None:
         other = sequence(prompt(30, seed=9), "other", max_tokens=3)
         runner.run((other, 30))
-        planes = runner.engine.memory.planes
+        planes = planes_of(runner.engine)
         planes[:, :, one.block_table[4]] = planes[:, :, other.block_table[4]]
 
     assert not decode_after(make_runner, stale)
@@ -123,7 +123,7 @@ def test_kv_copied_to_another_engine_decodes_on(make_runner: MakeRunner) -> None
     there = list(one.block_table)
     one.take_blocks(())
     target.give_blocks(one, 30)
-    target.engine.memory.planes[:, :, one.block_table] = source.engine.memory.planes[:, :, there]
+    planes_of(target.engine)[:, :, one.block_table] = planes_of(source.engine)[:, :, there]
     target.finish(one)
     assert output(one) == reference_tokens(one.spec, CONFIG)
 
@@ -131,7 +131,7 @@ def test_kv_copied_to_another_engine_decodes_on(make_runner: MakeRunner) -> None
 def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunner) -> None:
     runner, one = make_runner(), sequence(prompt(8), max_tokens=1)
     runner.give_blocks(one, 8)
-    planes = runner.engine.memory.planes
+    planes = planes_of(runner.engine)
     heard = []
 
     def on_layer(layer: int) -> None:
@@ -145,7 +145,7 @@ def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunn
 
 def test_eos_comes_about_as_often_as_configured() -> None:
     config = FakeEngineConfig(eos_every=8)
-    asked = {"eos_token_ids": [7], "ignore_eos": False, "max_tokens": 400}
+    asked: dict[str, Any] = {"eos_token_ids": [7], "ignore_eos": False, "max_tokens": 400}
     lengths = [len(reference_tokens(sequence(prompt(5, seed), **asked).spec, config)) for seed in range(200)]
     assert 6 < np.mean(lengths) < 10
     never = reference_tokens(sequence(prompt(5), **asked).spec, FakeEngineConfig(eos_every=0, vocab_size=50))
@@ -156,7 +156,7 @@ def test_eos_comes_about_as_often_as_configured() -> None:
 
 def test_min_tokens_holds_eos_back() -> None:
     config = FakeEngineConfig(eos_every=1)
-    asked = {"eos_token_ids": [7], "ignore_eos": False, "max_tokens": 50, "min_tokens": 10}
+    asked: dict[str, Any] = {"eos_token_ids": [7], "ignore_eos": False, "max_tokens": 50, "min_tokens": 10}
     tokens = reference_tokens(sequence(prompt(5), **asked).spec, config)
     assert len(tokens) == 11 and tokens.index(7) == 10
 
@@ -193,19 +193,47 @@ def test_a_step_takes_what_the_cost_model_says(make_runner: MakeRunner) -> None:
         (0, 8, [0, -1], "leaves the pool"),
     ],
 )
-def test_a_step_beside_the_pool_is_an_error(
+def test_a_sequence_beside_the_pool_fails_alone(
     make_runner: MakeRunner, start: int, count: int, table: list[int], fault: str
 ) -> None:
-    runner, one = make_runner(), sequence(prompt(8), "bad")
+    runner, one, other = make_runner(), sequence(prompt(8), "bad"), sequence(prompt(9))
     one.take_blocks(table)
-    with pytest.raises(EngineError, match=fault) as caught:
-        runner.engine.run(StepPlan(1, [ScheduledSequence(one, start, count, False)]), lambda layer: None)
-    assert caught.value.request_id == "bad"
+    runner.give_blocks(other, 9)
+    batch = [ScheduledSequence(one, start, count, False), ScheduledSequence(other, 0, 9, True)]
+    outcomes = runner.engine.run(StepPlan(1, batch), lambda layer: None).outcomes
+    assert isinstance(outcomes[0], SequenceFailed) and fault in outcomes[0].reason
+    assert outcomes[1] == make_runner().run((sequence(prompt(9)), 9))[0]
+
+
+def test_a_step_of_which_nothing_can_be_computed_tells_no_layer(make_runner: MakeRunner) -> None:
+    runner, one = make_runner(), sequence([5, 1024])
+    layers: list[int] = []
+    runner.give_blocks(one, 2)
+    result = runner.engine.run(StepPlan(1, [ScheduledSequence(one, 0, 2, True)]), layers.append)
+    assert result.outcomes == [SequenceFailed("token id 1024 is not in the vocabulary of 1024")]
+    assert layers == []
 
 
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
         make_runner().engine.run(StepPlan(1, []), lambda layer: None)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_broken_token_fails_its_sequence_in_the_step_that_computes_it(make_runner: MakeRunner, chunk: int) -> None:
+    """What that step writes is wrong from its first position on: who reads such blocks gets other tokens."""
+    config = FakeEngineConfig(broken_token=500, eos_every=0)
+    clean = prompt(12)
+    runner, one, other = make_runner(config), sequence([*clean[:8], 500, *clean[8:]]), sequence(clean, max_tokens=5)
+    with pytest.raises(EngineError, match="not finite at position 8"):
+        runner.finish(one, chunk=chunk)
+    runner.finish(other)
+    assert output(other) == reference_tokens(other.spec, config)
+    spoilt = sequence(clean, max_tokens=5)
+    spoilt.take_blocks(one.block_table)
+    spoilt.num_computed_tokens = 8
+    runner.finish(spoilt)
+    assert output(spoilt) != output(other)
 
 
 def test_a_geometry_without_whole_words_is_refused() -> None:

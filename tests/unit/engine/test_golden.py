@@ -11,13 +11,14 @@ from engine_runs import Runner, open_engine, output, sequence
 from golden.cases import CASES, PROMPT_LENGTHS, GoldenCase, load_golden
 
 from kvrelay.engine import paddle_engine
+from kvrelay.engine.sampler import sample_step
 
 
 @pytest.fixture
 def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Collect what reaches the sampler."""
     seen: list[np.ndarray] = []
-    real = paddle_engine.sample_step
+    real = sample_step
 
     def spy(logits: np.ndarray, batch: Any) -> Any:
         if logits.size:

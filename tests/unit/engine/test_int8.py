@@ -1,4 +1,4 @@
-"""Products by our own library: of few rows against oneDNN's, of int8 against exact arithmetic and in a model."""
+"""Products by our own library: of few rows against oneDNN's; of any number, in int8 too, against exact arithmetic."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from kvrelay.core.errors import CheckpointError
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
 from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
-from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, QuantizedRows
+from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
+from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 SIZES = [(64, 64), (96, 70), (300, 200), (1030, 130)]
@@ -107,6 +108,56 @@ def test_few_rows_are_the_same_bits_as_in_many(
         np.testing.assert_array_equal(multiplied(linear, rows[-count:], before[-count:]), summed[-count:])
 
 
+@pytest.mark.parametrize("holds", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [*SIZES, (37, 65), (2048, 64)], ids=str)
+def test_products_that_are_all_our_own_are_right_and_the_same_bits_in_any_number_of_rows(
+    library: NativeLibrary, holds: str, size: tuple[int, int]
+) -> None:
+    size_in, size_out = size
+    rng = np.random.default_rng(size_in)
+    weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
+    if holds == "bfloat16":
+        weight = as_float(to_bfloat16(weight))
+    linear = OwnLinear(library, weight, bias)
+    assert linear.size_bytes == _packed_bytes(size, 2 if holds == "bfloat16" and size_in % 2 == 0 else 4)
+    rows = rng.standard_normal((200, size_in), np.float32)
+    whole = multiplied(linear, rows)
+    wanted = rows.astype(np.float64) @ weight.astype(np.float64).T + bias
+    assert np.abs(whole - wanted).max() <= 1e-6 * np.sqrt(size_in) * np.abs(wanted).max()
+    before = rng.standard_normal(whole.shape, np.float32)
+    summed = multiplied(linear, rows, before)
+    for count in (*range(1, 30), 48, 96, 97, 200):
+        np.testing.assert_array_equal(multiplied(linear, rows[-count:]), whole[-count:])
+        np.testing.assert_array_equal(multiplied(linear, rows[-count:], before[-count:]), summed[-count:])
+
+
+def test_a_weight_in_bfloat16_gives_the_bits_of_the_same_weight_in_float32(library: NativeLibrary) -> None:
+    rng = np.random.default_rng(6)
+    weight = as_float(to_bfloat16(rng.standard_normal((70, 1500), np.float32)))
+    wide = np.vstack([weight, rng.standard_normal((1, 1500), np.float32)])  # the last row keeps all of it in float32
+    rows = rng.standard_normal((50, 1500), np.float32)
+    narrow, full = OwnLinear(library, weight, None), OwnLinear(library, wide, None)
+    assert 2 * narrow.size_bytes == full.size_bytes
+    for count in (1, 7, 24, 25, 50):
+        np.testing.assert_array_equal(multiplied(narrow, rows[:count]), multiplied(full, rows[:count])[:, :70])
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone(library: NativeLibrary) -> None:
+    rng = np.random.default_rng(8)
+    linear = OwnLinear(library, as_float(to_bfloat16(rng.standard_normal((64, 64), np.float32))), None)
+    rows = rng.standard_normal((40, 64), np.float32)
+    clean = multiplied(linear, rows)
+    rows[3, 5], rows[30, 63] = np.nan, np.inf
+    found = multiplied(linear, rows)
+    assert not np.isfinite(found[[3, 30]]).any()
+    np.testing.assert_array_equal(np.delete(found, [3, 30], 0), np.delete(clean, [3, 30], 0))
+
+
+def _packed_bytes(size: tuple[int, int], item_bytes: int) -> int:
+    size_in, size_out = size
+    return size_in * (-(-size_out // COLUMNS) * COLUMNS) * item_bytes
+
+
 class StandIn:
     """What oneDNN packs for float32, multiplied here by adding up ``chunk`` elements of a row at a time."""
 
@@ -160,6 +211,13 @@ def test_an_odd_number_of_inputs_has_no_pairs(library: NativeLibrary) -> None:
         Int8Linear(library, weight, None, Quantization.W8A16, "bfloat16", "float32", QuantizedRows(library))
 
 
+def test_the_largest_numbers_do_not_overflow(library: NativeLibrary) -> None:
+    signs = np.where(np.random.default_rng(3).random((130, 256)) < 0.5, -1, 1).astype(np.float32)
+    weight, rows = signs[:128], np.vstack([signs[:1], np.ones((1, 256), np.float32), -signs[:1]])
+    linear = Int8Linear(library, weight, None, Quantization.W8A8, "float32", "float32", QuantizedRows(library))
+    np.testing.assert_allclose(multiplied(linear, rows), rows @ weight.T, rtol=1e-5, atol=1e-3)
+
+
 def test_what_is_not_finite_stays_visible(library: NativeLibrary) -> None:
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((64, 37), np.float32)
@@ -191,7 +249,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     model_dir: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, np.ndarray] = {}
-    real = paddle_engine.sample_step
+    real = sample_step
     for name, kernels, kind in (
         ("exact", "portable", "none"),
         ("portable", "portable", quantization),
@@ -203,7 +261,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
             patch.setattr(
                 paddle_engine,
                 "sample_step",
-                lambda logits, batch, name=name: (found.__setitem__(name, logits.copy()), real(logits, batch))[1],
+                lambda logits, batch, name=name: (found.__setitem__(name, logits.copy()), real(logits, batch))[1],  # type: ignore[func-returns-value]
             )
             engine = open_engine(model_dir, engine={"kernels": asked, "quantization": kind})
             Runner(engine).finish(sequence(np.random.default_rng(5).integers(0, 384, 90).tolist(), max_tokens=1))

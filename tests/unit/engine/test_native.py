@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, not_compiled, open_engine, output, sequence, use_kernels
+from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, use_kernels
 
 from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.request import Sequence
 from kvrelay.engine import choice, paddle_engine
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.tiny import write_tiny_checkpoint
 
 LENGTHS = (1, 15, 33, 64, 200, 300)
@@ -70,7 +71,7 @@ class Logits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: dict[str, list[np.ndarray]] = {}
-        real = paddle_engine.sample_step
+        real = sample_step
 
         def spy(logits: np.ndarray, batch: Any) -> Any:
             for row, item in zip(logits, [item for item in batch if item.samples], strict=True):
@@ -114,7 +115,7 @@ def test_kv_moved_to_another_engine_gives_the_same_bits(open_native: Opener, log
     Runner(native, seed=1).run((one, 256))
     there = list(one.block_table)
     one.take_blocks(range(40, 40 + len(there)))
-    other.memory.planes[:, :, one.block_table] = native.memory.planes[:, :, there]
+    planes_of(other)[:, :, one.block_table] = planes_of(native)[:, :, there]
     Runner(other, seed=2).finish(one)
     np.testing.assert_array_equal(logits.take()["r300"], wanted)
 
@@ -157,7 +158,8 @@ def test_lesser_cpus_compute_the_same_but_for_rounding(
 
 
 def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
-    skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
+    if not choice.open_library().owns_floats:
+        skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
     found = []
     for threads in (1, 2, 3):
         nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
@@ -167,6 +169,27 @@ def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
         found.append(logits.take())
     for other in found[1:]:
         for name, wanted in found[0].items():
+            np.testing.assert_array_equal(other[name], wanted)
+
+
+def test_on_avx2_a_bfloat16_checkpoint_gives_the_tokens_of_float32_and_the_same_bits_however_it_is_computed(
+    model_dir: Path, logits: Logits, library: NativeLibrary
+) -> None:
+    library.limit_isa(1)
+    if not library.owns_floats:
+        pytest.skip("this CPU has no AVX2")
+    found: list[dict[str, np.ndarray]] = []
+    for kernels, threads, chunk in (("portable", 1, 1000), ("native", 1, 1000), ("native", 3, 1000), ("native", 2, 20)):
+        nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
+        engine = open_engine(model_dir, nodes=nodes, model={"dtype": "float32"}, engine={"kernels": kernels})
+        Runner(engine, seed=chunk).finish(*asked(), chunk=chunk)
+        engine.close()
+        found.append(logits.take())
+    portable, native, *others = found
+    for name, wanted in native.items():
+        np.testing.assert_array_equal(wanted.argmax(axis=1), portable[name].argmax(axis=1))
+        np.testing.assert_allclose(wanted, portable[name], rtol=0, atol=1e-5 * np.abs(wanted).max())
+        for other in others:
             np.testing.assert_array_equal(other[name], wanted)
 
 
@@ -199,7 +222,7 @@ def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
     Runner(ours).finish(one)
     runner = Runner(theirs)
     runner.run((other, 40))
-    ours.memory.planes[:, :, other.block_table] = theirs.memory.planes[:, :, other.block_table]
+    planes_of(ours)[:, :, other.block_table] = planes_of(theirs)[:, :, other.block_table]
     runner.engine = ours
     runner.finish(other)
     assert output(other) == output(one)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.rope import (
     RopeConfig,
     Rotation,
@@ -16,7 +17,8 @@ from kvrelay.engine.rope import (
 def turned(x: np.ndarray, position: int, inverse: np.ndarray) -> np.ndarray:
     """Turn x [D] the way the kernels do."""
     cosine, sine = rotation_tables(Rotation(inverse, 1.0), np.array([position]), 1)
-    return x * cosine[0, 0] + np.roll(x, len(x) // 2) * sine[0, 0]
+    out: np.ndarray = x * cosine[0, 0] + np.roll(x, len(x) // 2) * sine[0, 0]
+    return out
 
 
 def test_turning_is_a_complex_rotation_of_pairs_of_halves() -> None:
@@ -97,3 +99,57 @@ def test_tables_by_position_grow_and_hold_what_they_held() -> None:
         np.testing.assert_array_equal(grown[:700], before)
     cosine, _ = rotation.half_tables(np.array([4999]))
     np.testing.assert_array_equal(tables.up_to(10)[0][4999], cosine[0])
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    "layer_types", [["full_attention"], ["sliding_attention"], ["full_attention", "sliding_attention"]]
+)
+def test_parameters_by_layer_type_that_agree_are_those_of_all_layers(layer_types: list[str]) -> None:
+    flat = RopeConfig.parse({"rope_theta": 5e5, "rope_parameters": LINEAR}, 256)
+    without_theta = {key: value for key, value in LINEAR.items() if key != "rope_theta"}
+    nested = {"full_attention": LINEAR, "sliding_attention": without_theta}
+    assert flat.kind == "linear" and flat.theta == 5e5
+    assert RopeConfig.parse({"rope_theta": 5e5, "rope_parameters": nested}, 256, layer_types) == flat
+    beside = {"rope_theta": 5e5, "full_attention": without_theta, "sliding_attention": without_theta}
+    assert RopeConfig.parse({"rope_theta": 1e4, "rope_parameters": beside}, 256, layer_types) == flat
+
+
+def test_parameters_of_layer_types_that_the_model_does_not_have_are_not_used() -> None:
+    nested = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}, "chunked_attention": None}
+    assert RopeConfig.parse({"rope_theta": 1e4, "rope_parameters": nested}, 256).kind == "linear"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fault"),
+    [
+        ({"full_attention": LINEAR, "sliding_attention": {**LINEAR, "factor": 4.0}}, "rope_parameters differs between"),
+        ({"full_attention": LINEAR}, "no parameters for sliding_attention, only for full_attention"),
+        ({"full_attention": LINEAR, "sliding_attention": None}, "no parameters for sliding_attention"),
+        ([LINEAR], "rope_parameters should be an object"),
+        ({**LINEAR, "beta_fast": [1]}, "needs a number beta_fast"),
+    ],
+)
+def test_parameters_that_no_one_rotation_meets_are_refused(parameters: object, fault: str) -> None:
+    with pytest.raises(CheckpointError, match=fault):
+        RopeConfig.parse(
+            {"rope_theta": 1e4, "rope_parameters": parameters}, 256, ["full_attention", "sliding_attention"]
+        )
+
+
+def test_a_null_rope_type_leaves_the_old_key_to_say_it() -> None:
+    scaling = {"rope_type": None, "type": "linear", "factor": 2.0}
+    assert RopeConfig.parse({"rope_theta": 1e4, "rope_scaling": scaling}, 256).kind == "linear"
+    assert RopeConfig.parse({"rope_theta": 1e4, "rope_scaling": {"rope_type": None}}, 256).kind == "default"
+
+
+def test_scaling_goes_before_parameters_as_in_transformers() -> None:
+    both = {
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_theta": 5.0},
+    }
+    rope = RopeConfig.parse(both, 256)
+    assert (rope.kind, rope.theta) == ("linear", 1e4)

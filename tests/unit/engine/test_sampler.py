@@ -8,28 +8,37 @@ import numpy as np
 import pytest
 from engine_runs import sequence
 
-from kvrelay.core.errors import EngineError
 from kvrelay.core.request import Sequence
-from kvrelay.engine.sampler import sample, uniform
+from kvrelay.core.step import SampledTokens, SequenceFailed
+from kvrelay.engine.sampler import sample, uniform, verify
 
 GOLDEN_UNIFORM = 0.5351388454566608
 LOGITS = np.array([2.0, 1.0, 0.5, 1.5, -3.0, 0.0], np.float32)
+
+
+def sampled_rows(rows: np.ndarray, sequences: list[Sequence]) -> list[SampledTokens]:
+    """Sample rows none of which fails."""
+    outcomes = sample(rows, sequences)
+    sampled = [outcome for outcome in outcomes if isinstance(outcome, SampledTokens)]
+    assert len(sampled) == len(outcomes)
+    return sampled
 
 
 def draws(row: np.ndarray, count: int = 4000, **sampling: Any) -> Counter[int]:
     """Sample ``row`` with ``count`` seeds."""
     sequences = [sequence([5, 5], seed=seed, **sampling) for seed in range(count)]
     rows = np.broadcast_to(row, (count, len(row)))
-    return Counter(sampled.token_ids[0] for sampled in sample(rows, sequences))
+    return Counter(sampled.token_ids[0] for sampled in sampled_rows(rows, sequences))
 
 
 def one(row: np.ndarray, one_sequence: Sequence) -> int:
-    return sample(row[None], [one_sequence])[0].token_ids[0]
+    return sampled_rows(row[None], [one_sequence])[0].token_ids[0]
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
     weights = np.exp(row.astype(np.float64) - row.max())
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 def expected(row: np.ndarray, keep: list[int], temperature: float = 1.0) -> np.ndarray:
@@ -131,7 +140,7 @@ def test_min_tokens_masks_eos_and_stop_tokens_until_reached() -> None:
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     alone = [one(LOGITS, sequence([1, 2], seed=seed, temperature=1.0)) for seed in range(50)]
     sequences = [sequence([7, 8], seed=seed, temperature=1.0) for seed in reversed(range(50))]
-    batched = sample(np.tile(LOGITS, (50, 1)), sequences)
+    batched = sampled_rows(np.tile(LOGITS, (50, 1)), sequences)
     assert [sampled.token_ids[0] for sampled in reversed(batched)] == alone
     longer = [one(LOGITS, sequence([1, 2, 3], seed=seed, temperature=1.0)) for seed in range(50)]
     assert longer != alone
@@ -161,7 +170,7 @@ def test_nearly_equal_logits_give_the_same_draw() -> None:
 
 def test_logprobs_are_of_the_raw_logits() -> None:
     asked = sequence([1], temperature=0.5, seed=3, num_logprobs=3, logit_bias={2: 50.0}, repetition_penalty=1.5)
-    sampled = sample(LOGITS[None], [asked])[0]
+    sampled = sampled_rows(LOGITS[None], [asked])[0]
     wanted = np.log(softmax(LOGITS))
     assert sampled.token_ids == [2]
     (logprobs,) = sampled.logprobs
@@ -171,7 +180,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 
 def test_num_logprobs_zero_reports_the_token_alone_and_none_nothing() -> None:
-    both = sample(np.tile(LOGITS, (2, 1)), [sequence([1], num_logprobs=0), sequence([1])])
+    both = sampled_rows(np.tile(LOGITS, (2, 1)), [sequence([1], num_logprobs=0), sequence([1])])
     assert both[0].logprobs[0].top_token_ids == [] and both[0].logprobs[0].logprob < 0
     assert both[1].logprobs == []
 
@@ -179,15 +188,79 @@ def test_num_logprobs_zero_reports_the_token_alone_and_none_nothing() -> None:
 def test_equal_logprobs_are_reported_in_token_order() -> None:
     asked = sequence([1], num_logprobs=3)
     tied = np.array([0.0, 1.0, 1.0, 1.0, 1.0], np.float32)
-    assert sample(tied[None], [asked])[0].logprobs[0].top_token_ids == [1, 2, 3]
+    assert sampled_rows(tied[None], [asked])[0].logprobs[0].top_token_ids == [1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_an_error_naming_the_request(bad: float) -> None:
-    rows = np.tile(LOGITS, (2, 1))
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_the_error_of_their_row_alone(bad: float, temperature: float) -> None:
+    rows = np.tile(LOGITS, (3, 1))
     rows[1, 3] = bad
-    with pytest.raises(EngineError, match="second"):
-        sample(rows, [sequence([1], "first"), sequence([1], "second")])
+    asked = [sequence([1], name, temperature=temperature, num_logprobs=2) for name in ("first", "second", "third")]
+    asked[1].token_ids += [2, 2]
+    outcomes = sample(rows, asked)
+    assert outcomes[1] == SequenceFailed("the model's logits are not finite at output position 2")
+    assert [outcomes[0], outcomes[2]] == sample(rows[[0, 2]], [asked[0], asked[2]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_of_minus_infinity_is_a_token_that_is_never_sampled(temperature: float) -> None:
+    row = np.array([[-np.inf, 1.0, -np.inf, 2.0, -np.inf, 0.0]], np.float32)
+    drawn = {
+        sampled_rows(row, [sequence([1], seed=seed, temperature=temperature, repetition_penalty=1.5)])[0].token_ids[0]
+        for seed in range(40)
+    }
+    assert drawn <= {1, 3, 5}
+    [outcome] = sampled_rows(row, [sequence([1], num_logprobs=6, temperature=temperature)])
+    assert outcome.logprobs[0].top_logprobs[3:] == [-np.inf] * 3
+
+
+def test_a_row_of_minus_infinity_alone_is_an_error() -> None:
+    [outcome] = sample(np.full((1, 6), -np.inf, np.float32), [sequence([1])])
+    assert isinstance(outcome, SequenceFailed) and "not finite" in outcome.reason
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parameters_that_leave_no_token_are_the_error_of_their_sequence(temperature: float) -> None:
+    rows = np.tile(LOGITS, (2, 1))
+    nothing = sequence([1], min_tokens=3, stop_token_ids=list(range(6)), temperature=temperature)
+    outcomes = sample(rows, [nothing, sequence([1])])
+    assert outcomes[0] == SequenceFailed(
+        "output position 0 cannot be sampled: the sampling parameters leave no token to choose"
+    )
+    assert outcomes[1] == sample(rows[1:], [sequence([1])])[0]
+
+
+@pytest.mark.parametrize(
+    "params", [{"logit_bias": {6: 1.0}}, {"min_tokens": 2, "stop_token_ids": [99]}, {"min_p": 2.0, "temperature": 1.0}]
+)
+def test_whatever_sampling_raises_is_the_error_of_its_sequence(params: dict[str, Any]) -> None:
+    rows = np.tile(LOGITS, (2, 1))
+    outcomes = sample(rows, [sequence([1], "bad", **params), sequence([1])])
+    assert isinstance(outcomes[0], SequenceFailed) and "output position 0" in outcomes[0].reason
+    assert outcomes[1] == sample(rows[1:], [sequence([1])])[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1e-300, 1.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-50, 1e-38, 1.0, 100.0])
+def test_extreme_temperatures_and_penalties_overflow_nothing(temperature: float, penalty: float) -> None:
+    rows = np.stack([LOGITS, LOGITS * np.float32(1e4), np.zeros(6, np.float32)])
+    asked = [sequence([1, 3], temperature=temperature, repetition_penalty=penalty, top_p=0.9) for _ in rows]
+    for outcome in sample(rows, asked):
+        assert isinstance(outcome, SampledTokens) and 0 <= outcome.token_ids[0] < 6
+
+
+def test_a_guess_after_which_nothing_is_finite_changes_nothing_about_the_tokens_before_it() -> None:
+    """The next step begins where the logits are bad, and fails as a plain one does."""
+    asked, rows = sequence([1]), np.tile(LOGITS, (3, 1))
+    best = int(LOGITS.argmax())
+    rows[2] = np.nan
+    assert verify(rows, asked, (best, best)) == SampledTokens([best, best], [])
+    assert verify(rows, asked, ((best + 1) % 6, best)) == SampledTokens([best], [])
+    rows[1] = np.nan
+    assert verify(rows, asked, ((best + 1) % 6, best)) == SampledTokens([best], [])
+    rows[0] = np.nan
+    assert isinstance(verify(rows, asked, (best, best)), SequenceFailed)
 
 
 def test_nothing_to_sample_is_fine() -> None:

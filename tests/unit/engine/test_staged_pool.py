@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, output, sequence
+from engine_runs import Runner, open_engine, output, planes_of, sequence
 
 from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.interface import Engine
@@ -46,7 +46,7 @@ def test_tokens_and_memory_are_those_of_a_mapped_pool(staged: Engine, engine: En
         runner.finish(*batch, chunk=9)
         outputs.append([output(one) for one in batch])
     assert outputs[0] == outputs[1]
-    ours, theirs = (one.memory.planes.view(np.float32) for one in (staged, engine))
+    ours, theirs = (planes_of(one).view(np.float32) for one in (staged, engine))
     assert ours.any()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -58,7 +58,7 @@ def test_a_layer_is_in_the_memory_when_it_is_announced(staged: Engine) -> None:
 
     class Heard(list[int]):
         def append(self, layer: int) -> None:
-            planes = staged.memory.planes
+            planes = planes_of(staged)
             seen.append(bool(planes[layer][:, one.block_table].any(-1).all()) and not planes[layer + 1 :].any())
 
     runner.run((one, 20), layers=Heard())
@@ -71,7 +71,7 @@ def test_kv_that_a_transfer_wrote_is_used(staged: Engine, engine: Engine) -> Non
     there, runner = list(one.block_table), Runner(staged, seed=3)
     one.take_blocks(())
     runner.give_blocks(one, 33)
-    staged.memory.planes[:, :, one.block_table] = engine.memory.planes[:, :, there]
+    planes_of(staged)[:, :, one.block_table] = planes_of(engine)[:, :, there]
     runner.finish(one)
     assert output(one) == wanted(engine, prompt(33))
 
@@ -82,7 +82,7 @@ def test_a_block_reused_for_another_request_is_read_anew(staged: Engine, engine:
     runner.finish(first)
     second = sequence(prompt(33, seed=8), "second", max_tokens=6)
     source.run((second, 33))
-    staged.memory.planes[:, :, first.block_table] = engine.memory.planes[:, :, second.block_table]
+    planes_of(staged)[:, :, first.block_table] = planes_of(engine)[:, :, second.block_table]
     second.take_blocks(first.block_table)
     runner.finish(second)
     assert output(second) == wanted(engine, prompt(33, seed=8))
@@ -94,9 +94,9 @@ def test_a_block_that_grew_elsewhere_is_read_anew(staged: Engine, engine: Engine
     here.run((one, 18))
     here.run((one, 1))
     away = list(one.block_table)
-    engine.memory.planes[:, :, away] = staged.memory.planes[:, :, away]
+    planes_of(engine)[:, :, away] = planes_of(staged)[:, :, away]
     for _ in range(3):
         there.run((one, 1))
-    staged.memory.planes[:, :, away] = engine.memory.planes[:, :, away]
+    planes_of(staged)[:, :, away] = planes_of(engine)[:, :, away]
     here.finish(one)
     assert output(one) == wanted(engine, prompt(18), 8)

@@ -49,12 +49,12 @@ def test_blocks_are_held_for_the_copy_only_and_slots_until_they_are_written() ->
     desk = Desk()
     [stage] = desk.save(3)
     assert stage.blocks == desk.blocks[:3]
-    assert desk.kv.num_referenced == 3
-    assert desk.saver.is_staging
+    assert (desk.kv.num_referenced, desk.saver.is_staging) == (3, True)
     desk.saver.staged(KVStaged(stage.key))
     assert desk.kv.num_referenced == 0
     assert not desk.saver.is_staging
     [store] = desk.outbox.take()
+    assert isinstance(store, StoreKV)
     assert store.hashes == HASHES[:3]
     assert len(desk.saver) == 1
     [other] = desk.save(8)

@@ -234,17 +234,74 @@ def test_an_aborted_request_is_signalled_no_more() -> None:
 # ---------------------------------------------------------------- admission
 
 
-def test_requests_wait_for_blocks_in_order() -> None:
-    desk = prefill_desk(cache={"num_blocks": 5})
+@pytest.mark.parametrize(("order", "at_once", "then"), [("fifo", "a", "abc"), ("shortest_first", "ac", "acb")])
+def test_requests_wait_for_blocks_in_order(order: str, at_once: str, then: str) -> None:
+    desk = prefill_desk(cache={"num_blocks": 5}, scheduler={"prefill_order": order})
     prefill(desk, "a")
     prefill(desk, "b", list(range(50, 60)))
     prefill(desk, "c", [1])
-    assert [reserve.request_id for reserve in desk.sent(ReserveBlocks)] == ["a"]
-    assert desk.machine.load().num_waiting == 2
+    assert "".join(reserve.request_id for reserve in desk.sent(ReserveBlocks)) == at_once
+    assert desk.machine.load().num_waiting == 3 - len(at_once)
+    desk.run_steps()
+    for name in at_once:
+        granted(desk, name=name)
+        transferred(desk, name)
+    assert "".join(reserve.request_id for reserve in desk.sent(ReserveBlocks)) == then
+
+
+def test_a_follow_up_of_few_tokens_goes_before_an_earlier_long_prompt() -> None:
+    desk = prefill_desk(scheduler={"max_num_batched_tokens": 8})
+    history = list(range(30))
+    prefill(desk, "turn 1", history, max_tokens=1, node=None)
+    desk.run_steps()
+    prefill(desk, "other", list(range(100, 120)), max_tokens=1, node=None)
+    prefill(desk, "long", list(range(200, 220)), max_tokens=1, node=None)
+    prefill(desk, "turn 2", [*history, 90, 91, 92], max_tokens=1, node=None)
+    order = []
+    while desk.plan is not None:
+        order += [item.sequence.spec.request_id for item in desk.plan.batch if item.samples]
+        desk.finish_step()
+    assert order == ["turn 2", "other", "long"]
+    desk.machine.assert_quiescent()
+
+
+def test_a_long_prompt_asks_its_decode_node_for_blocks_when_its_turn_is_near() -> None:
+    for order, asked in (("fifo", ["a", "long"]), ("shortest_first", ["a"])):
+        desk = prefill_desk(scheduler={"max_num_batched_tokens": 8, "prefill_order": order})
+        prefill(desk, "a", list(range(33)))
+        prefill(desk, "long", list(range(100, 160)))
+        for _ in range(3):
+            assert [reserve.request_id for reserve in desk.sent(ReserveBlocks)] == asked
+            desk.finish_step()
+        assert [reserve.request_id for reserve in desk.sent(ReserveBlocks)] == ["a", "long"]
+
+
+def test_heartbeats_tell_of_prompts_by_length_and_of_how_long_they_waited() -> None:
+    desk = prefill_desk(scheduler={"max_num_batched_tokens": 8}, cache={"num_blocks": 200})
+    prefill(desk, "a", list(range(600)), node=None)
+    prefill(desk, "b", list(range(700, 770)), node=None)
+    desk.pass_time(0.5)
+    load = desk.machine.load()
+    assert load.prompt_tokens == [70, 0, 592, 0, 0]
+    assert load.gauges["longest_prompt_wait_s"] == 0.5
+    assert [sum(wait.counts) for wait in load.prompt_waits] == [0, 0, 1, 0, 0]
     desk.finish_step()
-    granted(desk, name="a")
-    transferred(desk, "a")
-    assert [reserve.request_id for reserve in desk.sent(ReserveBlocks)] == ["a", "b", "c"]
+    load = desk.machine.load()
+    assert load.gauges["longest_prompt_wait_s"] == 0.0
+    assert [wait.total_s for wait in load.prompt_waits] == [0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_evicted_blocks_do_not_make_a_prompt_pass_for_short() -> None:
+    """It was matched when it came; when its turn comes, what it had is not there any more."""
+    desk = prefill_desk(cache={"num_blocks": 12}, scheduler={"max_num_batched_tokens": 8})
+    history = list(range(24))
+    prefill(desk, "old", history, max_tokens=1, node=None)
+    desk.run_steps()
+    prefill(desk, "runs", list(range(100, 140)), max_tokens=1, node=None)
+    prefill(desk, "follow-up", [*history, 90], max_tokens=1, node=None)
+    desk.run_steps()
+    desk.machine.assert_quiescent()
+    assert {output.request_id for out in desk.sent(TokensOut) for output in out.outputs} == {"old", "runs", "follow-up"}
 
 
 def test_a_prompt_that_fits_no_pool_is_a_typed_error() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from kvrelay.core.transport import Transport
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
-from router.server import http_server
+from router.server import http_limits, http_server
 from router.service import RouterService
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
@@ -74,11 +74,15 @@ class FakeNode:
         self.partners: dict[str, FakeNode] = {}
 
     def join(self, address: str) -> None:
+        self._load = Load()
         self._transport.connect("router", address)
         self._transport.send("router", self._registration)
 
     def beat(self, **load: Any) -> None:
-        self._transport.send("router", Heartbeat(load=Load(**load)))
+        """Send a heartbeat with ``load``, or with that of the last one."""
+        if load:
+            self._load = Load(**load)
+        self._transport.send("router", Heartbeat(load=self._load))
 
     def close(self) -> None:
         for task in self._tasks.values():
@@ -112,8 +116,9 @@ class FakeNode:
         script = self._script
         if script.fail_with is not None and script.fail_times != 0 and script.fail_at in ("", self.node_id):
             script.fail_times -= 1
+            error = script.fail_with
             await until(script.fail_when)
-            self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=self._script.fail_with))
+            self.say(RequestFailed(request_id=spec.request_id, epoch=spec.epoch, error=error))
             return
         done = max(done, len(spec.output_token_ids))
         while done < spec.sampling.max_tokens:
@@ -152,6 +157,14 @@ class FakeNode:
             stop_token_id=stop_token_id,
             num_cached_tokens=4,
         )
+
+
+async def _beat(nodes: Sequence[FakeNode]) -> None:
+    """Keep ``nodes`` alive, however long the test takes; of their loads they say nothing."""
+    while True:
+        for node in nodes:
+            node.beat()
+        await asyncio.sleep(1.0)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -200,7 +213,9 @@ async def fake_cluster(
     for node in nodes:
         node.partners = {peer_id(other.node_id, "a"): other for other in nodes}
         node.join(service.control_addresses[0])
-    server = http_server(make_app(service, Metrics(service.machine, clock.now)), "127.0.0.1", 0)
+    beating = asyncio.create_task(_beat(nodes))
+    app = make_app(service, Metrics(service.machine, clock.now))
+    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         http = asyncio.create_task(server.serve([listener]))
@@ -212,6 +227,7 @@ async def fake_cluster(
             service.stop()
             service.stop()
             await running
+            beating.cancel()
             server.should_exit = True
             await http
             for node in nodes:

@@ -224,7 +224,15 @@ def test_an_entry_goes_through_json() -> None:
     assert unpack_entry(pack_entry(entry("d0"))) == entry("d0")
 
 
-@pytest.mark.parametrize("address", ["ipc:///x", "tcp://*:1", "tcp://h:0", "tcp://h:65536", "tcp://h", "tcp://h:1\n"])
+@pytest.mark.parametrize("address", ["tcp://[::1]:8200", "tcp://[2001:db8::7]:65535", "tcp://[fe80::1%eth0]:1"])
+def test_an_entry_may_have_an_ipv6_address(address: str) -> None:
+    assert unpack_entry(pack_entry(entry("d0", address=address))).address == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ipc:///x", "tcp://*:1", "tcp://h:0", "tcp://h:65536", "tcp://h", "tcp://h:1\n", "tcp://::1:8200", "tcp://[h]:1"],
+)
 def test_an_entry_with_an_address_nobody_could_connect_to_is_none(address: str) -> None:
     with pytest.raises(RemoteProtocolError, match="no address"):
         unpack_entry(pack_entry(entry("d0", address=address)))

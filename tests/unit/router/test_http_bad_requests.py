@@ -18,6 +18,7 @@ from router.model import load_model
 from router.service import RouterService
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BAD_CALL = {"function": {"name": "f", "arguments": "{"}}
 HI = [{"role": "user", "content": "hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
@@ -43,7 +44,7 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
     ("path", "body", "param", "said"),
     [
         (COMPLETIONS, {}, "prompt", "is required"),
-        (COMPLETIONS, {"prompt": None}, "prompt", "should be a string"),
+        (COMPLETIONS, {"prompt": None}, "prompt", "is required"),
         (COMPLETIONS, {"prompt": 3}, "prompt", "should be a string"),
         (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),
         (COMPLETIONS, {"prompt": []}, "prompt", "empty"),
@@ -53,29 +54,27 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
         (COMPLETIONS, {"prompt": [True]}, "prompt", "should be a string"),
         (COMPLETIONS, {"prompt": [-1]}, "prompt", "should be a string"),
         (COMPLETIONS, {"prompt": [99999]}, "prompt", "vocabulary has 1024"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1, not 0"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": "7"}, "max_tokens", "valid integer, not '7'"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens", "should be 0 or more, not -1"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": "7"}, "max_tokens", "integer, not '7'"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": 512}, "max_tokens", "are 513; the model's length is 512"),
-        (COMPLETIONS, {"prompt": [1] * 512}, "prompt", "512 tokens; the model's length is 512"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": 2, "min_tokens": 3}, "min_tokens", "3 is more than"),
-        (COMPLETIONS, {"prompt": "a", "min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
-        (COMPLETIONS, {"prompt": "a", "temperature": -0.1}, "temperature", "greater than or equal to 0, not -0.1"),
-        (COMPLETIONS, {"prompt": "a", "temperature": 2.1}, "temperature", "less than or equal to 2"),
+        (COMPLETIONS, {"prompt": "a", "min_tokens": -1}, "min_tokens", "0 or more"),
+        (COMPLETIONS, {"prompt": "a", "temperature": -0.1}, "temperature", "0 or more, not -0.1"),
+        (COMPLETIONS, {"prompt": "a", "temperature": 2.1}, "temperature", "should be 2 or less, not 2.1"),
         (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature", "number, not 'hot'"),
-        (COMPLETIONS, {"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
-        (COMPLETIONS, {"prompt": "a", "top_p": 1.01}, "top_p", "less than or equal to 1"),
-        (COMPLETIONS, {"prompt": "a", "top_k": -2}, "top_k", "greater than or equal to -1"),
-        (COMPLETIONS, {"prompt": "a", "min_p": 2}, "min_p", "less than or equal to 1"),
+        (COMPLETIONS, {"prompt": "a", "top_p": -0.5}, "top_p", "should be 0 or more"),
+        (COMPLETIONS, {"prompt": "a", "top_p": 1.01}, "top_p", "1 or less"),
+        (COMPLETIONS, {"prompt": "a", "top_k": -2}, "top_k", "-1 or more"),
+        (COMPLETIONS, {"prompt": "a", "min_p": 2}, "min_p", "1 or less"),
         (COMPLETIONS, {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
-        (COMPLETIONS, {"prompt": "a", "presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
-        (COMPLETIONS, {"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "equal to -2"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
+        (COMPLETIONS, {"prompt": "a", "presence_penalty": 3}, "presence_penalty", "2 or less"),
+        (COMPLETIONS, {"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "-2 or more"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "100 or less"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias", "token ids as keys"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"2000": 1}}, "logit_bias", "2000 is no token id"),
-        (COMPLETIONS, {"prompt": "a", "seed": 1 << 70}, "seed", "less than or equal to"),
-        (COMPLETIONS, {"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
-        (COMPLETIONS, {"prompt": "a", "n": 129}, "n", "less than or equal to 128"),
+        (COMPLETIONS, {"prompt": "a", "seed": 1 << 70}, "seed", "9223372036854775807 or less"),
+        (COMPLETIONS, {"prompt": "a", "n": 0}, "n", "1 or more"),
+        (COMPLETIONS, {"prompt": "a", "n": 129}, "n", "128 or less"),
         (COMPLETIONS, {"prompt": "a", "n": 65}, "n", "65 requests; the limit is 64"),
         (COMPLETIONS, {"prompt": "a", "n": 2, "best_of": 3}, "best_of", "only supported if equal to n"),
         (COMPLETIONS, {"prompt": "a", "stop": ""}, "stop", "not be empty"),
@@ -83,10 +82,10 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
         (COMPLETIONS, {"prompt": "a", "stop": [1]}, "stop", "string"),
         (COMPLETIONS, {"prompt": "a", "stop": ["x" * 1025]}, "stop", "at most 1024"),
         (COMPLETIONS, {"prompt": "a", "stop_token_ids": [1024]}, "stop_token_ids", "1024 is no token id"),
-        (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+        (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "20 or less"),
         (COMPLETIONS, {"prompt": "a", "logprobs": True}, "logprobs", "integer, not True"),
         (COMPLETIONS, {"prompt": "a", "logprobs": 1, "echo": True}, "logprobs", "together with echo"),
-        (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream", "boolean, not 'yes'"),
+        (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream", "true or false, not 'yes'"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options", "when stream is true"),
         (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": 1}, "stream_options", "not 1"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
@@ -99,18 +98,28 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
         (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "'image_url' are not supported"),
         (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "messages.0.content: parts of type"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "and a text"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "tool_calls": [BAD_CALL]}]},
+            "messages",
+            "0.tool_calls: arguments should be",
+        ),
         (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages", "messages.0.content: should be a string"),
         (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
         (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-        (CHAT, {"messages": HI, "logprobs": 2}, "logprobs", "boolean"),
-        (CHAT, {"messages": HI, "max_completion_tokens": 600}, "max_completion_tokens", "length is 512"),
+        (CHAT, {"messages": HI, "logprobs": 2}, "logprobs", "true or false"),
+        (CHAT, {"messages": HI, "max_tokens": 0}, "max_tokens", "1 or more, not 0"),
+        (CHAT, {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens", "1 or more"),
+        (CHAT, {"messages": HI, "tool_choice": "required"}, "tool_choice", "only 'none' and 'auto'"),
+        (CHAT, {"messages": HI, "tool_choice": {"type": "function"}}, "tool_choice", "no tools"),
+        (CHAT, {"messages": HI, "function_call": {"name": "f"}}, "function_call", "only 'none' and 'auto'"),
         (
             CHAT,
             {"messages": HI, "add_generation_prompt": True, "continue_final_message": True},
             "continue_final_message",
             "not together",
         ),
-        ("/tokenize", {"prompt": 3}, "prompt", "valid string"),
+        ("/tokenize", {"prompt": 3}, "prompt", "a string"),
         ("/detokenize", {"tokens": [5000]}, "tokens", "5000 is no token id"),
         ("/detokenize", {"tokens": ["a"]}, "tokens", "integer"),
     ],
@@ -122,7 +131,7 @@ def test_wrong_field_is_named_with_its_limit(path: str, body: dict[str, Any], pa
     assert error["param"] == param
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert error["code"] in ("invalid_request_error", "context_length_exceeded")
+    assert error["code"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
@@ -142,6 +151,18 @@ def test_body_that_is_no_json_object(path: str, content: bytes, said: str) -> No
     response = answer("POST", path, content=content)
     assert response.status_code == 400
     assert said in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize(
+    "field", ["logit_bias", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]
+)
+def test_a_number_that_is_not_finite_is_refused(field: str, number: str) -> None:
+    """Several JSON writers put such numbers out, and Python's reads them."""
+    value = f'{{"1": {number}}}' if field == "logit_bias" else number
+    response = answer("POST", COMPLETIONS, content=f'{{"prompt": "a", "{field}": {value}}}'.encode())
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
@@ -169,13 +190,6 @@ def test_unknown_model_is_404(path: str, body: dict[str, Any]) -> None:
     assert "'gpt-5'" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("value", ["a b", "x" * 129, "é"])
-def test_request_id_of_strange_characters_is_refused(value: str) -> None:
-    response = answer("POST", COMPLETIONS, json={"prompt": "a"}, headers={"X-Request-Id": value.encode()})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "X-Request-Id"
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -191,22 +205,6 @@ def test_wrong_place_or_method_is_told_in_the_same_form(method: str, path: str, 
     response = answer(method, path)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
-
-
-def test_unknown_and_empty_fields_are_no_fault() -> None:
-    """It gets as far as the machine, which is not there."""
-    body: dict[str, Any] = {
-        "prompt": "a",
-        "metadata": {"a": 1},
-        "tools": [],
-        "suffix": None,
-        "user": "me",
-        "n": None,
-        "stop": None,
-    }
-    response = answer("POST", COMPLETIONS, json=body, headers={"Authorization": "Bearer "})
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "internal_error"
 
 
 # ---------------------------------------------------------------- what needs no node

@@ -12,6 +12,8 @@ from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvrelay.core.messages.base import PromptWait
+
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
@@ -72,7 +74,13 @@ async def samples(cluster: FakeCluster) -> dict[tuple[str, tuple[tuple[str, str]
 def test_metrics_tell_latencies_tokens_and_loads() -> None:
     async def scenario() -> None:
         async with fake_cluster(Script(pace_s=0.001)) as cluster:
-            cluster.nodes[0].beat(num_running=3, gauges={"new_token.ratio": 0.5}, counters={"preemptions": 2.0})
+            cluster.nodes[0].beat(
+                num_running=3,
+                gauges={"new_token.ratio": 0.5},
+                counters={"preemptions": 2.0},
+                prompt_tokens=[7, 0, 900],
+                prompt_waits=[PromptWait([0, 4, 0, 0, 0, 0, 0, 0, 0, 1], 200.5)],
+            )
             body = {"prompt": "abc", "max_tokens": 6}
             await cluster.client.post("/v1/completions", json=body)
             await cluster.quiet()
@@ -91,6 +99,18 @@ def test_metrics_tell_latencies_tokens_and_loads() -> None:
             assert found["kvrelay_node_num_running", node] == 3
             assert found["kvrelay_node_new_token_ratio", node] == 0.5
             assert found["kvrelay_node_preemptions_total", node] == 2
+            short, long = ((*node[:1], ("prompt_tokens", name), *node[1:]) for name in ("<=128", "<=2048"))
+            assert found["kvrelay_node_queued_prompt_tokens", short] == 7
+            assert found["kvrelay_node_queued_prompt_tokens", long] == 900
+            buckets = {
+                dict(labels)["le"]: value
+                for (name, labels), value in found.items()
+                if name == "kvrelay_node_prompt_wait_seconds_bucket" and ("prompt_tokens", "<=128") in labels
+            }
+            assert (buckets["0.01"], buckets["0.03"], buckets["100.0"], buckets["+Inf"]) == (0, 4, 4, 5)
+            assert found["kvrelay_node_prompt_wait_seconds_sum", short] == 200.5
+            load = (await cluster.client.get("/cluster")).json()["nodes"][0]["load"]
+            assert load["prompt_waits"] == [[[0, 4, 0, 0, 0, 0, 0, 0, 0, 1], 200.5]]
 
     asyncio.run(scenario())
 

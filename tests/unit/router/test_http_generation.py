@@ -122,15 +122,21 @@ def test_echo_puts_the_prompt_before_the_text() -> None:
     run(scenario)
 
 
-def test_absent_max_tokens_is_16_and_null_is_all_there_is_room_for() -> None:
+def test_max_tokens_is_16_or_for_chats_all_there_is_room_for_and_never_more_than_that() -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        assert (await post(cluster, "/v1/completions", prompt="a"))["usage"]["completion_tokens"] == 16
-        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=None)
-        assert answer["usage"]["total_tokens"] == 512
-        answer = await post(cluster, "/v1/chat/completions", messages=MESSAGES)
-        assert answer["usage"]["total_tokens"] == 512
+        for unset in ({}, {"max_tokens": None}):
+            answer = await post(cluster, "/v1/completions", prompt="a", **unset)
+            assert answer["usage"]["completion_tokens"] == 16
+            answer = await post(cluster, "/v1/chat/completions", messages=MESSAGES, **unset)
+            assert answer["usage"]["total_tokens"] == 512
         answer = await post(cluster, "/v1/completions", prompt=[65] * 500)
         assert answer["usage"]["completion_tokens"] == 12
+        for name in ("max_tokens", "max_completion_tokens"):
+            answer = await post(cluster, "/v1/chat/completions", messages=MESSAGES, **{name: 10**6})
+            assert answer["usage"]["total_tokens"] == 512
+            assert answer["choices"][0]["finish_reason"] == "length"
+        answer = await post(cluster, "/v1/completions", prompt="a", max_tokens=512)
+        assert answer["usage"]["total_tokens"] == 512
 
     run(scenario)
 
@@ -157,7 +163,7 @@ def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         options: dict[str, bool] = {"include_usage": True}
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=3, stream_options=options)
-        assert [chunk.get("usage") for chunk in chunks[:-1]] == [None] * 3
+        assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 3
         assert chunks[-1]["choices"] == []
         assert chunks[-1]["usage"]["total_tokens"] == 4
         options["continuous_usage_stats"] = True
@@ -165,6 +171,34 @@ def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
         assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
 
     run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("body", "num_chunks"),
+    [
+        ({"stop": ["T never to come"]}, 12),
+        ({"stop": ["fox", "The fox says: no"]}, 7),
+        ({}, 12),
+    ],
+)
+def test_a_stream_has_a_chunk_per_token_with_text_or_without(body: dict[str, Any], num_chunks: int) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        chunks = await stream(cluster, "/v1/chat/completions", messages=MESSAGES, max_tokens=12, **body)
+        assert len(chunks) == num_chunks
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0]["role"] == "assistant"
+        assert all(list(delta) == ["content"] for delta in deltas[1:])
+        assert all("usage" not in chunk for chunk in chunks)
+
+    run(scenario, Script(pace_s=0.002))
+
+
+def test_a_character_of_four_tokens_makes_four_chunks() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=8)
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "", "", "🦊"] * 2
+
+    run(scenario, Script(answer="🦊"))
 
 
 def test_stream_and_answer_have_the_same_text_for_hostile_model_text() -> None:
@@ -292,19 +326,6 @@ def test_request_id_of_the_client_is_used_and_told_back() -> None:
         assert timeline["request_id"] == "cmpl-mine-1"
 
     run(scenario)
-
-
-def test_request_id_in_progress_is_refused() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        body, headers = {"prompt": "a", "max_tokens": 300}, {"X-Request-Id": "twice"}
-        first = asyncio.create_task(cluster.client.post("/v1/completions", json=body, headers=headers))
-        await until(lambda: len(cluster.service.machine.requests) == 1)
-        second = await cluster.client.post("/v1/completions", json=body, headers=headers)
-        assert second.status_code == 400
-        assert second.json()["error"]["param"] == "X-Request-Id"
-        assert (await first).status_code == 200
-
-    run(scenario, Script(pace_s=0.001))
 
 
 # ---------------------------------------------------------------- what goes wrong

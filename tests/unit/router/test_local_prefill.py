@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kvrelay.core.config import ClusterConfig, RouterConfig
 from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import Heartbeat, Load
+from kvrelay.core.messages.base import Heartbeat, Load, Message
 from kvrelay.core.messages.node_to_router import Leaving, RequestPreempted
 from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.core.request import FinishReason
@@ -51,8 +51,8 @@ def entries(driver: Driver, *requests: NewRequest) -> list[str]:
 
 def entry(driver: Driver) -> str:
     """Return the name of the node that the one request just dispatched went to, as the message for its role."""
-    (sent,) = [*driver.take_sent(Prefill), *driver.take_sent(Generate)]
-    to, message = sent
+    sent: list[tuple[str, Message]] = [*driver.take_sent(Prefill), *driver.take_sent(Generate)]
+    ((to, message),) = sent
     assert isinstance(message, Prefill) is to.startswith("p")
     return to.partition("#")[0]
 
@@ -75,6 +75,16 @@ def test_what_counts_is_how_far_prefill_nodes_are_behind() -> None:
 @pytest.mark.parametrize(("tokens", "expected"), [(PROMPT_LEN, "d0"), (PROMPT_LEN + 1, "p0")])
 def test_the_difference_must_reach_what_the_setting_says(tokens: int, expected: str) -> None:
     assert entries(lending("p0 d0", tokens), prompt("a"), prompt("b")) == ["p0", expected]
+
+
+def test_a_short_prompt_stays_where_the_shortest_goes_first_whatever_is_behind_it() -> None:
+    for order, expected in (("fifo", "d0"), ("shortest_first", "p0")):
+        driver = Driver(local_prefill_tokens=PROMPT_LEN)
+        driver.join("p0", prefill_order=order)
+        driver.join("d0")
+        room(driver, "d0")
+        assert entries(driver, prompt("long", 4 * PROMPT_LEN), prompt("short")) == ["p0", expected]
+        assert entries(driver, prompt("longer", 5 * PROMPT_LEN)) == ["d0"]
 
 
 def test_a_prompt_that_is_computed_is_nobody_s_work_any_more() -> None:
@@ -300,7 +310,7 @@ def test_a_decode_node_that_leaves_computes_nothing() -> None:
     assert entries(driver, prompt("a")) == ["d1"]
     driver.hear(peer("d1"), Leaving())
     driver.submit(prompt("b"))
-    assert driver.take_sent(Prefill) == driver.take_sent(Generate) == []
+    assert not driver.take_sent(Prefill) and not driver.take_sent(Generate)
 
 
 @pytest.mark.parametrize("how", [ClientGone, StopMatched])

@@ -132,6 +132,43 @@ def test_least_loaded_takes_turns_between_equals() -> None:
     assert [policy.choose(nodes, []).node_id for _ in range(4)] == ["a", "b", "c", "a"]
 
 
+def shortest_first(node_id: str, pending: dict[str, int] | None = None, role: str = "prefill", **load: Any) -> Node:
+    registration = register(node_id, role, prefill_order="shortest_first")
+    found = Node(peer(node_id), registration, pending=pending or {})
+    found.take_load(Load(**load))
+    return found
+
+
+def test_where_the_shortest_prompt_goes_first_only_prompts_that_are_no_longer_are_before_it() -> None:
+    found = shortest_first("a", {"short": 100, "equal": 500, "long": 9000})
+    assert [found.tokens_before(length) for length in (50, 100, 500, 9000)] == [0, 100, 600, 9600]
+    assert Node(found.peer, register("a", "prefill"), pending=found.pending).tokens_before(50) == 9600
+
+
+def test_what_others_queued_there_counts_by_the_lengths_that_the_heartbeat_tells() -> None:
+    found = shortest_first("a", {"mine": 400}, queued_tokens=2400, prompt_tokens=[300, 100, 0, 2000, 0])
+    assert found.tokens_before(100) == 2000 * 300 // 2400
+    assert found.tokens_before(5000) == 2400
+    assert shortest_first("a", queued_tokens=50).tokens_before(1) == 50  # nothing is known of lengths
+
+
+def test_a_prompt_goes_where_it_waits_least_and_makes_others_wait_least() -> None:
+    long, short = shortest_first("a", {"r": 9000}), shortest_first("b", {"r": 300})
+    assert LeastLoaded().choose([long, short], [0] * 1000) is short  # it waits for 300 there; delays the other by 1,000
+    many = shortest_first("a", dict.fromkeys("rstuvw", 2000))
+    assert LeastLoaded().choose([many, short], [0] * 400) is short
+    in_order = Node("x", register("x", "prefill"), pending={"r": 9000})
+    assert in_order.added_wait(100) == 9000
+    assert long.added_wait(100) == 100
+    assert LeastLoaded().choose([in_order, long], [0] * 100) is long
+
+
+def test_a_decode_node_is_chosen_by_all_the_prompt_tokens_it_must_compute() -> None:
+    busy = shortest_first("d0", {"r": 9000, "s": 0}, role="decode")
+    less = shortest_first("d1", {"r": 300, "s": 0}, role="decode")
+    assert LeastLoaded().choose([busy, less], [0] * 10) is less
+
+
 def test_round_robin_goes_round_by_name_whoever_comes_and_goes() -> None:
     policy, (a, b, c) = RoundRobin(), (node("a"), node("b"), node("c"))
     assert [policy.choose([c, a, b], []).node_id for _ in range(4)] == ["a", "b", "c", "a"]

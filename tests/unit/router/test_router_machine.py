@@ -5,7 +5,7 @@ from driver import Driver, new_request, peer
 
 from kvrelay.core.errors import LocalProtocolError
 from kvrelay.core.machine import PeerLost, Received, StopRequested
-from kvrelay.core.messages.base import LayerTransfer, Mark
+from kvrelay.core.messages.base import Heartbeat, LayerTransfer, Mark
 from kvrelay.core.messages.node_to_router import Drained, Leaving, RequestTimeline
 from kvrelay.core.messages.router_to_node import Abort, AssignDecode, Drain
 from kvrelay.core.request import FinishReason
@@ -233,7 +233,7 @@ def test_refusal_said_again_after_decode_began_changes_nothing() -> None:
     driver.tokens("d1", 1, [2])
     driver.take_sent(AssignDecode)
     driver.decode_needed("p0", "d0")
-    assert driver.take_sent(Abort) == driver.take_sent(AssignDecode) == []
+    assert not driver.take_sent(Abort) and not driver.take_sent(AssignDecode)
     driver.tokens("d1", 2, [3], finish=STOP)
     assert driver.output() == [1, 2, 3]
 
@@ -550,3 +550,18 @@ def test_cached_tokens_are_told_with_the_tokens() -> None:
     driver.tokens("d0", 1, [2])
     told = [item.num_cached_tokens for item in driver.delivered["r"] if isinstance(item, TokensDelivered)]
     assert told == [2, 2]
+
+
+# ---------------------------------------------------------------- pauses of the router itself
+
+
+def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> None:
+    driver = Driver("m0 m1")
+    driver.now += 60.0  # nothing was read meanwhile: timers fire first, and then come the nodes' heartbeats
+    driver.wait(0.0)
+    assert len(list(driver.machine.registry)) == 2
+    driver.hear(peer("m0"), Heartbeat())
+    driver.wait(1.5)
+    assert [node.node_id for node in driver.machine.registry] == ["m0"]
+    driver.wait(10.0)
+    assert not list(driver.machine.registry)

@@ -1,0 +1,20 @@
+"""The ways KV blocks get from P's pool to D's: one file per kind of link, named as in ``transfer.link``.
+
+``interface`` says what a link is. To add a kind, add a file with a class ``Link`` here, and its name to ``LinkKind``
+in ``kvrelay.core.config_sections``. ``payload`` is what the kinds share that send the bytes over ZMQ.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from cache_messager.links.interface import KVLink
+
+
+def link_class(kind: str) -> type[KVLink]:
+    """Return the class of the links of ``kind``, which may be a peer's word. Raises ValueError if there is none."""
+    try:
+        link: type[KVLink] = import_module(f"{__name__}.{kind}").Link
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"links of kind {kind!r:.40} are not possible here: {error}") from error
+    return link

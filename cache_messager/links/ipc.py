@@ -1,0 +1,15 @@
+"""Payload over a ZMQ socket of one host."""
+
+from __future__ import annotations
+
+from cache_messager.links.payload import PayloadLink
+from kvrelay.core.messages.base import LinkAddress
+
+
+class Link(PayloadLink):
+    """Payload over an IPC socket, to a peer on the same host."""
+
+    @staticmethod
+    def address(here: str, peer: LinkAddress) -> str | None:
+        """Within one host."""
+        return peer.ipc if peer.host_id == here else None

@@ -1,0 +1,71 @@
+"""Within one host: D's messager maps P's pool and copies the blocks itself. Only the frame travels, over a ZMQ socket.
+
+The digest is always verified, and on the copy: a sender that has given up on the link may change its blocks while they
+are read, and nothing else would tell.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cache_messager.links.interface import LinkHost
+from cache_messager.work import BlocksWritten, corrupt, violation
+from kvrelay.core.errors import TransferError
+from kvrelay.core.ids import BlockId, PeerId
+from kvrelay.core.kv_handle import KVHandle
+from kvrelay.core.kv_open import open_pool
+from kvrelay.core.kv_pool import KVPool, has_blocks
+from kvrelay.core.messages.base import LinkAddress
+from kvrelay.core.messages.messager_to_messager import KVFrame
+
+
+class Link:
+    """Copies from the sender's pool, which the receiver maps; for a peer on the same host."""
+
+    def __init__(self, host: LinkHost) -> None:
+        self._host = host
+        self._sources: dict[int, KVPool] = {}
+
+    @staticmethod
+    def address(here: str, peer: LinkAddress) -> str | None:
+        """Within one host."""
+        return peer.ipc if peer.host_id == here else None
+
+    def offer(self) -> bytes | None:
+        """Return how to open the pool."""
+        return msgspec.json.encode(self._host.pool.handle)
+
+    def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
+        """Name the blocks and digest them."""
+        digest = self._host.pool.digest(frame.layers, source_block_ids)
+        self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
+
+    def accept(self, link_id: int, offer: bytes) -> None:
+        """Open the sender's pool."""
+        handle = msgspec.json.decode(offer, type=KVHandle)
+        self._sources[link_id] = open_pool(self._host.pool.geometry, handle)
+
+    def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
+        """Copy the blocks and verify the copy."""
+        self._host.post(BlocksWritten(link_id, frame, self._write(self._sources[link_id], frame, payload)))
+
+    def _write(self, source: KVPool, frame: KVFrame, payload: tuple[memoryview, ...]) -> TransferError | None:
+        blocks = frame.source_block_ids
+        if payload or len(blocks) != len(frame.target_block_ids):
+            num_bytes = sum(part.nbytes for part in payload)
+            return violation(
+                "the sender", f"{len(blocks)} source blocks and {num_bytes} bytes of payload on a shm link"
+            )
+        if not has_blocks(source, blocks):
+            return violation("the sender", "source blocks outside the pool")
+        digest = self._host.pool.copy_from(source, frame.layers, frame.target_block_ids, blocks)
+        return None if digest == frame.digest else corrupt(frame)
+
+    def drop(self, link_id: int) -> None:
+        """Give the sender's pool back."""
+        self._sources.pop(link_id).close()
+
+    def close(self) -> None:
+        """Give all pools back."""
+        while self._sources:
+            self._sources.popitem()[1].close()

@@ -1,0 +1,15 @@
+"""Payload over TCP."""
+
+from __future__ import annotations
+
+from cache_messager.links.payload import PayloadLink
+from kvrelay.core.messages.base import LinkAddress
+
+
+class Link(PayloadLink):
+    """Payload over a TCP socket, to a peer anywhere."""
+
+    @staticmethod
+    def address(here: str, peer: LinkAddress) -> str | None:
+        """From anywhere."""
+        return peer.tcp

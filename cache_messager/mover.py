@@ -1,0 +1,122 @@
+"""Performs what the messager's machine asks for beyond the core actions, by means of the links."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from msgspec import MsgspecError
+
+from cache_messager.links import link_class
+from cache_messager.links.interface import KVLink
+from cache_messager.settings import MessagerSettings
+from cache_messager.work import AcceptLink, DropLink, FrameSent, LinkReady, SendFrame, WriteBlocks
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.ids import PeerId
+from kvrelay.core.kv_pool import KVPool
+from kvrelay.core.logging import log_event
+from kvrelay.core.messages.base import Message
+from kvrelay.core.messages.messager_to_messager import KVFrame, LinkOffer
+
+
+class Sends(Protocol):
+    """The part of Transport used here."""
+
+    def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        """Send ``message``; on the loop's thread."""
+
+
+class Posts(Protocol):
+    """The part of Shell used here."""
+
+    def handle_with(self, kind: type, handler: Callable[[Any], None]) -> None:
+        """Have ``handler`` perform actions of type ``kind``."""
+
+    def post(self, event: object) -> None:
+        """Queue ``event``; on the loop's thread."""
+
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the loop's thread; from any."""
+
+
+class BlockMover:
+    """The links of one messager, and what they may use of it (see ``links.interface.LinkHost``).
+
+    Made and used on the loop's thread, but for ``send`` and ``post``.
+    """
+
+    def __init__(self, settings: MessagerSettings, pool: KVPool) -> None:
+        self.pool = pool
+        self.checksum = settings.checksum
+        self._links: dict[str, KVLink] = {kind: link_class(kind)(self) for kind in settings.links}
+        self._accepted: dict[int, KVLink] = {}
+        self._thread = threading.get_ident()
+        self._transport: Sends
+        self._shell: Posts
+
+    @property
+    def offers(self) -> list[LinkOffer]:
+        """What a sender offers: the kinds that are possible in this process, fastest first."""
+        offers = ((kind, link.offer()) for kind, link in self._links.items())
+        return [LinkOffer(kind, handle) for kind, handle in offers if handle is not None]
+
+    def serve(self, transport: Sends, shell: Posts) -> None:
+        """Perform the actions of ``shell``'s machine from now on."""
+        self._transport, self._shell = transport, shell
+        shell.handle_with(SendFrame, self._send_frame)
+        shell.handle_with(AcceptLink, self._accept)
+        shell.handle_with(WriteBlocks, self._write)
+        shell.handle_with(DropLink, self._drop)
+
+    # ------------------------------------------------------------ for the machine
+
+    def _send_frame(self, action: SendFrame) -> None:
+        self._link(action.kind).send(action.peer, action.frame, action.source_block_ids)
+
+    def _accept(self, action: AcceptLink) -> None:
+        reasons: list[str] = []
+        for offer in action.offers:
+            try:
+                link = self._link(offer.kind)
+                link.accept(action.link_id, offer.handle)
+            except (KVRelayError, MsgspecError, OSError, ValueError) as error:
+                reasons.append(f"{offer.kind}: {error}")
+                log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})
+                continue
+            self._accepted[action.link_id] = link
+            self.post(LinkReady(action.link_id, offer.kind))
+            return
+        self.post(LinkReady(action.link_id, None, "; ".join(reasons) or "no link was offered"))
+
+    def _write(self, action: WriteBlocks) -> None:
+        self._accepted[action.link_id].write(action.link_id, action.frame, action.payload)
+
+    def _drop(self, action: DropLink) -> None:
+        self._accepted.pop(action.link_id).drop(action.link_id)
+
+    def _link(self, kind: str) -> KVLink:
+        """Return the links of ``kind``. A receiver accepts kinds that its own config would not offer."""
+        if kind not in self._links:
+            self._links[kind] = link_class(kind)(self)
+        return self._links[kind]
+
+    # ------------------------------------------------------------ for links
+
+    def send(self, peer: PeerId, frame: KVFrame, payload: Sequence[memoryview] = ()) -> None:
+        if threading.get_ident() != self._thread:
+            self._shell.call_threadsafe(lambda: self.send(peer, frame, payload))
+            return
+        self._transport.send(peer, frame, payload)
+        self._shell.post(FrameSent(frame))
+
+    def post(self, event: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._shell.post(event)
+        else:
+            self._shell.call_threadsafe(lambda: self._shell.post(event))
+
+    def close(self) -> None:
+        """Give back what the links hold."""
+        for link in self._links.values():
+            link.close()

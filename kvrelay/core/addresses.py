@@ -1,0 +1,67 @@
+"""Addresses of hosts and ports as text: names, IPv4, and IPv6 with the brackets that a port behind it needs."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from typing import Any
+
+HOST_PATTERN = r"^[A-Za-z0-9._:%-]+$"
+TCP_PATTERN = r"^tcp://([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}$"
+
+_TCP_ADDRESS = re.compile(TCP_PATTERN)
+_MAX_PORT = 65535
+
+
+def netloc(host: str, port: object) -> str:
+    """Return ``host:port``, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def tcp_address(host: str, port: int) -> str:
+    """Return the address ZMQ knows ``port`` of ``host`` by."""
+    return f"tcp://{netloc(host, port)}"
+
+
+def split_tcp_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``tcp://host:port``. Raises ValueError if it is none."""
+    if not _TCP_ADDRESS.fullmatch(address):
+        raise ValueError("should be tcp://host:port, with an IPv6 host in brackets")
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    check_host(bare)
+    if (host != bare) is not (":" in bare) or int(port) > _MAX_PORT:
+        raise ValueError("should be tcp://host:port, with an IPv6 host in brackets")
+    return bare, int(port)
+
+
+def check_host(host: str) -> None:
+    """Raise ValueError if ``host`` has a colon and is no IPv6 address; names are left to the resolver."""
+    if ":" in host or "%" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("should be a host name, an IPv4 address or an IPv6 address such as ::1") from None
+
+
+def is_ipv6(address: str) -> bool:
+    """Tell whether ``address``, as ZMQ knows it, has an IPv6 host."""
+    return address.startswith("tcp://[")
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """Return family and address to bind a socket to for ``host``.
+
+    A name that has addresses of both families stands for its IPv4 address. Raises OSError if it has none.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda item: item[0] != socket.AF_INET)
+    return family, address
+
+
+def listen_at(host: str, port: int, backlog: int) -> socket.socket:
+    """Return a socket that listens at ``host``; ``::`` stands for IPv4 as well. Raises OSError if it cannot."""
+    family, address = resolve(host, port)
+    dualstack = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=dualstack)

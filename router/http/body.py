@@ -1,0 +1,88 @@
+"""The body of a request, from the connection to what it asks for."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import Receive, Scope
+
+from kvrelay.core.messages.base import ErrorInfo
+from router.http.asgi import watching
+from router.openai.errors import AnswerError
+from router.openai.generation import ClientLeftError
+from router.preparation import Job, Outcome, Task, too_large
+from router.service import RouterService
+
+
+async def prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
+    """Return what the body of the request in ``scope`` asks for.
+
+    Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if nobody waits for it any more.
+    """
+    router = service.config.router
+    headers = dict(scope["headers"])
+    job = Job(
+        task=task,
+        gzipped=_is_gzipped(headers),
+        body=await read_body(headers, receive, router.max_body_bytes),
+        max_body_bytes=router.max_body_bytes,
+        max_model_len=service.max_model_len,
+        max_requests=router.max_queued_requests,
+    )
+    outcome = service.preparer.prepare_now(job)
+    return await _in_worker(service, job, receive) if outcome is None else outcome
+
+
+def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
+    """Tell whether the body is. Raises AnswerError (415) if it is encoded in another way."""
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding in (b"gzip", b"x-gzip"):
+        return True
+    if encoding in (b"identity", b""):
+        return False
+    message = f"Content-Encoding: {encoding[:40].decode('latin-1')!r} is not supported, only gzip is"
+    error = ErrorInfo(code="unsupported_content_encoding", message=message, http_status=415)
+    raise AnswerError(error, param="Content-Encoding")
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_bytes: int) -> bytes:
+    """Return the request's body.
+
+    Raises AnswerError (413) if it is, or is said to be, longer than ``max_body_bytes``, ClientLeftError if it never
+    comes to its end.
+    """
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced[:20]) > max_body_bytes:
+        raise too_large(max_body_bytes)
+    body = bytearray()
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > max_body_bytes:
+            raise too_large(max_body_bytes)
+    return bytes(body)
+
+
+async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outcome:
+    """Have a worker prepare ``job``, for as long as the client stays."""
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    def leave() -> None:
+        nonlocal left
+        left = True
+        task.cancel()
+
+    try:
+        async with watching(receive, leave):
+            return await service.preparer.prepare_in_worker(job)
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        task.uncancel()
+        raise ClientLeftError from None

@@ -1,0 +1,222 @@
+"""HTTP/1 connections: uvicorn's, with limits on what a client may send and on how long it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from kvrelay.core.messages.base import ErrorInfo
+from router.descriptors import Descriptors
+from router.openai.errors import AnswerError
+
+LINGER_S = 1.0
+"""How long a refused client may go on sending. To close at once would reset the connection, and the answer with it."""
+
+FIRST_PROBE_S = 1.0
+"""How long a client that has ended its side of the connection is not asked whether it still reads."""
+
+_TCP_CLOSE = 7
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What one connection may take: see the ``router`` section of the config."""
+
+    max_header_bytes: int = 64 << 10
+    request_read_timeout_s: float = 60.0
+    keep_alive_timeout_s: float = 75.0
+    descriptors: Descriptors = field(default_factory=Descriptors)
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Bytes are counted from the last that was part of a body, so one limit holds for headers, trailers and whatever else
+    a client puts between chunks. A request has one deadline, from its first byte to its last.
+    """
+
+    def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]  # any number of seconds
+        self._limits = limits
+        self._num_bytes = 0
+        self._is_receiving = False
+        self._is_refused = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._probe: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------ the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request soon; turn the client away if there are hardly any descriptors left."""
+        super().connection_made(transport)
+        self._expect_request()
+        descriptor = transport.get_extra_info("socket").fileno()
+        if not self._limits.descriptors.allow(descriptor):
+            self._refuse(503, "too_many_connections", "the router has too many connections; try again later")
+            if self._limits.descriptors.is_urgent(descriptor):
+                transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget all timers."""
+        for timer in (self._deadline, self._probe):
+            if timer is not None:
+                timer.cancel()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer if a whole request is here: the client may have ended its side only."""
+        if self._is_refused or self._is_receiving or not self._is_answering:
+            return False
+        self.cycle.keep_alive = False
+        self._probe = self.loop.call_later(FIRST_PROBE_S, self._probe_client, FIRST_PROBE_S)
+        return True
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    # ------------------------------------------------------------ what comes in
+
+    def data_received(self, data: bytes) -> None:
+        """Give the parser no more at a time than the headers may have."""
+        while data and not self._is_refused and not self.transport.is_closing():
+            room = self._limits.max_header_bytes - self._num_bytes
+            if room <= 0:
+                self._refuse(431, "headers_too_large", f"headers exceed {self._limits.max_header_bytes} bytes")
+                return
+            piece, data = data[:room], data[room:]
+            self._num_bytes += len(piece)
+            super().data_received(piece)
+        if not self._is_refused:
+            self._watch_progress()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._is_receiving = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The headers are here."""
+        self._num_bytes = 0
+        super().on_headers_complete()
+        if self.scope.get("http_version") == "1.0":
+            self.cycle.__class__ = CycleUntilClose
+
+    def on_body(self, body: bytes) -> None:
+        """Some of the body is here."""
+        self._num_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is here."""
+        self._num_bytes = 0
+        self._is_receiving = False
+        super().on_message_complete()
+
+    # ------------------------------------------------------------ time
+
+    def _watch_progress(self) -> None:
+        """Have a deadline while a request is being received, else the time a connection may be idle."""
+        if self._is_receiving:
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(self._limits.request_read_timeout_s, self._overdue)
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if not self._is_answering and self.timeout_keep_alive_task is None:
+            self._expect_request()
+
+    def _expect_request(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _overdue(self) -> None:
+        """The request is not here in time: unless it is the router that does not read on, or answers another first."""
+        self._deadline = None
+        if self.flow.read_paused or (self._is_answering and not self.cycle.more_body):
+            self._watch_progress()
+        else:
+            limit = f"{self._limits.request_read_timeout_s:g} s (router.request_read_timeout_s)"
+            self._refuse(408, "request_timeout", f"the request was not complete within {limit}")
+
+    def _probe_client(self, waited_s: float) -> None:
+        """Ask a client that sends no more whether it reads: if it is gone, its host resets the connection.
+
+        The question is an interim answer. Clients of HTTP/1.1 skip those; clients of 1.0 do not, and are not asked.
+        """
+        if self.transport.is_closing() or not self._is_answering:
+            return
+        if _is_reset(self.transport):
+            self.transport.abort()
+            return
+        if not self.cycle.response_started and self.scope.get("http_version") != "1.0":
+            self.transport.write(_CONTINUE)
+        self._probe = self.loop.call_later(FIRST_PROBE_S, self._look_for_reset, 2 * waited_s)
+
+    def _look_for_reset(self, wait_s: float) -> None:
+        if not self.transport.is_closing() and _is_reset(self.transport):
+            self.transport.abort()
+        else:
+            self._probe = self.loop.call_later(wait_s, self._probe_client, wait_s)
+
+    # ------------------------------------------------------------ refusals
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self._refuse(400, "invalid_http", msg)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answer in place of the application unless it has begun to, and close the connection."""
+        self._is_refused = True
+        self._unset_keepalive_if_required()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._is_answering:
+            begun = self.cycle.response_started or not self.cycle.more_body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if begun:
+                self.transport.close()
+                return
+        self.transport.write(_raw_answer(AnswerError(ErrorInfo(code=code, message=message, http_status=status))))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._deadline = self.loop.call_later(LINGER_S, self.transport.close)
+
+
+class CycleUntilClose(RequestResponseCycle):
+    """A request of HTTP/1.0 and its answer: without chunks, which came with 1.1. A stream ends with the connection."""
+
+    is_stream = False
+
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
+                self.chunked_encoding = False
+                self.is_stream = True
+        elif self.is_stream:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    state: bytes = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state[0] == _TCP_CLOSE
+
+
+def _raw_answer(error: AnswerError) -> bytes:
+    content = msgspec.json.encode(error.body)
+    phrase = HTTPStatus(error.status).phrase
+    head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
+    return head.encode() + b"connection: close\r\n\r\n" + content

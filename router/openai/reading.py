@@ -1,0 +1,23 @@
+"""Whatever goes wrong while a request is read is answered 400: the same request would fail again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvrelay.core.errors import InvalidRequestError, KVRelayError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def reading(reason: str, param: str | None = None) -> Iterator[None]:
+    """Turn an exception that nobody expected, a fault of ours, into InvalidRequestError(``reason``), and log it."""
+    try:
+        yield
+    except KVRelayError:
+        raise
+    except Exception as error:
+        logger.exception("%s", reason)
+        raise InvalidRequestError(reason, param=param) from error

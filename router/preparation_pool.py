@@ -1,0 +1,228 @@
+"""Worker processes that prepare long bodies, so that these hold up neither the event loop nor the GIL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import PreparationError, QueueFullError
+from router.model import ServedModel
+from router.openai.errors import AnswerError
+from router.preparation import Job, Outcome, Preparation, PreparedRequest, TooLongForLoopError
+from router.preparation_wire import LENGTH, Answer, Generate, Refusal, decode_prompt, decode_reply, encode, framed
+
+_IDLE_S = 60.0
+"""How long a worker without work is kept."""
+
+_REUSE_BYTES = 1 << 20
+"""After a longer body a worker ends: its memory goes back to the system, which no allocator promises otherwise."""
+
+_WAITING_PER_WORKER = 8
+"""Bodies that may wait for each worker; more are answered 429."""
+
+_PIECE_BYTES = 256 << 10
+
+
+class Worker:
+    """One process. It has one job at a time; whoever gives it up before the reply must kill it."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, settings: bytes) -> Worker:
+        """Start a worker for the model of ``settings``, JSON of the config's sections ``model`` and ``engine``."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # the working directory may have a package of the same name
+            "-m",
+            "router.preparation_worker",
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=_PIECE_BYTES,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
+        )
+        worker = cls(process)
+        await worker._send(settings)
+        return worker
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not been seen to end."""
+        return self._process.returncode is None
+
+    async def exchange(self, message: bytes) -> bytes:
+        """Return the reply to ``message``. Raises OSError or EOFError if the process dies."""
+        await self._send(message)
+        assert self._process.stdout is not None
+        head = await self._process.stdout.readexactly(LENGTH.size)
+        return await self._process.stdout.readexactly(*LENGTH.unpack(head))
+
+    def kill(self) -> None:
+        """Have the process end at once."""
+        if self.is_alive:
+            self._process.kill()
+
+    async def end(self, *, kill: bool) -> None:
+        """Return when the process is gone: at once, or as soon as it sees that there is no more work."""
+        if kill:
+            self.kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.communicate()
+
+    async def _send(self, message: bytes) -> None:
+        """Send ``message`` piece by piece: a pipe takes 64 KiB at a time, and what it does not take is copied."""
+        assert self._process.stdin is not None
+        whole = memoryview(framed(message))
+        for start in range(0, len(whole), _PIECE_BYTES):
+            self._process.stdin.write(whole[start : start + _PIECE_BYTES])
+            await self._process.stdin.drain()
+
+
+class WorkerDiedError(PreparationError):
+    """The worker ended before it replied."""
+
+
+class PreparationPool:
+    """At most so many workers, started when they are needed, ended when they are not."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._settings = config.model_dump_json(include={"model", "engine"}).encode()
+        self._timeout_s = config.router.preparation_timeout_s
+        self._num_workers = config.router.preparation_workers
+        self._free = asyncio.Semaphore(self._num_workers)
+        self._num_jobs = 0
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._is_closed = False
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def run(self, message: bytes) -> bytes:
+        """Return a worker's reply to ``message``.
+
+        Raises QueueFullError if too many wait already, PreparationError if the worker died or took too long. Cancelling
+        ends the worker.
+        """
+        if self._num_jobs >= self._num_workers * (1 + _WAITING_PER_WORKER):
+            raise QueueFullError("too many long requests are being prepared")
+        self._num_jobs += 1
+        try:
+            async with self._free:
+                return await self._run(message)
+        finally:
+            self._num_jobs -= 1
+
+    async def close(self) -> None:
+        """End all workers; the jobs they have end with a PreparationError, and so do later ones."""
+        self._is_closed = True
+        self._end_idle()
+        for worker in list(self._busy):
+            worker.kill()
+        while self._ending:
+            await asyncio.gather(*self._ending)
+
+    async def _run(self, message: bytes) -> bytes:
+        kept = self._take_idle()
+        if kept is not None:
+            try:
+                return await self._exchange(kept, message)
+            except WorkerDiedError:  # it may have died while it had nothing to do, which is not this job's fault
+                pass
+        return await self._exchange(await Worker.start(self._settings), message)
+
+    async def _exchange(self, worker: Worker, message: bytes) -> bytes:
+        """Return the reply of ``worker``, which then has no job any more, or is ended."""
+        self._busy.add(worker)
+        if self._is_closed:
+            worker.kill()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reply = await worker.exchange(message)
+        except BaseException as error:  # cancelled, too: whoever waited for the reply is gone
+            self._end(worker, kill=True)
+            if isinstance(error, TimeoutError):
+                raise PreparationError(f"the request was not prepared within {self._timeout_s:g} s") from None
+            if isinstance(error, OSError | EOFError):
+                raise WorkerDiedError("the process that prepared the request died") from None
+            raise
+        finally:
+            self._busy.discard(worker)
+        self._put_back(worker, len(message) + len(reply))
+        return reply
+
+    def _take_idle(self) -> Worker | None:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.is_alive:
+                return worker
+            self._end(worker, kill=False)
+        return None
+
+    def _put_back(self, worker: Worker, num_bytes: int) -> None:
+        if num_bytes > _REUSE_BYTES or self._is_closed:
+            self._end(worker, kill=False)
+            return
+        self._idle.append(worker)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._idle_timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end_idle)
+
+    def _end_idle(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        while self._idle:
+            self._end(self._idle.pop(), kill=False)
+
+    def _end(self, worker: Worker, *, kill: bool) -> None:
+        task = asyncio.get_running_loop().create_task(worker.end(kill=kill))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+class Preparer:
+    """Prepares bodies wherever it is best: on the loop if they are short, else in a worker."""
+
+    def __init__(self, config: ClusterConfig, model: ServedModel) -> None:
+        self._preparation = Preparation(model)
+        self._pool = PreparationPool(config)
+        self.apis = self._preparation.apis
+
+    def prepare_now(self, job: Job) -> Outcome | None:
+        """Return the outcome if that is soon done, else None. Raises what ``Preparation.prepare`` raises."""
+        try:
+            return self._preparation.prepare_inline(job)
+        except TooLongForLoopError:
+            return None
+
+    async def prepare_in_worker(self, job: Job) -> Outcome:
+        """Return the outcome. Raises what ``PreparationPool.run`` raises, and AnswerError if the body is refused."""
+        reply = decode_reply(await self._pool.run(encode(job)))
+        match reply:
+            case Answer(body=body):
+                return body
+            case Refusal(error=error, param=param):
+                raise AnswerError(error, param=param)
+            case Generate():
+                return await self._prepared(job, reply)
+
+    async def close(self) -> None:
+        """End all workers."""
+        await self._pool.close()
+
+    async def _prepared(self, job: Job, reply: Generate) -> PreparedRequest:
+        request = self.apis[job.task].schema.model_validate_json(reply.request)
+        prompts: Sequence[list[int]] = [await _decoded(prompt) for prompt in reply.prompts]
+        return PreparedRequest(request, prompts, reply.texts)
+
+
+async def _decoded(prompt: bytes) -> list[int]:
+    """Return one prompt; let others have the loop after each, since together they may be as long as the body."""
+    await asyncio.sleep(0)
+    return decode_prompt(prompt)

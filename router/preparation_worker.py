@@ -1,0 +1,106 @@
+"""A process that prepares long bodies for the router, one at a time, until its standard input ends."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import signal
+import sys
+from typing import BinaryIO
+
+import msgspec
+import setproctitle
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.messages.base import ErrorInfo
+from router.model import load_model
+from router.openai.errors import AnswerError
+from router.preparation import Job, Preparation, PreparedRequest
+from router.preparation_wire import LENGTH, Answer, Generate, Refusal, Reply, decode_job, encode, framed
+
+NICENESS = 5
+"""Streams and model steps go first when cores are short."""
+
+_MEMORY_BYTES, _MEMORY_PER_BODY_BYTE = 4 << 30, 256
+"""Address space a worker may use: so much and so many times the longest body. Beyond, it ends, and its job fails."""
+
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Serve the parent process. It ends this process by closing its input, so SIGINT and SIGTERM mean nothing here."""
+    _end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    setproctitle.setproctitle("kvrelay router preparation")
+    os.nice(NICENESS)
+    source, target = sys.stdin.buffer, _claim_stdout()
+    settings = _read(source)
+    if settings is None:
+        return
+    preparation = Preparation(load_model(ClusterConfig.model_validate_json(settings)))
+    while (message := _read(source)) is not None:
+        job = decode_job(message)
+        del message
+        _limit_memory(job.max_body_bytes)
+        target.write(framed(encode(reply_to(preparation, job))))
+        target.flush()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the router dies, even in the middle of a job."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _claim_stdout() -> BinaryIO:
+    """Return standard output for the messages alone: what else is printed goes to standard error."""
+    target = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return target
+
+
+def _read(source: BinaryIO) -> bytes | None:
+    """Return the next message, or None at the end of the input."""
+    head = source.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    message = source.read(length)
+    return message if len(message) == length else None
+
+
+def _limit_memory(max_body_bytes: int) -> None:
+    limit = _MEMORY_BYTES + _MEMORY_PER_BODY_BYTE * max_body_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def reply_to(preparation: Preparation, job: Job) -> Reply:
+    """Return what to tell the router about ``job``; whatever happens, it is told something."""
+    try:
+        outcome = preparation.prepare(job)
+        if isinstance(outcome, bytes):
+            return Answer(outcome)
+        return _generate(preparation.without_content(job, outcome))
+    except AnswerError as error:
+        return Refusal(error.error, error.param)
+    except KVRelayError as error:
+        return Refusal(ErrorInfo.of(error), error.param)
+    except Exception:  # the border of the process
+        logger.exception("broken while preparing a body for %s", job.task)
+        return Refusal(ErrorInfo(code="internal_error", message="internal error, see the router's log"), None)
+
+
+def _generate(prepared: PreparedRequest) -> Generate:
+    prompts = [msgspec.Raw(encode(prompt)) for prompt in prepared.prompts]
+    texts = None if prepared.texts is None else list(prepared.texts)
+    return Generate(prepared.request.model_dump_json(exclude_unset=True).encode(), prompts, texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A checkpoint's chat template, from the file it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvrelay.core.checkpoint_files import read_json_object
+from kvrelay.core.errors import CheckpointError
+
+_DEFAULT = "default"
+
+
+def read_chat_template(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the template for chats without tools; None if there is none.
+
+    ``settings``: the content of ``tokenizer_config.json``. Files of templates go before what that says;
+    ``chat_template.json`` comes last. Raises CheckpointError for one that is not text.
+    """
+    files = dict(_template_files(model_dir))
+    if files:
+        return files.get(_DEFAULT)
+    path = model_dir / "tokenizer_config.json"
+    setting = settings.get("chat_template")
+    if setting is None:
+        path = model_dir / "chat_template.json"
+        setting = read_json_object(path, required=False).get("chat_template")
+    named = _by_name(setting, path) if isinstance(setting, list | dict) else {_DEFAULT: setting}
+    template = named.get(_DEFAULT)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{path}: chat_template should be text, not {template!r:.80}")
+    return template
+
+
+def _template_files(model_dir: Path) -> list[tuple[str, str]]:
+    paths = [(_DEFAULT, model_dir / "chat_template.jinja")]
+    paths += [(path.stem, path) for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))]
+    try:
+        return [(name, path.read_text("utf-8-sig")) for name, path in paths if path.is_file()]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"a chat template in {model_dir} cannot be read: {error}") from error
+
+
+def _by_name(setting: list[Any] | dict[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return several templates by their names."""
+    if isinstance(setting, dict):
+        return setting
+    try:
+        return {item["name"]: item["template"] for item in setting}
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: chat_template should list objects with name and template") from error

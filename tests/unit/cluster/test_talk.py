@@ -1,0 +1,64 @@
+"""``kvrelay chat`` at a terminal: turns are kept, and one that fails costs itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvrelay.cluster import talk
+from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
+from kvrelay.core.errors import KVRelayError
+
+Messages = list[dict[str, str]]
+
+
+class MadeUpCluster(ClusterClient):
+    """Answers with the number of messages it was given; fails at the words "fail" and "gone"."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked: list[Messages] = []
+
+    def chat(self, messages: Messages, *, max_tokens: int) -> Iterator[tuple[str, str]]:
+        self.asked.append(messages)
+        if messages[-1]["content"] == "fail":
+            raise KVRelayError("too long")
+        if messages[-1]["content"] == "gone":
+            raise ClusterUnreachableError("nothing answers")
+        yield "id", f"answer to {len(messages)}"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is typed; at its end Ctrl-D."""
+    typed: list[str] = []
+
+    def read(_: str) -> str:
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(talk, "ClusterClient", MadeUpCluster)
+    return typed
+
+
+def test_a_conversation_goes_on_after_a_question_that_fails(
+    terminal: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal += ["one", "fail", "two"]
+
+    talk.converse("http://router", 8)
+
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["answer to 1", "answer to 3", ""]
+    assert err == "error: too long\n"
+
+
+def test_a_conversation_ends_when_the_cluster_is_gone(terminal: list[str]) -> None:
+    terminal += ["one", "gone", "two"]
+
+    with pytest.raises(ClusterUnreachableError):
+        talk.converse("http://router", 8)
+    assert terminal == ["two"]

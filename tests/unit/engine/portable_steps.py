@@ -1,0 +1,89 @@
+"""Steps that lead the portable kernels through every Paddle operator they use, for tests; also a program.
+
+As a program (``python portable_steps.py DIRECTORY``) it prints the tokens, so that it can run on an emulated CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.kv_memory import KVMemory
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.core.step import ScheduledSequence, StepPlan
+from kvrelay.engine import kv_pool, portable
+from kvrelay.engine.interface import Engine
+from kvrelay.engine.load import load_engine
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+LONG, SHORT, CHUNK, NUM_OUTPUTS = 40, 5, 24, 3
+
+
+def steps_of_all_kinds(directory: Path) -> list[list[int]]:
+    """Return the tokens of two sequences on one engine after the other: plain, quantized, with a staged pool.
+
+    The model has norms of heads, biases and two windows. Prompts come in chunks and together; one is there already.
+    """
+    windows = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}
+    overrides = {**windows, "attention_bias": True, "num_hidden_layers": 2}
+    write_tiny_checkpoint(directory, "qwen3", overrides=overrides)
+    tokens = _tokens(directory, "none") + _tokens(directory, "w8a8")
+    with patch.object(portable, "MappedPool", kv_pool.StagedPool):
+        return tokens + _tokens(directory, "none")
+
+
+def _tokens(directory: Path, quantization: str) -> list[list[int]]:
+    node = {"name": "m0", "role": "mixed", "port": 8200, "threads": 1}
+    data = {
+        "model": {"path": str(directory)},
+        "cache": {"num_blocks": 16},
+        "engine": {"kernels": "portable", "quantization": quantization},
+        "nodes": [node],
+    }
+    engine = load_engine(ClusterConfig.from_data(data).node("m0"), lambda done, total: None)
+    try:
+        return _generated(engine)
+    finally:
+        engine.close()
+
+
+def _generated(engine: Engine) -> list[list[int]]:
+    long, short, again = _sequence(LONG, 0), _sequence(SHORT, 4), _sequence(LONG, 8)
+    _step(engine, (long, CHUNK))
+    _step(engine, (long, LONG - CHUNK), (short, SHORT))
+    for _ in range(NUM_OUTPUTS - 1):
+        _step(engine, (long, 1), (short, 1))
+    assert isinstance(engine.memory, KVMemory)
+    planes = engine.memory.planes
+    planes[:, :, again.block_table] = planes[:, :, long.block_table]
+    again.num_computed_tokens = LONG
+    engine.run(StepPlan(1, [ScheduledSequence(again, LONG - 1, 1, True)]), lambda layer: None)
+    return [one.token_ids[one.num_prompt_tokens :] for one in (long, short)]
+
+
+def _sequence(num_tokens: int, first_block: int) -> Sequence:
+    sampling = SamplingParams(max_tokens=NUM_OUTPUTS, seed=0, temperature=0.0, ignore_eos=True)
+    prompt = np.random.default_rng(num_tokens).integers(3, 384, num_tokens).tolist()
+    one = Sequence(RequestSpec(request_id=f"r{first_block}", epoch=0, prompt_token_ids=prompt, sampling=sampling))
+    one.take_blocks(range(first_block, first_block + 4))
+    return one
+
+
+def _step(engine: Engine, *batch: tuple[Sequence, int]) -> None:
+    scheduled = [
+        ScheduledSequence(one, one.num_computed_tokens, count, one.num_computed_tokens + count == one.num_tokens)
+        for one, count in batch
+    ]
+    result = engine.run(StepPlan(1, scheduled), lambda layer: None)
+    for item, sampled in zip(scheduled, result.sampled, strict=True):
+        item.sequence.num_computed_tokens += item.num_tokens
+        item.sequence.token_ids += sampled.token_ids
+
+
+if __name__ == "__main__":
+    print(json.dumps(steps_of_all_kinds(Path(sys.argv[1]))))

@@ -1,0 +1,81 @@
+"""The router's HTTP application over a service that answers each request at once: no nodes, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from fake_nodes import config
+from starlette.types import ASGIApp
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.config import ClusterConfig
+from kvrelay.core.request import FinishReason, TokenLogprobs
+from router.events import NewRequest, RequestEnded, TokensDelivered
+from router.http.app import make_app
+from router.metrics import Metrics
+from router.model import ServedModel, load_model
+from router.service import RouterService, Sink
+
+MOST_TOKENS = 4
+
+
+class InstantService(RouterService):
+    """Gives each request up to four letters, each in a delivery of its own, and keeps what was submitted."""
+
+    def __init__(self, settings: ClusterConfig, model: ServedModel) -> None:
+        super().__init__(settings, model, Clock())
+        self.submitted: list[NewRequest] = []
+
+    def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
+        self.submitted += requests
+        for request in requests:
+            count = min(MOST_TOKENS, request.sampling.max_tokens)
+            top = request.sampling.num_logprobs
+            entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
+            for index in range(count):
+                finish = FinishReason.LENGTH if index == count - 1 else None
+                deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
+            deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
+
+    def stop_matched(self, request_id: str) -> None:
+        pass
+
+    def client_gone(self, request_id: str) -> None:
+        pass
+
+
+class InstantRouter:
+    """Asks the application."""
+
+    def __init__(self, settings: ClusterConfig | None = None, **router: object) -> None:
+        settings = settings or config(**router)
+        self.service = InstantService(settings, load_model(settings))
+        self.app: ASGIApp = make_app(self.service, Metrics(self.service.machine, self.service.clock.now))
+
+    @property
+    def last(self) -> NewRequest:
+        """The newest request that was submitted."""
+        return self.service.submitted[-1]
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Return the answer to one request."""
+
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://router") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(ask())
+
+    def post(self, path: str, body: object, **options: Any) -> httpx.Response:
+        """Return the answer to ``body``."""
+        return self.request("POST", path, json=body, **options)
+
+    def answer(self, path: str, body: object) -> dict[str, Any]:
+        """Return the answer to a request that must succeed, without what differs between equal ones."""
+        response = self.post(path, body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return {name: value for name, value in answer.items() if name not in ("id", "created")}

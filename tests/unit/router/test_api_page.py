@@ -1,0 +1,108 @@
+"""``docs/api.md`` against the code: every endpoint, field, refusal and error code."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from instant_router import InstantRouter
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from kvrelay.core.errors import KVRelayError
+from router.openai.schemas import (
+    IGNORED_FIELDS,
+    REFUSED_FIELDS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationFields,
+    StreamOptions,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
+BOTH = set(GenerationFields.model_fields)
+
+NOT_FOR_CLIENTS = {
+    "config_error",
+    "protocol_error",
+    "registry_unavailable",
+    "storage_error",
+    "storage_unavailable",
+    "checkpoint_error",
+}
+"""Codes of errors that end a process, or that nodes and routers tell each other."""
+
+
+@cache
+def sections() -> dict[str, list[list[str]]]:
+    """Return the table rows below each heading, cell by cell."""
+    found: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in PAGE.read_text("utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+            found[heading] = []
+        elif line.startswith("| ") and not line.startswith(("| field", "| method", "| status")):
+            found[heading].append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return found
+
+
+def names(heading: str) -> list[str]:
+    return [row[0].strip("` ") for row in sections()[heading]]
+
+
+@pytest.mark.parametrize(
+    ("heading", "fields"),
+    [
+        ("Fields of completions and chat completions", BOTH),
+        ("Only completions", set(CompletionRequest.model_fields) - BOTH),
+        ("Only chat completions", set(ChatCompletionRequest.model_fields) - BOTH),
+        ("In `stream_options`", set(StreamOptions.model_fields)),
+        ("`/tokenize` with a text", set(TokenizeTextRequest.model_fields)),
+        ("`/tokenize` with a chat", set(TokenizeChatRequest.model_fields)),
+        ("`/detokenize`", set(DetokenizeRequest.model_fields)),
+    ],
+)
+def test_every_field_is_on_the_page_once(heading: str, fields: set[str]) -> None:
+    assert sorted(names(heading)) == sorted(fields)
+    for row in sections()[heading]:
+        assert len(row) == 4, row
+        assert re.search(r"honoured|ignored|refused", row[3]), row
+
+
+def test_every_refusal_is_on_the_page_with_its_reason() -> None:
+    assert {row[0].strip("` "): row[1] for row in sections()["Refused fields"]} == REFUSED_FIELDS
+
+
+def test_every_ignored_field_is_on_the_page() -> None:
+    (line,) = re.findall(r"as good:\n\n(.*)\n", PAGE.read_text("utf-8"))
+    assert set(re.findall(r"`(\w+)`", line)) == IGNORED_FIELDS
+
+
+def test_every_endpoint_is_on_the_page() -> None:
+    app = InstantRouter().app
+    assert isinstance(app, Starlette)
+    routes = {
+        f"{method} {route.path}"
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    assert routes <= set(names("Endpoints"))
+    assert set(names("Endpoints")) <= routes
+
+
+def test_every_error_code_is_on_the_page_with_its_status() -> None:
+    documented = {code: int(row[0]) for row in sections()["Errors"] for code in re.findall(r"`(\w+)`", row[1])}
+    kinds = [KVRelayError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    ours = {kind.code: kind.http_status for kind in kinds if kind.__module__ == "kvrelay.core.errors"}
+    assert {code: status for code, status in ours.items() if code not in NOT_FOR_CLIENTS}.items() <= documented.items()
+    assert not NOT_FOR_CLIENTS & documented.keys()

@@ -1,0 +1,392 @@
+"""What a client may send and how long it may take, byte by byte on real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
+
+COMPLETIONS = "/v1/completions"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What a client that has ended its side is asked with, once a second at first: how often depends on the machine."""
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def run(scenario: Callable[[FakeCluster], Awaitable[None]], script: Script | None = None, **router: object) -> None:
+    """Run ``scenario`` against a cluster; afterwards nothing may be left of any request."""
+
+    async def with_cluster() -> None:
+        async with fake_cluster(script or Script(), "prefill decode", **router) as cluster:
+            await scenario(cluster)
+            await cluster.quiet()
+
+    asyncio.run(with_cluster())
+
+
+@asynccontextmanager
+async def connected(cluster: FakeCluster) -> AsyncIterator[Connection]:
+    url = httpx.URL(cluster.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def post(body: bytes, *headers: bytes, path: str = COMPLETIONS, version: str = "1.1") -> bytes:
+    head = [f"POST {path} HTTP/{version}".encode(), b"host: x", b"content-length: %d" % len(body), *headers]
+    return b"\r\n".join([*head, b"", body])
+
+
+def completion(**fields: object) -> bytes:
+    return json.dumps({"prompt": "a", "max_tokens": 5, "seed": 0, **fields}).encode()
+
+
+async def answer_to(cluster: FakeCluster, request: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return status line, headers and the rest of what comes until the router closes the connection."""
+    async with connected(cluster) as (reader, writer):
+        writer.write(request)
+        head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+        status, _, headers = head.partition(b"\r\n")
+        return status, headers, rest
+
+
+def code(body: bytes) -> str:
+    error: dict[str, str] = json.loads(body)["error"]
+    return error["code"]
+
+
+# ---------------------------------------------------------------- headers
+
+BIG = b"x" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /health HTTP/1.1\r\na: " + BIG * 8,
+        b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 500_000,
+        b"GET /" + BIG * 2,
+        b"GET /health HTTP/1.1\r\n" + BIG,
+        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n" + b"a: b\r\n" * 100_000,
+        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1;" + BIG,
+    ],
+    ids=["one long", "many", "target", "name", "trailers", "chunk extension"],
+)
+def test_headers_that_are_too_long_are_431(request_bytes: bytes) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        status, headers, body = await answer_to(cluster, request_bytes)
+        assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
+        assert b"connection: close" in headers
+        assert code(body) == "headers_too_large"
+        assert "65536 bytes" in json.loads(body)["error"]["message"]
+
+    run(scenario)
+
+
+def test_limit_of_headers_holds_for_each_request_of_a_connection() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        headers = {"x-long": "x" * 700}
+        for _ in range(4):
+            assert (await cluster.client.get("/health", headers=headers)).status_code == 200
+        body = completion(prompt="a" * 300)
+        pipelined = post(body, b"x-long: " + b"y" * 700) * 5 + b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n"
+        _, _, rest = await answer_to(cluster, pipelined)
+        assert rest.count(b"HTTP/1.1 200 OK") == 5
+        assert (await cluster.client.get("/health", headers={"x-long": "x" * 1100})).status_code == 431
+
+    run(scenario, max_header_bytes=1024)
+
+
+def test_what_is_no_http_is_400_in_the_form_of_all_errors() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        status, _, body = await answer_to(cluster, b"\x16\x03\x01 hello\r\n\r\n")
+        assert status == b"HTTP/1.1 400 Bad Request"
+        assert code(body) == "invalid_http"
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"P",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
+        post(b"{")[:-1],
+        b"POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{",
+        b"POST /tokenize HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+        b"GET /health HTTP/1.1\r\n\r\nGET /hea",
+    ],
+    ids=["first byte", "headers", "no body", "body", "chunks", "second request"],
+)
+def test_request_that_does_not_come_to_its_end_is_408(begin: bytes) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(begin)
+            answer = await reader.read()
+        _, status, rest = answer.rpartition(b"HTTP/1.1 408 Request Timeout\r\n")
+        assert status, answer
+        assert code(rest.partition(b"\r\n\r\n")[2]) == "request_timeout"
+
+    run(scenario, request_read_timeout_s=0.2)
+
+
+def test_trickle_is_408() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 1000000\r\n\r\n")
+            answer = asyncio.ensure_future(reader.read())
+            while not answer.done():
+                writer.write(b" ")
+                await asyncio.wait([answer], timeout=0.01)
+            assert answer.result().startswith(b"HTTP/1.1 408 ")
+
+    run(scenario, request_read_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("begin", [b"", b"GET /health HTTP/1.1\r\n\r\n", b"\r\n"], ids=["new", "used", "line break"])
+def test_idle_connection_is_closed(begin: bytes) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(begin)
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200") if b"GET" in begin else answer == b""
+
+    run(scenario, keep_alive_timeout_s=0.1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_may_take_longer_than_a_request(streaming: bool) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": "a", "max_tokens": 40, "stream": streaming}
+        response = await cluster.client.post(COMPLETIONS, json=body)
+        assert response.status_code == 200
+        assert (
+            response.text.endswith("[DONE]\n\n") if streaming else response.json()["usage"]["completion_tokens"] == 40
+        )
+
+    run(scenario, Script(pace_s=0.01), request_read_timeout_s=0.1, keep_alive_timeout_s=0.1)
+
+
+def test_request_behind_one_that_takes_long_is_not_late() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        slow = post(completion(max_tokens=40))
+        long = post(completion(prompt="a" * 200_000), b"connection: close")
+        _, _, rest = await answer_to(cluster, slow + long)
+        assert b"HTTP/1.1 400 Bad Request" in rest
+
+    run(scenario, Script(pace_s=0.01), request_read_timeout_s=0.1)
+
+
+# ---------------------------------------------------------------- clients that end their side
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_half_closed_client_gets_its_answer(streaming: bool, version: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(post(completion(stream=streaming), version=version))
+            writer.write_eof()
+            answer = (await reader.read()).replace(CONTINUE, b"")
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert (
+            answer.endswith(b"[DONE]\n\n" if version == "1.0" else b"0\r\n\r\n") if streaming else b'"usage"' in answer
+        )
+
+    run(scenario, Script(pace_s=0.01))
+
+
+def test_half_closed_client_is_asked_and_waits() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(post(completion(max_tokens=200)))
+            writer.write_eof()
+            answer = await reader.read()
+        assert answer.startswith(CONTINUE)
+        assert answer.replace(CONTINUE, b"").startswith(b"HTTP/1.1 200 OK")
+
+    run(scenario, Script(pace_s=0.01))
+
+
+def test_half_a_request_of_a_client_that_leaves_is_forgotten() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(post(completion())[:-3])
+            writer.write_eof()
+            assert await reader.read() == b""
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- HTTP/1.0
+
+
+def test_streams_of_http_1_0_have_no_chunks() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        status, headers, rest = await answer_to(cluster, post(completion(stream=True), version="1.0"))
+        assert status == b"HTTP/1.1 200 OK"
+        assert b"transfer-encoding" not in headers
+        events = rest.split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        texts = [json.loads(event.removeprefix(b"data: "))["choices"][0]["text"] for event in events[:-2]]
+        assert "".join(texts) == ANSWER[:5]
+        status, headers, rest = await answer_to(cluster, post(completion(), version="1.0"))
+        assert f"content-length: {len(rest)}".encode() in headers
+        assert json.loads(rest)["choices"][0]["text"] == ANSWER[:5]
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- encodings
+
+
+async def send(cluster: FakeCluster, content: bytes, encoding: str, path: str = COMPLETIONS) -> httpx.Response:
+    return await cluster.client.post(path, content=content, headers={"content-encoding": encoding}, timeout=60)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "identity"])
+def test_gzip_body(encoding: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        content = completion() if encoding == "identity" else gzip.compress(completion())
+        response = await send(cluster, content, encoding)
+        assert response.json()["choices"][0]["text"] == ANSWER[:5]
+
+    run(scenario)
+
+
+def test_long_gzip_body() -> None:
+    content = gzip.compress(json.dumps({"prompt": "ab" * 500_000}).encode())
+
+    async def scenario(cluster: FakeCluster) -> None:
+        assert (await send(cluster, content, "gzip", "/tokenize")).json()["count"] == 1_000_000
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status", "said"),
+    [
+        (gzip.compress(b" " * (17 << 20)), "gzip", 413, "16777216 bytes"),
+        (gzip.compress(b" " * (400 << 20), 1), "gzip", 413, "16777216 bytes"),
+        (completion(), "gzip", 400, "not gzip"),
+        (gzip.compress(completion())[:-5], "gzip", 400, "one whole gzip member"),
+        (gzip.compress(completion()) + b"more", "gzip", 400, "one whole gzip member"),
+        (b"", "gzip", 400, "one whole gzip member"),
+        (completion(), "br", 415, "'br' is not supported"),
+        (completion(), "gzip, gzip", 415, "is not supported"),
+        (completion(), "x" * 5000, 415, "is not supported"),
+    ],
+    ids=["too long", "bomb", "none", "cut off", "more behind", "empty", "brotli", "twice", "long name"],
+)
+def test_body_of_a_wrong_encoding(content: bytes, encoding: str, status: int, said: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        response = await send(cluster, content, encoding)
+        assert response.status_code == status
+        assert said in response.json()["error"]["message"]
+
+    run(scenario)
+
+
+def test_body_that_is_announced_too_long_is_refused_before_it_comes() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            head = b"POST /v1/completions HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 999999999999\r\n\r\n"
+            writer.write(head)
+            assert await reader.readline() == b"HTTP/1.1 413 Request Entity Too Large\r\n"
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- web pages
+
+
+def test_web_pages_may_not_use_the_api_unless_configured() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        response = await cluster.client.get("/v1/models", headers={"origin": "http://page"})
+        assert "access-control-allow-origin" not in response.headers
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [(["*"], "*"), (["http://page"], "http://page")])
+def test_web_pages_of_configured_origins(origins: list[str], allowed: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        origin = {"origin": "http://page"}
+        ask = {**origin, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        asked = await cluster.client.options(COMPLETIONS, headers=ask)
+        assert asked.status_code == 200
+        response = await cluster.client.post(COMPLETIONS, content=completion(stream=True), headers=origin)
+        for headers in (asked.headers, response.headers):
+            assert headers["access-control-allow-origin"] == allowed
+        assert response.text.endswith("data: [DONE]\n\n")
+        stranger = await cluster.client.get("/v1/models", headers={"origin": "http://other"})
+        assert stranger.headers.get("access-control-allow-origin") == ("*" if allowed == "*" else None)
+
+    run(scenario, cors_allow_origins=origins)
+
+
+# ---------------------------------------------------------------- ids and paths
+
+
+@pytest.mark.parametrize("given", ["a b", "x" * 129, "é", "{}/\\\"'<>", "🦊", "x" * 5000, ""])
+def test_request_id_of_unusual_characters(given: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        headers = [(b"x-request-id", given.encode())]
+        response = await cluster.client.post(COMPLETIONS, content=completion(), headers=headers)
+        assert response.status_code == 200
+        echoed = dict(response.headers.raw)[b"x-request-id"]
+        assert echoed == given.encode() if 0 < len(given.encode()) <= 1024 else len(echoed) == 32
+        assert response.json()["id"].removeprefix("cmpl-").isalnum()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_request_id_in_progress_is_replaced(count: int) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        content, headers = completion(max_tokens=100, n=count), {"X-Request-Id": "twice"}
+        first = asyncio.create_task(cluster.client.post(COMPLETIONS, content=content, headers=headers))
+        await until(lambda: len(cluster.service.machine.requests) == count)
+        second = await cluster.client.post(COMPLETIONS, content=content, headers=headers)
+        answers = [second, await first]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert [answer.headers["x-request-id"] for answer in answers] == ["twice", "twice"]
+        assert answers[0].json()["id"] != answers[1].json()["id"] == "cmpl-twice"
+        again = await cluster.client.post(COMPLETIONS, content=completion(), headers=headers)
+        assert again.json()["id"] == "cmpl-twice"
+
+    run(scenario, Script(pace_s=0.002))
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/healthz", "/livez", "/ping", "/ready", "/readyz", "/v1/models", "/metrics"]
+)
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_paths_with_and_without_a_slash(path: str, slash: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        assert (await cluster.client.get(path + slash)).status_code == 200
+        response = await cluster.client.post(COMPLETIONS + slash, content=completion())
+        assert response.json()["choices"][0]["text"] == ANSWER[:5]
+        assert (await cluster.client.get(f"/v1/models/demo{slash}")).json()["id"] == "demo"
+
+    run(scenario)
+
+
+def test_root_and_double_slashes_are_404() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        for path in ("/", "//", "///nowhere//"):
+            status, _, body = await answer_to(cluster, f"GET {path} HTTP/1.1\r\nconnection: close\r\n\r\n".encode())
+            assert status == b"HTTP/1.1 404 Not Found"
+            assert code(body) == "not_found"
+
+    run(scenario)
