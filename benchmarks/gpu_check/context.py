@@ -51,7 +51,6 @@ class PoisonedFramework(TorchFramework):
     """Memory begins as NaN, or -7, so that what a kernel does not write is seen."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """See Framework."""
         made = super().empty(shape, dtype)
         return made.fill_(float("nan") if DTYPES[dtype].is_floating_point else -7)
 

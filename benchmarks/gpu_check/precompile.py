@@ -114,6 +114,7 @@ def _others(model: Model) -> None:
     ours.embed(step, torch.zeros(8, dtype=torch.int32), make((50, model.hidden)))
     ours.rms_norm(make((4, model.hidden)), make(model.hidden), 1e-6)
     ours.rms_norm(make((4, model.hidden)), make(model.hidden), 1e-6, rows)
+    ours.broken_rows(make((4, model.hidden)))
     ours.silu_mul(make((4, 2 * model.ffn)))
     norms = HeadNorms(make(shape.dim), make(shape.dim)) if model.normed else None
     qkv = make((step.shape.rows, (shape.heads + 2 * shape.groups) * shape.dim))
@@ -134,7 +135,18 @@ def _sampling(vocab: int, tiling: Any) -> None:
     reals, numbers = torch.zeros((4, 8), dtype=torch.float64), torch.zeros((5, 8), dtype=torch.int32)
     entries = torch.zeros(16, dtype=torch.int32), torch.zeros((3, 16))
     ints, tops = torch.zeros(16, dtype=torch.int32), torch.zeros((4, 21), dtype=torch.int32)
-    sample(logits, logits, reals, numbers, entries, ints, ints, tops, torch.zeros((4, 21)), tiling or SamplingTiling())
+    sample(
+        logits,
+        logits.new_empty(16),
+        reals,
+        numbers,
+        entries,
+        ints,
+        ints,
+        tops,
+        torch.zeros((4, 21)),
+        tiling or SamplingTiling(),
+    )
 
 
 def _prefill(shape: Any, tiling: Any) -> None:

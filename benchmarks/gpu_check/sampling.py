@@ -39,7 +39,7 @@ def run(context: Context) -> None:
 def _measure(context: Context, rows: int, vocab: int, kinds: dict[str, Any], tiling: SamplingTiling) -> None:
     device = context.torch_device
     logits = context.random(rows, vocab, dtype="float32", scale=3.0)
-    weights = torch.empty_like(logits)
+    room = torch.empty((rows, tiling.room(vocab)), device=device)
     last = torch.zeros(rows, dtype=torch.int32, device=device)
     tokens = torch.empty(rows, dtype=torch.int32, device=device)
     tops = torch.empty((rows, 21), dtype=torch.int32, device=device)
@@ -50,7 +50,7 @@ def _measure(context: Context, rows: int, vocab: int, kinds: dict[str, Any], til
         reals = torch.tensor([[0.5], [temperature], [top_p], [min_p]], dtype=torch.float64).repeat(1, rows).to(device)
         reals[0] = torch.rand(rows, dtype=torch.float64, device=device)
         numbers = torch.tensor([[top_k], [num_logprobs], [-1], [0], [0]], dtype=torch.int32).repeat(1, rows).to(device)
-        work = partial(sample, logits, weights, reals, numbers, adjusted, last, tokens, tops, logprobs, tiling)
+        work = partial(sample, logits, room, reals, numbers, adjusted, last, tokens, tops, logprobs, tiling)
         name = f"{rows} x {vocab}, {kind}, block {tiling.block} warps {tiling.num_warps}"
         try:
             seconds = context.seconds_in_graph([work] * 4, repeats=8)

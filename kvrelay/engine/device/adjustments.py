@@ -6,10 +6,24 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.core.errors import EngineError
+from kvrelay.core.request import SamplingParams
 from kvrelay.core.step import ScheduledSequence
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+
+_LEAST_PENALTY = float(np.finfo(np.float32).tiny)
+
+
+def adjusts(sampling: SamplingParams) -> bool:
+    """Return whether a sequence's logits may be changed before a token is drawn."""
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.min_tokens
+    )
 
 
 def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tuple[Int32, Float32]:
@@ -29,12 +43,11 @@ def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tup
     touched = [list(params.logit_bias), seen, output if penalized else output[:0], banned]
     tokens = np.unique(np.concatenate([np.asarray(part, np.int32) for part in touched]))
     if tokens.size and (tokens[0] < 0 or tokens[-1] >= vocab_size):
-        reason = f"token ids {tokens[0]} to {tokens[-1]} leave the vocabulary of {vocab_size}"
-        raise EngineError(reason, request_id=sequence.spec.request_id)
+        raise EngineError(f"token ids {tokens[0]} to {tokens[-1]} leave the vocabulary of {vocab_size}")
     changes = np.zeros((3, len(tokens)), np.float32)
     changes[0, np.searchsorted(tokens, list(params.logit_bias))] = list(params.logit_bias.values())
     changes[1] = 1.0
-    changes[1, np.searchsorted(tokens, seen)] = params.repetition_penalty
+    changes[1, np.searchsorted(tokens, seen)] = max(params.repetition_penalty, _LEAST_PENALTY)
     if penalized:
         changes[2, np.searchsorted(tokens, output)] = params.presence_penalty + params.frequency_penalty * counts
     changes[2, np.searchsorted(tokens, banned)] = np.inf

@@ -10,21 +10,14 @@ import numpy.typing as npt
 
 from kvrelay.core.errors import EngineError
 from kvrelay.core.ids import BlockId
-from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.device.adjustments import row_adjustments
-from kvrelay.engine.device.operations import StepShape
+from kvrelay.core.step import ScheduledSequence, SequenceFailed
+from kvrelay.engine.batch import Int64, StepLimits, misplaced, outside_vocabulary
+from kvrelay.engine.device.adjustments import adjusts, row_adjustments
+from kvrelay.engine.device.operations import MOST_LOGPROBS, StepShape
 from kvrelay.engine.device.sequence_rows import Int32, SequenceRow, SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
-
-
-class BatchLimits(NamedTuple):
-    """What a step must stay within, or it would read or write beside the pool and the tables."""
-
-    block_size: int
-    max_model_len: int
-    max_num_tokens: int
-    vocab_size: int
 
 
 class Sample(NamedTuple):
@@ -45,14 +38,18 @@ class Adjustments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A plan's batch by row: ``rows`` [4, N] and ``tiles`` [4, T] as in StepBuffer; what samples, in the plan's order.
+    """A plan's batch by row: ``rows`` [4, N] as in StepBuffer, ``tiles``; what samples, in the plan's order.
 
-    ``foreign``: blocks with KV that the device has not seen.
+    ``items`` are the sequences that are computed, in the plan's order; ``first_rows`` are their first rows. The others
+    are ``failed``, by their place in the plan. ``foreign``: blocks with KV that the device has not seen.
     """
 
+    items: list[ScheduledSequence]
+    failed: dict[int, SequenceFailed]
     shape: StepShape
     rows: Int32
-    tiles: Int32
+    first_rows: list[int]
+    tiles: Tiles
     samples: list[Sample]
     adjustments: Adjustments | None
     foreign: list[BlockId]
@@ -64,54 +61,96 @@ class Batch(NamedTuple):
         return slots
 
 
-class BatchAssembler:
-    """Turns plans into batches. ``tile_rows``: how many consecutive queries form a tile at most."""
+class _Part(NamedTuple):
+    """The tokens that a step computes of one sequence, and for each place that samples how its logits change."""
 
-    def __init__(self, limits: BatchLimits, rows: SequenceRows, tile_rows: int) -> None:
+    token_ids: list[int]
+    adjustments: list[tuple[Int32, npt.NDArray[np.float32]]] | None
+
+
+class BatchAssembler:
+    """Turns plans into batches of at most ``max_num_tokens``."""
+
+    def __init__(self, limits: StepLimits, rows: SequenceRows, cutter: TileCutter, max_num_tokens: int) -> None:
         self._limits = limits
         self._rows = rows
-        self._tile_rows = tile_rows
+        self._cutter = cutter
+        self._max_num_tokens = max_num_tokens
 
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Flatten ``scheduled``. Raises EngineError if it is empty or breaks a limit."""
-        if not scheduled:
-            raise EngineError("a step without sequences")
-        num_tokens, most = sum(item.num_tokens for item in scheduled), self._limits.max_num_tokens
-        if num_tokens > most:
-            raise EngineError(f"a step of {num_tokens} tokens is more than max_num_batched_tokens {most}")
-        rows = self._rows.take(scheduled)
-        for item, row in zip(scheduled, rows, strict=True):
-            self._check(item, row)
-        order = sorted(range(len(scheduled)), key=lambda index: scheduled[index].num_tokens > 1)
-        singles = sum(item.num_tokens == 1 for item in scheduled)
-        counts = np.array([scheduled[index].num_tokens for index in order])
-        ends = np.cumsum(counts)
-        by_row = self._by_row([scheduled[index] for index in order], [rows[index] for index in order], counts, ends)
-        tiles = self._tiles([(scheduled[index], rows[index]) for index in order[singles:]], singles)
-        last_rows = dict(zip(order, (ends - 1).tolist(), strict=True))
+        """Flatten those of ``scheduled`` that are within the limits of a sequence; perhaps there are none.
+
+        Raises EngineError if they are too much together.
+        """
+        items: list[ScheduledSequence] = []
+        parts: list[_Part] = []
+        failed: dict[int, SequenceFailed] = {}
+        for place, item in enumerate(scheduled):
+            part = self._part(item)
+            if isinstance(part, SequenceFailed) and item.drafts:
+                item = item.without_drafts  # noqa: PLW2901 (a guess beyond the limits is a wrong one)
+                part = self._part(item)
+            if isinstance(part, SequenceFailed):
+                failed[place] = part
+            else:
+                items.append(item)
+                parts.append(part)
+        num_tokens = sum(item.num_tokens for item in items)
+        if num_tokens > self._max_num_tokens:
+            raise EngineError(f"a step of {num_tokens} tokens is more than {self._max_num_tokens}")
+        return self._flatten(items, parts, failed)
+
+    def _part(self, item: ScheduledSequence) -> _Part | SequenceFailed:
+        """Return what to compute of ``item``, or why it cannot be computed."""
+        sequence, limits = item.sequence, self._limits
+        if failed := misplaced(item, limits) or self._rows.outside_pool(sequence):
+            return failed
+        token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
+        if failed := outside_vocabulary(token_ids, limits.vocab_size) or _too_many_logprobs(item):
+            return failed
+        if not (item.samples and adjusts(sequence.sampling)):
+            return _Part(token_ids, None)
+        try:
+            places = range(len(item.drafts or ()) + 1)
+            return _Part(token_ids, [row_adjustments(item, ahead, limits.vocab_size) for ahead in places])
+        except Exception as error:  # the border of a sequence, as in the host's sampler
+            reason = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
+
+    def _flatten(self, items: list[ScheduledSequence], parts: list[_Part], failed: dict[int, SequenceFailed]) -> Batch:
+        rows = self._rows.take(items)
+        order = sorted(range(len(items)), key=lambda index: items[index].num_tokens > 1)
+        singles = sum(item.num_tokens == 1 for item in items)
+        counts = np.array([items[index].num_tokens for index in order], np.int64)
+        firsts = np.cumsum(counts) - counts
+        by_row = self._by_row([(items[index], rows[index]) for index in order], counts, firsts)
+        by_row[0] = [token for index in order for token in parts[index].token_ids]
+        first_rows = [0] * len(items)
+        for index, first in zip(order, firsts.tolist(), strict=True):
+            first_rows[index] = first
+        chunks = [
+            Chunk(first_rows[index], items[index].num_tokens, items[index].start, rows[index].index)
+            for index in order[singles:]
+        ]
+        tiles = self._cutter.cut(chunks)
         samples = [
-            Sample(item, rows[index], ahead, last_rows[index] - len(item.drafts or ()) + ahead)
-            for index, item in enumerate(scheduled)
+            Sample(item, row, ahead, first + item.num_tokens - 1 - len(item.drafts or ()) + ahead)
+            for item, row, first in zip(items, rows, first_rows, strict=True)
             if item.samples
             for ahead in range(len(item.drafts or ()) + 1)
         ]
-        shape = StepShape(by_row.shape[1], singles, tiles.shape[1], len(samples))
-        adjustments = self._adjustments(samples)
-        foreign = [block for item, row in zip(scheduled, rows, strict=True) for block in self._foreign(item, row)]
-        return Batch(shape, by_row, tiles, samples, adjustments, foreign)
-
-    def _check(self, item: ScheduledSequence, row: SequenceRow) -> None:
-        sequence, start, num_tokens, _, drafts = item
-        end, limits = start + num_tokens, self._limits
-        reason = None
-        if num_tokens < 1 or start < 0 or end > len(sequence.token_ids) + len(drafts or ()):
-            reason = f"the step wants positions {start} to {end} of {sequence.num_tokens} tokens"
-        elif end > limits.max_model_len:
-            reason = f"{end} tokens are more than the model's {limits.max_model_len}"
-        elif end > row.num_blocks * limits.block_size:
-            reason = f"{row.num_blocks} blocks of {limits.block_size} do not hold {end} tokens"
-        if reason is not None:
-            raise EngineError(reason, request_id=sequence.spec.request_id)
+        paged, dense, pieces = (one.shape[1] for one in tiles)
+        return Batch(
+            items=items,
+            failed=failed,
+            shape=StepShape(by_row.shape[1], singles, paged, len(samples), dense, pieces),
+            rows=by_row,
+            first_rows=first_rows,
+            tiles=tiles,
+            samples=samples,
+            adjustments=_adjustments(items, parts),
+            foreign=[block for item, row in zip(items, rows, strict=True) for block in self._foreign(item, row)],
+        )
 
     def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
         """Return the blocks of context that the device lacks, and note that it has them all after this step."""
@@ -120,59 +159,28 @@ class BatchAssembler:
         row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)
         return row.table[first // size : -(-there // size)] if there > first else row.table[:0]
 
-    def _by_row(
-        self, items: list[ScheduledSequence], rows: list[SequenceRow], counts: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-    ) -> Int32:  # fmt: skip
-        """Return token, position, slot and table row of every row."""
-        result = np.empty((4, int(ends[-1])), np.int32)
-        tokens, positions, slots, table_rows = result
-        tokens[:] = _tokens(items)
-        self._check_tokens(tokens)
-        starts = np.array([item.start for item in items])
-        table_rows[:] = np.repeat(np.array([row.index for row in rows]), counts)
-        positions[:] = np.arange(len(tokens)) - np.repeat(ends - counts - starts, counts)
+    def _by_row(self, items: list[tuple[ScheduledSequence, SequenceRow]], counts: Int64, firsts: Int64) -> Int32:
+        """Return position, slot and table row of every row, after room for its token."""
+        result = np.zeros((4, int(counts.sum())), np.int32)
+        _, positions, slots, table_rows = result
+        starts = np.array([item.start for item, _ in items], np.int64)
+        table_rows[:] = np.repeat(np.array([row.index for _, row in items], np.int64), counts)
+        positions[:] = np.arange(len(positions)) - np.repeat(firsts - starts, counts)
         size = self._limits.block_size
         slots[:] = self._rows.tables[table_rows, positions // size] * size + positions % size
-        computed = np.array([item.sequence.num_computed_tokens for item in items])
+        computed = np.array([item.sequence.num_computed_tokens for item, _ in items], np.int64)
         if (computed > starts).any():  # some of the KV is there already
             slots[positions < np.repeat(computed, counts)] = -1
         return result
 
-    def _check_tokens(self, tokens: Int32) -> None:
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        if lowest < 0 or highest >= self._limits.vocab_size:
-            raise EngineError(f"token ids {lowest} to {highest} leave the vocabulary of {self._limits.vocab_size}")
-
-    def _tiles(self, chunks: list[tuple[ScheduledSequence, SequenceRow]], first_row: int) -> Int32:
-        """Cut ``chunks``, whose rows begin at ``first_row``, into tiles, those with the longest context first."""
-        tiles: list[tuple[int, int, int, int]] = []
-        for item, row in chunks:
-            for begin in range(0, item.num_tokens, self._tile_rows):
-                count = min(self._tile_rows, item.num_tokens - begin)
-                tiles.append((first_row + begin, count, item.start + begin, row.index))
-            first_row += item.num_tokens
-        tiles.sort(key=lambda tile: -tile[2])
-        return np.array(tiles, np.int32).reshape(-1, 4).T
-
-    def _adjustments(self, samples: list[Sample]) -> Adjustments | None:
-        if not any(sample.row.adjusts for sample in samples):
-            return None
-        parts = [
-            row_adjustments(sample.item, sample.ahead, self._limits.vocab_size) if sample.row.adjusts else None
-            for sample in samples
-        ]
-        ends = np.cumsum([0 if part is None else len(part[0]) for part in parts], dtype=np.int32)
-        changed = [part for part in parts if part is not None]
-        tokens, changes = (np.concatenate(one, axis=-1) for one in zip(*changed, strict=True))
-        return Adjustments(tokens, changes, ends)
-
     def fill(self, buffer: StepBuffer, batch: Batch) -> None:
         """Put ``batch`` into ``buffer`` and start its copy to the device."""
         buffer.reset()
-        rows, _, tiles, count = batch.shape
+        rows, _, paged, count, dense, pieces = batch.shape
         buffer.rows[:, :rows] = batch.rows
-        buffer.tiles[:, :tiles] = batch.tiles
+        buffer.tiles[:, :paged] = batch.tiles.paged
+        buffer.dense_tiles[:, :dense] = batch.tiles.dense
+        buffer.pieces[:, :pieces] = batch.tiles.pieces
         if count:
             self._fill_samples(buffer, batch)
         buffer.upload()
@@ -191,14 +199,27 @@ class BatchAssembler:
             buffer.upload_adjustments(tokens, changes)
 
 
-def _tokens(items: list[ScheduledSequence]) -> list[int]:
-    tokens: list[int] = []
-    for item in items:
-        if item.num_tokens == 1:
-            tokens.append(item.sequence.token_ids[item.start])
-        else:
-            tokens += item.token_ids
-    return tokens
+def _too_many_logprobs(item: ScheduledSequence) -> SequenceFailed | None:
+    asked = item.sequence.sampling.num_logprobs
+    if asked is None or asked <= MOST_LOGPROBS:
+        return None
+    return SequenceFailed(f"{asked} log probabilities are more than {MOST_LOGPROBS}")
+
+
+def _adjustments(items: list[ScheduledSequence], parts: list[_Part]) -> Adjustments | None:
+    """Return how the logits of all sampling rows change, None if none do."""
+    if all(part.adjustments is None for part in parts):
+        return None
+    changed: list[tuple[Int32, npt.NDArray[np.float32]]] = []
+    counts: list[int] = []
+    for item, part in zip(items, parts, strict=True):
+        if part.adjustments is not None:
+            changed += part.adjustments
+            counts += (len(tokens) for tokens, _ in part.adjustments)
+        elif item.samples:
+            counts += [0] * (len(item.drafts or ()) + 1)
+    tokens, changes = (np.concatenate(one, axis=-1) for one in zip(*changed, strict=True))
+    return Adjustments(tokens, changes, np.cumsum(counts, dtype=np.int32))
 
 
 def _uniform(sample: Sample) -> float:

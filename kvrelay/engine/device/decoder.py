@@ -6,6 +6,7 @@ Nothing in it waits for the device or depends on what the device computes, so al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
@@ -13,6 +14,16 @@ from kvrelay.engine.device.framework import Framework, Tensor
 from kvrelay.engine.device.operations import Operations, Sampled, StepTensors
 from kvrelay.engine.device.weights import Linear
 from kvrelay.engine.kernels import LayerKV
+
+
+class Computed(NamedTuple):
+    """What a step gives, on the device: what is ``sampled`` (None if nothing is), and ``broken_rows`` int32 [N].
+
+    ``broken_rows`` are 1 where the last layer's result is not finite; those that are padding mean nothing.
+    """
+
+    sampled: Sampled | None
+    broken_rows: Tensor
 
 
 class DeviceDecoder:
@@ -29,13 +40,24 @@ class DeviceDecoder:
         self._tables = tables
         self._last_tokens = last_tokens
 
-    def forward(
+    def compute(
         self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None] = lambda layer: None
-    ) -> Tensor:
-        """Return float32 logits [S, vocab], or None if nothing samples.
+    ) -> Computed:
+        """Compute and sample a step.
 
         Calls ``on_layer(layer)`` when the device has been told to write the layer's keys and values to ``pool``.
         """
+        residual = self._forward(step, pool, on_layer)
+        broken_rows = self._operations.broken_rows(residual)
+        if not step.shape.samples:
+            return Computed(None, broken_rows)
+        eps, head = self._config.rms_norm_eps, self._weights.lm_head
+        chosen = self._operations.rms_norm(residual, self._weights.final_norm, eps, step.sample_rows)
+        logits = self._framework.linear(chosen, head.weight, head.bias, "float32")
+        return Computed(self.sample(logits, step), broken_rows)
+
+    def _forward(self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
+        """Return what the last layer gives: [N, hidden]."""
         do, weights, eps = self._operations, self._weights, self._config.rms_norm_eps
         residual = do.embed(step, self._last_tokens, weights.embedding)
         for index, layer in enumerate(weights.layers):
@@ -46,11 +68,7 @@ class DeviceDecoder:
             self._add_linear(residual, attended, layer.out)
             gate_up = self._linear(do.rms_norm(residual, layer.post_attention_norm, eps), layer.gate_up)
             self._add_linear(residual, do.silu_mul(gate_up), layer.down)
-        if not step.shape.samples:
-            return None
-        chosen = do.rms_norm(residual, weights.final_norm, eps, step.sample_rows)
-        head: Linear = weights.lm_head
-        return self._framework.linear(chosen, head.weight, head.bias, "float32")
+        return residual
 
     def sample(self, logits: Tensor, step: StepTensors) -> Sampled:
         """Return the tokens sampled from ``logits``."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.kv_memory import KVMemory
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence, TokenLogprobs
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan, StepResult
+from kvrelay.core.step import ScheduledSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
+from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
-from kvrelay.engine.device.batch import Batch, BatchAssembler, BatchLimits
-from kvrelay.engine.device.decoder import DeviceDecoder
+from kvrelay.engine.device.batch import Batch, BatchAssembler
+from kvrelay.engine.device.decoder import Computed, DeviceDecoder
 from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes
 from kvrelay.engine.device.operations import Operations, Sampled, StepShape
+from kvrelay.engine.device.outcomes import outcomes_of
 from kvrelay.engine.device.pool import DevicePool, MirroredPool, private_pool, shared_pool
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.tiles import TileCutter
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +63,16 @@ class DeviceEngine:
         self._stream = framework.stream()
         max_blocks = geometry.blocks_for(limits.max_model_len)
         self._rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
-        batch_limits = BatchLimits(
-            geometry.block_size, limits.max_model_len, limits.max_num_batched_tokens, config.vocab_size
-        )
-        self._assembler = BatchAssembler(batch_limits, self._rows, operations.tile_rows)
+        step_limits = StepLimits(geometry.block_size, limits.num_blocks, limits.max_model_len, config.vocab_size)
+        self._cutter = TileCutter(operations.tile_rows, operations.room)
+        self._assembler = BatchAssembler(step_limits, self._rows, self._cutter, limits.max_num_batched_tokens)
         with framework.on(self._stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
             self._pool = self._make_pool()
             self._buffer = self._make_buffer(entries=0)
         self._tokens, self._token_staging = framework.staging(limits.max_num_batched_tokens)
+        self._broken, self._broken_staging = framework.staging(limits.max_num_batched_tokens)
         self._sampled = framework.event()
         self._decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
         self._graphs = StepGraphs((), self._decoder, self._pool.layers, framework, self._stream)
@@ -95,28 +97,48 @@ class DeviceEngine:
         return min(room, self._limits.max_model_len, self._limits.max_num_batched_tokens)
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """See Engine."""
-        batch = self._assembler.assemble(plan.batch)
-        with self._framework.on(self._stream):
-            self._pool.copy_in(batch.foreign)
-            self._update_tables()
-            sampled, finish = self._launch(batch, on_layer)
-            count = batch.shape.samples
-            if sampled is not None:
-                self._framework.copy(self._token_staging[:count], sampled.tokens[:count])
-            self._sampled.record(self._stream)
-            finish()
-            self._sampled.synchronize()
-            entries = self._logprobs(batch, sampled)
-        return StepResult(plan.step, _results(plan.batch, self._tokens[:count].tolist(), entries))
+        if not plan.batch:
+            raise EngineError("a step without sequences")
+        try:
+            with self._framework.on(self._stream):
+                return StepResult(plan.step, self._run(plan.batch, on_layer))
+        except BaseException:
+            self._rows.clear()  # what the device has of their KV is not known any more
+            raise
+
+    def _run(self, scheduled: list[ScheduledSequence], on_layer: Callable[[int], None]) -> list[SequenceOutcome]:
+        batch = self._assembler.assemble(scheduled)
+        outcomes = iter(self._compute(batch, on_layer) if batch.items else ())
+        return [batch.failed[place] if place in batch.failed else next(outcomes) for place in range(len(scheduled))]
+
+    def _compute(self, batch: Batch, on_layer: Callable[[int], None]) -> list[SequenceOutcome]:
+        """Return the outcome of each of the batch's items."""
+        self._pool.copy_in(batch.foreign)
+        self._update_tables()
+        computed, finish = self._launch(batch, on_layer)
+        rows, count = batch.shape.rows, batch.shape.samples
+        if computed.sampled is not None:
+            self._framework.copy(self._token_staging[:count], computed.sampled.tokens[:count])
+        if count < rows:
+            self._framework.copy(self._broken_staging[:rows], computed.broken_rows[:rows])
+        self._sampled.record(self._stream)
+        finish()
+        self._sampled.synchronize()
+        broken = self._broken[:rows] if count < rows else None  # logits tell as much
+        outcomes = outcomes_of(batch, self._tokens[:count].tolist(), self._logprobs(batch, computed.sampled), broken)
+        for index, item in enumerate(batch.items):
+            if item.drafts and isinstance(outcomes[index], SequenceFailed):
+                # Perhaps a guess is what is not finite: masked or not, it can spoil the rows before it.
+                [outcomes[index]] = self._run([item.without_drafts], lambda layer: None)
+        return outcomes
 
     def _update_tables(self) -> None:
         changes = self._rows.take_changes()
         if changes is not None:
             self._operations.set_entries(self._tables, self._framework.upload(changes, "int32"))
 
-    def _launch(self, batch: Batch, on_layer: Callable[[int], None]) -> tuple[Sampled | None, Callable[[], None]]:
-        """Tell the device to compute ``batch``; return what it samples, and what announces the rest of the layers."""
+    def _launch(self, batch: Batch, on_layer: Callable[[int], None]) -> tuple[Computed, Callable[[], None]]:
+        """Tell the device to compute ``batch``; return what comes of it, and what announces the rest of the layers."""
         entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
         graph = self._graphs.find(batch.shape, entries)
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
@@ -125,8 +147,7 @@ class DeviceEngine:
         copies = self._pool.begin_copy_out(step.slots, on_layer)
         if graph is not None:
             return graph.replay(), copies.finish
-        logits = self._decoder.forward(step, self._pool.layers, copies.layer_launched)
-        return None if logits is None else self._decoder.sample(logits, step), copies.finish
+        return self._decoder.compute(step, self._pool.layers, copies.layer_launched), copies.finish
 
     def _eager_buffer(self, entries: int) -> StepBuffer:
         if entries > self._buffer.entries:
@@ -135,8 +156,8 @@ class DeviceEngine:
 
     def _make_buffer(self, entries: int) -> StepBuffer:
         rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
-        tiles = rows // self._operations.tile_rows + seqs
-        return StepBuffer(self._framework, StepShape(rows, seqs, tiles, rows), entries)
+        paged, dense, pieces = self._cutter.most(rows, seqs)
+        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
 
     def _logprobs(self, batch: Batch, sampled: Sampled | None) -> Iterator[TokenLogprobs | None]:
         """Return for each sampling row its log probabilities, if they are asked for."""
@@ -150,37 +171,10 @@ class DeviceEngine:
         )
 
     def close(self) -> None:
-        """See Engine."""
         self._stream.synchronize()
         del self._graphs
         self._pool.close()
         self.memory.close()
-
-
-def _results(
-    batch: list[ScheduledSequence], tokens: list[int], entries: Iterator[TokenLogprobs | None]
-) -> list[SampledTokens]:
-    """Return the output tokens of ``batch``: of drafts as many as were guessed right, and the one after."""
-    if -1 in tokens:
-        _refuse_non_finite(batch, tokens)
-    rows = iter(tokens)
-    results = []
-    for item in batch:
-        drafts = item.drafts or ()
-        count = 1 + len(drafts) if item.samples else 0
-        mine, logprobs = list(islice(rows, count)), list(islice(entries, count))
-        wrong = (index for index, draft in enumerate(drafts) if mine[index] != draft) if item.samples else iter(())
-        accepted = next(wrong, len(drafts)) + 1
-        results.append(SampledTokens(mine[:accepted], [entry for entry in logprobs[:accepted] if entry is not None]))
-    return results
-
-
-def _refuse_non_finite(batch: list[ScheduledSequence], tokens: list[int]) -> None:
-    owners = [
-        item.sequence.spec.request_id for item in batch if item.samples for _ in range(1 + len(item.drafts or ()))
-    ]
-    names = dict.fromkeys(owner for owner, token in zip(owners, tokens, strict=True) if token == -1)
-    raise EngineError(f"the model gave logits that are not finite for {', '.join(names)}")
 
 
 def _warm_up_plan(num_tokens: int, geometry: KVGeometry) -> StepPlan:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvrelay.engine.device.decoder import DeviceDecoder
+from kvrelay.engine.device.decoder import Computed, DeviceDecoder
 from kvrelay.engine.device.framework import Framework, Graph, Stream
-from kvrelay.engine.device.operations import Sampled, StepShape
+from kvrelay.engine.device.operations import StepShape
 from kvrelay.engine.device.step_buffer import StepBuffer, fits
 from kvrelay.engine.kernels import LayerKV
 
@@ -38,17 +38,17 @@ class StepGraph:
             self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples)
             step = self.buffer.tensors(shape)
 
-        def work() -> Sampled:
-            return decoder.sample(decoder.forward(step, pool), step)
+        def work() -> Computed:
+            return decoder.compute(step, pool)
 
         with framework.on(stream):
             self.buffer.upload()
             work()  # compiles what it needs
         stream.synchronize()
-        self._graph: Graph[Sampled] = framework.capture(work, stream)
+        self._graph: Graph[Computed] = framework.capture(work, stream)
 
-    def replay(self) -> Sampled:
-        """Compute what the buffer holds; return what was sampled, in the same memory each time."""
+    def replay(self) -> Computed:
+        """Compute what the buffer holds; return what comes of it, in the same memory each time."""
         self._graph.replay()
         return self._graph.output
 

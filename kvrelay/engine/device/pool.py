@@ -86,7 +86,6 @@ class MirroredPool:
             self._operations.copy_blocks(self._host_words, self._device_words, device_blocks, planes)
 
     def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> MirrorCopies:
-        """See PlainPool."""
         return MirrorCopies(self, slots, on_layer)
 
     def copy_out(self, slots: Tensor, layers: range) -> None:
@@ -123,7 +122,6 @@ class MirrorCopies(LayerCopies):
         self._next = 0
 
     def layer_launched(self, layer: int) -> None:
-        """See LayerCopies."""
         if (layer + 1) % LAYERS_PER_COPY == 0:
             self._begin(layer + 1)
         self._tell_copied(wait=False)

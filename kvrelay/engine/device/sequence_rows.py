@@ -12,21 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.core.errors import EngineError
-from kvrelay.core.request import SamplingParams, Sequence
-from kvrelay.core.step import ScheduledSequence
+from kvrelay.core.request import Sequence
+from kvrelay.core.step import ScheduledSequence, SequenceFailed
+from kvrelay.engine.batch import outside_pool
 from kvrelay.engine.sampler import GREEDY_BELOW
 
 Int32 = npt.NDArray[np.int32]
+
+_ALL = (1 << 31) - 1
+"""A top_k that leaves every token."""
 
 
 class SequenceRow:
     """The row ``index`` of one sequence.
 
     ``table`` is the sequence's own block table, and the row has the first ``num_blocks`` of it. The device has the KV
-    of the first ``resident`` tokens. ``draws``: tokens are not greedy. ``adjusts``: logits may be changed first.
+    of the first ``resident`` tokens. ``draws``: tokens are not greedy.
     """
 
-    __slots__ = ("adjusts", "draws", "index", "num_blocks", "resident", "table")
+    __slots__ = ("draws", "index", "num_blocks", "resident", "table")
 
     def __init__(self, index: int, sequence: Sequence) -> None:
         self.index = index
@@ -34,7 +38,6 @@ class SequenceRow:
         self.num_blocks = 0
         self.resident = 0
         self.draws = sequence.sampling.temperature >= GREEDY_BELOW
-        self.adjusts = _adjusts(sequence.sampling)
 
 
 class SequenceRows:
@@ -55,12 +58,23 @@ class SequenceRows:
         self._blocks: list[int] = []
 
     def clear(self) -> None:
-        """Forget every sequence."""
+        """Forget every sequence, and that the device has any of its KV."""
         self._free += [row.index for row in self._rows.values()]
         self._rows.clear()
+        self._places, self._blocks = [], []
+
+    def outside_pool(self, sequence: Sequence) -> SequenceFailed | None:
+        """Return the failure of ``sequence`` if blocks that it has now and its row does not are outside the pool."""
+        table, row = sequence.block_table, self._rows.get(sequence)
+        first = row.num_blocks if row is not None and row.table is table else 0
+        if len(table) <= first:
+            return None
+        return outside_pool(np.frombuffer(table, np.int32)[first:], self._num_pool_blocks)
 
     def take(self, batch: list[ScheduledSequence]) -> list[SequenceRow]:
-        """Return the rows of ``batch``, brought up to date with the sequences' block tables. Raises EngineError.
+        """Return the rows of ``batch``, brought up to date with the sequences' block tables.
+
+        Raises EngineError if they are too many.
 
         A sequence with another block table than before has been elsewhere: none of its KV is known any more.
         """
@@ -77,7 +91,7 @@ class SequenceRows:
             if row is None or row.table is not sequence.block_table:
                 row = known[sequence] = self._new_row(sequence, row)
             if len(row.table) != row.num_blocks:
-                self._add_blocks(sequence, row)
+                self._add_blocks(row)
             rows.append(row)
         return rows
 
@@ -87,18 +101,13 @@ class SequenceRows:
         row = SequenceRow(old.index if old is not None else self._free.pop(), sequence)
         params = sequence.sampling
         self.reals[:, row.index] = params.temperature, params.top_p, params.min_p
-        self.numbers[:, row.index] = params.top_k, -1 if params.num_logprobs is None else params.num_logprobs
+        top_k = min(params.top_k, _ALL)
+        self.numbers[:, row.index] = top_k, -1 if params.num_logprobs is None else params.num_logprobs
         return row
 
-    def _add_blocks(self, sequence: Sequence, row: SequenceRow) -> None:
-        first, last = row.num_blocks, len(row.table)
+    def _add_blocks(self, row: SequenceRow) -> None:
+        first, last = row.num_blocks, min(len(row.table), self.tables.shape[1])
         blocks = row.table[first:last]
-        if min(blocks) < 0 or max(blocks) >= self._num_pool_blocks:
-            reason = f"the block table leaves the pool of {self._num_pool_blocks} blocks"
-            raise EngineError(reason, request_id=sequence.spec.request_id)
-        if last > self.tables.shape[1]:
-            reason = f"{last} blocks are more than a sequence of max_model_len has"
-            raise EngineError(reason, request_id=sequence.spec.request_id)
         self.tables[row.index, first:last] = blocks
         start = row.index * self.tables.shape[1]
         self._places.extend(range(start + first, start + last))
@@ -112,13 +121,3 @@ class SequenceRows:
         changes = np.array([self._places, self._blocks], np.int32)
         self._places, self._blocks = [], []
         return changes
-
-
-def _adjusts(sampling: SamplingParams) -> bool:
-    return bool(
-        sampling.logit_bias
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.min_tokens
-    )

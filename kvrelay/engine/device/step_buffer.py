@@ -15,23 +15,25 @@ _ALIGNMENT = 4
 class StepBuffer:
     """Room for a step of at most ``capacity`` and ``entries`` adjustments of logits, as host arrays and on the device.
 
-    Host arrays by name: ``rows`` [4, N] (token, position, slot, table row), ``tiles`` [4, T], ``sample_rows`` [S],
-    ``reals`` float64 [4, S], ``numbers`` [5, S]. They are padded: what is not filled computes nothing.
+    Host arrays by name: ``rows`` [4, N] (token, position, slot, table row), ``tiles`` [4, T], ``dense_tiles`` [4, U],
+    ``pieces`` [3, P], ``sample_rows`` [S], ``reals`` float64 [4, S], ``numbers`` [5, S]. They are padded: what is not
+    filled computes nothing.
     """
 
     def __init__(self, framework: Framework, capacity: StepShape, entries: int) -> None:
         self._framework = framework
         self.capacity = capacity
         self.entries = entries
-        rows, tiles, samples = (_padded(size) for size in (capacity.rows, capacity.tiles, capacity.samples))
+        rows, _, tiles, samples, dense, pieces = (_padded(size) for size in capacity)
         sizes = {"reals": 8 * samples, "rows": 4 * rows, "tiles": 4 * tiles, "sample_rows": samples}
-        sizes["numbers"] = 5 * samples
+        sizes |= {"numbers": 5 * samples, "dense_tiles": 4 * dense, "pieces": 3 * pieces}
         host, self._staging = framework.staging(sum(sizes.values()))
         self._device = framework.zeros((len(host),), "int32")
         places = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         self._parts = {name: self._device[at : at + sizes[name]] for name, at in places.items()}
         parts = {name: host[at : at + sizes[name]] for name, at in places.items()}
         self.rows, self.tiles = parts["rows"].reshape(4, rows), parts["tiles"].reshape(4, tiles)
+        self.dense_tiles, self.pieces = parts["dense_tiles"].reshape(4, dense), parts["pieces"].reshape(3, pieces)
         self.sample_rows, self.numbers = parts["sample_rows"], parts["numbers"].reshape(5, samples)
         self.reals: npt.NDArray[np.float64] = parts["reals"].view(np.float64).reshape(4, samples)
         self._adjusted_tokens = framework.zeros((_padded(entries),), "int32")
@@ -41,7 +43,7 @@ class StepBuffer:
     def reset(self) -> None:
         """Make everything padding."""
         self.rows[0], self.rows[1], self.rows[2], self.rows[3] = 0, 0, -1, -1
-        self.tiles[:] = 0
+        self.tiles[:], self.dense_tiles[:], self.pieces[:] = 0, 0, 0
         self.sample_rows[:] = 0
         self.reals[:] = 0.0
         self.numbers[0], self.numbers[1], self.numbers[2], self.numbers[3], self.numbers[4] = 0, -1, -1, 0, 0
@@ -59,7 +61,7 @@ class StepBuffer:
 
     def tensors(self, shape: StepShape) -> StepTensors:
         """Return the first part of each array, for a step of ``shape``, on the device."""
-        rows, _, tiles, samples = shape
+        rows, _, tiles, samples, dense, pieces = shape
         parts = self._parts
         tokens, positions, slots, table_rows = (row[:rows] for row in parts["rows"].view(4, -1))
         return StepTensors(
@@ -72,6 +74,8 @@ class StepBuffer:
             sample_rows=parts["sample_rows"][:samples],
             reals=self._framework.typed(parts["reals"], "float64", (4, -1)),
             numbers=parts["numbers"].view(5, -1),
+            dense_tiles=parts["dense_tiles"].view(4, -1)[:, :dense],
+            pieces=parts["pieces"].view(3, -1)[:, :pieces],
             adjusted_tokens=self._adjusted_tokens,
             changes=self._changes,
         )

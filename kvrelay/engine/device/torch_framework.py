@@ -37,29 +37,23 @@ class TorchFramework:
         self._graph_pool = torch.cuda.graph_pool_handle() if self.is_gpu else None
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """See Framework."""
         return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """See Framework."""
         return torch.zeros(shape, dtype=DTYPES[dtype], device=self._device)
 
     def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
-        """See Framework."""
         owned = array if array.flags.writeable else array.copy()
         return torch.from_numpy(np.ascontiguousarray(owned)).to(self._device, DTYPES[dtype], copy=True)
 
     def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """See Framework."""
         return tensor.reshape(-1).view(DTYPES[dtype]).view(shape)
 
     def staging(self, num_words: int) -> tuple[npt.NDArray[np.int32], Tensor]:
-        """See Framework."""
         memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=self.is_gpu)
         return memory.numpy(), memory
 
     def share(self, array: npt.NDArray[np.uint8]) -> Tensor:
-        """See Framework."""
         if self.is_gpu:
             code = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
             if int(getattr(code, "value", code)) != 0:
@@ -67,22 +61,18 @@ class TorchFramework:
         return torch.from_numpy(array)
 
     def unshare(self, array: npt.NDArray[np.uint8]) -> None:
-        """See Framework."""
         self.synchronize()
         if self.is_gpu:
             torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See Framework."""
         target.copy_(source, non_blocking=True)
 
     def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """See Framework."""
         array: npt.NDArray[Any] = tensor.cpu().numpy()
         return array
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
-        """See Framework."""
         if bias is not None:
             return torch.addmm(bias, x, weight.t())
         if dtype is None or DTYPES[dtype] == x.dtype:
@@ -92,32 +82,26 @@ class TorchFramework:
         return torch.mm(x, weight.t()).to(DTYPES[dtype])
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """See Framework."""
         if bias is not None:
             residual.add_(bias)
         residual.addmm_(x, weight.t())
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
-        """See Framework."""
         generator = torch.Generator(self._device).manual_seed(seed)
         empty = torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
         return empty.normal_(0.0, deviation, generator=generator)
 
     def synchronize(self) -> None:
-        """See Framework."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
     def stream(self) -> Stream:
-        """See Framework."""
         return torch.cuda.Stream(self._device) if self.is_gpu else _InOrder()
 
     def event(self) -> Event:
-        """See Framework."""
         return torch.cuda.Event() if self.is_gpu else _InOrder()
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """See Framework."""
         return self._in_stream(stream)
 
     @contextlib.contextmanager
@@ -126,7 +110,6 @@ class TorchFramework:
             yield
 
     def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
-        """See Framework."""
         if not self.is_gpu:
             with torch.inference_mode():
                 return _DoneAgain(work)
@@ -164,7 +147,6 @@ class _InOrder:
         """See Event."""
 
     def query(self) -> bool:
-        """See Event."""
         return True
 
     def wait_event(self, event: Any) -> None:

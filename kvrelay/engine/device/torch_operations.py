@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from kvrelay.engine.device.framework import Framework, Tensor
-from kvrelay.engine.device.operations import MOST_LOGPROBS, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.operations import MOST_LOGPROBS, NONE_LEFT, NOT_FINITE, OperationLimits, Sampled, StepTensors
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.sampler import GREEDY_BELOW
 
@@ -15,6 +17,7 @@ class TorchOperations:
     """See Operations. Sequences are attended to one after the other."""
 
     tile_rows = 1 << 20
+    room = None
 
     def __init__(self, framework: Framework, heads: HeadShape, limits: OperationLimits) -> None:
         self._heads = heads
@@ -24,21 +27,21 @@ class TorchOperations:
         self._sine = framework.upload(sine, "float32")
 
     def embed(self, step: StepTensors, last_tokens: Tensor, table: Tensor) -> Tensor:
-        """See Operations."""
         sampled = last_tokens[step.table_rows.clamp(min=0)]
         tokens = torch.where(step.tokens < 0, sampled, step.tokens).clamp(min=0)
         return torch.nn.functional.embedding(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
-        """See Operations."""
         wide = (x if rows is None else x[rows]).float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
         return wide.to(x.dtype)
 
+    def broken_rows(self, x: Tensor) -> Tensor:
+        return (~x.isfinite()).any(-1).int()
+
     def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, step: StepTensors, layer: LayerKV
     ) -> Tensor:
-        """See Operations."""
         heads, groups, dim = self._heads.num_heads, self._heads.num_kv_heads, self._heads.head_dim
         parts = qkv.view(-1, heads + 2 * groups, dim)
         queries, keys, values = parts.float().split([heads, groups, groups], 1)
@@ -57,7 +60,6 @@ class TorchOperations:
     def attention(
         self, queries: Tensor, layer: LayerKV, step: StepTensors, tables: Tensor, window: int | None
     ) -> Tensor:
-        """See Operations."""
         out = torch.zeros_like(queries)
         positions, table_rows = step.positions.tolist(), step.table_rows.tolist()
         spans = [(row, 1, positions[row], table_rows[row]) for row in range(step.shape.decodes) if table_rows[row] >= 0]
@@ -83,12 +85,10 @@ class TorchOperations:
         return torch.einsum("grnt,tgd->ngrd", weights, values).reshape(queries.shape).to(queries.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See Operations."""
         gate, up = gate_up.float().chunk(2, -1)
         return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
-        """See Operations."""
         count, width = len(logits), 1 + MOST_LOGPROBS
         sampled = Sampled(
             torch.zeros(count, dtype=torch.int32, device=logits.device),
@@ -102,10 +102,11 @@ class TorchOperations:
     def _sample_row(self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled) -> None:
         uniform, temperature, top_p, min_p = step.reals[:, row].tolist()
         top_k, num_logprobs, table_row, begin, end = step.numbers[:, row].tolist()
-        token = -1
-        if bool(logits.isfinite().all()):
+        token = NOT_FINITE
+        if math.isfinite(logits.max()):  # NaN if any is
             adjusted = _adjusted(logits, step.adjusted_tokens[begin:end], step.changes[:, begin:end])
-            token = int(adjusted.argmax())
+            token = int(adjusted.argmax()) if math.isfinite(adjusted.max()) else NONE_LEFT
+        if token >= 0:
             if temperature >= GREEDY_BELOW:
                 token = _draw(_filtered(adjusted, temperature, top_k, top_p, min_p), uniform)
             if num_logprobs >= 0:
@@ -119,11 +120,9 @@ class TorchOperations:
             last_tokens[table_row] = token
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
-        """See Operations."""
         table.view(-1)[entries[0]] = entries[1]
 
     def copy_blocks(self, source: Tensor, target: Tensor, blocks: Tensor, planes: range) -> None:
-        """See Operations."""
         chosen = blocks[blocks >= 0]
         of_source, of_target = (chosen.long().to(side.device) for side in (source, target))
         where = slice(planes.start, planes.stop)
@@ -135,7 +134,7 @@ def _adjusted(logits: Tensor, tokens: Tensor, changes: Tensor) -> Tensor:
         return logits
     bias, penalty, less = changes
     values = logits[tokens] + bias
-    values = torch.where(values > 0, values / penalty, values * penalty) - less
+    values = torch.where(values > 0, values / penalty, values * penalty).clamp(max=torch.finfo(values.dtype).max) - less
     adjusted = logits.clone()
     adjusted[tokens] = values
     return adjusted

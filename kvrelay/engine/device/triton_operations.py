@@ -9,6 +9,7 @@ from kvrelay.engine.device.kernels import activation, blocks, embedding, norm, r
 from kvrelay.engine.device.kernels import decode_attention as decode
 from kvrelay.engine.device.kernels import prefill_attention as prefill
 from kvrelay.engine.device.operations import MOST_LOGPROBS, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 
 DECODE_TILINGS: tuple[tuple[int, decode.DecodeTiling], ...] = (
@@ -31,28 +32,31 @@ class TritonOperations:
         self.decode_tilings = DECODE_TILINGS
         self.sampling_tiling = sampling.SamplingTiling()
         self.tile_rows = self.prefill_tiling.rows
+        self.room: DenseRoom | None = None
         cosine, sine = heads.rotation.half_tables(np.arange(limits.max_model_len))
         self._cosine = framework.upload(cosine, "float32")
         self._sine = framework.upload(sine, "float32")
         self._scratch: dict[decode.DecodeTiling, tuple[Tensor, Tensor, Tensor]] = {}
 
     def embed(self, step: StepTensors, last_tokens: Tensor, table: Tensor) -> Tensor:
-        """See Operations."""
         out = self._framework.empty((step.shape.rows, table.shape[1]), self._limits.dtype)
         embedding.embed(step.tokens, step.table_rows, last_tokens, table, out)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
-        """See Operations."""
         count = x.shape[0] if rows is None else rows.shape[0]
         out = self._framework.empty((count, x.shape[1]), self._limits.dtype)
         norm.rms_norm(x, weight, out, eps, rows)
         return out
 
+    def broken_rows(self, x: Tensor) -> Tensor:
+        out = self._framework.empty((x.shape[0],), "int32")
+        norm.broken_rows(x, out)
+        return out
+
     def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, step: StepTensors, layer: LayerKV
     ) -> Tensor:
-        """See Operations."""
         shape = (step.shape.rows, self._heads.num_heads, self._heads.head_dim)
         queries = self._framework.empty(shape, self._limits.dtype)
         rope_kv.apply_rope_and_write_kv(
@@ -63,7 +67,6 @@ class TritonOperations:
     def attention(
         self, queries: Tensor, layer: LayerKV, step: StepTensors, tables: Tensor, window: int | None
     ) -> Tensor:
-        """See Operations."""
         rows, decodes, tiles, _ = step.shape
         out = self._framework.empty((rows, self._heads.num_heads, self._heads.head_dim), self._limits.dtype)
         size, exact = self._limits.block_size, self._exact
@@ -100,29 +103,25 @@ class TritonOperations:
         return self._scratch[tiling]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See Operations."""
         out = self._framework.empty((gate_up.shape[0], gate_up.shape[1] // 2), self._limits.dtype)
         activation.silu_mul(gate_up, out)
         return out
 
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
-        """See Operations."""
         make, count = self._framework, logits.shape[0]
-        weights = make.empty(tuple(logits.shape), "float32")
+        room = make.empty((count, self.sampling_tiling.room(logits.shape[1])), "float32")
         width = 1 + MOST_LOGPROBS
         sampled = Sampled(
             make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
         )
         sampling.sample(
-            logits, weights, step.reals, step.numbers, (step.adjusted_tokens, step.changes), last_tokens, *sampled,
+            logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), last_tokens, *sampled,
             self.sampling_tiling,
         )  # fmt: skip
         return sampled
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
-        """See Operations."""
         blocks.set_entries(table, entries)
 
     def copy_blocks(self, source: Tensor, target: Tensor, block_ids: Tensor, planes: range) -> None:
-        """See Operations."""
         blocks.copy_blocks(source, target, block_ids, planes)

@@ -30,19 +30,15 @@ class DevicePacking:
         self._dtype = dtype
 
     def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
-        """See WeightPacking."""
         return self._framework.upload(array, self._dtype)
 
     def pack_table(self, table: Tensor) -> Tensor:
-        """See WeightPacking."""
         return table
 
     def pack_norm(self, weight: Tensor) -> Tensor:
-        """See WeightPacking."""
         return weight
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False) -> Linear:
-        """See WeightPacking."""
         return Linear(weight, bias, exact)
 
 

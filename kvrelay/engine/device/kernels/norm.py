@@ -1,4 +1,4 @@
-"""RMS norm of rows, all of them or chosen ones."""
+"""RMS norm of rows, all of them or chosen ones; rows that are not finite."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def rms_norm(x: Any, weight: Any, out: Any, eps: float, rows: Any | None) -> Non
     warps = 8 if block >= 2048 else 4
     chosen = rows is not None
     rms_norm_kernel[(out.shape[0],)](x, weight, out, rows if chosen else x, eps, width, block, chosen, num_warps=warps)
+
+
+@triton.jit
+def broken_rows_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: whether anything in it is not finite."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    value = tl.load(x + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 0))
+
+
+def broken_rows(x: Any, out: Any) -> None:
+    """Write to ``out`` int32 [N] 1 where a row of ``x`` [N, width] has anything that is not finite, else 0."""
+    width = x.shape[1]
+    block = triton.next_power_of_2(width)
+    broken_rows_kernel[(x.shape[0],)](x, out, width, block, num_warps=8 if block >= 2048 else 4)

@@ -9,10 +9,12 @@ import torch
 
 from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.core.step import ScheduledSequence
-from kvrelay.engine.device.batch import BatchAssembler, BatchLimits
+from kvrelay.engine.batch import StepLimits
+from kvrelay.engine.device.batch import BatchAssembler
 from kvrelay.engine.device.operations import Sampled, StepShape
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 
 KINDS: list[dict[str, Any]] = [
@@ -68,7 +70,8 @@ def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], valu
     """Return what ``operations`` sample from ``values``, on the host."""
     framework = TorchFramework(device)
     rows = SequenceRows(len(batch), 4, 8)
-    assembler = BatchAssembler(BatchLimits(16, 64, 1024, values.shape[1]), rows, operations.tile_rows)
+    limits = StepLimits(block_size=16, num_blocks=8, max_model_len=64, vocab_size=values.shape[1])
+    assembler = BatchAssembler(limits, rows, TileCutter(operations.tile_rows, None), max_num_tokens=1024)
     assembled = assembler.assemble(batch)
     count = len(batch)
     most = 0 if assembled.adjustments is None else len(assembled.adjustments.tokens)

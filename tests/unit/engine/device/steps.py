@@ -62,7 +62,9 @@ class Case:
         by_row = torch.tensor(np.array(rows, np.int32).T.copy())
         by_tile = torch.tensor(np.array(tiles, np.int32).reshape(-1, 4).T.copy())
         none = torch.zeros(4, dtype=torch.int32)
-        step = StepTensors(StepShape(len(rows), singles, len(tiles), 0), *by_row, by_tile, none, none, none, none, none)
+        no_tiles, no_pieces = by_tile[:, :0], by_tile[:3, :0]
+        shape = StepShape(len(rows), singles, len(tiles), 0)
+        step = StepTensors(shape, *by_row, by_tile, no_tiles, no_pieces, none, none, none, none, none)
         kv = torch.tensor(rng.standard_normal((2, num_blocks * size, self.shape.groups, self.shape.dim)))
         layer = LayerKV(*kv.to(getattr(torch, self.shape.dtype)))
         return moved(step, self.device), torch.tensor(tables.astype(np.int32)).to(self.device), to(layer, self.device)

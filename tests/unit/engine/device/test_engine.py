@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from engine_runs import Runner, output, sequence
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
 from kvrelay.core.request import Sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, StepPlan
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepPlan
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
@@ -184,42 +185,108 @@ def test_a_sequence_that_grew_elsewhere_is_read_anew(make: Make) -> None:
     assert output(one) == output(expected)
 
 
-def test_steps_that_break_a_limit_are_refused_and_leave_the_engine_as_it_was(make: Make) -> None:
+def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make: Make) -> None:
     engine = make(mirrored=True)
-    good, runner = sequence(prompt(20), "good", max_tokens=4), Runner(engine)
+    good, runner = sequence(prompt(20), "good", max_tokens=12), Runner(engine)
     runner.run((good, 20))
 
-    def refused(match: str, *items: ScheduledSequence) -> None:
-        with pytest.raises(EngineError, match=match):
-            engine.run(StepPlan(5, list(items)), lambda layer: None)
+    def fails(match: str, blocks: list[int], tokens: list[int] | None = None, count: int = 20, **sampling: Any) -> None:
+        bad = sequence(tokens or prompt(20), "bad", **sampling)
+        bad.take_blocks(blocks)
+        runner.give_blocks(good, good.num_tokens)
+        step = [ScheduledSequence(bad, 0, count, True), ScheduledSequence(good, good.num_tokens - 1, 1, True)]
+        failed, fine = engine.run(StepPlan(5, step), lambda layer: None).outcomes
+        assert isinstance(failed, SequenceFailed) and match in failed.reason
+        assert isinstance(fine, SampledTokens)
+        good.num_computed_tokens += 1
+        good.token_ids += fine.token_ids
 
-    def bad(blocks: list[int], tokens: list[int] | None = None, **sampling: Any) -> Sequence:
-        made = sequence(tokens or prompt(20), "bad", **sampling)
-        made.take_blocks(blocks)
-        return made
-
-    refused("without sequences")
-    refused("do not hold 20 tokens", ScheduledSequence(bad([1]), 0, 20, True))
-    refused("leaves the pool of 64", ScheduledSequence(bad([1, 64]), 0, 20, True))
-    refused("leaves the pool of 64", ScheduledSequence(bad([1, -1]), 0, 20, True))
-    refused("positions 0 to 21", ScheduledSequence(bad([1, 2]), 0, 21, True))
-    refused("leave the vocabulary", ScheduledSequence(bad([1, 2], [384] * 20), 0, 20, True))
-    refused("leave the vocabulary", ScheduledSequence(bad([1, 2], logit_bias={384: 1.0}), 0, 20, True))
-    longest = [ScheduledSequence(bad(list(range(20)), prompt(300)), 0, 300, True) for _ in range(2)]
-    refused("600 tokens is more than max_num_batched_tokens 512", *longest)
-    refused("max_num_seqs", *[ScheduledSequence(bad([1, 2]), 0, 20, True) for _ in range(9)])
-    expected = sequence(prompt(20), max_tokens=4)
+    fails("do not hold 20 tokens", [1])
+    fails("leaves the pool of 64", [1, 64])
+    fails("leaves the pool of 64", [1, -1])
+    fails("positions 0 to 21", [1, 2], count=21)
+    fails("token id 384 is not in the vocabulary", [1, 2], [384] * 20)
+    fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
+    fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
+    fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
+    banned = {"min_tokens": 9, "eos_token_ids": list(range(200)), "stop_token_ids": list(range(200, 384))}
+    fails("leave no token to choose", [1, 2], **banned)
+    expected = sequence(prompt(20), max_tokens=12)
     Runner(make()).finish(expected)
     runner.finish(good)
     assert output(good) == output(expected)
 
 
-def test_logits_that_are_not_finite_name_their_request(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_too_much_together_are_refused(make: Make) -> None:
+    engine = make(mirrored=True)
+
+    def refused(match: str, *items: ScheduledSequence) -> None:
+        with pytest.raises(EngineError, match=match):
+            engine.run(StepPlan(5, list(items)), lambda layer: None)
+
+    def one(length: int) -> ScheduledSequence:
+        made = sequence(prompt(length), "r")
+        made.take_blocks(range(20))
+        return ScheduledSequence(made, 0, length, True)
+
+    refused("without sequences")
+    refused("600 tokens is more than 512", one(300), one(300))
+    refused("max_num_seqs", *[one(20) for _ in range(9)])
+    expected, again = sequence(prompt(20), max_tokens=4), sequence(prompt(20), max_tokens=4)
+    Runner(make()).finish(expected)
+    Runner(engine).finish(again)
+    assert output(again) == output(expected)
+
+
+def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that others wrote were not copied to the device then, though the step had begun."""
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
+    Runner(make()).finish(expected)
+    Runner(there).run((one, 33))
+    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, one.block_table]
+    runner = Runner(here)
+    runner.free = [block for block in runner.free if block not in one.block_table]
+    with monkeypatch.context() as patch:
+        patch.setattr(here._pool, "copy_in", _out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            runner.run((one, 1))
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def _out_of_memory(blocks: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:
+    """A graph of decode steps takes a chunk of one token as well, and its logits are nobody's."""
+    engine = make(decode_graphs=(2,))
+    weights = engine._decoder._weights
+    embedding = weights.embedding.clone()
+    embedding[77] = float("inf")
+    engine._decoder._weights = replace(weights, embedding=embedding)
+    decoding, chunked = sequence(prompt(5), "fine"), sequence([77, 1, 2], "broken")
+    runner = Runner(engine)
+    runner.run((decoding, 5))
+    runner.give_blocks(chunked, 1)
+    step = [ScheduledSequence(chunked, 0, 1, samples=False), ScheduledSequence(decoding, 5, 1, samples=True)]
+    failed, fine = engine.run(StepPlan(3, step), lambda layer: None).outcomes
+    assert failed == SequenceFailed("the model's hidden states are not finite at position 0")
+    assert isinstance(fine, SampledTokens)
+
+
+def test_logits_that_are_not_finite_fail_their_sequence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
-    batch = [(sequence(prompt(5), "fine"), 5), (sequence(prompt(6), "broken"), 6)]
-    with pytest.raises(EngineError, match=r"not finite for broken$"):
-        Runner(engine).run(*batch)
+    batch = [sequence(prompt(5), "fine"), sequence(prompt(6), "broken")]
+    runner, items = Runner(engine), []
+    for one in batch:
+        runner.give_blocks(one, one.num_tokens)
+        items.append(ScheduledSequence(one, 0, one.num_tokens, True))
+    fine, failed = engine.run(StepPlan(1, items), lambda layer: None).outcomes
+    assert isinstance(fine, SampledTokens)
+    assert failed == SequenceFailed("the model's logits are not finite at output position 0")
 
 
 def _spoiled(sample: Any) -> Any:

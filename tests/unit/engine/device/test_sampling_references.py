@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from sampling_checks import check_drafts, check_non_finite, check_tokens_and_logprobs
+from sampling_checks import check_drafts, check_non_finite, check_none_left, check_tokens_and_logprobs
 from steps import Shape
 
 from kvrelay.engine.device.torch_framework import TorchFramework
@@ -25,3 +25,7 @@ def test_drafts(references: TorchOperations) -> None:
 
 def test_a_logit_that_is_not_finite(references: TorchOperations) -> None:
     check_non_finite(references)
+
+
+def test_parameters_that_leave_no_token(references: TorchOperations) -> None:
+    check_none_left(references)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from sampling_checks import check_drafts, check_non_finite, check_tokens_and_logprobs
+from sampling_checks import check_drafts, check_non_finite, check_none_left, check_tokens_and_logprobs
 from steps import Shape, operations
 
 from kvrelay.engine.device.kernels.sampling import SamplingTiling
@@ -21,3 +21,7 @@ def test_drafts() -> None:
 
 def test_a_logit_that_is_not_finite() -> None:
     check_non_finite(operations(Shape())[0])
+
+
+def test_parameters_that_leave_no_token() -> None:
+    check_none_left(operations(Shape())[0])
