@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from gpu_check.context import Context
-from gpu_check.dense_attention import dense_attention, gather
 from kvrelay.engine.device.kernels.decode_attention import DecodeTiling, decode_attention, scratch_sizes
+from kvrelay.engine.device.kernels.dense_attention import DenseTiling, dense_attention, gather
 from kvrelay.engine.device.kernels.prefill_attention import PrefillTiling, prefill_attention
+from kvrelay.engine.device.tiles import Chunk, DenseRoom, TileCutter
 
 HEADS, GROUPS, DIM, BLOCK = 32, 8, 128, 16
 
@@ -19,35 +20,24 @@ DTYPE = "float16" if os.environ.get("TRITON_INTERPRET") == "1" else "bfloat16"
 """Triton's interpreter multiplies no bfloat16."""
 
 PREFILL_TILINGS = [
-    PrefillTiling(128, 128, 8, 2),
-    PrefillTiling(128, 64, 8, 3),
-    PrefillTiling(128, 64, 8, 2),
+    PrefillTiling(128, 64, 4, 3),
+    PrefillTiling(128, 64, 4, 2),
     PrefillTiling(128, 128, 8, 3),
     PrefillTiling(64, 64, 4, 3),
-    PrefillTiling(64, 64, 4, 2),
-    PrefillTiling(64, 128, 4, 2),
-    PrefillTiling(128, 64, 4, 3),
 ]
 
-DENSE_TILINGS = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3)]
-"""Rows, tile, warps and stages of the candidate on gathered keys and values."""
+DENSE_TILINGS = [DenseTiling(), DenseTiling(num_stages=2), DenseTiling(num_stages=4), DenseTiling(128, 8, 3)]
+"""Of the kernel on gathered keys and values."""
 
 DECODE_TILINGS = [
     DecodeTiling(1, 64),
+    DecodeTiling(4, 2048),
     DecodeTiling(4, 1024),
-    DecodeTiling(4, 256),
-    DecodeTiling(8, 512),
-    DecodeTiling(8, 128),
-    DecodeTiling(16, 128),
-    DecodeTiling(16, 64),
-    DecodeTiling(32, 64),
     DecodeTiling(4, 256, tile=128),
+    DecodeTiling(8, 128, tile=128),
+    DecodeTiling(16, 128),
     DecodeTiling(16, 128, tile=128),
-    DecodeTiling(4, 256, num_warps=8),
-    DecodeTiling(4, 256, num_stages=4),
-    DecodeTiling(4, 256, num_stages=2),
-    DecodeTiling(16, 128, num_warps=2),
-    DecodeTiling(16, 128, num_stages=4),
+    DecodeTiling(32, 64),
 ]
 
 
@@ -55,7 +45,9 @@ def run(context: Context) -> None:
     """Measure prefill at two lengths, then decode at the batches of the table."""
     for length in (20,) if context.tiny else (2048, 8192):
         _prefill(context, length)
-    for batch, length in ((2, 40),) if context.tiny else ((1, 1152), (32, 1152), (64, 2048), (256, 1152)):
+    for batch, length in (
+        ((2, 40),) if context.tiny else ((1, 1152), (8, 1152), (16, 1152), (32, 1152), (64, 2048), (256, 1152))
+    ):
         _decode(context, batch, length)
 
 
@@ -98,33 +90,34 @@ def _prefill(context: Context, length: int) -> None:
             best,
             f"{seconds * 1e6:.0f} us, distance {distance:.1e}",
         )
-    _dense(context, queries, keys, values, tables[0], reference, flops)
+    _dense(context, queries, keys, values, tables, reference, flops)
 
 
 def _dense(
-    context: Context, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
+    context: Context, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor,
     reference: torch.Tensor, flops: float,
 ) -> None:  # fmt: skip
-    """Measure the candidate, and the gathering that it needs."""
-    length = queries.shape[0]
-    gathered = [torch.empty_like(keys), torch.empty_like(values)]
-
-    def gather_both() -> None:
-        for source, target in zip((keys, values), gathered, strict=True):
-            gather(source, table, target, BLOCK * GROUPS * DIM)
-
-    seconds = context.seconds_in_graph([gather_both] * 3, repeats=5)
-    context.report.add("attention", f"prefill {length}, gathering for the dense kernel", seconds * 1e6, "us")
+    """Measure the kernel on gathered keys and values, and the gathering that it needs."""
+    length, device = queries.shape[0], context.torch_device
     for tiling in DENSE_TILINGS[:1] if context.tiny else DENSE_TILINGS:
+        cut = TileCutter(128, DenseRoom(-(-length // tiling.tile) * tiling.tile, 1, tiling.tile))
+        _, dense, piece_list = cut.cut([Chunk(0, length, 0, 0)])
+        tiles, pieces = (torch.from_numpy(np.ascontiguousarray(one)).to(device) for one in (dense, piece_list))
+        room = torch.full((2, pieces.shape[1] * tiling.tile, GROUPS, DIM), float("nan"), device=device)
+        room = room.to(keys.dtype)
+        gathered = room[0], room[1]
         out = torch.full_like(queries, float("nan"))
-        name = "prefill {}, dense, rows {} tile {} warps {} stages {}".format(length, *tiling)
+        name = f"prefill {length}, dense, tile {tiling.tile} warps {tiling.num_warps} stages {tiling.num_stages}"
+        gathering = partial(gather, keys, values, pieces, tables, gathered, BLOCK, tiling.tile)
+        work = partial(dense_attention, queries, gathered, tiles, out, tiling)
         try:
-            work = partial(dense_attention, queries, *gathered, out, *tiling)
+            gather_seconds = context.seconds_in_graph([gathering] * 3, repeats=5)
             seconds = context.seconds_in_graph([work] * 3, repeats=5)
         except Exception as error:
             context.report.add("attention", name, f"failed: {repr(error)[:150]}")
             continue
-        note = f"{seconds * 1e6:.0f} us, distance {_distance(out, reference):.1e}"
+        note = f"{seconds * 1e6:.0f} us and {gather_seconds * 1e6:.0f} us to gather, "
+        note += f"distance {_distance(out, reference):.1e}"
         context.report.add("attention", name, flops / seconds / 1e12, "TFLOP/s", context.gemm_flops_per_s / 1e12, note)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
-from sampling_checks import check_drafts, check_non_finite, check_tokens_and_logprobs
+from sampling_checks import check_drafts, check_non_finite, check_none_left, check_tokens_and_logprobs
 from steps import Case, Shape, copy_of, operations
 
 from gpu_check.context import Context, PoisonedFramework
@@ -67,6 +70,23 @@ def _check_layer(context: Context, shape: Shape, wrong: list[str]) -> None:
         singles = step.shape.decodes
         compare(f"decode attention, window {window}", attended[0][:singles], attended[1][:singles])
         compare(f"prefill attention, window {window}", attended[0][singles:], attended[1][singles:])
+    broken = hidden.clone()
+    broken[1, 7], broken[3, 0], broken[4, 4095] = float("nan"), float("inf"), float("-inf")
+    compare("broken rows", ours.broken_rows(broken), theirs.broken_rows(broken))
+    if ours.room is not None:
+        _check_gathered(context, shape, compare)
+
+
+def _check_gathered(context: Context, shape: Shape, compare: Callable[[str, torch.Tensor, torch.Tensor], None]) -> None:
+    """Compare attention over gathered contexts, in memory that held NaN, of chunks that begin anywhere."""
+    ours, theirs = operations(shape, PoisonedFramework(context.device))
+    room = ours.room._replace(fewest=30)
+    for spans in [[(1500, 1), (0, 300), (21, 5), (63, 65), (1000, 200)], [(0, 1999)]]:
+        case = Case(shape, [(40, 1), (0, 37)] if context.tiny else spans, ours.tile_rows, device=context.torch_device)
+        step, tables, layer = replace(case, room=room).build()
+        queries = case.random(step.shape.rows, shape.heads, shape.dim, seed=5)
+        expected = theirs.attention(queries, layer, case.build()[0], tables, None)
+        compare("attention over gathered contexts", ours.attention(queries, layer, step, tables, None), expected)
 
 
 def _check_sampling(context: Context, vocab_size: int, wrong: list[str]) -> None:
@@ -75,6 +95,7 @@ def _check_sampling(context: Context, vocab_size: int, wrong: list[str]) -> None
         ("tokens and logprobs", lambda: check_tokens_and_logprobs(ours, vocab_size, vocab_size, context.device)),
         ("drafts", lambda: check_drafts(ours, vocab_size, context.device)),
         ("not finite", lambda: check_non_finite(ours, context.device)),
+        ("no token left", lambda: check_none_left(ours, context.device)),
     ):
         name, result = f"sampling, {what}, vocabulary of {vocab_size}", "equal to the host's"
         try:

@@ -80,6 +80,8 @@ def _jobs() -> list[Callable[[], object]]:
         jobs.append(partial(_sampling, model.vocab, None))
     jobs += [partial(_prefill, eight, tiling) for tiling in PREFILL_TILINGS]
     jobs += [partial(_dense, eight, tiling) for tiling in DENSE_TILINGS]
+    small = [model.shape for model in models if model.shape.dtype != "float32" and model.shape.dim != 96]
+    jobs += [partial(_dense, shape, DENSE_TILINGS[0]) for shape in small]
     jobs += [partial(_decode, eight, tiling) for tiling in DECODE_TILINGS]
     jobs += [partial(_sampling, 128256, tiling) for tiling in TILINGS]
     return jobs
@@ -157,14 +159,17 @@ def _prefill(shape: Any, tiling: Any) -> None:
     prefill_attention(queries, *layer, step.tiles, tables, queries, shape.block_size, None, False, tiling)
 
 
-def _dense(shape: Any, tiling: tuple[int, int, int, int]) -> None:
-    from gpu_check.dense_attention import dense_attention, gather  # noqa: PLC0415
+def _dense(shape: Any, tiling: Any) -> None:
+    import torch  # noqa: PLC0415
 
-    _, step, _, layer = _operations(shape)
+    from kvrelay.engine.device.kernels.dense_attention import dense_attention, gather  # noqa: PLC0415
+
+    _, step, tables, layer = _operations(shape)
     queries = layer.keys.new_empty((128, shape.heads, shape.dim))
-    keys = layer.keys.new_empty((128, shape.groups, shape.dim))
-    dense_attention(queries, keys, keys, queries, *tiling)
-    gather(keys, step.tokens, keys, shape.block_size * shape.groups * shape.dim)
+    room = layer.keys.new_empty((2, 128, shape.groups, shape.dim))
+    pieces = torch.zeros((3, 2), dtype=torch.int32)
+    dense_attention(queries, (room[0], room[1]), step.tiles, queries, tiling)
+    gather(*layer, pieces, tables, (room[0], room[1]), shape.block_size, tiling.tile)
 
 
 def _decode(shape: Any, tiling: Any) -> None:

@@ -85,7 +85,9 @@ class DeviceEngine:
     def warm_up(self) -> None:
         """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
         self._framework.synchronize()  # weights and tables were made in other streams
-        for count in {1, 2, min(300, self._longest_warm_up())}:
+        room = self._operations.room
+        counts = {1, 2, 300} if room is None else {1, 2, 300, room.fewest}
+        for count in {min(count, self._longest_warm_up()) for count in counts}:
             self.run(_warm_up_plan(count, self.geometry), lambda layer: None)
         self._rows.clear()
         decodes = [StepShape(size, size, 0, size) for size in self._limits.decode_graphs]

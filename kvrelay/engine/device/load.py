@@ -106,7 +106,10 @@ def make_operations(
     """Return Triton's kernels on a GPU, or interpreted, and torch's own operators on a CPU."""
     rotation = Rotation(*inverse_frequencies(config.rope, config.head_dim, limits.max_model_len))
     heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
-    sizes = OperationLimits(options.dtype, options.block_size, limits.max_model_len, limits.max_num_seqs)
+    whole = all(window is None for window in config.windows)
+    # several contexts lose a little room each, since they begin at multiples of some tokens
+    gathered = max(limits.max_model_len, limits.max_num_batched_tokens * 9 // 8) + 64 if whole else 0
+    sizes = OperationLimits(options.dtype, options.block_size, limits.max_model_len, limits.max_num_seqs, gathered)
     if not framework.is_gpu and not options.interpreted:
         return TorchOperations(framework, heads, sizes)
     from kvrelay.engine.device.triton_operations import TritonOperations  # noqa: PLC0415

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvrelay.engine.device.framework import Framework, Tensor
 from kvrelay.engine.device.kernels import activation, blocks, embedding, norm, rope_kv, sampling
 from kvrelay.engine.device.kernels import decode_attention as decode
+from kvrelay.engine.device.kernels import dense_attention as dense
 from kvrelay.engine.device.kernels import prefill_attention as prefill
 from kvrelay.engine.device.operations import MOST_LOGPROBS, OperationLimits, Sampled, StepTensors
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 
 DECODE_TILINGS: tuple[tuple[int, decode.DecodeTiling], ...] = (
-    (16, decode.DecodeTiling(splits=16, fewest=128)),
-    (64, decode.DecodeTiling(splits=8, fewest=512)),
-    (1 << 30, decode.DecodeTiling(splits=4, fewest=1024)),
+    (8, decode.DecodeTiling(splits=16, fewest=128, tile=128)),
+    (24, decode.DecodeTiling(splits=4, fewest=256, tile=128)),
+    (1 << 30, decode.DecodeTiling(splits=4, fewest=2048)),
 )
-"""How contexts are cut in a step of up to so many sequences: few sequences need many pieces to fill the device."""
+"""How contexts are cut in a step of up to so many sequences: few sequences need many pieces to fill the device. Many
+fill it by themselves, and only a context much longer than the others is cut, so that the step does not wait for it.
+"""
+
+_WIDEST = 128
+"""Elements of a head up to which longer tiles fit into a multiprocessor's memory."""
+
+_DENSE_DIMS = (16, 32, 64, 128)
+
+GATHERED_FROM = 512
+"""Tokens of a chunk from which its context is gathered: on an H100 that pays from about 250 at contexts of 2,048
+tokens and 500 at 8,192. Prefill steps that are graphs are shorter.
+"""
+
+MOST_GATHERED = 32768
+"""Tokens of the room for gathered contexts at most: 128 MiB for 8 heads of 128 elements."""
 
 
 class TritonOperations:
-    """See Operations."""
+    """Operations of kernels. Tilings were chosen by ``scripts/gpu-check`` on an H100."""
 
     def __init__(self, framework: Framework, heads: HeadShape, limits: OperationLimits) -> None:
         self._framework = framework
@@ -32,11 +50,20 @@ class TritonOperations:
         self.decode_tilings = DECODE_TILINGS
         self.sampling_tiling = sampling.SamplingTiling()
         self.tile_rows = self.prefill_tiling.rows
-        self.room: DenseRoom | None = None
+        self.dense_tiling = dense.DenseTiling()
+        self.room = self._dense_room()
         cosine, sine = heads.rotation.half_tables(np.arange(limits.max_model_len))
         self._cosine = framework.upload(cosine, "float32")
         self._sine = framework.upload(sine, "float32")
+        self._gathered: Tensor | None = None
         self._scratch: dict[decode.DecodeTiling, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _dense_room(self) -> DenseRoom | None:
+        """Return where contexts are gathered, None if the kernel for that cannot compute these heads."""
+        dim, piece = self._heads.head_dim, self.dense_tiling.tile
+        capacity = min(self._limits.gathered, MOST_GATHERED) // piece * piece
+        fits = dim in _DENSE_DIMS and not self._exact
+        return DenseRoom(capacity, GATHERED_FROM, piece) if fits and capacity >= GATHERED_FROM else None
 
     def embed(self, step: StepTensors, last_tokens: Tensor, table: Tensor) -> Tensor:
         out = self._framework.empty((step.shape.rows, table.shape[1]), self._limits.dtype)
@@ -67,7 +94,7 @@ class TritonOperations:
     def attention(
         self, queries: Tensor, layer: LayerKV, step: StepTensors, tables: Tensor, window: int | None
     ) -> Tensor:
-        rows, decodes, tiles, _ = step.shape
+        rows, decodes, tiles, _, dense_tiles, _ = step.shape
         out = self._framework.empty((rows, self._heads.num_heads, self._heads.head_dim), self._limits.dtype)
         size, exact = self._limits.block_size, self._exact
         if decodes:
@@ -80,13 +107,25 @@ class TritonOperations:
             prefill.prefill_attention(
                 queries, layer.keys, layer.values, step.tiles, tables, out, size, window, exact, self.prefill_tiling
             )
+        if dense_tiles:
+            room = self._gathered_room()
+            gathered = room[0], room[1]
+            dense.gather(layer.keys, layer.values, step.pieces, tables, gathered, size, self.dense_tiling.tile)
+            dense.dense_attention(queries, gathered, step.dense_tiles, out, self.dense_tiling)
         return out.view(rows, -1)
+
+    def _gathered_room(self) -> Tensor:
+        """Return the memory of the room, one after the other for all layers: [2, capacity, G, D]."""
+        if self._gathered is None and self.room is not None:
+            shape = (2, self.room.capacity, self._heads.num_kv_heads, self._heads.head_dim)
+            self._gathered = self._framework.empty(shape, self._limits.dtype)
+        return self._gathered
 
     def _decode_tiling(self, decodes: int) -> decode.DecodeTiling:
         tiling = next(tiling for most, tiling in self.decode_tilings if decodes <= most)
-        if not self._exact:
-            return tiling
-        return decode.DecodeTiling(tiling.splits, tiling.fewest, tile=32, num_stages=2)
+        if self._exact:
+            return replace(tiling, tile=32, num_stages=2)
+        return tiling if self._heads.head_dim <= _WIDEST else replace(tiling, tile=64)
 
     def _scratch_for(self, tiling: decode.DecodeTiling, decodes: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the room for pieces: the same for every step that is cut this way, so graphs may hold on to it."""

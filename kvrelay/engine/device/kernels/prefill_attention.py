@@ -25,8 +25,8 @@ class PrefillTiling:
     num_stages: int
 
 
-FAST = PrefillTiling(rows=128, tile=128, num_warps=8, num_stages=2)
-"""For 16-bit types on the matrix units of Hopper: two groups of four warps with 64 queries each."""
+FAST = PrefillTiling(rows=128, tile=64, num_warps=4, num_stages=3)
+"""For 16-bit types on the matrix units of Hopper."""
 
 EXACT = PrefillTiling(rows=32, tile=32, num_warps=4, num_stages=1)
 """For float32 without tf32, which runs on the plain units."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvrelay.engine.device.operations import OperationLimits, StepShape, StepTensors
+from kvrelay.engine.device.tiles import Chunk, DenseRoom, TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.kernels import HeadShape, LayerKV
 from kvrelay.engine.rope import RopeConfig, Rotation, inverse_frequencies
@@ -30,7 +31,7 @@ class Shape:
         return HeadShape(self.heads, self.groups, self.dim, rotation)
 
     def limits(self, max_num_seqs: int = 8) -> OperationLimits:
-        return OperationLimits(self.dtype, self.block_size, self.max_len, max_num_seqs)
+        return OperationLimits(self.dtype, self.block_size, self.max_len, max_num_seqs, gathered=4096)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Case:
     tile_rows: int
     seed: int = 0
     device: str = "cpu"
+    room: DenseRoom | None = None
 
     def build(self) -> tuple[StepTensors, torch.Tensor, LayerKV]:
         """Return the step, block tables and a layer of random keys and values."""
@@ -50,21 +52,22 @@ class Case:
         num_blocks = width * len(self.spans) + 3
         tables = rng.permutation(num_blocks)[: width * len(self.spans)].reshape(len(self.spans), width)
         rows: list[tuple[int, int, int, int]] = []
-        tiles: list[tuple[int, int, int, int]] = []
+        chunks: list[Chunk] = []
         singles = sum(count == 1 for _, count in self.spans)
         assert all(count == 1 for _, count in self.spans[:singles])
         for index, (before, count) in enumerate(self.spans):
-            for begin in range(0, count if index >= singles else 0, self.tile_rows):
-                tiles.append((len(rows) + begin, min(self.tile_rows, count - begin), before + begin, index))
+            if index >= singles:
+                chunks.append(Chunk(len(rows), count, before, index))
             for position in range(before, before + count):
                 slot = int(tables[index][position // size]) * size + position % size
                 rows.append((int(rng.integers(0, 50)), position, slot, index))
         by_row = torch.tensor(np.array(rows, np.int32).T.copy())
-        by_tile = torch.tensor(np.array(tiles, np.int32).reshape(-1, 4).T.copy())
+        tiles = TileCutter(self.tile_rows, self.room).cut(chunks)
+        by_tile = [torch.tensor(np.ascontiguousarray(one)) for one in tiles]
         none = torch.zeros(4, dtype=torch.int32)
-        no_tiles, no_pieces = by_tile[:, :0], by_tile[:3, :0]
-        shape = StepShape(len(rows), singles, len(tiles), 0)
-        step = StepTensors(shape, *by_row, by_tile, no_tiles, no_pieces, none, none, none, none, none)
+        paged, dense, pieces = (one.shape[1] for one in by_tile)
+        shape = StepShape(len(rows), singles, paged, 0, dense, pieces)
+        step = StepTensors(shape, *by_row, *by_tile, none, none, none, none, none)
         kv = torch.tensor(rng.standard_normal((2, num_blocks * size, self.shape.groups, self.shape.dim)))
         layer = LayerKV(*kv.to(getattr(torch, self.shape.dtype)))
         return moved(step, self.device), torch.tensor(tables.astype(np.int32)).to(self.device), to(layer, self.device)

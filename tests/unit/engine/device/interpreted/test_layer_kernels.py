@@ -4,6 +4,7 @@ import pytest
 import torch
 from steps import Case, Shape, close, copy_of, operations
 
+from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms
 
 SHAPES = [
@@ -64,7 +65,6 @@ def test_rope_and_writing_of_kv(shape: Shape, normed: bool) -> None:
     assert close(*queries, tolerance(shape))
     for mine, reference in zip(*pools, strict=True):
         assert close(mine, reference, tolerance(shape))
-        assert torch.equal((mine != layer.keys).any(-1).any(-1) & False, torch.zeros(len(mine), dtype=torch.bool))
 
 
 @pytest.mark.parametrize("window", [None, 1, 19, 33])
@@ -105,3 +105,47 @@ def test_copies_of_blocks_and_entries_of_tables() -> None:
     table = torch.zeros((3, 4), dtype=torch.int32)
     ours.set_entries(table, torch.tensor([[5, 11], [7, 9]], dtype=torch.int32))
     assert table.tolist() == [[0] * 4, [0, 7, 0, 0], [0, 0, 0, 9]]
+
+
+DENSE_SHAPES = [
+    Shape(dtype="float16"),
+    Shape(heads=6, groups=2, dim=32, block_size=4, dtype="float16"),
+    Shape(heads=2, groups=1, dim=64, block_size=32, dtype="float16", max_len=300),
+]
+
+
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(40, 1), (0, 37), (21, 5), (100, 70), (0, 128), (63, 65), (64, 64)],
+        [(0, 200)],
+        [(127, 1), (0, 1), (1, 150), (0, 5), (62, 66)],
+    ],
+)
+def test_attention_over_gathered_contexts(shape: Shape, spans: list[tuple[int, int]]) -> None:
+    """Chunks of fewer than 30 tokens, and those for which there is no room, are attended to where their blocks are."""
+    ours, theirs = operations(shape)
+    room = DenseRoom(capacity=512, fewest=30, piece=64)
+    ours.room = room
+    step, tables, layer = Case(shape, spans, ours.tile_rows, room=room).build()
+    assert step.shape.dense_tiles
+    queries = Case(shape, spans, 16).random(step.shape.rows, shape.heads, shape.dim)
+    used = torch.zeros(len(layer.keys), dtype=torch.bool)
+    for row, (before, count) in enumerate(spans):
+        position = torch.arange(before + count)
+        used[tables[row][position // shape.block_size] * shape.block_size + position % shape.block_size] = True
+    for one in layer:
+        one[~used] = float("nan")  # what was in the pool before must not matter
+    plain, _, _ = Case(shape, spans, theirs.tile_rows).build()
+    ours._gathered = torch.full((2, 512, shape.groups, shape.dim), float("nan"), dtype=torch.float16)
+    expected = theirs.attention(queries, layer, plain, tables, None)
+    assert close(ours.attention(queries, layer, step, tables, None), expected, 2e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_broken_rows(shape: Shape) -> None:
+    ours, theirs = operations(shape)
+    x = Case(shape, SPANS, 16).random(6, 24)
+    x[1, 3], x[2, 23], x[4, 0] = float("nan"), float("inf"), float("-inf")
+    assert ours.broken_rows(x).tolist() == theirs.broken_rows(x).tolist() == [0, 1, 1, 0, 1, 0]
