@@ -152,7 +152,7 @@ def _run_node(role: Role, path: Path, name: NodeId, overrides: list[str] | None)
         raise ConfigError([f"node {name} is a {node.role} node: kvrelay {node.role} runs it"])
     become(role, name, node.cluster.log_level)
     bind_to_cpus(node)
-    if node.engine.kind == "paddle":
+    if node.engine.kind != "fake":
         require_checkpoint(node.model)
     if role is Role.PREFILL:
         from prefill_node.__main__ import run

@@ -446,8 +446,11 @@ class FakeEngineConfig(Section):
 class EngineConfig(Section):
     """What computes the steps."""
 
-    kind: Literal["paddle", "fake"] = Field("paddle", description="paddle: the model; fake: no model, for tests.")
-    device: Literal["cpu", "gpu"] = Field("cpu", description="Where Paddle computes.")
+    kind: Literal["paddle", "torch", "fake"] = Field(
+        "paddle",
+        description="paddle: the model on Paddle; torch: on torch and Triton, needs the extra; fake: no model, tests.",
+    )
+    device: Literal["cpu", "gpu"] = Field("cpu", description="Where the engine computes; torch on a cpu is for tests.")
     kernels: Literal["auto", "native", "portable"] = Field(
         "auto",
         description="portable: Paddle's own operators; native: the CPU's best; auto: native where it is installed.",

@@ -200,22 +200,42 @@ def _sort_key(item: ScheduledSequence) -> tuple[bool, int]:
 
 def _part(item: ScheduledSequence, limits: StepLimits) -> _Part | SequenceFailed:
     """Return what to compute of ``item``, or how it breaks ``limits``."""
-    sequence, end = item.sequence, item.start + item.num_tokens
-    known = sequence.num_tokens + len(item.drafts or ())
-    num_blocks = -(-end // limits.block_size)
-    blocks = sequence.block_table
+    if failed := misplaced(item, limits):
+        return failed
+    num_blocks = -(-(item.start + item.num_tokens) // limits.block_size)
+    blocks = np.frombuffer(item.sequence.block_table, np.int32, num_blocks)
+    token_ids = item.token_ids
+    if failed := outside_pool(blocks, limits.num_blocks) or outside_vocabulary(token_ids, limits.vocab_size):
+        return failed
+    return _Part(token_ids, blocks)
+
+
+def misplaced(item: ScheduledSequence, limits: StepLimits) -> SequenceFailed | None:
+    """Return how the positions of ``item`` break ``limits``, if they do."""
+    end = item.start + item.num_tokens
+    known = item.sequence.num_tokens + len(item.drafts or ())
+    num_blocks = len(item.sequence.block_table)
     if item.num_tokens < 1 or item.start < 0 or end > known:
         return SequenceFailed(f"the step wants positions {item.start} to {end} of {known} tokens")
     if end > limits.max_model_len:
         return SequenceFailed(f"{end} tokens are more than the model's {limits.max_model_len}")
-    if len(blocks) < num_blocks:
-        return SequenceFailed(f"{len(blocks)} blocks of {limits.block_size} do not hold {end} tokens")
+    if end > num_blocks * limits.block_size:
+        return SequenceFailed(f"{num_blocks} blocks of {limits.block_size} do not hold {end} tokens")
+    return None
+
+
+def outside_pool(blocks: Int32, num_blocks: int) -> SequenceFailed | None:
+    """Return the failure of a sequence with any of ``blocks``, which are not none, outside a pool of ``num_blocks``."""
     # as unsigned numbers, so that one comparison finds those below 0 as well
-    if np.maximum.reduce(np.frombuffer(blocks, np.uint32, num_blocks)) >= limits.num_blocks:
-        return SequenceFailed(f"the block table leaves the pool of {limits.num_blocks} blocks")
-    token_ids = item.token_ids
+    if np.maximum.reduce(blocks.view(np.uint32)) >= num_blocks:
+        return SequenceFailed(f"the block table leaves the pool of {num_blocks} blocks")
+    return None
+
+
+def outside_vocabulary(token_ids: Sequence[int], vocab_size: int) -> SequenceFailed | None:
+    """Return the failure of a sequence with any of ``token_ids`` outside the vocabulary."""
     lowest, highest = min(token_ids), max(token_ids)
-    if lowest < 0 or highest >= limits.vocab_size:
+    if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest
-        return SequenceFailed(f"token id {outside} is not in the vocabulary of {limits.vocab_size}")
-    return _Part(token_ids, np.frombuffer(blocks, np.int32, num_blocks))
+        return SequenceFailed(f"token id {outside} is not in the vocabulary of {vocab_size}")
+    return None

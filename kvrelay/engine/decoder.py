@@ -13,7 +13,7 @@ from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import Bools, RaggedBatch
 from kvrelay.engine.checkpoint import Checkpoint, Float32
 from kvrelay.engine.decoder_config import DecoderConfig
-from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor
+from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor, WeightPacking
 from kvrelay.engine.rope import half_split_order
 
 
@@ -40,7 +40,7 @@ class DecoderWeights:
     lm_head: PackedLinear
 
 
-def load_weights(checkpoint: Checkpoint, kernels: Kernels) -> DecoderWeights:
+def load_weights(checkpoint: Checkpoint, kernels: WeightPacking) -> DecoderWeights:
     """Read every tensor of ``checkpoint`` and pack it for ``kernels``, one matrix at a time."""
     config = checkpoint.config
     embedding = _joined(checkpoint, kernels, ["model.embed_tokens.weight"])
@@ -51,7 +51,7 @@ def load_weights(checkpoint: Checkpoint, kernels: Kernels) -> DecoderWeights:
     return DecoderWeights(kernels.pack_table(embedding), layers, final_norm, lm_head)
 
 
-def _load_layer(checkpoint: Checkpoint, kernels: Kernels, prefix: str) -> LayerWeights:
+def _load_layer(checkpoint: Checkpoint, kernels: WeightPacking, prefix: str) -> LayerWeights:
     def linear(*names: str, wide: bool = True) -> PackedLinear:
         full = [prefix + name for name in names]
         weight = _joined(checkpoint, kernels, [f"{name}.weight" for name in full])
@@ -75,7 +75,7 @@ def _load_layer(checkpoint: Checkpoint, kernels: Kernels, prefix: str) -> LayerW
     )
 
 
-def _joined(checkpoint: Checkpoint, kernels: Kernels, names: Sequence[str]) -> Tensor:
+def _joined(checkpoint: Checkpoint, kernels: WeightPacking, names: Sequence[str]) -> Tensor:
     """Upload tensors joined along their first axis; the copy is the one owner of its memory."""
     parts = [_halves_split(checkpoint.take(name), name, checkpoint.config) for name in names]
     owned = len(parts) == 1 and parts[0].flags.writeable and parts[0].flags.c_contiguous

@@ -45,12 +45,19 @@ def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KV
     return checkpoint_geometry(node, checkpoint, dtype, longest_sequence(node, config))
 
 
+def device_dtype(node: Sections) -> str:
+    """Return the type that a device engine computes in: by itself bfloat16 on a GPU and float32 on a CPU."""
+    if node.model.dtype != "auto":
+        return node.model.dtype
+    return "bfloat16" if node.engine.device == "gpu" else "float32"
+
+
 def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     """Return the type ``choice.choose_kernels`` decides on, unless it refuses what is asked for."""
     if node.cache.dtype != "auto":
         return node.cache.dtype
-    if node.engine.device == "gpu":
-        return "bfloat16" if node.model.dtype == "auto" else node.model.dtype
+    if node.engine.kind == "torch" or node.engine.device == "gpu":
+        return device_dtype(node)
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":
         return "float32"

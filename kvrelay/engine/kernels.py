@@ -73,18 +73,8 @@ class HeadNorms(NamedTuple):
     keys: Tensor
 
 
-class Kernels(Protocol):
-    """The operations of a decoder.
-
-    ``dtype``: the type of weights and of what is multiplied with them. ``kv_dtype``: that of the pool. The residual
-    stream between layers is never less exact than ``dtype``.
-    """
-
-    dtype: str
-    kv_dtype: str
-
-    def map_pool(self, memory: KVMemory) -> KVPool:
-        """Return the pool in ``memory`` as these kernels read and write it. Called once for a memory."""
+class WeightPacking(Protocol):
+    """How weights get to where they are computed with, once, when a model is loaded."""
 
     def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
         """Return ``array`` on the device. May share its memory."""
@@ -103,6 +93,20 @@ class Kernels(Protocol):
         ``wide``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
         ``exact``: the weight is never to be quantized.
         """
+
+
+class Kernels(WeightPacking, Protocol):
+    """The operations of a decoder.
+
+    ``dtype``: the type of weights and of what is multiplied with them. ``kv_dtype``: that of the pool. The residual
+    stream between layers is never less exact than ``dtype``.
+    """
+
+    dtype: str
+    kv_dtype: str
+
+    def map_pool(self, memory: KVMemory) -> KVPool:
+        """Return the pool in ``memory`` as these kernels read and write it. Called once for a memory."""
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> StepContext:
         """Prepare the computation of ``batch`` in layers with any of ``windows``. The step before is over then."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvrelay.core.config import NodeConfig, Sections
-from kvrelay.core.errors import CheckpointError
+from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.core.startup import startup
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
@@ -26,7 +26,20 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """
     if node.engine.kind == "fake":
         return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.num_blocks)
+    if node.engine.kind == "torch":
+        return _load_device_engine(node, on_progress)
     return _load_paddle_engine(node, on_progress)
+
+
+def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
+    """Load a checkpoint; torch is imported here and nowhere before, and Paddle is not. Raises ConfigError."""
+    try:
+        from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ConfigError(["engine.kind: torch is not installed: pip install 'kvrelay[torch]'"]) from error
+    return load_device_engine(node, on_progress)
 
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:

@@ -33,21 +33,23 @@ class EngineSequence(TokenSequence):
     """A sequence, from the plan that introduces it to the plan in which it leaves.
 
     ``block_table`` is an array of 32-bit integers that kernels read where it lies. It is a new array whenever it grows,
-    so nobody's view of it is in the way.
+    so nobody's view of it is in the way. ``num_replacements`` counts blocks of it that were replaced by others.
     """
 
-    __slots__ = ("block_table", "id", "request_id")
+    __slots__ = ("block_table", "id", "num_replacements", "request_id")
 
     def __init__(self, new: NewSequence) -> None:
         super().__init__(list(new.token_ids), new.num_prompt_tokens, new.sampling)
         self.id = new.id
         self.request_id = new.request_id
         self.block_table = array("i", new.block_table)
+        self.num_replacements = 0
 
     def change(self, change: SequenceChange) -> None:
         """Take in what the machine says has changed."""
         for place, block in change.replaced:
             self.block_table[place] = block
+        self.num_replacements += len(change.replaced)
         if change.block_ids:
             self.block_table = self.block_table + array("i", change.block_ids)
         self.token_ids += change.token_ids

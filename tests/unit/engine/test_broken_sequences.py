@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, open_engine, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, take
+from engine_runs import (
+    KERNELS,
+    Runner,
+    open_engine,
+    outcomes_in_order,
+    output,
+    plan_of,
+    planes_of,
+    run_batch,
+    sequence,
+    take,
+    use_kernels,
+)
 from support.broken_checkpoint import break_embedding, set_weights
 
 from kvrelay.core.compute import ComputeThread
@@ -37,9 +49,18 @@ def broken_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(params=[*KERNELS, "torch"])
+def sections(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a config says for each kind of kernels, and for the torch engine."""
+    if request.param != "torch":
+        return {"engine": {"kernels": use_kernels(request.param, monkeypatch)}}
+    pytest.importorskip("torch", reason="kvrelay[torch] is not installed")
+    return {"engine": {"kind": "torch"}, "model": {"dtype": "float32"}}
+
+
 @pytest.fixture
-def broken(broken_dir: Path, kernels: str) -> Iterator[Engine]:
-    loaded = open_engine(broken_dir, engine={"kernels": kernels})
+def broken(broken_dir: Path, sections: dict[str, Any]) -> Iterator[Engine]:
+    loaded = open_engine(broken_dir, **sections)
     yield loaded
     loaded.close()
 
@@ -159,25 +180,25 @@ def test_a_table_that_leaves_the_pool_fails_its_sequence(broken: Engine) -> None
     ("tensor", "value"), [("lm_head.weight", np.nan), ("model.layers.3.mlp.down_proj.weight", np.inf)]
 )
 def test_weights_that_are_not_finite_fail_whoever_they_are_for(
-    tmp_path: Path, kernels: str, tensor: str, value: float
+    tmp_path: Path, sections: dict[str, Any], tensor: str, value: float
 ) -> None:
     """All there are, each for itself. A row of the last layer shows in prompts and decodes alike."""
     write_tiny_checkpoint(tmp_path, "llama")
     set_weights(tmp_path, tensor, 3, value)
-    engine = open_engine(tmp_path, engine={"kernels": kernels})
+    engine = open_engine(tmp_path, **sections)
     runner, asked = Runner(engine), neighbours()
     outcomes = outcomes_of(engine, runner, [(one, one.num_tokens) for one in asked])
     engine.close()
     assert outcomes == [SequenceFailed("the model's logits are not finite at output position 0")] * len(asked)
 
 
-def test_logits_of_minus_infinity_are_tokens_that_nobody_gets(tmp_path: Path, kernels: str) -> None:
+def test_logits_of_minus_infinity_are_tokens_that_nobody_gets(tmp_path: Path, sections: dict[str, Any]) -> None:
     """What is infinite in a row of the head's weights is so in logits, of one sign or the other."""
     write_tiny_checkpoint(tmp_path, "llama")
     data = np.zeros(96, np.float32)
     data[0] = np.inf
     set_weights(tmp_path, "lm_head.weight", 9, data)  # type: ignore[arg-type]
-    engine = open_engine(tmp_path, engine={"kernels": kernels})
+    engine = open_engine(tmp_path, **sections)
     runner = Runner(engine)
     kinds = set()
     for seed in range(12):
@@ -192,6 +213,7 @@ def test_logits_of_minus_infinity_are_tokens_that_nobody_gets(tmp_path: Path, ke
 # ---------------------------------------------------------------- the whole step
 
 
+@pytest.mark.parametrize("sections", KERNELS, indirect=True)
 def test_what_breaks_the_forward_pass_is_found_and_the_others_grow_on(
     broken: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,77 @@
+"""Driving an engine as a scheduler would: sequences with blocks, steps, and engines of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from gpu_check.context import Context
+from kvrelay.core.messages.engine import StepPlan
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.load import DeviceOptions, random_engine
+from kvrelay.node.plans import Chunk, PlanWriter
+
+
+def sequence(tokens: Seq[int], name: str, **sampling: Any) -> Sequence:
+    """Return a sequence, greedy unless ``sampling`` says otherwise."""
+    params = SamplingParams(**{"max_tokens": 1 << 20, "seed": 7, "temperature": 0.0, **sampling})
+    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=list(tokens), sampling=params))
+
+
+class Driver:
+    """Schedules sequences on an engine by hand; hands out blocks in a random order."""
+
+    def __init__(self, engine: DeviceEngine) -> None:
+        self._engine = engine
+        self._step = 0
+        self._plans = PlanWriter()
+        self._planned: list[tuple[Sequence, Chunk]] = []
+        self._free = np.random.default_rng(0).permutation(engine.memory.num_blocks).tolist()
+
+    def plan(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
+        """Return a step that computes the next so many tokens of each sequence, with the blocks it needs."""
+        self._planned = []
+        for one, count in batch:
+            end = one.num_computed_tokens + count
+            while len(one.block_table) * self._engine.geometry.block_size < end:
+                one.block_table.append(self._free.pop())
+            self._planned.append((one, Chunk(one.num_computed_tokens, count, end == one.num_tokens)))
+        self._step += 1
+        return self._plans.write(self._step, [one for one, _ in batch], [chunk for _, chunk in self._planned])
+
+    def run(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Run such a step and append what it samples."""
+        self.finish(self._engine.run(self.plan(batch), lambda layer: None).sampled)
+
+    def finish(self, sampled: list[Any]) -> None:
+        """Take in the results of the last plan."""
+        for (one, chunk), result in zip(self._planned, sampled, strict=True):
+            one.num_computed_tokens += chunk.num_tokens
+            one.token_ids += result.token_ids
+
+    def complete(self, sequences: list[Sequence], num_tokens: int, chunk: int) -> list[list[int]]:
+        """Run ``sequences`` together, prompts in chunks, until each has so many output tokens; return those."""
+        while running := [one for one in sequences if one.num_output_tokens < num_tokens]:
+            self.run([(one, min(chunk, one.num_tokens - one.num_computed_tokens)) for one in running])
+        return [one.token_ids[one.num_prompt_tokens :] for one in sequences]
+
+    def give_back(self, sequences: list[Sequence]) -> None:
+        """Take the blocks of ``sequences`` back."""
+        for one in sequences:
+            self._plans.leave(one)
+            self._free += one.block_table
+            one.take_blocks(())
+
+
+def engine_of(
+    context: Context, name: str, *, num_blocks: int, max_num_seqs: int, tokens: int, max_model_len: int,
+    decode_graphs: tuple[int, ...], chunk_graphs: tuple[int, ...] = (), dtype: str = "bfloat16",
+) -> DeviceEngine:  # fmt: skip
+    """Return an engine of the shape ``name`` with random weights and a pool that nobody else reads."""
+    limits = DeviceEngineLimits(
+        num_blocks, max_model_len, max_num_seqs, tokens, decode_graphs, chunk_graphs, mirrored=False
+    )
+    return random_engine(context.config(name), limits, DeviceOptions(context.device, dtype, 16))

@@ -1,0 +1,91 @@
+"""Golden tokens of transformers in float32: one by one and together, by graphs and without, with the mirrored pool."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from golden.cases import CASES, GoldenCase, load_golden
+
+from gpu_check.context import Context
+from gpu_check.driving import Driver, sequence
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.decoder import load_weights
+from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.weights import DevicePacking
+
+MAX_MODEL_LEN = 2048
+
+
+def run(context: Context) -> None:
+    """Check every case; AssertionError names those that differ, after all have been tried."""
+    wrong: list[str] = []
+    every = [(graphs, mirrored) for graphs in (True, False) for mirrored in (True, False)]
+    for case in CASES[:1] if context.tiny else CASES:
+        for graphs, mirrored in every if case is CASES[0] and not context.tiny else [(True, True)]:
+            _check(context, case, graphs, mirrored, wrong)
+    right = _leading_tokens(context, CASES[0], "bfloat16")
+    context.report.add("golden", f"{CASES[0].name} in bfloat16: output tokens before the first that differs", right)
+    assert not wrong, wrong
+
+
+def _check(context: Context, case: GoldenCase, graphs: bool, mirrored: bool, wrong: list[str]) -> None:
+    engine = _engine(context, case, "float32", graphs, mirrored)
+    goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
+    expected = [golden.output_token_ids for golden in goldens]
+    count = len(expected[0])
+    driver = Driver(engine)
+    results: dict[str, int] = {}
+    for how, chunk in (("together", 97), ("together whole", 1 << 20)):
+        together = [sequence(golden.prompt_token_ids, f"{how} {index}") for index, golden in enumerate(goldens)]
+        outputs = driver.complete(together, count, chunk)
+        results[how] = sum(ours == theirs for ours, theirs in zip(outputs, expected, strict=True))
+        driver.give_back(together)
+    alone = []
+    for index, golden in enumerate(goldens):
+        one = sequence(golden.prompt_token_ids, f"alone {index}")
+        alone += driver.complete([one], count, 1 << 20)
+        driver.give_back([one])
+    results["alone"] = sum(ours == theirs for ours, theirs in zip(alone, expected, strict=True))
+    engine.close()
+    name = f"{case.name}, graphs {graphs}, mirrored {mirrored}"
+    context.report.add("golden", name, " ".join(f"{how}: {right}/{len(goldens)}" for how, right in results.items()))
+    if any(right != len(goldens) for right in results.values()):
+        wrong.append(name)
+
+
+def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
+    engine = _engine(context, case, dtype, True, False)
+    goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
+    made = [sequence(golden.prompt_token_ids, str(index)) for index, golden in enumerate(goldens)]
+    outputs = Driver(engine).complete(made, len(goldens[0].output_token_ids), 1 << 20)
+    engine.close()
+    leading = [
+        next(
+            (index for index, pair in enumerate(zip(ours, golden.output_token_ids, strict=True)) if len({*pair}) > 1),
+            64,
+        )
+        for ours, golden in zip(outputs, goldens, strict=True)
+    ]
+    return " ".join(map(str, leading))
+
+
+def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, mirrored: bool) -> DeviceEngine:
+    with tempfile.TemporaryDirectory() as folder:
+        case.write_checkpoint(Path(folder))
+        config = read_decoder_config(Path(folder))
+        checkpoint = Checkpoint.open(Path(folder), config, lambda done, total: None)
+        weights = load_weights(checkpoint, DevicePacking(context.framework, dtype))
+        geometry = KVGeometry(
+            config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype, checkpoint.digest(case.name)
+        )
+    max_model_len = case.max_model_len or MAX_MODEL_LEN
+    limits = DeviceEngineLimits(
+        num_blocks=512, max_model_len=max_model_len, max_num_seqs=8, max_num_batched_tokens=4096,
+        decode_graphs=(1, 4, 8) if graphs else (), chunk_graphs=(64, 256) if graphs else (), mirrored=mirrored,
+    )  # fmt: skip
+    options = DeviceOptions(context.device, dtype, 16, context.interpreted)
+    return build_engine(config, weights, geometry, context.framework, limits, options)

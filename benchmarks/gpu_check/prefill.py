@@ -1,0 +1,65 @@
+"""Prefill steps of whole models with random weights, as a share of what the card's largest product reaches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+
+from gpu_check.context import Context
+from gpu_check.decode import weight_bytes
+from gpu_check.driving import Driver, engine_of, sequence
+from gpu_check.profile import report_kernels
+from kvrelay.engine.decoder_config import DecoderConfig
+
+
+def run(context: Context) -> None:
+    """Measure the 8B shape, then the small one, which its launches bound: with and without graphs."""
+    lengths = (40,) if context.tiny else (512, 2048, 8192)
+    _measure(context, "llama3-8b", lengths, chunk_graphs=())
+    context.clean_up()
+    short = (40,) if context.tiny else (128, 512, 1024)
+    _measure(context, "qwen3-0.6b", short, chunk_graphs=())
+    context.clean_up()
+    _measure(context, "qwen3-0.6b", short, chunk_graphs=short)
+
+
+def flops(config: DecoderConfig, length: int) -> float:
+    """Return the operations of a prompt of ``length`` tokens whose last one samples."""
+    head = config.vocab_size * config.hidden_size
+    matrices = weight_bytes(config) / 2 - head
+    attention = 2 * 2 * config.num_layers * config.num_heads * config.head_dim * length * (length + 1) / 2
+    return 2 * matrices * length + attention + 2 * head
+
+
+def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs: tuple[int, ...]) -> None:
+    longest = lengths[-1]
+    engine = engine_of(
+        context, name, num_blocks=4 * -(-longest // 16), max_num_seqs=4, tokens=longest, max_model_len=longest + 16,
+        decode_graphs=(), chunk_graphs=chunk_graphs,
+    )  # fmt: skip
+    config = context.config(name)
+    for length in lengths:
+        driver = Driver(engine)
+        times = []
+        for index in range(3 if context.tiny else 8):
+            tokens = np.random.default_rng(index).integers(0, config.vocab_size, length).tolist()
+            one = sequence(tokens, f"prefill {index}")
+            plan = driver.plan([(one, length)])
+            began = time.perf_counter()
+            engine.run(plan, lambda layer: None)
+            times.append(time.perf_counter() - began)
+            driver.give_back([one])
+        seconds = statistics.median(times[2:])
+        limit = flops(config, length) / context.gemm_flops_per_s * 1e3
+        what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}"
+        note = (
+            f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the product's {limit / seconds / 1e3:.2f}"
+        )
+        context.report.add("prefill", what, seconds * 1e3, "ms", limit, note)
+        if context.device == "gpu" and not chunk_graphs:
+            one = sequence([1] * length, "profile")
+            plan = driver.plan([(one, length)])
+            report_kernels(context, "prefill", what, lambda plan=plan: engine.run(plan, lambda layer: None))
+    engine.close()

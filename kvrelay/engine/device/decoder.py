@@ -1,0 +1,81 @@
+"""The forward pass on the device, for every architecture: from token ids there to sampled tokens there.
+
+Nothing in it waits for the device or depends on what the device computes, so all of it can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvrelay.engine.decoder import DecoderWeights
+from kvrelay.engine.decoder_config import DecoderConfig
+from kvrelay.engine.device.framework import Framework, Tensor
+from kvrelay.engine.device.operations import Operations, Sampled, StepTensors
+from kvrelay.engine.device.weights import Linear
+from kvrelay.engine.kernels import LayerKV
+
+
+class Computed(NamedTuple):
+    """What a step gives, on the device: what is ``sampled`` (None if nothing is), and ``broken_rows`` int32 [N].
+
+    ``broken_rows`` are 1 where the last layer's result is not finite; those that are padding mean nothing.
+    """
+
+    sampled: Sampled | None
+    broken_rows: Tensor
+
+
+class DeviceDecoder:
+    """A loaded model. ``tables`` [rows, blocks] are block tables, ``last_tokens`` [rows] what was sampled last."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, framework: Framework, operations: Operations,
+        tables: Tensor, last_tokens: Tensor,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._weights = weights
+        self._framework = framework
+        self._operations = operations
+        self._tables = tables
+        self._last_tokens = last_tokens
+
+    def compute(
+        self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None] = lambda layer: None
+    ) -> Computed:
+        """Compute and sample a step.
+
+        Calls ``on_layer(layer)`` when the device has been told to write the layer's keys and values to ``pool``.
+        """
+        residual = self._forward(step, pool, on_layer)
+        broken_rows = self._operations.broken_rows(residual)
+        if not step.shape.samples:
+            return Computed(None, broken_rows)
+        eps, head = self._config.rms_norm_eps, self._weights.lm_head
+        chosen = self._operations.rms_norm(residual, self._weights.final_norm, eps, step.sample_rows)
+        logits = self._framework.linear(chosen, head.weight, head.bias, "float32")
+        return Computed(self.sample(logits, step), broken_rows)
+
+    def _forward(self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
+        """Return what the last layer gives: [N, hidden]."""
+        do, weights, eps = self._operations, self._weights, self._config.rms_norm_eps
+        residual = do.embed(step, self._last_tokens, weights.embedding)
+        for index, layer in enumerate(weights.layers):
+            qkv = self._linear(do.rms_norm(residual, layer.input_norm, eps), layer.qkv)
+            queries = do.apply_rope_and_write_kv(qkv, layer.head_norms, eps, step, pool[index])
+            on_layer(index)
+            attended = do.attention(queries, pool[index], step, self._tables, self._config.windows[index])
+            self._add_linear(residual, attended, layer.out)
+            gate_up = self._linear(do.rms_norm(residual, layer.post_attention_norm, eps), layer.gate_up)
+            self._add_linear(residual, do.silu_mul(gate_up), layer.down)
+        return residual
+
+    def sample(self, logits: Tensor, step: StepTensors) -> Sampled:
+        """Return the tokens sampled from ``logits``."""
+        return self._operations.sample(logits, step, self._last_tokens)
+
+    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._framework.linear(x, linear.weight, linear.bias)
+
+    def _add_linear(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
+        self._framework.add_linear(residual, x, linear.weight, linear.bias)

@@ -1,0 +1,112 @@
+"""What a device engine takes from the framework that owns the device's memory, all of it.
+
+Kernels are Triton's and know pointers and strides. A framework gives memory, matrix products, streams, events and
+graphs. A ``Tensor`` is the framework's own: Triton takes its pointer, and the engine uses ``shape``, ``view`` and
+slices of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Tensor: TypeAlias = Any
+"""A tensor of the framework."""
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def record(self, stream: Any) -> None:
+        """Mark what ``stream`` has been told to do so far."""
+
+    def query(self) -> bool:
+        """Return whether the device is past the mark."""
+
+    def synchronize(self) -> None:
+        """Wait until it is."""
+
+
+class Stream(Protocol):
+    """Work that the device does in order."""
+
+    def wait_event(self, event: Any) -> None:
+        """Do what comes from now on after ``event``."""
+
+    def synchronize(self) -> None:
+        """Wait until all of it is done."""
+
+
+class Graph(Protocol, Generic[T_co]):
+    """Captured work. ``output`` is what capturing it returned; after a replay it holds the replay's results."""
+
+    @property
+    def output(self) -> T_co:
+        """The results, in the same memory after each replay."""
+
+    def replay(self) -> None:
+        """Do the work once more, on what its inputs hold now."""
+
+
+class Framework(Protocol):
+    """One device. Data types go by the names of ``ITEM_BYTES`` in core.geometry, and int32 and float64."""
+
+    is_gpu: bool
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Return memory on the device with undefined content."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Return zeroed memory on the device."""
+
+    def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
+        """Return a copy of ``array`` on the device as ``dtype``."""
+
+    def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the contiguous memory of ``tensor`` as another type and shape."""
+
+    def staging(self, num_words: int) -> tuple[npt.NDArray[np.int32], Tensor]:
+        """Return zeroed host memory that copies to the device read without waiting, as an array and as a tensor."""
+
+    def share(self, array: npt.NDArray[np.uint8]) -> Tensor:
+        """Return ``array`` as a tensor on the same memory that kernels reach. Raises EngineError if they cannot."""
+
+    def unshare(self, array: npt.NDArray[np.uint8]) -> None:
+        """End what ``share`` began, before the memory is given back."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy between device and staging memory, in the order of the current stream."""
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """Return a copy of ``tensor`` on the host, when the current stream has computed it."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias`` for x [N, in] and weight [out, in], in ``dtype`` or that of ``x``."""
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Add ``x @ weight.T + bias`` to ``residual`` [N, out] in place."""
+
+    def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
+        """Return random numbers made on the device."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything that it was told, in any stream."""
+
+    def stream(self) -> Stream:
+        """Return a new stream, which does not wait for the others."""
+
+    def event(self) -> Event:
+        """Return a new event."""
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        """Do what is asked for within it in ``stream``, without noting gradients."""
+
+    def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
+        """Return ``work`` as a graph. It has run before, so that all it needs is compiled."""

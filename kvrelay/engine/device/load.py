@@ -1,0 +1,117 @@
+"""Making a device engine: from a node's config, or of any shape with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvrelay.core.errors import CheckpointError, ConfigError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.decoder import DecoderWeights, load_weights
+from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
+from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.graphs import decode_sizes
+from kvrelay.engine.device.operations import OperationLimits, Operations
+from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.torch_operations import TorchOperations
+from kvrelay.engine.device.weights import DevicePacking, RandomWeights
+from kvrelay.engine.kernels import HeadShape
+from kvrelay.engine.rope import Rotation, inverse_frequencies
+
+if TYPE_CHECKING:
+    from kvrelay.core.config import NodeConfig
+
+CHUNK_GRAPHS = (64, 128, 256, 512)
+"""Prefill steps of up to so many tokens are graphs on a GPU: short ones are bound by their launches otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """Where and in what type to compute. ``interpreted``: Triton's kernels on a CPU, by its interpreter."""
+
+    device: str
+    dtype: str
+    block_size: int
+    interpreted: bool = False
+
+
+def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]) -> DeviceEngine:
+    """Return the engine of ``node`` with its checkpoint loaded, ready to run. Raises CheckpointError or ConfigError."""
+    from kvrelay.engine.geometry import checkpoint_geometry, device_dtype  # noqa: PLC0415
+    from kvrelay.engine.load import longest_sequence  # noqa: PLC0415
+
+    if node.engine.quantization != "none":
+        raise ConfigError([f"engine.quantization: {node.engine.quantization} is not for engine.kind: torch"])
+    model_dir = Path(node.model.path)
+    config = read_decoder_config(model_dir)
+    max_model_len = longest_sequence(node, config)
+    checkpoint = Checkpoint.open(model_dir, config, on_progress)
+    dtype = device_dtype(node)
+    if node.cache.dtype not in ("auto", dtype):
+        raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}")
+    is_gpu = node.engine.device == "gpu"
+    limits = DeviceEngineLimits(
+        num_blocks=node.cache.num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=node.scheduler.max_num_seqs,
+        max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
+        decode_graphs=() if node.role == "prefill" else decode_sizes(node.scheduler.max_num_seqs),
+        chunk_graphs=CHUNK_GRAPHS if is_gpu else (),
+        mirrored=is_gpu,
+    )
+    framework = TorchFramework(node.engine.device, node.threads)
+    weights = load_weights(checkpoint, DevicePacking(framework, dtype))
+    geometry = checkpoint_geometry(node, checkpoint, dtype, max_model_len)
+    options = DeviceOptions(node.engine.device, dtype, node.cache.block_size)
+    return build_engine(config, weights, geometry, framework, limits, options)
+
+
+def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: DeviceOptions) -> DeviceEngine:
+    """Return an engine with random weights made on the device; nothing is read."""
+    framework = TorchFramework(options.device)
+    made = RandomWeights(framework, config, options.dtype)
+    geometry = KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=options.block_size,
+        dtype=options.dtype,
+        model_digest=made.digest(),
+    )
+    return build_engine(config, made.make(), geometry, framework, limits, options)
+
+
+def build_engine(
+    config: DecoderConfig,
+    weights: DecoderWeights,
+    geometry: KVGeometry,
+    framework: Framework,
+    limits: DeviceEngineLimits,
+    options: DeviceOptions,
+) -> DeviceEngine:
+    """Return an engine of its parts, compiled and with its graphs captured."""
+    operations = make_operations(config, framework, limits, options)
+    engine = DeviceEngine(config, weights, geometry, framework, operations, limits)
+    engine.warm_up()
+    return engine
+
+
+def make_operations(
+    config: DecoderConfig, framework: Framework, limits: DeviceEngineLimits, options: DeviceOptions
+) -> Operations:
+    """Return Triton's kernels on a GPU, or interpreted, and torch's own operators on a CPU."""
+    rotation = Rotation(*inverse_frequencies(config.rope, config.head_dim, limits.max_model_len))
+    heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
+    whole = all(window is None for window in config.windows)
+    # several contexts lose a little room each, since they begin at multiples of some tokens
+    gathered = max(limits.max_model_len, limits.max_num_batched_tokens * 9 // 8) + 64 if whole else 0
+    sizes = OperationLimits(options.dtype, options.block_size, limits.max_model_len, limits.max_num_seqs, gathered)
+    if not framework.is_gpu and not options.interpreted:
+        return TorchOperations(framework, heads, sizes)
+    from kvrelay.engine.device.triton_operations import TritonOperations  # noqa: PLC0415
+
+    return TritonOperations(framework, heads, sizes)

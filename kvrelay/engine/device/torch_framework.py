@@ -1,0 +1,156 @@
+"""The framework file for torch: CUDA, or a CPU where streams are in order anyway and a graph is its work done again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvrelay.core.errors import EngineError
+from kvrelay.engine.device.framework import Event, Graph, Stream, Tensor
+
+T = TypeVar("T")
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+}
+
+
+class TorchFramework:
+    """See Framework. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with so many ``threads``."""
+
+    def __init__(self, device: str, threads: int = 1) -> None:
+        self.is_gpu = device == "gpu"
+        if self.is_gpu and not torch.cuda.is_available():
+            raise EngineError("engine.device gpu: torch finds no CUDA device")
+        self._device = torch.device("cuda", torch.cuda.current_device()) if self.is_gpu else torch.device("cpu")
+        torch.set_num_threads(threads)
+        self._graph_pool = torch.cuda.graph_pool_handle() if self.is_gpu else None
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.zeros(shape, dtype=DTYPES[dtype], device=self._device)
+
+    def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
+        owned = array if array.flags.writeable else array.copy()
+        return torch.from_numpy(np.ascontiguousarray(owned)).to(self._device, DTYPES[dtype], copy=True)
+
+    def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        return tensor.reshape(-1).view(DTYPES[dtype]).view(shape)
+
+    def staging(self, num_words: int) -> tuple[npt.NDArray[np.int32], Tensor]:
+        memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=self.is_gpu)
+        return memory.numpy(), memory
+
+    def share(self, array: npt.NDArray[np.uint8]) -> Tensor:
+        if self.is_gpu:
+            code = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
+            if int(getattr(code, "value", code)) != 0:
+                raise EngineError(f"CUDA cannot register {array.nbytes} bytes of the KV memory: {code}")
+        return torch.from_numpy(array)
+
+    def unshare(self, array: npt.NDArray[np.uint8]) -> None:
+        self.synchronize()
+        if self.is_gpu:
+            torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = tensor.cpu().numpy()
+        return array
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
+        if bias is not None:
+            return torch.addmm(bias, x, weight.t())
+        if dtype is None or DTYPES[dtype] == x.dtype:
+            return torch.mm(x, weight.t())
+        if self.is_gpu:
+            return torch.mm(x, weight.t(), out_dtype=DTYPES[dtype])
+        return torch.mm(x, weight.t()).to(DTYPES[dtype])
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        if bias is not None:
+            residual.add_(bias)
+        residual.addmm_(x, weight.t())
+
+    def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(seed)
+        empty = torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
+        return empty.normal_(0.0, deviation, generator=generator)
+
+    def synchronize(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def stream(self) -> Stream:
+        return torch.cuda.Stream(self._device) if self.is_gpu else _InOrder()
+
+    def event(self) -> Event:
+        return torch.cuda.Event() if self.is_gpu else _InOrder()
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return self._in_stream(stream)
+
+    @contextlib.contextmanager
+    def _in_stream(self, stream: Any) -> Iterator[None]:
+        with torch.inference_mode(), torch.cuda.stream(stream) if self.is_gpu else contextlib.nullcontext():
+            yield
+
+    def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
+        if not self.is_gpu:
+            with torch.inference_mode():
+                return _DoneAgain(work)
+        graph = torch.cuda.CUDAGraph()
+        self.synchronize()
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graph_pool, stream=stream):
+            output = work()
+        return _CudaGraph(graph, output)
+
+
+class _CudaGraph(Generic[T]):
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: T) -> None:
+        self._graph = graph
+        self.output = output
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _DoneAgain(Generic[T]):
+    """A graph where there is none: a replay does the work again."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self.output = work()
+
+    def replay(self) -> None:
+        self.output = self._work()
+
+
+class _InOrder:
+    """A stream and an event where everything is done when the call returns."""
+
+    def record(self, stream: Any) -> None:
+        """See Event."""
+
+    def query(self) -> bool:
+        return True
+
+    def wait_event(self, event: Any) -> None:
+        """See Stream."""
+
+    def synchronize(self) -> None:
+        """See Event and Stream."""

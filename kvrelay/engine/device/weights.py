@@ -1,0 +1,87 @@
+"""A model's weights on the device: read from a checkpoint, or random ones of any shape made there."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay.engine.decoder import DecoderWeights, LayerWeights
+from kvrelay.engine.decoder_config import DecoderConfig
+from kvrelay.engine.device.framework import Framework, Tensor
+from kvrelay.engine.kernels import HeadNorms
+
+
+class Linear(NamedTuple):
+    """A weight [out, in] and perhaps a bias [out]. ``exact``: it is never quantized."""
+
+    weight: Tensor
+    bias: Tensor | None
+    exact: bool
+
+
+class DevicePacking:
+    """See WeightPacking: everything goes to the device as ``dtype`` and stays as it is."""
+
+    def __init__(self, framework: Framework, dtype: str) -> None:
+        self._framework = framework
+        self._dtype = dtype
+
+    def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
+        return self._framework.upload(array, self._dtype)
+
+    def pack_table(self, table: Tensor) -> Tensor:
+        return table
+
+    def pack_norm(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False) -> Linear:
+        return Linear(weight, bias, exact)
+
+
+class RandomWeights:
+    """Makes the weights of any config on the device: normal with a deviation of 0.02, biases and norms likewise."""
+
+    def __init__(self, framework: Framework, config: DecoderConfig, dtype: str) -> None:
+        self._framework = framework
+        self._config = config
+        self._dtype = dtype
+        self._seed = 0
+
+    def make(self) -> DecoderWeights:
+        """Return all of them."""
+        config = self._config
+        table = self._normal(config.vocab_size, config.hidden_size)
+        head = table if config.tied_embeddings else self._normal(config.vocab_size, config.hidden_size)
+        layers = [self._layer() for _ in range(config.num_layers)]
+        return DecoderWeights(table, layers, self._norm(config.hidden_size), Linear(head, None, True))
+
+    def _layer(self) -> LayerWeights:
+        config = self._config
+        hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        return LayerWeights(
+            input_norm=self._norm(hidden),
+            qkv=self._linear(config.qkv_size, hidden, config.qkv_bias),
+            head_norms=HeadNorms(self._norm(dim), self._norm(dim)) if config.qk_norm else None,
+            out=self._linear(hidden, config.num_heads * dim, config.out_bias),
+            post_attention_norm=self._norm(hidden),
+            gate_up=self._linear(2 * ffn, hidden, config.mlp_bias),
+            down=self._linear(hidden, ffn, config.mlp_bias),
+        )
+
+    def _linear(self, rows: int, columns: int, has_bias: bool) -> Linear:
+        return Linear(self._normal(rows, columns), self._normal(rows) if has_bias else None, False)
+
+    def _normal(self, *shape: int) -> Tensor:
+        self._seed += 1
+        return self._framework.normal(shape, self._dtype, 0.02, self._seed)
+
+    def _norm(self, width: int) -> Tensor:
+        return self._normal(width).add_(1.0)
+
+    def digest(self) -> str:
+        """Return what tells this model from every other."""
+        return hashlib.sha256(f"random {self._config!r}".encode()).hexdigest()[:32]

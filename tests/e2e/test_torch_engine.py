@@ -1,0 +1,43 @@
+"""A cluster of torch engines on a CPU, and one of both kinds, against what transformers gives for the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from golden.cases import CASES, NUM_OUTPUT_TOKENS, load_golden
+from support.asking import Ask, answers
+from support.cluster import Cluster, running
+from support.cluster_config import cluster_config, d, p
+from support.cluster_fixtures import WriteCheckpoint
+
+pytest.importorskip("torch", reason="kvrelay[torch] is not installed")
+
+TORCH = {"kind": "torch"}
+PADDLE = {"kind": "paddle", "kernels": "portable"}
+
+CLUSTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "torch": (TORCH, TORCH),
+    "paddle_to_torch": (PADDLE, TORCH),
+    "torch_to_paddle": (TORCH, PADDLE),
+}
+"""Engines of the prefill node and of the decode node."""
+
+
+@pytest.fixture(params=CLUSTERS)
+def cluster(request: pytest.FixtureRequest, checkpoint: WriteCheckpoint) -> Iterator[Cluster]:
+    of_p, of_d = CLUSTERS[request.param]
+    nodes = p(engine=of_p), d(engine=of_d)
+    sections: dict[str, Any] = {"cache": {"num_blocks": 512}, "scheduler": {"max_num_seqs": 8}}
+    with running(cluster_config(checkpoint("qwen3"), *nodes, model={"dtype": "float32"}, **sections)) as running_one:
+        yield running_one
+        running_one.wait_until_quiescent()
+
+
+def test_tokens_are_those_of_transformers(cluster: Cluster) -> None:
+    golden = list(load_golden(next(case for case in CASES if case.name == "qwen3")))[:5]
+
+    given = answers(cluster, [Ask(one.prompt_token_ids, NUM_OUTPUT_TOKENS) for one in golden])
+
+    assert [answer.token_ids for answer in given] == [one.output_token_ids for one in golden]

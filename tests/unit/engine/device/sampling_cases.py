@@ -1,0 +1,87 @@
+"""Sequences with all kinds of sampling parameters, and what the host's sampler draws for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from kvrelay.core.step import ScheduledSequence
+
+from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.engine.batch import StepLimits
+from kvrelay.engine.device.batch import BatchAssembler
+from kvrelay.engine.device.operations import Sampled, StepShape
+from kvrelay.engine.device.sequence_rows import SequenceRows
+from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.tiles import TileCutter
+from kvrelay.engine.device.torch_framework import TorchFramework
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.3, "top_p": 0.05},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 2.0, "top_k": 7},
+    {"temperature": 1.0, "top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1e-6, "top_p": 0.5},
+    {"repetition_penalty": 1.8},
+    {"temperature": 0.9, "presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"temperature": 1.0, "frequency_penalty": -1.0, "logit_bias": {3: 8.0, 11: -100.0}},
+    {"logit_bias": {5: 100.0}},
+    {"min_tokens": 50, "eos_token_ids": [2], "stop_token_ids": [9], "logit_bias": {2: 100.0, 9: 50.0}},
+    {"temperature": 1.0, "num_logprobs": 0},
+    {"num_logprobs": 5},
+    {"temperature": 0.8, "top_p": 0.95, "num_logprobs": 20, "repetition_penalty": 1.2},
+]
+
+
+def sequence(tokens: list[int], name: str, **sampling: Any) -> Sequence:
+    """Return a sequence, greedy unless ``sampling`` says otherwise."""
+    params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, **sampling})
+    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=tokens, sampling=params))
+
+
+def sequences(vocab_size: int, count: int, seed: int) -> list[Sequence]:
+    """Return ``count`` sequences with a prompt and some output each, of every kind in turn."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        params = {"seed": int(rng.integers(1 << 62)), **KINDS[number % len(KINDS)]}
+        one = sequence(rng.integers(0, vocab_size, 9).tolist(), f"r{number}", **params)
+        one.token_ids += rng.integers(0, vocab_size, int(rng.integers(0, 12))).tolist()
+        one.take_blocks(range(2))
+        one.num_computed_tokens = one.num_tokens - 1
+        made.append(one)
+    return made
+
+
+def logits(vocab_size: int, count: int, seed: int) -> np.ndarray:
+    """Return logits with ties among the highest and at the edges of filters."""
+    values = np.random.default_rng(seed).standard_normal((count, vocab_size)).astype(np.float32) * 3
+    values[::3] = np.round(values[::3] * 2) / 2
+    return values
+
+
+def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], values: np.ndarray) -> Sampled:
+    """Return what ``operations`` sample from ``values``, on the host."""
+    framework = TorchFramework(device)
+    rows = SequenceRows(len(batch), 4, 8)
+    limits = StepLimits(block_size=16, num_blocks=8, max_model_len=64, vocab_size=values.shape[1])
+    assembler = BatchAssembler(limits, rows, TileCutter(operations.tile_rows, None), max_num_tokens=1024)
+    assembled = assembler.assemble(batch)
+    count = len(batch)
+    most = 0 if assembled.adjustments is None else len(assembled.adjustments.tokens)
+    buffer = StepBuffer(framework, StepShape(4 * count, count, count, 4 * count), most)
+    assembler.fill(buffer, assembled)
+    last_tokens = framework.zeros((count,), "int32")
+    step = buffer.tensors(assembled.shape)
+    sampled = operations.sample(framework.upload(values, "float32"), step, last_tokens)
+    noted = [sample for sample in assembled.samples if sample.ahead == 0]
+    index = [assembled.samples.index(sample) for sample in noted]
+    where = torch.tensor([sample.row.index for sample in noted])
+    assert last_tokens.cpu()[where].tolist() == sampled.tokens.cpu()[index].tolist()
+    return Sampled(*(one.cpu() for one in sampled))

@@ -1,0 +1,72 @@
+"""Checks of sampling on a device against the host's sampler, for interpreted kernels and for references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, SequenceOutcome
+from sampling_cases import KINDS, logits, sample_on, sequence, sequences
+
+from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
+from kvrelay.engine.sampler import sample, sample_step
+
+
+def scheduled(one: Any, drafts: tuple[int, ...] | None = None) -> ScheduledSequence:
+    return ScheduledSequence(one, one.num_tokens - 1, 1 + len(drafts or ()), True, drafts)
+
+
+def check_tokens_and_logprobs(operations: Any, vocab_size: int, seed: int, device: str = "cpu") -> None:
+    made = sequences(vocab_size, 2 * len(KINDS), seed)
+    values = logits(vocab_size, len(made), seed)
+    sampled = sample_on(operations, device, [scheduled(one) for one in made], values)
+    expected = [token_of(one) for one in sample(values, made)]
+    assert sampled.tokens.tolist() == [one.token_ids[0] for one in expected]
+    for row, one in enumerate(expected):
+        for entry in one.logprobs:
+            count = len(entry.top_token_ids)
+            assert sampled.top_tokens[row, 1 : 1 + count].tolist() == entry.top_token_ids
+            ours = sampled.logprobs[row, : 1 + count].tolist()
+            np.testing.assert_allclose(ours, [entry.logprob, *entry.top_logprobs], atol=1e-4)
+
+
+def check_drafts(operations: Any, vocab_size: int, device: str = "cpu") -> None:
+    """A row for each draft samples what the host samples when the drafts before it were right."""
+    made = sequences(vocab_size, len(KINDS), 5)
+    values = logits(vocab_size, 3 * len(made), 6).reshape(len(made), 3, vocab_size)
+    drafts = [tuple(token_of(sample(rows[:1], [one])[0]).token_ids) for rows, one in zip(values, made, strict=True)]
+    batch = [scheduled(one, (*guess, 7)) for one, guess in zip(made, drafts, strict=True)]
+    sampled = sample_on(operations, device, batch, values.reshape(-1, vocab_size))
+    ours = sampled.tokens.view(-1, 3)[:, :2].tolist()
+    expected = sample_step(values.reshape(-1, vocab_size), batch)
+    assert ours == [token_of(one).token_ids[:2] for one in expected]
+
+
+def check_non_finite(operations: Any, device: str = "cpu") -> None:
+    """NaN and plus infinity spoil a row; minus infinity is a token that nobody gets."""
+    made = sequences(50, 9, 1)
+    values = logits(50, 9, 1)
+    values[1, 7], values[2, 0], values[3], values[4, 49], values[5, 0] = np.nan, np.inf, -np.inf, -np.inf, np.nan
+    values[6, 1:], values[7, :] = -np.inf, -np.inf
+    values[8, 20], made[8] = np.inf, sequences(50, 12, 1)[11]
+    expected = [
+        outcome.token_ids[0] if isinstance(outcome, SampledTokens) else NOT_FINITE for outcome in sample(values, made)
+    ]
+    assert sample_on(operations, device, [scheduled(one) for one in made], values).tokens.tolist() == expected
+
+
+def check_none_left(operations: Any, device: str = "cpu") -> None:
+    banned = {"min_tokens": 50, "eos_token_ids": list(range(25)), "stop_token_ids": list(range(25, 50))}
+    kinds: list[dict[str, Any]] = [banned, {**banned, "temperature": 1.0, "num_logprobs": 2}, {"temperature": 1.0}]
+    made = [sequence([1, 2, 3], f"r{index}", **kind) for index, kind in enumerate(kinds)]
+    for one in made:
+        one.take_blocks(range(1))
+    values = logits(50, 3, 1)
+    assert isinstance(sample(values, made)[0], SequenceFailed)
+    tokens = sample_on(operations, device, [scheduled(one) for one in made], values).tokens.tolist()
+    assert tokens[:2] == [NONE_LEFT] * 2 and tokens[2] >= 0
+
+
+def token_of(outcome: SequenceOutcome) -> SampledTokens:
+    assert isinstance(outcome, SampledTokens)
+    return outcome

@@ -1,0 +1,297 @@
+"""The device engine on a CPU: steps with and without graphs, rows of sequences, and the pool's mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_runs import Runner, output, sequence
+from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepPlan
+
+from kvrelay.core.errors import EngineError
+from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.request import Sequence
+from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.decoder import load_weights
+from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.weights import DevicePacking
+
+Make = Callable[..., DeviceEngine]
+
+
+@pytest.fixture
+def make(tiny_dir: Path) -> Iterator[Make]:
+    """Make engines of the tiny checkpoint, closed at the end."""
+    made: list[DeviceEngine] = []
+
+    def make_one(**limits: Any) -> DeviceEngine:
+        config = read_decoder_config(tiny_dir)
+        checkpoint = Checkpoint.open(tiny_dir, config, lambda done, total: None)
+        framework = TorchFramework("cpu")
+        weights = load_weights(checkpoint, DevicePacking(framework, "float32"))
+        geometry = KVGeometry(4, config.num_kv_heads, config.head_dim, 16, "float32", checkpoint.digest())
+        sizes = {"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
+        options = DeviceOptions("cpu", "float32", 16)
+        made.append(build_engine(config, weights, geometry, framework, DeviceEngineLimits(**sizes), options))
+        return made[-1]
+
+    yield make_one
+    for engine in made:
+        engine.close()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng([length, seed]).integers(0, 384, length).tolist()
+    return tokens
+
+
+def sequences(count: int = 8) -> list[Sequence]:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "num_logprobs": 3},
+        {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
+    ]
+    return [
+        sequence(prompt(3 + 9 * index), f"r{index}", max_tokens=7, seed=index, **kinds[index % len(kinds)])
+        for index in range(count)
+    ]
+
+
+def run_all(engine: DeviceEngine, chunk: int = 1 << 20) -> list[list[SampledTokens]]:
+    return Runner(engine).finish(*sequences(), chunk=chunk)
+
+
+def test_graphs_chunks_and_mirrors_change_no_token(make: Make) -> None:
+    expected = [Runner(make()).finish(one)[0] for one in sequences()]
+    tokens = [[entry.token_ids for entry in one] for one in expected]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"decode_graphs": (2, 8), "chunk_graphs": (16, 128)},
+        {"mirrored": True, "decode_graphs": (8,)},
+    ]
+    for limits in variants:
+        for chunk in (11, 1 << 20):
+            results = run_all(make(**limits), chunk)
+            assert [[entry.token_ids for entry in one] for one in results] == tokens
+            for ours, theirs in zip(results[2], expected[2], strict=True):
+                assert ours.logprobs[0].top_token_ids == theirs.logprobs[0].top_token_ids
+                np.testing.assert_allclose(ours.logprobs[0].logprob, theirs.logprobs[0].logprob, atol=1e-4)
+
+
+def test_rows_are_reused_when_more_sequences_come_than_there_are(make: Make) -> None:
+    engine = make(max_num_seqs=2, decode_graphs=(2,))
+    runner = Runner(engine)
+    started = sequences(6)
+    for one in started:
+        runner.run((one, one.num_tokens))
+    outputs = [[*output(one)] for one in started]
+    for one, tokens in zip(started, outputs, strict=True):
+        for entry in runner.finish(one)[0]:
+            tokens.extend(entry.token_ids)
+    assert outputs == [output(one) for one in started]
+    alone = [sequence(prompt(3 + 9 * index), max_tokens=7) for index in range(0, 6, 4)]
+    for one, there in zip(alone, started[::4], strict=True):
+        Runner(make()).finish(one)
+        assert output(one) == output(there)
+
+
+def test_drafts_are_accepted_as_far_as_they_are_right(make: Make) -> None:
+    engine = make()
+    for index in range(4):
+        one = sequences()[index]
+        Runner(engine).finish(one)
+        tokens = output(one)
+        again, runner = sequences()[index], Runner(engine, seed=1)
+        runner.run((again, again.num_tokens))
+        drafts = (*tokens[1:3], (tokens[3] + 1) % 384, 5)
+        runner.give_blocks(again, again.num_tokens + len(drafts))
+        item = ScheduledSequence(again, again.num_tokens - 1, 1 + len(drafts), True, drafts)
+        ((sampled,),) = [engine.run(StepPlan(9, [item]), lambda layer: None).sampled]
+        assert sampled.token_ids == tokens[1:4]
+        assert len(sampled.logprobs) == (3 if again.sampling.num_logprobs is not None else 0)
+
+
+def test_a_cached_prompt_computes_its_last_token_and_writes_nothing(make: Make) -> None:
+    engine = make(mirrored=True)
+    one, runner = sequence(prompt(32), max_tokens=1), Runner(engine)
+    runner.run((one, 32))
+    before = engine.memory.planes.copy()
+    again = sequence(prompt(32), "again")
+    again.take_blocks(one.block_table)
+    again.num_computed_tokens = 32
+    item = ScheduledSequence(again, 31, 1, True)
+    (sampled,) = engine.run(StepPlan(2, [item]), lambda layer: None).sampled
+    assert sampled.token_ids == output(one)
+    assert np.array_equal(engine.memory.planes, before)
+
+
+def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
+    for limits in ({"mirrored": True}, {"mirrored": True, "chunk_graphs": (32,)}, {}):
+        engine = make(**limits)
+        runner, one = Runner(engine), sequence(prompt(20), max_tokens=1)
+        runner.give_blocks(one, 20)
+        heard = Heard(engine, list(one.block_table))
+        runner.run((one, 20), layers=heard)
+        assert heard.seen == [(layer, True) for layer in range(4)]
+
+
+class Heard(list[int]):
+    """Notes at each announcement of a layer whether its KV is in the memory."""
+
+    def __init__(self, engine: DeviceEngine, blocks: list[int]) -> None:
+        super().__init__()
+        self._engine, self._blocks = engine, blocks
+        self.seen: list[tuple[int, bool]] = []
+
+    def append(self, layer: int) -> None:
+        written = self._engine.memory.planes[layer][:, self._blocks].any(-1).all()
+        self.seen.append((layer, bool(written)))
+
+
+def test_kv_that_others_wrote_is_copied_in_first(make: Make) -> None:
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
+    Runner(make()).finish(expected)
+    Runner(there).run((one, 33))
+    away, runner = list(one.block_table), Runner(here, seed=3)
+    one.take_blocks(())
+    runner.give_blocks(one, 33)
+    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, away]
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def test_a_sequence_that_grew_elsewhere_is_read_anew(make: Make) -> None:
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(18), max_tokens=8), sequence(prompt(18), max_tokens=8)
+    Runner(make()).finish(expected)
+    runner, other = Runner(here), Runner(there)
+    runner.run((one, 18))
+    runner.run((one, 1))
+    table = list(one.block_table)
+    there.memory.planes[:, :, table] = here.memory.planes[:, :, table]
+    for _ in range(3):
+        other.run((one, 1))
+    here.memory.planes[:, :, table] = there.memory.planes[:, :, table]
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make: Make) -> None:
+    engine = make(mirrored=True)
+    good, runner = sequence(prompt(20), "good", max_tokens=12), Runner(engine)
+    runner.run((good, 20))
+
+    def fails(match: str, blocks: list[int], tokens: list[int] | None = None, count: int = 20, **sampling: Any) -> None:
+        bad = sequence(tokens or prompt(20), "bad", **sampling)
+        bad.take_blocks(blocks)
+        runner.give_blocks(good, good.num_tokens)
+        step = [ScheduledSequence(bad, 0, count, True), ScheduledSequence(good, good.num_tokens - 1, 1, True)]
+        failed, fine = engine.run(StepPlan(5, step), lambda layer: None).outcomes
+        assert isinstance(failed, SequenceFailed) and match in failed.reason
+        assert isinstance(fine, SampledTokens)
+        good.num_computed_tokens += 1
+        good.token_ids += fine.token_ids
+
+    fails("do not hold 20 tokens", [1])
+    fails("leaves the pool of 64", [1, 64])
+    fails("leaves the pool of 64", [1, -1])
+    fails("positions 0 to 21", [1, 2], count=21)
+    fails("token id 384 is not in the vocabulary", [1, 2], [384] * 20)
+    fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
+    fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
+    fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
+    banned = {"min_tokens": 9, "eos_token_ids": list(range(200)), "stop_token_ids": list(range(200, 384))}
+    fails("leave no token to choose", [1, 2], **banned)
+    expected = sequence(prompt(20), max_tokens=12)
+    Runner(make()).finish(expected)
+    runner.finish(good)
+    assert output(good) == output(expected)
+
+
+def test_steps_that_are_too_much_together_are_refused(make: Make) -> None:
+    engine = make(mirrored=True)
+
+    def refused(match: str, *items: ScheduledSequence) -> None:
+        with pytest.raises(EngineError, match=match):
+            engine.run(StepPlan(5, list(items)), lambda layer: None)
+
+    def one(length: int) -> ScheduledSequence:
+        made = sequence(prompt(length), "r")
+        made.take_blocks(range(20))
+        return ScheduledSequence(made, 0, length, True)
+
+    refused("without sequences")
+    refused("600 tokens is more than 512", one(300), one(300))
+    refused("max_num_seqs", *[one(20) for _ in range(9)])
+    expected, again = sequence(prompt(20), max_tokens=4), sequence(prompt(20), max_tokens=4)
+    Runner(make()).finish(expected)
+    Runner(engine).finish(again)
+    assert output(again) == output(expected)
+
+
+def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that others wrote were not copied to the device then, though the step had begun."""
+    here, there = make(mirrored=True), make(mirrored=True)
+    one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
+    Runner(make()).finish(expected)
+    Runner(there).run((one, 33))
+    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, one.block_table]
+    runner = Runner(here)
+    runner.free = [block for block in runner.free if block not in one.block_table]
+    with monkeypatch.context() as patch:
+        patch.setattr(here._pool, "copy_in", _out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            runner.run((one, 1))
+    runner.finish(one)
+    assert output(one) == output(expected)
+
+
+def _out_of_memory(blocks: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:
+    """A graph of decode steps takes a chunk of one token as well, and its logits are nobody's."""
+    engine = make(decode_graphs=(2,))
+    weights = engine._decoder._weights
+    embedding = weights.embedding.clone()
+    embedding[77] = float("inf")
+    engine._decoder._weights = replace(weights, embedding=embedding)
+    decoding, chunked = sequence(prompt(5), "fine"), sequence([77, 1, 2], "broken")
+    runner = Runner(engine)
+    runner.run((decoding, 5))
+    runner.give_blocks(chunked, 1)
+    step = [ScheduledSequence(chunked, 0, 1, samples=False), ScheduledSequence(decoding, 5, 1, samples=True)]
+    failed, fine = engine.run(StepPlan(3, step), lambda layer: None).outcomes
+    assert failed == SequenceFailed("the model's hidden states are not finite at position 0")
+    assert isinstance(fine, SampledTokens)
+
+
+def test_logits_that_are_not_finite_fail_their_sequence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
+    batch = [sequence(prompt(5), "fine"), sequence(prompt(6), "broken")]
+    runner, items = Runner(engine), []
+    for one in batch:
+        runner.give_blocks(one, one.num_tokens)
+        items.append(ScheduledSequence(one, 0, one.num_tokens, True))
+    fine, failed = engine.run(StepPlan(1, items), lambda layer: None).outcomes
+    assert isinstance(fine, SampledTokens)
+    assert failed == SequenceFailed("the model's logits are not finite at output position 0")
+
+
+def _spoiled(sample: Any) -> Any:
+    def with_nan(logits: Any, step: Any) -> Any:
+        logits[1, 3] = float("nan")
+        return sample(logits, step)
+
+    return with_nan
