@@ -155,9 +155,8 @@ class Scheduler:
     ) -> None:
         """Add ``decodes`` and then prompts to ``schedule``, from where the plans ``in_flight`` will leave them."""
         schedule.requests = decodes
-        schedule.chunks = self._decodes.chunks(decodes, in_flight)
-        budget = self._token_budget - sum([chunk.num_tokens for chunk in schedule.chunks])
-        self._add_prompts(schedule, budget, in_flight, now)
+        schedule.chunks, num_tokens = self._decodes.chunks(decodes, in_flight)
+        self._add_prompts(schedule, self._token_budget - num_tokens, in_flight, now)
         if schedule.chunks:
             self.reserve.step_scheduled()
 
