@@ -1,1 +1,1 @@
-"""The process around a node's machine, the same for prefill, decode and mixed: engine, messager, sockets, shell."""
+"""What prefill, decode and mixed nodes share: the process, plans for the engine, orders of prompts."""
