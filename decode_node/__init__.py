@@ -18,5 +18,6 @@
 ``storage`` (what it has to do with the store) and ``steps`` are parts of it. ``schedule`` decides what a step computes
 and who gives way, with the policies of ``kvstore.reserve`` (what to keep free for running requests), ``preempt`` (who
 is the victim), ``waiting`` (who is next), ``load`` (read or compute) and ``speculate`` (what to guess ahead);
-``decodes`` and ``publishing`` are parts of it. ``request`` holds what D knows of one request, ``service`` runs it all in a process.
+``decodes`` and ``publishing`` are parts of it. ``request`` holds what D knows of one request, ``service`` runs it all
+in a process.
 """
