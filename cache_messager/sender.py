@@ -121,7 +121,7 @@ class Sender:
         """Return what makes a signal impossible, or None."""
         blocks, num_blocks = span.source_block_ids, self._settings.pool.num_blocks
         if not 0 <= layers.start <= layers.stop <= self._geometry.num_layers:
-            return f"layer {layers.start} was signalled, there are {self._geometry.num_layers}"
+            return f"layers {layers.start} to {layers.stop - 1} of {self._geometry.num_layers} were signalled"
         if not all_within(blocks, num_blocks):
             return f"a block outside the pool of {num_blocks} was signalled"
         if not 0 <= span.first_block <= num_blocks:

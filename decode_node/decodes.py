@@ -63,20 +63,26 @@ class Decodes:
             request.block_table.append(block)
         return True
 
-    def chunks(self, decodes: Sequence[DecodeRequest], in_flight: Mapping[DecodeRequest, Chunk]) -> list[Chunk]:
-        """Return what is computed of each of ``decodes``, whose newest tokens have their blocks.
+    def chunks(
+        self, decodes: Sequence[DecodeRequest], in_flight: Mapping[DecodeRequest, Chunk]
+    ) -> tuple[list[Chunk], int]:
+        """Return what is computed of each of ``decodes``, whose newest tokens have their blocks; and how many tokens.
 
         One that is ``in_flight`` awaits the token that is sampled there.
         """
-        if in_flight and self._is_plain:
-            return [
-                Chunk(in_flight[request].end, 1, True, awaits=True)
-                if request in in_flight
-                else Chunk(request.num_computed_tokens, 1, True)
-                for request in decodes
-            ]
-        if self._is_plain:
-            return [Chunk(request.num_computed_tokens, 1, True) for request in decodes]
+        if not self._is_plain:
+            return self._with_guesses(decodes)
+        if not in_flight:
+            return [Chunk(request.num_computed_tokens, 1, True) for request in decodes], len(decodes)
+        chunks = [
+            Chunk(in_flight[request].end, 1, True, awaits=True)
+            if request in in_flight
+            else Chunk(request.num_computed_tokens, 1, True)
+            for request in decodes
+        ]
+        return chunks, len(chunks)
+
+    def _with_guesses(self, decodes: Sequence[DecodeRequest]) -> tuple[list[Chunk], int]:
         num_tokens = len(decodes)
         chunks: list[Chunk] = []
         for request in decodes:
@@ -84,7 +90,7 @@ class Decodes:
             size = 1 + len(drafts or ())
             chunks.append(Chunk(request.num_computed_tokens, size, True, drafts))
             num_tokens += size - 1
-        return chunks
+        return chunks, num_tokens
 
     def _drafts(self, request: DecodeRequest, budget: int) -> tuple[int, ...] | None:
         """Return guesses that cost nobody anything: within budget and output length, in blocks nobody else needs."""

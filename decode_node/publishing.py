@@ -6,6 +6,7 @@ from decode_node.request import DecodeRequest
 from decode_node.waiting import WaitingQueue
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
+from kvrelay.node.prefill_order import PrefillOrder
 from kvstore.block_hash import BlockHasher
 from kvstore.kv_cache import KVCache
 from kvstore.promised import PromisedBlocks
@@ -19,16 +20,23 @@ class Publisher:
         kv: KVCache,
         hasher: BlockHasher,
         waiting: WaitingQueue,
+        order: PrefillOrder[DecodeRequest],
         plans: PlanWriter,
         in_flight: PlansInFlight[DecodeRequest],
     ) -> None:
         self._kv = kv
         self._hasher = hasher
         self._waiting = waiting
+        self._order = order
         self._plans = plans
         self._in_flight = in_flight
         self._unshared: dict[DecodeRequest, int] = {}
         self.promised = PromisedBlocks()
+
+    def may_wait_for_a_block(self, request: DecodeRequest) -> bool:
+        """Return whether the next block that ``request`` lacks is being computed for another and it may wait."""
+        lacking = self._waiting.lacks(request)
+        return lacking is not None and lacking in self.promised and self._order.may_wait_for_a_block(request)
 
     def publish(self, request: DecodeRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""

@@ -162,20 +162,20 @@ class DecodeRequest(Sequence):
 
     def take(self, sampled: SampledTokens) -> RequestOutput:
         """Append what was sampled, up to the token that ends the request; return what the router is to know of it."""
-        index = len(self.token_ids) - self.num_prompt_tokens
-        finish = None
-        for token in sampled.token_ids:
+        spec, index, finish = self.spec, len(self.token_ids) - self.num_prompt_tokens, None
+        token_ids, logprobs = sampled.token_ids, sampled.logprobs
+        for num_taken, token in enumerate(token_ids, 1):
             self.token_ids.append(token)
             finish = self.finish_reason()
             if finish is not None:
+                token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
                 break
-        num_new = len(self.token_ids) - self.num_prompt_tokens - index
         return RequestOutput(
-            request_id=self.spec.request_id,
-            epoch=self.spec.epoch,
+            request_id=spec.request_id,
+            epoch=spec.epoch,
             index=index,
-            token_ids=sampled.token_ids[:num_new],
-            logprobs=sampled.logprobs[:num_new],
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=finish[0] if finish else None,
             stop_token_id=finish[1] if finish else None,
             num_cached_tokens=self.num_cached_tokens,

@@ -87,8 +87,7 @@ class Scheduler:
         self.reserve = reserve_policy(config, block_size)
         self._order = victim_order(config)
         self._decodes = Decodes(config, speculative, kv, block_size)
-        self._publisher = Publisher(kv, hasher, self.waiting, self.plans, self.in_flight)
-        self._promised = self._publisher.promised
+        self._publisher = Publisher(kv, hasher, self.waiting, self.order, self.plans, self.in_flight)
         self.publish, self.publish_blocks = self._publisher.publish, self._publisher.publish_blocks
         self._token_budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
@@ -118,12 +117,9 @@ class Scheduler:
     # ------------------------------------------------------------ a step
 
     def schedule(self, now: float) -> Schedule:
-        """Decide the next step: decodes, then chunks of prompts, those of newcomers too if nobody had to give way.
-
-        No plan is in flight.
-        """
-        schedule = Schedule()
+        """Decide a step with no plan in flight: decodes, then prompts, newcomers too if nobody had to give way."""
         self._publisher.share_late()
+        schedule = Schedule()
         stalled = self._make_room(schedule)
         if self._by_priority and self.waiting and not schedule.preempted:
             self._make_way(schedule, self.waiting.ordered(now)[0], now)
@@ -155,9 +151,8 @@ class Scheduler:
     ) -> None:
         """Add ``decodes`` and then prompts to ``schedule``, from where the plans ``in_flight`` will leave them."""
         schedule.requests = decodes
-        schedule.chunks = self._decodes.chunks(decodes, in_flight)
-        budget = self._token_budget - sum([chunk.num_tokens for chunk in schedule.chunks])
-        self._add_prompts(schedule, budget, in_flight, now)
+        schedule.chunks, num_tokens = self._decodes.chunks(decodes, in_flight)
+        self._add_prompts(schedule, self._token_budget - num_tokens, in_flight, now)
         if schedule.chunks:
             self.reserve.step_scheduled()
 
@@ -285,7 +280,7 @@ class Scheduler:
         self.waiting.admit(request)
         if self.kv.prefix_caching:
             # A copy: the request's own list grows with its output, what is promised does not.
-            self._promised.promise(request, tuple(request.hashes), len(matched))
+            self._publisher.promised.promise(request, tuple(request.hashes), len(matched))
         num_stored = self._loads.num_blocks(request, len(matched), now)
         if num_stored:
             self.loading[request] = None
@@ -296,11 +291,7 @@ class Scheduler:
         return self.num_holding < self._max_num_seqs
 
     def _must_wait(self, request: DecodeRequest) -> bool:
-        return self._waits_for_a_block(request) or not self.order.may_overtake(request)
-
-    def _waits_for_a_block(self, request: DecodeRequest) -> bool:
-        lacking = self.waiting.lacks(request)
-        return lacking is not None and lacking in self._promised and self.order.may_wait_for_a_block(request)
+        return self._publisher.may_wait_for_a_block(request) or not self.order.may_overtake(request)
 
     def _run_prefill(self, request: DecodeRequest) -> None:
         self.prefilling[request] = None
@@ -335,13 +326,13 @@ class Scheduler:
         """Take ``request`` out of those being loaded: it is given up."""
         del self.loading[request]
         self.order.left(request)
-        self._promised.withdraw(request)
+        self._publisher.promised.withdraw(request)
 
     def leave_prefill(self, request: DecodeRequest) -> None:
         """Take ``request`` out of those being prefilled: it is through, or given up."""
         del self.prefilling[request]
         self.order.left(request)
-        self._promised.withdraw(request)
+        self._publisher.promised.withdraw(request)
 
     def fits(self, request: DecodeRequest, num_new: int, matched: Sequence[BlockId]) -> bool:
         """Return whether ``request`` may have ``num_new`` blocks beside ``matched`` and leave enough to the running.

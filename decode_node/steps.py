@@ -80,13 +80,11 @@ class Steps:
 
     def ended(self, event: StepDone | StepFailed) -> None:
         """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
-        step = event.result.step if isinstance(event, StepDone) else event.step
-        ended = self._scheduler.in_flight.end(step)
-        outcomes = event.result.outcomes if isinstance(event, StepDone) else ended.all_failed(event.reason)
+        ended = self._scheduler.in_flight.end(event)
         self.counters["steps"] += 1
         self._measure(ended)
         outputs: dict[PeerId, list[RequestOutput]] = {}
-        for request, chunk, outcome in ended.with_outcomes(outcomes):
+        for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
             if request.is_over:
                 self._requests.end_if_unused(request)
             elif isinstance(outcome, SequenceFailed):
@@ -99,11 +97,10 @@ class Steps:
 
     def _measure(self, ended: PlanInFlight[DecodeRequest]) -> None:
         """Note how fast prompts are computed, from steps that computed hardly anything else."""
-        num_prefill = sum(
-            chunk.num_tokens
-            for request, chunk in zip(ended.requests, ended.chunks, strict=True)
-            if request in self._scheduler.prefilling
-        )
+        prefilling, num_prefill = self._scheduler.prefilling, 0
+        if prefilling:
+            chunks = zip(ended.requests, ended.chunks, strict=True)
+            num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
         if num_prefill > len(ended.chunks):
             began_s = max(ended.submitted_s, self._last_ended_s)
             self._loads.prefilling.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
@@ -128,7 +125,7 @@ class Steps:
     def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
         """Take tokens whose KV is good, and what was sampled after them."""
         num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
-        request.num_computed_tokens = chunk.end - num_rejected
+        request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
         if request in self._scheduler.prefilling:
             self._chunk_done(request, chunk.num_tokens)
         return self._sampled(request, sampled) if sampled.token_ids else None

@@ -8,7 +8,7 @@
       │                reservation meanwhile       its way to D          ^
       │                     │                         │                  │
       └─────────────────────┴──────────> CLOSING <────┘──────────────────┘
-                         over, but a step or the messager still uses its blocks
+                         over, but a plan in flight or the messager still uses its blocks
 
 Between QUEUED and RUNNING_PREFILL a request may be LOADING: the store fills the first of its blocks.
 

@@ -265,11 +265,10 @@ class PrefillMachine:
         return bool(batch)
 
     def _step_ended(self, event: StepDone | StepFailed) -> None:
-        ended = self._steps.end(event.result.step if isinstance(event, StepDone) else event.step)
-        outcomes = event.result.outcomes if isinstance(event, StepDone) else ended.all_failed(event.reason)
+        ended = self._steps.end(event)
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self._counters["steps"] += 1
-        for request, chunk, outcome in ended.with_outcomes(outcomes):
+        for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
             self._counters["prefill_tokens"] += chunk.num_tokens
             if not request.is_over:
                 if isinstance(outcome, SequenceFailed):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvrelay.core.ids import MESSAGER
-from kvrelay.core.machine import LayersComputed, RunStep
+from kvrelay.core.machine import LayersComputed, RunStep, StepDone, StepFailed
 from kvrelay.core.messages.node_to_messager import KVSpan, LayerSignal
 from kvrelay.core.outbox import Outbox
 from kvrelay.node.in_flight import PlanInFlight, PlansInFlight
@@ -52,8 +52,8 @@ class Steps:
             signal = LayerSignal(step=event.step, layer=layers.start, num_layers=len(layers), spans=spans)
             self._outbox.send(MESSAGER, signal)
 
-    def end(self, step: int) -> PlanInFlight[PrefillRequest]:
-        """Return what ``step`` was of; it has ended."""
-        ended = self.in_flight.end(step)
-        del self._spans[step]
+    def end(self, event: StepDone | StepFailed) -> PlanInFlight[PrefillRequest]:
+        """Return the plan that is answered."""
+        ended = self.in_flight.end(event)
+        del self._spans[ended.plan.step]
         return ended

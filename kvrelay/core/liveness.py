@@ -6,7 +6,7 @@ from kvrelay.core.ids import PeerId
 
 
 class Liveness:
-    """Peers and when each was last heard. Any message counts as a sign of life."""
+    """Peers and when each was last heard. Any message counts."""
 
     def __init__(self, peer_timeout_s: float) -> None:
         self.peer_timeout_s = peer_timeout_s
@@ -25,7 +25,7 @@ class Liveness:
         self._heard_s.setdefault(peer, now)
 
     def heard(self, peer: PeerId, now: float) -> None:
-        """Note a sign of life from ``peer`` if it is watched."""
+        """Note that ``peer`` was heard, if it is watched."""
         if peer in self._heard_s:
             self._heard_s[peer] = now
 

@@ -61,13 +61,13 @@ class Membership:
         return [Ready(), Send(ROUTER, self._registration) if self._is_static else Announce(READY)]
 
     def beat(self, load: Load) -> list[CoreAction]:
-        """Show every router a sign of life, or ask again to be registered."""
+        """Send every router a heartbeat, or ask again to be registered."""
         if self._is_static and not self._registered:
             return self.join()
         return [Send(router, Heartbeat(load=load)) for router in self._registered]
 
     def heard(self, peer: PeerId, now: float) -> None:
-        """Note a sign of life."""
+        """Note that a router was heard."""
         self._alive.heard(peer, now)
 
     def _called(self, peer: PeerId) -> list[CoreAction]:

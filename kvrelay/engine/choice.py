@@ -68,7 +68,7 @@ def _without_library(
 
 def _refuse_if_asked_for(node: NodeConfig, error: KernelsUnavailableError) -> None:
     if node.engine.kernels == "native":
-        raise ConfigError([f"engine.kernels: native is not to be had here: {error}"]) from error
+        raise ConfigError([f"engine.kernels: native kernels unavailable: {error}"]) from error
 
 
 def _portable(node: NodeConfig, shape: HeadShape, dtype: str, reason: str) -> PortableKernels:
@@ -116,12 +116,12 @@ def _check_products(library: NativeLibrary, quantization: Quantization, dtype: s
     wanted = quantization is Quantization.W8A16 and dtype == "bfloat16"
     if wanted and not library.multiplies(ProductKind.HALVES_BY_INT8):
         raise ConfigError(
-            [f"engine.quantization: w8a16 in bfloat16 is not to be had with {library.isa}; set model.dtype to float32"]
+            [f"engine.quantization: w8a16 in bfloat16 is unavailable with {library.isa}; set model.dtype to float32"]
         )
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether all of the native kernels are to be had here, on a CPU that is made for bfloat16."""
+    """Return whether all native kernels are available here, on a CPU with bfloat16 instructions."""
     try:
         open_library()
         return open_onednn().multiplies("bfloat16")

@@ -1,4 +1,1 @@
-"""What prefill, decode and mixed nodes have in common.
-
-The process around a node's machine: engine, messager, sockets, shell. And ``prefill_order``, a part of their machines.
-"""
+"""What prefill, decode and mixed nodes share: the process, plans for the engine, orders of prompts."""

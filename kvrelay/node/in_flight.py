@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import SequenceId
+from kvrelay.core.machine import StepDone, StepFailed
 from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome, StepPlan
 from kvrelay.node.plans import Chunk
 
@@ -24,15 +23,12 @@ class PlanInFlight(Generic[R]):
     chunks: list[Chunk]
     submitted_s: float
 
-    def with_outcomes(self, outcomes: dict[SequenceId, SequenceOutcome]) -> Iterator[tuple[R, Chunk, SequenceOutcome]]:
-        """Return each request with what was to be computed of it and what came of that."""
-        for request, chunk, item in zip(self.requests, self.chunks, self.plan.batch, strict=True):
-            yield request, chunk, outcomes[item.id]
-
-    def all_failed(self, reason: str) -> dict[SequenceId, SequenceOutcome]:
-        """Return the outcomes of a step that failed as a whole."""
-        failed = SequenceFailed(reason, retryable=True)
-        return {item.id: failed for item in self.plan.batch}
+    def outcomes(self, event: StepDone | StepFailed) -> list[SequenceOutcome]:
+        """Return what came of each request, in their order; if the step failed, they all have."""
+        if isinstance(event, StepFailed):
+            return [SequenceFailed(event.reason, retryable=True)] * len(self.requests)
+        by_id = event.result.outcomes
+        return [by_id[item.id] for item in self.plan.batch]
 
 
 class PlansInFlight(Generic[R]):
@@ -63,16 +59,17 @@ class PlansInFlight(Generic[R]):
         """Note that ``plan`` is submitted."""
         self._plans.append(plan)
 
-    def find(self, step: int) -> PlanInFlight[R]:
+    def _find(self, step: int) -> PlanInFlight[R]:
         """Return the plan of ``step``. Raises LocalProtocolError if it is not in flight."""
         for plan in self._plans:
             if plan.plan.step == step:
                 return plan
         raise LocalProtocolError(f"step {step} is not in flight: it has ended, or was never planned")
 
-    def end(self, step: int) -> PlanInFlight[R]:
-        """Take out the oldest plan, which is that of ``step``. Raises LocalProtocolError if it is not."""
-        plan = self.find(step)
+    def end(self, event: StepDone | StepFailed) -> PlanInFlight[R]:
+        """Take out the plan that is answered, which is the oldest. Raises LocalProtocolError if it is not."""
+        step = event.result.step if isinstance(event, StepDone) else event.step
+        plan = self._find(step)
         if plan is not self._plans[0]:
             raise LocalProtocolError(f"step {step} has ended before step {self._plans[0].plan.step}")
         return self._plans.popleft()

@@ -38,14 +38,6 @@ class _Told:
         self.num_tokens = 0
         self.replaced: list[tuple[int, BlockId]] = []
 
-    def differs_from(self, sequence: Sequence) -> bool:
-        """Return whether the engine must be told of a change in ``sequence``."""
-        return (
-            len(sequence.block_table) != self.num_blocks
-            or len(sequence.token_ids) > self.num_tokens
-            or bool(self.replaced)
-        )
-
 
 class PlanWriter:
     """Turns what a scheduler has decided into plans for one engine, and remembers what each plan told it.
@@ -71,20 +63,24 @@ class PlanWriter:
         batch: list[ScheduledTokens] = []
         new: list[NewSequence] = []
         changed: list[SequenceChange] = []
+        told_of = self._told
         for sequence, chunk in zip(sequences, chunks, strict=True):
-            told = self._told.get(sequence)
+            told = told_of.get(sequence)
             if told is None:
-                told = self._told[sequence] = _Told(SequenceId(next(self._ids)))
+                told = told_of[sequence] = _Told(SequenceId(next(self._ids)))
                 new.append(_introduce(sequence, told))
-            elif told.differs_from(sequence):
+            elif (
+                told.num_blocks != len(sequence.block_table)
+                or told.num_tokens < len(sequence.token_ids)
+                or told.replaced
+            ):
                 changed.append(_update(sequence, told))
-            if chunk.samples:
+            start, computed, samples = chunk.start, sequence.num_computed_tokens, chunk.samples
+            if samples:
                 told.num_tokens += 1
-            writes_from = max(chunk.start, sequence.num_computed_tokens)
+            writes_from = start if start >= computed else computed
             batch.append(
-                ScheduledTokens(
-                    told.id, chunk.start, chunk.num_tokens, chunk.samples, writes_from, chunk.drafts, chunk.awaits
-                )
+                ScheduledTokens(told.id, start, chunk.num_tokens, samples, writes_from, chunk.drafts, chunk.awaits)
             )
         left, self._left = self._left, []
         return StepPlan(step=step, batch=batch, new=new, changed=changed, left=left)

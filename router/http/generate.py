@@ -67,7 +67,7 @@ class GenerateEndpoint:
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
             logger.exception("broken while serving %s", scope["path"])
-            message = "the router made a mistake; its log says more"
+            message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
     async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:

@@ -52,10 +52,10 @@ def any_load(cluster: Cluster, *names: str) -> bool:
 
 
 def test_only_nodes_have_loaded_paddle(real_cluster: Cluster) -> None:
-    with_paddle = {
-        real_cluster.title(pid) for pid in real_cluster.pids() if "paddle" in Path(f"/proc/{pid}/maps").read_text()
-    }
+    titles = {pid: real_cluster.title(pid) for pid in real_cluster.pids()}
+    with_paddle = {title for pid, title in titles.items() if "paddle" in Path(f"/proc/{pid}/maps").read_text()}
 
     assert with_paddle == {"kvrelay prefill p0", *(f"kvrelay decode d{index}" for index in range(3))}
-    assert len(real_cluster.pids()) == 2 + 4 + 4
+    preparing = "kvrelay router preparation"  # there for a while after a long body
+    assert len([title for title in titles.values() if title != preparing]) == 2 + 4 + 4, titles
     assert all(psutil.Process(pid).children() for pid in (real_cluster.pid("p0"), real_cluster.pid("d0")))

@@ -26,10 +26,10 @@ from support.cluster_config import Config
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """What has not happened by then never will; on a busy machine things take long."""
 
-START_PATIENCE_S = 110.0
+START_PATIENCE_S = 240.0
 POLL_S = 0.02
 SETTLED_HEARTBEATS = 3
 """Heartbeats after which a node's load tells of everything, its messager's report included, that was when asked."""

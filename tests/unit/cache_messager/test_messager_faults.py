@@ -358,6 +358,8 @@ def test_signal_beyond_the_reserved_blocks_is_a_failure_and_no_silent_gap() -> N
     "signal",
     [
         LayerSignal(step=1, layer=3, spans=[KVSpan("a", 1, 0, [1])]),
+        LayerSignal(step=1, layer=1, num_layers=3, spans=[KVSpan("a", 1, 0, [1])]),
+        LayerSignal(step=1, layer=1, num_layers=-1, spans=[KVSpan("a", 1, 0, [1])]),
         LayerSignal(step=1, layer=0, spans=[KVSpan("a", 1, 0, [64])]),
         LayerSignal(step=1, layer=0, spans=[KVSpan("a", 1, 1 << 60, [1])]),
     ],

@@ -334,13 +334,13 @@ def _events(rng: random.Random, pair: Pair, attempt: Attempt, first_block: int) 
         ),
         CachedSignal(span=KVSpan(request_id, epoch, 0, sources[:num_cached])),
     ]
-    for layer in range(GEOMETRY.num_layers):
+    for layer, num_layers in rng.choice([[(0, 1), (1, 1), (2, 1)], [(0, 2), (2, 1)], [(0, 3)]]):
         position = num_cached
         while position < len(sources):
             end = rng.randint(position + 1, len(sources))
             again = rng.randint(0, position)  # some blocks are told of twice
             span = KVSpan(request_id, epoch, again, sources[again:end])
-            events.append(LayerSignal(step=position, layer=layer, spans=[span]))
+            events.append(LayerSignal(step=position, layer=layer, num_layers=num_layers, spans=[span]))
             position = end
     return events
 

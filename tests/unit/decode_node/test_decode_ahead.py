@@ -146,7 +146,7 @@ def test_blocks_that_a_plan_in_flight_reads_are_exchanged_when_it_is_over() -> N
     copies = list(other.block_table)
     desk.scheduler.publish(other)
     assert list(other.block_table) == copies
-    desk.scheduler.in_flight.end(1)
+    desk.scheduler.in_flight.end(StepFailed(1, "the test says so"))
     schedule = desk.schedule()
     assert list(other.block_table[:2]) == list(one.block_table[:2])
     plan = desk.scheduler.plans.write(2, schedule.requests, schedule.chunks)

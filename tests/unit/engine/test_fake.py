@@ -217,6 +217,16 @@ def test_a_step_of_which_nothing_can_be_computed_tells_no_layer(make_runner: Mak
     assert layers == []
 
 
+def test_what_is_known_of_a_sequence_is_forgotten_when_it_leaves(make_runner: MakeRunner) -> None:
+    runner = make_runner()
+    for number in range(5):
+        one = sequence(prompt(8, number), f"r{number}", max_tokens=2)
+        runner.finish(one)
+        assert isinstance(runner.engine, FakeEngine)
+        assert len(runner.engine._sequences) == len(runner.engine._contexts) == 1
+        writer_of(runner.engine).leave(one)
+
+
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
         make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layer: None)
