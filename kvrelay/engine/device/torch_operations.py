@@ -9,6 +9,7 @@ import torch
 
 from kvrelay.engine.device.framework import Framework, Tensor
 from kvrelay.engine.device.operations import MOST_LOGPROBS, NONE_LEFT, NOT_FINITE, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.sampler import GREEDY_BELOW
 
@@ -17,7 +18,7 @@ class TorchOperations:
     """See Operations. Sequences are attended to one after the other."""
 
     tile_rows = 1 << 20
-    room = None
+    room: DenseRoom | None = None
 
     def __init__(self, framework: Framework, heads: HeadShape, limits: OperationLimits) -> None:
         self._heads = heads

@@ -209,7 +209,11 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
     fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
     fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
-    banned = {"min_tokens": 9, "eos_token_ids": list(range(200)), "stop_token_ids": list(range(200, 384))}
+    banned: dict[str, Any] = {
+        "min_tokens": 9,
+        "eos_token_ids": list(range(200)),
+        "stop_token_ids": list(range(200, 384)),
+    }
     fails("leave no token to choose", [1, 2], **banned)
     expected = sequence(prompt(20), max_tokens=12)
     Runner(make()).finish(expected)
