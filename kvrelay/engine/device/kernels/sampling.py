@@ -108,9 +108,9 @@ def _narrow(
     """Move the bounds ``low`` and ``high`` of a threshold closer together, by one pass over ``source``.
 
     ``source`` has ``V`` weights, or, if that is 0, column i of ``source`` [most, BLOCK] has ``count[i]``. Those that
-    reach ``high`` count as ``above``. Returns bounds, what is above them, and how many weights of each column lie between the
-    old bounds: with ``KEEP`` they are copied to ``target``, which may be ``source``, since a column's copies are never
-    ahead of its reads.
+    reach ``high`` count as ``above``. Returns bounds, what is above them, and how many weights of each column lie
+    between the old bounds: with ``KEEP`` they are copied to ``target``, which may be ``source``, since the copies of a
+    column are never ahead of its reads.
     """
     columns = tl.arange(0, BLOCK)
     if KEEP:
