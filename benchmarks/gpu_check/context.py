@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,10 @@ class Context:
             work()
             end.record()
         torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+        times: list[float] = [begin.elapsed_time(end) for begin, end in events]
+        return statistics.median(times) / 1e3
 
-    def seconds_in_graph(self, works: list[Callable[[], object]], repeats: int = 10) -> float:
+    def seconds_in_graph(self, works: Sequence[Callable[[], object]], repeats: int = 10) -> float:
         """Return the mean time of ``works`` captured one after the other as one graph, so without launch gaps."""
         for work in works:
             work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -40,7 +41,7 @@ def _linear(context: Context, x: Tensor, weight: Tensor) -> Tensor:
     return context.framework.linear(x, weight, None, "float32" if weight.shape[0] > 100000 else None)
 
 
-def _row(context: Context, name: str, works: list[partial[object]], limit: float) -> None:
+def _row(context: Context, name: str, works: Sequence[Callable[[], object]], limit: float) -> None:
     with torch.inference_mode():
         seconds = context.seconds_in_graph(works, repeats=5)
     context.report.add("gemm", name, seconds * 1e6, "us", limit)

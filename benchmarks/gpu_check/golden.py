@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
 from golden.cases import CASES, GoldenCase, load_golden
 
 from gpu_check.context import Context
@@ -29,7 +31,28 @@ def run(context: Context) -> None:
             _check(context, case, graphs, mirrored, wrong)
     right = _leading_tokens(context, CASES[0], "bfloat16")
     context.report.add("golden", f"{CASES[0].name} in bfloat16: output tokens before the first that differs", right)
+    _check_gathered(context, CASES[0], wrong)
     assert not wrong, wrong
+
+
+def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> None:
+    """Compare keys and values of a prompt computed at once, over its gathered context, with those of its chunks."""
+    engine = _engine(context, case, "bfloat16", True, False)
+    tokens = np.random.default_rng(0).integers(0, engine.vocab_size, 40 if context.tiny else 1200).tolist()
+    driver, kv = Driver(engine), []
+    for chunk in (1 << 20, 97):
+        one = sequence(tokens, f"in chunks of {chunk}")
+        driver.complete([one], 1, chunk)
+        position, size = np.arange(len(tokens)), engine.geometry.block_size
+        slots = np.array(one.block_table)[position // size] * size + position % size
+        index = torch.from_numpy(slots).to(context.torch_device)
+        kv.append(torch.stack([side[index].float() for layer in engine._pool.layers for side in layer]))
+    engine.close()
+    distance, most = float((kv[0] - kv[1]).norm() / kv[1].norm()), 0.03
+    name = f"{case.name} in bfloat16, keys and values of {len(tokens)} tokens at once and in chunks"
+    context.report.add("golden", name, distance, "relative distance", most)
+    if not distance <= most:  # never for NaN
+        wrong.append(name)
 
 
 def _check(context: Context, case: GoldenCase, graphs: bool, mirrored: bool, wrong: list[str]) -> None:

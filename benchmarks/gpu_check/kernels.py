@@ -91,12 +91,13 @@ def _check_gathered(context: Context, shape: Shape, compare: Callable[[str, torc
 
 def _check_sampling(context: Context, vocab_size: int, wrong: list[str]) -> None:
     ours, _ = operations(Shape(), PoisonedFramework(context.device))
-    for what, check in (
+    checks: list[tuple[str, Callable[[], None]]] = [
         ("tokens and logprobs", lambda: check_tokens_and_logprobs(ours, vocab_size, vocab_size, context.device)),
         ("drafts", lambda: check_drafts(ours, vocab_size, context.device)),
         ("not finite", lambda: check_non_finite(ours, context.device)),
         ("no token left", lambda: check_none_left(ours, context.device)),
-    ):
+    ]
+    for what, check in checks:
         name, result = f"sampling, {what}, vocabulary of {vocab_size}", "equal to the host's"
         try:
             check()

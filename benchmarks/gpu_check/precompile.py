@@ -156,7 +156,9 @@ def _prefill(shape: Any, tiling: Any) -> None:
 
     _, step, tables, layer = _operations(shape)
     queries = layer.keys.new_empty((16, shape.heads, shape.dim))
-    prefill_attention(queries, *layer, step.tiles, tables, queries, shape.block_size, None, False, tiling)
+    prefill_attention(
+        queries, layer.keys, layer.values, step.tiles, tables, queries, shape.block_size, None, False, tiling
+    )
 
 
 def _dense(shape: Any, tiling: Any) -> None:
@@ -169,7 +171,7 @@ def _dense(shape: Any, tiling: Any) -> None:
     room = layer.keys.new_empty((2, 128, shape.groups, shape.dim))
     pieces = torch.zeros((3, 2), dtype=torch.int32)
     dense_attention(queries, (room[0], room[1]), step.tiles, queries, tiling)
-    gather(*layer, pieces, tables, (room[0], room[1]), shape.block_size, tiling.tile)
+    gather(layer.keys, layer.values, pieces, tables, (room[0], room[1]), shape.block_size, tiling.tile)
 
 
 def _decode(shape: Any, tiling: Any) -> None:
@@ -183,7 +185,8 @@ def _decode(shape: Any, tiling: Any) -> None:
     scratch = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.zeros(sizes[2], dtype=torch.int32)
     decode_attention(
         queries,
-        *layer,
+        layer.keys,
+        layer.values,
         step.positions,
         step.table_rows,
         tables,

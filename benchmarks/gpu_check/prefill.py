@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 
@@ -61,5 +62,5 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")
             plan = driver.plan([(one, length)])
-            report_kernels(context, "prefill", what, lambda plan=plan: engine.run(plan, lambda layer: None))
+            report_kernels(context, "prefill", what, partial(engine.run, plan, lambda layer: None))
     engine.close()

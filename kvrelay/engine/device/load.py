@@ -25,8 +25,19 @@ from kvrelay.engine.rope import Rotation, inverse_frequencies
 if TYPE_CHECKING:
     from kvrelay.core.config import NodeConfig
 
-CHUNK_GRAPHS = (64, 128, 256, 512)
-"""Prefill steps of up to so many tokens are graphs on a GPU: short ones are bound by their launches otherwise."""
+CHUNK_GRAPHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Prefill steps of up to so many tokens are graphs on a GPU where their launches would take longer than they do."""
+
+LAYER_LAUNCH_SECONDS = 0.29e-3
+"""What launching one layer kernel by kernel took on the host of an H100; see docs/gpu.md."""
+
+FLOPS_PER_SECOND = 5e14
+"""What the products of a few hundred tokens reached there."""
+
+GATHERED_FROM = 512
+"""Tokens of a chunk from which its context is gathered: on an H100 that pays from about 250 at contexts of 2,048
+tokens and 500 at 8,192.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,7 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         max_num_seqs=node.scheduler.max_num_seqs,
         max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
         decode_graphs=() if node.role == "prefill" else decode_sizes(node.scheduler.max_num_seqs),
-        chunk_graphs=CHUNK_GRAPHS if is_gpu else (),
+        chunk_graphs=chunk_graphs(config, node.scheduler.max_num_batched_tokens) if is_gpu else (),
         mirrored=is_gpu,
     )
     framework = TorchFramework(node.engine.device, node.threads)
@@ -68,6 +79,15 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     geometry = checkpoint_geometry(node, checkpoint, dtype, max_model_len)
     options = DeviceOptions(node.engine.device, dtype, node.cache.block_size)
     return build_engine(config, weights, geometry, framework, limits, options)
+
+
+def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
+    """Return of how many tokens prefill steps of a model are graphs: up to where launches no longer bound them."""
+    matrices = config.hidden_size * (
+        config.qkv_size + config.num_heads * config.head_dim + 3 * config.intermediate_size
+    )
+    most = LAYER_LAUNCH_SECONDS * FLOPS_PER_SECOND / (2 * matrices)
+    return tuple(size for size in CHUNK_GRAPHS if size <= min(most, max_num_tokens))
 
 
 def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: DeviceOptions) -> DeviceEngine:
@@ -109,7 +129,14 @@ def make_operations(
     whole = all(window is None for window in config.windows)
     # several contexts lose a little room each, since they begin at multiples of some tokens
     gathered = max(limits.max_model_len, limits.max_num_batched_tokens * 9 // 8) + 64 if whole else 0
-    sizes = OperationLimits(options.dtype, options.block_size, limits.max_model_len, limits.max_num_seqs, gathered)
+    sizes = OperationLimits(
+        dtype=options.dtype,
+        block_size=options.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        gathered=gathered,
+        gathered_from=max(GATHERED_FROM, 1 + max(limits.chunk_graphs, default=0)),  # graphs have no room for them
+    )
     if not framework.is_gpu and not options.interpreted:
         return TorchOperations(framework, heads, sizes)
     from kvrelay.engine.device.triton_operations import TritonOperations  # noqa: PLC0415

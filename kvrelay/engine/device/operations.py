@@ -26,7 +26,7 @@ NONE_LEFT = -2
 class OperationLimits:
     """``dtype`` of activations, weights and pool; tokens of a block; the longest sequence; the most in one step.
 
-    ``gathered``: tokens of context that are gathered for chunks of prompts at most; see DenseRoom.
+    ``gathered``: tokens of context that are gathered at most, for chunks of ``gathered_from`` tokens on; see DenseRoom.
     """
 
     dtype: str
@@ -34,6 +34,7 @@ class OperationLimits:
     max_model_len: int
     max_num_seqs: int
     gathered: int = 0
+    gathered_from: int = 512
 
 
 class StepShape(NamedTuple):

@@ -15,17 +15,17 @@ Int32 = npt.NDArray[np.int32]
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows of one sequence in a step: ``count`` from ``first_row`` on, the first at ``position``."""
+    """Consecutive rows of one sequence in a step: ``num_rows`` from ``first_row`` on, the first at ``position``."""
 
     first_row: int
-    count: int
+    num_rows: int
     position: int
     table_row: int
 
     @property
     def end(self) -> int:
         """Tokens of the context after the step."""
-        return self.position + self.count
+        return self.position + self.num_rows
 
 
 class DenseRoom(NamedTuple):
@@ -91,7 +91,7 @@ class TileCutter:
         room = self._room
         if (
             room is None
-            or chunk.count < room.fewest
+            or chunk.num_rows < room.fewest
             or used + -(-chunk.end // room.piece) > room.capacity // room.piece
         ):
             return []
@@ -100,8 +100,8 @@ class TileCutter:
 
 def _tiles(chunk: Chunk, rows: int) -> list[Chunk]:
     return [
-        Chunk(chunk.first_row + begin, min(rows, chunk.count - begin), chunk.position + begin, chunk.table_row)
-        for begin in range(0, chunk.count, rows)
+        Chunk(chunk.first_row + begin, min(rows, chunk.num_rows - begin), chunk.position + begin, chunk.table_row)
+        for begin in range(0, chunk.num_rows, rows)
     ]
 
 

@@ -9,15 +9,16 @@ import torch
 
 from kvrelay.engine.device.framework import Framework, Tensor
 from kvrelay.engine.device.operations import MOST_LOGPROBS, NONE_LEFT, NOT_FINITE, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.sampler import GREEDY_BELOW
 
 
 class TorchOperations:
-    """See Operations. Sequences are attended to one after the other."""
+    """Operations, of sequences one after the other. ``room``: for tests; contexts are read where they are."""
 
     tile_rows = 1 << 20
-    room = None
+    room: DenseRoom | None = None
 
     def __init__(self, framework: Framework, heads: HeadShape, limits: OperationLimits) -> None:
         self._heads = heads
@@ -64,6 +65,10 @@ class TorchOperations:
         positions, table_rows = step.positions.tolist(), step.table_rows.tolist()
         spans = [(row, 1, positions[row], table_rows[row]) for row in range(step.shape.decodes) if table_rows[row] >= 0]
         spans += [span for span in step.tiles.t().tolist() if span[1] > 0]
+        if self.room is not None:
+            gathered = step.pieces[0].tolist()
+            for first_row, count, first, base in step.dense_tiles.t().tolist():
+                spans.append((first_row, count, first, gathered[base // self.room.piece]))
         for first_row, count, first, table_row in spans:
             rows = slice(first_row, first_row + count)
             out[rows] = self._attend(queries[rows], layer, tables[table_row], first, window)

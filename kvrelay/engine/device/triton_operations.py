@@ -29,11 +29,6 @@ _WIDEST = 128
 
 _DENSE_DIMS = (16, 32, 64, 128)
 
-GATHERED_FROM = 512
-"""Tokens of a chunk from which its context is gathered: on an H100 that pays from about 250 at contexts of 2,048
-tokens and 500 at 8,192. Prefill steps that are graphs are shorter.
-"""
-
 MOST_GATHERED = 32768
 """Tokens of the room for gathered contexts at most: 128 MiB for 8 heads of 128 elements."""
 
@@ -63,7 +58,8 @@ class TritonOperations:
         dim, piece = self._heads.head_dim, self.dense_tiling.tile
         capacity = min(self._limits.gathered, MOST_GATHERED) // piece * piece
         fits = dim in _DENSE_DIMS and not self._exact
-        return DenseRoom(capacity, GATHERED_FROM, piece) if fits and capacity >= GATHERED_FROM else None
+        fewest = self._limits.gathered_from
+        return DenseRoom(capacity, fewest, piece) if fits and capacity >= fewest else None
 
     def embed(self, step: StepTensors, last_tokens: Tensor, table: Tensor) -> Tensor:
         out = self._framework.empty((step.shape.rows, table.shape[1]), self._limits.dtype)

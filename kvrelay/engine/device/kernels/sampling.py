@@ -102,15 +102,19 @@ def _mass(weights, low, V: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _narrow(
-    source, target, count, most, low, high, above, goal, COUNT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
+    source, target, count, most, low, high, above, goal, COUNT: tl.constexpr, V: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move the bounds ``low`` and ``high`` of a threshold closer together, by one pass over ``source``.
 
-    Column i of ``source`` [most, BLOCK] has ``count[i]`` weights. Those that reach ``high`` count as ``above``. Returns
-    bounds, what is above them, and how many weights of each column lie between the old bounds: with ``KEEP`` they are
-    copied to ``target``, which may be ``source``, since a column's copies are never ahead of its reads.
+    ``source`` has ``V`` weights, or, if that is 0, column i of ``source`` [most, BLOCK] has ``count[i]``. Those that
+    reach ``high`` count as ``above``. Returns bounds, what is above them, and how many weights of each column lie
+    between the old bounds: with ``KEEP`` they are copied to ``target``, which may be ``source``, since the copies of a
+    column are never ahead of its reads.
     """
     columns = tl.arange(0, BLOCK)
+    if KEEP:
+        columns = tl.max_contiguous(columns, 1)  # one layout for loads and stores, or they meet in shared memory
     step = tl.maximum((high - low) // 4, 1)
     first = low + step
     second = tl.minimum(first + step, high)
@@ -120,7 +124,10 @@ def _narrow(
     over_third = tl.zeros([BLOCK], tl.float32)
     kept = tl.zeros([BLOCK], tl.int32)
     for row in range(0, most):
-        weight = tl.load(source + row * BLOCK + columns, mask=row < count, other=0.0)
+        there = row < count
+        if V > 0:
+            there = row * BLOCK + columns < V
+        weight = tl.load(source + row * BLOCK + columns, mask=there, other=0.0)
         bits = weight.to(tl.int32, bitcast=True)
         share = weight
         if COUNT:
@@ -130,7 +137,7 @@ def _narrow(
         over_second += tl.where(bits >= second, share, 0.0)
         over_third += tl.where(bits >= third, share, 0.0)
         if KEEP:
-            between = (row < count) & (bits >= low) & (bits < high)
+            between = there & (bits >= low) & (bits < high)
             tl.store(target + kept * BLOCK + columns, weight, mask=between)
             kept += between.to(tl.int32)
     mass_first = above + tl.sum(over_first, 0)
@@ -154,16 +161,17 @@ def _threshold(weights, between, low, goal, COUNT: tl.constexpr, V: tl.constexpr
     ``low`` is the answer if no higher bits are. ``between`` is room for as many weights.
     """
     rows: tl.constexpr = (V + BLOCK - 1) // BLOCK
-    count = (V - tl.arange(0, BLOCK) + BLOCK - 1) // BLOCK
     high = tl.full([], ONE_BITS + 1, tl.int32)
     above = tl.zeros([], tl.float32)
-    low, high, above, _unused = _narrow(weights, between, count, rows, low, high, above, goal, COUNT, False, BLOCK)
-    low, high, above, _unused = _narrow(weights, between, count, rows, low, high, above, goal, COUNT, False, BLOCK)
-    low, high, above, count = _narrow(weights, between, count, rows, low, high, above, goal, COUNT, True, BLOCK)
+    low, high, above, _unused = _narrow(weights, between, 0, rows, low, high, above, goal, COUNT, V, False, BLOCK)
+    low, high, above, _unused = _narrow(weights, between, 0, rows, low, high, above, goal, COUNT, V, False, BLOCK)
+    part: tl.constexpr = BLOCK // 2  # copying needs registers too
+    parts: tl.constexpr = (V + part - 1) // part
+    low, high, above, left = _narrow(weights, between, 0, parts, low, high, above, goal, COUNT, V, True, part)
     while high - low > 1:
         tl.debug_barrier()
-        most = tl.max(count, 0)
-        low, high, above, count = _narrow(between, between, count, most, low, high, above, goal, COUNT, True, BLOCK)
+        most = tl.max(left, 0)
+        low, high, above, left = _narrow(between, between, left, most, low, high, above, goal, COUNT, 0, True, part)
     return low
 
 

@@ -20,7 +20,9 @@ from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
 
 Make = Callable[..., DeviceEngine]
@@ -84,6 +86,15 @@ def test_graphs_chunks_and_mirrors_change_no_token(make: Make) -> None:
             for ours, theirs in zip(results[2], expected[2], strict=True):
                 assert ours.logprobs[0].top_token_ids == theirs.logprobs[0].top_token_ids
                 np.testing.assert_allclose(ours.logprobs[0].logprob, theirs.logprobs[0].logprob, atol=1e-4)
+
+
+def test_chunks_whose_contexts_are_gathered_give_the_same_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some chunks are too short, and some find no room."""
+    expected = [[entry.token_ids for entry in one] for one in run_all(make())]
+    monkeypatch.setattr(TorchOperations, "room", DenseRoom(capacity=96, fewest=8, piece=8))
+    for chunk in (11, 1 << 20):
+        results = run_all(make(chunk_graphs=(16,)), chunk)
+        assert [[entry.token_ids for entry in one] for one in results] == expected
 
 
 def test_rows_are_reused_when_more_sequences_come_than_there_are(make: Make) -> None:
@@ -209,7 +220,11 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
     fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
     fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
-    banned = {"min_tokens": 9, "eos_token_ids": list(range(200)), "stop_token_ids": list(range(200, 384))}
+    banned: dict[str, Any] = {
+        "min_tokens": 9,
+        "eos_token_ids": list(range(200)),
+        "stop_token_ids": list(range(200, 384)),
+    }
     fails("leave no token to choose", [1, 2], **banned)
     expected = sequence(prompt(20), max_tokens=12)
     Runner(make()).finish(expected)

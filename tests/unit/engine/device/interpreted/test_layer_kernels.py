@@ -62,7 +62,7 @@ def test_rope_and_writing_of_kv(shape: Shape, normed: bool) -> None:
     queries = [
         do.apply_rope_and_write_kv(qkv, norms, 1e-6, step, pool) for do, pool in zip((ours, theirs), pools, strict=True)
     ]
-    assert close(*queries, tolerance(shape))
+    assert close(queries[0], queries[1], tolerance(shape))
     for mine, reference in zip(*pools, strict=True):
         assert close(mine, reference, tolerance(shape))
 

@@ -42,4 +42,4 @@ def test_an_engine_of_interpreted_kernels_gives_the_tokens_of_references(arch: s
         planes.append(made.memory.planes.view("float32").copy())
         made.close()
     assert outputs[0] == outputs[1]
-    np.testing.assert_allclose(*planes, atol=1e-4)
+    np.testing.assert_allclose(planes[0], planes[1], atol=1e-4)
