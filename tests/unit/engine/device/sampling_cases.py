@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvrelay.core.step import ScheduledSequence
 
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.core.ids import SequenceId
+from kvrelay.core.messages.engine import NewSequence
+from kvrelay.core.request import SamplingParams
 from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.device.batch import BatchAssembler
 from kvrelay.engine.device.operations import Sampled, StepShape
@@ -16,6 +17,7 @@ from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -39,13 +41,21 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def sequence(tokens: list[int], name: str, **sampling: Any) -> Sequence:
+def sequence(tokens: list[int], name: str, **sampling: Any) -> EngineSequence:
     """Return a sequence, greedy unless ``sampling`` says otherwise."""
     params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, **sampling})
-    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=tokens, sampling=params))
+    new = NewSequence(
+        id=SequenceId(1),
+        request_id=name,
+        token_ids=tokens,
+        num_prompt_tokens=len(tokens),
+        sampling=params,
+        block_table=[0, 1],
+    )
+    return EngineSequence(new)
 
 
-def sequences(vocab_size: int, count: int, seed: int) -> list[Sequence]:
+def sequences(vocab_size: int, count: int, seed: int) -> list[EngineSequence]:
     """Return ``count`` sequences with a prompt and some output each, of every kind in turn."""
     rng = np.random.default_rng(seed)
     made = []
@@ -53,8 +63,6 @@ def sequences(vocab_size: int, count: int, seed: int) -> list[Sequence]:
         params = {"seed": int(rng.integers(1 << 62)), **KINDS[number % len(KINDS)]}
         one = sequence(rng.integers(0, vocab_size, 9).tolist(), f"r{number}", **params)
         one.token_ids += rng.integers(0, vocab_size, int(rng.integers(0, 12))).tolist()
-        one.take_blocks(range(2))
-        one.num_computed_tokens = one.num_tokens - 1
         made.append(one)
     return made
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, SequenceOutcome
 from sampling_cases import KINDS, logits, sample_on, sequence, sequences
 
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
 from kvrelay.engine.sampler import sample, sample_step
+from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 
 
-def scheduled(one: Any, drafts: tuple[int, ...] | None = None) -> ScheduledSequence:
-    return ScheduledSequence(one, one.num_tokens - 1, 1 + len(drafts or ()), True, drafts)
+def scheduled(one: EngineSequence, drafts: tuple[int, ...] | None = None) -> ScheduledSequence:
+    newest = one.num_tokens - 1
+    return ScheduledSequence(one, newest, 1 + len(drafts or ()), True, newest, drafts)
 
 
 def check_tokens_and_logprobs(operations: Any, vocab_size: int, seed: int, device: str = "cpu") -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, sequence
-from kvrelay.core.step import SampledTokens, ScheduledSequence, SequenceFailed, StepPlan
+from engine_runs import Runner, outcomes_in_order, output, run_batch, sequence, take
 
 from kvrelay.core.errors import EngineError
 from kvrelay.core.geometry import KVGeometry
+from kvrelay.core.ids import BlockId
+from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.core.request import Sequence
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -24,6 +25,7 @@ from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
+from kvrelay.node.plans import Chunk
 
 Make = Callable[..., DeviceEngine]
 
@@ -124,8 +126,8 @@ def test_drafts_are_accepted_as_far_as_they_are_right(make: Make) -> None:
         runner.run((again, again.num_tokens))
         drafts = (*tokens[1:3], (tokens[3] + 1) % 384, 5)
         runner.give_blocks(again, again.num_tokens + len(drafts))
-        item = ScheduledSequence(again, again.num_tokens - 1, 1 + len(drafts), True, drafts)
-        ((sampled,),) = [engine.run(StepPlan(9, [item]), lambda layer: None).sampled]
+        chunk = Chunk(again.num_tokens - 1, 1 + len(drafts), True, drafts)
+        (sampled,) = run_batch(engine, (again, chunk)).sampled
         assert sampled.token_ids == tokens[1:4]
         assert len(sampled.logprobs) == (3 if again.sampling.num_logprobs is not None else 0)
 
@@ -138,8 +140,7 @@ def test_a_cached_prompt_computes_its_last_token_and_writes_nothing(make: Make) 
     again = sequence(prompt(32), "again")
     again.take_blocks(one.block_table)
     again.num_computed_tokens = 32
-    item = ScheduledSequence(again, 31, 1, True)
-    (sampled,) = engine.run(StepPlan(2, [item]), lambda layer: None).sampled
+    (sampled,) = run_batch(engine, (again, Chunk(31, 1, True))).sampled
     assert sampled.token_ids == output(one)
     assert np.array_equal(engine.memory.planes, before)
 
@@ -205,12 +206,11 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
         bad = sequence(tokens or prompt(20), "bad", **sampling)
         bad.take_blocks(blocks)
         runner.give_blocks(good, good.num_tokens)
-        step = [ScheduledSequence(bad, 0, count, True), ScheduledSequence(good, good.num_tokens - 1, 1, True)]
-        failed, fine = engine.run(StepPlan(5, step), lambda layer: None).outcomes
+        newest = Chunk(good.num_tokens - 1, 1, True)
+        failed, fine = outcomes_in_order(run_batch(engine, (bad, Chunk(0, count, True)), (good, newest)))
         assert isinstance(failed, SequenceFailed) and match in failed.reason
         assert isinstance(fine, SampledTokens)
-        good.num_computed_tokens += 1
-        good.token_ids += fine.token_ids
+        take(engine, good, newest, fine)
 
     fails("do not hold 20 tokens", [1])
     fails("leaves the pool of 64", [1, 64])
@@ -232,21 +232,19 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     assert output(good) == output(expected)
 
 
-def test_steps_that_are_too_much_together_are_refused(make: Make) -> None:
+def test_steps_that_are_too_much_together_are_computed_in_parts(make: Make) -> None:
     engine = make(mirrored=True)
 
-    def refused(match: str, *items: ScheduledSequence) -> None:
-        with pytest.raises(EngineError, match=match):
-            engine.run(StepPlan(5, list(items)), lambda layer: None)
-
-    def one(length: int) -> ScheduledSequence:
+    def one(length: int) -> tuple[Sequence, Chunk]:
         made = sequence(prompt(length), "r")
         made.take_blocks(range(20))
-        return ScheduledSequence(made, 0, length, True)
+        return made, Chunk(0, length, True)
 
-    refused("without sequences")
-    refused("600 tokens is more than 512", one(300), one(300))
-    refused("max_num_seqs", *[one(20) for _ in range(9)])
+    with pytest.raises(EngineError, match="without sequences"):
+        run_batch(engine)
+    # Half of what is too much together may not be: then each sequence gets its tokens.
+    for batch in ([one(300), one(300)], [one(20) for _ in range(9)]):
+        assert all(isinstance(outcome, SampledTokens) for outcome in outcomes_in_order(run_batch(engine, *batch)))
     expected, again = sequence(prompt(20), max_tokens=4), sequence(prompt(20), max_tokens=4)
     Runner(make()).finish(expected)
     Runner(engine).finish(again)
@@ -262,16 +260,18 @@ def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytes
     here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, one.block_table]
     runner = Runner(here)
     runner.free = [block for block in runner.free if block not in one.block_table]
-    with monkeypatch.context() as patch:
-        patch.setattr(here._pool, "copy_in", _out_of_memory)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            runner.run((one, 1))
+    copy_in, failures = here._pool.copy_in, iter([RuntimeError("out of memory")])
+
+    def fail_once(blocks: list[BlockId]) -> None:
+        for error in failures:
+            raise error
+        copy_in(blocks)
+
+    monkeypatch.setattr(here._pool, "copy_in", fail_once)
+    other = sequence(prompt(9), "other", max_tokens=6)
+    runner.run((one, 1), (other, 9))
     runner.finish(one)
     assert output(one) == output(expected)
-
-
-def _out_of_memory(blocks: object) -> None:
-    raise RuntimeError("out of memory")
 
 
 def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:
@@ -285,8 +285,7 @@ def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None
     runner = Runner(engine)
     runner.run((decoding, 5))
     runner.give_blocks(chunked, 1)
-    step = [ScheduledSequence(chunked, 0, 1, samples=False), ScheduledSequence(decoding, 5, 1, samples=True)]
-    failed, fine = engine.run(StepPlan(3, step), lambda layer: None).outcomes
+    failed, fine = outcomes_in_order(run_batch(engine, (chunked, Chunk(0, 1, False)), (decoding, Chunk(5, 1, True))))
     assert failed == SequenceFailed("the model's hidden states are not finite at position 0")
     assert isinstance(fine, SampledTokens)
 
@@ -298,8 +297,8 @@ def test_logits_that_are_not_finite_fail_their_sequence(make: Make, monkeypatch:
     runner, items = Runner(engine), []
     for one in batch:
         runner.give_blocks(one, one.num_tokens)
-        items.append(ScheduledSequence(one, 0, one.num_tokens, True))
-    fine, failed = engine.run(StepPlan(1, items), lambda layer: None).outcomes
+        items.append((one, Chunk(0, one.num_tokens, True)))
+    fine, failed = outcomes_in_order(run_batch(engine, *items))
     assert isinstance(fine, SampledTokens)
     assert failed == SequenceFailed("the model's logits are not finite at output position 0")
 
