@@ -17,6 +17,7 @@ from router.events import NewRequest, RequestEnded, TokensDelivered
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
+from router.preparation_pool import Preparer
 from router.service import RouterService, Sink
 
 MOST_TOKENS = 4
@@ -52,7 +53,9 @@ class InstantRouter:
 
     def __init__(self, settings: ClusterConfig | None = None, **router: object) -> None:
         settings = settings or config(**router)
-        self.service = InstantService(settings, load_model(settings))
+        self._settings = settings
+        self._model = load_model(settings)
+        self.service = InstantService(settings, self._model)
         self.app: ASGIApp = make_app(self.service, Metrics(self.service.machine, self.service.clock.now))
 
     @property
@@ -64,8 +67,12 @@ class InstantRouter:
         """Return the answer to one request."""
 
         async def ask() -> httpx.Response:
+            self.service.preparer = Preparer(self._settings, self._model)  # its workers are tied to this event loop
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://router") as client:
-                return await client.request(method, path, **options)
+                try:
+                    return await client.request(method, path, **options)
+                finally:
+                    await self.service.preparer.close()
 
         return asyncio.run(ask())
 

@@ -109,8 +109,9 @@ def test_metrics_tell_latencies_tokens_and_loads() -> None:
             }
             assert (buckets["0.01"], buckets["0.03"], buckets["100.0"], buckets["+Inf"]) == (0, 4, 4, 5)
             assert found["kvrelay_node_prompt_wait_seconds_sum", short] == 200.5
-            load = (await cluster.client.get("/cluster")).json()["nodes"][0]["load"]
-            assert load["prompt_waits"] == [[[0, 4, 0, 0, 0, 0, 0, 0, 0, 1], 200.5]]
+            nodes = (await cluster.client.get("/cluster")).json()["nodes"]  # in the order in which they registered
+            loads = {node["name"]: node["load"] for node in nodes}
+            assert loads["n0"]["prompt_waits"] == [[[0, 4, 0, 0, 0, 0, 0, 0, 0, 1], 200.5]]
 
     asyncio.run(scenario())
 
