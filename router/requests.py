@@ -229,6 +229,14 @@ class Requests:
             error = ErrorInfo.of(PeerLostError(f"node {node.node_id} disconnected: {reason}", request_id=request_id))
             self._attempt_over(self._requests[request_id], error, node.peer, 0.0)
 
+    def node_forgot(self, node: Node) -> None:
+        """Begin every request of a node again: it dropped them because this router was held up. Nothing failed."""
+        for request_id in list(node.pending):
+            request = self._requests[request_id]
+            self._abort_nodes(request, exclude=node.peer)
+            request.attempts -= 1
+            self._begin_again(request, 0.0)
+
     # ------------------------------------------------------------ what clients and timers say
 
     def abort(self, request_id: str) -> None:
@@ -312,6 +320,10 @@ class Requests:
         if not error.retryable or request.attempts >= self._limits.max_attempts:
             self._fail(request, error)
             return
+        self._begin_again(request, backoff_s)
+
+    def _begin_again(self, request: RoutedRequest, backoff_s: float) -> None:
+        """Begin another attempt after ``backoff_s``."""
         self._placement.release(request)
         request.lifecycle.move(Status.WAITING, self.now)
         self.counters.retries += 1

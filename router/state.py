@@ -75,6 +75,7 @@ class RouterMachine:
         self._now = 0.0
         self._stopping = False
         self._liveness_due_s = math.inf
+        self._may_have_lost_us: set[PeerId] = set()
         decode_alone = settings.local_prefill_tokens is not None
         self.registry = Registry(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
         prefill_policy, decode_policy = POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()
@@ -201,7 +202,11 @@ class RouterMachine:
     def _join(self, peer: PeerId, message: Register) -> None:
         known = self.registry.get(peer)
         if known is not None and known.registration.session != message.session:
-            self.requests.node_lost(known, "it had taken this router for lost")
+            if peer in self._may_have_lost_us:
+                self._may_have_lost_us.discard(peer)
+                self.requests.node_forgot(known)
+            else:
+                self.requests.node_lost(known, "it had taken this router for lost")
         self.registry.add(peer, message, self._now)
         self._perform(Send(peer, Registered(router_incarnation=self._settings.incarnation)))
         if known is None:
@@ -257,6 +262,8 @@ class RouterMachine:
         late_s = self._now - self._liveness_due_s
         if late_s > self._settings.peer_timeout_s / 2:
             self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
+            # Each may say so once for each time: a node that stalls itself, or cannot hear us, costs attempts as ever.
+            self._may_have_lost_us = {node.peer for node in self.registry}
         else:
             for peer in self.registry.silent(self._now):
                 self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")

@@ -88,9 +88,7 @@ def test_a_router_that_stops_for_a_while_loses_no_request(seed: int, pause_s: fl
         world.run_for(pause_s)
         world.routers[0].resume()
         world.settle()
-        errors = {client.error for client in world.clients.values()}
-        # Known fault: after 5 s nodes forget its prompts, and one that has no decode node is not sent again.
-        assert errors <= ({None} if pause_s < 5 else {None, "peer_lost"})
+        assert all(client.error is None for client in world.clients.values())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -565,3 +565,20 @@ def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> Non
     assert [node.node_id for node in driver.machine.registry] == ["m0"]
     driver.wait(10.0)
     assert not list(driver.machine.registry)
+
+
+def test_a_node_that_lost_the_router_while_it_was_held_up_costs_no_attempt_but_only_once() -> None:
+    driver = Driver("m0", limits=Limits(max_attempts=2))
+    driver.submit()
+    driver.dispatched()
+    driver.now += 60.0
+    driver.wait(0.0)
+    driver.join("m0", session=1)
+    _, _, again = driver.dispatched()
+    assert again.epoch == 2
+    driver.join("m0", session=2)
+    driver.dispatched()  # the second attempt that counts
+    driver.join("m0", session=3)
+    (ended,) = driver.delivered["r"]
+    assert isinstance(ended, RequestErrored)
+    assert ended.error.code == "peer_lost"
