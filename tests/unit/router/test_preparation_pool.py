@@ -26,8 +26,19 @@ def run(scenario: Callable[[FakeCluster], Awaitable[None]], **router: object) ->
     asyncio.run(with_cluster())
 
 
+OTHERS: set[psutil.Process] = set()
+"""Servers that the session's fixtures have started: children of this process that are no workers."""
+
+
+@pytest.fixture(autouse=True)
+def children_of_the_session() -> None:
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    children = set(psutil.Process().children()) - OTHERS
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def busy_workers() -> list[psutil.Process]:
