@@ -28,13 +28,7 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parent))
 from support.limits import fastest_dtype
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import NewSequence
-from kvrelay.core.request import SamplingParams
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
-from kvrelay.engine.choice import open_library, open_onednn
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, LayerKV
 from kvrelay.engine.native.library import ProductKind
@@ -43,7 +37,13 @@ from kvrelay.engine.native_linear import NativeLinear
 from kvrelay.engine.onednn import Array, OneDNN
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RopeConfig, Rotation, inverse_frequencies
+from kvrelay.engine.select_kernels import open_library, open_onednn
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import NewSequence
+from kvrelay.protocol.request import SamplingParams
 
 BLOCK_SIZE = 16
 ROUNDS = 7
@@ -168,7 +168,7 @@ class Bench:
                 self.linear(size, Quantization.NONE, (1, 8, 32, 509), holds="bfloat16")
         for kind in (Quantization.W8A16, Quantization.W8A8):
             needs = ProductKind.HALVES_BY_INT8 if self.dtype == "bfloat16" else ProductKind.FLOATS_BY_INT8
-            if kind is Quantization.W8A8 or self.library.multiplies(needs):
+            if kind is Quantization.W8A8 or self.library.supports(needs):
                 self.linear((shape.hidden, 2 * shape.ffn), kind, (1, 8, 32, 509))
 
     def linear(
@@ -184,7 +184,7 @@ class Bench:
         weight_bytes = size_in * size_out * item_bytes
         weight = self.weight(size_in, size_out, holds)
         num_weights = 1 + BEYOND_CACHE_BYTES // 2 // weight_bytes
-        weights = [self.all_kernels[kind].pack_linear(weight, None, wide=True) for _ in range(num_weights)]
+        weights = [self.all_kernels[kind].pack_linear(weight, None, fp32_output=True) for _ in range(num_weights)]
         for count in counts:
             used = weights if count < 100 else weights[:2]
             x, out = self.rows(512, size_in, ITEM_BYTES[self.dtype]), self.rows(512, size_out, 4)
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(ITEM_BYTES), default=fastest_dtype())
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2-0.5b")
     arguments = parser.parse_args()
-    if not open_onednn().multiplies(arguments.dtype) and arguments.dtype == "bfloat16":
+    if not open_onednn().supports_dtype(arguments.dtype) and arguments.dtype == "bfloat16":
         sys.exit(f"--dtype bfloat16: oneDNN has no bf16 products on this CPU ({open_onednn().isa}); use float32")
     bench = Bench(SHAPES[arguments.shape], arguments.dtype, arguments.threads)
     bench.limits()

@@ -51,7 +51,7 @@ from support.prompt_loads import LOADS
 from support.running_cluster import Config, cluster_config, running
 from support.virtual_orders import compare_in_virtual_time, compare_mixed_in_virtual_time
 
-from kvrelay.core.config import NewTokenRatioConfig
+from kvrelay.config.cluster_config import NewTokenRatioConfig
 
 DECODE_NODES = ("d0", "d1", "d2")
 TIME_SCALE = 1.25

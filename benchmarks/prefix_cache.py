@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
 
 TREE_SIZES = (10_000, 100_000, 1_000_000)
 NUM_FREED = 10_000

@@ -32,11 +32,11 @@ from rich.table import Table
 from support.cost_model import BLOCK_SIZE, NUM_BLOCKS
 from support.virtual_node import EOS, Job, Measured, VirtualNode
 
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.request import RequestSpec, SamplingParams
-from kvstore.block_hash import BlockHasher
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvrelay.runtime.gc_tuning import tune_gc
+from kvstore.blocks.block_hash import BlockHasher
 
 NUM_CLIENTS = 128
 NUM_REQUESTS = 1_024
@@ -95,7 +95,7 @@ class Case:
     seed: int
 
     def run(self) -> Measured:
-        calm_collector()
+        tune_gc()
         return VirtualNode(node(self.role, self.policy), GEOMETRY, jobs(self.outputs, self.seed), NUM_CLIENTS).run()
 
 

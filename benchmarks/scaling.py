@@ -29,8 +29,8 @@ sys.path.append(str(Path(__file__).parent))
 from support.bare_engine import BLOCK_SIZE, BareEngine, Batch, bare_engine
 from support.limits import QWEN2, Limits, ModelCost, measure_limits
 
-from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk
 
 PRESET = "qwen2-0.5b"

@@ -20,20 +20,20 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.codec import encode
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER, SequenceId
-from kvrelay.core.machine import Machine, Received, RunStep, Send, StepDone
-from kvrelay.core.messages.base import LinkAddress
-from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.messages.messager_to_node import MessagerReady
-from kvrelay.core.messages.node_to_router import Register, TokensOut
-from kvrelay.core.messages.router_to_node import Generate, Prefill
-from kvrelay.core.request import RequestSpec, SamplingParams
-from prefill_node.state import PrefillMachine
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.machine.contract import Machine, Received, RunStep, Send, StepDone
+from kvrelay.protocol.codec import encode
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import MESSAGER, ROUTER, SequenceId
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.messages.messager_to_node import MessagerReady
+from kvrelay.protocol.messages.node_to_router import Register, TokensOut
+from kvrelay.protocol.messages.router_to_node import Generate, Prefill
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvrelay.runtime.gc_tuning import tune_gc
+from prefill_node.machine import PrefillMachine
 
 PROMPT_TOKENS = 500
 STEPS = 200
@@ -158,7 +158,7 @@ def best(measure: Callable[[], float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    calm_collector()  # as every node does
+    tune_gc()  # as every node does
     table = Table(title="us per running request and step")
     for column in (
         "running decodes",

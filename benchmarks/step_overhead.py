@@ -26,20 +26,20 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parent))
 from scheduler_cost import plan_in, register, result_of, spec
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.codec import encode
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.config import ClusterConfig, NodeConfig
-from kvrelay.core.ids import ROUTER
-from kvrelay.core.machine import Received, Send, StepDone
-from kvrelay.core.messages.node_to_router import TokensOut
-from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
-from kvrelay.engine import choice
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
+from kvrelay.engine import select_kernels
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.machine.contract import Received, Send, StepDone
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.codec import encode
+from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.messages.node_to_router import TokensOut
+from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.runtime.gc_tuning import tune_gc
 
 PRESET = "qwen2-0.5b"
 PROMPT_TOKENS = 512
@@ -49,7 +49,7 @@ OPERATIONS = (
     "normalize",
     "linear",
     "add_linear",
-    "turn_and_store",
+    "apply_rope_and_write_kv",
     "attention",
     "silu_mul",
     "finite_rows",
@@ -169,9 +169,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--quantization", choices=["none", "w8a8", "w8a16"], default="none")
     arguments = parser.parse_args()
-    calm_collector()  # as every node does
+    tune_gc()  # as every node does
     timed = Timed()
-    choice.choose_kernels = timed.wrapped(choice.choose_kernels)
+    select_kernels.choose_kernels = timed.wrapped(select_kernels.choose_kernels)
     table = Table("decodes", *(f"{part}, ms" for part in PARTS), "outside kernels", "aim")
     operations = Table("step", *(f"{name}, ms" for name in OPERATIONS))
 

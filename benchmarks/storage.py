@@ -31,9 +31,9 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.config.sections import StorageConfig
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome
 

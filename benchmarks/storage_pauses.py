@@ -26,22 +26,22 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.clock import Clock
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.compute import ComputeThread
-from kvrelay.core.config import CacheConfig, EngineConfig, NodeConfig, Role, SchedulerConfig, StorageConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import ROUTER, SequenceId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.machine import Exit, Received, RunStep, StepDone
-from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import RequestSpec, SamplingParams
-from kvrelay.core.shell import Shell
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import CacheConfig, EngineConfig, NodeConfig, Role, SchedulerConfig, StorageConfig
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import Exit, Received, RunStep, StepDone
 from kvrelay.node.storage import StorageIO
-from kvstore.saver import num_staging_slots
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import ROUTER, SequenceId
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvrelay.runtime.compute_thread import ComputeThread
+from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.shell import Shell
+from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -132,7 +132,7 @@ async def storm(storage: StorageConfig, num_steps: int) -> tuple[Turns, dict[str
 
     shell.handle_with(RunStep, run_step)
     compute.start()
-    calm_collector()
+    tune_gc()
     store = make_store(storage, GEOMETRY, Clock())
     slots = num_staging_slots(storage, GEOMETRY.block_bytes)
     async with StorageIO(store, memory, slots, shell.post, Clock()) as performer:

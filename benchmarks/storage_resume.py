@@ -25,17 +25,17 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig, NodeConfig, StorageConfig
-from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.config.cluster_config import ClusterConfig, NodeConfig, StorageConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.storage import StorageIO
-from kvstore.block_hash import BlockHasher
-from kvstore.saver import num_staging_slots
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

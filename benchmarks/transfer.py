@@ -37,10 +37,10 @@ from support.cpu_time import cpu_s
 from support.overlap import Prompts, measure_overlap
 
 from cache_messager.sender_link import MAX_FRAME_BYTES
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected, TransferDone
-from kvrelay.core.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, OpenTransfer
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected, TransferDone
+from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, OpenTransfer
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "unit" / "cache_messager"))
 from messager_node import MessagerNode, messager_node

@@ -17,8 +17,8 @@ import uvloop
 from cache_messager.allocation import keep_freed_memory
 from cache_messager.service import serve
 from cache_messager.settings import MessagerSettings
-from kvrelay.core.ids import peer_name
-from kvrelay.core.logging import log_event, set_up_logging
+from kvrelay.protocol.ids import peer_name
+from kvrelay.runtime.logging import log_event, set_up_logging
 
 
 def main() -> int:

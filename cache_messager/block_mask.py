@@ -6,7 +6,7 @@ prompt is.
 
 from __future__ import annotations
 
-from kvrelay.core.ids import BlockId
+from kvrelay.protocol.ids import BlockId
 
 
 def all_within(block_ids: list[BlockId], num_blocks: int) -> bool:

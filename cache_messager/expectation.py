@@ -5,12 +5,12 @@ from __future__ import annotations
 from enum import StrEnum
 
 from cache_messager.block_mask import mask_of
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import Attempt
-from kvrelay.core.lifecycle import Lifecycle, Table
-from kvrelay.core.messages.base import Message
-from kvrelay.core.messages.messager_to_messager import KVFrame
-from kvrelay.core.messages.node_to_messager import ExpectKV
+from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.node_to_messager import ExpectKV
 
 
 class ExpectationStatus(StrEnum):

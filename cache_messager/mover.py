@@ -12,12 +12,12 @@ from cache_messager.links import link_class
 from cache_messager.links.interface import KVLink
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import AcceptLink, DropLink, FrameSent, LinkReady, SendFrame, WriteBlocks
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.ids import PeerId
-from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.logging import log_event
-from kvrelay.core.messages.base import Message
-from kvrelay.core.messages.messager_to_messager import KVFrame, LinkOffer
+from kvrelay.errors import KVRelayError
+from kvrelay.kv_pool.interface import KVPool
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
+from kvrelay.runtime.logging import log_event
 
 
 class Sends(Protocol):

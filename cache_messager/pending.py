@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvrelay.core.messages.node_to_messager import KVSpan
+from kvrelay.protocol.messages.node_to_messager import KVSpan
 
 MAX_PENDING_BLOCKS = 1 << 21
 """Block ids kept in such signals, over all requests (some 80 MB)."""

@@ -11,21 +11,21 @@ from cache_messager.counters import Counters
 from cache_messager.expectation import Expectation, ExpectationStatus
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import AcceptLink, BlocksWritten, DropLink, LinkReady, WriteBlocks, violation
-from kvrelay.core.errors import (
+from kvrelay.errors import (
     GeometryMismatchError,
     KVRelayError,
     LocalProtocolError,
     PeerLostError,
     TransferError,
 )
-from kvrelay.core.ids import Attempt, PeerId
-from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import Log, Send
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
-from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed
-from kvrelay.core.messages.node_to_messager import CancelKV, ExpectKV
-from kvrelay.core.recent import Recent
+from kvrelay.machine.contract import Log, Send
+from kvrelay.machine.liveness import Liveness
+from kvrelay.machine.recent import Recent
+from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
+from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame, LinkAccepted, LinkHello, LinkRefused
+from kvrelay.protocol.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed
+from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV
 
 Emit = Callable[[object], None]
 """Takes one action."""
@@ -297,5 +297,5 @@ class Receiver:
         """Raise LocalProtocolError unless nothing is expected and nothing is being written."""
         unacked_bytes = sum(link.unacked_bytes for link in self._links.values())
         if self._expectations or unacked_bytes:
-            histories = {attempt: expectation.lifecycle.story for attempt, expectation in self._expectations.items()}
+            histories = {attempt: expectation.lifecycle.history for attempt, expectation in self._expectations.items()}
             raise LocalProtocolError(f"receiver not quiescent: {histories}, {unacked_bytes} bytes being written")

@@ -11,7 +11,7 @@ from cache_messager.sender_link import SenderLink, choose_route
 from cache_messager.settings import MessagerSettings
 from cache_messager.transfer import FrameKey, Transfer, TransferStatus
 from cache_messager.work import FrameSent, SendFrame
-from kvrelay.core.errors import (
+from kvrelay.errors import (
     CorruptKVError,
     GeometryMismatchError,
     KVRelayError,
@@ -20,14 +20,14 @@ from kvrelay.core.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from kvrelay.core.ids import Attempt, PeerId
-from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import Connect, Disconnect, Log, Send
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, LinkAccepted, LinkHello, LinkOffer, LinkRefused
-from kvrelay.core.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
-from kvrelay.core.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
-from kvrelay.core.recent import Recent
+from kvrelay.machine.contract import Connect, Disconnect, Log, Send
+from kvrelay.machine.liveness import Liveness
+from kvrelay.machine.recent import Recent
+from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
+from kvrelay.protocol.messages.messager_to_messager import FrameAck, LinkAccepted, LinkHello, LinkOffer, LinkRefused
+from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
+from kvrelay.protocol.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
 
 Emit = Callable[[object], None]
 """Takes one action."""
@@ -363,7 +363,7 @@ class Sender:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no transfer, signal or credit is held."""
         if self._transfers or self.pending.num_signals or self.pending.num_blocks or self.inflight_bytes:
-            histories = {attempt: transfer.lifecycle.story for attempt, transfer in self._transfers.items()}
+            histories = {attempt: transfer.lifecycle.history for attempt, transfer in self._transfers.items()}
             raise LocalProtocolError(
                 f"sender not quiescent: {histories}, {self.pending.num_signals} pending signals,"
                 f" {self.inflight_bytes} bytes under way"

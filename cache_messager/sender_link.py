@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
-from kvrelay.core.errors import TransferError
-from kvrelay.core.ids import PeerId
-from kvrelay.core.messages.base import LinkAddress
-from kvrelay.core.messages.messager_to_messager import LinkOffer
+from kvrelay.errors import TransferError
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.protocol.messages.messager_to_messager import LinkOffer
 
 MAX_FRAME_BYTES = 4 << 20
 """Payload of the largest frame: long enough to run at full speed, short enough that two transfers share a link well."""

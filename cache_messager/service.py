@@ -7,16 +7,16 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings, host_id
-from cache_messager.state import MessagerMachine
-from kvrelay.core.addresses import tcp_address
-from kvrelay.core.clock import Clock
-from kvrelay.core.kv_open import open_pool
-from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import LinkAddress
-from kvrelay.core.shell import Shell
-from kvrelay.core.transport import Transport
+from kvrelay.addresses import tcp_address
+from kvrelay.kv_pool.attach import open_pool
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.transport import Transport
 
 _QUEUE = 4000
 """Messages that may wait for one peer: more than a link's credit lets be under way, and a node's pile of signals."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import PeerId
-from kvrelay.core.kv_handle import KVHandle
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.kv_handle import KVHandle
 
 if TYPE_CHECKING:  # the messager's process has no use for pydantic and starts faster without it
-    from kvrelay.core.config import NodeConfig
+    from kvrelay.config.cluster_config import NodeConfig
 
 
 class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):

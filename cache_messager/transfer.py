@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from cache_messager.block_mask import mask_of, runs_of
 from cache_messager.pending import PendingSignal
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import Attempt, BlockId, PeerId
-from kvrelay.core.lifecycle import Lifecycle, Table
-from kvrelay.core.messages.base import LayerTransfer, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame
-from kvrelay.core.messages.node_to_messager import KVSpan, OpenTransfer
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.ids import Attempt, BlockId, PeerId
+from kvrelay.protocol.messages.base import LayerTransfer, Message
+from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame
+from kvrelay.protocol.messages.node_to_messager import KVSpan, OpenTransfer
 
 
 class TransferStatus(StrEnum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvrelay.core.errors import CorruptKVError, TransferError
-from kvrelay.core.ids import BlockId, PeerId
-from kvrelay.core.messages.messager_to_messager import KVFrame, LinkOffer
+from kvrelay.errors import CorruptKVError, TransferError
+from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
 

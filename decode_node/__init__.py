@@ -14,10 +14,10 @@
 
     CLOSING follows any of them: over, but a plan in flight, the messager or the store still uses the blocks.
 
-``state`` is the machine; ``requests`` (all of them, and how they end), ``reservations`` (what D has to do with P),
-``storage`` (what it has to do with the store) and ``steps`` are parts of it. ``schedule`` decides what a step computes
-and who gives way, with the policies of ``kvstore.reserve`` (what to keep free for running requests), ``preempt`` (who
-is the victim), ``waiting`` and ``kvrelay.node.prefill_order`` (whose prompt is next), ``load`` (read or compute) and
-``speculate`` (what to guess ahead); ``decodes`` and ``publishing`` are parts of it. ``request`` holds what D knows of
-one request, ``service`` runs it all in a process.
+``machine`` is the state machine. Its parts: ``requests`` (all of them, and how they end), ``reservations`` (with
+P), ``storage`` (offload and reload of KV) and ``steps``. ``schedule`` decides what a step computes and which request is
+preempted, with the policies of ``kvrelay.node.headroom`` (blocks kept free for running requests), ``preempt`` (the
+victim), ``waiting`` and ``kvrelay.node.prefill_order`` (whose prompt is next), ``resume_policy`` (reload or compute),
+``speculate`` (drafts); ``decodes`` and ``publishing`` are parts of it. ``request`` is one request's state on D,
+``service`` runs the machine in a process.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from decode_node.service import run
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.stop_signals import exit_on_stop_signals
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.runtime.stop_signals import exit_on_stop_signals
 
 __all__ = ["run"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from decode_node.request import DecodeRequest
 from decode_node.speculate import NoProposer, proposer
-from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
+from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig
 from kvrelay.node.plans import Chunk
-from kvstore.kv_cache import KVCache
+from kvstore.blocks.kv_cache import KVCache
 
 
 class Decodes:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from decode_node.request import DecodeRequest
-from kvrelay.core.config import SchedulerConfig
+from kvrelay.config.cluster_config import SchedulerConfig
 
 VictimOrder: TypeAlias = Callable[[Sequence[DecodeRequest]], list[DecodeRequest]]
 """Puts decoding requests, given in the order in which they began to decode here, into the order of sacrifice."""

@@ -7,13 +7,13 @@ from decode_node.waiting import WaitingQueue
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
 from kvrelay.node.prefill_order import PrefillOrder
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
-from kvstore.promised import PromisedBlocks
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.blocks.pending_prefixes import PendingPrefixes
 
 
 class Publisher:
-    """Publishes blocks of requests. ``promised`` are those that admitted requests have yet to compute."""
+    """Publishes blocks of requests. ``pending`` are those that admitted requests have yet to compute."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class Publisher:
         self._plans = plans
         self._in_flight = in_flight
         self._unshared: dict[DecodeRequest, int] = {}
-        self.promised = PromisedBlocks()
+        self.pending = PendingPrefixes()
 
     def may_wait_for_a_block(self, request: DecodeRequest) -> bool:
         """Return whether the next block that ``request`` lacks is being computed for another and it may wait."""
         lacking = self._waiting.lacks(request)
-        return lacking is not None and lacking in self.promised and self._order.may_wait_for_a_block(request)
+        return lacking is not None and lacking in self.pending and self._order.may_wait_for_a_block(request)
 
     def publish(self, request: DecodeRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
@@ -45,7 +45,7 @@ class Publisher:
         if num_full > len(request.hashes):
             self._hasher.extend(request.hashes, request.token_ids[: num_full * self._hasher.block_size])
         self.publish_blocks(request, num_full)
-        self.promised.keep(request, num_full)
+        self.pending.published(request, num_full)
 
     def publish_blocks(self, request: DecodeRequest, num_blocks: int) -> None:
         """Make the first ``num_blocks`` blocks of ``request`` matchable; nothing writes to them any more.

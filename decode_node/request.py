@@ -5,13 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from kvrelay.core.ids import PeerId
-from kvrelay.core.lifecycle import Lifecycle, Table
-from kvrelay.core.messages.base import Mark
-from kvrelay.core.messages.engine import SampledTokens
-from kvrelay.core.messages.node_to_router import RequestOutput, RequestTimeline
-from kvrelay.core.messages.prefill_to_decode import HandOff, ReserveBlocks
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Mark
+from kvrelay.protocol.messages.engine import SampledTokens
+from kvrelay.protocol.messages.node_to_router import RequestOutput, RequestTimeline
+from kvrelay.protocol.messages.prefill_to_decode import HandOff, ReserveBlocks
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 if TYPE_CHECKING:
     from decode_node.speculate import NgramIndex

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.schedule import Scheduler
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import MESSAGER, Attempt
-from kvrelay.core.messages.base import ErrorInfo
-from kvrelay.core.messages.node_to_messager import CancelKV
-from kvrelay.core.messages.node_to_router import RequestFailed
-from kvrelay.core.outbox import Outbox
-from kvrelay.core.request import RequestSpec
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.ids import MESSAGER, Attempt
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.messages.node_to_messager import CancelKV
+from kvrelay.protocol.messages.node_to_router import RequestFailed
+from kvrelay.protocol.request import RequestSpec
 
 
 class Requests:
@@ -85,5 +85,5 @@ class Requests:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless there are none, in the engine neither."""
         if self._requests or self._scheduler.in_flight or self._scheduler.plans:
-            stories = {request.attempt: request.lifecycle.story for request in self}
-            raise LocalProtocolError(f"{self._node_id} is not quiescent: {stories}")
+            histories = {request.attempt: request.lifecycle.history for request in self}
+            raise LocalProtocolError(f"{self._node_id} is not quiescent: {histories}")

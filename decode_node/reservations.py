@@ -7,22 +7,22 @@ from typing import NamedTuple
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.schedule import Scheduler
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import (
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.errors import (
     KVRelayError,
     LocalProtocolError,
     PeerLostError,
     TransferError,
     TransferTimeoutError,
 )
-from kvrelay.core.ids import MESSAGER, Attempt, PeerId
-from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import Log
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat, LinkAddress
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
-from kvrelay.core.messages.node_to_messager import ExpectKV
-from kvrelay.core.messages.prefill_to_decode import HandOff, ReserveBlocks
-from kvrelay.core.outbox import Outbox
+from kvrelay.machine.contract import Log
+from kvrelay.machine.liveness import Liveness
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, LinkAddress
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.protocol.messages.node_to_messager import ExpectKV
+from kvrelay.protocol.messages.prefill_to_decode import HandOff, ReserveBlocks
 
 RETRY_AFTER_S = 0.1
 """When P may ask again after a refusal for want of room: a few decode steps."""

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from decode_node.decodes import Decodes
-from decode_node.load import LoadPolicy
 from decode_node.preempt import victim_order
 from decode_node.publishing import Publisher
 from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.resume_policy import LoadPolicy
 from decode_node.waiting import WaitingQueue
-from kvrelay.core.config import SchedulerConfig, SpeculativeConfig
-from kvrelay.core.ids import BlockId
+from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig
+from kvrelay.node.headroom import reserve_policy
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.prefill_order import PrefillOrder, prefill_order
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
-from kvstore.reserve import reserve_policy
-from kvstore.saver import Saver
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.offload.kv_offloader import KVOffloader
 
 
 class Loading(NamedTuple):
@@ -35,7 +35,7 @@ class Loading(NamedTuple):
 class Schedule:
     """One decision: ``chunks[i]`` is of ``requests[i]``.
 
-    ``admitted`` and ``loading`` just got their blocks; ``outgrown`` decodes alone and has no block to grow into.
+    ``admitted`` and ``loading`` just got their blocks; ``exceeds_pool`` decodes alone and has no block to grow into.
     """
 
     requests: list[DecodeRequest] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Schedule:
     admitted: list[DecodeRequest] = field(default_factory=list)
     loading: list[Loading] = field(default_factory=list)
     preempted: list[DecodeRequest] = field(default_factory=list)
-    outgrown: DecodeRequest | None = None
+    exceeds_pool: DecodeRequest | None = None
 
     def add(self, request: DecodeRequest, start: int, budget: int) -> int:
         """Let the step compute the tokens of a prefill from ``start`` on, at most ``budget``; return how many."""
@@ -68,14 +68,14 @@ class Scheduler:
         speculative: SpeculativeConfig,
         kv: KVCache,
         hasher: BlockHasher,
-        saver: Saver,
+        offloader: KVOffloader,
         loads: LoadPolicy,
         max_plans_in_flight: int = 1,
     ) -> None:
         self.kv = kv
         self.plans = PlanWriter()
         self.in_flight: PlansInFlight[DecodeRequest] = PlansInFlight(max_plans_in_flight)
-        self._saver = saver
+        self._offloader = offloader
         self._loads = loads
         block_size = hasher.block_size
         self.order: PrefillOrder[DecodeRequest] = prefill_order(config)
@@ -122,7 +122,7 @@ class Scheduler:
         schedule = Schedule()
         stalled = self._make_room(schedule)
         if self._by_priority and self.waiting and not schedule.preempted:
-            self._make_way(schedule, self.waiting.ordered(now)[0], now)
+            self._preempt_for_priority(schedule, self.waiting.ordered(now)[0], now)
         decodes = self._decodes.in_turn([request for request in self.decoding if request not in stalled])
         self._fill(schedule, decodes, {}, now)
         if not schedule.chunks and not self.num_holding and not self.waiting:
@@ -165,40 +165,40 @@ class Scheduler:
         will be free before another victim's would do any good.
         """
         size = self._block_size
-        needy = [request for request in self.decoding if len(request.token_ids) > len(request.block_table) * size]
-        if not needy:
+        need_block = [request for request in self.decoding if len(request.token_ids) > len(request.block_table) * size]
+        if not need_block:
             return set()
-        if not self.kv.can_allocate(len(needy)):
-            if self._saver.is_staging:
-                return set(needy)
-            needy = self._preempt(schedule, needy)
-        if not self.kv.can_allocate(len(needy)):
-            if self.kv.num_referenced == len(needy[0].block_table):
-                schedule.outgrown = needy[0]
-            return set(needy)
-        for request, block in zip(needy, self.kv.allocate(len(needy)), strict=True):
+        if not self.kv.can_allocate(len(need_block)):
+            if self._offloader.is_staging:
+                return set(need_block)
+            need_block = self._preempt(schedule, need_block)
+        if not self.kv.can_allocate(len(need_block)):
+            if self.kv.num_referenced == len(need_block[0].block_table):
+                schedule.exceeds_pool = need_block[0]
+            return set(need_block)
+        for request, block in zip(need_block, self.kv.allocate(len(need_block)), strict=True):
             request.block_table.append(block)
         return set()
 
-    def _preempt(self, schedule: Schedule, needy: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Take blocks from victims until the needy that stay can grow; return those. One decode always stays."""
+    def _preempt(self, schedule: Schedule, need_block: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Take blocks from victims until the need_block that stay can grow; return those. One decode always stays."""
         victims = iter(self._order(list(self.decoding)))
-        waiting_for = set(needy)
+        waiting_for = set(need_block)
         while len(self.decoding) > 1:
             room = self.reserve.room_blocks(len(self.decoding)) if schedule.preempted else 0
             if self.kv.can_allocate(len(waiting_for) + room):
                 break
             victim = next(victims)
             waiting_for.discard(victim)
-            self._give_up(victim, schedule)
+            self._release_victim(victim, schedule)
         self._requeue(schedule.preempted, "growth")
-        return [request for request in needy if request in waiting_for]
+        return [request for request in need_block if request in waiting_for]
 
-    def _make_way(self, schedule: Schedule, urgent: DecodeRequest, now: float) -> None:
+    def _preempt_for_priority(self, schedule: Schedule, urgent: DecodeRequest, now: float) -> None:
         """Take blocks from decodes less urgent than ``urgent`` if that lets it in at the next step."""
         matched, num_new = self._blocks_of(urgent)
         for victim in self._displaced(urgent, now):
-            self._give_up(victim, schedule)
+            self._release_victim(victim, schedule)
             if self.fits(urgent, num_new, matched):
                 break
         self._requeue(schedule.preempted, "priority")
@@ -222,7 +222,7 @@ class Scheduler:
         num_freed = sum(len(victim.block_table) for victim in victims)
         return victims if self.kv.can_allocate(num_new - num_freed, matched) else []
 
-    def _give_up(self, victim: DecodeRequest, schedule: Schedule) -> None:
+    def _release_victim(self, victim: DecodeRequest, schedule: Schedule) -> None:
         """Take the blocks of ``victim``. Those that are full stay matchable until somebody needs them."""
         del self.decoding[victim]
         self.publish(victim)
@@ -280,7 +280,7 @@ class Scheduler:
         self.waiting.admit(request)
         if self.kv.prefix_caching:
             # A copy: the request's own list grows with its output, what is promised does not.
-            self._publisher.promised.promise(request, tuple(request.hashes), len(matched))
+            self._publisher.pending.promise(request, tuple(request.hashes), len(matched))
         num_stored = self._loads.num_blocks(request, len(matched), now)
         if num_stored:
             self.loading[request] = None
@@ -326,13 +326,13 @@ class Scheduler:
         """Take ``request`` out of those being loaded: it is given up."""
         del self.loading[request]
         self.order.left(request)
-        self._publisher.promised.withdraw(request)
+        self._publisher.pending.withdraw(request)
 
     def leave_prefill(self, request: DecodeRequest) -> None:
         """Take ``request`` out of those being prefilled: it is through, or given up."""
         del self.prefilling[request]
         self.order.left(request)
-        self._publisher.promised.withdraw(request)
+        self._publisher.pending.withdraw(request)
 
     def fits(self, request: DecodeRequest, num_new: int, matched: Sequence[BlockId]) -> bool:
         """Return whether ``request`` may have ``num_new`` blocks beside ``matched`` and leave enough to the running.

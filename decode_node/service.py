@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.messages.node_to_router import Register
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.node.service import run_node
+from kvrelay.protocol.messages.node_to_router import Register
 
 
 def run(config: ClusterConfig, node_name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from decode_node.request import DecodeRequest
-from kvrelay.core.config import SpeculativeConfig
+from kvrelay.config.cluster_config import SpeculativeConfig
 
 
 class Proposer(Protocol):

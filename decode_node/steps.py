@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
+from decode_node.resume_policy import LoadPolicy
 from decode_node.schedule import Schedule, Scheduler
 from decode_node.storage import Storage
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import NeverFitsError
-from kvrelay.core.ids import PeerId
-from kvrelay.core.machine import RunStep, StepDone, StepFailed
-from kvrelay.core.messages.base import ErrorInfo
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
-from kvrelay.core.messages.node_to_router import RequestOutput, TokensOut
-from kvrelay.core.outbox import Outbox
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.errors import NeverFitsError
+from kvrelay.machine.contract import RunStep, StepDone, StepFailed
+from kvrelay.machine.outbox import Outbox
 from kvrelay.node.in_flight import PlanInFlight
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
+from kvrelay.protocol.messages.node_to_router import RequestOutput, TokensOut
 
 
 class Steps:
@@ -61,11 +61,11 @@ class Steps:
         for request in schedule.admitted:
             request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, self._outbox.now)
             request.mark("prefill", self._outbox.now)
-        if schedule.outgrown is not None:
-            self._fail_outgrown(schedule.outgrown)
+        if schedule.exceeds_pool is not None:
+            self._fail_exceeds_pool(schedule.exceeds_pool)
         if schedule.chunks:
             self._submit(schedule)
-        return bool(schedule.chunks) or schedule.outgrown is not None  # whose blocks are for those who wait
+        return bool(schedule.chunks) or schedule.exceeds_pool is not None  # whose blocks are for those who wait
 
     def _submit(self, schedule: Schedule) -> None:
         self._number += 1
@@ -73,7 +73,7 @@ class Steps:
         self._scheduler.in_flight.begin(PlanInFlight(plan, schedule.requests, schedule.chunks, self._outbox.now))
         self._outbox.do(RunStep(plan))
 
-    def _fail_outgrown(self, request: DecodeRequest) -> None:
+    def _fail_exceeds_pool(self, request: DecodeRequest) -> None:
         num_blocks = self._scheduler.kv.num_blocks
         message = f"the KV cache of {self._node.name} ({num_blocks} blocks) is full with this request alone"
         self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))

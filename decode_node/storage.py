@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
+from decode_node.resume_policy import LoadPolicy
 from decode_node.schedule import Loading, Scheduler
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.machine import KVLoaded
-from kvrelay.core.messages.node_to_router import RequestPreempted
-from kvrelay.core.outbox import Outbox
-from kvstore.saver import Saver
-from kvstore.traffic import Traffic
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.machine.contract import KVLoaded
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.messages.node_to_router import RequestPreempted
+from kvstore.offload.kv_offloader import KVOffloader
+from kvstore.offload.store_transfers import StoreTransfers
 
 
 class Storage:
@@ -22,7 +22,7 @@ class Storage:
         node: NodeConfig,
         scheduler: Scheduler,
         requests: Requests,
-        saver: Saver,
+        offloader: KVOffloader,
         loads: LoadPolicy,
         outbox: Outbox,
     ) -> None:
@@ -30,10 +30,10 @@ class Storage:
         self._block_size = node.cache.block_size
         self._scheduler = scheduler
         self._requests = requests
-        self._saver = saver
+        self._offloader = offloader
         self._loads = loads
         self._outbox = outbox
-        self.traffic: Traffic[Loading] = Traffic(node.storage, self._block_size, saver, outbox)
+        self.transfers: StoreTransfers[Loading] = StoreTransfers(node.storage, self._block_size, offloader, outbox)
 
     # ------------------------------------------------------------ out
 
@@ -51,12 +51,12 @@ class Storage:
             request.num_stored_blocks = num_blocks
             self._tell_router(request)
 
-        self._saver.save(request.hashes, saved)
+        self._offloader.save(request.hashes, saved)
 
     def finished(self, request: DecodeRequest) -> None:
         """Save the context of ``request`` for whoever continues it: it is published."""
         if self._config.write_policy == "on_finish":
-            self._saver.save(request.hashes, lambda _: None)
+            self._offloader.save(request.hashes, lambda _: None)
 
     def _tell_router(self, request: DecodeRequest) -> None:
         if request.status is DecodeStatus.PREEMPTED:
@@ -77,11 +77,11 @@ class Storage:
         request.mark("load", self._outbox.now)
         span = slice(loading.first_block, loading.first_block + loading.num_blocks)
         timeout_s = self._config.timeout_s if request.num_preemptions else self._config.read_timeout_s
-        self.traffic.load(request.attempt, loading, request.hashes[span], request.block_table[span], timeout_s)
+        self.transfers.load(request.attempt, loading, request.hashes[span], request.block_table[span], timeout_s)
 
     def loaded(self, event: KVLoaded) -> None:
         """Go on with what the store had; the rest is computed."""
-        loading, seconds = self.traffic.loaded(event)
+        loading, seconds = self.transfers.loaded(event)
         request, now = loading.request, self._outbox.now
         request.is_loading = False
         if event.num_blocks:

@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterator
 
 from decode_node.request import DecodeRequest
-from kvrelay.core.config import SchedulerConfig
-from kvrelay.core.ids import BlockId
+from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.prefill_order import PrefillOrder
-from kvstore.kv_cache import KVCache
-from kvstore.queued_prefixes import QueuedPrefixes
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.blocks.queued_prefixes import QueuedPrefixes
 
 
 class WaitingQueue:

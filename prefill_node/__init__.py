@@ -14,7 +14,7 @@ Between QUEUED and RUNNING_PREFILL a request may be LOADING: the store fills the
 
 A request that wants one token only, or whose first token ends it, never needs a decode node.
 
-``state`` is the machine; ``admission``, ``steps``, ``reservations`` and ``storage`` are parts of it. ``policy`` and
-``schedule`` decide who gets blocks and what a step computes, in the order of ``kvrelay.node.prefill_order``.
+``machine`` is the state machine; ``admission``, ``steps``, ``reservations`` and ``storage`` are parts of it. ``policy``
+and ``schedule`` decide who gets blocks and what a step computes, in the order of ``kvrelay.node.prefill_order``.
 ``request`` holds what P knows of one request, ``service`` runs it all in a process.
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.stop_signals import exit_on_stop_signals
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.runtime.stop_signals import exit_on_stop_signals
 from prefill_node.service import run
 
 __all__ = ["run"]

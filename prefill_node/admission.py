@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvrelay.core.config import SchedulerConfig
-from kvrelay.core.ids import BlockId
+from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.prefill_order import PrefillOrder, prefill_order
-from kvstore.kv_cache import KVCache
-from kvstore.promised import PromisedBlocks
-from kvstore.queued_prefixes import QueuedPrefixes
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.blocks.pending_prefixes import PendingPrefixes
+from kvstore.blocks.queued_prefixes import QueuedPrefixes
 from prefill_node.policy import PrefillPolicy
 from prefill_node.request import PrefillRequest
 
@@ -25,7 +25,7 @@ class Admission:
         self._prefixes: QueuedPrefixes[PrefillRequest] = QueuedPrefixes(kv, self._resize)
         self._queued: dict[PrefillRequest, None] = {}
         self._sorted: tuple[int, list[PrefillRequest]] = (-1, [])
-        self._promised = PromisedBlocks()
+        self._pending = PendingPrefixes()
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -36,7 +36,7 @@ class Admission:
     @property
     def num_promised(self) -> int:
         """Blocks that admitted requests have yet to compute."""
-        return len(self._promised)
+        return len(self._pending)
 
     def add(self, request: PrefillRequest, now: float) -> None:
         """Take in a newcomer."""
@@ -83,7 +83,7 @@ class Admission:
 
     def _waits_for_a_block(self, request: PrefillRequest) -> bool:
         lacking = self._prefixes.lacks(request)
-        return lacking is not None and lacking in self._promised and self.order.may_wait_for_a_block(request)
+        return lacking is not None and lacking in self._pending and self.order.may_wait_for_a_block(request)
 
     def _take_blocks(self, request: PrefillRequest, num_new: int, matched: list[BlockId]) -> None:
         self._leave_queue(request)
@@ -93,19 +93,19 @@ class Admission:
         self._kv.record_query(request.sequence.num_tokens, request.num_cached_tokens)
         self.order.admitted(request, request.num_remaining_tokens)
         if self._kv.prefix_caching:
-            self._promised.promise(request, request.hashes, len(matched))
+            self._pending.promise(request, request.hashes, len(matched))
 
     def publish(self, request: PrefillRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
         num_blocks = request.sequence.num_computed_tokens // self._block_size
         hashes = request.hashes[:num_blocks]
         self._kv.publish(hashes, request.sequence.block_table[:num_blocks])
-        self._promised.keep(request, num_blocks)
+        self._pending.published(request, num_blocks)
         self._prefixes.published(hashes)
 
-    def computes_no_more(self, request: PrefillRequest) -> None:
+    def prefill_ended(self, request: PrefillRequest) -> None:
         """Note that ``request`` is through, or given up: nobody needs to wait for its blocks, and it waits for none."""
-        self._promised.withdraw(request)
+        self._pending.withdraw(request)
         self.order.left(request)
         if request in self._queued:
             self._leave_queue(request)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import BlockId
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.node.headroom import reserve_policy
 from kvrelay.node.plans import Chunk
-from kvstore.kv_cache import KVCache
-from kvstore.reserve import reserve_policy
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.kv_cache import KVCache
 from prefill_node.request import PrefillRequest
 from prefill_node.schedule import prefill_schedule
 
@@ -20,9 +20,9 @@ class PrefillPolicy(Protocol):
     """Called by the machine. Requests that have blocks are being computed (running) or all computed and sending."""
 
     def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
     ) -> bool:
-        """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``here`` have theirs."""
+        """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``resident`` have theirs."""
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
@@ -42,7 +42,7 @@ class DedicatedPolicy:
         self._block_size = node.cache.block_size
 
     def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
     ) -> bool:
         """Whatever fits."""
         return self._kv.can_allocate(num_new, matched)
@@ -70,15 +70,15 @@ class SharedPolicy:
         self._reserve = reserve_policy(node.scheduler, node.cache.block_size)
 
     def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], here: Sequence[PrefillRequest]
+        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
     ) -> bool:
-        """Whatever leaves the reserve of all that are here."""
-        if not here:
+        """Whatever leaves the reserve of all resident requests."""
+        if not resident:
             self._reserve.idle()
             return self._kv.can_allocate(num_new, matched)
-        if len(here) >= self._max_num_seqs:
+        if len(resident) >= self._max_num_seqs:
             return False
-        reserved = self._reserve.reserved_blocks([request.sequence for request in here])
+        reserved = self._reserve.reserved_blocks([request.sequence for request in resident])
         kept_free = reserved + self._reserve.charge_blocks(newcomer.sequence)
         return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import Attempt, PeerId
-from kvrelay.core.lifecycle import Lifecycle, Table
-from kvrelay.core.messages.base import LayerTransfer, Mark, NodeAddress
-from kvrelay.core.messages.engine import SampledTokens
-from kvrelay.core.messages.node_to_messager import KVSpan
-from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestOutput, RequestTimeline
-from kvrelay.core.request import RequestSpec, Sequence
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.messages.base import LayerTransfer, Mark, NodeAddress
+from kvrelay.protocol.messages.engine import SampledTokens
+from kvrelay.protocol.messages.node_to_messager import KVSpan
+from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestOutput, RequestTimeline
+from kvrelay.protocol.request import RequestSpec, Sequence
 
 
 class PrefillStatus(StrEnum):

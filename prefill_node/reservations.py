@@ -7,17 +7,17 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import NeverFitsError, PeerLostError, TransferError
-from kvrelay.core.ids import MESSAGER, PeerId, peer_name
-from kvrelay.core.liveness import Liveness
-from kvrelay.core.machine import CancelTimer, Connect, Disconnect, Log, SetTimer
-from kvrelay.core.messages.base import ErrorInfo, NodeAddress
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
-from kvrelay.core.messages.node_to_messager import OpenTransfer
-from kvrelay.core.messages.node_to_router import DecodeNeeded
-from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
-from kvrelay.core.outbox import Outbox
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.errors import NeverFitsError, PeerLostError, TransferError
+from kvrelay.machine.contract import CancelTimer, Connect, Disconnect, Log, SetTimer
+from kvrelay.machine.liveness import Liveness
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.ids import MESSAGER, PeerId, peer_name
+from kvrelay.protocol.messages.base import ErrorInfo, NodeAddress
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.protocol.messages.node_to_messager import OpenTransfer
+from kvrelay.protocol.messages.node_to_router import DecodeNeeded
+from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
 from prefill_node.request import PrefillRequest, PrefillStatus, Reservation
 
 Answer: TypeAlias = BlocksReserved | ReservationRefused | ReservationEnded

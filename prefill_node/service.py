@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.messages.node_to_router import Register
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.node.service import run_node
-from prefill_node.state import PrefillMachine
+from kvrelay.protocol.messages.node_to_router import Register
+from prefill_node.machine import PrefillMachine
 
 
 def run(config: ClusterConfig, node_name: str) -> int:

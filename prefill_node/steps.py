@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kvrelay.core.ids import MESSAGER
-from kvrelay.core.machine import LayersComputed, RunStep, StepDone, StepFailed
-from kvrelay.core.messages.node_to_messager import KVSpan, LayerSignal
-from kvrelay.core.outbox import Outbox
+from kvrelay.machine.contract import LayersComputed, RunStep, StepDone, StepFailed
+from kvrelay.machine.outbox import Outbox
 from kvrelay.node.in_flight import PlanInFlight, PlansInFlight
 from kvrelay.node.plans import PlanWriter
+from kvrelay.protocol.ids import MESSAGER
+from kvrelay.protocol.messages.node_to_messager import KVSpan, LayerSignal
 from prefill_node.policy import Batch
 from prefill_node.request import Holder, PrefillRequest
 

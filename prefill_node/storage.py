@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import Attempt
-from kvrelay.core.machine import KVLoaded
-from kvrelay.core.outbox import Outbox
-from kvstore.kv_cache import KVCache
-from kvstore.saver import Saver
-from kvstore.traffic import Traffic
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.machine.contract import KVLoaded
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.ids import Attempt
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.offload.kv_offloader import KVOffloader
+from kvstore.offload.store_transfers import StoreTransfers
 from prefill_node.request import Holder, PrefillRequest, PrefillStatus
 
 
@@ -22,27 +22,29 @@ class Storage:
         self._config = node.storage
         self._block_size = node.cache.block_size
         self._outbox = outbox
-        self.saver = Saver(node.storage, block_bytes, kv, outbox)
-        self.traffic: Traffic[PrefillRequest] = Traffic(node.storage, self._block_size, self.saver, outbox)
+        self.offloader = KVOffloader(node.storage, block_bytes, kv, outbox)
+        self.transfers: StoreTransfers[PrefillRequest] = StoreTransfers(
+            node.storage, self._block_size, self.offloader, outbox
+        )
         self.loading: dict[Attempt, PrefillRequest] = {}
 
     def load(self, request: PrefillRequest) -> bool:
         """Have the rest of the prompt read for a request that has just been admitted; False if that is not worth it."""
         first = request.num_cached_tokens // self._block_size
         hashes = request.hashes[first:]
-        if self._config.backend == "none" or len(hashes) < self.traffic.min_blocks:
+        if self._config.backend == "none" or len(hashes) < self.transfers.min_blocks:
             return False
         request.lifecycle.move(PrefillStatus.LOADING, self._outbox.now)
         request.mark("load", self._outbox.now)
         request.holders.add(Holder.STORE)
         self.loading[request.attempt] = request
         blocks = request.sequence.block_table[first : len(request.hashes)]
-        self.traffic.load(request.attempt, request, hashes, blocks, self._config.read_timeout_s)
+        self.transfers.load(request.attempt, request, hashes, blocks, self._config.read_timeout_s)
         return True
 
     def loaded(self, event: KVLoaded) -> PrefillRequest:
         """Count what the store had as cached; return the request, which may be over. The store is no holder now."""
-        request, _ = self.traffic.loaded(event)
+        request, _ = self.transfers.loaded(event)
         self.loading.pop(request.attempt, None)
         if not request.is_over:
             request.mark("loaded", self._outbox.now)
@@ -53,4 +55,4 @@ class Storage:
     def finished(self, request: PrefillRequest) -> None:
         """Save the KV of a request that needed no decode node, which would have done so: its blocks are published."""
         if self._config.write_policy == "on_finish":
-            self.saver.save(request.hashes, lambda _: None)
+            self.offloader.save(request.hashes, lambda _: None)

@@ -2,9 +2,9 @@
 
 1. ``openai`` reads the HTTP request, refuses what is wrong with it and makes one request per choice out of it;
    ``text`` renders the chat template and tokenizes, once. Nodes see token ids only.
-2. ``service`` posts Submitted to the machine in ``state``. It admits all of them or none, and from then on owes
+2. ``service`` posts Submitted to the machine in ``machine``. It admits all of them or none, and from then on owes
    each exactly one terminal delivery, whatever dies.
-3. The machine asks ``policies`` for a prefill (or mixed) node and a decode node out of ``registry`` and sends
+3. The machine asks ``policies`` for a prefill (or mixed) node and a decode node out of ``node_table`` and sends
    Prefill or Generate, then keeps every token it delivers, in the order of their index (``output``). Should a node
    refuse, fail or be lost, it tries elsewhere under a new epoch, from the tokens already delivered on.
 4. Each delivery goes through a queue to the HTTP handler of its client. ``text`` makes text of the tokens and holds

@@ -6,9 +6,9 @@ import sys
 
 import uvloop
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.logging import log_event
-from kvrelay.core.stop_signals import exit_on_stop_signals
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.runtime.logging import log_event
+from kvrelay.runtime.stop_signals import exit_on_stop_signals
 from router.server import serve
 
 

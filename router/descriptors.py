@@ -6,7 +6,7 @@ import resource
 import sys
 from contextlib import suppress
 
-from kvrelay.core.logging import log_event
+from kvrelay.runtime.logging import log_event
 
 _MAX_SPARE = 64
 

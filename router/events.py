@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from kvrelay.core.errors import KVRelayError, QueueFullError
-from kvrelay.core.ids import NodeId
-from kvrelay.core.messages.base import ErrorInfo
-from kvrelay.core.node_entry import NodeEntry
-from kvrelay.core.request import FinishReason, SamplingParams, TokenLogprobs
+from kvrelay.errors import KVRelayError, QueueFullError
+from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.request import FinishReason, SamplingParams, TokenLogprobs
+from kvrelay.registry.node_entry import NodeEntry
 
 # ---------------------------------------------------------------- events
 

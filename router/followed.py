@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvrelay.core.ids import PeerId
-from kvrelay.core.machine import Connect, Disconnect, Log, Send
-from kvrelay.core.messages.base import Heartbeat
-from kvrelay.core.node_entry import NodeEntry, present
+from kvrelay.machine.contract import Connect, Disconnect, Log, Send
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Heartbeat
+from kvrelay.registry.node_entry import NodeEntry, present
 
 
 class FollowedNodes:

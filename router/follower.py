@@ -7,8 +7,8 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from kvrelay.core.config_sections import RegistryConfig
-from kvrelay.core.errors import RegistryError
+from kvrelay.config.sections import RegistryConfig
+from kvrelay.errors import RegistryError
 from kvrelay.registry.registry import Registry, open_registry
 from router.events import NodesFound, RegistryLost
 

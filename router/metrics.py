@@ -11,10 +11,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from kvrelay.core.messages.base import WAIT_BOUNDS_S
-from kvrelay.core.prompt_lengths import LENGTH_NAMES
+from kvrelay.protocol.messages.base import WAIT_BOUNDS_S
+from kvrelay.protocol.prompt_lengths import LENGTH_NAMES
+from router.machine import RouterMachine
 from router.openai.choice import Choice
-from router.state import RouterMachine
 
 _SHORT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _LONG_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
@@ -117,7 +117,7 @@ class _MachineCollector(Collector):
     def _nodes(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("kvrelay_node_up", "Registered nodes.", labels=["node", "role"])
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for node in self._machine.registry:
+        for node in self._machine.node_table:
             labels = [node.node_id, node.role.value]
             up.add_metric(labels, 1)
             load = node.load_as_dict()
@@ -141,7 +141,7 @@ class _MachineCollector(Collector):
         waits = HistogramMetricFamily(
             "kvrelay_node_prompt_wait_seconds", "Arrival at the node to first computed token.", labels=labels
         )
-        for node in self._machine.registry:
+        for node in self._machine.node_table:
             for name, value in zip(LENGTH_NAMES, node.load.prompt_tokens, strict=False):
                 tokens.add_metric([node.node_id, node.role.value, name], value)
             for name, wait in zip(LENGTH_NAMES, node.load.prompt_waits, strict=False):

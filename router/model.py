@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.core.checkpoint_files import read_json_object
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import CheckpointError
-from kvrelay.core.logging import log_event
+from kvrelay.checkpoint_files import read_json_object
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import CheckpointError
+from kvrelay.runtime.logging import log_event
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvrelay.core.messages.node_to_router import RequestOutput
+from kvrelay.protocol.messages.node_to_router import RequestOutput
 
 
 class OutputOrder:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvrelay.core.config import Role
-from kvrelay.core.ids import PeerId
+from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.ids import PeerId
+from router.node_table import Node, NodeTable
 from router.policies import Policy
-from router.registry import Node, Registry
 from router.request import RoutedRequest
 
 
@@ -20,12 +20,12 @@ class Placement:
 
     def __init__(
         self,
-        registry: Registry,
+        node_table: NodeTable,
         prefill_policy: Policy,
         decode_policy: Policy,
         local_prefill_tokens: int | None = None,
     ) -> None:
-        self._registry = registry
+        self._node_table = node_table
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
         self._local_prefill_tokens = local_prefill_tokens
@@ -48,10 +48,10 @@ class Placement:
         return chosen
 
     def _entry(self, request: RoutedRequest) -> Node | None:
-        decode_nodes = self._registry.available(Role.DECODE)
-        nodes = self._registry.available(Role.MIXED)
+        decode_nodes = self._node_table.available(Role.DECODE)
+        nodes = self._node_table.available(Role.MIXED)
         if request.wants_one_token or decode_nodes:
-            nodes += self._registry.available(Role.PREFILL)
+            nodes += self._node_table.available(Role.PREFILL)
         helpers = decode_nodes if self._local_prefill_tokens is not None else []
         untried = _untried(request, nodes)
         untried_helpers = _untried(request, helpers)
@@ -76,7 +76,7 @@ class Placement:
 
     def assign_decode(self, request: RoutedRequest) -> Node | None:
         """Choose a decode node among those that have not refused. Without any, return None."""
-        nodes = [node for node in self._registry.available(Role.DECODE) if node.peer not in request.refused_by]
+        nodes = [node for node in self._node_table.available(Role.DECODE) if node.peer not in request.refused_by]
         nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
         if not nodes:
             return None
@@ -89,7 +89,7 @@ class Placement:
         """Take a preempted request to the node with most room beyond ``num_blocks``. Without any, return None."""
         others = [
             node
-            for node in self._registry.available(Role.DECODE, Role.MIXED)
+            for node in self._node_table.available(Role.DECODE, Role.MIXED)
             if node.peer not in request.nodes and node.peer not in request.avoid and node.spare_blocks >= num_blocks
         ]
         if not others:
@@ -106,7 +106,7 @@ class Placement:
 
         Only assignments that crossed on their way make it another than the one assigned last. Return whether it is one.
         """
-        node = self._registry.get(peer)
+        node = self._node_table.get(peer)
         if node is None or node.role is not Role.DECODE:
             return False
         self.release_decode(request)
@@ -117,8 +117,8 @@ class Placement:
     def has_untried(self, request: RoutedRequest) -> bool:
         """Tell whether ``request`` could be served by nodes that have neither failed it nor have it now."""
         tried = request.avoid.union(request.nodes)
-        roles = {node.role for node in self._registry if node.peer not in tried and not node.leaving}
-        return self._registry.can_serve(roles)
+        roles = {node.role for node in self._node_table if node.peer not in tried and not node.leaving}
+        return self._node_table.can_serve(roles)
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """The prompt is no more work for its nodes."""
@@ -142,15 +142,15 @@ class Placement:
 
     def held(self) -> dict[str, list[str]]:
         """Return the requests of each node that has any."""
-        return {node.node_id: list(node.pending) for node in self._registry if node.pending}
+        return {node.node_id: list(node.pending) for node in self._node_table if node.pending}
 
     def _release(self, request: RoutedRequest, peer: PeerId | None) -> None:
-        node = self._registry.get(peer)
+        node = self._node_table.get(peer)
         if node is not None:
             node.pending.pop(request.request_id, None)
 
     def _nodes(self, request: RoutedRequest) -> list[Node]:
-        return [node for peer in request.nodes if (node := self._registry.get(peer)) is not None]
+        return [node for peer in request.nodes if (node := self._node_table.get(peer)) is not None]
 
 
 def _untried(request: RoutedRequest, nodes: list[Node]) -> list[Node]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvrelay.core.config import Role
-from kvrelay.core.ids import NodeId
-from router.registry import Node
+from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.ids import NodeId
+from router.node_table import Node
 
 REQUEST_TOKENS = 64
 """What each request counts for beside the prompt tokens that a node must yet compute."""

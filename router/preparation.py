@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from kvrelay.core.errors import InvalidRequestError, PromptTooLongError
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.errors import InvalidRequestError, PromptTooLongError
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.model import ServedModel
 from router.openai.answer import Style
 from router.openai.chat import ChatCompletions

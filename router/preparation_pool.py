@@ -8,8 +8,8 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import PreparationError, QueueFullError
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import PreparationError, QueueFullError
 from router.model import ServedModel
 from router.openai.errors import AnswerError
 from router.preparation import Job, Outcome, Preparation, PreparedRequest, TooLongForLoopError

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.preparation import Job
 
 LENGTH = struct.Struct("<I")

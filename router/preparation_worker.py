@@ -13,9 +13,9 @@ from typing import BinaryIO
 import msgspec
 import setproctitle
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import KVRelayError
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.model import load_model
 from router.openai.errors import AnswerError
 from router.preparation import Job, Preparation, PreparedRequest

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from kvrelay.core.errors import KVRelayError, NoNodeError, TransferTimeoutError
-from kvrelay.core.ids import PeerId
-from kvrelay.core.lifecycle import Lifecycle, Table
-from kvrelay.core.request import RequestSpec
+from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
+from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.request import RequestSpec
 from router.events import NewRequest
 from router.output import OutputOrder
 

@@ -6,25 +6,25 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from kvrelay.core.config import Role
-from kvrelay.core.errors import (
+from kvrelay.config.cluster_config import Role
+from kvrelay.errors import (
     KVRelayError,
     LocalProtocolError,
     NoNodeError,
     PeerLostError,
     QueueFullError,
 )
-from kvrelay.core.ids import PeerId
-from kvrelay.core.machine import CancelTimer, Send, SetTimer
-from kvrelay.core.messages.base import ErrorInfo
-from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, RequestPreempted
-from kvrelay.core.messages.router_to_node import Abort, AssignDecode, Generate, Prefill
-from kvrelay.core.request import FinishReason
+from kvrelay.machine.contract import CancelTimer, Send, SetTimer
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, RequestPreempted
+from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Generate, Prefill
+from kvrelay.protocol.request import FinishReason
 from router.counters import Counters
 from router.events import Deliver, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.limits import Limits
+from router.node_table import Node, NodeTable
 from router.placement import Placement
-from router.registry import Node, Registry
 from router.request import RoutedRequest, Status
 from router.timeline import Timelines
 
@@ -45,13 +45,13 @@ class Requests:
     def __init__(
         self,
         limits: Limits,
-        registry: Registry,
+        node_table: NodeTable,
         placement: Placement,
         perform: Callable[[object], None],
         first_epoch: int = 0,
     ) -> None:
         self._limits = limits
-        self._registry = registry
+        self._node_table = node_table
         self._placement = placement
         self._perform = perform
         self._requests: dict[str, RoutedRequest] = {}
@@ -101,8 +101,8 @@ class Requests:
         most = self._limits.max_queued_requests
         if len(self) + len(requests) > most:
             return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
-        reason = self._registry.unready_reason()
-        if reason is None or self._registry.may_come_back(self.now, self._limits.node_wait_s):
+        reason = self._node_table.unready_reason()
+        if reason is None or self._node_table.may_come_back(self.now, self._limits.node_wait_s):
             return None
         return NoNodeError(reason)
 
@@ -129,7 +129,7 @@ class Requests:
         self._perform(Send(entry.peer, Prefill(request=spec, decode_node=decode.address if decode else None)))
 
     def _wait_for_node(self, request: RoutedRequest) -> None:
-        _, since_s = request.lifecycle.story[-1]
+        _, since_s = request.lifecycle.history[-1]
         if self.now - since_s >= self._limits.node_wait_s:
             self._fail(request, ErrorInfo.of(request.overdue(self._limits.node_wait_s)))
         else:
@@ -290,7 +290,7 @@ class Requests:
             request.lifecycle.move(Status.RUNNING, self.now)
 
     def _send_assignment(self, request: RoutedRequest) -> None:
-        decode = self._registry.get(request.decode)
+        decode = self._node_table.get(request.decode)
         if decode is not None and request.prefill is not None:
             assignment = AssignDecode(request_id=request.request_id, epoch=request.epoch, decode_node=decode.address)
             self._perform(Send(request.prefill, assignment))

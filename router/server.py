@@ -12,13 +12,13 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvrelay.core.addresses import listen_at, netloc
-from kvrelay.core.clock import Clock
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.config_sections import RouterConfig
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.startup import READY, startup
+from kvrelay.addresses import listen_at, netloc
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.config.sections import RouterConfig
+from kvrelay.errors import ConfigError
+from kvrelay.machine.clock import Clock
+from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
 from router.http.app import make_app
@@ -91,7 +91,7 @@ async def serve(config: ClusterConfig) -> str:
     if config.router.access_log:
         app = AccessLog(app, clock.now)
     server = http_server(app, config.router.host, config.router.port, http_limits(config.router))
-    calm_collector()
+    tune_gc()
     with _listen(config.router.host, config.router.port) as listener:
         http = asyncio.create_task(server.serve([listener]))
         startup.report(READY)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import ConfigError, InvalidRequestError
-from kvrelay.core.ids import new_incarnation, peer_id
-from kvrelay.core.machine import StopRequested
-from kvrelay.core.shell import Shell
-from kvrelay.core.transport import Transport
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import ConfigError, InvalidRequestError
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import StopRequested
+from kvrelay.protocol.ids import new_incarnation, peer_id
+from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.transport import Transport
 from router.events import (
     ClientGone,
     Deliver,
@@ -26,9 +26,9 @@ from router.events import (
 )
 from router.follower import following
 from router.limits import Limits
+from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
 from router.preparation_pool import Preparer
-from router.state import RouterMachine, RouterSettings
 
 Sink = Callable[[str, Delivery], None]
 
@@ -102,7 +102,7 @@ class RouterService:
     @property
     def max_model_len(self) -> int:
         """The longest sequence this cluster serves, in tokens."""
-        return min(self.model.max_model_len, self.machine.registry.max_model_len or self.model.max_model_len)
+        return min(self.model.max_model_len, self.machine.node_table.max_model_len or self.model.max_model_len)
 
     def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
         """Have ``requests`` served; ``deliver(request_id, delivery)`` is called until each has ended.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvrelay.core.messages.base import LayerTransfer, Mark
-from kvrelay.core.messages.node_to_router import RequestTimeline
+from kvrelay.protocol.messages.base import LayerTransfer, Mark
+from kvrelay.protocol.messages.node_to_router import RequestTimeline
 
 MAX_KEPT = 256
 """How many ended requests are remembered."""

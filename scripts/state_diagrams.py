@@ -14,7 +14,7 @@ from router import request as router_request
 HEAD = """# State machines
 
 Made from the transition tables in the code by `scripts/state_diagrams.py`; a test keeps this page equal to them.
-A status changes by one call, `Lifecycle.move` (`kvrelay/core/lifecycle.py`),
+A status changes by one call, `Lifecycle.move` (`kvrelay/machine/lifecycle.py`),
 which raises for a step that is not drawn here.
 """
 

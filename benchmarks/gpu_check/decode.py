@@ -11,12 +11,12 @@ import numpy as np
 from gpu_check.context import Context
 from gpu_check.driving import Driver, engine_of, sequence
 from gpu_check.profile import report_kernels
-from kvrelay.core.request import Sequence
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import Batch
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.operations import StepShape
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.protocol.request import Sequence
 
 CONTEXT = 1152
 """Tokens: the middle of an output of 256 after a prompt of 1,024."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gpu_check.context import Context
-from kvrelay.core.messages.engine import StepPlan
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
 from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, random_engine
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.messages.engine import StepPlan
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 
 def sequence(tokens: Seq[int], name: str, **sampling: Any) -> Sequence:

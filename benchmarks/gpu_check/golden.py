@@ -11,13 +11,13 @@ from golden.cases import CASES, GoldenCase, load_golden
 
 from gpu_check.context import Context
 from gpu_check.driving import Driver, sequence
-from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
 from kvrelay.engine.device.weights import DevicePacking
+from kvrelay.protocol.geometry import KVGeometry
 
 MAX_MODEL_LEN = 2048
 

@@ -11,12 +11,12 @@ from typing import TypeAlias
 
 import yaml
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.messages.engine import SampledTokens
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.messages.engine import SampledTokens
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 BLOCK_SIZE = 16
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import zmq
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_handle import KVMemoryHandle
-from kvrelay.core.kv_memory import KVMemory
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.kv_handle import KVMemoryHandle
 
 
 class Chunk(NamedTuple):

@@ -16,7 +16,7 @@ nodes KV moves at 20 GB/s: 6.6 us a token.
 
 from __future__ import annotations
 
-from kvrelay.core.config import FakeEngineConfig
+from kvrelay.config.cluster_config import FakeEngineConfig
 
 COSTS = FakeEngineConfig(step_s=13e-3, prefill_token_s=0.10e-3, decode_token_s=0.02e-3, context_token_s=0.1e-6)
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvrelay.engine.choice import open_onednn
 from kvrelay.engine.onednn import ITEM_BYTES, Array, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
+from kvrelay.engine.select_kernels import open_onednn
 
 BEYOND_CACHE_BYTES = 256 << 20
 SIZE, NUM_ROWS = 2048, 1024
@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
 def fastest_dtype() -> str:
     """Return bfloat16 where this CPU multiplies it, else float32: what a bfloat16 checkpoint is computed in."""
-    return "bfloat16" if open_onednn().multiplies("bfloat16") else "float32"
+    return "bfloat16" if open_onednn().supports_dtype("bfloat16") else "float32"
 
 
 def measure_limits(threads: int) -> Limits:

@@ -16,21 +16,21 @@ from typing import TypeAlias
 import msgspec
 from support.cost_model import COSTS, TRANSFER_TOKEN_S
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER
-from kvrelay.core.machine import Received, RunStep, Send, StepDone
-from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationRefused
-from kvrelay.core.messages.engine import NewSequence, SampledTokens, ScheduledTokens, StepPlan, StepResult
-from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected, MessagerReady
-from kvrelay.core.messages.node_to_messager import ExpectKV
-from kvrelay.core.messages.node_to_router import Register, RequestFailed, TokensOut
-from kvrelay.core.messages.prefill_to_decode import HandOff, ReserveBlocks
-from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import RequestSpec
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import step_seconds
+from kvrelay.machine.contract import Received, RunStep, Send, StepDone
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import MESSAGER, ROUTER
+from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationRefused
+from kvrelay.protocol.messages.engine import NewSequence, SampledTokens, ScheduledTokens, StepPlan, StepResult
+from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected, MessagerReady
+from kvrelay.protocol.messages.node_to_messager import ExpectKV
+from kvrelay.protocol.messages.node_to_router import Register, RequestFailed, TokensOut
+from kvrelay.protocol.messages.prefill_to_decode import HandOff, ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.request import RequestSpec
 
 TOKEN, EOS = 7, 1
 PREFILL_NODE = "p0#1"

@@ -15,10 +15,10 @@ from support.prompt_loads import LOADS, MIXED_AT_ONCE, Load, mixed_load
 from support.virtual_node import EOS, Job, VirtualNode
 from support.virtual_prefill import Measured, VirtualPrefillNode
 
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.node.prefill_order import BEGUN_WEIGHT
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
 OVERTAKE_TOKENS = (4_096, 8_192, 12_288, 16_384, 32_768, 1 << 30)

@@ -18,21 +18,21 @@ from support.cost_model import COSTS, TRANSFER_TOKEN_S
 from support.prompt_loads import Client, Load
 from support.virtual_node import TOKEN, registration
 
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER, SequenceId
-from kvrelay.core.machine import Received, RunStep, Send, StepDone
-from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved
-from kvrelay.core.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.messages.messager_to_node import MessagerReady, TransferDone
-from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
-from kvrelay.core.messages.prefill_to_decode import ReserveBlocks
-from kvrelay.core.messages.router_to_node import Prefill
-from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import step_seconds
+from kvrelay.machine.contract import Received, RunStep, Send, StepDone
 from kvrelay.node import prefill_order
-from prefill_node.state import PrefillMachine
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import MESSAGER, ROUTER, SequenceId
+from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.messages.messager_to_node import MessagerReady, TransferDone
+from kvrelay.protocol.messages.node_to_router import RequestFailed, TokensOut
+from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import Prefill
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from prefill_node.machine import PrefillMachine
 
 DECODE_NODE = NodeAddress(peer="d0#1", address="")
 LINK = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")

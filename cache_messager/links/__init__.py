@@ -1,7 +1,7 @@
 """The ways KV blocks get from P's pool to D's: one file per kind of link, named as in ``transfer.link``.
 
 ``interface`` says what a link is. To add a kind, add a file with a class ``Link`` here, and its name to ``LinkKind``
-in ``kvrelay.core.config_sections``. ``payload`` is what the kinds share that send the bytes over ZMQ.
+in ``kvrelay.config.sections``. ``payload`` is what the kinds share that send the bytes over ZMQ.
 """
 
 from __future__ import annotations

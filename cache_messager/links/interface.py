@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvrelay.core.ids import BlockId, PeerId
-from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.messages.base import LinkAddress
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.kv_pool.interface import KVPool
+from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 UNCHECKED = 0
 """Digest of a frame that is not verified."""

@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from cache_messager.links.interface import UNCHECKED, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
-from kvrelay.core.errors import TransferError
-from kvrelay.core.ids import BlockId, PeerId
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.errors import TransferError
+from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 
 class PayloadLink:

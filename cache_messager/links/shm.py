@@ -10,13 +10,13 @@ import msgspec
 
 from cache_messager.links.interface import LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
-from kvrelay.core.errors import TransferError
-from kvrelay.core.ids import BlockId, PeerId
-from kvrelay.core.kv_handle import KVHandle
-from kvrelay.core.kv_open import open_pool
-from kvrelay.core.kv_pool import KVPool, has_blocks
-from kvrelay.core.messages.base import LinkAddress
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.errors import TransferError
+from kvrelay.kv_pool.attach import open_pool
+from kvrelay.kv_pool.interface import KVPool, has_blocks
+from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 
 class Link:

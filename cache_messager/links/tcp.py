@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cache_messager.links.payload import PayloadLink
-from kvrelay.core.messages.base import LinkAddress
+from kvrelay.protocol.messages.base import LinkAddress
 
 
 class Link(PayloadLink):

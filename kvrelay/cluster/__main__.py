@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from kvrelay.core.stop_signals import exit_on_stop_signals
+from kvrelay.runtime.stop_signals import exit_on_stop_signals
 
 _SERVING = ("up", "router", "prefill", "decode", "mixed")
 """Verbs that run until they are told to stop."""

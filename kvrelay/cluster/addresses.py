@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvrelay.core.addresses import split_tcp_address
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.listening import listen_problem
+from kvrelay.addresses import split_tcp_address
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import ConfigError
+from kvrelay.runtime.listening import listen_problem
 
 
 def addresses(config: ClusterConfig) -> dict[str, tuple[str, int]]:

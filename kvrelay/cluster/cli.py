@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from kvrelay.core.config import ClusterConfig, Role
-from kvrelay.core.errors import (
+from kvrelay.config.cluster_config import ClusterConfig, Role
+from kvrelay.errors import (
     CheckpointError,
     ConfigError,
     KVRelayError,
 )
-from kvrelay.core.ids import NodeId
+from kvrelay.protocol.ids import NodeId
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _ADDRESS = re.compile(r"https?://\S+|(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(?:/v1)?/?")

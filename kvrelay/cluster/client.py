@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from kvrelay.core.errors import KVRelayError
+from kvrelay.errors import KVRelayError
 
 _TIMEOUT = httpx.Timeout(5.0, read=600.0)
 

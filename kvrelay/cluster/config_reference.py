@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kvrelay.core.config import ClusterConfig
+from kvrelay.config.cluster_config import ClusterConfig
 
 _HEAD = """# Configuration
 
 One YAML file describes a cluster; every process reads the same one. This page is written by
-`kvrelay config schema --format markdown` from the models that check the file (`kvrelay/core/config_sections.py`).
+`kvrelay config schema --format markdown` from the models that check the file (`kvrelay/config/sections.py`).
 
 Where a value comes from, later ones first: `--set section.key=value` (nodes by name: `--set nodes.d0.port=8301`),
 the environment (`KVRELAY_ROUTER__PORT=8001`), the node's own section in the file, the section of the whole cluster,

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvrelay.addresses import resolve, tcp_address
 from kvrelay.cluster.addresses import addresses, taken_addresses
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
@@ -22,10 +23,9 @@ from kvrelay.cluster.process import name_process, refuse_foreign_packages
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import timeline_table
 from kvrelay.cluster.up import AfterReady, up
-from kvrelay.core.addresses import resolve, tcp_address
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import ConfigError, KVRelayError
-from kvrelay.core.stop_signals import exit_on_stop_signals
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import ConfigError, KVRelayError
+from kvrelay.runtime.stop_signals import exit_on_stop_signals
 
 _QUESTION = (
     "The red key lies in box 417. The blue lamp stands in room 9. The old map hides behind door 58. "

@@ -9,9 +9,9 @@ from pathlib import Path
 import setproctitle
 
 import kvrelay
-from kvrelay.core.config import ModelConfig, NodeConfig
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.logging import set_up_logging
+from kvrelay.config.cluster_config import ModelConfig, NodeConfig
+from kvrelay.errors import ConfigError
+from kvrelay.runtime.logging import set_up_logging
 
 _OUR_PACKAGES = ("router", "kvstore", "cache_messager", "prefill_node", "decode_node")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from kvrelay.core.config import ClusterSettings
+from kvrelay.config.cluster_config import ClusterSettings
 
 _CAUSES = {
     signal.SIGILL: "this CPU lacks an instruction that kernels or a library use; another engine.kernels may do without",

@@ -9,13 +9,13 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig, Sections
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import NodeId
-from kvrelay.core.logging import progress_log
+from kvrelay.config.cluster_config import ClusterConfig, Sections
 from kvrelay.engine.geometry import node_geometry
+from kvrelay.errors import ConfigError
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import NodeId
+from kvrelay.runtime.logging import progress_log
 from kvstore.storage.factory import make_existing_store
 from kvstore.storage.interface import KVStore, StoreStats, VerifyReport
 

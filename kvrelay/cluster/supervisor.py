@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from kvrelay.cluster.child import Child, ProcessSpec
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.restarts import Life, RestartPolicy
-from kvrelay.core.config import ClusterSettings
-from kvrelay.core.startup import READY
-from kvrelay.core.stop_signals import StopRequests
+from kvrelay.config.cluster_config import ClusterSettings
+from kvrelay.runtime.startup import READY
+from kvrelay.runtime.stop_signals import StopRequests
 
 EXIT_OK = 0
 EXIT_ERROR = 1

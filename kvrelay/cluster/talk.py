@@ -10,7 +10,7 @@ from rich.live import Live
 
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.cluster.tables import status_tables
-from kvrelay.core.errors import KVRelayError
+from kvrelay.errors import KVRelayError
 
 _WATCH_INTERVAL_S = 1.0
 

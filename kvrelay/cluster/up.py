@@ -18,9 +18,9 @@ from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.runtime_dir import VARIABLE, runtime_dir
-from kvrelay.core.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
+from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
 AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
 """What to do once the cluster serves."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.protocol.messages.engine import SequenceFailed, SequenceOutcome
 
 Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor, read_safetensors
+from kvrelay.errors import CheckpointError
 
 OnProgress = Callable[[int, int], None]
 """Told (bytes read, bytes in all) as a checkpoint is read."""

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import Bools, RaggedBatch
 from kvrelay.engine.checkpoint import Checkpoint, Float32
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor, WeightPacking
 from kvrelay.engine.rope import half_split_order
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.messages.engine import SequenceOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,17 @@ def load_weights(checkpoint: Checkpoint, kernels: WeightPacking) -> DecoderWeigh
     layers = [_load_layer(checkpoint, kernels, f"model.layers.{layer}.") for layer in range(config.num_layers)]
     final_norm = kernels.pack_norm(_joined(checkpoint, kernels, ["model.norm.weight"]))
     head = embedding if config.tied_embeddings else _joined(checkpoint, kernels, ["lm_head.weight"])
-    lm_head = kernels.pack_linear(head, None, wide=True, exact=True)
+    lm_head = kernels.pack_linear(head, None, fp32_output=True, never_quantize=True)
     return DecoderWeights(kernels.pack_table(embedding), layers, final_norm, lm_head)
 
 
 def _load_layer(checkpoint: Checkpoint, kernels: WeightPacking, prefix: str) -> LayerWeights:
-    def linear(*names: str, wide: bool = True) -> PackedLinear:
+    def linear(*names: str, fp32_output: bool = True) -> PackedLinear:
         full = [prefix + name for name in names]
         weight = _joined(checkpoint, kernels, [f"{name}.weight" for name in full])
         has_bias = checkpoint.has(f"{full[0]}.bias")
         bias = _joined(checkpoint, kernels, [f"{name}.bias" for name in full]) if has_bias else None
-        return kernels.pack_linear(weight, bias, wide=wide)
+        return kernels.pack_linear(weight, bias, fp32_output=fp32_output)
 
     def norm(name: str) -> Tensor | None:
         full = f"{prefix}{name}.weight"
@@ -70,7 +70,7 @@ def _load_layer(checkpoint: Checkpoint, kernels: WeightPacking, prefix: str) -> 
         head_norms=None if queries is None else HeadNorms(queries, keys),
         out=linear("self_attn.o_proj"),
         post_attention_norm=norm("post_attention_layernorm"),
-        gate_up=linear("mlp.gate_proj", "mlp.up_proj", wide=False),
+        gate_up=linear("mlp.gate_proj", "mlp.up_proj", fp32_output=False),
         down=linear("mlp.down_proj"),
     )
 
@@ -127,7 +127,7 @@ class Decoder:
         residual = kernels.embed(step, weights.embedding)
         for index, layer in enumerate(weights.layers):
             qkv = kernels.linear(kernels.normalize(residual, layer.input_norm, eps), layer.qkv)
-            queries = kernels.turn_and_store(qkv, layer.head_norms, eps, pool[index], step)
+            queries = kernels.apply_rope_and_write_kv(qkv, layer.head_norms, eps, pool[index], step)
             on_layer(index)
             attended = kernels.attention(queries, pool[index], step, config.windows[index])
             residual = kernels.add_linear(attended, layer.out, residual)

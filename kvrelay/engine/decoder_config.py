@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.core.checkpoint_files import read_json_object
-from kvrelay.core.errors import CheckpointError
+from kvrelay.checkpoint_files import read_json_object
 from kvrelay.engine.rope import RopeConfig
+from kvrelay.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

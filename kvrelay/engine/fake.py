@@ -20,12 +20,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.config import FakeEngineConfig
-from kvrelay.core.errors import EngineError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import (
+from kvrelay.config.cluster_config import FakeEngineConfig
+from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
+from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
+from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
+from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import (
     SampledTokens,
     ScheduledTokens,
     SequenceFailed,
@@ -33,11 +37,7 @@ from kvrelay.core.messages.engine import (
     StepPlan,
     StepResult,
 )
-from kvrelay.core.request import RequestSpec, Sequence, TokenLogprobs, TokenSequence
-from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
-from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
-from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
-from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.protocol.request import RequestSpec, Sequence, TokenLogprobs, TokenSequence
 
 
 class FakeEngine:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import ConfigError
+from kvrelay.protocol.geometry import KVGeometry
 
 UInt64 = npt.NDArray[np.uint64]
 

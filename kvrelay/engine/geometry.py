@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from kvrelay.core.config import Sections
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.config.cluster_config import Sections
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.load import longest_sequence
+from kvrelay.protocol.geometry import KVGeometry
 
 
 def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, max_model_len: int) -> KVGeometry:
@@ -61,6 +61,6 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":
         return "float32"
-    from kvrelay.engine.choice import multiplies_bfloat16  # noqa: PLC0415
+    from kvrelay.engine.select_kernels import multiplies_bfloat16  # noqa: PLC0415
 
     return "bfloat16" if multiplies_bfloat16() else "float32"

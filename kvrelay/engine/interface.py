@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.messages.engine import StepPlan, StepResult
+from kvrelay.kv_pool.interface import KVPool
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 
 class EnginePort(Protocol):
@@ -17,8 +17,8 @@ class EnginePort(Protocol):
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
-    the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.core.machine``). Plans are computed and
-    answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``.
+    the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.machine.contract``). Plans are computed
+    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``.
     """
 
     max_plans_in_flight: int

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.protocol.messages.engine import SequenceFailed, SequenceOutcome
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.rope import Rotation
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import KVRelayError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.messages.engine import SequenceOutcome
 
 Tensor: TypeAlias = Any
 """A tensor of the implementation."""
@@ -86,12 +86,12 @@ class WeightPacking(Protocol):
         """Prepare the ``weight`` of a norm for ``normalize`` and the like, once, when the model is loaded."""
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+        self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> PackedLinear:
         """Prepare ``weight`` [out, in] and ``bias`` [out] for products, once, when the model is loaded.
 
-        ``wide``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
-        ``exact``: the weight is never to be quantized.
+        ``fp32_output``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
+        ``never_quantize``: the weight is never to be quantized.
         """
 
 
@@ -123,7 +123,7 @@ class Kernels(WeightPacking, Protocol):
     def add_linear(self, x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
         """Return ``residual + linear(x, packed)``, which may be ``residual`` itself, changed."""
 
-    def turn_and_store(
+    def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: StepContext
     ) -> Tensor:
         """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D]; return the queries [N, H, D].

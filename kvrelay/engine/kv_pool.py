@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.ids import BlockId, SequenceId
-from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.kernels import LayerKV
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.ids import BlockId, SequenceId
 
 _HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """How numpy holds each type; it has no bfloat16, and Paddle takes uint16 for it."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrelay.core.config import NodeConfig, Sections
-from kvrelay.core.errors import CheckpointError, ConfigError
-from kvrelay.core.startup import startup
+from kvrelay.config.cluster_config import NodeConfig, Sections
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
+from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.runtime.startup import startup
 
 if TYPE_CHECKING:
     from kvrelay.engine.decoder_config import DecoderConfig
@@ -46,7 +46,6 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """Load a checkpoint; Paddle is imported here and nowhere before."""
     startup.report("importing Paddle")
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
-    from kvrelay.engine.choice import choose_kernels  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
     from kvrelay.engine.decoder_config import read_decoder_config  # noqa: PLC0415
     from kvrelay.engine.geometry import checkpoint_geometry  # noqa: PLC0415
@@ -54,6 +53,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     from kvrelay.engine.paddle_engine import PaddleEngine  # noqa: PLC0415
     from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
     from kvrelay.engine.rope import Rotation, inverse_frequencies  # noqa: PLC0415
+    from kvrelay.engine.select_kernels import choose_kernels  # noqa: PLC0415
 
     startup.report("loading weights")
     model_dir = Path(node.model.path)

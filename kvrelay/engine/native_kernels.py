@@ -16,19 +16,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.kv_pool import AddressedPool
 from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrary
-from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
+from kvrelay.engine.native_linear import Int8Linear, NativeLinear, OwnLinear, QuantizedRows, SmallBatchGemm
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
 from kvrelay.engine.rope import RotationTables
 from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.messages.engine import SequenceOutcome
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -104,7 +104,7 @@ class NativeKernels:
         self._threads = threads
         self._thread: int | None = None
         self._quantization = quantization
-        self._few_rows = FewRows(library)
+        self._small_batch_gemm = SmallBatchGemm(library)
         self._quantized_rows = QuantizedRows(library)
         self._rotation = RotationTables(shape.rotation)
         self._buffers: dict[tuple[str, int, int], _Buffer] = {}
@@ -129,15 +129,15 @@ class NativeKernels:
         return Kept.of(weight)
 
     def pack_linear(
-        self, weight: Float32, bias: Float32 | None, *, wide: bool = False, exact: bool = False
+        self, weight: Float32, bias: Float32 | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> NativeLinear:
         """See Kernels."""
         self._use_threads()
-        out_dtype = "float32" if wide else self.dtype
-        if exact or self._quantization is Quantization.NONE:
+        out_dtype = "float32" if fp32_output else self.dtype
+        if never_quantize or self._quantization is Quantization.NONE:
             if self.dtype == "float32" and self._library.owns_floats:
                 return OwnLinear(self._library, weight, bias)
-            return self._few_rows.joined(self._onednn.pack(weight, bias, self.dtype, out_dtype))
+            return self._small_batch_gemm.joined(self._onednn.pack(weight, bias, self.dtype, out_dtype))
         rows = self._quantized_rows
         return Int8Linear(self._library, weight, bias, self._quantization, self.dtype, out_dtype, rows)
 
@@ -205,7 +205,9 @@ class NativeKernels:
         packed.multiply(x.address, residual.address, x.num_rows, accumulate=True)
         return residual
 
-    def turn_and_store(self, qkv: Rows, norms: HeadNorms | None, eps: float, layer: LayerKV, step: NativeStep) -> Rows:
+    def apply_rope_and_write_kv(
+        self, qkv: Rows, norms: HeadNorms | None, eps: float, layer: LayerKV, step: NativeStep
+    ) -> Rows:
         """See Kernels."""
         call = step.heads
         out = self._rows("queries", qkv.num_rows, call.num_heads * call.head_dim, self._item_bytes)

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.int8 import Quantization, quantize_rows
 from kvrelay.engine.native.library import (
     COLUMNS,
@@ -21,6 +20,7 @@ from kvrelay.engine.native.library import (
     ProductKind,
 )
 from kvrelay.engine.onednn import EXACT_ROWS, ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
+from kvrelay.errors import CheckpointError
 
 Float32 = npt.NDArray[np.float32]
 
@@ -47,7 +47,7 @@ class NativeLinear(Protocol):
         """
 
 
-class FewRows:
+class SmallBatchGemm:
     """Finds out for which weights of oneDNN our own products of few rows give oneDNN's very bits."""
 
     def __init__(self, library: NativeLibrary) -> None:

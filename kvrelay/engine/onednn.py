@@ -81,7 +81,7 @@ class OneDNN:
         self._execute = self.calls.dnnl_primitive_execute
         self._products: dict[tuple[Any, ...], _Products] = {}
 
-    def multiplies(self, dtype: str) -> bool:
+    def supports_dtype(self, dtype: str) -> bool:
         """Return whether this CPU multiplies ``dtype`` fast; AVX2 and first AVX-512 CPUs only emulate bfloat16."""
         try:
             product = self._matmul_desc((64, 256, 256), dtype, "float32", None, False, False)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
 from kvrelay.engine.isolation import OnLayer, compute_isolated
@@ -13,6 +9,10 @@ from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 
 
 class PaddleEngine:

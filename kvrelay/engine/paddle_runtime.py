@@ -11,7 +11,7 @@ import os
 import warnings
 from pathlib import Path
 
-from kvrelay.core.errors import CheckpointError
+from kvrelay.errors import CheckpointError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 30

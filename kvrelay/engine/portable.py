@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import SequenceOutcome
 from kvrelay.engine.batch import RaggedBatch, Span
 from kvrelay.engine.int8 import LARGEST, Quantization, rounded_rows
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, PackedLinear, Tensor
@@ -23,6 +21,8 @@ from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.rope import rotation_tables
 from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.messages.engine import SequenceOutcome
 
 Int64 = npt.NDArray[np.int64]
 
@@ -110,15 +110,15 @@ class PortableKernels:
         return weight
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+        self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> PackedLinear:
         """See Kernels."""
-        weight, rounds_rows = self._rounded(weight, exact)
+        weight, rounds_rows = self._rounded(weight, never_quantize)
         return PackedWeight(weight, bias, rounds_rows)
 
-    def _rounded(self, weight: Tensor, exact: bool) -> tuple[Tensor, bool]:
+    def _rounded(self, weight: Tensor, never_quantize: bool) -> tuple[Tensor, bool]:
         """Return ``weight`` as quantization leaves it, and whether it rounds the rows as well."""
-        if exact or self._quantization is Quantization.NONE:
+        if never_quantize or self._quantization is Quantization.NONE:
             return weight, False
         rounded = rounded_rows(weight.cast("float32").numpy())
         return self.upload(rounded), self._quantization is Quantization.W8A8
@@ -178,7 +178,7 @@ class PortableKernels:
         finite: npt.NDArray[np.bool_] = paddle.isfinite(residual).all(-1).numpy()
         return finite
 
-    def turn_and_store(
+    def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: PortableStep
     ) -> Tensor:
         """See Kernels."""

@@ -31,10 +31,10 @@ class ProductKernels(PortableKernels):
         self._inputs: dict[int, Array] = {}
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False
+        self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> PackedLinear:
         """See Kernels."""
-        weight, rounds_rows = self._rounded(weight, exact)
+        weight, rounds_rows = self._rounded(weight, never_quantize)
         values = None if bias is None else bias.numpy()
         return _Packed(self._onednn.pack(weight.numpy(), values, self._product_dtype, "float32"), rounds_rows)
 

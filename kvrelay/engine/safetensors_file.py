@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import CheckpointError
+from kvrelay.errors import CheckpointError
 
 _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),

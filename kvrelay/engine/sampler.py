@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
-from kvrelay.core.request import SamplingParams, TokenLogprobs, TokenSequence
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
+from kvrelay.protocol.request import SamplingParams, TokenLogprobs, TokenSequence
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

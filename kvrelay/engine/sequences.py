@@ -8,8 +8,8 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from kvrelay.core.ids import BlockId, SequenceId
-from kvrelay.core.messages.engine import (
+from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.messages.engine import (
     NewSequence,
     SampledTokens,
     SequenceChange,
@@ -17,7 +17,7 @@ from kvrelay.core.messages.engine import (
     StepPlan,
     StepResult,
 )
-from kvrelay.core.request import SamplingParams, TokenSequence
+from kvrelay.protocol.request import SamplingParams, TokenSequence
 
 NOBODY = NewSequence(
     id=SequenceId(0),

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from kvrelay.core.errors import ConfigError
 from kvrelay.engine.checkpoint import Float32, expected_shapes
 from kvrelay.engine.decoder_config import parse_decoder_config
 from kvrelay.engine.safetensors_file import write_safetensors
 from kvrelay.engine.tiny_tokenizer import BOS_ID, EOS_ID, MIN_VOCAB_SIZE, PAD_ID, write_tokenizer
+from kvrelay.errors import ConfigError
 
 DiskDType = Literal["float32", "float16", "bfloat16"]
 

@@ -6,10 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.machine import StepDone, StepFailed
-from kvrelay.core.messages.engine import SequenceFailed, SequenceOutcome, StepPlan
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import StepDone, StepFailed
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.messages.engine import SequenceFailed, SequenceOutcome, StepPlan
 
 R = TypeVar("R")
 

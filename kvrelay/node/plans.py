@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from kvrelay.core.ids import BlockId, SequenceId
-from kvrelay.core.messages.engine import NewSequence, ScheduledTokens, SequenceChange, StepPlan
-from kvrelay.core.request import Sequence
+from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.messages.engine import NewSequence, ScheduledTokens, SequenceChange, StepPlan
+from kvrelay.protocol.request import Sequence
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):

@@ -8,9 +8,9 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvrelay.core.config import SchedulerConfig
-from kvrelay.core.prompt_lengths import NUM_LENGTH_CLASSES, length_class
+from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.prompt_waits import PromptWaits
+from kvrelay.protocol.prompt_lengths import NUM_LENGTH_CLASSES, length_class
 
 R = TypeVar("R", bound=Hashable)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from kvrelay.core.messages.base import WAIT_BOUNDS_S, PromptWait
-from kvrelay.core.prompt_lengths import NUM_LENGTH_CLASSES, length_class
+from kvrelay.protocol.messages.base import WAIT_BOUNDS_S, PromptWait
+from kvrelay.protocol.prompt_lengths import NUM_LENGTH_CLASSES, length_class
 
 
 class PromptWaits:

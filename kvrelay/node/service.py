@@ -15,26 +15,26 @@ import zmq
 
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
-from kvrelay.core.clock import Clock
-from kvrelay.core.collector import calm_collector
-from kvrelay.core.compute import ComputeThread
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.errors import ConfigError, StorageError, StorageUnavailableError
-from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
-from kvrelay.core.listening import listen_problem
-from kvrelay.core.logging import log_event, progress_log
-from kvrelay.core.machine import Announce, Machine, PeerLost, RunStep
-from kvrelay.core.membership import REFUSED
-from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.runtime_dir import runtime_dir
-from kvrelay.core.shell import Shell
-from kvrelay.core.startup import startup
-from kvrelay.core.transport import Transport
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.interface import Engine, EnginePort
 from kvrelay.engine.load import load_engine
+from kvrelay.errors import ConfigError, StorageError, StorageUnavailableError
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import Announce, Machine, PeerLost, RunStep
+from kvrelay.machine.membership import REFUSED
 from kvrelay.node.storage import StorageIO
+from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
+from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
-from kvstore.saver import num_staging_slots
+from kvrelay.runtime.compute_thread import ComputeThread
+from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.listening import listen_problem
+from kvrelay.runtime.logging import log_event, progress_log
+from kvrelay.runtime.runtime_dir import runtime_dir
+from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.startup import startup
+from kvrelay.runtime.transport import Transport
+from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 
 MakeMachine: TypeAlias = Callable[[Register, int], Machine]
@@ -70,7 +70,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
     transport = Transport(me, shell.post)
     compute.start()
-    calm_collector()
+    tune_gc()
     try:
         with runtime_dir() as directory:
             _bind(transport, node, f"ipc://{directory}/{me}")

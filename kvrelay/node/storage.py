@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
-from kvrelay.core.shell import Shell
+from kvrelay.kv_pool.interface import KVPool
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
+from kvrelay.runtime.shell import Shell
 from kvstore.storage.interface import KVStore, PutOutcome
 
 logger = logging.getLogger(__name__)

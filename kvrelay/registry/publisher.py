@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
-from kvrelay.core.config_sections import RegistryConfig
-from kvrelay.core.errors import RegistryError
-from kvrelay.core.machine import Announce
-from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.node_entry import NodeEntry
+from kvrelay.config.sections import RegistryConfig
+from kvrelay.errors import RegistryError
+from kvrelay.machine.contract import Announce
+from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.registry.node_entry import NodeEntry
 from kvrelay.registry.registry import Registry, open_registry
 
 _RENEWALS = 4

@@ -15,10 +15,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, RedisError
 
-from kvrelay.core.config_sections import RegistryConfig
-from kvrelay.core.errors import ConfigError, LocalProtocolError, RegistryError, RemoteProtocolError
-from kvrelay.core.ids import PeerId
-from kvrelay.core.node_entry import NodeEntry, pack_entry, unpack_entry
+from kvrelay.config.sections import RegistryConfig
+from kvrelay.errors import ConfigError, LocalProtocolError, RegistryError, RemoteProtocolError
+from kvrelay.protocol.ids import PeerId
+from kvrelay.registry.node_entry import NodeEntry, pack_entry, unpack_entry
 
 _MAX_TIMEOUT_S = 2.0
 _MAX_REASON = 200

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from kvrelay.core.config_sections import RegistryConfig
-from kvrelay.core.ids import PeerId
-from kvrelay.core.node_entry import NodeEntry
+from kvrelay.config.sections import RegistryConfig
+from kvrelay.protocol.ids import PeerId
+from kvrelay.registry.node_entry import NodeEntry
 
 
 class Registry(Protocol):

@@ -10,14 +10,14 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from kvrelay.core.addresses import tcp_address
-from kvrelay.core.errors import StorageUnavailableError
-from kvrelay.core.ids import PeerId, new_incarnation, peer_id
-from kvrelay.core.machine import PeerLost, Received
-from kvrelay.core.messages.base import Message
-from kvrelay.core.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.core.transport import Transport
-from kvstore.block_hash import HASH_BYTES
+from kvrelay.addresses import tcp_address
+from kvrelay.errors import StorageUnavailableError
+from kvrelay.machine.contract import PeerLost, Received
+from kvrelay.protocol.ids import PeerId, new_incarnation, peer_id
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
+from kvrelay.runtime.transport import Transport
+from kvstore.blocks.block_hash import HASH_BYTES
 from kvstore.storage.block_format import Value
 
 T = TypeVar("T")

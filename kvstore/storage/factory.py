@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.config.sections import StorageConfig
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.backend import Backend, LocalBackend
 from kvstore.storage.block_format import BlockFormat, namespace_of
 from kvstore.storage.interface import KVStore

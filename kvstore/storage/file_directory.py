@@ -16,7 +16,7 @@ import re
 import time
 from pathlib import Path
 
-from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.file_layout import SETS_OFFSET, Layout
 from kvstore.storage.file_lock import try_lock
 from kvstore.storage.file_slabs import slab_path

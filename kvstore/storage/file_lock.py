@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvrelay.core.errors import StorageUnavailableError
+from kvrelay.errors import StorageUnavailableError
 
 _RETRY_S = 0.0005
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.errors import StorageError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import StorageError
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, PutCall
 from kvstore.storage.file_directory import FileDirectory

@@ -1,6 +1,6 @@
 """What a store of KV blocks is to those who use it: the nodes' shells and the ``kvrelay store`` command.
 
-A block is named by its block hash (``kvstore.block_hash``) and holds the KV of all layers. Its bytes are in the
+A block is named by its block hash (``kvstore.blocks.block_hash``) and holds the KV of all layers. Its bytes are in the
 caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
 
 Whose memory it is: the caller lends the arrays of ``put`` and ``get`` for the length of the call and must keep them
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
-from kvrelay.core.kv_pool import HostBlock
+from kvrelay.kv_pool.interface import HostBlock
 
 BlockView: TypeAlias = HostBlock
 """One block in the caller's memory."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, PutCall
 from kvstore.storage.interface import PutOutcome, StoreCounters, StoreStats, VerifyReport

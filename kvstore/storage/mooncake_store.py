@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import StorageError, StorageUnavailableError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import StorageError, StorageUnavailableError
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.batches import batches
 from kvstore.storage.block_format import BlockFormat
 from kvstore.storage.calls import Delivery, GetCall, PutCall

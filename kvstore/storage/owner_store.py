@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.backend import LocalBackend
 from kvstore.storage.batches import batches
 from kvstore.storage.block_exchange import BlockExchange

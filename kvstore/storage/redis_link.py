@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import MovedError, RedisError, ResponseError
 
-from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvrelay.errors import StorageError, StorageUnavailableError
 
 Command: TypeAlias = tuple[bytes | str | int | memoryview, ...]
 """Name and arguments of a command; the first argument is its one key, a str."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvrelay.core.errors import StorageUnavailableError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import StorageUnavailableError
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.batches import batches
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, PutCall

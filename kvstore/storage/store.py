@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.errors import LocalProtocolError, StorageUnavailableError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import LocalProtocolError, StorageUnavailableError
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.backend import Backend
 from kvstore.storage.block_format import BlockFormat
 from kvstore.storage.calls import GetCall, PutCall, require_hashes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvrelay.core.logging import log_event
+from kvrelay.runtime.logging import log_event
 from router.openai.choice import Choice, usage
 
 PROBES = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/metrics", "/cluster"})

@@ -7,18 +7,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import kvrelay
-from kvrelay.core.errors import KVRelayError, ModelNotFoundError
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.errors import KVRelayError, ModelNotFoundError
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.asgi import send_body, send_error
 from router.http.body import prepared
 from router.metrics import Metrics
+from router.node_table import Node
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
 from router.openai.models import model_card, model_cards, model_name
 from router.openai.tokenizer_info import tokenizer_info
 from router.preparation import Task
-from router.registry import Node
 from router.service import RouterService
 
 
@@ -83,7 +83,7 @@ class AdminEndpoints:
                 "not_ready_because": machine.unready_reason(),
                 "registry": self._service.config.registry.kind,
                 "registry_problem": machine.followed.problem,
-                "nodes": [_node_status(node) for node in machine.registry],
+                "nodes": [_node_status(node) for node in machine.node_table],
                 "requests": {
                     **{status.value: count for status, count in machine.requests.by_status.items()},
                     **counters.as_dict(),
@@ -103,7 +103,7 @@ class AdminEndpoints:
     async def drain(self, request: Request) -> Response:
         """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
         node_id = request.path_params["node_id"]
-        if self._service.machine.registry.named(node_id) is None:
+        if self._service.machine.node_table.named(node_id) is None:
             message = f"no node is called {shown(node_id)}"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         self._service.drain(node_id)

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.generate import GenerateEndpoint
 from router.metrics import Metrics

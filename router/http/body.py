@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import Receive, Scope
 
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.asgi import watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError

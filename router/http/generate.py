@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.errors import KVRelayError
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_json, watching

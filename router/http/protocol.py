@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
 from router.openai.errors import AnswerError
 

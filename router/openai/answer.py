@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.protocol.request import TokenLogprobs
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
 from router.openai.schemas import GenerationFields

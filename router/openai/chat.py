@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.protocol.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import chat_logprobs

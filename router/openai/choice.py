@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvrelay.core.request import FinishReason, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, TokenLogprobs
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
 from router.text.token_bytes import TokenBytes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kvrelay.core.errors import InvalidRequestError
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.errors import InvalidRequestError
+from kvrelay.protocol.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import CompletionLogprobs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.messages.base import ErrorInfo
+from kvrelay.errors import KVRelayError
+from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import RequestErrored
 
 

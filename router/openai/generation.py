@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from kvrelay.core.request import FinishReason
+from kvrelay.protocol.request import FinishReason
 from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.protocol.request import TokenLogprobs
 from router.text.token_bytes import TokenBytes
 
 LOWEST = -9999.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.core.errors import ModelNotFoundError
+from kvrelay.errors import ModelNotFoundError
 from router.model import ServedModel
 from router.openai.field_types import shown
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvrelay.core.errors import InvalidRequestError, KVRelayError
+from kvrelay.errors import InvalidRequestError, KVRelayError
 
 logger = logging.getLogger(__name__)
 

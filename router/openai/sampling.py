@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvrelay.core.errors import InvalidRequestError, PromptTooLongError
-from kvrelay.core.request import SamplingParams
-from kvrelay.core.request_limits import unknown_token
+from kvrelay.errors import InvalidRequestError, PromptTooLongError
+from kvrelay.protocol.request import SamplingParams
+from kvrelay.protocol.request_limits import unknown_token
 from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields

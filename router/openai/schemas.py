@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 from router.openai.field_types import (
     Biases,
     Natural,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 from router.openai.field_types import shown
 
 REASONS: Mapping[str, str] = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str | None]

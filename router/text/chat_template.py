@@ -11,7 +11,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 from router.text.chat_messages import Message, MessageForms
 
 _END_MARK = "\u241fend of the message to continue\u241f"

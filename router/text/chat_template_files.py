@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvrelay.core.checkpoint_files import read_json_object
-from kvrelay.core.errors import CheckpointError
+from kvrelay.checkpoint_files import read_json_object
+from kvrelay.errors import CheckpointError
 
 _DEFAULT = "default"
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import jinja2
 from tokenizers import Tokenizer
 
-from kvrelay.core.errors import CheckpointError, InvalidRequestError
+from kvrelay.errors import CheckpointError, InvalidRequestError
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import decode
 from router.text.token_bytes import TokenBytes

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, models, processors
 
-from kvrelay.core.checkpoint_files import read_json_object
-from kvrelay.core.errors import CheckpointError
+from kvrelay.checkpoint_files import read_json_object
+from kvrelay.errors import CheckpointError
 from router.text.chat_template_files import read_chat_template
 from router.text.tokenizer_classes import BACKEND, CLASSES, UNSUPPORTED, Builder, TokenizerClass, class_name
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from demo_model.tokenizer import END, render, token_id
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine.load import load_engine
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 MAX_MODEL_LEN = 4096
 

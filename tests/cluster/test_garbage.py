@@ -16,7 +16,7 @@ from support.asking import answers, answers_while, assert_right, random_asks
 from support.cluster import Cluster
 from support.messages import EXAMPLES
 
-from kvrelay.core.codec import encode
+from kvrelay.protocol.codec import encode
 
 NUM_CONNECTIONS = 20
 

@@ -24,8 +24,8 @@ from support.cluster_config import cluster_config, d, fake_engine, p
 from support.loops import run
 from support.redis_server import RedisServer, binary, redis_server
 
-from kvrelay.core.clock import Clock
 from kvrelay.engine.fake import fake_geometry
+from kvrelay.machine.clock import Clock
 from kvstore.storage.factory import make_store
 from kvstore.storage.file_layout import ENTRY_BYTES, SETS_OFFSET
 from kvstore.storage.interface import VerifyReport

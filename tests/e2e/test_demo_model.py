@@ -17,10 +17,10 @@ from support.asking import Answer, Asker, at_once, play
 from support.cluster import Cluster, running
 from support.cluster_config import Config, cluster_config, d, m, p
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_handle import KVMemoryHandle
-from kvrelay.core.kv_memory import TAG_BYTES, KVMemory
 from kvrelay.engine.geometry import node_geometry
+from kvrelay.kv_pool.host_memory import TAG_BYTES, KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.kv_handle import KVMemoryHandle
 
 MODEL = Path(__file__).parents[2] / "models" / "demo"
 HELD_OUT = 20_000

@@ -12,7 +12,7 @@ import pytest
 from support.asking import Answer, Ask, answers, random_prompt
 from support.cluster import Cluster
 
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.protocol.geometry import KVGeometry
 
 NUM_REQUESTS = 64
 AT_ONCE = 16

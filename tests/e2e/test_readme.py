@@ -18,7 +18,7 @@ from support.cluster import PATIENCE_S, START_PATIENCE_S, until
 from support.rooms import own_network
 
 from kvrelay.cluster.addresses import taken_addresses
-from kvrelay.core.config import ClusterConfig
+from kvrelay.config.cluster_config import ClusterConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.world import EOS, Client, World
 
-from kvrelay.core.request import FinishReason
+from kvrelay.protocol.request import FinishReason
 
 BLOCK_SIZES = [1, 4, 16]
 LAYERS = [1, 3]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.world import Client, World
 
-from kvrelay.core.config import Role
-from kvrelay.core.request import FinishReason
+from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.request import FinishReason
 
 LIFE = [
     "Prefill",

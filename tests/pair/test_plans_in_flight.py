@@ -8,8 +8,8 @@ import pytest
 from support.processes import NodeProcess
 from support.world import Client, World
 
-from kvrelay.core.machine import RunStep
-from kvrelay.core.messages.engine import StepPlan
+from kvrelay.machine.contract import RunStep
+from kvrelay.protocol.messages.engine import StepPlan
 
 CHOOSES_PLANS_IN_FLIGHT = True
 MIXED = {"prefill": 0, "decode": 0, "mixed": 1}

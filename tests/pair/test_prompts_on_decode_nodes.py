@@ -9,9 +9,9 @@ import pytest
 from support.many_routers import ManyRouters
 from support.world import Client, World
 
+from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeStatus
-from decode_node.state import DecodeMachine
-from kvrelay.core.request import FinishReason
+from kvrelay.protocol.request import FinishReason
 
 SEEDS = range(6)
 SHAPES = [{"prefill": 1, "decode": 1}, {"prefill": 1, "decode": 2}]
@@ -31,7 +31,7 @@ def lending(seed: int = 7, *, decode: int = 1, **options: Any) -> World:
         careful=True,
         **options,
     )
-    world.run_until(lambda: all(node.num_heartbeats for node in world.router.machine.registry))
+    world.run_until(lambda: all(node.num_heartbeats for node in world.router.machine.node_table))
     return world
 
 
@@ -141,7 +141,7 @@ def test_prompts_that_wait_behind_others_do_not_keep_the_next_away() -> None:
         for _ in range(30):
             clients.append(world.submit(40, 4))
             world.run_for(0.3)
-            node = world.router.machine.registry.named("d0")
+            node = world.router.machine.node_table.named("d0")
             assert node is not None
             num_waiting.append(node.load.num_waiting)
         lent = [client in on_decode_nodes(clients) for client in clients]
@@ -258,7 +258,7 @@ def test_the_only_prefill_node_dies_for_good(shape: dict[str, int], seed: int) -
         first = burst(world)
         world.run_for(world.rng.random() * 0.02)
         world.kill("p0")
-        world.run_until(lambda: len(list(world.router.machine.registry)) == len(world.nodes), 20.0)
+        world.run_until(lambda: len(list(world.router.machine.node_table)) == len(world.nodes), 20.0)
         assert world.router.machine.unready_reason() is None
         later = [world.submit(length, 12) for length in LENGTHS]
         assert len(on_decode_nodes(later)) == len(later)

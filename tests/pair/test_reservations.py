@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.world import World
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.request import FinishReason
+from decode_node.machine import DecodeMachine
+from kvrelay.protocol.request import FinishReason
 
 NO_EOS = {"eos_every": 0}
 

@@ -9,9 +9,9 @@ import pytest
 from support.processes import NodeProcess
 from support.world import Client, World
 
+from decode_node.machine import DecodeMachine
 from decode_node.schedule import Schedule, Scheduler
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import Role
+from kvrelay.config.cluster_config import Role
 
 STORE = {"backend": "file", "min_read_tokens": 1, "resume": "storage"}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2}
@@ -30,7 +30,7 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch, every: int = 3) -> None:
         stalled = make_room(self, schedule)
         if steps[id(self)] % every == 0 and self.decoding and not schedule.preempted:
             victim = next(reversed(self.decoding))
-            self._give_up(victim, schedule)
+            self._release_victim(victim, schedule)
             self._requeue(schedule.preempted, "growth")
         return stalled
 

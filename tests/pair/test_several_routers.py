@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support.many_routers import LEASE_S, POLL_S, ManyRouters
 
-from kvrelay.core.config import Role
-from kvrelay.core.machine import StopRequested
-from kvrelay.core.messages.node_to_router import Register
+from kvrelay.config.cluster_config import Role
+from kvrelay.machine.contract import StopRequested
+from kvrelay.protocol.messages.node_to_router import Register
 
 SEEDS = range(8)
 PEER_TIMEOUT_S = 5.0
@@ -114,7 +114,7 @@ def test_a_node_restarted_at_once_at_its_address_is_found_again(seed: int) -> No
         world.run_for(world.rng.random() * 0.05)
         world.restart("d0")
         world.run_until(
-            lambda: all(world.nodes["d0"].peer in [n.peer for n in r.machine.registry] for r in world.routers)
+            lambda: all(world.nodes["d0"].peer in [n.peer for n in r.machine.node_table] for r in world.routers)
         )
         world.settle()
         assert all(client.error is None for client in world.clients.values())
@@ -151,7 +151,7 @@ def test_a_router_that_comes_while_a_node_drains_gives_it_nothing() -> None:
         world.routers.append(late)
         world.run_until(lambda: busy in late.nodes)
         world.run_for(0.1)
-        assert all(node.leaving == (node.node_id == busy) for node in late.machine.registry)
+        assert all(node.leaving == (node.node_id == busy) for node in late.machine.node_table)
         world.run_until(lambda: busy not in world.nodes)
         assert client.error is None
 

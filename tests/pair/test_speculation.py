@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import ROUTER
-from kvrelay.core.machine import CoreEvent, Received, RunStep, Send, Started, StepDone
-from kvrelay.core.messages.node_to_router import Register, TokensOut
-from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import RequestSpec, SamplingParams
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.machine.contract import CoreEvent, Received, RunStep, Send, Started, StepDone
+from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.messages.node_to_router import Register, TokensOut
+from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 FEW_TOKENS = dict.fromkeys((40, 41, 42), 200.0)
 """A bias that leaves the model three tokens to choose from, so that its text repeats itself."""

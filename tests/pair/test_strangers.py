@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.machines import D0, MESSAGER, P0, ROUTER, NodeDesk
+from support.machines import D0, MESSAGER, P0, ROUTER, NodeHarness
 from support.messages import EXAMPLES, random_values
 from support.processes import Process
 from support.world import World
 
-from kvrelay.core.codec import MESSAGES
-from kvrelay.core.config import Role
-from kvrelay.core.machine import Exit, PeerLost, Received
-from kvrelay.core.messages.base import Message
-from kvrelay.core.messages.router_to_node import RegistrationRefused
+from kvrelay.config.cluster_config import Role
+from kvrelay.machine.contract import Exit, PeerLost, Received
+from kvrelay.protocol.codec import MESSAGES
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.messages.router_to_node import RegistrationRefused
 
 NODES = [Role.PREFILL, Role.DECODE, Role.MIXED]
 
@@ -35,11 +35,11 @@ class Silent:
 @pytest.mark.parametrize("role", NODES)
 def test_a_node_survives_every_message_from_everybody(role: Role, peer: str) -> None:
     for message in EXAMPLES:
-        desk = NodeDesk(role)
-        desk.hear(peer, message)
-        desk.hear(peer, message)
+        harness = NodeHarness(role)
+        harness.receive(peer, message)
+        harness.receive(peer, message)
         if peer == "x#1":
-            assert desk.did(Exit) == []
+            assert harness.did(Exit) == []
 
 
 @pytest.mark.parametrize("role", NODES)
@@ -47,13 +47,13 @@ def test_a_node_survives_random_messages_of_strangers(role: Role) -> None:
     @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.sampled_from(sorted(MESSAGES.values(), key=repr)).flatmap(random_values), max_size=8))
     def check(messages: list[Message]) -> None:
-        desk = NodeDesk(role)
+        harness = NodeHarness(role)
         for message in messages:
-            desk.hear("x#1", message)
-        desk.tell(PeerLost("x#1", "gone"))
-        desk.pass_time(100.0)
-        if desk.plan is not None:
-            desk.run_steps(100_000)
+            harness.receive("x#1", message)
+        harness.post(PeerLost("x#1", "gone"))
+        harness.pass_time(100.0)
+        if harness.plan is not None:
+            harness.run_steps(100_000)
 
     check()
 

@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.messages import EXAMPLES, random_values
 
-from kvrelay.core.codec import MAX_MESSAGE_BYTES, MESSAGES, decode, encode
-from kvrelay.core.errors import RemoteProtocolError
-from kvrelay.core.messages.base import Heartbeat, Message, ProtocolViolation
-from kvrelay.core.messages.router_to_node import Abort, Prefill
+from kvrelay.errors import RemoteProtocolError
+from kvrelay.protocol.codec import MAX_MESSAGE_BYTES, MESSAGES, decode, encode
+from kvrelay.protocol.messages.base import Heartbeat, Message, ProtocolViolation
+from kvrelay.protocol.messages.router_to_node import Abort, Prefill
 
 GOLDEN = Path(__file__).with_name("golden_messages.txt")
 ALL_TYPES = sorted(MESSAGES.values(), key=lambda kind: kind.__name__)
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(data: bytes, told: str) 
 
 
 def test_a_message_that_is_too_long_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvrelay.core.codec.msgpack.unpackb", None)
+    monkeypatch.setattr("kvrelay.protocol.codec.msgpack.unpackb", None)
     told = f"message of {MAX_MESSAGE_BYTES + 1} bytes, the limit is {MAX_MESSAGE_BYTES}"
     assert refusal(bytes(MAX_MESSAGE_BYTES + 1)) == told
 

@@ -14,10 +14,10 @@ from pydantic import SecretStr
 from support.machines import node_config, registration
 from support.redis_server import RedisServer, binary, redis_cluster, redis_server
 
-from kvrelay.core.config import RegistryConfig, Role
-from kvrelay.core.errors import ConfigError, RegistryError
-from kvrelay.core.machine import Announce
-from kvrelay.core.node_entry import NodeEntry, pack_entry
+from kvrelay.config.cluster_config import RegistryConfig, Role
+from kvrelay.errors import ConfigError, RegistryError
+from kvrelay.machine.contract import Announce
+from kvrelay.registry.node_entry import NodeEntry, pack_entry
 from kvrelay.registry.publisher import announcing
 from kvrelay.registry.redis_registry import RedisRegistry
 from router.events import NodesFound, RegistryLost

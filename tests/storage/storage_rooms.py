@@ -12,10 +12,10 @@ from mooncake_master import CAPACITY_BYTES, MooncakeMaster
 from pydantic import SecretStr
 from support.redis_server import RedisServer
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.geometry import KVGeometry
-from kvstore.block_hash import BlockHasher
+from kvrelay.config.sections import StorageConfig
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.geometry import KVGeometry
+from kvstore.blocks.block_hash import BlockHasher
 from kvstore.storage.block_format import BlockFormat, Value, namespace_of
 from kvstore.storage.factory import make_store
 from kvstore.storage.file_store import FileBackend

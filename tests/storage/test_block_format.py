@@ -11,7 +11,7 @@ import pytest
 from storage_rooms import GEOMETRY as PRESENT
 from storage_rooms import HASHES, planes
 
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.block_format import HEADER_BYTES, BlockFormat, is_intact, namespace_of
 
 GEOMETRY = msgspec.structs.replace(PRESENT, protocol_version=1)
@@ -39,7 +39,7 @@ def test_golden_value() -> None:
 
 def test_namespaces_are_the_same_in_another_process() -> None:
     script = f"""
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.block_format import namespace_of
 print(namespace_of({GEOMETRY!r}).hex())
 """

@@ -14,8 +14,8 @@ import pytest
 from storage_rooms import GEOMETRY, HASHES, Room, planes, views
 from support.loops import run
 
-from kvrelay.core.errors import LocalProtocolError, StorageError
-from kvrelay.core.geometry import KVGeometry
+from kvrelay.errors import LocalProtocolError, StorageError
+from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.block_format import HEADER_BYTES
 from kvstore.storage.interface import KVStore, PutOutcome, StoreCounters
 

@@ -17,7 +17,7 @@ import pytest
 from storage_rooms import GEOMETRY, HASHES, FileRoom, HandClock, backend_of, planes, views
 from support.loops import run
 
-from kvrelay.core.errors import StorageError
+from kvrelay.errors import StorageError
 from kvstore.storage import file_directory
 from kvstore.storage.block_format import HEADER_BYTES
 from kvstore.storage.file_layout import SETS_OFFSET, Layout

@@ -11,8 +11,8 @@ from mooncake_master import CAPACITY_BYTES, MooncakeMaster
 from storage_rooms import GEOMETRY, HASHES, HandClock, planes, views
 from support.loops import run
 
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvrelay.config.sections import StorageConfig
+from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome
 from kvstore.storage.store import PAUSE_S

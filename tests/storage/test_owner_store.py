@@ -14,9 +14,9 @@ from storage_rooms import HASHES, TIMEOUT_S, OwnerRoom, backend_of, planes, view
 from support.loops import Inbox, run
 from support.redis_server import RedisServer
 
-from kvrelay.core.machine import Received
-from kvrelay.core.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.core.transport import Transport
+from kvrelay.machine.contract import Received
+from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
+from kvrelay.runtime.transport import Transport
 from kvstore.storage.interface import KVStore, PutOutcome
 
 WRITTEN, PRESENT = PutOutcome.WRITTEN, PutOutcome.PRESENT

@@ -12,27 +12,27 @@ import pytest
 import uvloop
 from storage_rooms import Room
 
+from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeRequest
 from decode_node.schedule import Schedule, Scheduler
-from decode_node.state import DecodeMachine
-from kvrelay.core.clock import Clock
-from kvrelay.core.compute import ComputeThread
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import ROUTER
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.machine import Received, RunStep, StopRequested
-from kvrelay.core.messages.node_to_router import Register, TokensOut
-from kvrelay.core.messages.router_to_node import Generate
-from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
-from kvrelay.core.shell import Shell
-from kvrelay.core.transport import Transport
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
-from kvstore.block_hash import BlockHasher
-from kvstore.saver import num_staging_slots
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.messages.node_to_router import Register, TokensOut
+from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.runtime.compute_thread import ComputeThread
+from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.transport import Transport
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.interface import KVStore
 
 BLOCK_SIZE = 8
@@ -207,7 +207,7 @@ async def _serve(
 
 def preempt_often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have the decode that came last give up its blocks in every third step; return how many full ones, each time."""
-    make_room, give_up = Scheduler._make_room, Scheduler._give_up
+    make_room, give_up = Scheduler._make_room, Scheduler._release_victim
     num_steps = 0
     num_full: list[int] = []
 
@@ -216,7 +216,7 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         stalled = make_room(self, schedule)
         num_steps += 1
         if num_steps % EVERY == 0 and self.decoding and not schedule.preempted:
-            self._give_up(next(reversed(self.decoding)), schedule)
+            self._release_victim(next(reversed(self.decoding)), schedule)
             self._requeue(schedule.preempted, "growth")
         return stalled
 
@@ -225,7 +225,7 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         give_up(self, victim, schedule)
 
     monkeypatch.setattr(Scheduler, "_make_room", with_a_victim)
-    monkeypatch.setattr(Scheduler, "_give_up", counted)
+    monkeypatch.setattr(Scheduler, "_release_victim", counted)
     return num_full
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.loops import run
 from support.redis_server import RedisServer, binary, redis_server
 
-from kvrelay.core.errors import StorageUnavailableError
+from kvrelay.errors import StorageUnavailableError
 from kvstore.storage.redis_link import RedisLink
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="no redis-server here")

@@ -18,8 +18,8 @@ from storage_rooms import GEOMETRY, HASHES, TIMEOUT_S, HandClock, planes, views
 from support.loops import run
 from support.redis_server import NUM_SLOTS, RedisServer, binary, free_port, redis_cluster, redis_server
 
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.errors import StorageError, StorageUnavailableError
+from kvrelay.config.sections import StorageConfig
+from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome
 from kvstore.storage.store import PAUSE_S

@@ -11,7 +11,7 @@ import pytest
 from storage_rooms import GEOMETRY, HASHES, HandClock, planes, views
 from support.loops import run
 
-from kvrelay.core.errors import StorageUnavailableError
+from kvrelay.errors import StorageUnavailableError
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, Loan, PutCall
 from kvstore.storage.interface import PutOutcome, StoreStats

@@ -19,11 +19,11 @@ from support.cluster_config import cluster_config, d, fake_engine, p
 from support.redis_server import RedisServer, redis_server
 
 from kvrelay.cluster.cli import main
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig, NodeConfig
+from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
 from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.tiny import write_tiny_checkpoint
-from kvstore.block_hash import BlockHasher
+from kvrelay.machine.clock import Clock
+from kvstore.blocks.block_hash import BlockHasher
 from kvstore.storage.factory import make_store
 
 CAPACITY = 1 << 20

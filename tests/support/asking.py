@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import httpx
 import uvloop
 
-from kvrelay.core.config import FakeEngineConfig
-from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.fake import reference_tokens
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 from support.cluster import PATIENCE_S, Cluster
 from support.cluster_config import EOS_TOKEN_ID, VOCAB_SIZE
 

@@ -21,7 +21,7 @@ import httpx
 import psutil
 import yaml
 
-from kvrelay.core.config import ClusterConfig, FakeEngineConfig
+from kvrelay.config.cluster_config import ClusterConfig, FakeEngineConfig
 from support.cluster_config import Config
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvrelay.core.codec import decode, encode
-from kvrelay.core.ids import PeerId, peer_name
-from kvrelay.core.messages.base import Message
+from kvrelay.protocol.codec import decode, encode
+from kvrelay.protocol.ids import PeerId, peer_name
+from kvrelay.protocol.messages.base import Message
 
 Payload = tuple[memoryview, ...]
 

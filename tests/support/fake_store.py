@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.machine import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
-from kvstore.saver import num_staging_slots
+from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
+from kvstore.offload.kv_offloader import num_staging_slots
 
 if TYPE_CHECKING:
     from support.processes import NodeProcess

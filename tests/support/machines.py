@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import (
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import (
     CacheConfig,
     ClusterSettings,
     EngineConfig,
@@ -18,16 +18,16 @@ from kvrelay.core.config import (
     StorageConfig,
     TransferConfig,
 )
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import MESSAGER, ROUTER, PeerId
-from kvrelay.core.machine import Received, RunStep, Send, Started, StepDone, TimerFired
-from kvrelay.core.messages.base import LinkAddress, Message, NodeAddress
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
-from kvrelay.core.messages.node_to_messager import CancelKV, CloseTransfer
-from kvrelay.core.messages.node_to_router import Register
-from kvrelay.core.request import RequestSpec, SamplingParams
-from prefill_node.state import PrefillMachine
+from kvrelay.machine.contract import Received, RunStep, Send, Started, StepDone, TimerFired
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId
+from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
+from kvrelay.protocol.messages.node_to_messager import CancelKV, CloseTransfer
+from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from prefill_node.machine import PrefillMachine
 
 M = TypeVar("M", bound=Message)
 
@@ -82,7 +82,7 @@ def spec(name: str = "r", prompt: int | list[int] = 10, max_tokens: int = 5, **o
     )
 
 
-class NodeDesk:
+class NodeHarness:
     """A node's machine. Its messager lets go of blocks when it is told to, unless ``messager_answers`` is off."""
 
     def __init__(self, role: Role, plans_in_flight: int = 1, **sections: Any) -> None:
@@ -95,9 +95,9 @@ class NodeDesk:
         self.plans: deque[StepPlan] = deque()
         self.names: dict[int, str] = {}
         self._plans_in_flight = plans_in_flight
-        self.tell(Started())
+        self.post(Started())
         if role is not Role.MIXED:
-            self.hear(MESSAGER, MessagerReady(link=LINK))
+            self.receive(MESSAGER, MessagerReady(link=LINK))
         self.actions.clear()
 
     @property
@@ -111,7 +111,7 @@ class NodeDesk:
 
     # ------------------------------------------------------------ telling
 
-    def tell(self, event: object) -> list[Any]:
+    def post(self, event: object) -> list[Any]:
         """Let the machine handle ``event``; return what it wants done."""
         actions = list(self.machine.handle(event, self.now))
         self.actions += actions
@@ -131,18 +131,18 @@ class NodeDesk:
     def _answer(self, message: Message) -> None:
         match message:
             case CancelKV(request_id=request_id, epoch=epoch):
-                self.hear(MESSAGER, KVCancelled(request_id=request_id, epoch=epoch))
+                self.receive(MESSAGER, KVCancelled(request_id=request_id, epoch=epoch))
             case CloseTransfer(request_id=request_id, epoch=epoch):
-                self.hear(MESSAGER, TransferClosed(request_id=request_id, epoch=epoch))
+                self.receive(MESSAGER, TransferClosed(request_id=request_id, epoch=epoch))
 
-    def hear(self, peer: PeerId, message: Message) -> list[Any]:
+    def receive(self, peer: PeerId, message: Message) -> list[Any]:
         """Let a message come in."""
-        return self.tell(Received(peer, message))
+        return self.post(Received(peer, message))
 
     def pass_time(self, seconds: float) -> list[Any]:
         """Let time pass and a heartbeat be due."""
         self.now += seconds
-        return self.tell(TimerFired("heartbeat"))
+        return self.post(TimerFired("heartbeat"))
 
     def finish_step(self, *tokens: int) -> list[Any]:
         """End the running step; whoever samples gets the next of ``tokens``, or 7."""
@@ -164,7 +164,7 @@ class NodeDesk:
 
     def end_step(self, outcomes: Sequence[SequenceOutcome]) -> list[Any]:
         """End the running step with ``outcomes`` in the order of its batch."""
-        return self.tell(StepDone(result_of(self.plans.popleft(), outcomes)))
+        return self.post(StepDone(result_of(self.plans.popleft(), outcomes)))
 
     def run_steps(self, limit: int = 1000) -> None:
         """Let all steps be computed until there is nothing left to do."""
@@ -220,7 +220,7 @@ __all__ = [
     "ROUTER",
     "TIMEOUT_S",
     "VOCAB_SIZE",
-    "NodeDesk",
+    "NodeHarness",
     "node_config",
     "registration",
     "result_of",

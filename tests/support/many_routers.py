@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from kvrelay.core.config import NodeConfig, RegistryConfig, Role
-from kvrelay.core.ids import ROUTER, PeerId, peer_id
-from kvrelay.core.machine import Announce, Started
-from kvrelay.core.node_entry import NodeEntry
-from kvrelay.core.request import SamplingParams
+from kvrelay.config.cluster_config import NodeConfig, RegistryConfig, Role
+from kvrelay.machine.contract import Announce, Started
+from kvrelay.protocol.ids import ROUTER, PeerId, peer_id
+from kvrelay.protocol.request import SamplingParams
+from kvrelay.registry.node_entry import NodeEntry
 from router.events import Deliver, NewRequest, NodesFound, RegistryLost, Submitted
-from router.state import RouterMachine
+from router.machine import RouterMachine
 from support.processes import NodeProcess, Process
 from support.world import EOS, Client, World
 
@@ -50,7 +50,7 @@ class FollowingRouter(Process):
     @property
     def nodes(self) -> set[str]:
         """The names of the nodes it knows."""
-        return {node.node_id for node in self.machine.registry}
+        return {node.node_id for node in self.machine.node_table}
 
 
 class ManyRouters(World):

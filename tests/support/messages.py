@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.messages.base import (
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.base import (
     ErrorInfo,
     Heartbeat,
     LayerTransfer,
@@ -24,8 +24,8 @@ from kvrelay.core.messages.base import (
     PromptWait,
     ProtocolViolation,
 )
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
-from kvrelay.core.messages.engine import (
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.protocol.messages.engine import (
     NewSequence,
     SampledTokens,
     ScheduledTokens,
@@ -34,7 +34,7 @@ from kvrelay.core.messages.engine import (
     StepPlan,
     StepResult,
 )
-from kvrelay.core.messages.messager_to_messager import (
+from kvrelay.protocol.messages.messager_to_messager import (
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -42,7 +42,7 @@ from kvrelay.core.messages.messager_to_messager import (
     LinkOffer,
     LinkRefused,
 )
-from kvrelay.core.messages.messager_to_node import (
+from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
     KVCancelled,
     KVExpected,
@@ -53,7 +53,7 @@ from kvrelay.core.messages.messager_to_node import (
     TransferDone,
     TransferFailed,
 )
-from kvrelay.core.messages.node_to_messager import (
+from kvrelay.protocol.messages.node_to_messager import (
     CachedSignal,
     CancelKV,
     CloseTransfer,
@@ -63,7 +63,7 @@ from kvrelay.core.messages.node_to_messager import (
     OpenTransfer,
     StopMessager,
 )
-from kvrelay.core.messages.node_to_router import (
+from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
     Leaving,
@@ -74,8 +74,8 @@ from kvrelay.core.messages.node_to_router import (
     RequestTimeline,
     TokensOut,
 )
-from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
-from kvrelay.core.messages.router_to_node import (
+from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import (
     Abort,
     AssignDecode,
     Drain,
@@ -85,8 +85,8 @@ from kvrelay.core.messages.router_to_node import (
     Registered,
     RegistrationRefused,
 )
-from kvrelay.core.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
+from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
 _ERROR = ErrorInfo(code="transfer_failed", message="gone", http_status=503, retryable=True)

@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
-from cache_messager.state import MessagerMachine
 from cache_messager.work import WriteBlocks
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import NodeConfig
-from kvrelay.core.ids import MESSAGER, ROUTER, PeerId, peer_id
-from kvrelay.core.kv_open import open_pool
-from kvrelay.core.machine import (
+from decode_node.machine import DecodeMachine
+from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.engine.fake import FakeEngine, step_seconds
+from kvrelay.kv_pool.attach import open_pool
+from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
@@ -33,13 +33,13 @@ from kvrelay.core.machine import (
     StepFailed,
     TimerFired,
 )
-from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.engine import StepPlan, StepResult
-from kvrelay.core.messages.node_to_router import Register
-from kvrelay.engine.fake import FakeEngine, step_seconds
-from prefill_node.state import PrefillMachine
+from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, peer_id
+from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.messages.engine import StepPlan, StepResult
+from kvrelay.protocol.messages.node_to_router import Register
+from prefill_node.machine import PrefillMachine
 from router.events import Deliver
-from router.state import RouterMachine
+from router.machine import RouterMachine
 from support.fake_store import FakeStorageIO
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Process:
         if self.paused:
             self._backlog.append(event)
             return
-        self.world.story.append((self.world.now, self.peer, event))
+        self.world.history.append((self.world.now, self.peer, event))
         for action in self.machine.handle(event, self.world.now):
             self.handlers[type(action)](action)
         self.world.check(self)

@@ -1,18 +1,18 @@
-"""A decode node's scheduler on a desk: requests put where a test wants them, steps taken one by one."""
+"""A decode node's scheduler on a harness: requests put where a test wants them, steps taken one by one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from decode_node.load import LoadPolicy
 from decode_node.request import DecodeRequest, DecodeStatus
+from decode_node.resume_policy import LoadPolicy
 from decode_node.schedule import Schedule, Scheduler
-from kvrelay.core.config import SchedulerConfig, SpeculativeConfig, StorageConfig
-from kvrelay.core.outbox import Outbox
-from kvrelay.core.request import RequestSpec, SamplingParams
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
-from kvstore.saver import Saver
+from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig, StorageConfig
+from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.offload.kv_offloader import KVOffloader
 
 QUIET = {"reserve_policy": "none", "watermark": 0.0}
 """No reserve: tests of one rule are not disturbed by another."""
@@ -29,9 +29,9 @@ class Desk:
         self.hasher = BlockHasher("model", block_size)
         settings = SchedulerConfig(**{**QUIET, **config})
         storage = StorageConfig()
-        saver, loads = Saver(storage, 1, self.kv, Outbox()), LoadPolicy(storage, block_size)
+        offloader, loads = KVOffloader(storage, 1, self.kv, Outbox()), LoadPolicy(storage, block_size)
         self.scheduler = Scheduler(
-            settings, SpeculativeConfig(**(speculative or {})), self.kv, self.hasher, saver, loads
+            settings, SpeculativeConfig(**(speculative or {})), self.kv, self.hasher, offloader, loads
         )
         self.finished: list[DecodeRequest] = []
         self._next_token = 1000

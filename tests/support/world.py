@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from kvrelay.core.config import (
+from kvrelay.config.cluster_config import (
     CacheConfig,
     ClusterSettings,
     EngineConfig,
@@ -27,12 +27,12 @@ from kvrelay.core.config import (
     StorageConfig,
     TransferConfig,
 )
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.ids import PeerId, peer_name
-from kvrelay.core.machine import StopRequested
-from kvrelay.core.messages.base import Message
-from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
 from kvrelay.engine.fake import reference_tokens
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import StopRequested
+from kvrelay.protocol.ids import PeerId, peer_name
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
 from router.events import (
     ClientGone,
     Deliver,
@@ -43,7 +43,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
-from router.state import RouterMachine, RouterSettings
+from router.machine import RouterMachine, RouterSettings
 from support.fake_link import FakeLink, Parcel, Payload
 from support.fake_store import FakeStore
 from support.processes import MessagerProcess, NodeProcess, Process, RouterProcess
@@ -134,7 +134,7 @@ class World:
         self.rng = random.Random(seed)
         self.now = 1000.0
         self.careful = careful
-        self.story: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
+        self.history: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
         self.clients: dict[str, Client] = {}
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
@@ -211,7 +211,7 @@ class World:
 
     def is_ready(self) -> bool:
         """Return whether every node is registered."""
-        return len(list(self.router.machine.registry)) == len(self.nodes)
+        return len(list(self.router.machine.node_table)) == len(self.nodes)
 
     def config(self, name: str, role: Role, port: int) -> NodeConfig:
         """Return the config of a node."""
@@ -386,7 +386,7 @@ class World:
 
     def told(self, count: int = 40) -> str:
         """Return the last events, for a failed test to show."""
-        lines = [f"{at_s - 1000:10.4f} {peer:20} {event!r:.200}" for at_s, peer, event in self.story]
+        lines = [f"{at_s - 1000:10.4f} {peer:20} {event!r:.200}" for at_s, peer, event in self.history]
         return "\n".join(lines[-count:])
 
     def close(self) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.request import SamplingParams
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.protocol.request import SamplingParams
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.ids import BlockId
-from kvrelay.core.messages.engine import SequenceFailed
 from kvrelay.engine.batch import Int64, StepLimits, misplaced, outside_vocabulary
 from kvrelay.engine.device.adjustments import adjusts, row_adjustments
 from kvrelay.engine.device.operations import MOST_LOGPROBS, StepShape
@@ -19,6 +16,9 @@ from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.protocol.ids import BlockId
+from kvrelay.protocol.messages.engine import SequenceFailed
 
 
 class Sample(NamedTuple):

@@ -5,12 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import NewSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.request import SamplingParams, TokenLogprobs
 from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
@@ -26,6 +20,12 @@ from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import NewSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

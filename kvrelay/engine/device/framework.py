@@ -56,7 +56,7 @@ class Graph(Protocol, Generic[T_co]):
 
 
 class Framework(Protocol):
-    """One device. Data types go by the names of ``ITEM_BYTES`` in core.geometry, and int32 and float64."""
+    """One device. Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32 and float64."""
 
     is_gpu: bool
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrelay.core.errors import CheckpointError, ConfigError
-from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
@@ -21,9 +19,11 @@ from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
+from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.protocol.geometry import KVGeometry
 
 if TYPE_CHECKING:
-    from kvrelay.core.config import NodeConfig
+    from kvrelay.config.cluster_config import NodeConfig
 
 CHUNK_GRAPHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prefill steps of up to so many tokens are graphs on a GPU where their launches would take longer than they do."""

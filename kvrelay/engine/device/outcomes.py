@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
-from kvrelay.core.request import TokenLogprobs
 from kvrelay.engine.device.batch import Batch
 from kvrelay.engine.device.operations import NONE_LEFT
 from kvrelay.engine.device.sequence_rows import Int32
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
+from kvrelay.protocol.request import TokenLogprobs
 
 
 def outcomes_of(

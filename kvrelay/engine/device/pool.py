@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvrelay.core.ids import BlockId
-from kvrelay.core.kv_memory import KVMemory
 from kvrelay.engine.device.framework import Framework, Stream, Tensor
 from kvrelay.engine.device.operations import Operations
 from kvrelay.engine.kernels import LayerKV
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.ids import BlockId
 
 LAYERS_PER_COPY = 4
 """Layers that one copy to the mirror takes: fewer launches, while later layers are computed."""

@@ -11,11 +11,11 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.messages.engine import SequenceFailed
 from kvrelay.engine.batch import outside_pool
 from kvrelay.engine.sampler import GREEDY_BELOW
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.errors import EngineError
+from kvrelay.protocol.messages.engine import SequenceFailed
 
 Int32 = npt.NDArray[np.int32]
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvrelay.core.errors import EngineError
 from kvrelay.engine.device.framework import Event, Graph, Stream, Tensor
+from kvrelay.errors import EngineError
 
 T = TypeVar("T")
 

@@ -15,11 +15,11 @@ from kvrelay.engine.kernels import HeadNorms
 
 
 class Linear(NamedTuple):
-    """A weight [out, in] and perhaps a bias [out]. ``exact``: it is never quantized."""
+    """A weight [out, in] and perhaps a bias [out]. ``never_quantize``: it is never quantized."""
 
     weight: Tensor
     bias: Tensor | None
-    exact: bool
+    never_quantize: bool
 
 
 class DevicePacking:
@@ -38,8 +38,10 @@ class DevicePacking:
     def pack_norm(self, weight: Tensor) -> Tensor:
         return weight
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False, exact: bool = False) -> Linear:
-        return Linear(weight, bias, exact)
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
+    ) -> Linear:
+        return Linear(weight, bias, never_quantize)
 
 
 class RandomWeights:

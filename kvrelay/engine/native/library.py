@@ -109,7 +109,7 @@ class NativeLibrary:
         name: bytes = self._calls.kvr_isa()
         return name.decode()
 
-    def multiplies(self, kind: ProductKind) -> bool:
+    def supports(self, kind: ProductKind) -> bool:
         """Return whether there are products of ``kind`` on this CPU."""
         return bool(self.multiply(ctypes.byref(ProductCall(kind=kind, size_out=1))))
 

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
-from kvrelay.core.ids import MESSAGER
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.machine import PeerLost, Received
-from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.messager_to_node import MessagerReady
-from kvrelay.core.transport import Transport
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.machine.contract import PeerLost, Received
+from kvrelay.protocol.ids import MESSAGER
+from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.messages.messager_to_node import MessagerReady
+from kvrelay.runtime.transport import Transport
 
 M = TypeVar("M", bound=Message)
 

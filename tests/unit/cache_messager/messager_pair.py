@@ -17,16 +17,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
-from cache_messager.state import MessagerMachine
 from cache_messager.work import AcceptLink, DropLink, SendFrame, WriteBlocks
-from kvrelay.core.codec import decode, encode
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import Attempt, PeerId
-from kvrelay.core.kv_handle import KVMemoryHandle
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.machine import (
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
@@ -39,9 +35,13 @@ from kvrelay.core.machine import (
     Started,
     TimerFired,
 )
-from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.messager_to_messager import FrameAck, KVFrame, LinkOffer
-from kvrelay.core.messages.messager_to_node import (
+from kvrelay.protocol.codec import decode, encode
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.kv_handle import KVMemoryHandle
+from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame, LinkOffer
+from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
     KVCancelled,
     KVFailed,
@@ -49,7 +49,7 @@ from kvrelay.core.messages.messager_to_node import (
     TransferDone,
     TransferFailed,
 )
-from kvrelay.core.messages.node_to_messager import (
+from kvrelay.protocol.messages.node_to_messager import (
     CachedSignal,
     CancelKV,
     CloseTransfer,

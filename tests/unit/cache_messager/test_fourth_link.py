@@ -21,13 +21,19 @@ from cache_messager.links.interface import LinkHost
 from cache_messager.service import serve
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import FrameSent
-from kvrelay.core.errors import TransferError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import BlockId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.messager_to_messager import KVFrame
-from kvrelay.core.messages.messager_to_node import KVArrived, KVExpected, MessagerReady, TransferDone, TransferFailed
-from kvrelay.core.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, OpenTransfer, StopMessager
+from kvrelay.errors import TransferError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_node import (
+    KVArrived,
+    KVExpected,
+    MessagerReady,
+    TransferDone,
+    TransferFailed,
+)
+from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, OpenTransfer, StopMessager
 
 GEOMETRY = KVGeometry(num_layers=4, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32", model_digest="model")
 NUM_BLOCKS = 64

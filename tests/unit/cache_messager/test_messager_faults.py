@@ -10,11 +10,11 @@ import pytest
 from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, D, P, Pair, one_of_each
 
 from cache_messager.work import FrameSent, SendFrame
-from kvrelay.core.errors import TransferError
-from kvrelay.core.ids import Attempt
-from kvrelay.core.machine import PeerLost, Received, Send, TimerFired
-from kvrelay.core.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
-from kvrelay.core.messages.messager_to_messager import (
+from kvrelay.errors import TransferError
+from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
+from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
+from kvrelay.protocol.messages.messager_to_messager import (
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -22,8 +22,8 @@ from kvrelay.core.messages.messager_to_messager import (
     LinkOffer,
     LinkRefused,
 )
-from kvrelay.core.messages.messager_to_node import KVFailed, TransferFailed
-from kvrelay.core.messages.node_to_messager import ExpectKV, KVSpan, LayerSignal, OpenTransfer
+from kvrelay.protocol.messages.messager_to_node import KVFailed, TransferFailed
+from kvrelay.protocol.messages.node_to_messager import ExpectKV, KVSpan, LayerSignal, OpenTransfer
 
 A = Attempt("a", 1)
 

@@ -14,17 +14,17 @@ import pytest
 import uvloop
 from messager_node import MessagerNode, messager_node
 
-from kvrelay.core.config_sections import TransferConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.messager_to_node import (
+from kvrelay.config.sections import TransferConfig
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
     KVExpected,
     TransferClosed,
     TransferDone,
     TransferFailed,
 )
-from kvrelay.core.messages.node_to_messager import (
+from kvrelay.protocol.messages.node_to_messager import (
     CachedSignal,
     CloseTransfer,
     ExpectKV,

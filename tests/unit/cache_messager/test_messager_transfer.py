@@ -9,10 +9,10 @@ from messager_pair import BLOCK_BYTES, GEOMETRY, D, P, Pair, one_of_each
 
 from cache_messager import pending
 from cache_messager.transfer import TRANSITIONS, TransferStatus
-from kvrelay.core.config_sections import TransferConfig
-from kvrelay.core.ids import Attempt
-from kvrelay.core.messages.base import LinkAddress, Message
-from kvrelay.core.messages.messager_to_node import (
+from kvrelay.config.sections import TransferConfig
+from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
     KVExpected,
     MessagerReady,
@@ -20,7 +20,7 @@ from kvrelay.core.messages.messager_to_node import (
     TransferDone,
     TransferFailed,
 )
-from kvrelay.core.messages.node_to_messager import CachedSignal, KVSpan, LayerSignal, OpenTransfer, StopMessager
+from kvrelay.protocol.messages.node_to_messager import CachedSignal, KVSpan, LayerSignal, OpenTransfer, StopMessager
 
 A = Attempt("a", 1)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from cache_messager.links import ipc, link_class, shm
 from cache_messager.links.interface import KVLink
 from cache_messager.work import BlocksWritten
-from kvrelay.core.errors import CorruptKVError, TransferError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.kv_pool import KVPool
-from kvrelay.core.messages.messager_to_messager import KVFrame
+from kvrelay.errors import CorruptKVError, TransferError
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.kv_pool.interface import KVPool
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
 LARGE = KVGeometry(num_layers=1, num_kv_heads=8, head_dim=128, block_size=32, dtype="float32", model_digest="model")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
-from kvrelay.core.errors import KVRelayError
+from kvrelay.errors import KVRelayError
 
 Handler = Callable[[httpx.Request], httpx.Response]
 

@@ -9,9 +9,9 @@ import pytest
 from support.cluster_config import free_ports
 
 from kvrelay.cluster.addresses import addresses, require_free_addresses, taken_addresses
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.listening import listen_problem
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import ConfigError
+from kvrelay.runtime.listening import listen_problem
 
 
 def config_of(http: int, control: int, node: int, host: str = "127.0.0.1", **sections: object) -> ClusterConfig:

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from support.ipv6 import needs_ipv6
 
+from kvrelay.addresses import listen_at, tcp_address
 from kvrelay.cluster.demo import _other_ports
-from kvrelay.core.addresses import listen_at, tcp_address
-from kvrelay.core.config import ClusterConfig
+from kvrelay.config.cluster_config import ClusterConfig
 
 
 def config(host: str, port: int, control_port: int, node_port: int) -> ClusterConfig:

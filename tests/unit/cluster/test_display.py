@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.tables import nodes_table, status_tables, timeline_table
-from kvrelay.core.logging import LineFormatter, log_event, parse_progress, progress_log
+from kvrelay.runtime.logging import LineFormatter, log_event, parse_progress, progress_log
 
 
 def line_of(message: str, *args: object, error: BaseException | None = None) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 from kvrelay.cluster.process import bind_to_cpus, refuse_foreign_packages, require_checkpoint
 from kvrelay.cluster.up import process_specs
-from kvrelay.core.config import ClusterConfig, ModelConfig
-from kvrelay.core.errors import ConfigError
-from kvrelay.core.runtime_dir import VARIABLE, runtime_dir
+from kvrelay.config.cluster_config import ClusterConfig, ModelConfig
+from kvrelay.errors import ConfigError
+from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 
 
 def config_with(**node: object) -> ClusterConfig:

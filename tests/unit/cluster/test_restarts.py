@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from kvrelay.cluster.restarts import FAULTS, Life, RestartPolicy
-from kvrelay.core.config import ClusterSettings
+from kvrelay.config.cluster_config import ClusterSettings
 
 SETTINGS = ClusterSettings(restart_backoff_s=0.5, restart_backoff_max_s=3.0, max_crashes=3)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
-from kvrelay.core.config import ClusterSettings
+from kvrelay.config.cluster_config import ClusterSettings
 
 P = ParamSpec("P")
 SETTINGS = ClusterSettings(restart_backoff_s=0.5, restart_backoff_max_s=3.0, drain_timeout_s=20.0)

@@ -8,7 +8,7 @@ import pytest
 
 from kvrelay.cluster import talk
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
-from kvrelay.core.errors import KVRelayError
+from kvrelay.errors import KVRelayError
 
 Messages = list[dict[str, str]]
 

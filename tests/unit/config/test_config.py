@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kvrelay.core import config_sections
-from kvrelay.core.config import ClusterConfig, NodeConfig, Role
-from kvrelay.core.config_sections import Section
-from kvrelay.core.errors import ConfigError
+from kvrelay.config import sections as config_sections
+from kvrelay.config.cluster_config import ClusterConfig, NodeConfig, Role
+from kvrelay.config.sections import Section
+from kvrelay.errors import ConfigError
 
 FROM_THE_DESIGN = """\
 model: {path: models/demo, served_name: demo, dtype: auto, max_model_len: 4096}

@@ -7,8 +7,8 @@ from textwrap import dedent
 
 import pytest
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import ConfigError
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import ConfigError
 
 GOOD = """\
 model: {path: models/demo}

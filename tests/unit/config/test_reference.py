@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvrelay.cluster.config_reference import markdown
-from kvrelay.core.config import ClusterConfig
+from kvrelay.config.cluster_config import ClusterConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 

@@ -14,18 +14,18 @@ from support.machines import (
     MESSAGER,
     P0,
     ROUTER,
-    NodeDesk,
+    NodeHarness,
     node_config,
     registration,
     sent,
     spec,
 )
 
+from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeStatus
-from decode_node.state import DecodeMachine
-from kvrelay.core.config import Role
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.machine import (
+from kvrelay.config.cluster_config import Role
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import (
     Exit,
     PeerLost,
     Received,
@@ -36,12 +36,12 @@ from kvrelay.core.machine import (
     StopRequested,
     TimerFired,
 )
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
-from kvrelay.core.messages.engine import StepResult
-from kvrelay.core.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed, MessagerReady
-from kvrelay.core.messages.node_to_messager import CancelKV, ExpectKV, StopMessager
-from kvrelay.core.messages.node_to_router import (
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
+from kvrelay.protocol.messages.engine import StepResult
+from kvrelay.protocol.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed, MessagerReady
+from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV, StopMessager
+from kvrelay.protocol.messages.node_to_router import (
     Drained,
     Leaving,
     Register,
@@ -49,25 +49,32 @@ from kvrelay.core.messages.node_to_router import (
     RequestTimeline,
     TokensOut,
 )
-from kvrelay.core.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
-from kvrelay.core.messages.router_to_node import Abort, Drain, Generate, RegisterAgain, Registered, RegistrationRefused
-from kvrelay.core.request import FinishReason
-from kvstore.block_hash import BlockHasher
+from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import (
+    Abort,
+    Drain,
+    Generate,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from kvrelay.protocol.request import FinishReason
+from kvstore.blocks.block_hash import BlockHasher
 
 ID: dict[str, Any] = {"request_id": "r", "epoch": 1}
 PROMPT = list(range(10))
 HASHES = BlockHasher("model", 4).hashes(PROMPT)
 
 
-def decode_desk(**sections: Any) -> NodeDesk:
-    return NodeDesk(Role.DECODE, **sections)
+def decode_harness(**sections: Any) -> NodeHarness:
+    return NodeHarness(Role.DECODE, **sections)
 
 
-def mixed_desk(**sections: Any) -> NodeDesk:
-    return NodeDesk(Role.MIXED, **sections)
+def mixed_harness(**sections: Any) -> NodeHarness:
+    return NodeHarness(Role.MIXED, **sections)
 
 
-def reserve(desk: NodeDesk, name: str = "r", num_tokens: int = 10, epoch: int = 1, peer: str = P0) -> list[Any]:
+def reserve(harness: NodeHarness, name: str = "r", num_tokens: int = 10, epoch: int = 1, peer: str = P0) -> list[Any]:
     """Ask for blocks; hashes are those of PROMPT as far as it goes."""
     message = ReserveBlocks(
         request_id=name,
@@ -76,28 +83,30 @@ def reserve(desk: NodeDesk, name: str = "r", num_tokens: int = 10, epoch: int = 
         num_tokens=num_tokens,
         max_tokens=5,
     )
-    return desk.hear(peer, message)
+    return harness.receive(peer, message)
 
 
-def expected(desk: NodeDesk, name: str = "r", epoch: int = 1) -> list[Any]:
-    return desk.hear(MESSAGER, KVExpected(request_id=name, epoch=epoch))
+def expected(harness: NodeHarness, name: str = "r", epoch: int = 1) -> list[Any]:
+    return harness.receive(MESSAGER, KVExpected(request_id=name, epoch=epoch))
 
 
-def arrived(desk: NodeDesk, name: str = "r", epoch: int = 1) -> list[Any]:
-    return desk.hear(MESSAGER, KVArrived(request_id=name, epoch=epoch, num_bytes=96))
+def arrived(harness: NodeHarness, name: str = "r", epoch: int = 1) -> list[Any]:
+    return harness.receive(MESSAGER, KVArrived(request_id=name, epoch=epoch, num_bytes=96))
 
 
-def hand_off(desk: NodeDesk, name: str = "r", epoch: int = 1, num_tokens: int = 10, max_tokens: int = 5) -> list[Any]:
+def hand_off(
+    harness: NodeHarness, name: str = "r", epoch: int = 1, num_tokens: int = 10, max_tokens: int = 5
+) -> list[Any]:
     request = spec(name, PROMPT[:num_tokens], max_tokens, epoch=epoch, output_token_ids=[50])
-    return desk.hear(P0, HandOff(request=request, num_cached_tokens=0))
+    return harness.receive(P0, HandOff(request=request, num_cached_tokens=0))
 
 
-def decoding(desk: NodeDesk, name: str = "r") -> None:
+def decoding(harness: NodeHarness, name: str = "r") -> None:
     """Bring a request to where it decodes."""
-    reserve(desk, name)
-    expected(desk, name)
-    arrived(desk, name)
-    hand_off(desk, name)
+    reserve(harness, name)
+    expected(harness, name)
+    arrived(harness, name)
+    hand_off(harness, name)
 
 
 # ---------------------------------------------------------------- joining
@@ -116,21 +125,21 @@ def test_a_decode_node_joins_when_its_messager_is_up_and_a_mixed_node_when_it_st
 
 
 def test_a_heartbeat_tells_the_load_once_registered_and_sets_itself_again() -> None:
-    desk = decode_desk()
-    assert sent(desk.pass_time(1.0), Register)
-    desk.hear(ROUTER, Registered(router_incarnation="a"))
-    reserve(desk)
-    actions = desk.pass_time(1.0)
+    harness = decode_harness()
+    assert sent(harness.pass_time(1.0), Register)
+    harness.receive(ROUTER, Registered(router_incarnation="a"))
+    reserve(harness)
+    actions = harness.pass_time(1.0)
     [beat] = sent(actions, Heartbeat, ROUTER)
     assert beat.load is not None
     assert (beat.load.num_receiving, beat.load.used_blocks, beat.load.free_blocks) == (1, 3, 29)
-    assert SetTimer("heartbeat", desk.now + 1.0) in actions
+    assert SetTimer("heartbeat", harness.now + 1.0) in actions
     assert sent(actions, Heartbeat, P0)
 
 
 def test_a_refused_registration_ends_the_process() -> None:
-    desk = decode_desk()
-    assert Exit("registration refused") in desk.hear(ROUTER, RegistrationRefused(reason="block_size"))
+    harness = decode_harness()
+    assert Exit("registration refused") in harness.receive(ROUTER, RegistrationRefused(reason="block_size"))
 
 
 # ---------------------------------------------------------------- reservations
@@ -147,23 +156,23 @@ def test_before_the_messager_is_up_p_is_told_to_ask_again() -> None:
 
 
 def test_p_hears_of_its_blocks_only_when_the_messager_takes_frames_for_them() -> None:
-    desk = decode_desk()
-    actions = reserve(desk)
+    harness = decode_harness()
+    actions = reserve(harness)
     [expect] = sent(actions, ExpectKV, MESSAGER)
     assert not sent(actions, BlocksReserved)
-    [reserved] = sent(expected(desk), BlocksReserved, P0)
+    [reserved] = sent(expected(harness), BlocksReserved, P0)
     assert reserved.block_ids == expect.target_block_ids
     assert (len(reserved.block_ids), reserved.num_cached_blocks, reserved.lease_s) == (3, 0, LEASE_S)
     assert reserved.link == LINK
 
 
 def test_what_is_in_the_prefix_cache_is_not_asked_for_again() -> None:
-    desk = decode_desk()
-    decoding(desk, "first")
-    desk.run_steps()
-    [expect] = sent(reserve(desk), ExpectKV)
+    harness = decode_harness()
+    decoding(harness, "first")
+    harness.run_steps()
+    [expect] = sent(reserve(harness), ExpectKV)
     assert (expect.first_block, len(expect.target_block_ids)) == (2, 1)
-    [reserved] = sent(expected(desk), BlocksReserved)
+    [reserved] = sent(expected(harness), BlocksReserved)
     assert (reserved.num_cached_blocks, len(reserved.block_ids)) == (2, 1)
 
 
@@ -178,84 +187,84 @@ def test_what_is_in_the_prefix_cache_is_not_asked_for_again() -> None:
 def test_a_reservation_that_cannot_be_is_refused_with_the_reason(
     sections: dict[str, Any], told: str, retry: bool
 ) -> None:
-    desk = decode_desk(**sections)
-    reserve(desk, "other", 8)
-    [refused] = sent(reserve(desk), ReservationRefused, P0)
+    harness = decode_harness(**sections)
+    reserve(harness, "other", 8)
+    [refused] = sent(reserve(harness), ReservationRefused, P0)
     assert told in refused.reason
     assert (refused.retry_after_s is not None) is retry
-    assert desk.machine.load().counters["reservations_refused"] == 1
+    assert harness.machine.load().counters["reservations_refused"] == 1
 
 
 def test_a_node_that_leaves_refuses_for_now() -> None:
-    desk = decode_desk()
-    reserve(desk, "other")
-    desk.tell(StopRequested())
-    [refused] = sent(reserve(desk), ReservationRefused)
+    harness = decode_harness()
+    reserve(harness, "other")
+    harness.post(StopRequested())
+    [refused] = sent(reserve(harness), ReservationRefused)
     assert refused.retry_after_s is not None
 
 
 @pytest.mark.parametrize("num_tokens", [-1, 0, 3])
 def test_a_reservation_that_makes_no_sense_is_refused_for_good(num_tokens: int) -> None:
-    desk = decode_desk()
+    harness = decode_harness()
     message = ReserveBlocks(**ID, block_hashes=HASHES, num_tokens=num_tokens, max_tokens=5)
-    [refused] = sent(desk.hear(P0, message), ReservationRefused)
+    [refused] = sent(harness.receive(P0, message), ReservationRefused)
     assert refused.retry_after_s is None
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_reservations_do_not_keep_a_prompt_waiting_for_blocks_without_end() -> None:
     """P's requests take whatever becomes free, until the prompt that waits has been overtaken by the bound."""
-    desk = decode_desk(cache={"num_blocks": 8}, scheduler={"prefill_overtake_tokens": 25})
-    reserve(desk, "first")
-    desk.hear(ROUTER, Generate(request=spec("long", 28)))
-    assert not desk.did(RunStep)  # its 7 blocks are not free
-    assert not sent(reserve(desk, "second"), ReservationRefused)
-    assert not sent(reserve(desk, "small", 8), ReservationRefused)
+    harness = decode_harness(cache={"num_blocks": 8}, scheduler={"prefill_overtake_tokens": 25})
+    reserve(harness, "first")
+    harness.receive(ROUTER, Generate(request=spec("long", 28)))
+    assert not harness.did(RunStep)  # its 7 blocks are not free
+    assert not sent(reserve(harness, "second"), ReservationRefused)
+    assert not sent(reserve(harness, "small", 8), ReservationRefused)
     for name in ("first", "second", "small"):
-        desk.hear(P0, CancelReservation(request_id=name, epoch=1, reason="over"))
+        harness.receive(P0, CancelReservation(request_id=name, epoch=1, reason="over"))
         if name == "first":
-            [refused] = sent(reserve(desk, "third"), ReservationRefused, P0)
+            [refused] = sent(reserve(harness, "third"), ReservationRefused, P0)
             assert refused.reason == "prompts that came earlier wait for blocks"
             assert refused.retry_after_s is not None
-    assert desk.plan is not None
-    desk.run_steps()
-    desk.machine.assert_quiescent()
+    assert harness.plan is not None
+    harness.run_steps()
+    harness.machine.assert_quiescent()
 
 
 def test_a_reservation_asked_twice_is_one_reservation() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    assert not sent(reserve(desk), ReservationRefused)
-    [first] = sent(expected(desk), BlocksReserved)
-    assert sent(reserve(desk), BlocksReserved) == [first]
-    assert desk.num_used == 3
+    harness = decode_harness()
+    reserve(harness)
+    assert not sent(reserve(harness), ReservationRefused)
+    [first] = sent(expected(harness), BlocksReserved)
+    assert sent(reserve(harness), BlocksReserved) == [first]
+    assert harness.num_used == 3
 
 
 def test_a_reservation_is_nobodys_but_its_senders() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
-    desk.hear("p9#9", CancelReservation(**ID, reason="mine now"))
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
+    harness.receive("p9#9", CancelReservation(**ID, reason="mine now"))
     stolen = HandOff(request=spec("r", PROMPT[:10], 5, epoch=1, output_token_ids=[50]), num_cached_tokens=0)
-    assert sent(desk.hear("p9#9", stolen), ReservationEnded)
-    assert desk.num_used == 3
-    arrived(desk)
-    hand_off(desk)
-    assert desk.plan is not None
+    assert sent(harness.receive("p9#9", stolen), ReservationEnded)
+    assert harness.num_used == 3
+    arrived(harness)
+    hand_off(harness)
+    assert harness.plan is not None
 
 
 def test_a_new_attempt_is_another_reservation_than_the_one_before() -> None:
-    desk = decode_desk()
-    reserve(desk, epoch=1)
-    reserve(desk, epoch=2)
-    assert desk.num_used == 6
-    desk.hear(P0, CancelReservation(**ID, reason="over"))
-    assert desk.num_used == 3
-    expected(desk, epoch=2)
-    hand_off(desk, epoch=2)
-    assert sent(hand_off(desk, epoch=1), ReservationEnded)
-    arrived(desk, epoch=2)
-    assert desk.plan is not None
+    harness = decode_harness()
+    reserve(harness, epoch=1)
+    reserve(harness, epoch=2)
+    assert harness.num_used == 6
+    harness.receive(P0, CancelReservation(**ID, reason="over"))
+    assert harness.num_used == 3
+    expected(harness, epoch=2)
+    hand_off(harness, epoch=2)
+    assert sent(hand_off(harness, epoch=1), ReservationEnded)
+    arrived(harness, epoch=2)
+    assert harness.plan is not None
 
 
 # ---------------------------------------------------------------- taking over
@@ -263,24 +272,24 @@ def test_a_new_attempt_is_another_reservation_than_the_one_before() -> None:
 
 def test_it_decodes_when_kv_and_hand_off_are_there_in_either_order() -> None:
     for first, second in ((arrived, hand_off), (hand_off, arrived)):
-        desk = decode_desk()
-        reserve(desk)
-        expected(desk)
-        first(desk)
-        assert not desk.did(RunStep)
-        second(desk)
-        assert desk.plan is not None
-        [item] = desk.plan.batch
+        harness = decode_harness()
+        reserve(harness)
+        expected(harness)
+        first(harness)
+        assert not harness.did(RunStep)
+        second(harness)
+        assert harness.plan is not None
+        [item] = harness.plan.batch
         assert (item.start, item.num_tokens, item.samples) == (10, 1, True)
-        assert desk.plan.new[0].token_ids == [*PROMPT, 50]
+        assert harness.plan.new[0].token_ids == [*PROMPT, 50]
 
 
 def test_one_message_per_step_carries_all_tokens_of_the_step() -> None:
-    desk = decode_desk()
+    harness = decode_harness()
     for name in ("a", "b"):
-        decoding(desk, name)
-    desk.finish_step(60)
-    [out] = sent(desk.finish_step(61, 71), TokensOut, ROUTER)
+        decoding(harness, name)
+    harness.finish_step(60)
+    [out] = sent(harness.finish_step(61, 71), TokensOut, ROUTER)
     assert [(output.request_id, output.index, output.token_ids) for output in out.outputs] == [
         ("a", 2, [61]),
         ("b", 1, [71]),
@@ -288,77 +297,77 @@ def test_one_message_per_step_carries_all_tokens_of_the_step() -> None:
 
 
 def test_the_last_token_tells_why_and_everything_is_given_back() -> None:
-    desk = decode_desk()
-    decoding(desk)
+    harness = decode_harness()
+    decoding(harness)
     for token in (60, 61, 62):
-        [out] = sent(desk.finish_step(token), TokensOut)
+        [out] = sent(harness.finish_step(token), TokensOut)
         assert out.outputs[0].finish_reason is None
-    actions = desk.finish_step(63)
+    actions = harness.finish_step(63)
     [out] = sent(actions, TokensOut)
     assert (out.outputs[0].index, out.outputs[0].finish_reason) == (4, FinishReason.LENGTH)
     assert [mark.name for mark in sent(actions, RequestTimeline)[0].marks][-1] == "done"
-    assert desk.plan is None
-    desk.machine.assert_quiescent()
+    assert harness.plan is None
+    harness.machine.assert_quiescent()
 
 
 def test_a_hand_off_nobody_asked_for_is_answered_to_both() -> None:
     """F06: P stops, and the router tries again."""
-    desk = decode_desk()
-    actions = hand_off(desk)
+    harness = decode_harness()
+    actions = hand_off(harness)
     assert sent(actions, ReservationEnded, P0)
     [failed] = sent(actions, RequestFailed, ROUTER)
     assert failed.error.retryable
 
 
 def test_a_hand_off_of_another_length_than_reserved_is_refused() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
-    actions = hand_off(desk, num_tokens=9)
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
+    actions = hand_off(harness, num_tokens=9)
     assert sent(actions, ReservationEnded, P0)
     assert sent(actions, RequestFailed, ROUTER)
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_blocks_are_matchable_only_when_their_kv_is_verified() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
-    hand_off(desk)
-    assert desk.machine.kv.match(HASHES) == []
-    arrived(desk)
-    assert len(desk.machine.kv.match(HASHES)) == 2
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
+    hand_off(harness)
+    assert harness.machine.kv.match(HASHES) == []
+    arrived(harness)
+    assert len(harness.machine.kv.match(HASHES)) == 2
 
 
 def test_failed_kv_is_told_to_p_and_router_and_never_decoded() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
-    hand_off(desk)
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
+    hand_off(harness)
     error = ErrorInfo(code="corrupt_kv", message="layer 1", http_status=503, retryable=True)
-    actions = desk.hear(MESSAGER, KVFailed(**ID, error=error))
+    actions = harness.receive(MESSAGER, KVFailed(**ID, error=error))
     assert sent(actions, ReservationEnded, P0)
     assert sent(actions, RequestFailed, ROUTER) == [RequestFailed(**ID, error=error)]
-    assert desk.plan is None
-    assert desk.machine.kv.match(HASHES) == []
-    desk.machine.assert_quiescent()
+    assert harness.plan is None
+    assert harness.machine.kv.match(HASHES) == []
+    harness.machine.assert_quiescent()
 
 
 def test_prompts_that_arrived_side_by_side_keep_one_copy_of_what_they_share() -> None:
     """Neither was published when the other was reserved. Two copies would also keep each other from being evicted."""
-    desk = decode_desk()
+    harness = decode_harness()
     for name in ("a", "b"):
-        reserve(desk, name)
-        expected(desk, name)
-    assert desk.num_used == 6
+        reserve(harness, name)
+        expected(harness, name)
+    assert harness.num_used == 6
     for name in ("a", "b"):
-        arrived(desk, name)
-        hand_off(desk, name)
-    assert desk.num_used == 4  # two shared, and the last of each
-    tables = [request.block_table for request in desk.machine.scheduler.decoding]
+        arrived(harness, name)
+        hand_off(harness, name)
+    assert harness.num_used == 4  # two shared, and the last of each
+    tables = [request.block_table for request in harness.machine.scheduler.decoding]
     assert tables[0][:2] == tables[1][:2]
-    desk.run_steps()
-    desk.machine.assert_quiescent()
+    harness.run_steps()
+    harness.machine.assert_quiescent()
 
 
 # ---------------------------------------------------------------- who still uses the blocks
@@ -367,56 +376,56 @@ def test_prompts_that_arrived_side_by_side_keep_one_copy_of_what_they_share() ->
 def test_blocks_stay_until_the_messager_says_that_nothing_writes_to_them() -> None:
     """F01."""
     for ending in (Abort(**ID), CancelReservation(**ID, reason="over")):
-        desk = decode_desk()
-        desk.messager_answers = False
-        reserve(desk)
-        expected(desk)
-        actions = desk.hear(P0 if isinstance(ending, CancelReservation) else ROUTER, ending)
+        harness = decode_harness()
+        harness.messager_answers = False
+        reserve(harness)
+        expected(harness)
+        actions = harness.receive(P0 if isinstance(ending, CancelReservation) else ROUTER, ending)
         assert sent(actions, CancelKV, MESSAGER)
-        assert desk.num_used == 3
-        desk.hear(MESSAGER, KVCancelled(**ID))
-        desk.machine.assert_quiescent()
+        assert harness.num_used == 3
+        harness.receive(MESSAGER, KVCancelled(**ID))
+        harness.machine.assert_quiescent()
 
 
 def test_blocks_stay_until_the_running_step_is_over() -> None:
-    desk = decode_desk()
-    decoding(desk)
-    desk.hear(ROUTER, Abort(**ID))
-    assert desk.num_used == 3
-    actions = desk.finish_step(60)
+    harness = decode_harness()
+    decoding(harness)
+    harness.receive(ROUTER, Abort(**ID))
+    assert harness.num_used == 3
+    actions = harness.finish_step(60)
     assert not sent(actions, TokensOut)
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_a_failed_step_ends_its_requests_with_an_error_and_gives_their_blocks_back() -> None:
-    desk = decode_desk()
-    decoding(desk)
-    [failed] = sent(desk.fail_step(), RequestFailed, ROUTER)
+    harness = decode_harness()
+    decoding(harness)
+    [failed] = sent(harness.fail_step(), RequestFailed, ROUTER)
     assert failed.error.code == "engine_error"
     assert "broken" in failed.error.message
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_a_step_that_ends_twice_is_a_bug() -> None:
-    desk = decode_desk()
-    decoding(desk)
-    desk.hear(ROUTER, Abort(**ID))
-    step = desk.plan.step if desk.plan else 0
-    desk.finish_step()
+    harness = decode_harness()
+    decoding(harness)
+    harness.receive(ROUTER, Abort(**ID))
+    step = harness.plan.step if harness.plan else 0
+    harness.finish_step()
     with pytest.raises(LocalProtocolError, match="not in flight"):
-        desk.tell(StepDone(StepResult(step=step, outcomes={})))
+        harness.post(StepDone(StepResult(step=step, outcomes={})))
 
 
 def test_a_request_that_outgrows_the_pool_fails_after_all_its_tokens_went_out() -> None:
-    desk = mixed_desk(cache={"num_blocks": 3})
-    desk.hear(ROUTER, Generate(request=spec("r", 10, max_tokens=50)))
-    desk.run_steps()
-    tokens = sum(len(output.token_ids) for out in desk.sent(TokensOut) for output in out.outputs)
+    harness = mixed_harness(cache={"num_blocks": 3})
+    harness.receive(ROUTER, Generate(request=spec("r", 10, max_tokens=50)))
+    harness.run_steps()
+    tokens = sum(len(output.token_ids) for out in harness.sent(TokensOut) for output in out.outputs)
     assert tokens == 3  # KV of 12 tokens fits: 10 of the prompt, two of the output; a third was sampled after them
-    [failed] = desk.sent(RequestFailed)
+    [failed] = harness.sent(RequestFailed)
     assert failed.error.code == "kv_cache_too_small"
     assert "3 blocks" in failed.error.message
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 # ---------------------------------------------------------------- every order (F15)
@@ -424,51 +433,51 @@ def test_a_request_that_outgrows_the_pool_fails_after_all_its_tokens_went_out() 
 EVENTS = ("arrived", "hand_off", "abort", "peer lost", "lease over", "cancel")
 
 
-def perform(desk: NodeDesk, event: str) -> None:
+def perform(harness: NodeHarness, event: str) -> None:
     match event:
         case "arrived":
             # A messager says that KV has arrived only while it is expected.
-            if not desk.sent(CancelKV):
-                arrived(desk)
+            if not harness.sent(CancelKV):
+                arrived(harness)
         case "hand_off":
-            hand_off(desk)
+            hand_off(harness)
         case "abort":
-            desk.hear(ROUTER, Abort(**ID))
+            harness.receive(ROUTER, Abort(**ID))
         case "peer lost":
-            desk.tell(PeerLost(P0, "gone"))
+            harness.post(PeerLost(P0, "gone"))
         case "lease over":
-            desk.pass_time(LEASE_S + 0.1)
+            harness.pass_time(LEASE_S + 0.1)
         case "cancel":
-            desk.hear(P0, CancelReservation(**ID, reason="over"))
+            harness.receive(P0, CancelReservation(**ID, reason="over"))
 
 
 @pytest.mark.parametrize("messager_answers", [True, False])
 @pytest.mark.parametrize("first", EVENTS)
 def test_every_order_of_what_can_befall_a_reservation(first: str, messager_answers: bool) -> None:
     for rest in itertools.permutations([event for event in EVENTS if event != first]):
-        desk = decode_desk()
-        desk.messager_answers = messager_answers
-        reserve(desk)
-        expected(desk)
+        harness = decode_harness()
+        harness.messager_answers = messager_answers
+        reserve(harness)
+        expected(harness)
         for event in (first, *rest):
-            perform(desk, event)
+            perform(harness, event)
         if not messager_answers:
-            for _ in desk.sent(CancelKV):
-                desk.hear(MESSAGER, KVCancelled(**ID))
-        desk.run_steps()
-        desk.machine.assert_quiescent()
-        check_story(desk, (first, *rest))
+            for _ in harness.sent(CancelKV):
+                harness.receive(MESSAGER, KVCancelled(**ID))
+        harness.run_steps()
+        harness.machine.assert_quiescent()
+        check_story(harness, (first, *rest))
 
 
-def check_story(desk: NodeDesk, order: tuple[str, ...]) -> None:
+def check_story(harness: NodeHarness, order: tuple[str, ...]) -> None:
     """Nothing is said of a request after its end; it decodes only if it came to that first."""
-    told = [(output.index, output.token_ids) for out in desk.sent(TokensOut) for output in out.outputs]
+    told = [(output.index, output.token_ids) for out in harness.sent(TokensOut) for output in out.outputs]
     taken_over = max(order.index("arrived"), order.index("hand_off"))
     lost_before = min(order.index(event) for event in ("peer lost", "lease over", "cancel", "abort"))
     if lost_before < taken_over:
         assert told == [], order
         # Whoever is not told by its own action is told by us: the router hears of it unless it said so itself.
-        failures = desk.sent(RequestFailed)
+        failures = harness.sent(RequestFailed)
         if order[lost_before] in ("peer lost", "lease over"):
             assert failures, order
             assert all(failure.error.retryable for failure in failures)
@@ -480,124 +489,124 @@ def check_story(desk: NodeDesk, order: tuple[str, ...]) -> None:
 
 
 def test_a_lease_runs_out_unless_it_is_renewed() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
     for _ in range(5):
-        desk.hear(P0, RenewReservations(attempts=[("r", 1)]))
-        assert not sent(desk.pass_time(LEASE_S / 2), ReservationEnded)
-    desk.hear(P0, Heartbeat())  # a sign of life is no word about this reservation
-    actions = desk.pass_time(LEASE_S / 2)
+        harness.receive(P0, RenewReservations(attempts=[("r", 1)]))
+        assert not sent(harness.pass_time(LEASE_S / 2), ReservationEnded)
+    harness.receive(P0, Heartbeat())  # a sign of life is no word about this reservation
+    actions = harness.pass_time(LEASE_S / 2)
     assert [ended.reason for ended in sent(actions, ReservationEnded, P0)] == ["p0#1 let its lease run out"]
     [failed] = sent(actions, RequestFailed)
     assert failed.error.code == "transfer_timeout"
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_a_renewal_of_an_unknown_reservation_is_answered() -> None:
-    desk = decode_desk()
-    [ended] = sent(desk.hear(P0, RenewReservations(attempts=[("r", 1)])), ReservationEnded, P0)
+    harness = decode_harness()
+    [ended] = sent(harness.receive(P0, RenewReservations(attempts=[("r", 1)])), ReservationEnded, P0)
     assert (ended.request_id, ended.epoch) == ("r", 1)
 
 
 def test_nobody_renews_the_lease_of_another() -> None:
-    desk = decode_desk()
-    reserve(desk)
-    expected(desk)
-    desk.now += LEASE_S / 2
-    desk.hear("p1#1", RenewReservations(attempts=[("r", 1)]))
-    desk.hear(P0, Heartbeat())
-    desk.pass_time(LEASE_S / 2)
-    desk.machine.assert_quiescent()
+    harness = decode_harness()
+    reserve(harness)
+    expected(harness)
+    harness.now += LEASE_S / 2
+    harness.receive("p1#1", RenewReservations(attempts=[("r", 1)]))
+    harness.receive(P0, Heartbeat())
+    harness.pass_time(LEASE_S / 2)
+    harness.machine.assert_quiescent()
 
 
 def test_a_silent_prefill_node_is_lost_with_its_reservations_but_not_with_what_it_handed_off() -> None:
-    desk = decode_desk()
-    decoding(desk, "mine")
-    reserve(desk, "its", 8)
-    expected(desk, "its")
-    [failed] = sent(desk.pass_time(5.0), RequestFailed)
+    harness = decode_harness()
+    decoding(harness, "mine")
+    reserve(harness, "its", 8)
+    expected(harness, "its")
+    [failed] = sent(harness.pass_time(5.0), RequestFailed)
     assert (failed.request_id, failed.error.code) == ("its", "peer_lost")
-    assert desk.plan is not None
-    desk.run_steps()
-    desk.machine.assert_quiescent()
+    assert harness.plan is not None
+    harness.run_steps()
+    harness.machine.assert_quiescent()
 
 
 # ---------------------------------------------------------------- whole requests (mixed)
 
 
 def test_a_mixed_node_serves_a_request_alone() -> None:
-    desk = mixed_desk(scheduler={"max_num_batched_tokens": 4})
-    desk.hear(ROUTER, Generate(request=spec("r", 10, max_tokens=3)))
+    harness = mixed_harness(scheduler={"max_num_batched_tokens": 4})
+    harness.receive(ROUTER, Generate(request=spec("r", 10, max_tokens=3)))
     sizes = []
-    while desk.plan is not None:
-        sizes.append(desk.plan.num_tokens)
-        desk.finish_step()
+    while harness.plan is not None:
+        sizes.append(harness.plan.num_tokens)
+        harness.finish_step()
     assert sizes == [4, 4, 2, 1, 1]
-    outputs = [output for out in desk.sent(TokensOut) for output in out.outputs]
+    outputs = [output for out in harness.sent(TokensOut) for output in out.outputs]
     assert [output.index for output in outputs] == [0, 1, 2]
     assert outputs[-1].finish_reason is FinishReason.LENGTH
-    desk.machine.assert_quiescent()
+    harness.machine.assert_quiescent()
 
 
 def test_a_request_that_is_sent_twice_is_served_once() -> None:
-    desk = mixed_desk()
+    harness = mixed_harness()
     for _ in range(2):
-        desk.hear(ROUTER, Generate(request=spec()))
-    desk.run_steps()
-    assert len([output for out in desk.sent(TokensOut) for output in out.outputs]) == 5
+        harness.receive(ROUTER, Generate(request=spec()))
+    harness.run_steps()
+    assert len([output for out in harness.sent(TokensOut) for output in out.outputs]) == 5
 
 
 def test_an_abort_ends_a_request_wherever_it_is() -> None:
     for num_steps in range(6):
-        desk = mixed_desk(cache={"num_blocks": 8}, scheduler={"max_num_batched_tokens": 8})
-        desk.hear(ROUTER, Generate(request=spec("a", 17, max_tokens=20)))
-        desk.hear(ROUTER, Generate(request=spec("b", list(range(50, 60)), max_tokens=20)))
+        harness = mixed_harness(cache={"num_blocks": 8}, scheduler={"max_num_batched_tokens": 8})
+        harness.receive(ROUTER, Generate(request=spec("a", 17, max_tokens=20)))
+        harness.receive(ROUTER, Generate(request=spec("b", list(range(50, 60)), max_tokens=20)))
         for _ in range(num_steps):
-            desk.finish_step()
+            harness.finish_step()
         for name in ("b", "a"):
-            desk.hear(ROUTER, Abort(request_id=name, epoch=1))
-            desk.hear(ROUTER, Abort(request_id=name, epoch=1))
-        if desk.plan is not None:
-            desk.finish_step()
-        desk.machine.assert_quiescent()
+            harness.receive(ROUTER, Abort(request_id=name, epoch=1))
+            harness.receive(ROUTER, Abort(request_id=name, epoch=1))
+        if harness.plan is not None:
+            harness.finish_step()
+        harness.machine.assert_quiescent()
 
 
 def test_an_abort_of_another_attempt_is_none() -> None:
-    desk = mixed_desk()
-    desk.hear(ROUTER, Generate(request=spec(epoch=2)))
-    desk.hear(ROUTER, Abort(request_id="r", epoch=1))
-    desk.run_steps()
-    assert len(desk.sent(TokensOut)) == 5
+    harness = mixed_harness()
+    harness.receive(ROUTER, Generate(request=spec(epoch=2)))
+    harness.receive(ROUTER, Abort(request_id="r", epoch=1))
+    harness.run_steps()
+    assert len(harness.sent(TokensOut)) == 5
 
 
 def test_a_prompt_that_fits_no_pool_is_a_typed_error() -> None:
-    desk = mixed_desk(cache={"num_blocks": 2})
-    [failed] = sent(desk.hear(ROUTER, Generate(request=spec("r", 9))), RequestFailed)
+    harness = mixed_harness(cache={"num_blocks": 2})
+    [failed] = sent(harness.receive(ROUTER, Generate(request=spec("r", 9))), RequestFailed)
     assert failed.error.code == "kv_cache_too_small"
     assert not failed.error.retryable
 
 
 def test_a_second_attempt_goes_on_behind_the_tokens_that_were_delivered() -> None:
-    desk = mixed_desk()
-    desk.hear(ROUTER, Generate(request=spec(epoch=2, output_token_ids=[50, 51, 52])))
-    assert desk.plan is not None
-    assert desk.plan.num_tokens == 13
-    [out] = sent(desk.finish_step(53), TokensOut)
+    harness = mixed_harness()
+    harness.receive(ROUTER, Generate(request=spec(epoch=2, output_token_ids=[50, 51, 52])))
+    assert harness.plan is not None
+    assert harness.plan.num_tokens == 13
+    [out] = sent(harness.finish_step(53), TokensOut)
     assert out.outputs[0].index == 3
-    [out] = sent(desk.finish_step(54), TokensOut)
+    [out] = sent(harness.finish_step(54), TokensOut)
     assert out.outputs[0].finish_reason is FinishReason.LENGTH
 
 
 def test_preempted_requests_are_told_by_no_message() -> None:
-    desk = mixed_desk(cache={"num_blocks": 6})
+    harness = mixed_harness(cache={"num_blocks": 6})
     for name, first in (("a", 0), ("b", 50)):
-        desk.hear(ROUTER, Generate(request=spec(name, list(range(first, first + 10)), max_tokens=12)))
-    desk.run_steps()
-    counters = desk.machine.load().counters
+        harness.receive(ROUTER, Generate(request=spec(name, list(range(first, first + 10)), max_tokens=12)))
+    harness.run_steps()
+    counters = harness.machine.load().counters
     assert counters["preemptions"] == counters["preemptions_growth"] > counters["preemptions_priority"] == 0
-    assert not desk.sent(RequestFailed)
-    indices = [output.index for out in desk.sent(TokensOut) for output in out.outputs if output.request_id == "b"]
+    assert not harness.sent(RequestFailed)
+    indices = [output.index for out in harness.sent(TokensOut) for output in out.outputs if output.request_id == "b"]
     assert indices == list(range(12))
 
 
@@ -605,73 +614,73 @@ def test_preempted_requests_are_told_by_no_message() -> None:
 
 
 def test_a_node_leaves_when_its_last_request_has_ended() -> None:
-    stops: list[Callable[[NodeDesk], list[Any]]] = [
-        lambda desk: desk.tell(StopRequested()),
-        lambda desk: desk.hear(ROUTER, Drain()),
+    stops: list[Callable[[NodeHarness], list[Any]]] = [
+        lambda harness: harness.post(StopRequested()),
+        lambda harness: harness.receive(ROUTER, Drain()),
     ]
     for stop in stops:
-        desk = decode_desk()
-        decoding(desk)
-        actions = stop(desk)
+        harness = decode_harness()
+        decoding(harness)
+        actions = stop(harness)
         assert sent(actions, Leaving, ROUTER)
-        assert SetTimer("drain deadline", desk.now + DRAIN_S) in actions
-        while desk.plan is not None:
-            assert not desk.did(Exit)
-            desk.finish_step()
-        assert sent(desk.actions, Drained, ROUTER)
-        assert sent(desk.actions, StopMessager, MESSAGER)
-        assert desk.did(Exit) == [Exit("drained")]
+        assert SetTimer("drain deadline", harness.now + DRAIN_S) in actions
+        while harness.plan is not None:
+            assert not harness.did(Exit)
+            harness.finish_step()
+        assert sent(harness.actions, Drained, ROUTER)
+        assert sent(harness.actions, StopMessager, MESSAGER)
+        assert harness.did(Exit) == [Exit("drained")]
 
 
 def test_an_idle_node_leaves_at_once() -> None:
-    assert Exit("drained") in decode_desk().tell(StopRequested())
-    actions = mixed_desk().tell(StopRequested())
+    assert Exit("drained") in decode_harness().post(StopRequested())
+    actions = mixed_harness().post(StopRequested())
     assert Exit("drained") in actions
     assert not sent(actions, StopMessager)
 
 
 @pytest.mark.parametrize("event", [StopRequested(), TimerFired("drain deadline")])
 def test_requests_are_handed_back_when_it_is_told_twice_or_takes_too_long(event: object) -> None:
-    desk = decode_desk()
-    decoding(desk, "mine")
-    reserve(desk, "its", 8)
-    desk.tell(StopRequested())
-    actions = desk.tell(event)
+    harness = decode_harness()
+    decoding(harness, "mine")
+    reserve(harness, "its", 8)
+    harness.post(StopRequested())
+    actions = harness.post(event)
     assert {failed.request_id for failed in sent(actions, RequestFailed)} == {"mine", "its"}
     assert all(failed.error.retryable for failed in sent(actions, RequestFailed))
-    desk.finish_step()
-    assert desk.did(Exit) == [Exit("drained")]
+    harness.finish_step()
+    assert harness.did(Exit) == [Exit("drained")]
 
 
 def test_a_lost_messager_ends_the_node() -> None:
-    desk = decode_desk()
-    desk.messager_answers = False
-    decoding(desk, "mine")
-    reserve(desk, "its", 8)
-    actions = desk.tell(PeerLost(MESSAGER, "it exited with status -9"))
+    harness = decode_harness()
+    harness.messager_answers = False
+    decoding(harness, "mine")
+    reserve(harness, "its", 8)
+    actions = harness.post(PeerLost(MESSAGER, "it exited with status -9"))
     assert {failed.request_id for failed in sent(actions, RequestFailed)} == {"mine", "its"}
     assert Exit("messager lost") in actions
 
 
 @pytest.mark.parametrize("how", ["lost", "new"])
 def test_a_router_that_is_gone_leaves_nothing_behind(how: str) -> None:
-    desk = decode_desk()
-    desk.hear(ROUTER, Registered(router_incarnation="a"))
-    decoding(desk, "mine")
-    reserve(desk, "its", 8)
+    harness = decode_harness()
+    harness.receive(ROUTER, Registered(router_incarnation="a"))
+    decoding(harness, "mine")
+    reserve(harness, "its", 8)
     if how == "lost":
-        desk.tell(PeerLost(ROUTER, "its queue is full"))
+        harness.post(PeerLost(ROUTER, "its queue is full"))
     else:
-        desk.hear(ROUTER, RegisterAgain())
-        desk.hear(ROUTER, Registered(router_incarnation="b"))
-    desk.finish_step()
-    assert not desk.sent(RequestFailed)
-    desk.machine.assert_quiescent()
+        harness.receive(ROUTER, RegisterAgain())
+        harness.receive(ROUTER, Registered(router_incarnation="b"))
+    harness.finish_step()
+    assert not harness.sent(RequestFailed)
+    harness.machine.assert_quiescent()
 
 
 def test_quiescence_tells_the_story_of_what_is_left() -> None:
-    desk = decode_desk()
-    reserve(desk, num_tokens=4)
+    harness = decode_harness()
+    reserve(harness, num_tokens=4)
     with pytest.raises(LocalProtocolError, match=r"quiescent|block"):
-        desk.machine.assert_quiescent()
-    assert desk.machine.scheduler.growing()[0].status is DecodeStatus.RESERVING
+        harness.machine.assert_quiescent()
+    assert harness.machine.scheduler.growing()[0].status is DecodeStatus.RESERVING

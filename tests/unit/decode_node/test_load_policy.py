@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from decode_node.load import LoadPolicy, Speed
 from decode_node.request import DecodeRequest, DecodeStatus
-from kvrelay.core.config_sections import StorageConfig
-from kvrelay.core.request import RequestSpec, SamplingParams
+from decode_node.resume_policy import LoadPolicy, Speed
+from kvrelay.config.sections import StorageConfig
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 NOW = 100.0
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kvrelay.core.config import FixedBlocksConfig, NewTokenRatioConfig, SchedulerConfig, SGLangReserveConfig
-from kvstore.reserve import FixedBlocks, NewTokenRatio, NoReserve, ReservePolicy, SGLangReserve, reserve_policy
+from kvrelay.config.cluster_config import FixedBlocksConfig, NewTokenRatioConfig, SchedulerConfig, SGLangReserveConfig
+from kvrelay.node.headroom import FixedBlocks, NewTokenRatio, NoReserve, ReservePolicy, SGLangReserve, reserve_policy
 
 
 @dataclass

@@ -10,72 +10,72 @@ from pydantic import BaseModel
 from support.scheduling import Desk, names
 from support.world import World
 
-from kvrelay.core.config import SchedulerConfig
+from kvrelay.config.cluster_config import SchedulerConfig
 
 
 def admitted(**config: Any) -> list[str]:
     """Return who gets in beside a decode of 40 tokens to come, into 14 free blocks, after ten steps."""
-    desk = Desk(num_blocks=16, **config)
-    desk.decode("a", prompt=3, max_tokens=40)
+    harness = Desk(num_blocks=16, **config)
+    harness.decode("a", prompt=3, max_tokens=40)
     for _ in range(10):
-        desk.step()
-    desk.wait("b", 8, max_tokens=16)
-    desk.wait("c", 8, max_tokens=16)
-    return names(desk.schedule().admitted)
+        harness.step()
+    harness.wait("b", 8, max_tokens=16)
+    harness.wait("c", 8, max_tokens=16)
+    return names(harness.schedule().admitted)
 
 
 def preempted(**config: Any) -> list[str]:
     """Return who gives way among three decodes, and then who waits in which order behind a newcomer."""
-    desk = Desk(num_blocks=4, **config)
+    harness = Desk(num_blocks=4, **config)
     for name, prompt, output, priority in (("a", 4, 1, 9), ("b", 3, 5, 0), ("c", 4, 1, 0)):
-        desk.decode(name, prompt=prompt, output=output, priority=priority)
-    desk.wait("new", 4)
-    return [*names(desk.schedule().preempted), "|", *names(desk.scheduler.waiting)]
+        harness.decode(name, prompt=prompt, output=output, priority=priority)
+    harness.wait("new", 4)
+    return [*names(harness.schedule().preempted), "|", *names(harness.scheduler.waiting)]
 
 
 def steps(**config: Any) -> list[int]:
     """Return the sizes of the first steps of three prompts."""
-    desk = Desk(num_blocks=64, **config)
+    harness = Desk(num_blocks=64, **config)
     for name in "abc":
-        desk.wait(name, 12, max_tokens=4)
-    return [sum(chunk.num_tokens for chunk in desk.step().chunks) for _ in range(4)]
+        harness.wait(name, 12, max_tokens=4)
+    return [sum(chunk.num_tokens for chunk in harness.step().chunks) for _ in range(4)]
 
 
 def queue(**config: Any) -> list[str]:
     """Return who waits in which order when the first, which is the longest, has been overtaken by 900 tokens."""
-    desk = Desk(**config)
+    harness = Desk(**config)
     for name, length in (("long", 24), ("middle", 20), ("short", 8)):
-        desk.wait(name, length)
-    desk.scheduler.order.passed(0, 900)
-    desk.wait("new", 10)
-    return names(desk.scheduler.waiting.ordered(desk.now))
+        harness.wait(name, length)
+    harness.scheduler.order.passed(0, 900)
+    harness.wait("new", 10)
+    return names(harness.scheduler.waiting.ordered(harness.now))
 
 
 def level(policy: str, num_steps: int, **config: Any) -> float:
     """Return the reserve's level after some steps of a decode."""
     options: dict[str, Any] = {policy: config}
-    desk = Desk(num_blocks=64, reserve_policy=policy, **options)
-    desk.decode("a", max_tokens=100)
+    harness = Desk(num_blocks=64, reserve_policy=policy, **options)
+    harness.decode("a", max_tokens=100)
     for _ in range(num_steps):
-        desk.step()
-    return desk.scheduler.reserve.level
+        harness.step()
+    return harness.scheduler.reserve.level
 
 
 def order(**config: Any) -> list[str]:
     """Return who waits in which order when an old request of no urgency meets a new one."""
-    desk = Desk(enable_priority_scheduling=True, **config)
-    desk.wait("old", 4, priority=1)
-    desk.now += 5.0
-    desk.wait("new", 4, priority=0)
-    return names(desk.scheduler.waiting.ordered(desk.now))
+    harness = Desk(enable_priority_scheduling=True, **config)
+    harness.wait("old", 4, priority=1)
+    harness.now += 5.0
+    harness.wait("new", 4, priority=0)
+    return names(harness.scheduler.waiting.ordered(harness.now))
 
 
 def victims(**config: Any) -> list[str]:
     """Return who gives way to make room for decodes that stay, under policy sglang."""
-    desk = Desk(num_blocks=20, reserve_policy="sglang", sglang=config)
+    harness = Desk(num_blocks=20, reserve_policy="sglang", sglang=config)
     for name in "abcde":
-        desk.decode(name, prompt=16, output=1)
-    return names(desk.schedule().preempted)
+        harness.decode(name, prompt=16, output=1)
+    return names(harness.schedule().preempted)
 
 
 def first_token_s(**config: Any) -> float:

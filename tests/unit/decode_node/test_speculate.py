@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.speculate import NgramIndex, proposer
-from kvrelay.core.config import SpeculativeConfig
-from kvrelay.core.request import RequestSpec, SamplingParams
+from kvrelay.config.cluster_config import SpeculativeConfig
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 
 def request(token_ids: list[int]) -> DecodeRequest:

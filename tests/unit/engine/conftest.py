@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from engine_runs import KERNELS, open_engine, use_kernels
 
-from kvrelay.engine import choice
+from kvrelay.engine import select_kernels
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -40,7 +40,7 @@ def engine(tiny_dir: Path, kernels: str) -> Iterator[Engine]:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
     """Our own library, at each level of instructions that this CPU has."""
     use_kernels("native", monkeypatch)
-    opened = choice.open_library()
+    opened = select_kernels.open_library()
     opened.limit_isa(request.param)
     if opened.isa != LEVELS[request.param]:
         opened.limit_isa(len(LEVELS) - 1)

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvrelay.core.config import ClusterConfig, NodeConfig
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.messages.engine import NewSequence, SampledTokens, SequenceOutcome, StepPlan, StepResult
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.sequences import EngineSequence
+from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import NewSequence, SampledTokens, SequenceOutcome, StepPlan, StepResult
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 KERNELS = ("portable", "native", "products")
 """Each kind of kernels that computes on a CPU; products: what there is without our own library."""
@@ -28,17 +28,17 @@ KERNELS = ("portable", "native", "products")
 
 def use_kernels(name: str, patch: pytest.MonkeyPatch) -> str:
     """Return what ``engine.kernels`` must be to get kernels ``name``; skip the test if they cannot be had here."""
-    from kvrelay.engine import choice
+    from kvrelay.engine import select_kernels
 
     try:
         if name != "portable":
-            choice.open_onednn()
+            select_kernels.open_onednn()
         if name == "native":
-            choice.open_library()
+            select_kernels.open_library()
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
     if name == "products":
-        patch.setattr(choice, "open_library", not_compiled)
+        patch.setattr(select_kernels, "open_library", not_compiled)
         return "auto"
     return name
 

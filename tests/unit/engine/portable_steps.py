@@ -12,14 +12,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.kv_memory import KVMemory
-from kvrelay.core.request import RequestSpec, SamplingParams, Sequence
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 LONG, SHORT, CHUNK, NUM_OUTPUTS = 40, 5, 24, 3
 

@@ -23,15 +23,15 @@ from engine_runs import (
 )
 from support.broken_checkpoint import break_embedding, set_weights
 
-from kvrelay.core.compute import ComputeThread
-from kvrelay.core.errors import EngineError
-from kvrelay.core.machine import LayersComputed, StepDone
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
-from kvrelay.core.request import Sequence
 from kvrelay.engine import isolation
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.errors import EngineError
+from kvrelay.machine.contract import LayersComputed, StepDone
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
+from kvrelay.protocol.request import Sequence
+from kvrelay.runtime.compute_thread import ComputeThread
 
 VOCAB_SIZE = 384
 BAD, GOOD = 77, 78

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from engine_runs import node_config, open_engine
 
-from kvrelay.core.errors import CheckpointError, ConfigError
 from kvrelay.engine.checkpoint import Checkpoint, expected_shapes
 from kvrelay.engine.decoder_config import parse_decoder_config, read_decoder_config, read_eos_token_ids
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.safetensors_file import read_safetensors, write_safetensors
 from kvrelay.engine.tiny import tiny_config, write_tiny_checkpoint
+from kvrelay.errors import CheckpointError, ConfigError
 
 
 def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:

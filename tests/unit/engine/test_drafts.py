@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from engine_runs import KERNELS, Runner, open_engine, output, planes_of, run_batch, sequence, take, use_kernels
 
-from kvrelay.core.config import FakeEngineConfig
-from kvrelay.core.messages.engine import SampledTokens
-from kvrelay.core.request import Sequence
+from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine import kv_pool, portable
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.messages.engine import SampledTokens
+from kvrelay.protocol.request import Sequence
 
 LENGTH, OUTPUTS = 33, 12
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, writer_of
 
-from kvrelay.core.config import FakeEngineConfig
-from kvrelay.core.errors import ConfigError, EngineError
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.messages.engine import ScheduledTokens, SequenceFailed, StepPlan
+from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
+from kvrelay.errors import ConfigError, EngineError
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import ScheduledTokens, SequenceFailed, StepPlan
 
 CONFIG = FakeEngineConfig()
 MakeRunner = Callable[..., Runner]

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from engine_runs import Runner, open_engine, sequence, spy_on_sampling, use_kernels
 
-from kvrelay.core.errors import CheckpointError
-from kvrelay.engine import choice
+from kvrelay.engine import select_kernels
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
 from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
-from kvrelay.engine.native_linear import FewRows, Int8Linear, NativeLinear, OwnLinear, QuantizedRows
+from kvrelay.engine.native_linear import Int8Linear, NativeLinear, OwnLinear, QuantizedRows, SmallBatchGemm
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.errors import CheckpointError
 
 SIZES = [(64, 64), (96, 70), (300, 200), (1030, 130)]
 ROWS = (1, 2, 5, 6, 7, 12, 13, 30, 97, 200)
@@ -65,7 +65,7 @@ def test_products_are_those_of_the_rounded_numbers(
     rng = np.random.default_rng(size_in)
     weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
     if (quantization, dtype) == (Quantization.W8A16, "bfloat16") and library.isa != "avx512_bf16":
-        assert not library.multiplies(ProductKind.HALVES_BY_INT8)
+        assert not library.supports(ProductKind.HALVES_BY_INT8)
         pytest.skip("this CPU has no such products")
     linear = Int8Linear(library, weight, bias, quantization, dtype, "float32", QuantizedRows(library))
     values = rng.standard_normal((max(ROWS), size_in), np.float32) * rng.exponential(1, (max(ROWS), 1)).astype(
@@ -91,13 +91,13 @@ def test_products_are_those_of_the_rounded_numbers(
 def test_few_rows_are_the_same_bits_as_in_many(
     library: NativeLibrary, dtype: str, out_dtype: str, size: tuple[int, int]
 ) -> None:
-    onednn = choice.open_onednn()
-    if not onednn.multiplies(dtype):
+    onednn = select_kernels.open_onednn()
+    if not onednn.supports_dtype(dtype):
         pytest.skip(f"this CPU has no fast {dtype}")
     size_in, size_out = size
     rng = np.random.default_rng(size_in)
     weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
-    linear = FewRows(library).joined(onednn.pack(weight, bias, dtype, out_dtype))
+    linear = SmallBatchGemm(library).joined(onednn.pack(weight, bias, dtype, out_dtype))
     values = rng.standard_normal((200, size_in), np.float32)
     rows = values if dtype == "float32" else to_bfloat16(values)
     whole = multiplied(linear, rows)
@@ -197,7 +197,7 @@ def test_few_rows_are_our_own_where_they_give_the_same_bits_and_only_there(libra
     weight, rows = rng.standard_normal((70, 1500), np.float32), rng.standard_normal((64, 1500), np.float32)
     for chunk, spare_bytes, is_ours in ((512, 0, True), (1024, 0, True), (256, 0, False), (512, 64, False)):
         packed = StandIn(library, weight, chunk, spare_bytes)
-        linear = FewRows(library).joined(cast(OneDNNLinear, packed))
+        linear = SmallBatchGemm(library).joined(cast(OneDNNLinear, packed))
         packed.num_calls = 0
         few, many = multiplied(linear, rows[:48]), multiplied(linear, rows)
         assert packed.num_calls == (1 if is_ours else 2)

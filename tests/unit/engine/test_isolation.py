@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from engine_runs import engine_sequence
 
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 
 GOOD, BAD = 1, 2
 TOLD = SampledTokens([7], [])

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, spy_on_sampling, use_kernels
 
-from kvrelay.core.errors import CheckpointError, ConfigError
-from kvrelay.core.request import Sequence
-from kvrelay.engine import choice
+from kvrelay.engine import select_kernels
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.protocol.request import Sequence
 
 LENGTHS = (1, 15, 33, 64, 200, 300)
 
@@ -35,7 +35,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def skip_unless_fast(dtype: str) -> None:
-    if not choice.open_onednn().multiplies(dtype):
+    if not select_kernels.open_onednn().supports_dtype(dtype):
         pytest.skip(f"this CPU has no fast {dtype}")
 
 
@@ -119,7 +119,7 @@ def test_kv_moved_to_another_engine_gives_the_same_bits(open_native: Opener, log
 
 @pytest.fixture
 def library() -> Iterator[NativeLibrary]:
-    opened = choice.open_library()
+    opened = select_kernels.open_library()
     yield opened
     opened.limit_isa(4)
 
@@ -155,7 +155,7 @@ def test_lesser_cpus_compute_the_same_but_for_rounding(
 
 
 def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
-    if not choice.open_library().owns_floats:
+    if not select_kernels.open_library().owns_floats:
         skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
     found = []
     for threads in (1, 2, 3):
@@ -230,7 +230,7 @@ def test_portable_and_native_kernels_share_kv(tiny_dir: Path) -> None:
 def test_native_kernels_that_are_not_there_are_an_error_that_says_so(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "open_library", not_compiled)
+    monkeypatch.setattr(select_kernels, "open_library", not_compiled)
     with pytest.raises(ConfigError, match=r"engine.kernels: .*not compiled when kvrelay was installed"):
         open_engine(tiny_dir, engine={"kernels": "native"})
 
@@ -241,9 +241,9 @@ def test_auto_takes_what_there_is_and_says_why(
     with caplog.at_level("INFO"):
         open_engine(tiny_dir, engine={"kernels": "portable"}).close()
         open_engine(tiny_dir).close()
-        monkeypatch.setattr(choice, "open_library", not_compiled)
+        monkeypatch.setattr(select_kernels, "open_library", not_compiled)
         open_engine(tiny_dir).close()
-        monkeypatch.setattr(choice, "open_onednn", not_compiled)
+        monkeypatch.setattr(select_kernels, "open_onednn", not_compiled)
         open_engine(tiny_dir).close()
     lines = [record.message for record in caplog.records if record.message.startswith("kernels: ")]
     asked, native, products, portable = lines
@@ -257,7 +257,7 @@ def test_products_in_bfloat16_are_near_those_in_float32(
     model_dir: Path, logits: Logits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unless_fast("bfloat16")
-    monkeypatch.setattr(choice, "open_library", not_compiled)
+    monkeypatch.setattr(select_kernels, "open_library", not_compiled)
     found = []
     for dtype in ("float32", "bfloat16"):
         engine = open_engine(model_dir, model={"dtype": dtype})

@@ -49,10 +49,10 @@ def test_it_is_that_of_the_engine(
 def test_it_is_that_of_the_engine_for_a_bfloat16_checkpoint(
     tmp_path: Path, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvrelay.engine.choice import open_onednn
+    from kvrelay.engine.select_kernels import open_onednn
 
     sections = {"engine": {"kernels": use_kernels(name, monkeypatch)}, "model": {"dtype": dtype}}
-    if not open_onednn().multiplies("bfloat16"):
+    if not open_onednn().supports_dtype("bfloat16"):
         pytest.skip("this CPU has no fast bfloat16")
     write_tiny_checkpoint(tmp_path, "llama", dtype="bfloat16")
     engine = open_engine(tmp_path, **sections)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from engine_runs import Runner, open_engine, plan_of, planes_of, sequence, writer_of
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.messages.engine import SampledTokens, StepPlan
 from kvrelay.engine.interface import Engine
+from kvrelay.errors import EngineError
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.messages.engine import SampledTokens, StepPlan
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvrelay.core.errors import CheckpointError
 from kvrelay.engine.rope import (
     RopeConfig,
     Rotation,
@@ -12,6 +11,7 @@ from kvrelay.engine.rope import (
     inverse_frequencies,
     rotation_tables,
 )
+from kvrelay.errors import CheckpointError
 
 
 def turned(x: np.ndarray, position: int, inverse: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from engine_runs import sequence
 
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
-from kvrelay.core.request import Sequence
 from kvrelay.engine.sampler import sample, uniform, verify
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
+from kvrelay.protocol.request import Sequence
 
 GOLDEN_UNIFORM = 0.5351388454566608
 LOGITS = np.array([2.0, 1.0, 0.5, 1.5, -3.0, 0.0], np.float32)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvrelay.core.errors import LocalProtocolError
-from kvstore.block_pool import FREE, BlockPool
+from kvrelay.errors import LocalProtocolError
+from kvstore.blocks.block_pool import FREE, BlockPool
 
 
 def state(pool: BlockPool) -> tuple[int, list[int], int, int]:
@@ -53,7 +53,7 @@ def test_more_than_there_is_cannot_be_allocated(num_blocks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "block_ids", "story"),
+    ("operation", "block_ids", "message"),
     [
         ("pin", [0, 3], "pin: block 3 is free: nobody owns it"),
         ("unpin", [0, 3], "unpin: block 3 is free: nobody owns it"),
@@ -68,13 +68,13 @@ def test_more_than_there_is_cannot_be_allocated(num_blocks: int) -> None:
         ("recycle", [2, 2], "recycle: block 2 is named twice"),
     ],
 )
-def test_misuse_is_told_and_changes_nothing(operation: str, block_ids: list[int], story: str) -> None:
+def test_misuse_is_told_and_changes_nothing(operation: str, block_ids: list[int], message: str) -> None:
     pool = BlockPool(4)
     pool.allocate(3)
     pool.pin([1])
     pool.unpin([2])
     before = state(pool)
-    with pytest.raises(LocalProtocolError, match=story):
+    with pytest.raises(LocalProtocolError, match=message):
         getattr(pool, operation)(block_ids)
     assert state(pool) == before
     assert pool.problems() == []

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from kvrelay.core.errors import LocalProtocolError
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
+from kvrelay.errors import LocalProtocolError
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
 
 HASHER = BlockHasher("model", block_size=1)
 
@@ -260,10 +260,10 @@ def test_misuse_is_told_and_changes_nothing() -> None:
         (lambda: cache.publish(hashes_of("x"), [0]), "publish: block 0 has no references"),
         (lambda: cache.publish(hashes_of("xy"), private), "publish: 2 hashes for 1 blocks"),
     ]
-    for misuse, story in cases:
-        with pytest.raises(LocalProtocolError, match=story):
+    for misuse, message in cases:
+        with pytest.raises(LocalProtocolError, match=message):
             misuse()
-        assert (counts(cache), cache.stats) == before, story
+        assert (counts(cache), cache.stats) == before, message
 
 
 def test_a_block_freed_twice_is_told() -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvrelay.core.errors import LocalProtocolError
-from kvstore.block_hash import BlockHasher
-from kvstore.kv_cache import KVCache
+from kvrelay.errors import LocalProtocolError
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
 
 HASHER = BlockHasher("model", block_size=1)
 

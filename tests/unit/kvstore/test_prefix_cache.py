@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvrelay.core.errors import LocalProtocolError
-from kvstore.prefix_cache import PrefixCache
+from kvrelay.errors import LocalProtocolError
+from kvstore.blocks.prefix_cache import PrefixCache
 
 
 def chain(name: str) -> list[bytes]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from kvstore.kv_cache import KVCache
-from kvstore.queued_prefixes import QueuedPrefixes
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.blocks.queued_prefixes import QueuedPrefixes
 
 
 @dataclass(eq=False)

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.machines import D0, D0_ADDRESS, LINK, MESSAGER, ROUTER, NodeDesk, spec
+from support.machines import D0, D0_ADDRESS, LINK, MESSAGER, ROUTER, NodeHarness, spec
 
-from kvrelay.core.config import Role
-from kvrelay.core.messages.decode_to_prefill import BlocksReserved
-from kvrelay.core.messages.engine import StepPlan
-from kvrelay.core.messages.messager_to_node import TransferDone
-from kvrelay.core.messages.node_to_router import RequestFailed, TokensOut
-from kvrelay.core.messages.prefill_to_decode import ReserveBlocks
-from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
-from kvrelay.core.request import RequestSpec
+from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
+from kvrelay.protocol.messages.engine import StepPlan
+from kvrelay.protocol.messages.messager_to_node import TransferDone
+from kvrelay.protocol.messages.node_to_router import RequestFailed, TokensOut
+from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.protocol.request import RequestSpec
 
 BLOCK_SIZE, STEP_TOKENS = 4, 8
 
@@ -57,7 +57,7 @@ class Node:
     def __init__(self, role: Role, num_blocks: int, **scheduler: Any) -> None:
         sections = {"max_num_batched_tokens": STEP_TOKENS, "prefill_order": "shortest_first", **scheduler}
         self.role = role
-        self.desk = NodeDesk(role, cache={"num_blocks": num_blocks, "block_size": BLOCK_SIZE}, scheduler=sections)
+        self.harness = NodeHarness(role, cache={"num_blocks": num_blocks, "block_size": BLOCK_SIZE}, scheduler=sections)
         self.referee = Referee()
         self.transfers: list[str] = []
         self._numbers = itertools.count()
@@ -76,20 +76,20 @@ class Node:
     def _hear(self, request: RequestSpec) -> None:
         is_prefill = self.role is Role.PREFILL
         message = Prefill(request=request, decode_node=D0_ADDRESS) if is_prefill else Generate(request=request)
-        self.desk.hear(ROUTER, message)
+        self.harness.receive(ROUTER, message)
         self._look()
 
     def step(self) -> None:
         """Let the running step end, if there is one."""
-        if self.desk.plan is not None:
-            self.desk.finish_step()
+        if self.harness.plan is not None:
+            self.harness.finish_step()
             self._look()
 
     def end_transfer(self) -> None:
         """Let D have all KV of the prompt that waits for that longest, if one does."""
         if self.transfers:
             name = self.transfers.pop(0)
-            self.desk.hear(MESSAGER, TransferDone(request_id=name, epoch=1, num_bytes=0, link="", layers=[]))
+            self.harness.receive(MESSAGER, TransferDone(request_id=name, epoch=1, num_bytes=0, link="", layers=[]))
             self._look()
 
     def abort(self, place: int) -> None:
@@ -98,35 +98,35 @@ class Node:
         if names:
             name = names[place % len(names)]
             del self.referee.unfinished[name]
-            self.desk.hear(ROUTER, Abort(request_id=name, epoch=1))
+            self.harness.receive(ROUTER, Abort(request_id=name, epoch=1))
             self._look()
 
     def finish(self) -> None:
         """Let everything that is there be computed and sent."""
         for _ in range(10_000):
-            if self.desk.plan is None and not self.transfers:
+            if self.harness.plan is None and not self.transfers:
                 break
             self.step()
             self.end_transfer()
         assert not self.referee.unfinished
-        self.desk.machine.assert_quiescent()
+        self.harness.machine.assert_quiescent()
 
     def _look(self) -> None:
-        actions, self._seen = self.desk.actions[self._seen :], len(self.desk.actions)
+        actions, self._seen = self.harness.actions[self._seen :], len(self.harness.actions)
         for action in actions:
             match getattr(action, "message", None):
                 case ReserveBlocks(request_id=name):
                     reserved = BlocksReserved(
                         request_id=name, epoch=1, block_ids=[0], num_cached_blocks=0, link=LINK, lease_s=1e9
                     )
-                    self.desk.hear(D0, reserved)
+                    self.harness.receive(D0, reserved)
                 case TokensOut(outputs=outputs) if self.role is Role.PREFILL:
                     self.transfers += [output.request_id for output in outputs]
                 case RequestFailed(error=error):
                     raise AssertionError(error)
             plan = getattr(action, "plan", None)
             if plan is not None:
-                self.referee.watch(plan, self.desk.names)
+                self.referee.watch(plan, self.harness.names)
 
 
 EVENTS = st.one_of(
@@ -166,7 +166,7 @@ def test_no_arrivals_overtake_a_prompt_by_more_than_the_bound(
             case "end transfer":
                 node.end_transfer()
             case "wait":
-                node.desk.now += details[0]  # seconds: the urgency of those that are there rises
+                node.harness.now += details[0]  # seconds: the urgency of those that are there rises
             case "abort":
                 node.abort(details[0])
     node.finish()
@@ -222,7 +222,7 @@ def test_a_long_prompt_that_waits_holds_no_blocks() -> None:
     node.arrive(80)
     for _ in range(3):
         node.arrive(8)
-    assert node.desk.num_used < 20
+    assert node.harness.num_used < 20
     for _ in range(4):
         node.step()
     assert set(node.referee.unfinished) == {"r0", "r1", "r2"}

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import pytest
 from support.machines import spec
 
-from kvrelay.core.codec import decode, encode
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.messages.engine import SampledTokens, SequenceChange, SequenceFailed, StepPlan, StepResult
-from kvrelay.core.request import Sequence
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.codec import decode, encode
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceChange, SequenceFailed, StepPlan, StepResult
+from kvrelay.protocol.request import Sequence
 
 
 @dataclass
@@ -173,7 +173,7 @@ def test_a_block_that_was_exchanged_before_the_engine_knew_it_is_told_once() -> 
 
 def test_a_sequence_that_the_engine_was_not_told_of_fails_in_its_step() -> None:
     """As after a step that failed before its plan was taken in."""
-    from kvrelay.core.config import FakeEngineConfig
+    from kvrelay.config.cluster_config import FakeEngineConfig
     from kvrelay.engine.fake import FakeEngine
 
     writer, one, other = PlanWriter(), sequence([7]), sequence([8])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvrelay.core.config import SchedulerConfig
+from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.prefill_order import PrefillOrder, ShortestFirst, prefill_order
 
 NOW = 100.0

@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 from fake_nodes import register
 
-from kvrelay.core.ids import peer_id
-from kvrelay.core.machine import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
-from kvrelay.core.messages.base import ErrorInfo, Message
-from kvrelay.core.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
-from kvrelay.core.messages.router_to_node import Generate, Prefill
-from kvrelay.core.request import FinishReason, RequestSpec, SamplingParams
+from kvrelay.machine.contract import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
+from kvrelay.protocol.ids import peer_id
+from kvrelay.protocol.messages.base import ErrorInfo, Message
+from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
+from kvrelay.protocol.messages.router_to_node import Generate, Prefill
+from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams
 from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, Submitted, TokensDelivered
 from router.limits import Limits
-from router.state import RouterMachine, RouterSettings
+from router.machine import RouterMachine, RouterSettings
 
 M = TypeVar("M", bound=Message)
 
@@ -78,9 +78,9 @@ class Driver:
 
     def join(self, name: str, incarnation: str = "a", **fields: Any) -> None:
         role = {"p": "prefill", "d": "decode", "m": "mixed"}[name[0]]
-        self.hear(peer(name, incarnation), register(name, role, incarnation, **fields))
+        self.receive(peer(name, incarnation), register(name, role, incarnation, **fields))
 
-    def hear(self, from_peer: str, message: Message) -> None:
+    def receive(self, from_peer: str, message: Message) -> None:
         self.do(Received(from_peer, message))
 
     def submit(self, *requests: NewRequest) -> None:
@@ -109,17 +109,17 @@ class Driver:
             finish_reason=finish,
             num_cached_tokens=num_cached_tokens,
         )
-        self.hear(from_peer, TokensOut(outputs=[output]))
+        self.receive(from_peer, TokensOut(outputs=[output]))
 
     def fail(self, name: str, *, epoch: int = 1, retryable: bool = True, request_id: str = "r") -> None:
         error = ErrorInfo(code="engine_error", message="step failed", retryable=retryable)
-        self.hear(peer(name), RequestFailed(request_id=request_id, epoch=epoch, error=error))
+        self.receive(peer(name), RequestFailed(request_id=request_id, epoch=epoch, error=error))
 
     def decode_needed(self, name: str, refused_by: str, *, epoch: int = 1, retry_after_s: float = 0.5) -> None:
         needed = DecodeNeeded(
             request_id="r", epoch=epoch, refused_by=peer(refused_by), reason="full", retry_after_s=retry_after_s
         )
-        self.hear(peer(name), needed)
+        self.receive(peer(name), needed)
 
     def wait(self, seconds: float) -> None:
         """Let time pass; fire what is due, in order."""

@@ -11,16 +11,16 @@ from typing import Any
 
 import httpx
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import peer_id
-from kvrelay.core.machine import Received
-from kvrelay.core.messages.base import ErrorInfo, Heartbeat, LayerTransfer, Load, Mark, Message
-from kvrelay.core.messages.node_to_router import Register, RequestFailed, RequestOutput, RequestTimeline, TokensOut
-from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
-from kvrelay.core.request import FinishReason, RequestSpec, TokenLogprobs
-from kvrelay.core.transport import Transport
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import Received
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import peer_id
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, LayerTransfer, Load, Mark, Message
+from kvrelay.protocol.messages.node_to_router import Register, RequestFailed, RequestOutput, RequestTimeline, TokensOut
+from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.protocol.request import FinishReason, RequestSpec, TokenLogprobs
+from kvrelay.runtime.transport import Transport
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
@@ -219,7 +219,7 @@ async def fake_cluster(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         http = asyncio.create_task(server.serve([listener]))
-        await until(lambda: len(list(service.machine.registry)) == len(nodes))
+        await until(lambda: len(list(service.machine.node_table)) == len(nodes))
         try:
             async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
                 yield FakeCluster(service, model, nodes, client, url, script)

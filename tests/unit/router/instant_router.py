@@ -10,9 +10,9 @@ import httpx
 from fake_nodes import config
 from starlette.types import ASGIApp
 
-from kvrelay.core.clock import Clock
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.request import FinishReason, TokenLogprobs
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.machine.clock import Clock
+from kvrelay.protocol.request import FinishReason, TokenLogprobs
 from router.events import NewRequest, RequestEnded, TokensDelivered
 from router.http.app import make_app
 from router.metrics import Metrics

@@ -10,7 +10,7 @@ from fake_nodes import config
 from instant_router import InstantRouter
 from starlette.types import Message, Receive, Scope, Send
 
-from kvrelay.core.logging import LineFormatter
+from kvrelay.runtime.logging import LineFormatter
 from router.http.access_log import AccessLog
 
 HI = [{"role": "user", "content": "hi"}]

@@ -11,7 +11,7 @@ from instant_router import InstantRouter
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from kvrelay.core.errors import KVRelayError
+from kvrelay.errors import KVRelayError
 from router.openai.schemas import (
     IGNORED_FIELDS,
     REFUSED_FIELDS,
@@ -103,6 +103,6 @@ def test_every_error_code_is_on_the_page_with_its_status() -> None:
     kinds = [KVRelayError]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    ours = {kind.code: kind.http_status for kind in kinds if kind.__module__ == "kvrelay.core.errors"}
+    ours = {kind.code: kind.http_status for kind in kinds if kind.__module__ == "kvrelay.errors"}
     assert {code: status for code, status in ours.items() if code not in NOT_FOR_CLIENTS}.items() <= documented.items()
     assert not NOT_FOR_CLIENTS & documented.keys()

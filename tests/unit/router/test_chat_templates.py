@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from golden.chat_cases import CHATS, CHATS_FILE, SPECIAL_TOKENS, TEMPLATES
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 from router.openai.schemas import TokenizeChatRequest, parse
 from router.text.chat_template import ChatTemplate
 

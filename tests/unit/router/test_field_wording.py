@@ -11,7 +11,7 @@ import pytest
 from instant_router import InstantRouter
 from pydantic import ValidationError
 
-from kvrelay.core.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError
 from router.openai import schemas
 from router.openai.field_types import MAX_BIASES, MAX_IDS, MAX_STOPS, shown
 from router.openai.reading import reading

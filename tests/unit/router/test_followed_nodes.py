@@ -8,12 +8,12 @@ import pytest
 from driver import Driver, new_request, peer
 from fake_nodes import register
 
-from kvrelay.core.errors import RemoteProtocolError
-from kvrelay.core.machine import Connect, Disconnect, PeerLost
-from kvrelay.core.messages.base import Heartbeat
-from kvrelay.core.messages.node_to_router import Drained
-from kvrelay.core.messages.router_to_node import Generate, Prefill, Registered, RegistrationRefused
-from kvrelay.core.node_entry import NodeEntry, pack_entry, present, unpack_entry
+from kvrelay.errors import RemoteProtocolError
+from kvrelay.machine.contract import Connect, Disconnect, PeerLost
+from kvrelay.protocol.messages.base import Heartbeat
+from kvrelay.protocol.messages.node_to_router import Drained
+from kvrelay.protocol.messages.router_to_node import Generate, Prefill, Registered, RegistrationRefused
+from kvrelay.registry.node_entry import NodeEntry, pack_entry, present, unpack_entry
 from router.events import NodesFound, RegistryLost
 
 
@@ -35,7 +35,7 @@ def connect(found: NodeEntry) -> Connect:
 
 
 def names(driver: Driver) -> list[str]:
-    return [node.peer for node in driver.machine.registry]
+    return [node.peer for node in driver.machine.node_table]
 
 
 # ---------------------------------------------------------------- coming
@@ -110,7 +110,7 @@ def test_a_node_that_has_drained_is_gone() -> None:
     driver = Driver()
     find(driver, entry("m0"))
     driver.join("m0")
-    driver.hear(peer("m0"), Drained())
+    driver.receive(peer("m0"), Drained())
     assert names(driver) == []
     assert find(driver) == []
 
@@ -148,7 +148,7 @@ def test_whoever_answers_at_an_address_in_anothers_place_is_not_taken_for_it() -
     old, new = entry("m0"), entry("m0", "b", started_s=2.0)
     find(driver, old)
     driver.join("m0")
-    driver.hear(old.peer, new.registration)
+    driver.receive(old.peer, new.registration)
     assert driver.take_sent(RegistrationRefused) == []
     assert names(driver) == []
     assert find(driver, old, new) == [connect(new)]
@@ -162,7 +162,7 @@ def test_two_live_nodes_of_one_name_are_one_too_many() -> None:
     assert len(find(driver, first, second)) == 2
     driver.join("m0")
     driver.join("m0", "b", address="tcp://elsewhere:1")
-    driver.hear(first.peer, Heartbeat())
+    driver.receive(first.peer, Heartbeat())
     ((to, _),) = driver.take_sent(RegistrationRefused)
     assert to == second.peer
 

@@ -11,7 +11,7 @@ import pytest
 from fake_nodes import config
 from starlette.applications import Starlette
 
-from kvrelay.core.clock import Clock
+from kvrelay.machine.clock import Clock
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import load_model

@@ -12,7 +12,7 @@ from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvrelay.core.messages.base import PromptWait
+from kvrelay.protocol.messages.base import PromptWait
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
@@ -134,7 +134,7 @@ def test_cluster_tells_nodes_and_requests() -> None:
             assert sum(node["num_requests"] for node in nodes.values()) >= 1
             assert nodes["n0"]["load"]["num_running"] == 0
             assert (await cluster.client.post("/cluster/nodes/n2/drain")).status_code == 202
-            await until(lambda: [node for node in cluster.service.machine.registry if node.leaving])
+            await until(lambda: [node for node in cluster.service.machine.node_table if node.leaving])
             nodes_now = (await cluster.client.get("/cluster")).json()["nodes"]
             assert {node["name"]: node["state"] for node in nodes_now} == {
                 "n0": "ready",

@@ -10,7 +10,7 @@ import pytest
 from fake_nodes import config
 from instant_router import MOST_TOKENS, InstantRouter
 
-from kvrelay.core.config import ClusterConfig
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from router.openai.models import model_name
 

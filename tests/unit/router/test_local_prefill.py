@@ -8,12 +8,12 @@ import pytest
 from driver import Driver, new_request, peer
 from pydantic import ValidationError
 
-from kvrelay.core.config import ClusterConfig, RouterConfig
-from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import Heartbeat, Load, Message
-from kvrelay.core.messages.node_to_router import Leaving, RequestPreempted
-from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
-from kvrelay.core.request import FinishReason
+from kvrelay.config.cluster_config import ClusterConfig, RouterConfig
+from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.messages.base import Heartbeat, Load, Message
+from kvrelay.protocol.messages.node_to_router import Leaving, RequestPreempted
+from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.protocol.request import FinishReason
 from router.events import ClientGone, NewRequest, StopMatched
 from router.limits import Limits
 from router.service import router_settings
@@ -33,7 +33,7 @@ def lending(nodes: str, local_prefill_tokens: int | None = PROMPT_LEN, **options
 
 
 def room(driver: Driver, name: str, free: int = 1000, gauges: dict[str, float] | None = None, **load: Any) -> None:
-    driver.hear(peer(name), Heartbeat(load=Load(free_blocks=free, gauges=gauges or {}, **load)))
+    driver.receive(peer(name), Heartbeat(load=Load(free_blocks=free, gauges=gauges or {}, **load)))
 
 
 def prompt(request_id: str, num_tokens: int = PROMPT_LEN, max_tokens: int = 8) -> NewRequest:
@@ -196,7 +196,7 @@ def test_room_given_to_a_moved_request_is_not_given_to_a_prompt() -> None:
     driver.tokens_from(source, 1, [2], request_id="a")
     room(driver, source.partition("#")[0], 0)
     room(driver, target, BLOCKS + 4)
-    driver.hear(source, RequestPreempted(request_id="a", epoch=1, num_blocks=5))
+    driver.receive(source, RequestPreempted(request_id="a", epoch=1, num_blocks=5))
     assert [to for to, _ in driver.take_sent(Generate)] == [peer(target)]
     driver.submit(prompt("long", 10 * PROMPT_LEN))
     driver.take_sent(Prefill)
@@ -306,9 +306,9 @@ def test_a_decode_node_dies_while_it_computes_a_prompt() -> None:
 
 def test_a_decode_node_that_leaves_computes_nothing() -> None:
     driver = lending("p0 d0 d1", 0)
-    driver.hear(peer("d0"), Leaving())
+    driver.receive(peer("d0"), Leaving())
     assert entries(driver, prompt("a")) == ["d1"]
-    driver.hear(peer("d1"), Leaving())
+    driver.receive(peer("d1"), Leaving())
     driver.submit(prompt("b"))
     assert not driver.take_sent(Prefill) and not driver.take_sent(Generate)
 
@@ -329,7 +329,7 @@ def test_one_that_is_preempted_moves_on_like_any_other() -> None:
     room(driver, "d0", 1001)
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "d0"]
     driver.tokens("d0", 0, [1], epoch=2, request_id="b")
-    driver.hear(peer("d0"), RequestPreempted(request_id="b", epoch=2, num_blocks=8))
+    driver.receive(peer("d0"), RequestPreempted(request_id="b", epoch=2, num_blocks=8))
     [(to, generate)] = driver.take_sent(Generate)
     assert (to, generate.request.output_token_ids) == (peer("d1"), [1])
     counters = driver.machine.requests.counters

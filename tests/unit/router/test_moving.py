@@ -6,10 +6,10 @@ from typing import Any
 
 from driver import Driver, new_request, peer
 
-from kvrelay.core.messages.base import Heartbeat, Load
-from kvrelay.core.messages.node_to_router import RequestPreempted
-from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
-from kvrelay.core.request import FinishReason
+from kvrelay.protocol.messages.base import Heartbeat, Load
+from kvrelay.protocol.messages.node_to_router import RequestPreempted
+from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.protocol.request import FinishReason
 from router.events import ClientGone
 
 
@@ -29,7 +29,7 @@ def decoding(driver: Driver, request_id: str = "r", epoch: int = 1) -> str:
 
 
 def preempt(driver: Driver, node: str, num_blocks: int = 5, epoch: int = 1, request_id: str = "r") -> None:
-    driver.hear(node, RequestPreempted(request_id=request_id, epoch=epoch, num_blocks=num_blocks))
+    driver.receive(node, RequestPreempted(request_id=request_id, epoch=epoch, num_blocks=num_blocks))
 
 
 def other(node: str) -> str:
@@ -39,7 +39,7 @@ def other(node: str) -> str:
 def test_it_goes_on_where_there_is_room_with_all_it_has_generated() -> None:
     driver = Driver("p0 d0 d1")
     source = decoding(driver)
-    driver.hear(other(source), room(5))
+    driver.receive(other(source), room(5))
     preempt(driver, source)
     assert [(to, message.epoch) for to, message in driver.take_sent(Abort)] == [(source, 1)]
     [(target, generate)] = driver.take_sent(Generate)
@@ -59,11 +59,11 @@ def test_it_waits_until_a_heartbeat_tells_of_room() -> None:
     driver = Driver("p0 d0 d1")
     source = decoding(driver)
     preempt(driver, source)
-    driver.hear(other(source), room(4))
-    driver.hear(other(source), room(9, reserved=5))
-    driver.hear(other(source), room(9, num_waiting=1))
+    driver.receive(other(source), room(4))
+    driver.receive(other(source), room(9, reserved=5))
+    driver.receive(other(source), room(9, num_waiting=1))
     assert not driver.take_sent(Generate)
-    driver.hear(other(source), room(9, reserved=4))
+    driver.receive(other(source), room(9, reserved=4))
     assert len(driver.take_sent(Generate)) == 1
 
 
@@ -72,7 +72,7 @@ def test_one_that_resumed_meanwhile_stays() -> None:
     source = decoding(driver)
     preempt(driver, source)
     driver.tokens_from(source, 2, [12])
-    driver.hear(other(source), room(100))
+    driver.receive(other(source), room(100))
     assert not driver.take_sent(Generate)
 
 
@@ -85,11 +85,11 @@ def test_the_same_room_is_not_given_away_twice() -> None:
     else:
         driver.join("d2")
         target = peer("d2")
-    driver.hear(target, room(8))
+    driver.receive(target, room(8))
     preempt(driver, first, 5, 1, "a")
     preempt(driver, second, 5, 2, "b")
     assert len(driver.take_sent(Generate)) == 1
-    driver.hear(target, room(5))
+    driver.receive(target, room(5))
     assert len(driver.take_sent(Generate)) == 1
 
 
@@ -98,7 +98,7 @@ def test_a_client_that_left_moves_nowhere() -> None:
     source = decoding(driver)
     preempt(driver, source)
     driver.do(ClientGone("r"))
-    driver.hear(other(source), room(100))
+    driver.receive(other(source), room(100))
     assert not driver.take_sent(Generate)
     driver.machine.assert_quiescent()
 
@@ -114,6 +114,6 @@ def test_a_mixed_node_takes_it_too() -> None:
     driver = Driver("p0 d0 d1")
     source = decoding(driver)
     driver.join("m0")
-    driver.hear(peer("m0"), room(50))
+    driver.receive(peer("m0"), room(50))
     preempt(driver, source)
     assert [to for to, _ in driver.take_sent(Generate)] == [peer("m0")]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_tokenizers import byte_level, sentencepiece_like
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from kvrelay.core.errors import InvalidRequestError, KVRelayError
+from kvrelay.errors import InvalidRequestError, KVRelayError
 from router.model import load_model
 from router.openai.errors import AnswerError
 from router.preparation import INLINE_BYTES, Job, Preparation, PreparedRequest, Task, TooLongForLoopError, inflate

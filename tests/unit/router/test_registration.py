@@ -7,15 +7,15 @@ import pytest
 from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
-from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import Heartbeat, Load
-from kvrelay.core.messages.router_to_node import Prefill, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.messages.base import Heartbeat, Load
+from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered, RegistrationRefused
+from router.node_table import Node
 from router.policies import LeastLoaded, RoundRobin
-from router.registry import Node
 
 
 def names(driver: Driver) -> list[str]:
-    return [node.peer for node in driver.machine.registry]
+    return [node.peer for node in driver.machine.node_table]
 
 
 def test_node_is_told_that_it_is_registered() -> None:
@@ -46,15 +46,15 @@ def test_node_that_does_not_match_is_refused_with_the_difference(fields: dict[st
 
 def test_unknown_role_and_foreign_name_are_refused() -> None:
     driver = Driver()
-    driver.hear(peer("x0"), register("x0", "observer"))
-    driver.hear(peer("p1"), register("p0", "prefill"))
+    driver.receive(peer("x0"), register("x0", "observer"))
+    driver.receive(peer("p1"), register("p0", "prefill"))
     assert [to for to, _ in driver.take_sent(RegistrationRefused)] == [peer("x0"), peer("p1")]
     assert names(driver) == []
 
 
 def test_heartbeat_of_a_stranger_is_asked_to_register() -> None:
     driver = Driver()
-    driver.hear(peer("p0"), Heartbeat())
+    driver.receive(peer("p0"), Heartbeat())
     assert driver.take_sent(RegisterAgain) == [(peer("p0"), RegisterAgain())]
 
 
@@ -62,7 +62,7 @@ def test_silent_node_is_lost_and_one_that_speaks_is_not() -> None:
     driver = Driver("p0 d0")
     for _ in range(6):
         driver.wait(1.0)
-        driver.hear(peer("d0"), Heartbeat(load=Load(num_running=1)))
+        driver.receive(peer("d0"), Heartbeat(load=Load(num_running=1)))
     assert names(driver) == [peer("d0")]
     assert driver.machine.requests.counters.nodes_lost == 1
 
@@ -83,7 +83,7 @@ def test_name_taken_by_a_live_node_elsewhere_is_refused_once_that_shows_life() -
     driver.join("p0", "b", address="tcp://elsewhere:1")
     assert driver.take_sent(Registered) == []
     assert driver.take_sent(RegistrationRefused) == []
-    driver.hear(peer("p0"), Heartbeat())
+    driver.receive(peer("p0"), Heartbeat())
     ((to, refusal),) = driver.take_sent(RegistrationRefused)
     assert (to, refusal.reason) == (peer("p0", "b"), "another live node is called p0")
     assert names(driver) == [peer("p0")]

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from driver import Driver, new_request, peer
 
-from kvrelay.core.errors import LocalProtocolError
-from kvrelay.core.machine import PeerLost, Received, StopRequested
-from kvrelay.core.messages.base import Heartbeat, LayerTransfer, Mark
-from kvrelay.core.messages.node_to_router import Drained, Leaving, RequestTimeline
-from kvrelay.core.messages.router_to_node import Abort, AssignDecode, Drain
-from kvrelay.core.request import FinishReason
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import PeerLost, Received, StopRequested
+from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
+from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain
+from kvrelay.protocol.request import FinishReason
 from router.events import (
     ClientGone,
     DrainRequested,
@@ -51,7 +51,7 @@ def test_a_mixed_node_serves_a_request() -> None:
 def test_mixed_nodes_and_pairs_share_the_work() -> None:
     driver = Driver("p0 d0 m0")
     driver.submit(*(new_request(f"r{i}") for i in range(8)))
-    entries = {node.node_id: len(node.pending) for node in driver.machine.registry}
+    entries = {node.node_id: len(node.pending) for node in driver.machine.node_table}
     assert entries["p0"] == entries["m0"] == 4
 
 
@@ -183,7 +183,7 @@ def test_request_that_comes_while_the_only_node_restarts_waits_for_it(how: str) 
     driver = Driver("m0", limits=Limits(node_wait_s=10.0))
     driver.do(PeerLost(peer("m0"), "killed") if how == "killed" else Received(peer("m0"), Leaving()))
     if how == "drained":
-        driver.hear(peer("m0"), Drained())
+        driver.receive(peer("m0"), Drained())
     driver.wait(3.0)
     assert driver.machine.unready_reason() is not None
     driver.submit()
@@ -473,13 +473,13 @@ def test_node_that_leaves_gets_nothing_new_and_finishes_what_it_has(how: str) ->
         driver.do(DrainRequested("m0"))
         assert driver.take_sent(Drain) == [(peer("m0"), Drain())]
     else:
-        driver.hear(peer("m0"), Leaving())
+        driver.receive(peer("m0"), Leaving())
     driver.dispatched()
     driver.submit(new_request("other"))
     assert driver.dispatched()[0] == peer("m1")
     driver.tokens("m0", 0, [1], finish=STOP)
-    driver.hear(peer("m0"), Drained())
-    assert [node.node_id for node in driver.machine.registry] == ["m1"]
+    driver.receive(peer("m0"), Drained())
+    assert [node.node_id for node in driver.machine.node_table] == ["m1"]
     assert driver.machine.requests.counters.nodes_lost == 0
 
 
@@ -520,7 +520,7 @@ def test_timeline_merges_what_nodes_tell_with_the_routers_own_marks() -> None:
     driver.tokens("p0", 0, [1], finish=STOP)
     layers = [LayerTransfer(1, 1.0, 2.0, 100), LayerTransfer(0, 1.0, 2.0, 100)]
     report = RequestTimeline(request_id="r", epoch=1, marks=[Mark("prefill", 999.0, "p0")], layers=layers)
-    driver.hear(peer("p0"), report)
+    driver.receive(peer("p0"), report)
     timeline = driver.machine.requests.timelines.get("r")
     assert timeline is not None
     marks = timeline["marks"]
@@ -539,7 +539,7 @@ def test_timelines_are_forgotten_in_the_end() -> None:
     timelines = driver.machine.requests.timelines
     assert timelines.get("r0") is None
     assert timelines.get("r299") is not None
-    driver.hear(peer("m0"), RequestTimeline(request_id="r0", epoch=1, marks=[]))
+    driver.receive(peer("m0"), RequestTimeline(request_id="r0", epoch=1, marks=[]))
     assert timelines.get("r0") is None
 
 
@@ -559,12 +559,12 @@ def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> Non
     driver = Driver("m0 m1")
     driver.now += 60.0  # nothing was read meanwhile: timers fire first, and then come the nodes' heartbeats
     driver.wait(0.0)
-    assert len(list(driver.machine.registry)) == 2
-    driver.hear(peer("m0"), Heartbeat())
+    assert len(list(driver.machine.node_table)) == 2
+    driver.receive(peer("m0"), Heartbeat())
     driver.wait(1.5)
-    assert [node.node_id for node in driver.machine.registry] == ["m0"]
+    assert [node.node_id for node in driver.machine.node_table] == ["m0"]
     driver.wait(10.0)
-    assert not list(driver.machine.registry)
+    assert not list(driver.machine.node_table)
 
 
 def test_a_node_that_lost_the_router_while_it_was_held_up_costs_no_attempt_but_only_once() -> None:

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 from driver import Driver, new_request, peer
 
-from kvrelay.core.machine import PeerLost
-from kvrelay.core.messages.base import Heartbeat, Load, Message
-from kvrelay.core.messages.node_to_router import DecodeNeeded
-from kvrelay.core.messages.router_to_node import AssignDecode, Generate, Prefill
-from kvrelay.core.request import FinishReason
+from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.messages.base import Heartbeat, Load, Message
+from kvrelay.protocol.messages.node_to_router import DecodeNeeded
+from kvrelay.protocol.messages.router_to_node import AssignDecode, Generate, Prefill
+from kvrelay.protocol.request import FinishReason
 from router.events import ClientGone, RequestEnded, RequestErrored, StopMatched
 from router.limits import Limits
 
@@ -85,7 +85,7 @@ class Life:
                 needed = DecodeNeeded(
                     request_id=request_id, epoch=epoch, refused_by=decode, reason="full", retry_after_s=0.1
                 )
-                self.driver.hear(entry, needed)
+                self.driver.receive(entry, needed)
                 self.driver.take_sent(AssignDecode)
 
     def lose(self) -> None:
@@ -100,7 +100,7 @@ class Life:
         """A decode node tells of room, which it then may have or not."""
         name = self.random.choice(("d0", "d1"))
         load = Load(free_blocks=self.random.randrange(100), num_running=self.random.randrange(9))
-        self.driver.hear(peer(name, self.incarnation(name)), Heartbeat(load=load))
+        self.driver.receive(peer(name, self.incarnation(name)), Heartbeat(load=load))
 
     def leave(self) -> None:
         if self.submitted:

@@ -10,8 +10,8 @@ from small_tokenizers import BOS, EOS, IM_END, IM_START, byte_level, sentencepie
 from support.broken_checkpoint import add_token
 from tokenizers import Tokenizer, processors
 
-from kvrelay.core.config import ClusterConfig
-from kvrelay.core.errors import CheckpointError, InvalidRequestError
+from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.errors import CheckpointError, InvalidRequestError
 from router.model import load_model
 from router.openai.chat import ChatCompletions
 from router.openai.completions import Completions

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from golden.tokenizer_cases import CASES, TEXTS, TOKENIZED_FILE, TokenizerCase, byte_level, unigram
 
-from kvrelay.core.errors import CheckpointError
+from kvrelay.errors import CheckpointError
 from router.text.tokenizer import TextTokenizer
 from router.text.tokenizer_files import read_tokenizer_files
 

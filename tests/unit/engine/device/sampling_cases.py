@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvrelay.core.ids import SequenceId
-from kvrelay.core.messages.engine import NewSequence
-from kvrelay.core.request import SamplingParams
 from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.device.batch import BatchAssembler
 from kvrelay.engine.device.operations import Sampled, StepShape
@@ -18,6 +15,9 @@ from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import NewSequence
+from kvrelay.protocol.request import SamplingParams
 
 KINDS: list[dict[str, Any]] = [
     {},

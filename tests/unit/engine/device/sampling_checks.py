@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from sampling_cases import KINDS, logits, sample_on, sequence, sequences
 
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
 from kvrelay.engine.sampler import sample, sample_step
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 
 
 def scheduled(one: EngineSequence, drafts: tuple[int, ...] | None = None) -> ScheduledSequence:

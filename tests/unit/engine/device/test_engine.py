@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 from engine_runs import Runner, outcomes_in_order, output, run_batch, sequence, take
 
-from kvrelay.core.errors import EngineError
-from kvrelay.core.geometry import KVGeometry
-from kvrelay.core.ids import BlockId
-from kvrelay.core.messages.engine import SampledTokens, SequenceFailed
-from kvrelay.core.request import Sequence
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
@@ -25,7 +20,12 @@ from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
+from kvrelay.errors import EngineError
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
+from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
+from kvrelay.protocol.request import Sequence
 
 Make = Callable[..., DeviceEngine]
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from engine_runs import Runner, output, sequence
 
-from kvrelay.core.geometry import KVGeometry
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
@@ -15,6 +14,7 @@ from kvrelay.engine.device.load import DeviceOptions, build_engine
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.engine.tiny import write_tiny_checkpoint
+from kvrelay.protocol.geometry import KVGeometry
 
 
 def engine(path: Path, interpreted: bool) -> DeviceEngine:

@@ -1,0 +1,63 @@
+"""Whether a request's KV is read from the store or computed."""
+
+from __future__ import annotations
+
+from decode_node.request import DecodeRequest, DecodeStatus
+from kvrelay.config.sections import StorageConfig
+from kvstore.offload.store_transfers import min_read_blocks
+
+_WEIGHT = 0.3
+"""Of the newest measurement in a running mean."""
+
+_STALE_S = 60.0
+"""A store that was slow is tried again after so long."""
+
+
+class Speed:
+    """Tokens per second, a running mean of what was measured lately; None: not measured, or too long ago."""
+
+    def __init__(self) -> None:
+        self._tokens_per_s = 0.0
+        self._measured_s = float("-inf")
+
+    def add(self, num_tokens: int, seconds: float, now: float) -> None:
+        """Take in that ``num_tokens`` took ``seconds``."""
+        measured = num_tokens / max(seconds, 1e-6)
+        known = self.at(now)
+        self._tokens_per_s = measured if known is None else (1 - _WEIGHT) * known + _WEIGHT * measured
+        self._measured_s = now
+
+    def at(self, now: float) -> float | None:
+        """Return what is known of it at ``now``."""
+        return self._tokens_per_s if now - self._measured_s < _STALE_S else None
+
+
+class LoadPolicy:
+    """Decides for a request that has just been given its blocks. The caller measures both speeds."""
+
+    def __init__(self, config: StorageConfig, block_size: int) -> None:
+        self._is_on = config.backend != "none"
+        self._resume = config.resume
+        self._min_blocks = min_read_blocks(config, block_size)
+        self.loading = Speed()
+        self.prefilling = Speed()
+
+    def waits(self, request: DecodeRequest) -> bool:
+        """Return whether ``request`` must not be admitted yet: its KV is still being written, and is to be read."""
+        return request.is_saving and self._resume == "storage"
+
+    def num_blocks(self, request: DecodeRequest, num_matched: int, now: float) -> int:
+        """Return how many blocks behind the first ``num_matched`` are to be read: all that may be there, or none."""
+        if not self._is_on or request.is_saving:
+            return 0
+        num_stored = len(request.hashes)
+        if request.status is DecodeStatus.PREEMPTED:
+            num_stored = request.num_stored_blocks
+            if self._resume == "recompute" or (self._resume == "auto" and self._computing_is_faster(now)):
+                return 0
+        num_blocks = num_stored - num_matched
+        return num_blocks if num_blocks >= self._min_blocks else 0
+
+    def _computing_is_faster(self, now: float) -> bool:
+        loading, prefilling = self.loading.at(now), self.prefilling.at(now)
+        return loading is not None and prefilling is not None and prefilling > loading

@@ -1,0 +1,189 @@
+"""The cluster config: one YAML file that every process of a cluster reads.
+
+``ClusterConfig.load`` gives a checked, immutable config or a ConfigError that lists every problem with its place.
+``cluster.node(name)`` has every section as it is on that node: a node's own keys go before the cluster's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError
+
+from kvrelay.addresses import tcp_address
+from kvrelay.config.document import Document, Key
+from kvrelay.config.rules import inconsistencies, suggestion
+from kvrelay.config.sections import (
+    CacheConfig,
+    ClusterSettings,
+    EngineConfig,
+    FakeEngineConfig,
+    FixedBlocksConfig,
+    Host,
+    ModelConfig,
+    NewTokenRatioConfig,
+    Port,
+    RegistryConfig,
+    Role,
+    RouterConfig,
+    SchedulerConfig,
+    Section,
+    SGLangReserveConfig,
+    SpeculativeConfig,
+    StorageConfig,
+    TransferConfig,
+)
+from kvrelay.errors import ConfigError
+from kvrelay.protocol.ids import NodeId
+
+__all__ = [
+    "CacheConfig",
+    "ClusterConfig",
+    "ClusterSettings",
+    "EngineConfig",
+    "FakeEngineConfig",
+    "FixedBlocksConfig",
+    "ModelConfig",
+    "NewTokenRatioConfig",
+    "NodeConfig",
+    "RegistryConfig",
+    "Role",
+    "RouterConfig",
+    "SGLangReserveConfig",
+    "SchedulerConfig",
+    "SpeculativeConfig",
+    "StorageConfig",
+    "TransferConfig",
+]
+
+
+class Sections(Section):
+    """The sections that hold for the cluster, and that each node may have its own keys of."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig = Field(default_factory=SpeculativeConfig)
+    transfer: TransferConfig = Field(default_factory=TransferConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    registry: RegistryConfig = Field(default_factory=RegistryConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+
+
+class NodeConfig(Sections):
+    """One node, with every section as it holds there."""
+
+    name: str = Field(
+        min_length=1, max_length=32, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name of the node, unique."
+    )
+    role: Role = Field(strict=False, description="prefill, decode, or mixed (both, alone).")
+    host: Host = Field("127.0.0.1", description="Address the node listens on and others reach it at.")
+    port: Port = Field(description="Port the node listens on for other nodes.")
+    threads: int = Field(1, ge=1, le=1024, description="Threads the engine computes with.")
+    cpus: tuple[int, ...] | None = Field(
+        None, min_length=1, strict=False, description="CPUs the node's processes are pinned to; default: not pinned."
+    )
+
+    @property
+    def address(self) -> str:
+        """Where other nodes reach this one."""
+        return tcp_address(self.host, self.port)
+
+
+class ClusterConfig(Sections):
+    """The whole file."""
+
+    nodes: tuple[NodeConfig, ...] = Field(default=(), strict=False, description="The nodes of the cluster.")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
+        """Read ``path``; ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``) go before it.
+
+        Raises ConfigError with every problem found, one line each: ``file:line: key: what is wrong``.
+        """
+        document = Document.read(Path(path))
+        document.apply_env(env)
+        document.apply_overrides(overrides)
+        return cls._from_document(document, Path(path).parent)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Self:
+        """Check ``data``, the content of a config file. Raises ConfigError as ``load`` does."""
+        return cls._from_document(Document("config", data), Path.cwd())
+
+    @classmethod
+    def _from_document(cls, document: Document, config_dir: Path) -> Self:
+        config: Self | None = None
+        found: list[tuple[Key, str]] = []
+        try:
+            config = cls.model_validate(document.resolved(list(Sections.model_fields)))
+        except ValidationError as error:
+            found = _field_problems(error, document)
+        found += inconsistencies(document.data)
+        problems = [*document.problems, *(document.describe(key, reason) for key, reason in found)]
+        if problems or config is None:
+            raise ConfigError(sorted(problems, key=_in_reading_order))
+        return config._with_model_path(config_dir)
+
+    def _with_model_path(self, config_dir: Path) -> Self:
+        """Return the config with absolute model paths, so that processes may run anywhere."""
+        nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
+        return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
+
+    def node(self, name: NodeId) -> NodeConfig:
+        """Return the node called ``name``. Raises ConfigError if there is none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise ConfigError([f"no node is called {name!r}; there are {', '.join(node.name for node in self.nodes)}"])
+
+
+def _in_reading_order(problem: str) -> list[str | int]:
+    """Sort ``file:9:`` before ``file:10:``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
+
+
+def _field_problems(error: ValidationError, document: Document) -> list[tuple[Key, str]]:
+    """Return what pydantic found, without what a node merely inherited from a section already reported."""
+    problems: list[tuple[Key, str]] = []
+    for item in error.errors(include_url=False):
+        key: Key = (*item["loc"], *item.get("ctx", {}).get("key", ()))
+        inherited = key[0] == "nodes" and len(key) > 2 and key[2] in Sections.model_fields and not document.has(key)
+        if not inherited:
+            problems.append((key, _reason(item["type"], item["msg"], key, document)))
+    return problems
+
+
+_SUBJECT = re.compile(r"^\w+ (?=should )")
+"""What pydantic calls a value: the key names it better."""
+
+_REASONS = {
+    "missing": "is missing",
+    "too_short": "should not be empty",
+    "model_type": "should hold keys, not {shown}",
+    "tuple_type": "should be a list, not {shown}",
+    "string_pattern_mismatch": "cannot be {shown}",
+}
+
+
+def _reason(kind: str, message: str, key: Key, document: Document) -> str:
+    """Say in this file's terms what pydantic calls ``kind`` and ``message``."""
+    if kind == "extra_forbidden":
+        return "unknown key" + suggestion(ClusterConfig, key)
+    if kind == "refused":
+        return message
+    otherwise = _SUBJECT.sub("", message) + ", not {shown}"
+    return _REASONS.get(kind, otherwise).replace("{shown}", document.shown(key))
+
+
+def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:
+    """Return ``model`` with its path found from the current directory or, if not there, from the config file's."""
+    here, there = Path(model.path).absolute(), (config_dir / model.path).absolute()
+    found = there if there.exists() and not here.exists() else here
+    return model.model_copy(update={"path": str(found)})

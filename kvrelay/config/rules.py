@@ -1,0 +1,152 @@
+"""What must hold between the keys of a config that are each fine by themselves.
+
+The rules read the data as written, before it is known to be well typed, so that one run finds all mistakes; what
+is not of the expected type is passed over, for the types' own check to report.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+
+from kvrelay.addresses import netloc
+from kvrelay.config.document import Key
+from kvrelay.config.sections import (
+    STORED_BACKENDS,
+    CacheConfig,
+    ModelConfig,
+    Role,
+    RouterConfig,
+    SchedulerConfig,
+    Section,
+)
+
+Problem: TypeAlias = tuple[Key, str]
+
+RESERVED_NAMES = ("router", "messager")
+
+_EQUAL_ON_ALL_NODES: tuple[tuple[str, str, type[Section]], ...] = (
+    ("cache", "block_size", CacheConfig),
+    ("cache", "dtype", CacheConfig),
+    ("model", "served_name", ModelConfig),
+)
+
+
+def inconsistencies(data: dict[str, Any]) -> list[Problem]:
+    """Return every rule that ``data`` breaks, by the key that would have to change."""
+    nodes = data.get("nodes", [])
+    if not isinstance(nodes, list):
+        return []
+    known = [(index, node) for index, node in enumerate(nodes) if isinstance(node, dict)]
+    rules: tuple[Callable[[dict[str, Any], list[tuple[int, dict[str, Any]]]], Iterator[Problem]], ...] = (
+        _names,
+        _addresses,
+        _equal_keys,
+        _budgets,
+        _storage_needs_prefix_caching,
+    )
+    problems = [problem for rule in rules for problem in rule(data, known)]
+    # With a registry the other nodes of the cluster may be in other files.
+    return problems if _get(data, "registry", "kind", "static") == "redis" else [*problems, *_roles(nodes)]
+
+
+def suggestion(model: type[BaseModel], key: Key) -> str:
+    """Return ``; did you mean ...?`` for an unknown key, or nothing if no known key is near."""
+    for part in key[:-1]:
+        if isinstance(part, str):
+            model = _model_of(model.model_fields[part].annotation)
+    near = difflib.get_close_matches(str(key[-1]), list(model.model_fields), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(model.model_fields))}"
+
+
+def _model_of(annotation: Any) -> type[BaseModel]:
+    """Return the section class in ``annotation``, which is one, or a tuple of one."""
+    candidates = (annotation, *typing.get_args(annotation))
+    return next(item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel))
+
+
+def _names(_: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, node in nodes:
+        name = node.get("name")
+        if not isinstance(name, str):
+            continue
+        if name in seen:
+            yield ("nodes", index, "name"), f"another node is called {name} already"
+        if name in RESERVED_NAMES:
+            yield ("nodes", index, "name"), f"{name} is taken: no node may be called that"
+        seen.add(name)
+
+
+def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    router = data["router"] if isinstance(data.get("router"), dict) else {}
+    host, port = router.get("host", "127.0.0.1"), router.get("port", RouterConfig().port)
+    control = str(router.get("control", RouterConfig().control)).removeprefix("tcp://")
+    taken = {netloc(str(host), port): "router.port"}
+    if control in taken:
+        yield ("router", "control"), f"{control} is router.port's already"
+    taken[control] = "router.control"
+    for index, node in nodes:
+        address = netloc(str(node.get("host", "127.0.0.1")), node.get("port"))
+        if address in taken and "port" in node:
+            yield ("nodes", index, "port"), f"{address} is {taken[address]}'s already"
+        taken.setdefault(address, f"node {node.get('name', index)}")
+
+
+def _equal_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    for section, field, model in _EQUAL_ON_ALL_NODES:
+        default = model.model_fields[field].default
+        shared = _get(data, section, field, default)
+        values = {index: _get(node, section, field, shared) for index, node in nodes}
+        for index, value in values.items():
+            if value != next(iter(values.values())):
+                first = nodes[0][1].get("name", 0)
+                yield (
+                    ("nodes", index, section, field),
+                    f"must be equal on all nodes: {value} here, {next(iter(values.values()))} on {first}",
+                )
+
+
+def _budgets(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """A step computes one token of every decode: the budget must have room for as many as may run."""
+    fields = ("max_num_batched_tokens", "max_num_seqs")
+    defaults = [SchedulerConfig.model_fields[field].default for field in fields]
+    shared = [_get(data, "scheduler", field, default) for field, default in zip(fields, defaults, strict=True)]
+    for index, node in nodes:
+        budget, num_seqs = (_get(node, "scheduler", field, value) for field, value in zip(fields, shared, strict=True))
+        if node.get("role") not in ("decode", "mixed") or not isinstance(budget, int) or not isinstance(num_seqs, int):
+            continue
+        if budget < num_seqs:
+            yield (
+                ("nodes", index, "scheduler", "max_num_batched_tokens"),
+                f"{budget} is below max_num_seqs ({num_seqs}): a step takes one token of every running decode",
+            )
+
+
+def _storage_needs_prefix_caching(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Stored blocks are found by their hash, as published ones are: without hashes in use there is nothing to find."""
+    backend, caching = _get(data, "storage", "backend", "none"), _get(data, "cache", "prefix_caching", True)
+    for index, node in nodes:
+        is_stored = _get(node, "storage", "backend", backend) in STORED_BACKENDS
+        if is_stored and _get(node, "cache", "prefix_caching", caching) is False:
+            yield ("nodes", index, "cache", "prefix_caching"), "storage needs it: blocks are stored by their hash"
+
+
+def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:
+    keys = data.get(section)
+    return keys.get(field, default) if isinstance(keys, dict) else default
+
+
+def _roles(nodes: list[Any]) -> Iterator[Problem]:
+    roles = [node.get("role") if isinstance(node, dict) else None for node in nodes]
+    if not nodes:
+        yield ("nodes",), "no node that can serve: give a mixed node, or a prefill and a decode node"
+    if not all(role in list(Role) for role in roles):
+        return
+    for role, partner in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
+        if role in roles and partner not in roles:
+            yield ("nodes",), f"a {role} node needs a {partner} node to work with, and there is none"

@@ -1,0 +1,152 @@
+"""A KV pool in host memory, shared with the node's messager and with messagers on the same host.
+
+The memory is an anonymous file (``memfd_create``): it has no name that could outlive its processes, so a node
+that is killed leaves nothing behind, and its size is not bound by a small ``/dev/shm``. Another process of the
+same user maps it through ``/proc/<pid>/fd/<fd>``; a random tag in the last bytes tells whether a handle still means
+this memory or the pid has been reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
+from kvrelay.kv_pool import block_copy as kv_copy
+from kvrelay.kv_pool.interface import HostBlock, KVPool
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
+from kvrelay.protocol.kv_handle import KVMemoryHandle
+
+TAG_BYTES = 16
+
+_FEWEST_HUGE_BYTES = 16 << 20
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class KVMemory:
+    """All KV blocks of one node (see ``kv_pool.KVPool``).
+
+    Only the engine, which owns them, uses ``planes[layer, 0 for K or 1 for V, block]``: a block's bytes in one layer.
+    """
+
+    def __init__(self, geometry: KVGeometry, handle: KVMemoryHandle, fd: int) -> None:
+        self.geometry = geometry
+        self.handle = handle
+        self.num_blocks = handle.num_blocks
+        self._fd = fd
+        shape = (geometry.num_layers, 2, handle.num_blocks, geometry.plane_block_bytes)
+        self._map = mmap.mmap(fd, int(np.prod(shape)) + TAG_BYTES)
+        if len(self._map) >= _FEWEST_HUGE_BYTES:
+            # blocks are read in any order: on small pages each would cost a walk through the page tables
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.planes: Bytes = np.frombuffer(self._map, np.uint8, int(np.prod(shape))).reshape(shape)
+
+    @classmethod
+    def create(cls, geometry: KVGeometry, num_blocks: int) -> KVMemory:
+        """Make zeroed memory for ``num_blocks`` blocks, owned by this process.
+
+        Raises ConfigError if that is more than this machine has or gives.
+        """
+        size_bytes = num_blocks * geometry.block_bytes
+        if size_bytes > (total := _machine_bytes()):
+            raise _too_large(num_blocks, size_bytes, f"this machine has {total:,} bytes of memory")
+        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_bytes + TAG_BYTES)
+            tag = secrets.token_hex(TAG_BYTES // 2)
+            os.pwrite(fd, tag.encode(), size_bytes)
+            return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
+        except OSError as error:
+            os.close(fd)
+            raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
+
+    @classmethod
+    def attach(cls, geometry: KVGeometry, handle: KVMemoryHandle) -> KVMemory:
+        """Map the memory another process of this host made.
+
+        Raises PeerLostError if that process is gone or out of reach, GeometryMismatchError if the memory is not
+        of the size that ``geometry`` and ``handle`` say.
+        """
+        try:
+            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise PeerLostError(f"cannot map the KV memory of process {handle.pid}: {error}") from error
+        size_bytes = handle.num_blocks * geometry.block_bytes
+        if os.fstat(fd).st_size != size_bytes + TAG_BYTES:
+            os.close(fd)
+            raise GeometryMismatchError(f"KV memory of process {handle.pid} is not {size_bytes} bytes")
+        if os.pread(fd, TAG_BYTES, size_bytes) != handle.tag.encode():
+            os.close(fd)
+            raise PeerLostError(f"process {handle.pid} is no longer the one that made this KV memory")
+        return cls(geometry, handle, fd)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all blocks together."""
+        return self.planes.nbytes
+
+    # ------------------------------------------------------------ for those who do not own it: see KVPool
+
+    def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
+        """See KVPool: views where blocks lie together, copies where they are scattered."""
+        return kv_copy.read(self._planes_of(layers), block_ids)
+
+    def digest(self, layers: range, block_ids: list[BlockId]) -> int:
+        """See KVPool."""
+        return _digest(kv_copy.pieces(self._planes_of(layers), block_ids))
+
+    def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
+        """See KVPool."""
+        kv_copy.write(self._planes_of(layers), block_ids, payload)
+
+    def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
+        """See KVPool: the source must be host memory too."""
+        if not isinstance(source, KVMemory):
+            raise GeometryMismatchError(f"host memory cannot be copied from {type(source).__name__}")
+        return _digest(kv_copy.copy(self._planes_of(layers), target_ids, source._planes_of(layers), source_ids))
+
+    def copy_out(self, block_ids: Sequence[BlockId], into: Sequence[HostBlock]) -> None:
+        """See KVPool."""
+        for block, target in zip(block_ids, into, strict=True):
+            np.copyto(target, self.planes[:, :, block])
+
+    @contextlib.contextmanager
+    def lend(self, block_ids: Sequence[BlockId]) -> Iterator[list[HostBlock]]:
+        """See KVPool: the blocks themselves."""
+        yield [self.planes[:, :, block] for block in block_ids]
+
+    def _planes_of(self, layers: range) -> list[Bytes]:
+        """Return K and V of each layer."""
+        return [plane for layer in layers for plane in self.planes[layer]]
+
+    def close(self) -> None:
+        """Give the memory back; it is gone when the last process that maps it has done so."""
+        del self.planes
+        with contextlib.suppress(BufferError):  # a view is still alive (an engine's tensor): the mapping goes with it
+            self._map.close()
+        os.close(self._fd)
+
+
+def _digest(parts: Iterable[memoryview]) -> int:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _too_large(num_blocks: int, size_bytes: int, reason: str) -> ConfigError:
+    return ConfigError([f"cache.num_blocks: {num_blocks:,} blocks take {size_bytes:,} bytes: {reason}"])

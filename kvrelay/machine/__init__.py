@@ -1,0 +1,1 @@
+"""What the state machines of all roles share: their contract, heartbeats, registration, status tables. No I/O."""

@@ -1,0 +1,257 @@
+"""The contract of a role: events in, actions out.
+
+A role is a machine: ``handle(event, now)`` changes its state and returns what its surroundings must do. It never
+awaits, reads a clock, touches a socket or draws a random number, so the same machine runs on sockets (``shell``), on a
+fake network under test and on virtual time. Each action that starts work is answered by exactly one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.messages.base import Message
+from kvrelay.protocol.messages.engine import StepPlan, StepResult
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A decoded message came in. ``payload``: raw parts that followed it (KV frames only)."""
+
+    peer: PeerId
+    message: Message
+    payload: tuple[memoryview, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Nothing more will come from ``peer``, and nothing reaches it: refused, gone, or its queue stayed full."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayersComputed:
+    """The KV of ``layers`` of a step is in the pool, but for sequences that the step's result says have failed."""
+
+    step: int
+    layers: range
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Answers RunStep: what came of each sequence, errors of single sequences included."""
+
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """Answers RunStep: no sequence of the step has an outcome. The KV of the tokens it was to compute is undefined.
+
+    The engine may not know what the plan said of new and changed sequences; it has forgotten those that left.
+    """
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """Answers SetTimer."""
+
+    key: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of every machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """The operator wants this process to end: take nothing new, finish or hand back what runs, then Exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVStaged:
+    """Answers StageKV: nothing reads the blocks any more, and they are copied unless that broke."""
+
+    key: Hashable
+    copied: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KVStored:
+    """Answers StoreKV: the first ``num_blocks`` blocks are in the store, ``num_written`` of all were not before."""
+
+    key: Hashable
+    num_blocks: int
+    num_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLoaded:
+    """Answers LoadKV: the first ``num_blocks`` blocks hold their KV, verified; nothing writes to any of them now."""
+
+    key: Hashable
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounted:
+    """What the node's store has done so far, after each call. For people: nothing depends on it."""
+
+    counters: dict[str, float]
+
+
+CoreEvent: TypeAlias = (
+    Received
+    | PeerLost
+    | LayersComputed
+    | StepDone
+    | StepFailed
+    | TimerFired
+    | Started
+    | StopRequested
+    | KVStaged
+    | KVStored
+    | KVLoaded
+    | StoreCounted
+)
+
+# ---------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``message``. If it cannot be queued at once, a PeerLost follows."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open a connection to the process that listens at ``address`` and call it ``peer``."""
+
+    peer: PeerId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Forget ``peer``: drop what is queued for it and whatever it still sends."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run one model step after those asked for before. StepDone or StepFailed follows, after LayersComputed events."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Fire ``key`` at time ``at_s``; setting it again moves it."""
+
+    key: Hashable
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    """Forget the timer ``key``; none is no fault."""
+
+    key: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class StageKV:
+    """Copy ``blocks`` of the pool to ``slots`` of the node's staging memory; KVStaged follows, within milliseconds."""
+
+    key: Hashable
+    blocks: Sequence[BlockId]
+    slots: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreKV:
+    """Write ``slots`` of the staging memory to the store, as ``hashes``; KVStored follows, whatever the store does."""
+
+    key: Hashable
+    hashes: Sequence[bytes]
+    slots: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadKV:
+    """Read the first of ``hashes`` that the store has into ``blocks`` of the pool; KVLoaded follows in ``timeout_s``.
+
+    Fewer than ``min_blocks`` are not worth reading.
+    """
+
+    key: Hashable
+    hashes: Sequence[bytes]
+    blocks: Sequence[BlockId]
+    min_blocks: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Have all routers know of this node, in this ``state``, until the process ends. Not with a static registry."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Have whoever supervises this process know that its start is over. Again is no fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Write a log line. For people: nothing depends on it."""
+
+    level: str
+    event: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """This process is done."""
+
+    reason: str = ""
+
+
+CoreAction: TypeAlias = (
+    Send
+    | Connect
+    | Disconnect
+    | RunStep
+    | SetTimer
+    | CancelTimer
+    | StageKV
+    | StoreKV
+    | LoadKV
+    | Announce
+    | Ready
+    | Log
+    | Exit
+)
+
+
+class Machine(Protocol):
+    """What a shell, a fake network or a simulator drives. Roles add their own events and actions to the core ones."""
+
+    def handle(self, event: object, now: float) -> Sequence[object]:
+        """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""

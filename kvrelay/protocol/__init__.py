@@ -1,0 +1,1 @@
+"""What processes send each other: ids, requests, KV geometry, every message, and the codec."""

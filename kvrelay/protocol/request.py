@@ -1,0 +1,142 @@
+"""A request as nodes see it: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from enum import StrEnum
+
+import msgspec
+
+from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How output tokens are chosen. The router has checked every bound and filled in every default.
+
+    ``seed`` is always set: the random number of an output token depends on it and on the token's position in the
+    sequence alone, so no batch, node, preemption or retry changes what is drawn.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    eos_token_ids: list[int] = msgspec.field(default_factory=list)
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    """How many alternatives to report with each output token; 0: the token's own logprob only, None: nothing."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of a sampled token, and the ``num_logprobs`` most likely tokens in falling order."""
+
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node must know to serve a request. ``output_token_ids``: those delivered by earlier attempts.
+
+    ``router`` is what nodes call the router whose request it is: the node that gets it from there notes it.
+    """
+
+    request_id: str
+    epoch: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
+    priority: int = 0
+    arrival_s: float = 0.0
+    router: PeerId = ROUTER
+
+    @property
+    def attempt(self) -> Attempt:
+        """The key of this try."""
+        return Attempt(self.request_id, self.epoch)
+
+
+class FinishReason(StrEnum):
+    """Why a request ended well; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class TokenSequence:
+    """Tokens, prompt first, and how the next one is chosen: all that sampling looks at."""
+
+    __slots__ = ("num_prompt_tokens", "sampling", "token_ids")
+
+    def __init__(self, token_ids: list[int], num_prompt_tokens: int, sampling: SamplingParams) -> None:
+        self.token_ids = token_ids
+        self.num_prompt_tokens = num_prompt_tokens
+        self.sampling = sampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+class Sequence(TokenSequence):
+    """The tokens and KV blocks of one request, as the node's state machine knows them.
+
+    The machine alone reads and changes it, whether or not a step runs: the engine has sequences of its own, which
+    plans keep up to date (``kvrelay.node.plans``). ``token_ids`` are those whose results have come in, and the KV of
+    the first ``num_computed_tokens`` is in ``block_table``.
+    """
+
+    __slots__ = ("block_table", "num_computed_tokens", "spec")
+
+    def __init__(self, spec: RequestSpec) -> None:
+        super().__init__([*spec.prompt_token_ids, *spec.output_token_ids], len(spec.prompt_token_ids), spec.sampling)
+        self.spec = spec
+        self.num_computed_tokens = 0
+        self.take_blocks(())
+
+    def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
+        """Have ``block_ids`` for its KV, and none of those it had before."""
+        self.block_table = array("i", block_ids)
+
+    @property
+    def attempt(self) -> Attempt:
+        """The key of this try."""
+        return self.spec.attempt
+
+    @property
+    def max_tokens(self) -> int:
+        """Output tokens it may have at most."""
+        return self.sampling.max_tokens
+
+    @property
+    def remaining_output_tokens(self) -> int:
+        """Output tokens it may still generate, never negative."""
+        return max(0, self.sampling.max_tokens - len(self.token_ids) + self.num_prompt_tokens)
+
+    def finish_reason(self) -> tuple[FinishReason, int | None] | None:
+        """Return why this request is over after its newest token, with the stop token if one ended it, or None."""
+        sampling, last = self.sampling, self.token_ids[-1]
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        is_full = num_output_tokens >= sampling.max_tokens
+        if num_output_tokens > sampling.min_tokens or is_full:
+            if last in sampling.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP, None
+            if last in sampling.stop_token_ids:
+                return FinishReason.STOP, last
+        return (FinishReason.LENGTH, None) if is_full else None

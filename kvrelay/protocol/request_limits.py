@@ -1,0 +1,54 @@
+"""What a node checks of a request before it does anything for it, whoever sent it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from kvrelay.errors import InvalidRequestError, KVRelayError, PromptTooLongError
+from kvrelay.protocol.request import RequestSpec
+
+
+class RequestLimits(NamedTuple):
+    """What the node's model takes: token ids from 0 to ``vocab_size - 1``, and ``max_model_len`` tokens in all."""
+
+    vocab_size: int
+    max_model_len: int
+
+    def error(self, spec: RequestSpec) -> KVRelayError | None:
+        """Return what is wrong with ``spec``, or None. The cost is that of looking at each token once."""
+        if not spec.prompt_token_ids:
+            return InvalidRequestError("prompt: has no tokens", param="prompt")
+        return self._unknown_token(spec) or self._length(spec)
+
+    def _unknown_token(self, spec: RequestSpec) -> InvalidRequestError | None:
+        params = spec.sampling
+        fields: dict[str, Collection[int]] = {
+            "prompt": spec.prompt_token_ids,
+            "output_token_ids": spec.output_token_ids,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+            "eos_token_ids": params.eos_token_ids,
+        }
+        for name, token_ids in fields.items():
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+                token_id = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+                return unknown_token(name, token_id, self.vocab_size)
+        return None
+
+    def _length(self, spec: RequestSpec) -> PromptTooLongError | None:
+        num_prompt, num_output = len(spec.prompt_token_ids), max(spec.sampling.max_tokens, len(spec.output_token_ids))
+        if num_prompt + num_output <= self.max_model_len:
+            return None
+        return PromptTooLongError(
+            f"a prompt of {num_prompt} and an output of up to {num_output} tokens exceed the model's length of "
+            f"{self.max_model_len}",
+            param="prompt",
+        )
+
+
+def unknown_token(param: str, token_id: int, vocab_size: int) -> InvalidRequestError:
+    """Return the error for a ``token_id`` in field ``param`` that the model does not have."""
+    return InvalidRequestError(
+        f"{param}: {token_id} is no token id of this model, whose vocabulary has {vocab_size}", param=param
+    )

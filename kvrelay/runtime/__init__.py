@@ -1,0 +1,1 @@
+"""What runs a machine in a process: the shell, sockets, the compute thread, signals, logs."""

@@ -1,0 +1,137 @@
+"""The shell every role runs in: events in from sockets, timers and threads, actions out to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import (
+    CancelTimer,
+    Connect,
+    Disconnect,
+    Exit,
+    Log,
+    Machine,
+    Ready,
+    Send,
+    SetTimer,
+    Started,
+    StopRequested,
+    TimerFired,
+)
+from kvrelay.runtime.logging import log_event
+from kvrelay.runtime.startup import READY, startup
+from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
+from kvrelay.runtime.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Any], None]
+"""Performs one kind of action."""
+
+
+class Shell:
+    """Drives one machine on the running loop.
+
+    ``handlers`` perform the actions a role adds to the core ones, by type. One event is handled to its end before the
+    next is looked at; events posted meanwhile queue up.
+    """
+
+    def __init__(self, machine: Machine, *, clock: Clock, handlers: Mapping[type, Handler] | None = None) -> None:
+        self._machine = machine
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[object] = deque()
+        self._running = False
+        self._listening = False
+        self._stop_requests = StopRequests()
+        self._timers: dict[Hashable, asyncio.TimerHandle] = {}
+        self._done: asyncio.Future[str] = self._loop.create_future()
+        self._handlers: dict[type, Handler] = {
+            SetTimer: self._set_timer,
+            CancelTimer: self._cancel_timer,
+            Log: lambda action: log_event(action.level, action.event, action.fields),
+            Ready: lambda _: startup.report(READY),
+            Exit: self._exit,
+            **(handlers or {}),
+        }
+
+    def handle_with(self, kind: type, handler: Handler) -> None:
+        """Have ``handler`` perform actions of type ``kind``; for one that itself needs the shell."""
+        self._handlers[kind] = handler
+
+    def post(self, event: object) -> None:
+        """Queue ``event``; call from the loop's thread. What comes before ``run`` waits for it."""
+        self._events.append(event)
+        if len(self._events) == 1 and self._running:
+            self._loop.call_soon(self._pump)
+
+    def post_threadsafe(self, event: object) -> None:
+        """Queue ``event`` from any thread."""
+        self._loop.call_soon_threadsafe(self.post, event)
+
+    def call_threadsafe(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the loop's thread; from any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    def listen_for_stop(self) -> None:
+        """Have SIGTERM and SIGINT ask the machine to stop, once it runs; ``run`` does it at the latest."""
+        if not self._listening:
+            self._listening = True
+            handle_stop_signals(self._loop, self._told_to_stop)
+
+    async def run(self, transport: Transport) -> str:
+        """Run until the machine exits; return its reason. SIGTERM and SIGINT ask it to stop."""
+        self._handlers |= {
+            Send: lambda action: transport.send(action.peer, action.message),
+            Connect: lambda action: transport.connect(action.peer, action.address),
+            Disconnect: lambda action: transport.disconnect(action.peer),
+        }
+        self.listen_for_stop()
+        self._events.appendleft(Started())
+        self._running = True
+        self._loop.call_soon(self._pump)
+        try:
+            return await self._done
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+
+    def _told_to_stop(self) -> None:
+        if self._stop_requests.is_new(self._clock.now()):
+            self.post(StopRequested())
+
+    def _pump(self) -> None:
+        # The event stays at the head while it is handled, so that post() does not schedule a second pump.
+        while self._events and not self._done.done():
+            event = self._events[0]
+            try:
+                for action in self._machine.handle(event, self._clock.now()):
+                    self._handlers[type(action)](action)
+            except Exception as error:
+                logger.exception("broken while handling %.500r", event)
+                self._done.set_exception(error)
+                return
+            self._events.popleft()
+
+    def _set_timer(self, action: SetTimer) -> None:
+        self._cancel_timer(action)
+        delay_s = max(0.0, action.at_s - self._clock.now())
+        self._timers[action.key] = self._loop.call_later(delay_s, self._fire, action.key)
+
+    def _cancel_timer(self, action: SetTimer | CancelTimer) -> None:
+        timer = self._timers.pop(action.key, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _fire(self, key: Hashable) -> None:
+        del self._timers[key]
+        self.post(TimerFired(key))
+
+    def _exit(self, action: Exit) -> None:
+        if not self._done.done():
+            self._done.set_result(action.reason)

@@ -1,0 +1,159 @@
+"""The blocks of one node: a free list and reference counts.
+
+Whatever takes many blocks takes them in one call, checks all of them first and then changes all of them: an error
+leaves the pool as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
+
+FREE = -1
+"""Reference count of a block on the free list; 0 is a block without references that somebody keeps (a prefix cache)."""
+
+
+class BlockPool:
+    """``num_blocks`` blocks, ids from 0, all free at first.
+
+    The free list is a stack, and blocks come back last block first: what was consecutive when it was allocated is
+    consecutive when it is allocated again, so that transfers find long runs of ids.
+    """
+
+    __slots__ = ("_free", "_ref_counts", "num_allocated", "num_blocks", "num_recycled", "num_referenced")
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_allocated = 0
+        """Blocks ever taken from the free list."""
+        self.num_recycled = 0
+        """Blocks ever returned to it."""
+        self.num_referenced = 0
+        """Blocks with references now."""
+        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
+        self._ref_counts = [FREE] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks on the free list."""
+        return len(self._free)
+
+    def ref_count(self, block: BlockId) -> int:
+        """Return the references on ``block``: 0 if it is only kept, FREE if not even that."""
+        return self._ref_counts[block]
+
+    def allocate(self, num_blocks: int) -> list[BlockId]:
+        """Take blocks from the free list, with one reference each.
+
+        Raises LocalProtocolError if there are not as many.
+        """
+        if not 0 <= num_blocks <= len(self._free):
+            raise LocalProtocolError(f"allocate {num_blocks} blocks: {len(self._free)} of {self.num_blocks} are free")
+        keep = len(self._free) - num_blocks
+        taken = self._free[keep:]
+        taken.reverse()
+        del self._free[keep:]
+        ref_counts = self._ref_counts
+        for block in taken:
+            ref_counts[block] = 1
+        self.num_allocated += num_blocks
+        self.num_referenced += num_blocks
+        return taken
+
+    def pin(self, block_ids: Sequence[BlockId]) -> list[BlockId]:
+        """Add one reference to each block; return those that had none, in the order given.
+
+        Raises LocalProtocolError if a block is free or unknown, or named twice.
+        """
+        self.require("pin", block_ids, min_refs=0)
+        ref_counts = self._ref_counts
+        first_refs = [block for block in block_ids if not ref_counts[block]]
+        for block in block_ids:
+            ref_counts[block] += 1
+        self.num_referenced += len(first_refs)
+        return first_refs
+
+    def unpin(self, block_ids: Sequence[BlockId]) -> list[BlockId]:
+        """Take one reference from each block; return those that have none left, in reverse order.
+
+        They are not free yet: the caller keeps them or recycles them. Raises LocalProtocolError if a block has no
+        reference, is unknown, or is named twice.
+        """
+        self.require("unpin", block_ids, min_refs=1)
+        ref_counts = self._ref_counts
+        last_refs: list[BlockId] = []
+        for block in reversed(block_ids):
+            refs = ref_counts[block] - 1
+            ref_counts[block] = refs
+            if not refs:
+                last_refs.append(block)
+        self.num_referenced -= len(last_refs)
+        return last_refs
+
+    def recycle(self, block_ids: Sequence[BlockId]) -> None:
+        """Put blocks without references on the free list, in one batch; the last one given is allocated next.
+
+        Raises LocalProtocolError if a block is still referenced, free already, unknown, or named twice.
+        """
+        self.require("recycle", block_ids, min_refs=0, max_refs=0)
+        ref_counts = self._ref_counts
+        for block in block_ids:
+            ref_counts[block] = FREE
+        self._free += block_ids
+        self.num_recycled += len(block_ids)
+
+    def require(self, operation: str, block_ids: Sequence[BlockId], min_refs: int, max_refs: int | None = None) -> None:
+        """Raise LocalProtocolError, naming ``operation`` and the first culprit, unless all blocks are as they must be.
+
+        They must be known, all different, and have ``min_refs`` to ``max_refs`` references each.
+        """
+        if not block_ids:
+            return
+        if min(block_ids) < 0 or max(block_ids) >= self.num_blocks:
+            raise LocalProtocolError(
+                f"{operation}: no such block in a pool of {self.num_blocks}: "
+                f"{next(block for block in block_ids if not 0 <= block < self.num_blocks)}"
+            )
+        if len(set(block_ids)) < len(block_ids):
+            twice = next(block for block in block_ids if block_ids.count(block) > 1)
+            raise LocalProtocolError(f"{operation}: block {twice} is named twice in one call")
+        ref_counts = self._ref_counts
+        if min(map(ref_counts.__getitem__, block_ids)) < min_refs:
+            self._refuse(operation, next(block for block in block_ids if ref_counts[block] < min_refs))
+        if max_refs is not None and max(map(ref_counts.__getitem__, block_ids)) > max_refs:
+            self._refuse(operation, next(block for block in block_ids if ref_counts[block] > max_refs))
+
+    def _refuse(self, operation: str, block: BlockId) -> None:
+        raise LocalProtocolError(f"{operation}: block {block} {self.describe(block)}")
+
+    def describe(self, block: BlockId) -> str:
+        """Return what ``block`` is, as the end of a sentence."""
+        refs = self._ref_counts[block]
+        if refs == FREE:
+            return "is free: nobody owns it"
+        if refs == 0:
+            return "has no references: only the prefix cache keeps it"
+        return f"has {refs} reference{'s' * (refs > 1)}"
+
+    def referenced(self) -> list[BlockId]:
+        """Return the blocks with references, by id. Looks at the whole pool."""
+        return [block for block, refs in enumerate(self._ref_counts) if refs > 0]
+
+    def problems(self) -> list[str]:
+        """Return every way in which the pool contradicts itself; none if all is well. Looks at the whole pool."""
+        on_list = set(self._free)
+        counted = {block for block, refs in enumerate(self._ref_counts) if refs == FREE}
+        found = [f"block {block} is counted free but not on the free list" for block in counted - on_list]
+        found += [f"block {block} is on the free list but {self.describe(block)}" for block in on_list - counted]
+        if len(on_list) < len(self._free):
+            found.append(f"the free list names {len(self._free) - len(on_list)} blocks more than once")
+        if self.num_allocated - self.num_recycled != self.num_blocks - len(self._free):
+            found.append(
+                f"{self.num_allocated} allocated - {self.num_recycled} recycled "
+                f"!= {self.num_blocks - len(self._free)} blocks off the free list"
+            )
+        if self.num_referenced != len(self.referenced()):
+            found.append(f"{self.num_referenced} blocks are counted referenced, {len(self.referenced())} are")
+        return found

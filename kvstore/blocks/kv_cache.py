@@ -1,0 +1,199 @@
+"""The KV blocks of one node, as its state machine sees them: pool and prefix cache in one object.
+
+Who calls what, when::
+
+    matched = cache.match(hashes)                       admission: nothing changes yet
+    if cache.can_allocate(n, matched):                  still nothing changes
+        cache.pin(matched)                              first pin, then allocate: pinned blocks cannot be evicted
+        block_table = matched + cache.allocate(n)
+    cache.publish(hashes[:k], block_table[:k])          the first k blocks are computed (P) or verified (D)
+    cache.pin(block_ids)                                a transfer, storage write or step begins to use them
+    cache.unpin(block_ids)                              it has ended
+    cache.unpin(block_table)                            the request has ended; who comes last frees
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.prefix_cache import PrefixCache
+
+_MAX_TOLD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheStats:
+    """Totals since the cache was made; they only grow.
+
+    ``prefix_queries`` counts requests. Blocks are allocated from the free list, recycled to it, and evicted from the
+    prefix cache when somebody needs a free block.
+    """
+
+    prefix_queries: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    allocated_blocks: int
+    recycled_blocks: int
+    evicted_blocks: int
+
+
+class KVCache:
+    """``num_blocks`` KV blocks, each at any time free, evictable or used; see the package for what that means.
+
+    Misuse raises LocalProtocolError that says which block and why, and changes nothing: a free block pinned, a
+    reference returned that was never held, an unknown block, more blocks allocated than there are. "No blocks now"
+    is what ``can_allocate`` answers and no exception. Without ``prefix_caching`` nothing is ever published or matched.
+    """
+
+    __slots__ = ("_evicted", "_hit_tokens", "_pool", "_prefixes", "_queries", "_query_tokens", "prefix_caching")
+
+    def __init__(self, num_blocks: int, prefix_caching: bool = True) -> None:
+        self.prefix_caching = prefix_caching
+        self._pool = BlockPool(num_blocks)
+        self._prefixes = PrefixCache(num_blocks)
+        self._queries = 0
+        self._query_tokens = 0
+        self._hit_tokens = 0
+        self._evicted = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks."""
+        return self._pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks whose contents mean nothing."""
+        return self._pool.num_free
+
+    @property
+    def num_evictable(self) -> int:
+        """Published blocks that are free for the asking."""
+        return self._prefixes.num_evictable
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that are referenced, or that a referenced block continues."""
+        return self._pool.num_blocks - self._pool.num_free - self._prefixes.num_evictable
+
+    @property
+    def num_referenced(self) -> int:
+        """Blocks with references: ``num_used`` without unreferenced blocks that a referenced one continues.
+
+        A request that owns all of these is alone: nobody else could give a block up for it.
+        """
+        return self._pool.num_referenced
+
+    @property
+    def stats(self) -> KVCacheStats:
+        """The totals now."""
+        return KVCacheStats(
+            prefix_queries=self._queries,
+            prefix_query_tokens=self._query_tokens,
+            prefix_hit_tokens=self._hit_tokens,
+            allocated_blocks=self._pool.num_allocated,
+            recycled_blocks=self._pool.num_recycled,
+            evicted_blocks=self._evicted,
+        )
+
+    def record_query(self, query_tokens: int, hit_tokens: int) -> None:
+        """Count a request that asked for ``query_tokens`` and was served ``hit_tokens`` of them from the prefix cache.
+
+        Apart from ``match``, which a waiting request repeats until it is admitted.
+        """
+        self._queries += 1
+        self._query_tokens += query_tokens
+        self._hit_tokens += hit_tokens
+
+    def match(self, hashes: Sequence[bytes]) -> list[BlockId]:
+        """Return the blocks of the longest published prefix of ``hashes``, to be pinned. No side effects."""
+        return self._prefixes.match(hashes)
+
+    def can_allocate(self, num_blocks: int, matched: Sequence[BlockId] = ()) -> bool:
+        """Return whether ``allocate(num_blocks)`` would succeed once ``matched`` is pinned. No side effects."""
+        deficit = num_blocks - self._pool.num_free
+        if deficit <= 0:
+            return True
+        return deficit <= self._prefixes.num_evictable - self._prefixes.count_evictable(matched)
+
+    def allocate(self, num_blocks: int) -> list[BlockId]:
+        """Return ``num_blocks`` blocks with one reference each, evicting just as many as are not free.
+
+        Raises LocalProtocolError, having evicted nothing, if free and evictable blocks together do not suffice.
+        """
+        deficit = num_blocks - self._pool.num_free
+        if deficit > 0:
+            self._evict(num_blocks, deficit)
+        return self._pool.allocate(num_blocks)
+
+    def _evict(self, num_blocks: int, deficit: int) -> None:
+        if deficit > self._prefixes.num_evictable:
+            raise LocalProtocolError(
+                f"allocate {num_blocks} blocks: of {self.num_blocks}, {self.num_free} are free, "
+                f"{self.num_evictable} evictable, {self.num_used} used"
+            )
+        self._pool.recycle(self._prefixes.evict(deficit))
+        self._evicted += deficit
+
+    def pin(self, block_ids: Sequence[BlockId]) -> None:
+        """Add one reference to each block. One that was evictable is no longer, and will be the last to be evicted.
+
+        Raises LocalProtocolError if a block is free, unknown, or named twice.
+        """
+        self._prefixes.hold(self._pool.pin(block_ids))
+
+    def unpin(self, block_ids: Sequence[BlockId]) -> None:
+        """Take one reference from each block. One that has none left is free, or evictable if it is published.
+
+        Raises LocalProtocolError if a block has no reference, is unknown, or is named twice.
+        """
+        self._pool.recycle(self._prefixes.release(self._pool.unpin(block_ids)))
+
+    def publish(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
+        """Make a sequence's first blocks matchable: ``block_ids[i]``, computed or verified, has hash ``hashes[i]``.
+
+        Always from the sequence's first block on; what is published already costs nothing. A hash that another
+        block has published keeps that block: the duplicate stays its request's own and is freed with it, and the blocks
+        after it continue the chain of the old one.
+
+        Raises LocalProtocolError if a block is not referenced, or is published with another hash, or if the
+        two lists differ in length.
+        """
+        if len(hashes) != len(block_ids):
+            raise LocalProtocolError(f"publish: {len(hashes)} hashes for {len(block_ids)} blocks")
+        if not self.prefix_caching:
+            return
+        num_settled = self._prefixes.num_settled(hashes, block_ids)
+        self._pool.require("publish", block_ids[num_settled:], min_refs=1)
+        self._prefixes.insert(hashes, block_ids, num_settled)
+
+    def clear(self) -> None:
+        """Forget every evictable block: it becomes free."""
+        self._pool.recycle(self._prefixes.evict(self._prefixes.num_evictable))
+
+    def assert_quiescent(self) -> None:
+        """Raise LocalProtocolError that names the referenced blocks, if there are any: free + evictable == all."""
+        referenced = self._pool.referenced()
+        if referenced:
+            told = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_TOLD])
+            raise LocalProtocolError(
+                f"{len(referenced)} of {self.num_blocks} KV blocks are still referenced: {told}"
+                + (", ..." if len(referenced) > _MAX_TOLD else "")
+            )
+
+    def check_invariants(self) -> None:
+        """Raise LocalProtocolError that lists every contradiction. Looks at everything: for tests and debugging."""
+        referenced = set(self._pool.referenced())
+        problems = self._pool.problems() + self._prefixes.problems(referenced)
+        for block in range(self.num_blocks):
+            refs, published = self._pool.ref_count(block), self._prefixes.is_published(block)
+            if refs < 0 and published:
+                problems.append(f"block {block} is free and published")
+            if refs == 0 and not published:
+                problems.append(f"block {block} is lost: neither free, nor published, nor referenced")
+        if problems:
+            raise LocalProtocolError("KV blocks: " + "; ".join(problems))

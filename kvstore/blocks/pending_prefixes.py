@@ -1,0 +1,53 @@
+"""Blocks that somebody is computing now and will publish soon."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+
+class PendingPrefixes:
+    """Hashes of the blocks that running prefills of this node have yet to compute, by who computes them.
+
+    A request that needs such a block next does better to wait for it than to compute it too: prompts that arrive
+    together and begin alike share their beginning. A promise ends when the block is published or its owner gives up.
+    """
+
+    __slots__ = ("_counts", "_owed")
+
+    def __init__(self) -> None:
+        self._counts: dict[bytes, int] = {}
+        self._owed: dict[Hashable, tuple[Sequence[bytes], int]] = {}
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        return block_hash in self._counts
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def promise(self, owner: Hashable, hashes: Sequence[bytes], first_block: int) -> None:
+        """Note that ``owner`` computes the blocks of ``hashes`` from ``first_block`` on."""
+        self._owed[owner] = (hashes, first_block)
+        counts = self._counts
+        for block_hash in hashes[first_block:]:
+            counts[block_hash] = counts.get(block_hash, 0) + 1
+
+    def published(self, owner: Hashable, num_blocks: int) -> None:
+        """Note that the first ``num_blocks`` blocks of ``owner`` are published, if it promised any."""
+        owed = self._owed.get(owner)
+        if owed is not None and num_blocks > owed[1]:
+            hashes, first_block = owed
+            self._settle(hashes[first_block:num_blocks])
+            self._owed[owner] = (hashes, num_blocks)
+
+    def withdraw(self, owner: Hashable) -> None:
+        """Note that ``owner`` computes nothing more."""
+        hashes, first_block = self._owed.pop(owner, ((), 0))
+        self._settle(hashes[first_block:])
+
+    def _settle(self, hashes: Sequence[bytes]) -> None:
+        counts = self._counts
+        for block_hash in hashes:
+            if counts[block_hash] == 1:
+                del counts[block_hash]
+            else:
+                counts[block_hash] -= 1

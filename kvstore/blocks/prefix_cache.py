@@ -1,0 +1,229 @@
+"""The radix tree of published blocks, and the order in which they are given up.
+
+**The tree.** A node is a block; its edge from its parent is one block of tokens. A textbook radix tree compresses runs
+of tokens into one edge and must compare and split edges. Here a chained hash already names the whole path from the
+root: an edge is one comparison of hashes, and nothing is ever split. A node's first child stands in a flat list, which
+is all that most nodes need; all other children share one dictionary, by chained hash. Block ids are small integers, so
+a million nodes are a few lists and no work for the garbage collector, and the blocks of one prompt, consecutive in the
+pool, are neighbours in memory too: that keeps the cost of a huge tree close to that of a small one.
+
+**Holders.** ``_holders[block]`` counts what keeps a published block from being evicted: 1 if it is referenced, and 1
+for each child that is held itself. A held child therefore always has held parents, all the way up, whether or not
+somebody references these. They need not: a request whose own first block duplicated a published one continues a chain
+that it never pinned, and a transfer may outlive its request and read only the end of it.
+
+**The order.** ``_evictable`` lists the blocks without holders in the order in which they lost the last one. A parent
+loses its last holder only after all its children have, and leaves the list whenever one is held again: so every child
+comes before its parent, and the front of the list is always a leaf, and of all leaves the one unused for longest. That
+is LRU over leaves with O(1) per block: no heap, no search for leaves, and each parent enters once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
+
+_UNPUBLISHED = b""
+
+
+class PrefixCache:
+    """Published blocks of a pool of ``num_blocks``, found by chained block hash. Never owns a reference.
+
+    Its owner reports the first reference to a published block (``hold``) and the loss of the last (``release``).
+    """
+
+    __slots__ = (
+        "_evictable",
+        "_first_child",
+        "_hash_of",
+        "_holders",
+        "_other_children",
+        "_parent_of",
+        "_root",
+    )
+
+    def __init__(self, num_blocks: int) -> None:
+        # The root is the entry after the blocks. It is nobody's child, so as a child it means "none"; it holds itself,
+        # so every walk towards it ends there.
+        self._root = num_blocks
+        self._hash_of = [_UNPUBLISHED] * (num_blocks + 1)
+        self._parent_of = [self._root] * num_blocks
+        self._first_child = [self._root] * (num_blocks + 1)
+        self._other_children: dict[bytes, BlockId] = {}
+        self._holders = [0] * num_blocks + [1]
+        self._evictable: OrderedDict[BlockId, None] = OrderedDict()
+
+    @property
+    def num_evictable(self) -> int:
+        """Published blocks that nothing holds."""
+        return len(self._evictable)
+
+    def is_published(self, block: BlockId) -> bool:
+        """Return whether ``block`` is in the tree."""
+        return self._hash_of[block] != _UNPUBLISHED
+
+    def count_evictable(self, block_ids: Sequence[BlockId]) -> int:
+        """Return how many of ``block_ids`` are evictable."""
+        return sum(map(self._evictable.__contains__, block_ids))
+
+    def match(self, hashes: Sequence[bytes]) -> list[BlockId]:
+        """Return the blocks of the longest published prefix of ``hashes``. No side effects."""
+        return self._descend(self._root, hashes)
+
+    def _descend(self, node: BlockId, hashes: Sequence[bytes]) -> list[BlockId]:
+        """Return the published blocks below ``node`` on the path ``hashes``."""
+        first_child, hash_of, other_children = self._first_child, self._hash_of, self._other_children
+        path: list[BlockId] = []
+        for block_hash in hashes:
+            node = first_child[node]
+            if hash_of[node] != block_hash:
+                node = other_children.get(block_hash, self._root)
+                if node == self._root:
+                    break
+            path.append(node)
+        return path
+
+    def num_settled(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> int:
+        """Return how many blocks there are up to the last of ``block_ids`` that is published under its hash already.
+
+        Looks from the end, so it costs what is new and not what is long.
+        """
+        hash_of = self._hash_of
+        for length in range(len(hashes), 0, -1):
+            block = block_ids[length - 1]
+            if block < self._root and hash_of[block] == hashes[length - 1]:
+                return length
+        return 0
+
+    def insert(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId], num_settled: int) -> None:
+        """Publish what is not published of ``block_ids[num_settled:]``, which must be referenced.
+
+        Raises LocalProtocolError if one of these blocks is published already, as a part of another prefix, or if
+        the hashes repeat.
+        """
+        node = block_ids[num_settled - 1] if num_settled else self._root
+        duplicated = self._descend(node, hashes[num_settled:])
+        num_published = num_settled + len(duplicated)
+        new_hashes, new_ids = hashes[num_published:], block_ids[num_published:]
+        if new_ids:
+            self._require_unpublished(new_hashes, new_ids)
+            self._append(duplicated[-1] if duplicated else node, new_hashes, new_ids)
+
+    def _append(self, parent: BlockId, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
+        """Hang a chain of referenced blocks below ``parent``."""
+        self.hold([parent])
+        first_child, hash_of = self._first_child, self._hash_of
+        parent_of, holders = self._parent_of, self._holders
+        for block_hash, block in zip(hashes, block_ids, strict=True):
+            if first_child[parent] == self._root:
+                first_child[parent] = block
+            else:
+                self._other_children[block_hash] = block
+            hash_of[block] = block_hash
+            parent_of[block] = parent
+            holders[block] = 2  # it is referenced, and the next one is its child
+            parent = block
+        holders[parent] = 1  # the last one has no child
+
+    def _require_unpublished(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
+        for block, block_hash in zip(block_ids, hashes, strict=True):
+            known = self._hash_of[block]
+            if known != _UNPUBLISHED:
+                raise LocalProtocolError(
+                    f"publish: block {block} is published as {known.hex()[:12]} already, not as {block_hash.hex()[:12]}"
+                )
+        if len(set(hashes)) < len(hashes):
+            raise LocalProtocolError("publish: a chained block hash comes twice in one sequence")
+
+    def hold(self, block_ids: Sequence[BlockId]) -> None:
+        """Add a holder to each published block: it and all its parents are not evictable any more."""
+        holders, parent_of, evictable = self._holders, self._parent_of, self._evictable
+        for block in block_ids:
+            node = block
+            while True:
+                held_by = holders[node] + 1
+                holders[node] = held_by
+                if held_by > 1:
+                    break
+                del evictable[node]
+                node = parent_of[node]
+
+    def release(self, block_ids: Sequence[BlockId]) -> list[BlockId]:
+        """Take a holder from each published block, in the order given; return the blocks that are not published.
+
+        Children before parents gives each block the shortest walk; any order gives the same tree.
+        """
+        hash_of, holders, parent_of, evictable = self._hash_of, self._holders, self._parent_of, self._evictable
+        unpublished: list[BlockId] = []
+        for block in block_ids:
+            if hash_of[block] == _UNPUBLISHED:
+                unpublished.append(block)
+                continue
+            node = block
+            while True:
+                held_by = holders[node] - 1
+                holders[node] = held_by
+                if held_by:
+                    break
+                evictable[node] = None
+                node = parent_of[node]
+        return unpublished
+
+    def evict(self, num_blocks: int) -> list[BlockId]:
+        """Take the ``num_blocks`` evictable blocks unused for longest out of the tree; return them, children first.
+
+        Raises LocalProtocolError, having evicted nothing, if there are not as many.
+        """
+        if not 0 <= num_blocks <= len(self._evictable):
+            raise LocalProtocolError(f"evict {num_blocks} blocks: {len(self._evictable)} are evictable")
+        pop_oldest = self._evictable.popitem
+        evicted = [pop_oldest(last=False)[0] for _ in range(num_blocks)]
+        first_child, hash_of, parent_of = self._first_child, self._hash_of, self._parent_of
+        for block in evicted:
+            parent = parent_of[block]
+            if first_child[parent] == block:
+                first_child[parent] = self._root
+            else:
+                del self._other_children[hash_of[block]]
+            hash_of[block] = _UNPUBLISHED
+        return evicted
+
+    def problems(self, referenced: set[BlockId]) -> list[str]:
+        """Return every way in which the tree contradicts itself or ``referenced``. Looks at the whole tree."""
+        published = {block for block, block_hash in enumerate(self._hash_of) if block_hash != _UNPUBLISHED}
+        found = self._edge_problems(published) + self._holder_problems(published, referenced)
+        position = {block: place for place, block in enumerate(self._evictable)}
+        return found + [
+            f"evictable block {block} comes after its parent"
+            for block, place in position.items()
+            if place > position.get(self._parent_of[block], self._root)
+        ]
+
+    def _edge_problems(self, published: set[BlockId]) -> list[str]:
+        nodes = published | {self._root}
+        found = [f"published block {b} has an unpublished parent" for b in published if self._parent_of[b] not in nodes]
+        found += [
+            f"published block {block} is not among its parent's children"
+            for block in published
+            if block not in (self._first_child[self._parent_of[block]], self._other_children.get(self._hash_of[block]))
+        ]
+        num_edges = len(self._first_child) - self._first_child.count(self._root) + len(self._other_children)
+        if num_edges != len(published):
+            found.append(f"{len(published)} published blocks, but {num_edges} children")
+        return found
+
+    def _holder_problems(self, published: set[BlockId], referenced: set[BlockId]) -> list[str]:
+        held = {block for block in published if self._holders[block]}
+        held_children = Counter(self._parent_of[block] for block in held)
+        found = [
+            f"block {block} has {self._holders[block]} holders, but {held_children[block]} held children "
+            f"and {'a' if block in referenced else 'no'} reference"
+            for block in published
+            if self._holders[block] != held_children[block] + (block in referenced)
+        ]
+        if self._evictable.keys() != published - held:
+            found.append(f"evictable are {sorted(self._evictable)}, unheld are {sorted(published - held)}")
+        return found

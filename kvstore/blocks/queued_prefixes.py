@@ -1,0 +1,78 @@
+"""How much of each queued prompt the prefix cache has, known without asking for all of them again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.kv_cache import KVCache
+
+
+class Hashed(Hashable, Protocol):
+    """A request whose full blocks have chained ``hashes``."""
+
+    hashes: list[bytes]
+
+
+R = TypeVar("R", bound=Hashed)
+
+
+class QueuedPrefixes(Generic[R]):
+    """Follows publications: when the first block that a queued request lacks is published, it is matched again.
+
+    ``changed`` is told of every request that has another number of matched blocks than before. Evictions are not
+    followed: ``match`` again before relying on the blocks.
+    """
+
+    def __init__(self, kv: KVCache, changed: Callable[[R, int], None]) -> None:
+        self._kv = kv
+        self._changed = changed
+        self._num_matched: dict[R, int] = {}
+        self._lacking: dict[bytes, dict[R, None]] = {}
+
+    def add(self, request: R) -> int:
+        """Follow ``request``; return how many blocks are matched now."""
+        return self._note(request, self._kv.match(request.hashes))
+
+    def remove(self, request: R) -> None:
+        """Follow ``request`` no longer, if it is followed."""
+        self._forget_lacking(request)
+        self._num_matched.pop(request, None)
+
+    def lacks(self, request: R) -> bytes | None:
+        """Return the hash of the first full block of ``request`` that is not published, as far as that is known."""
+        num_matched, hashes = self._num_matched[request], request.hashes
+        return hashes[num_matched] if num_matched < len(hashes) else None
+
+    def match(self, request: R) -> list[BlockId]:
+        """Return the published blocks of ``request``."""
+        matched = self._kv.match(request.hashes)
+        before = self._num_matched[request]
+        if len(matched) != before:
+            self._forget_lacking(request)
+            self._changed(request, self._note(request, matched))
+        return matched
+
+    def published(self, hashes: Iterable[bytes]) -> None:
+        """Note that blocks of ``hashes`` are published."""
+        if not self._lacking:
+            return
+        for block_hash in hashes:
+            for request in list(self._lacking.get(block_hash, ())):
+                self.match(request)
+
+    def _note(self, request: R, matched: Sequence[BlockId]) -> int:
+        num_matched = self._num_matched[request] = len(matched)
+        lacking = self.lacks(request)
+        if lacking is not None:
+            self._lacking.setdefault(lacking, {})[request] = None
+        return num_matched
+
+    def _forget_lacking(self, request: R) -> None:
+        lacking = self.lacks(request) if request in self._num_matched else None
+        if lacking is not None:
+            followers = self._lacking[lacking]
+            del followers[request]
+            if not followers:
+                del self._lacking[lacking]

@@ -1,0 +1,175 @@
+"""How a node stands with the one router of a static cluster, or with as many as a registry brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.machines import node_config, registration
+
+from kvrelay.config.cluster_config import RegistryConfig, Role
+from kvrelay.errors import RemoteProtocolError
+from kvrelay.machine.contract import Announce, Exit, Ready, Send
+from kvrelay.machine.membership import DRAINING, READY, REFUSED, Membership
+from kvrelay.protocol.ids import ROUTER, PeerId
+from kvrelay.protocol.messages.base import Heartbeat, Load, Message
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.protocol.messages.router_to_node import Abort, Drain, RegisterAgain, Registered, RegistrationRefused
+
+A, B = "router#a", "router#b"
+BEAT = Heartbeat(load=Load(num_waiting=3))
+
+
+def registry(kind: str) -> RegistryConfig:
+    return RegistryConfig.model_validate({"kind": kind, "url": None if kind == "static" else "redis://localhost"})
+
+
+def membership_of(kind: str) -> Membership:
+    node = node_config(Role.DECODE).model_copy(update={"registry": registry(kind)})
+    return Membership(registration(node), node)
+
+
+def sent(actions: list[Any], to: PeerId) -> list[Message]:
+    return [action.message for action in actions if isinstance(action, Send) and action.peer == to]
+
+
+def registered(membership: Membership, *routers: PeerId, now: float = 0.0) -> None:
+    """Let ``routers`` find the node."""
+    membership.join()
+    for router in routers:
+        actions, _ = membership.receive(router, Heartbeat(), now)
+        assert [type(message) for message in sent(actions, router)] == [Register]
+        membership.receive(router, Registered(router_incarnation=router[-1]), now)
+
+
+# ---------------------------------------------------------------- one router
+
+
+def test_a_node_asks_to_be_registered_until_it_is() -> None:
+    membership = membership_of("static")
+    [register] = sent(membership.join(), ROUTER)
+    assert isinstance(register, Register)
+    assert sent(membership.beat(Load()), ROUTER) == [register]
+    actions, changed = membership.receive(ROUTER, Registered(router_incarnation="a"), 0.0)
+    assert not sent(actions, ROUTER)
+    assert not changed
+    assert sent(membership.beat(Load(num_waiting=3)), ROUTER) == [BEAT]
+
+
+def test_a_router_that_forgot_us_is_told_again_but_is_the_same() -> None:
+    membership = membership_of("static")
+    [register] = sent(membership.join(), ROUTER)
+    membership.receive(ROUTER, Registered(router_incarnation="a"), 0.0)
+    actions, changed = membership.receive(ROUTER, RegisterAgain(), 0.0)
+    assert sent(actions, ROUTER) == [register]
+    assert not changed
+    assert sent(membership.beat(Load()), ROUTER) == [register]
+    assert membership.receive(ROUTER, Registered(router_incarnation="a"), 0.0)[1] is False
+
+
+def test_another_router_means_that_nobody_waits_for_what_we_hold() -> None:
+    membership = membership_of("static")
+    membership.receive(ROUTER, Registered(router_incarnation="a"), 0.0)
+    membership.receive(ROUTER, RegisterAgain(), 0.0)
+    assert membership.receive(ROUTER, Registered(router_incarnation="b"), 0.0)[1] is True
+    assert membership.receive(ROUTER, Registered(router_incarnation="b"), 0.0)[1] is False
+
+
+def test_the_one_router_is_never_given_up_for_its_silence() -> None:
+    membership = membership_of("static")
+    membership.receive(ROUTER, Registered(router_incarnation="a"), 0.0)
+    assert membership.silent(1e6) == []
+
+
+def test_nobody_else_is_the_one_router() -> None:
+    membership = membership_of("static")
+    assert membership.is_authorized(ROUTER, Drain())
+    for stranger in (A, "d0#1", "messager"):
+        assert not membership.is_authorized(stranger, Drain())
+        assert membership.receive(stranger, Heartbeat(), 0.0) == ([], False)
+
+
+# ---------------------------------------------------------------- several routers
+
+
+def test_a_node_announces_itself_and_answers_each_router_that_finds_it() -> None:
+    membership = membership_of("redis")
+    assert membership.receive(A, Heartbeat(), 0.0) == ([], False), "it cannot serve yet"
+    assert membership.join() == [Ready(), Announce(READY)]
+    registered(membership, A, B)
+    assert membership.receive(A, Heartbeat(), 0.0) == ([], False), "it is known there"
+    actions = membership.beat(Load(num_waiting=3))
+    assert (sent(actions, A), sent(actions, B)) == ([BEAT], [BEAT])
+
+
+def test_heartbeats_of_prefill_nodes_are_not_those_of_routers() -> None:
+    membership = membership_of("redis")
+    membership.join()
+    assert membership.receive("p0#1", Heartbeat(), 0.0) == ([], False)
+
+
+def test_only_a_silent_router_is_gone() -> None:
+    membership = membership_of("redis")
+    registered(membership, A, B)
+    membership.heard(B, 4.0)
+    assert membership.silent(5.0) == [A]
+    membership.lost(A)
+    actions = membership.beat(Load(num_waiting=3))
+    assert (sent(actions, A), sent(actions, B)) == ([], [BEAT])
+
+
+def test_a_router_that_was_given_up_and_comes_back_learns_that_all_it_had_here_is_dropped() -> None:
+    membership = membership_of("redis")
+    registered(membership, A)
+    membership.lost(A)
+    [register] = sent(membership.receive(A, Heartbeat(), 9.0)[0], A)
+    assert isinstance(register, Register)
+    assert register.session == 1
+
+
+def test_a_router_that_gave_us_up_first_learns_of_no_new_session() -> None:
+    membership = membership_of("redis")
+    registered(membership, A)
+    [register] = sent(membership.receive(A, RegisterAgain(), 0.0)[0], A)
+    assert isinstance(register, Register)
+    assert register.session == 0
+    assert membership.beat(Load()) == []
+
+
+def test_a_router_that_is_not_known_is_obeyed_in_nothing_but_registering() -> None:
+    membership = membership_of("redis")
+    registered(membership, A)
+    abort = Abort(request_id="r", epoch=1)
+    assert membership.is_authorized(A, abort)
+    assert not membership.is_authorized(B, abort)
+    assert membership.is_authorized(B, RegisterAgain())
+    assert not membership.is_authorized("x#1", RegisterAgain())
+    assert not membership.is_authorized("x#1", abort)
+
+
+def test_a_leaving_node_tells_all_routers_those_to_come_too() -> None:
+    membership = membership_of("redis")
+    registered(membership, A)
+    actions = membership.leave()
+    assert actions[0] == Announce(DRAINING)
+    assert sent(actions, A) == [Leaving()]
+    actions, _ = membership.receive(B, Registered(router_incarnation="b"), 0.0)
+    assert sent(actions, B) == [Leaving()]
+    actions = membership.drained()
+    assert (sent(actions, A), sent(actions, B)) == ([Drained()], [Drained()])
+
+
+# ---------------------------------------------------------------- either
+
+
+@pytest.mark.parametrize(("kind", "router"), [("static", ROUTER), ("redis", A)])
+def test_a_refused_node_exits_with_the_reason(kind: str, router: PeerId) -> None:
+    refusal = RegistrationRefused(reason="block_size: 16 != 32")
+    actions, _ = membership_of(kind).receive(router, refusal, 0.0)
+    assert actions[-1] == Exit(REFUSED)
+    assert "block_size" in str(actions[0])
+
+
+def test_anything_else_is_no_registration_message() -> None:
+    with pytest.raises(RemoteProtocolError, match="Drain"):
+        membership_of("static").receive(ROUTER, Drain(), 0.0)

@@ -1,0 +1,75 @@
+"""The compute thread: steps in order, layers told, an answer to each plan."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
+from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.messages.engine import SampledTokens, ScheduledTokens, StepPlan, StepResult
+from kvrelay.runtime.compute_thread import ComputeThread
+
+BROKEN = SequenceId(13)
+
+
+@dataclass
+class Engine:
+    """Three layers; a batch with sequence 13 breaks after the first of them."""
+
+    max_plans_in_flight: int = 2
+    steps: list[int] = field(default_factory=list)
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+        self.steps.append(plan.step)
+        for layer in range(3):
+            on_layer(layer)
+            if any(item.id == BROKEN for item in plan.batch):
+                raise ValueError("out of memory")
+        return StepResult(step=plan.step, outcomes={item.id: SampledTokens([7], []) for item in plan.batch})
+
+
+def plan(step: int, *ids: int) -> StepPlan:
+    return StepPlan(step=step, batch=[ScheduledTokens(SequenceId(id), 0, 1, True, 0) for id in ids])
+
+
+def events_of(plans: list[StepPlan], *, layer_events: bool) -> list[object]:
+    posted: queue.SimpleQueue[object] = queue.SimpleQueue()
+    thread = ComputeThread(Engine(), posted.put, layer_events=layer_events)
+    thread.start()
+    for step in plans:
+        thread.submit(step)
+    thread.stop()
+    return [posted.get() for _ in range(posted.qsize())]
+
+
+def done(step: int, *ids: int) -> StepDone:
+    return StepDone(StepResult(step=step, outcomes={SequenceId(id): SampledTokens([7], []) for id in ids}))
+
+
+def test_each_step_tells_its_layers_and_then_its_result() -> None:
+    layers = [[LayersComputed(step, range(layer, layer + 1)) for layer in range(3)] for step in (1, 2)]
+    events = events_of([plan(1, 1), plan(2, 1, 2)], layer_events=True)
+    assert events == [*layers[0], done(1, 1), *layers[1], done(2, 1, 2)]
+
+
+def test_layers_are_not_told_to_who_does_not_want_them() -> None:
+    assert events_of([plan(1, 1), plan(2, 2)], layer_events=False) == [done(1, 1), done(2, 2)]
+
+
+def test_an_engine_that_raises_fails_the_step_and_the_next_one_runs(caplog: pytest.LogCaptureFixture) -> None:
+    events = events_of([plan(3, 1, 13), plan(4, 1)], layer_events=True)
+    assert events[:2] == [LayersComputed(3, range(1)), StepFailed(3, "ValueError: out of memory")]
+    assert events[-1] == done(4, 1)
+    assert "step 3 failed" in caplog.text
+
+
+def test_the_thread_takes_as_many_plans_ahead_as_its_engine() -> None:
+    assert ComputeThread(Engine(), print, layer_events=False).max_plans_in_flight == 2
+
+
+def test_stopping_finishes_what_was_queued() -> None:
+    assert len(events_of([plan(step, 1) for step in range(20)], layer_events=False)) == 20

@@ -1,0 +1,381 @@
+"""Transport on real sockets of the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import zmq
+from support.loops import Inbox, run
+
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import PeerLost, Received
+from kvrelay.protocol.codec import encode
+from kvrelay.protocol.messages.base import Heartbeat, Load, ProtocolViolation
+from kvrelay.protocol.messages.router_to_node import Abort
+from kvrelay.runtime.transport import MAX_PART_BYTES, Transport
+
+ANY = "tcp://127.0.0.1:0"
+
+
+def abort(number: int) -> Abort:
+    return Abort(request_id="r", epoch=number)
+
+
+@asynccontextmanager
+async def transport(name: str, **options: Any) -> AsyncIterator[tuple[Transport, Inbox]]:
+    inbox = Inbox()
+    opened = Transport(name, inbox, **options)
+    try:
+        yield opened, inbox
+    finally:
+        opened.close()
+
+
+@asynccontextmanager
+async def pair(**options: Any) -> AsyncIterator[tuple[Transport, Inbox, Transport, Inbox]]:
+    """A server ``d0#1`` and a client ``p0#1`` that reached out to it and was heard once."""
+    async with transport("d0#1", **options) as (server, at_server), transport("p0#1", **options) as (client, at_client):
+        [address] = server.bind(ANY)
+        client.connect("d0#1", address)
+        client.send("d0#1", Heartbeat())
+        assert await at_server.next() == Received("p0#1", Heartbeat())
+        yield server, at_server, client, at_client
+
+
+@asynccontextmanager
+async def raw_dealer(address: str, name: bytes) -> AsyncIterator[zmq.Socket[bytes]]:
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.ROUTING_ID, name)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+    try:
+        yield socket
+    finally:
+        socket.close()
+        context.term()
+
+
+async def received(socket: zmq.Socket[bytes]) -> list[bytes]:
+    while not await asyncio.to_thread(socket.poll, 100):
+        continue
+    return socket.recv_multipart()
+
+
+def test_request_and_reply() -> None:
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            client.send("d0#1", abort(1))
+            assert await at_server.next() == Received("p0#1", abort(1))
+            server.send("p0#1", abort(2))
+            assert await at_client.next() == Received("d0#1", abort(2))
+
+    run(check())
+
+
+def test_messages_to_one_peer_stay_in_order() -> None:
+    async def check() -> None:
+        async with pair() as (_, at_server, client, _):
+            for number in range(500):
+                client.send("d0#1", abort(number))
+            for number in range(500):
+                assert await at_server.next() == Received("p0#1", abort(number))
+
+    run(check())
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
+def test_binds_several_addresses_and_tells_which(scheme: str, tmp_path: Any) -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server), transport("p0#1") as (client, _):
+            bound = server.bind(ANY, f"ipc://{tmp_path}/d0")
+            address = next(address for address in bound if address.startswith(scheme))
+            assert not address.endswith(":0")
+            client.connect("d0#1", address)
+            client.send("d0#1", abort(1))
+            assert await at_server.next() == Received("p0#1", abort(1))
+
+    run(check())
+
+
+def test_payload_parts_arrive_apart_and_are_read_from_the_senders_memory() -> None:
+    async def check() -> None:
+        async with pair() as (_, at_server, client, _):
+            memory = bytearray(1 << 20)
+            memory[:4] = memory[-4:] = b"head"
+            view = memoryview(memory)
+            client.send("d0#1", abort(1), [view[:4], view[4:], view[:0]])
+            event = await at_server.next()
+            assert isinstance(event, Received)
+            assert [len(part) for part in event.payload] == [4, (1 << 20) - 4, 0]
+            assert b"".join(event.payload) == bytes(memory)
+            assert all(isinstance(part, memoryview) for part in event.payload)
+
+    run(check())
+
+
+def test_large_payload_is_not_copied_when_it_is_queued() -> None:
+    async def check() -> None:
+        async with transport("p0#1") as (client, _):
+            client.connect("d0#1", "ipc:///nonexistent/never")
+            memory = bytearray(8)
+            view = memoryview(memory)
+            client.send("d0#1", abort(1), [view])
+            with pytest.raises(BufferError):  # ZMQ itself holds on to it
+                memory.append(0)
+
+    run(check())
+
+
+def test_what_is_sent_before_the_peer_is_there_waits_for_it() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (probe, _):
+            [address] = probe.bind(ANY)
+        async with transport("p0#1") as (client, _), transport("d0#1") as (server, at_server):
+            client.connect("d0#1", address)
+            client.send("d0#1", abort(1))
+            server.bind(address)
+            assert await at_server.next() == Received("p0#1", abort(1))
+
+    run(check())
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_peer_that_was_never_there_is_lost(bound: bool) -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server):
+            if bound:
+                server.bind(ANY)
+            server.send("p9#1", abort(1))
+            assert at_server.is_empty  # never from within send: the machine is still at work
+            event = await at_server.next()
+            assert isinstance(event, PeerLost)
+            assert event.peer == "p9#1"
+
+    run(check())
+
+
+def test_a_peer_that_does_not_read_is_lost_and_nothing_blocks() -> None:
+    async def check() -> None:
+        async with transport("p0#1", send_queue=5) as (client, at_client):
+            client.connect("d0#1", "ipc:///nonexistent/never")
+            for number in range(6):
+                client.send("d0#1", abort(number))
+            event = await at_client.next()
+            assert isinstance(event, PeerLost)
+            assert event.peer == "d0#1"
+            assert "cannot send Abort" in event.reason
+            assert at_client.is_empty
+
+    run(check())
+
+
+def test_disconnect_drops_the_peer_and_what_is_queued_for_it() -> None:
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            client.disconnect("d0#1")
+            client.disconnect("d0#1")  # knows nobody of that name any more: no fault
+            client.send("d0#1", abort(1))
+            assert await at_client.next() == PeerLost("d0#1", "not connected")
+            while not isinstance(event := await lost_by(server, at_server), PeerLost):
+                continue
+            assert event.peer == "p0#1"
+
+    async def lost_by(server: Transport, inbox: Inbox) -> object:
+        server.send("p0#1", Heartbeat())
+        await asyncio.sleep(0.005)
+        return None if inbox.is_empty else await inbox.next()
+
+    run(check())
+
+
+def test_connecting_twice_or_binding_twice_is_our_fault() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, _):
+            [address] = server.bind(ANY)
+            server.connect("d1#1", address)
+            with pytest.raises(LocalProtocolError):
+                server.connect("d1#1", address)
+            with pytest.raises(LocalProtocolError):
+                server.bind(ANY)
+
+    run(check())
+
+
+def test_two_incarnations_are_two_peers() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server):
+            [address] = server.bind(ANY)
+            async with transport("p0#old") as (old, _), transport("p0#new") as (new, at_new):
+                for number, client in enumerate((old, new)):
+                    client.connect("d0#1", address)
+                    client.send("d0#1", abort(number))
+                    assert await at_server.next() == Received(client.me, abort(number))
+                server.send("p0#new", abort(7))
+                assert await at_new.next() == Received("d0#1", abort(7))
+
+    run(check())
+
+
+def test_a_peer_that_comes_back_under_its_name_is_heard() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server):
+            [address] = server.bind(ANY)
+            for number in range(3):
+                async with transport("p0#1") as (client, at_client):
+                    client.connect("d0#1", address)
+                    client.send("d0#1", abort(number))
+                    assert await at_server.next() == Received("p0#1", abort(number))
+                    server.send("p0#1", abort(number))
+                    assert await at_client.next() == Received("d0#1", abort(number))
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        [b"\xc1"],
+        [b""],
+        [b"GET / HTTP/1.1\r\n\r\n"],
+        [b"\xdd\xff\xff\xff\xff"],
+        [b"\x81\x90\x00"],
+        [encode(abort(1))[:-1]],
+        [b"\x93\xa5Abort\x80\x80"],
+    ],
+)
+def test_garbage_is_answered_and_its_sender_not_listened_to_again(garbage: list[bytes]) -> None:
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            address = server._router.getsockopt_string(zmq.LAST_ENDPOINT)  # type: ignore[union-attr]
+            async with raw_dealer(address, b"x#1") as stranger:
+                stranger.send_multipart(garbage)
+                lost = await at_server.next()
+                assert isinstance(lost, PeerLost)
+                assert lost.peer == "x#1"
+                [answer] = await received(stranger)
+                assert answer == encode(ProtocolViolation(reason=lost.reason))
+                stranger.send_multipart([encode(abort(9))])
+                # Others are served as before; what the stranger sent first never comes.
+                client.send("d0#1", abort(1))
+                assert await at_server.next() == Received("p0#1", abort(1))
+                server.send("p0#1", abort(2))
+                assert await at_client.next() == Received("d0#1", abort(2))
+                assert at_server.is_empty
+
+    run(check())
+
+
+def test_a_name_that_is_not_text_does_no_harm() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server):
+            [address] = server.bind(ANY)
+            async with raw_dealer(address, b"\xff\xfe\x00") as stranger:
+                stranger.send_multipart([encode(abort(1))])
+                event = await at_server.next()
+                assert isinstance(event, Received)
+                server.send(event.peer, abort(2))
+                assert isinstance(await at_server.next(), PeerLost)
+
+    run(check())
+
+
+def test_a_part_beyond_the_limit_is_not_read_at_all() -> None:
+    async def check() -> None:
+        async with pair() as (server, at_server, client, _):
+            address = server._router.getsockopt_string(zmq.LAST_ENDPOINT)  # type: ignore[union-attr]
+            async with raw_dealer(address, b"x#1") as stranger:
+                stranger.send_multipart([encode(abort(1)), bytes(MAX_PART_BYTES + 1)], copy=False)
+                # Only the connection is dropped: the stranger may come again with something sensible.
+                stranger.send_multipart([encode(abort(2))])
+                assert await at_server.next() == Received("x#1", abort(2))
+            client.send("d0#1", abort(3))
+            assert await at_server.next() == Received("p0#1", abort(3))
+
+    run(check())
+
+
+def test_a_violation_from_a_peer_makes_it_lost_and_is_not_answered() -> None:
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            client.send("d0#1", ProtocolViolation(reason="unknown message 'Future'"))
+            assert await at_server.next() == PeerLost("p0#1", "unknown message 'Future'")
+            client.send("d0#1", abort(1))
+            server.send("p0#1", abort(2))
+            assert await at_client.next() == Received("d0#1", abort(2))  # and no violation before it
+            assert at_server.is_empty
+
+    run(check())
+
+
+def test_the_list_of_muted_peers_does_not_grow_for_ever() -> None:
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server):
+            for number in range(3000):
+                server._violation(f"x{number}", "garbage")
+            assert len(server._muted) <= 1024
+            assert "x2999" in server._muted
+            del at_server
+
+    run(check())
+
+
+def test_many_messages_at_once_do_not_starve_the_loop() -> None:
+    """However much there is to read, other callbacks of the loop get their turn in between."""
+
+    async def check() -> None:
+        async with pair() as (_server, at_server, client, _):
+            turns = 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                asyncio.get_running_loop().call_soon(turn)
+
+            for number in range(900):
+                client.send("d0#1", Heartbeat(load=Load(num_waiting=number)))
+            turn()
+            for _ in range(900):
+                await at_server.next()
+            assert turns >= 900 // 64
+
+    run(check())
+
+
+def test_sending_and_receiving_at_once_loses_no_wake_up() -> None:
+    """ZMQ's descriptor is edge-triggered: a send may swallow the edge that told of something to read."""
+
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            for number in range(300):
+                client.send("d0#1", abort(number))
+                server.send("p0#1", abort(number))
+                client.send("d0#1", abort(number))
+                assert await at_client.next() == Received("d0#1", abort(number))
+                assert await at_server.next() == Received("p0#1", abort(number))
+                assert await at_server.next() == Received("p0#1", abort(number))
+
+    run(check())
+
+
+@pytest.mark.parametrize("taken", [b"router", b"messager"])
+def test_nobody_who_reaches_out_can_pass_for_a_connection_of_our_own(taken: bytes) -> None:
+    async def main() -> None:
+        async with transport("router") as (router, _), transport("d0#1") as (node, at_node):
+            [control] = router.bind(ANY)
+            [address] = node.bind(ANY)
+            node.connect("router", control)
+            node.alias("messager", "d0.messager#1")
+            async with raw_dealer(address, taken) as stranger, raw_dealer(address, b"p0#1") as honest:
+                for number in range(100):
+                    stranger.send(encode(abort(number)))
+                for number in range(100):
+                    honest.send(encode(abort(number)))
+                heard = [await at_node.next() for _ in range(100)]
+            assert heard == [Received("p0#1", abort(number)) for number in range(100)]
+
+    run(main())

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from support.ipv6 import needs_ipv6
+from support.loops import Inbox, run
+
+from kvrelay.addresses import is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
+from kvrelay.machine.contract import Received
+from kvrelay.protocol.messages.base import Heartbeat
+from kvrelay.runtime.transport import Transport
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("127.0.0.1", 80, "tcp://127.0.0.1:80"),
+        ("node-1.example", 8200, "tcp://node-1.example:8200"),
+        ("::1", 8100, "tcp://[::1]:8100"),
+        ("::", 0, "tcp://[::]:0"),
+        ("fe80::1%eth0", 65535, "tcp://[fe80::1%eth0]:65535"),
+        ("::ffff:10.0.0.1", 1, "tcp://[::ffff:10.0.0.1]:1"),
+    ],
+)
+def test_addresses_there_and_back(host: str, port: int, address: str) -> None:
+    assert tcp_address(host, port) == address
+    assert split_tcp_address(address) == (host, port)
+    assert is_ipv6(address) is (":" in host)
+    assert f"http://{netloc(host, port)}" == address.replace("tcp", "http")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "127.0.0.1:80",
+        "tcp://127.0.0.1",
+        "tcp://::1:80",
+        "tcp://[::1]",
+        "tcp://[::1]:65536",
+        "tcp://[1::2::3]:80",
+        "tcp://[127.0.0.1]:80",
+        "tcp://[node]:80",
+        "tcp://[::1:80",
+        "tcp://a b:80",
+        "tcp://fe80%eth0:80",
+        "ipc:///tmp/a",
+    ],
+)
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match="should be"):
+        split_tcp_address(address)
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("host", "reached_at"), [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])])
+def test_listening_at_ipv6(host: str, reached_at: list[str]) -> None:
+    with listen_at(host, 0, 8) as listening:
+        for reached in reached_at:
+            socket.create_connection((reached, listening.getsockname()[1]), timeout=10).close()
+            listening.accept()[0].close()
+
+
+def test_a_name_of_both_families_stands_for_its_ipv4_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 80, 0, 0))
+    four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))
+    found = [six, four]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert resolve("localhost", 80) == (socket.AF_INET, ("127.0.0.1", 80))
+    found.remove(four)
+    assert resolve("localhost", 80) == (socket.AF_INET6, ("::1", 80, 0, 0))
+
+
+@needs_ipv6
+def test_messages_over_ipv6_and_ipv4_at_once() -> None:
+    async def check() -> None:
+        at_server, at_clients = Inbox(), [Inbox(), Inbox()]
+        server = Transport("d0#1", at_server)
+        clients = [Transport(f"p{index}#1", inbox) for index, inbox in enumerate(at_clients)]
+        try:
+            addresses = server.bind("tcp://[::1]:0", "tcp://127.0.0.1:0")
+            assert [is_ipv6(address) for address in addresses] == [True, False]
+            for client, address in zip(clients, addresses, strict=True):
+                client.connect("d0#1", address)
+                client.send("d0#1", Heartbeat())
+            heard = [await at_server.next() for _ in clients]
+            assert {event.peer for event in heard if isinstance(event, Received)} == {"p0#1", "p1#1"}
+            server.send("p0#1", Heartbeat())
+            assert await at_clients[0].next() == Received("d0#1", Heartbeat())
+        finally:
+            for transport in (server, *clients):
+                transport.close()
+
+    run(check())
+
+
+@needs_ipv6
+def test_a_client_that_reaches_out_before_anybody_listens_at_ipv6_is_heard() -> None:
+    async def check() -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
+            address = tcp_address("::1", probe.getsockname()[1])
+        at_server = Inbox()
+        client, server = Transport("p0#1", Inbox()), Transport("d0#1", at_server)
+        try:
+            client.connect("d0#1", address)
+            client.send("d0#1", Heartbeat())
+            await asyncio.sleep(0)
+            server.bind(address)
+            assert await at_server.next() == Received("p0#1", Heartbeat())
+        finally:
+            client.close()
+            server.close()
+
+    run(check())
