@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -22,7 +23,9 @@ from kvrelay.core.messages.base import Message, ProtocolViolation
 MAX_PART_BYTES = 64 << 20
 """Longest part of a message that is read from the wire at all; ZMQ drops the connection that sends more."""
 
-_READS_PER_TURN = 64
+_READS_PER_TURN, _MAX_TURN_S = 64, 0.005
+"""How many messages of one socket are read, and for how long, before others have the loop."""
+
 _MAX_MUTED = 1024
 
 logger = logging.getLogger(__name__)
@@ -127,6 +130,7 @@ class Transport:
     # ------------------------------------------------------------ receiving
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
+        ends_s = time.monotonic() + _MAX_TURN_S
         for _ in range(_READS_PER_TURN):
             if socket.closed:
                 return
@@ -138,6 +142,8 @@ class Transport:
                 self._take(self._names[socket], frames)
             elif (peer := self._inbound(frames[0].bytes)) is not None:
                 self._take(peer, frames[1:])
+            if time.monotonic() >= ends_s:
+                break
         self._loop.call_soon(self._read, socket)
 
     def _inbound(self, identity: bytes) -> PeerId | None:

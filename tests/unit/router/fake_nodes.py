@@ -69,7 +69,8 @@ class FakeNode:
         self._script = script
         self._tokens = encode(script.answer)
         self._registration = register(node_id, role)
-        self._transport = Transport(peer_id(node_id, "a"), self._take)
+        # A node sends a message per step, not per token as this one does: its queue is never that long.
+        self._transport = Transport(peer_id(node_id, "a"), self._take, send_queue=1 << 20)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.partners: dict[str, FakeNode] = {}
 
