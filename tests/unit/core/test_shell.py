@@ -100,7 +100,7 @@ def test_others_have_the_loop_between_the_actions_of_one_event(monkeypatch: pyte
         happened.append(action.number)
         asyncio.get_running_loop().call_soon(happened.append, "others")
 
-    drive(Scripted(answer), {Work: perform}, lambda shell: (shell.post(Work(1)), shell.post(Work(2))))
+    drive(Scripted(answer), {Work: perform}, lambda shell: [*map(shell.post, [Work(1), Work(2)])])
     assert happened == [Started(), Work(1), 3, "others", 4, "others", Work(2), 5, "others"]
 
 
