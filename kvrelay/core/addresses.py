@@ -9,7 +9,9 @@ import socket
 from typing import Any
 
 HOST_PATTERN = r"^[A-Za-z0-9._:%-]+$"
-TCP_PATTERN = r"^tcp://([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}$"
+_NETLOC = r"([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}"
+NETLOC_PATTERN = rf"^{_NETLOC}$"
+TCP_PATTERN = rf"^tcp://{_NETLOC}$"
 
 _TCP_ADDRESS = re.compile(TCP_PATTERN)
 _MAX_PORT = 65535

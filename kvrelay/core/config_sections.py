@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvrelay.core.addresses import HOST_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
+from kvrelay.core.addresses import HOST_PATTERN, NETLOC_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -360,8 +360,8 @@ class StorageConfig(Section):
     )
     master: str = Field(
         "127.0.0.1:50051",
-        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
-        description="mooncake: host:port of the master.",
+        pattern=NETLOC_PATTERN,
+        description="mooncake: host:port of the master (IPv6: [::1]:50051).",
     )
     timeout_s: float = Field(
         2.0, gt=0, le=600, description="Seconds after which what is not read is computed, and not written is dropped."
