@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -22,9 +22,10 @@ from kvrelay.core.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.core.request import FinishReason, RequestSpec, TokenLogprobs
 from kvrelay.core.transport import Transport
 from router.http.app import make_app
+from router.http.protocol import HttpProtocol
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
-from router.server import http_limits, http_server
+from router.server import HttpServer, http_limits, http_server
 from router.service import RouterService
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
@@ -182,11 +183,18 @@ class FakeCluster:
     client: httpx.AsyncClient
     url: str
     script: Script
+    http: HttpServer
 
     async def quiet(self) -> None:
-        """Return when the machine holds nothing any more."""
+        """Return when neither the machine nor a body holds anything any more."""
         await until(lambda: not self.service.machine.requests)
         self.service.machine.assert_quiescent()
+        await until(lambda: not self.service.body_memory.num_bytes)
+
+    @property
+    def connections(self) -> list[HttpProtocol]:
+        """Those of clients, as the router has them."""
+        return [cast(HttpProtocol, connection) for connection in self.http.server_state.connections]
 
 
 def config(**router: object) -> ClusterConfig:
@@ -223,7 +231,7 @@ async def fake_cluster(
         await until(lambda: len(list(service.machine.registry)) == len(nodes))
         try:
             async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
-                yield FakeCluster(service, model, nodes, client, url, script)
+                yield FakeCluster(service, model, nodes, client, url, script, server)
         finally:
             service.stop()
             service.stop()
