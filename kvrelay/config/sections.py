@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvrelay.addresses import HOST_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
+from kvrelay.addresses import HOST_PATTERN, NETLOC_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -131,6 +131,13 @@ class RouterConfig(Section):
     max_body_bytes: SizeBytes = Field(
         16 << 20, ge=1024, le=1 << 30, description="Longest HTTP request body, in bytes (also 16MiB), decompressed."
     )
+    max_total_body_bytes: SizeBytes = Field(
+        512 << 20,
+        ge=1024,
+        le=1 << 40,
+        description="Bodies of all requests together, from their first byte until they are prompts, in bytes (also "
+        "512MiB), at least max_body_bytes; what does not fit is answered 503. Bodies up to 16 KiB always fit.",
+    )
     max_header_bytes: SizeBytes = Field(
         64 << 10, ge=1024, le=1 << 24, description="Longest request line and headers together; longer ones get 431."
     )
@@ -152,6 +159,14 @@ class RouterConfig(Section):
     access_log: bool = Field(
         True, description="Log a line per HTTP request; those of probes such as /health at log_level debug only."
     )
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> Self:
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise refuse(
+                f"{self.max_total_body_bytes} is below max_body_bytes ({self.max_body_bytes})", "max_total_body_bytes"
+            )
+        return self
 
     @property
     def url(self) -> str:
@@ -360,8 +375,8 @@ class StorageConfig(Section):
     )
     master: str = Field(
         "127.0.0.1:50051",
-        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
-        description="mooncake: host:port of the master.",
+        pattern=NETLOC_PATTERN,
+        description="mooncake: host:port of the master (IPv6: [::1]:50051).",
     )
     timeout_s: float = Field(
         2.0, gt=0, le=600, description="Seconds after which what is not read is computed, and not written is dropped."
