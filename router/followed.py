@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvrelay.machine.contract import Connect, Disconnect, Log, Send
+from kvrelay.machine.contract import Connect, CoreAction, Disconnect, Log, Send
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.registry.node_entry import NodeEntry, present
@@ -17,7 +17,7 @@ class FollowedNodes:
     nothing that is there is lost with it. ``problem`` says why it cannot be read at present.
     """
 
-    def __init__(self, model: str, perform: Callable[[object], None]) -> None:
+    def __init__(self, model: str, perform: Callable[[CoreAction], None]) -> None:
         self._model = model
         self._perform = perform
         self._entries: dict[PeerId, NodeEntry] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
+    CoreAction,
     Disconnect,
     Exit,
     Log,
@@ -18,6 +19,8 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.machine.outbox import RoleOutbox
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import (
@@ -31,7 +34,16 @@ from kvrelay.protocol.messages.node_to_router import (
     TokensOut,
 )
 from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
-from router.events import ClientGone, DrainRequested, NewRequest, NodesFound, RegistryLost, StopMatched, Submitted
+from router.events import (
+    ClientGone,
+    Deliver,
+    DrainRequested,
+    NewRequest,
+    NodesFound,
+    RegistryLost,
+    StopMatched,
+    Submitted,
+)
 from router.followed import FollowedNodes
 from router.limits import Limits
 from router.node_table import NodeTable
@@ -71,8 +83,8 @@ class RouterMachine:
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
-        self._actions: list[object] = []
-        self._now = 0.0
+        self._outbox: RoleOutbox[Deliver] = RoleOutbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
         self._stopping = False
         self._liveness_due_s = math.inf
         self._may_have_lost_us: set[PeerId] = set()
@@ -83,19 +95,18 @@ class RouterMachine:
             settings.limits,
             self.node_table,
             Placement(self.node_table, prefill_policy, decode_policy, settings.local_prefill_tokens),
-            self._perform,
+            self._outbox.do,
             settings.first_epoch,
         )
-        self.followed = FollowedNodes(settings.model, self._perform)
+        self.followed = FollowedNodes(settings.model, self._outbox.do)
 
-    def handle(self, event: object, now: float) -> list[object]:
+    def handle(self, event: object, now: float) -> list[CoreAction | Deliver]:
         """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""
-        self._now = self.requests.now = now
-        self._actions = []
+        self._outbox.now = self.requests.now = now
         self._take(event)
         if self._stopping and not self.requests:
-            self._perform(Exit("stopped"))
-        return self._actions
+            self._outbox.do(Exit("stopped"))
+        return self._outbox.take()
 
     def unready_reason(self) -> str | None:
         """Return why a request that came now would be refused, or None."""
@@ -105,8 +116,10 @@ class RouterMachine:
         """Raise LocalProtocolError if anything is left of any request."""
         self.requests.assert_quiescent()
 
-    def _perform(self, action: object) -> None:
-        self._actions.append(action)
+    @property
+    def counters(self) -> dict[str, int]:
+        """What this router has done so far, by name."""
+        return {**self.requests.counters.as_dict(), COUNTER: self._unexpected.count}
 
     # ------------------------------------------------------------ events
 
@@ -144,7 +157,7 @@ class RouterMachine:
             self.requests.submit(requests)
 
     def _receive(self, peer: PeerId, message: Message) -> None:
-        self.node_table.heard(peer, self._now)
+        self.node_table.heard(peer, self._outbox.now)
         match message:
             case Register():
                 self._register(peer, message)
@@ -166,7 +179,7 @@ class RouterMachine:
             case Drained():
                 self._lose(peer, "drained")
             case _:
-                self._log("warning", "unexpected message", peer=peer, message=type(message).__name__)
+                self._unexpected.take(peer, message)
 
     # ------------------------------------------------------------ nodes come and go
 
@@ -207,8 +220,8 @@ class RouterMachine:
                 self.requests.node_forgot(known)
             else:
                 self.requests.node_lost(known, "it had taken this router for lost")
-        self.node_table.add(peer, message, self._now)
-        self._perform(Send(peer, Registered(router_incarnation=self._settings.incarnation)))
+        self.node_table.add(peer, message, self._outbox.now)
+        self._outbox.do(Send(peer, Registered(router_incarnation=self._settings.incarnation)))
         if known is None:
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self.requests.node_joined()
@@ -216,12 +229,12 @@ class RouterMachine:
     def _refuse(self, peer: PeerId, reason: str) -> None:
         self.requests.counters.registrations_refused += 1
         self._log("error", "registration refused", peer=peer, reason=reason)
-        self._perform(Send(peer, RegistrationRefused(reason=reason)))
+        self._outbox.do(Send(peer, RegistrationRefused(reason=reason)))
 
     def _heartbeat(self, peer: PeerId, load: Load | None) -> None:
         node = self.node_table.get(peer)
         if node is None:
-            self._perform(Send(peer, RegisterAgain()))
+            self._outbox.do(Send(peer, RegisterAgain()))
             return
         if load is not None:
             node.take_load(load)
@@ -243,12 +256,12 @@ class RouterMachine:
 
     def _lose(self, peer: PeerId, reason: str) -> None:
         self.followed.forget(peer)
-        node = self.node_table.remove(peer, self._now)
+        node = self.node_table.remove(peer, self._outbox.now)
         if node is None:
             return
         self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
         self.requests.counters.nodes_lost += reason != "drained"
-        self._perform(Disconnect(peer))
+        self._outbox.do(Disconnect(peer))
         self.requests.node_lost(node, reason)
         waiting = self.node_table.settle(peer)
         if waiting is not None:
@@ -259,23 +272,23 @@ class RouterMachine:
 
         After a pause timers fire before sockets are read, so what nodes said meanwhile is heard first.
         """
-        late_s = self._now - self._liveness_due_s
+        late_s = self._outbox.now - self._liveness_due_s
         if late_s > self._settings.peer_timeout_s / 2:
             self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
             # Each may say so once for each time: a node that stalls itself, or cannot hear us, costs attempts as ever.
             self._may_have_lost_us = {node.peer for node in self.node_table}
         else:
-            for peer in self.node_table.silent(self._now):
+            for peer in self.node_table.silent(self._outbox.now):
                 self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")
         self.followed.beat()
-        self._liveness_due_s = self._now + self._settings.heartbeat_s
-        self._perform(SetTimer(_LIVENESS, self._liveness_due_s))
+        self._liveness_due_s = self._outbox.now + self._settings.heartbeat_s
+        self._outbox.do(SetTimer(_LIVENESS, self._liveness_due_s))
 
     def _drain(self, node_id: str) -> None:
         node = self.node_table.named(node_id)
         if node is not None and not node.leaving:
             node.leaving = True
-            self._perform(Send(node.peer, Drain()))
+            self._outbox.do(Send(node.peer, Drain()))
 
     # ------------------------------------------------------------ stopping
 
@@ -284,7 +297,7 @@ class RouterMachine:
             self.requests.fail_all(NoNodeError("the router is stopping"))
             return
         self._stopping = True
-        self._perform(SetTimer(_DRAIN, self._now + self._settings.drain_timeout_s))
+        self._outbox.do(SetTimer(_DRAIN, self._outbox.now + self._settings.drain_timeout_s))
 
     def _log(self, level: str, event: str, **fields: object) -> None:
-        self._perform(Log(level, event, fields))
+        self._outbox.do(Log(level, event, fields))

@@ -14,7 +14,7 @@ from kvrelay.errors import (
     PeerLostError,
     QueueFullError,
 )
-from kvrelay.machine.contract import CancelTimer, Send, SetTimer
+from kvrelay.machine.contract import CancelTimer, CoreAction, Send, SetTimer
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, RequestPreempted
@@ -47,7 +47,7 @@ class Requests:
         limits: Limits,
         node_table: NodeTable,
         placement: Placement,
-        perform: Callable[[object], None],
+        perform: Callable[[CoreAction | Deliver], None],
         first_epoch: int = 0,
     ) -> None:
         self._limits = limits

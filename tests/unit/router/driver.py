@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar
 
 from fake_nodes import register
@@ -60,7 +60,7 @@ class Driver:
 
     # ------------------------------------------------------------ events
 
-    def do(self, event: object) -> list[object]:
+    def do(self, event: object) -> Sequence[object]:
         actions = self.machine.handle(event, self.now)
         for action in actions:
             match action:
