@@ -275,7 +275,8 @@ class DecodeMachine:
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
         scheduler = self.scheduler
-        waiting, reserved_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
+        waiting, headroom_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
+        prompt_tokens = scheduler.order.tokens_by_length()
         return Load(
             num_waiting=len(waiting),
             num_running=len(scheduler.loading) + len(scheduler.prefilling) + len(scheduler.decoding),
@@ -283,14 +284,15 @@ class DecodeMachine:
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(len(request.token_ids) for request in waiting),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(len(request.token_ids) for request in waiting),
+            num_preempted=sum(request.status is DecodeStatus.PREEMPTED for request in waiting),
+            headroom_blocks=headroom_blocks,
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": scheduler.order.longest_wait_s(self._outbox.now),
-                "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
-                "reserved_blocks": float(reserved_blocks),
-                "reserved_tokens": float(reserved_blocks * self._hasher.block_size),
+                "headroom_tokens": float(headroom_blocks * self._hasher.block_size),
             },
             counters={
                 **self._steps.counters,
@@ -302,7 +304,7 @@ class DecodeMachine:
                 COUNTER: float(self._unexpected.count),
                 **self._messager_stats.counters,
             },
-            prompt_tokens=scheduler.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=scheduler.order.waits.report(),
         )
 

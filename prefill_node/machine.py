@@ -411,7 +411,7 @@ class PrefillMachine:
 
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
-        unfinished = [*self._admission, *self._running.values()]
+        prompt_tokens = self._admission.order.tokens_by_length()
         return Load(
             num_waiting=len(self._admission),
             num_running=len(self._running) + len(self._storage.loading),
@@ -419,7 +419,8 @@ class PrefillMachine:
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(request.num_remaining_tokens for request in self._admission),
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": self._admission.order.longest_wait_s(self._outbox.now),
@@ -431,7 +432,7 @@ class PrefillMachine:
                 COUNTER: float(self._unexpected.count),
                 **self._messager_stats.counters,
             },
-            prompt_tokens=self._admission.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=self._admission.order.waits.report(),
         )
 
