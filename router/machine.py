@@ -66,8 +66,8 @@ class RouterSettings:
     model: str
     incarnation: str
     first_epoch: int = 0
-    prefill_policy: str = "least_loaded"
-    decode_policy: str = "least_loaded"
+    prefill_routing: str = "least_loaded"
+    decode_routing: str = "least_loaded"
     local_prefill_tokens: int | None = None
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
@@ -90,11 +90,11 @@ class RouterMachine:
         self._may_have_lost_us: set[PeerId] = set()
         decode_alone = settings.local_prefill_tokens is not None
         self.node_table = NodeTable(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
-        prefill_policy, decode_policy = POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()
+        prefill_routing, decode_routing = POLICIES[settings.prefill_routing](), POLICIES[settings.decode_routing]()
         self.requests = Requests(
             settings.limits,
             self.node_table,
-            Placement(self.node_table, prefill_policy, decode_policy, settings.local_prefill_tokens),
+            Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens),
             self._outbox.do,
             settings.first_epoch,
         )

@@ -44,8 +44,8 @@ class Driver:
             incarnation="r1",
             first_epoch=first_epoch,
             limits=limits or Limits(),
-            prefill_policy=policy,
-            decode_policy=policy,
+            prefill_routing=policy,
+            decode_routing=policy,
             local_prefill_tokens=local_prefill_tokens,
         )
         self.machine = RouterMachine(settings)
