@@ -16,7 +16,7 @@ from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams
 from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, Submitted, TokensDelivered
 from router.limits import Limits
-from router.machine import RouterMachine, RouterSettings
+from router.machine import RouterEvent, RouterMachine, RouterSettings
 
 M = TypeVar("M", bound=Message)
 
@@ -60,7 +60,7 @@ class Driver:
 
     # ------------------------------------------------------------ events
 
-    def do(self, event: object) -> Sequence[object]:
+    def do(self, event: RouterEvent) -> Sequence[object]:
         actions = self.machine.handle(event, self.now)
         for action in actions:
             match action:
