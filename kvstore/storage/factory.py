@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import assert_never
 
 from kvrelay.config.sections import StorageConfig
 from kvrelay.errors import LocalProtocolError
@@ -52,6 +53,8 @@ def _make_backend(
             return MooncakeBackend(geometry, config.master, host, capacity_bytes, config.timeout_s)
         case "file":
             return _make_file(config, geometry, clock, as_is=as_is)
+        case unknown:
+            assert_never(unknown)
 
 
 def _make_file(config: StorageConfig, geometry: KVGeometry, clock: Clock, *, as_is: bool) -> LocalBackend:

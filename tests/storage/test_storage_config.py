@@ -68,3 +68,10 @@ def test_a_node_may_do_without_what_its_cluster_has() -> None:
 def test_a_password_shows_nowhere() -> None:
     config = section(backend="redis", url=URL)
     assert "hunter2" not in f"{config!r} {config} {config.model_dump()} {config.model_dump_json()}"
+
+
+def test_a_backend_that_the_factory_does_not_know_is_an_error_and_no_file_store(tmp_path: Path) -> None:
+    unchecked = StorageConfig.model_construct(backend="tape", path=str(tmp_path), capacity=1 << 20, timeout_s=1.0)
+
+    with pytest.raises(AssertionError, match="tape"):
+        make_store(unchecked, GEOMETRY, HandClock())

@@ -25,8 +25,8 @@ class BlocksReserved(Message, frozen=True, kw_only=True):
 class ReservationRefused(Message, frozen=True, kw_only=True):
     """D -> P, answers ReserveBlocks: nothing is reserved.
 
-    ``retry_after_s``: D has no room now; the reader sends the router DecodeNeeded. None: D can never hold the request;
-    the reader fails it with RequestFailed, not retryable.
+    ``retry_after_s`` set: D has no room now. The reader sends the router DecodeNeeded. None: D can never hold the
+    request. The reader fails it with RequestFailed, not retryable.
     """
 
     request_id: str
