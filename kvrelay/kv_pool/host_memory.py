@@ -98,31 +98,28 @@ class KVMemory:
     # ------------------------------------------------------------ for those who do not own it: see KVPool
 
     def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
-        """See KVPool: views where blocks lie together, copies where they are scattered."""
+        """Views where blocks lie together, copies where they are scattered."""
         return kv_copy.read(self._planes_of(layers), block_ids)
 
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
-        """See KVPool."""
         return _digest(kv_copy.pieces(self._planes_of(layers), block_ids))
 
     def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
-        """See KVPool."""
         kv_copy.write(self._planes_of(layers), block_ids, payload)
 
     def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
-        """See KVPool: the source must be host memory too."""
+        """The source must be host memory too."""
         if not isinstance(source, KVMemory):
             raise GeometryMismatchError(f"host memory cannot be copied from {type(source).__name__}")
         return _digest(kv_copy.copy(self._planes_of(layers), target_ids, source._planes_of(layers), source_ids))
 
     def copy_out(self, block_ids: Sequence[BlockId], into: Sequence[HostBlock]) -> None:
-        """See KVPool."""
         for block, target in zip(block_ids, into, strict=True):
             np.copyto(target, self.planes[:, :, block])
 
     @contextlib.contextmanager
     def lend(self, block_ids: Sequence[BlockId]) -> Iterator[list[HostBlock]]:
-        """See KVPool: the blocks themselves."""
+        """The blocks themselves."""
         yield [self.planes[:, :, block] for block in block_ids]
 
     def _planes_of(self, layers: range) -> list[Bytes]:
