@@ -44,8 +44,8 @@ def test_making_a_store_touches_nothing(tmp_path: Path) -> None:
     ("keys", "told"),
     [
         ({"backend": "tape"}, "'none', 'memory', 'file', 'redis' or 'mooncake'"),
-        ({"backend": "file", "url": URL}, "file has no use for url"),
-        ({"backend": "memory", "path": "kv", "ttl_s": 1}, "memory has no use for path, ttl_s"),
+        ({"backend": "file", "url": URL}, "file does not use url"),
+        ({"backend": "memory", "path": "kv", "ttl_s": 1}, "memory does not use path, ttl_s"),
         ({"backend": "redis"}, "redis needs a url"),
         ({"backend": "redis", "url": "http://:hunter2@host"}, "begins with redis://, rediss://, unix://"),
         ({"backend": "mooncake", "master": "host"}, "master"),
