@@ -1,4 +1,4 @@
-"""Addresses of hosts and ports as text: names, IPv4, and IPv6 with the brackets that a port behind it needs."""
+"""Addresses of hosts and ports as text: names, IPv4, and IPv6 in brackets before a port."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def netloc(host: str, port: object) -> str:
 
 
 def tcp_address(host: str, port: int) -> str:
-    """Return the address ZMQ knows ``port`` of ``host`` by."""
+    """Return the ZMQ address of ``port`` on ``host``."""
     return f"tcp://{netloc(host, port)}"
 
 
 def split_tcp_address(address: str) -> tuple[str, int]:
-    """Return host and port of ``tcp://host:port``. Raises ValueError if it is none."""
+    """Return host and port of ``tcp://host:port``. Raises ValueError if it is invalid."""
     if not _TCP_ADDRESS.fullmatch(address):
         raise ValueError("should be tcp://host:port, with an IPv6 host in brackets")
     host, _, port = address.removeprefix("tcp://").rpartition(":")
@@ -40,7 +40,7 @@ def split_tcp_address(address: str) -> tuple[str, int]:
 
 
 def check_host(host: str) -> None:
-    """Raise ValueError if ``host`` has a colon and is no IPv6 address; names are left to the resolver."""
+    """Raise ValueError if ``host`` has a colon and is not an IPv6 address. Names are not checked."""
     if ":" in host or "%" in host:
         try:
             ipaddress.IPv6Address(host)
@@ -49,7 +49,7 @@ def check_host(host: str) -> None:
 
 
 def is_ipv6(address: str) -> bool:
-    """Tell whether ``address``, as ZMQ knows it, has an IPv6 host."""
+    """Return whether ZMQ address ``address`` has an IPv6 host."""
     return address.startswith("tcp://[")
 
 
@@ -97,7 +97,7 @@ async def has_only_ipv6(host: str, port: int) -> bool:
 
 
 def listen_at(host: str, port: int, backlog: int) -> socket.socket:
-    """Return a socket that listens at ``host``; ``::`` stands for IPv4 as well. Raises OSError if it cannot."""
+    """Return a socket that listens at ``host``; ``::`` includes IPv4. Raises OSError if it cannot be bound."""
     family, address = resolve(host, port)
     dualstack = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=dualstack)

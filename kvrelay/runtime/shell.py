@@ -1,4 +1,4 @@
-"""The shell every role runs in: events in from sockets, timers and threads, actions out to them."""
+"""The shell of every role: passes events from sockets, timers and threads to a machine and performs its actions."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ Handler = Callable[[Any], None]
 
 
 class Shell:
-    """Drives one machine on the running loop.
+    """Runs one machine on the running loop.
 
-    ``handlers`` perform the actions a role adds to the core ones, by type. One event is handled to its end before the
-    next is looked at; events posted meanwhile queue up. An event may lead to any number of actions: others have the
-    loop between them.
+    ``handlers`` perform the actions that a role adds to the core ones, by type. Each event is handled completely before
+    the next. Events posted meanwhile are queued. The loop runs other tasks between the actions of a long event.
     """
 
     def __init__(self, machine: Machine, *, clock: Clock, handlers: Mapping[type, Handler] | None = None) -> None:
@@ -67,11 +66,11 @@ class Shell:
         }
 
     def handle_with(self, kind: type, handler: Handler) -> None:
-        """Have ``handler`` perform actions of type ``kind``; for one that itself needs the shell."""
+        """Let ``handler`` perform actions of type ``kind``. For handlers that need the shell themselves."""
         self._handlers[kind] = handler
 
     def post(self, event: object) -> None:
-        """Queue ``event``; call from the loop's thread. What comes before ``run`` waits for it."""
+        """Queue ``event``. Call from the loop's thread. Events posted before ``run`` are handled by it."""
         self._events.append(event)
         if len(self._events) == 1 and self._running:
             self._loop.call_soon(self._pump)
@@ -81,11 +80,11 @@ class Shell:
         self._loop.call_soon_threadsafe(self.post, event)
 
     def call_threadsafe(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called on the loop's thread; from any thread."""
+        """Call ``call`` on the loop's thread. From any thread."""
         self._loop.call_soon_threadsafe(call)
 
     def listen_for_stop(self) -> None:
-        """Have SIGTERM and SIGINT ask the machine to stop, once it runs; ``run`` does it at the latest."""
+        """Turn SIGTERM and SIGINT into StopRequested from now on. ``run`` calls this too."""
         if not self._listening:
             self._listening = True
             handle_stop_signals(self._loop, self._told_to_stop)
@@ -121,7 +120,7 @@ class Shell:
                     self._actions = None
                     self._events.popleft()
             except Exception as error:
-                logger.exception("broken while handling %.500r", self._events[0])
+                logger.exception("error while handling %.500r", self._events[0])
                 self._done.set_exception(error)
                 return
             if self._events and time.monotonic() >= ends_s:

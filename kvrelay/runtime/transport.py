@@ -1,7 +1,7 @@
-"""Messages over ZMQ: one ROUTER to be reached at, one DEALER to each process we reach out to.
+"""Messages over ZMQ: one ROUTER socket for incoming connections, one DEALER per outgoing connection.
 
-Nothing here blocks. A message that cannot be queued at once makes its peer lost: whoever does not read for a thousand
-messages is not there for us, and the machine that sent it must know.
+Nothing here blocks. If a message cannot be queued immediately, because ``send_queue`` messages are queued already, the
+machine gets PeerLost for its peer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message, ProtocolViolation
 
 MAX_PART_BYTES = 64 << 20
-"""Longest part of a message that is read from the wire at all; ZMQ drops the connection that sends more."""
+"""Maximum size of a message part. ZMQ drops a connection that sends more."""
 
 _READS_PER_TURN, _MAX_TURN_S = 64, 0.005
 """How many messages of one socket are read, and for how long, before others have the loop."""
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 class Transport:
     """All connections of one process.
 
-    ``deliver`` gets Received and PeerLost events; it must not call back into the transport before it returns to the
-    loop. A peer that sends what cannot be read is told so and not listened to again.
+    ``deliver`` is called with Received and PeerLost events. It must not call the transport before it returns to the
+    loop. A peer that sends an undecodable message gets ProtocolViolation, and its further messages are ignored.
     """
 
     def __init__(self, me: PeerId, deliver: Callable[[object], None], *, send_queue: int = 1000) -> None:
@@ -58,7 +58,7 @@ class Transport:
     # ------------------------------------------------------------ connections
 
     def bind(self, *addresses: str) -> list[str]:
-        """Listen at ``addresses`` (``tcp://host:0`` takes any free port) and return where that is."""
+        """Bind ``addresses`` (``tcp://host:0``: any free port) and return the bound addresses."""
         if self._router is not None:
             raise LocalProtocolError("already bound")
         self._router = self._socket(zmq.ROUTER)
@@ -74,7 +74,7 @@ class Transport:
         return bound
 
     def connect(self, peer: PeerId, address: str) -> None:
-        """Reach out to ``address`` and call what is there ``peer``. What is sent before it answers is queued."""
+        """Connect to ``address`` under the name ``peer``. Messages sent before it answers are queued."""
         if peer in self._dealers:
             raise LocalProtocolError(f"already connected to {peer}")
         dealer = self._socket(zmq.DEALER)
@@ -115,11 +115,11 @@ class Transport:
             self.send(peer, message, payload)
 
     def alias(self, name: PeerId, peer: PeerId) -> None:
-        """Call ``peer``, who reaches out to us, ``name`` from here on."""
+        """Use ``name`` for ``peer``, which connects to us, from now on."""
         self._aliases[peer], self._aliased[name] = name, peer
 
     def disconnect(self, peer: PeerId) -> None:
-        """Drop the connection to ``peer`` with all that is queued. Of a peer that reached out to us nothing is kept."""
+        """Drop the outgoing connection to ``peer`` with its queued messages. No effect on incoming connections."""
         lookup = self._lookups.pop(peer, None)
         if lookup is not None:
             lookup.cancel()
@@ -129,7 +129,7 @@ class Transport:
             self._close(dealer)
 
     def close(self) -> None:
-        """Close every connection; what the kernel does not have yet is lost after a short linger."""
+        """Close every connection. Messages that are not sent within 200 ms are lost."""
         for peer in list(self._lookups):
             self.disconnect(peer)
         for dealer in self._dealers.values():
@@ -143,7 +143,7 @@ class Transport:
     # ------------------------------------------------------------ sending
 
     def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """Queue ``message`` and raw parts after it. Parts are not copied: they must stay as they are until answered."""
+        """Queue ``message`` and raw parts. Parts are not copied: do not change them before the peer answers."""
         held = self._held.get(peer)
         if held is not None:
             if len(held) < self._send_queue:
@@ -194,7 +194,7 @@ class Transport:
         self._loop.call_soon(self._read, socket)
 
     def _inbound(self, identity: bytes) -> PeerId | None:
-        """Return who reaches out to us as ``identity``; None if that is the name of a connection we made ourselves."""
+        """Return the peer that connects as ``identity``; None if that is the name of one of our own connections."""
         name = identity.decode("utf-8", "replace")
         taken = name in self._dealers or name in self._aliased
         return None if taken else self._aliases.get(name, name)
@@ -210,7 +210,7 @@ class Transport:
             self._violation(peer, error.message)
             return
         if isinstance(message, ProtocolViolation):
-            logger.error("peer %s could not read a message of ours: %s", peer, message.reason)
+            logger.error("peer %s cannot decode our message: %s", peer, message.reason)
             self._mute(peer)
             self._deliver(PeerLost(peer, message.reason))
             return

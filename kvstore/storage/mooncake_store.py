@@ -1,4 +1,4 @@
-"""Backend ``mooncake``: values in the memory of all nodes, as Mooncake Store keeps it, over TCP.
+"""Backend ``mooncake``: values in the pooled memory of Mooncake Store, over TCP.
 
 Needs the extra ``kvrelay[mooncake]`` and a running ``mooncake_master``. Every node that opens the store gives
 ``capacity`` bytes of its memory; the master decides where values go, and evicts. The client library logs to standard

@@ -79,9 +79,9 @@ class BatchAssembler:
         self._max_num_tokens = max_num_tokens
 
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Flatten those of ``scheduled`` that are within the limits of a sequence; perhaps there are none.
+        """Flatten those of ``scheduled`` that are within the limits of a sequence. The batch may be empty.
 
-        Raises EngineError if they are too much together.
+        Raises EngineError if the step exceeds ``max_num_tokens``.
         """
         items: list[ScheduledSequence] = []
         parts: list[_Part] = []
@@ -154,7 +154,7 @@ class BatchAssembler:
         )
 
     def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
-        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
+        """Return the blocks of context that the device lacks, and record that it has them all after this step."""
         size, first = self._limits.block_size, row.resident
         there = item.writes_from
         row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)

@@ -88,7 +88,7 @@ class DeviceEngine:
         return (private_pool if self._framework.is_gpu else shared_pool)(self.memory, self._framework)
 
     def warm_up(self) -> None:
-        """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
+        """Compile all kernels and capture the graphs, so that no request waits for compilation."""
         self._framework.synchronize()  # weights and tables were made in other streams
         room = self._operations.room
         counts = {1, 2, 300} if room is None else {1, 2, 300, room.fewest}
@@ -148,7 +148,7 @@ class DeviceEngine:
             self._operations.set_entries(self._tables, self._framework.upload(changes, "int32"))
 
     def _launch(self, batch: Batch, on_layer: Callable[[int], None]) -> tuple[Computed, Callable[[], None]]:
-        """Tell the device to compute ``batch``; return what comes of it, and what announces the rest of the layers."""
+        """Launch ``batch``. Return its results and a function that reports the layers not yet reported."""
         entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
         graph = self._graphs.find(batch.shape, entries)
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer

@@ -79,7 +79,6 @@ class MirroredPool:
         self._copied = [framework.event() for _ in range(geometry.num_layers)]
 
     def copy_in(self, blocks: list[BlockId]) -> None:
-        """See PlainPool. Steps from now on come after it."""
         if blocks:
             device_blocks = self._framework.upload(np.array(blocks, np.int32), "int32")
             planes = range(2 * self._num_layers)
@@ -127,7 +126,6 @@ class MirrorCopies(LayerCopies):
         self._tell_copied(wait=False)
 
     def finish(self) -> None:
-        """See LayerCopies. Layers that were not launched one by one are copied at once."""
         self._begin(self._num_layers)
         self._tell_copied(wait=True)
 
