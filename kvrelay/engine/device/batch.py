@@ -9,16 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.engine.batch import Int64, StepLimits, misplaced, outside_vocabulary
-from kvrelay.engine.device.adjustments import adjusts, row_adjustments
+from kvrelay.engine.device.adjustments import adjusts, needs_tokens, row_adjustments
 from kvrelay.engine.device.operations import MOST_LOGPROBS, StepShape
 from kvrelay.engine.device.sequence_rows import Int32, SequenceRow, SequenceRows
-from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.step_buffer import StepArrays, StepBuffer
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SequenceFailed
+
+
+class AwaitedTokenError(Exception):
+    """A step needs a token on the host that a step before it has yet to sample."""
 
 
 class Sample(NamedTuple):
@@ -62,6 +67,10 @@ class Batch(NamedTuple):
         return slots
 
 
+_LAST_SAMPLED = -1
+"""In place of a token id: the one that the device sampled last for the row."""
+
+
 class _Part(NamedTuple):
     """The tokens that a step computes of one sequence, and for each place that samples how its logits change."""
 
@@ -81,7 +90,7 @@ class BatchAssembler:
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:
         """Flatten those of ``scheduled`` that are within the limits of a sequence; perhaps there are none.
 
-        Raises EngineError if they are too much together.
+        Raises EngineError if they are too much together, AwaitedTokenError if they cannot be assembled yet.
         """
         items: list[ScheduledSequence] = []
         parts: list[_Part] = []
@@ -104,10 +113,18 @@ class BatchAssembler:
     def _part(self, item: ScheduledSequence) -> _Part | SequenceFailed:
         """Return what to compute of ``item``, or why it cannot be computed."""
         sequence, limits = item.sequence, self._limits
-        if failed := misplaced(item, limits) or self._rows.outside_pool(sequence):
+        awaited = item.awaits and item.num_tokens == 1 and item.start == sequence.num_tokens
+        if failed := misplaced(item, limits, int(awaited)) or self._rows.outside_pool(sequence):
             return failed
-        token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
-        if failed := outside_vocabulary(token_ids, limits.vocab_size) or _too_many_logprobs(item):
+        if awaited:
+            if needs_tokens(sequence.sampling) or not self._rows.has_sampled(sequence, item.start):
+                raise AwaitedTokenError
+            token_ids = [_LAST_SAMPLED]
+        else:
+            token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
+            if failed := outside_vocabulary(token_ids, limits.vocab_size):
+                return failed
+        if failed := _too_many_logprobs(item):
             return failed
         if not (item.samples and adjusts(sequence.sampling)):
             return _Part(token_ids, None)
@@ -116,7 +133,8 @@ class BatchAssembler:
             return _Part(token_ids, [row_adjustments(item, ahead, limits.vocab_size) for ahead in places])
         except Exception as error:  # the border of a sequence, as in the host's sampler
             reason = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-            return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
+            position = item.start + item.num_tokens - sequence.num_prompt_tokens - len(item.drafts or ())
+            return SequenceFailed(f"output position {position} cannot be sampled: {reason}")
 
     def _flatten(self, items: list[ScheduledSequence], parts: list[_Part], failed: dict[int, SequenceFailed]) -> Batch:
         rows = self._rows.take(items)
@@ -140,6 +158,9 @@ class BatchAssembler:
             if item.samples
             for ahead in range(len(item.drafts or ()) + 1)
         ]
+        for sample in samples:  # the device keeps the token after the newest one, not those after drafts
+            if not sample.ahead:
+                sample.row.sampled = _place_of(sample)
         paged, dense, pieces = (one.shape[1] for one in tiles)
         return Batch(
             items=items,
@@ -174,30 +195,30 @@ class BatchAssembler:
             slots[positions < np.repeat(writes_from, counts)] = -1
         return result
 
-    def fill(self, buffer: StepBuffer, batch: Batch) -> None:
-        """Put ``batch`` into ``buffer`` and start its copy to the device."""
-        buffer.reset()
+    def fill(self, buffer: StepBuffer, arena: UploadArena, batch: Batch) -> None:
+        """Start the copy of ``batch`` to ``buffer``."""
+        arrays = buffer.stage(arena)
         rows, _, paged, count, dense, pieces = batch.shape
-        buffer.rows[:, :rows] = batch.rows
-        buffer.tiles[:, :paged] = batch.tiles.paged
-        buffer.dense_tiles[:, :dense] = batch.tiles.dense
-        buffer.pieces[:, :pieces] = batch.tiles.pieces
+        arrays.rows[:, :rows] = batch.rows
+        arrays.tiles[:, :paged] = batch.tiles.paged
+        arrays.dense_tiles[:, :dense] = batch.tiles.dense
+        arrays.pieces[:, :pieces] = batch.tiles.pieces
         if count:
-            self._fill_samples(buffer, batch)
-        buffer.upload()
+            self._fill_samples(arrays, batch)
+            if batch.adjustments is not None:
+                tokens, changes, ends = batch.adjustments
+                arrays.numbers[3, 1:count], arrays.numbers[4, :count] = ends[:-1], ends
+                buffer.upload_adjustments(arena, tokens, changes)
+        buffer.upload(arrays)
 
-    def _fill_samples(self, buffer: StepBuffer, batch: Batch) -> None:
+    def _fill_samples(self, arrays: StepArrays, batch: Batch) -> None:
         samples, count = batch.samples, len(batch.samples)
-        buffer.sample_rows[:count] = [sample.step_row for sample in samples]
+        arrays.sample_rows[:count] = [sample.step_row for sample in samples]
         index = np.array([sample.row.index for sample in samples])
-        buffer.reals[0, :count] = [_uniform(sample) for sample in samples]
-        buffer.reals[1:, :count] = self._rows.reals[:, index]
-        buffer.numbers[:2, :count] = self._rows.numbers[:, index]
-        buffer.numbers[2, :count] = np.where([sample.ahead for sample in samples], -1, index)
-        if batch.adjustments is not None:
-            tokens, changes, ends = batch.adjustments
-            buffer.numbers[3, 1:count], buffer.numbers[4, :count] = ends[:-1], ends
-            buffer.upload_adjustments(tokens, changes)
+        arrays.reals[0, :count] = [_uniform(sample) for sample in samples]
+        arrays.reals[1:, :count] = self._rows.reals[:, index]
+        arrays.numbers[:2, :count] = self._rows.numbers[:, index]
+        arrays.numbers[2, :count] = np.where([sample.ahead for sample in samples], -1, index)
 
 
 def _too_many_logprobs(item: ScheduledSequence) -> SequenceFailed | None:
@@ -223,8 +244,11 @@ def _adjustments(items: list[ScheduledSequence], parts: list[_Part]) -> Adjustme
     return Adjustments(tokens, changes, np.cumsum(counts, dtype=np.int32))
 
 
+def _place_of(sample: Sample) -> int:
+    """Return the place in its sequence of the token that is sampled."""
+    item = sample.item
+    return item.start + item.num_tokens - len(item.drafts or ()) + sample.ahead
+
+
 def _uniform(sample: Sample) -> float:
-    if not sample.row.draws:
-        return 0.0
-    sequence = sample.item.sequence
-    return uniform(sequence.sampling.seed, sequence.num_tokens + sample.ahead)
+    return uniform(sample.item.sequence.sampling.seed, _place_of(sample)) if sample.row.draws else 0.0
