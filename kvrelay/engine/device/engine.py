@@ -191,11 +191,11 @@ class DeviceStep:
         launched.slot.done.synchronize()
         found = outcomes(launched)
         items = launched.batch.items
-        if not any(item.drafts or item.awaits for item in items):
+        if not any(item.drafts or _is_missing(item) for item in items):
             return found
         places = [place for place in range(len(found)) if place not in launched.batch.failed]
         for place, item in zip(places, items, strict=True):
-            if item.awaits and item.sequence.num_tokens < item.start + item.num_tokens:
+            if _is_missing(item):
                 found[place] = SequenceFailed(f"no token was sampled for position {item.start}")
             elif item.drafts and isinstance(found[place], SequenceFailed):
                 # Perhaps a guess is what is not finite: masked or not, it can spoil the rows before it.
@@ -212,6 +212,11 @@ class DeviceStep:
             return outcomes(launched)
 
         return compute_isolated(self._plan.step, [item.without_drafts], compute, lambda layer: None)[0]
+
+
+def _is_missing(item: ScheduledSequence) -> bool:
+    """Return whether the step before was to sample the newest token of ``item`` and did not."""
+    return item.awaits and len(item.sequence.token_ids) < item.start + item.num_tokens
 
 
 def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:

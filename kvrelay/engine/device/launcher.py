@@ -69,18 +69,18 @@ class StepLauncher:
         self._framework, self._operations, self._limits = framework, operations, limits
         block_size = memory.geometry.block_size
         max_blocks = memory.geometry.blocks_for(limits.max_model_len)
-        self.rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
+        rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
         step_limits = StepLimits(block_size, limits.num_blocks, limits.max_model_len, config.vocab_size)
         self._cutter = TileCutter(operations.tile_rows, operations.room)
-        self.assembler = BatchAssembler(step_limits, self.rows, self._cutter, limits.max_num_batched_tokens)
+        self.assembler = BatchAssembler(step_limits, rows, self._cutter, limits.max_num_batched_tokens)
         with framework.on(self.stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
             self.pool = self._make_pool(memory)
             self._buffer = self._make_buffer(entries=0)
             words = self._buffer.num_words + _MORE_UPLOAD_WORDS
-            rows = limits.max_num_batched_tokens
-            self.slots = [StepSlot(framework, rows, words) for _ in range(num_slots)]
+            most = limits.max_num_batched_tokens
+            self.slots = [StepSlot(framework, most, words) for _ in range(num_slots)]
         self.decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
         self.capture([])
 
@@ -97,7 +97,7 @@ class StepLauncher:
     def forget_sequences(self) -> None:
         """What the device has of sequences, and of their KV, is not known any more."""
         with self.state:
-            self.rows.clear()
+            self.assembler.forget_sequences()
 
     def launch(self, items: list[ScheduledSequence], slot: StepSlot, announce: Announce) -> Launched:
         """Assemble ``items`` and have the device compute them after all that it was told before.
@@ -110,7 +110,7 @@ class StepLauncher:
             with self._framework.on(self.stream):
                 with self.state:
                     batch = self.assembler.assemble(items)
-                    changes = self.rows.take_changes()
+                    changes = self.assembler.take_table_changes()
                 if changes is not None:
                     self._operations.set_entries(self._tables, slot.arena.upload(changes))
                 self.pool.copy_in(batch.foreign, slot.arena)
@@ -146,8 +146,7 @@ class StepLauncher:
         if sampled is not None:
             sampled = type(sampled)(*(one[:count] for one in sampled))
         broken = computed.broken_rows[:rows] if count < rows else None  # logits tell as much
-        with_logprobs = any(sample.item.sequence.sampling.num_logprobs is not None for sample in batch.samples)
-        return slot.fetch(sampled, broken, with_logprobs, self.stream)
+        return slot.fetch(sampled, broken, batch.samples.num_logprobs is not None, self.stream)
 
     def _eager_buffer(self, entries: int) -> StepBuffer:
         if entries > self._buffer.entries:
@@ -169,16 +168,18 @@ class StepLauncher:
 def outcomes(launched: Launched) -> list[SequenceOutcome]:
     """Return the outcome of each sequence of the plan, once the device is done."""
     batch, results = launched.batch, launched.results
-    computed = iter(outcomes_of(batch, results.tokens.tolist(), _logprobs(batch, results), results.broken))
-    places = range(len(batch.items) + len(batch.failed))
+    found = outcomes_of(batch, results.tokens, _logprobs(batch, results), results.broken)
+    if not batch.failed:
+        return found
+    computed, places = iter(found), range(len(batch.items) + len(batch.failed))
     return [batch.failed[place] if place in batch.failed else next(computed) for place in places]
 
 
-def _logprobs(batch: Batch, results: Results) -> Iterator[TokenLogprobs | None]:
-    """Return for each sampling row its log probabilities, if they are asked for."""
-    if results.top_tokens is None or results.logprobs is None:
-        return iter([None] * len(batch.samples))
-    wanted = [sample.item.sequence.sampling.num_logprobs for sample in batch.samples]
+def _logprobs(batch: Batch, results: Results) -> Iterator[TokenLogprobs | None] | None:
+    """Return for each sampling row its log probabilities, None if nobody asks."""
+    wanted = batch.samples.num_logprobs
+    if wanted is None or results.top_tokens is None or results.logprobs is None:
+        return None
     return (
         None if count is None else TokenLogprobs(values[0], ids[1 : 1 + count], values[1 : 1 + count])
         for count, ids, values in zip(wanted, results.top_tokens.tolist(), results.logprobs.tolist(), strict=True)

@@ -111,7 +111,7 @@ class SequenceRows:
                 row = known[sequence] = self._new_row(sequence, row)
                 row.sampled = sampled
             if len(row.table) != row.num_blocks:
-                self._add_blocks(row)
+                self.add_blocks(row)
             rows.append(row)
         return rows
 
@@ -125,7 +125,8 @@ class SequenceRows:
         self.numbers[:, row.index] = top_k, -1 if params.num_logprobs is None else params.num_logprobs
         return row
 
-    def _add_blocks(self, row: SequenceRow) -> None:
+    def add_blocks(self, row: SequenceRow) -> None:
+        """Take in the blocks that were appended to the table of the row's sequence."""
         first, last = row.num_blocks, min(len(row.table), self.tables.shape[1])
         blocks = row.table[first:last]
         self.tables[row.index, first:last] = blocks

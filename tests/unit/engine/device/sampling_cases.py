@@ -89,8 +89,8 @@ def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], valu
     last_tokens = framework.zeros((count,), "int32")
     step = buffer.tensors(assembled.shape)
     sampled = operations.sample(framework.upload(values, "float32"), step, last_tokens)
-    noted = [sample for sample in assembled.samples if sample.ahead == 0]
-    index = [assembled.samples.index(sample) for sample in noted]
-    where = torch.tensor([sample.row.index for sample in noted])
-    assert last_tokens.cpu()[where].tolist() == sampled.tokens.cpu()[index].tolist()
+    noted = assembled.samples.noted
+    is_noted = torch.from_numpy(noted >= 0)
+    where = torch.from_numpy(noted[noted >= 0]).long()
+    assert last_tokens.cpu()[where].tolist() == sampled.tokens.cpu()[is_noted].tolist()
     return Sampled(*(one.cpu() for one in sampled))
