@@ -35,6 +35,7 @@ from kvrelay.protocol.messages.engine import (
     StepResult,
 )
 from kvrelay.protocol.messages.messager_to_messager import (
+    AckStatus,
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -221,7 +222,7 @@ EXAMPLES: list[Message] = [
         digest=2**64 - 1,
         num_layers=2,
     ),
-    FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status="written"),
+    FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status=AckStatus.WRITTEN),
     FetchBlocks(fetch_id=7, namespace=b"n" * 16, block_hashes=[b"a" * 32, b"b" * 32]),
     BlocksFetched(fetch_id=7, found=[True, False]),
     DropBlocks(fetch_id=8, namespace=b"n" * 16, block_hashes=[b"a" * 32]),

@@ -214,7 +214,7 @@ class Pair:
 
     # ------------------------------------------------------------ the network
 
-    def feed(self, me: PeerId, event: object) -> None:
+    def feed(self, me: PeerId, event: Any) -> None:
         end = self.ends[me]
         if end.exit_reason is None:
             for action in end.machine.handle(event, self.now):

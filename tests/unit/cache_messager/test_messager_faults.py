@@ -15,6 +15,7 @@ from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
 from kvrelay.protocol.ids import Attempt
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import (
+    AckStatus,
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -176,7 +177,9 @@ def test_failure_waits_until_no_frame_is_under_way() -> None:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
-        stale = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status="stale")
+        stale = FrameAck(
+            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+        )
         pair.feed(P, Received(D, stale))
         assert pair.endings(P, A) == [], "two frames of it may still be read"
         pair.run()
@@ -189,7 +192,9 @@ def test_signals_of_a_failing_transfer_send_nothing_more() -> None:
         pair.signal(A, 0, 0, sources[:2])
         pair.signal(A, 1, 0, sources)
         pair.run([(P_NODE, P)])
-        stale = FrameAck(request_id="a", epoch=1, layer=1, first_block=0, num_bytes=4 * BLOCK_BYTES, status="stale")
+        stale = FrameAck(
+            request_id="a", epoch=1, layer=1, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+        )
         pair.feed(P, Received(D, stale))
         pair.signal(A, 0, 2, sources)
         pair.run([(P_NODE, P)])
@@ -206,7 +211,9 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
         other = LinkAddress(peer="d1.messager#1", host_id="host", tcp="tcp://d1", ipc="ipc://d1")
         pair.say(P, OpenTransfer(request_id="b", epoch=1, link=other, first_block=0, target_block_ids=[1]))
         pair.run([(P_NODE, P)])
-        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status="written")
+        ack = FrameAck(
+            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.WRITTEN
+        )
         pair.feed(P, Received(other.peer, ack))
         assert pair.counter(P, "unexpected_acks") == 1
         assert pair.ends[P].machine.gauges()["inflight_bytes"] == 4 * BLOCK_BYTES
@@ -215,7 +222,7 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
 def test_acknowledgements_of_nothing_are_counted() -> None:
     with Pair() as pair:
         sources, _ = started(pair)
-        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=1, status="written")
+        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=1, status=AckStatus.WRITTEN)
         pair.feed(P, Received(D, ack))
         pair.feed(P, Received("x#1", msgspec.structs.replace(ack, request_id="b")))
         assert pair.counter(P, "unexpected_acks") == 2
