@@ -124,7 +124,7 @@ class Transfer:
         self.attempt = attempt
         self.lifecycle = Lifecycle(f"transfer {attempt}", TRANSITIONS, TransferStatus.PENDING, now)
         self.pending: list[PendingSignal] = []
-        self.peer: PeerId = ""
+        self.peer = PeerId("")
         self.first_block = 0
         self.target_block_ids: list[BlockId] = []
         self.queue: deque[BlockRange] = deque()
