@@ -103,7 +103,7 @@ class Supervisor:
                 await self._sleep(_PROBE_INTERVAL_S)
             self._was_ready = True
             await self._on_ready()
-        except Exception as error:  # the border to whoever started the cluster: it ends, and says why
+        except Exception as error:  # last resort: the cluster ends with the reason
             self._give_up(EXIT_ERROR, f"{type(error).__name__}: {error}")
 
     async def _keep(self, spec: ProcessSpec) -> None:

@@ -1,4 +1,4 @@
-"""What a node checks of a request before it does anything for it, whoever sent it."""
+"""Checks of a request on a node, before any work is done for it."""
 
 from __future__ import annotations
 

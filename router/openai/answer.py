@@ -1,4 +1,4 @@
-"""From deltas to an answer: one JSON object, or a stream of chunks."""
+"""Writes an answer from deltas: one JSON object, or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Style(Protocol):
-    """What completions and chat completions do differently. One object serves one answer."""
+    """The differences between completions and chat completions. One object per answer."""
 
     object_name: str
     chunk_object_name: str
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
-        """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
+        """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
     def full_choice(
         self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
     ) -> dict[str, object]:
-        """Return a whole choice as an item of ``choices``, likewise."""
+        """Return a complete choice as an item of ``choices``, without the common fields."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return what the answer itself, or its first chunk, tells of the prompt."""
+        """Return the fields about the prompt, for the answer or its first chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What all parts of one answer say alike. ``created_s``: whole seconds since 1970."""
+    """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""
 
     answer_id: str
     created_s: int
@@ -48,7 +48,7 @@ class AnswerHead:
 
 
 class Answer:
-    """Writes one answer in one style, as ``request`` wants it."""
+    """Writes one answer in one style, as ``request`` asks."""
 
     def __init__(self, head: AnswerHead, style: Style, choices: Sequence[Choice], request: GenerationFields) -> None:
         self._head = head
@@ -61,7 +61,7 @@ class Answer:
         self._begun = [False] * len(choices)
 
     async def full(self, deltas: AsyncIterator[Delta]) -> dict[str, object]:
-        """Return the whole answer when it is complete."""
+        """Return the answer when it is complete."""
         received: list[list[Delta]] = [[] for _ in self._choices]
         async for delta in deltas:
             received[delta.index].append(delta)
@@ -71,7 +71,7 @@ class Answer:
         return body | self._style.prompt_fields(self._choices)
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Yield server-sent events as deltas come in, ``[DONE]`` last.
+        """Yield server-sent events for deltas, and ``[DONE]`` at the end.
 
         An error after the first event is an event too, since the status has been sent; before, it is raised.
         """
@@ -127,5 +127,5 @@ class Answer:
 
 
 def event(body: dict[str, object]) -> bytes:
-    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so no text can end it early."""
+    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so text cannot end it early."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -1,4 +1,4 @@
-"""Fields of requests that mean nothing here: each is logged once, for whoever wonders why it has no effect."""
+"""Unknown fields of requests: each name is logged once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from router.openai.field_types import shown
 
 MAX_NAMES = 256
-"""Names remembered, and lines logged, at most: names are the clients' to choose."""
+"""Maximum names remembered and logged, because clients choose the names."""
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,9 @@ class UnknownFields:
         self._seen: set[str] = set()
 
     def notice(self, names: Iterable[str]) -> None:
-        """Log those of ``names`` that have not been logged yet, as far as there is room to remember them."""
+        """Log those of ``names`` that have not been logged yet, up to the maximum."""
         some = map(shown, islice(names, self._max_names))  # a body may have a million
         new = (name for name in some if name not in self._seen)
         for name in islice(new, self._max_names - len(self._seen)):
             self._seen.add(name)
-            logger.warning("requests have a field %s, which is unknown here and ignored", name)
+            logger.warning("unknown request field %s is ignored", name)

@@ -21,7 +21,7 @@ LAYERS_PER_COPY = 4
 
 
 class PlainPool:
-    """A pool with nothing to copy: the node's memory itself, or memory of the device that nobody else reads."""
+    """A pool without copies: the node's memory, or device memory that no other process reads."""
 
     def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework) -> None:
         self.layers = _layers(framework, tensor, memory)
