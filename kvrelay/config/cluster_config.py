@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from kvrelay.addresses import tcp_address
 from kvrelay.config.document import Document, Key
+from kvrelay.config.renamed import RENAMED
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.sections import (
     CacheConfig,
@@ -59,6 +61,9 @@ __all__ = [
     "StorageConfig",
     "TransferConfig",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Sections(Section):
@@ -119,6 +124,9 @@ class ClusterConfig(Sections):
 
     @classmethod
     def _from_document(cls, document: Document, config_dir: Path) -> Self:
+        document.rename(RENAMED)
+        for warning in document.warnings:
+            logger.warning(warning)
         config: Self | None = None
         found: list[tuple[Key, str]] = []
         try:

@@ -22,13 +22,14 @@ _MAX_DEPTH = 32
 class Document:
     """The data of a config file and the location of each key. An override replaces a key and its location.
 
-    ``problems`` collects what is wrong with the file or an override itself, as finished lines.
+    ``problems`` collects errors in the file or in an override, ``warnings`` renamed keys. Both are complete lines.
     """
 
     def __init__(self, name: str, data: dict[str, Any], lines: dict[Key, int] | None = None) -> None:
         self.name = name
         self.data = data
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self._places: dict[Key, str] = {key: f"{name}:{line}" for key, line in (lines or {}).items()}
 
     @classmethod
@@ -62,6 +63,25 @@ class Document:
                 self.problems.append(f"--set {text}: should read key=value, such as router.port=8001")
             else:
                 self._override(path.strip().split("."), value, f"--set {text}")
+
+    def rename(self, renamed: Mapping[tuple[str, str], str]) -> None:
+        """Replace old keys (section, name) of the cluster and of each node by their new names."""
+        for node in ((), *(("nodes", index) for index in range(len(self._node_names())))):
+            for (section, old), new in renamed.items():
+                self._rename((*node, section), old, new)
+
+    def _rename(self, section: Key, old: str, new: str) -> None:
+        keys = self._find(section)
+        if not isinstance(keys, dict) or old not in keys:
+            return
+        if new in keys:
+            self.problems.append(self.describe((*section, old), f"is the old name of {new}, which is given too"))
+            del keys[old]
+            return
+        self.warnings.append(self.describe((*section, old), f"is deprecated, use {new}"))
+        keys[new] = keys.pop(old)
+        if (place := self._places.pop((*section, old), None)) is not None:
+            self._places[*section, new] = place
 
     def resolved(self, sections: list[str]) -> dict[str, Any]:
         """Return the data; every node's sections are completed from the cluster's."""

@@ -105,10 +105,10 @@ class RouterConfig(Section):
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
         "tcp://[::1]:8100).",
     )
-    prefill_policy: Literal["least_loaded", "round_robin"] = Field(
+    prefill_routing: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="Policy that chooses the prefill or mixed node of a request."
     )
-    decode_policy: Literal["least_loaded", "round_robin"] = Field(
+    decode_routing: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="Policy that chooses the decode node of a request."
     )
     local_prefill_tokens: int | None = Field(

@@ -76,8 +76,9 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a node. ``counters`` never decrease while the process lives; all other fields are gauges.
 
-    ``queued_tokens`` differs by role. On P: uncached tokens still to compute, of waiting and running prompts. On D and
-    mixed nodes: all tokens, prompt and output, of waiting requests only. The router compares both in one rule.
+    ``queued_tokens`` differs by role. On P: tokens of waiting prompts, cached ones included, plus tokens still to
+    compute of running prompts. On D and mixed nodes: all tokens, prompt and output, of waiting requests only. The
+    router compares both in one rule.
 
     By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the tokens still to compute,
     ``prompt_waits`` histograms of waits, which never decrease.

@@ -15,7 +15,7 @@ from kvrelay.errors import ConfigError
 FROM_THE_DESIGN = """\
 model: {path: models/demo, served_name: demo, dtype: auto, max_model_len: 4096}
 router: {host: 127.0.0.1, port: 8000, control: "tcp://127.0.0.1:8100",
-         prefill_policy: least_loaded, decode_policy: least_loaded, max_queued_requests: 512}
+         prefill_routing: least_loaded, decode_routing: least_loaded, max_queued_requests: 512}
 cache: {block_size: 16, num_blocks: 4096, dtype: auto, prefix_caching: true}
 scheduler: {max_num_batched_tokens: 2048, max_num_seqs: 64, reserve_policy: new_token_ratio,
             preemption_order: latest_first}
