@@ -80,7 +80,7 @@ def test_every_refusal_is_on_the_page_with_its_reason() -> None:
 
 
 def test_every_ignored_field_is_on_the_page() -> None:
-    (line,) = re.findall(r"as good:\n\n(.*)\n", PAGE.read_text("utf-8"))
+    (line,) = re.findall(r"affect the answer:\n\n(.*)\n", PAGE.read_text("utf-8"))
     assert set(re.findall(r"`(\w+)`", line)) == IGNORED_FIELDS
 
 
