@@ -1,4 +1,4 @@
-"""From deltas to an answer: one JSON object, or a stream of chunks."""
+"""Writes an answer from deltas: one JSON object, or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Style(Protocol):
-    """What completions and chat completions do differently. One object serves one answer."""
+    """The differences between completions and chat completions. One object per answer."""
 
     object_name: str
     chunk_object_name: str
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
-        """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
+        """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
     def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
         """Return a whole choice as an item of ``choices``, likewise, and without its logprobs."""
@@ -33,12 +33,12 @@ class Style(Protocol):
         """Return the logprobs of ``delta``, each token's once; None: they are not wanted."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return what the answer itself, or its first chunk, tells of the prompt."""
+        """Return the fields about the prompt, for the answer or its first chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What all parts of one answer say alike. ``created_s``: whole seconds since 1970."""
+    """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""
 
     answer_id: str
     created_s: int
@@ -50,7 +50,7 @@ class AnswerHead:
 
 
 class Answer:
-    """Writes one answer in one style, as ``request`` wants it."""
+    """Writes one answer in one style, as ``request`` asks."""
 
     def __init__(self, head: AnswerHead, style: Style, choices: Sequence[Choice], request: GenerationFields) -> None:
         self._head = head
@@ -79,7 +79,7 @@ class Answer:
         return pieces
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Yield server-sent events as deltas come in, ``[DONE]`` last.
+        """Yield server-sent events for deltas, and ``[DONE]`` at the end.
 
         An error after the first event is an event too, since the status has been sent; before, it is raised.
         """
@@ -153,5 +153,5 @@ class _Whole:
 
 
 def event(body: dict[str, object]) -> bytes:
-    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so no text can end it early."""
+    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so text cannot end it early."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
