@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from decode_node.request import DecodeRequest
-from decode_node.waiting import WaitingQueue
+from decode_node.requests import Requests
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
-from kvrelay.node.prefill_order import PrefillOrder
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.blocks.pending_prefixes import PendingPrefixes
 
 
 class Publisher:
-    """Publishes blocks of requests. ``pending`` are those that admitted requests have yet to compute."""
+    """Publishes blocks of requests, and exchanges copies of published blocks for those."""
 
     def __init__(
         self,
         kv: KVCache,
         hasher: BlockHasher,
-        waiting: WaitingQueue,
-        order: PrefillOrder[DecodeRequest],
+        requests: Requests,
         plans: PlanWriter,
         in_flight: PlansInFlight[DecodeRequest],
     ) -> None:
         self._kv = kv
         self._hasher = hasher
-        self._waiting = waiting
-        self._order = order
+        self._requests = requests
         self._plans = plans
         self._in_flight = in_flight
         self._unshared: dict[DecodeRequest, int] = {}
-        self.pending = PendingPrefixes()
-
-    def may_wait_for_a_block(self, request: DecodeRequest) -> bool:
-        """Return whether the next block that ``request`` lacks is being computed for another and it may wait."""
-        lacking = self._waiting.lacks(request)
-        return lacking is not None and lacking in self.pending and self._order.may_wait_for_a_block(request)
 
     def publish(self, request: DecodeRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
@@ -45,7 +35,7 @@ class Publisher:
         if num_full > len(request.hashes):
             self._hasher.extend(request.hashes, request.token_ids[: num_full * self._hasher.block_size])
         self.publish_blocks(request, num_full)
-        self.pending.published(request, num_full)
+        self._requests.pending.published(request, num_full)
 
     def publish_blocks(self, request: DecodeRequest, num_blocks: int) -> None:
         """Make the first ``num_blocks`` blocks of ``request`` matchable; nothing writes to them any more.
@@ -57,7 +47,7 @@ class Publisher:
         """
         hashes, table = request.hashes[:num_blocks], request.block_table
         self._kv.publish(hashes, table[:num_blocks])
-        self._waiting.published(hashes)
+        self._requests.waiting.published(hashes)
         shared = [(place, block) for place, block in enumerate(self._kv.match(hashes)) if table[place] != block]
         if not shared:
             return

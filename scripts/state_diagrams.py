@@ -15,7 +15,8 @@ HEAD = """# State machines
 
 Made from the transition tables in the code by `scripts/state_diagrams.py`; a test keeps this page equal to them.
 A status changes by one call, `Lifecycle.move` (`kvrelay/machine/lifecycle.py`),
-which raises for a step that is not drawn here.
+which raises for a step that is not drawn here. On nodes that call is made by `RequestTable.move`
+(`kvrelay/node/request_table.py`) alone, which moves the request to the container of its new status too.
 """
 
 

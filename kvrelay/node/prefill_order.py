@@ -255,7 +255,8 @@ class ShortestFirst(PrefillOrder[R]):
 
     def running(self, requests: Iterable[R], now: float) -> list[R]:
         """Return them by rank."""
-        return sorted(requests, key=lambda request: self._rank(self._prompts[request], now))
+        prompts, rank = self._prompts, self._rank
+        return sorted(requests, key=lambda request: rank(prompts[request], now))
 
     def queued(self, requests: Iterable[R], now: float) -> list[R]:
         """Return them by rank."""
@@ -270,11 +271,13 @@ class ShortestFirst(PrefillOrder[R]):
         level = prompt.priority - int((now - prompt.arrival_s) / self._aging_s) if self._by_priority else 0
         if prompt.returns:
             return level, -1.0, 0
-        if prompt.overtaken_tokens > self._fair_tokens or self._fair_tokens <= 0:
+        overtaken_tokens, fair_tokens = prompt.overtaken_tokens, self._fair_tokens
+        if overtaken_tokens > fair_tokens or fair_tokens <= 0:
             return level, 0.0, prompt.number
-        weight = self._begun_weight if prompt.has_begun and prompt.has_blocks else 1.0
-        patience = 1.0 - prompt.overtaken_tokens / self._fair_tokens
-        return level, prompt.num_tokens * weight * patience, prompt.number
+        patience = 1.0 - overtaken_tokens / fair_tokens
+        if prompt.has_begun and prompt.has_blocks:
+            return level, prompt.num_tokens * self._begun_weight * patience, prompt.number
+        return level, prompt.num_tokens * patience, prompt.number
 
     def may_overtake(self, request: R) -> bool:
         """Return whether the bound of the oldest queued prompt allows it."""
