@@ -42,7 +42,7 @@ class Admission:
         """Whether fewer than ``max_num_seqs`` requests have blocks."""
         return self._requests.num_holding < self._max_num_seqs
 
-    def reserved_blocks(self, leaving: Collection[DecodeRequest] = ()) -> int:
+    def headroom_blocks(self, leaving: Collection[DecodeRequest] = ()) -> int:
         """Return how many blocks the reserve policy keeps free for all that have blocks but those in ``leaving``."""
         growing = self._requests.growing()
         if leaving:
@@ -63,7 +63,7 @@ class Admission:
         """
         if self._requests.num_holding == len(leaving):
             return self._kv.can_allocate(num_new, matched)
-        kept_free = self.reserved_blocks(leaving) + self._reserve.charge_blocks(request) + self._watermark_blocks
+        kept_free = self.headroom_blocks(leaving) + self._reserve.charge_blocks(request) + self._watermark_blocks
         return self._kv.can_allocate(num_new + kept_free, matched)
 
     def may_reserve(self, priority: int, num_tokens: int, now: float) -> str | None:

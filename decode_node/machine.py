@@ -86,7 +86,7 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
 
     def _take(self, peer: PeerId, message: Message) -> None:
         if not isinstance(message, RoleMessage):
-            self._unexpected(peer, message)
+            self._unexpected.take(peer, message)
             return
         match message:
             case Generate(request=spec):
@@ -152,7 +152,8 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
         scheduler, requests = self.scheduler, self.requests
-        waiting, reserved_blocks = list(requests.waiting), scheduler.admission.reserved_blocks()
+        waiting, headroom_blocks = list(requests.waiting), scheduler.admission.headroom_blocks()
+        prompt_tokens = requests.order.tokens_by_length()
         preemptions = scheduler.preemption.counts
         return Load(
             num_waiting=len(waiting),
@@ -161,14 +162,15 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(len(request.token_ids) for request in waiting),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(len(request.token_ids) for request in waiting),
+            num_preempted=sum(request.status is DecodeStatus.PREEMPTED for request in waiting),
+            headroom_blocks=headroom_blocks,
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": requests.order.longest_wait_s(self._outbox.now),
-                "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
-                "reserved_blocks": float(reserved_blocks),
-                "reserved_tokens": float(reserved_blocks * self._hasher.block_size),
+                "headroom_tokens": float(headroom_blocks * self._hasher.block_size),
             },
             counters={
                 **self._steps.counters,
@@ -177,7 +179,7 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
                 **{f"preemptions_{cause}": float(count) for cause, count in preemptions.items()},
                 **self._common_counters(),
             },
-            prompt_tokens=requests.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
         )
 

@@ -106,7 +106,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
 
     def _take(self, peer: PeerId, message: Message) -> None:
         if not isinstance(message, RoleMessage):
-            self._unexpected(peer, message)
+            self._unexpected.take(peer, message)
             return
         match message:
             case Prefill(request=spec, decode_node=decode_node):
@@ -190,7 +190,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
         requests = self.requests
-        unfinished = [*requests.queued, *requests.running]
+        prompt_tokens = requests.order.tokens_by_length()
         return Load(
             num_waiting=len(requests.queued),
             num_running=len(requests.running) + len(requests.loading),
@@ -198,13 +198,14 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(request.num_uncomputed_tokens for request in requests.queued),
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": requests.order.longest_wait_s(self._outbox.now),
             },
             counters={**self._steps.counters, "kv_bytes_sent": self._kv_bytes_sent, **self._common_counters()},
-            prompt_tokens=requests.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
         )
 

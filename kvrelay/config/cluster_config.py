@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from kvrelay.addresses import tcp_address
 from kvrelay.config.document import Document, Key
@@ -100,6 +101,12 @@ class ClusterConfig(Sections):
     """The whole file."""
 
     nodes: tuple[NodeConfig, ...] = Field(default=(), strict=False, description="The nodes of the cluster.")
+    _warnings: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What in the file is still accepted and should be changed, as lines ``file:line: key: what to do``."""
+        return self._warnings
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
@@ -115,10 +122,12 @@ class ClusterConfig(Sections):
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Self:
         """Check ``data``, the content of a config file. Raises ConfigError as ``load`` does."""
-        return cls._from_document(Document("config", data), Path.cwd())
+        return cls._from_document(Document("config", copy.deepcopy(data)), Path.cwd())
 
     @classmethod
     def _from_document(cls, document: Document, config_dir: Path) -> Self:
+        for section, old, new in _RENAMED:
+            document.rename(section, old, new)
         config: Self | None = None
         found: list[tuple[Key, str]] = []
         try:
@@ -129,6 +138,7 @@ class ClusterConfig(Sections):
         problems = [*document.problems, *(document.describe(key, reason) for key, reason in found)]
         if problems or config is None:
             raise ConfigError(sorted(problems, key=_in_reading_order))
+        config._warnings = tuple(document.warnings)
         return config._with_model_path(config_dir)
 
     def _with_model_path(self, config_dir: Path) -> Self:
@@ -142,6 +152,13 @@ class ClusterConfig(Sections):
             if node.name == name:
                 return node
         raise ConfigError([f"no node is called {name!r}; there are {', '.join(node.name for node in self.nodes)}"])
+
+
+_RENAMED = (
+    ("router", "prefill_policy", "prefill_routing"),
+    ("router", "decode_policy", "decode_routing"),
+)
+"""(section, earlier name, present name) of each key that has another name now. The earlier one is accepted."""
 
 
 def _in_reading_order(problem: str) -> list[str | int]:

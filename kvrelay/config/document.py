@@ -22,13 +22,15 @@ _MAX_DEPTH = 32
 class Document:
     """The data of a config file and where each key stands; overrides replace keys and are then their place.
 
-    ``problems`` collects what is wrong with the file or an override itself, as finished lines.
+    ``problems`` collects what is wrong with the file or an override itself, as finished lines; ``warnings`` the keys
+    with an earlier name, likewise.
     """
 
     def __init__(self, name: str, data: dict[str, Any], lines: dict[Key, int] | None = None) -> None:
         self.name = name
         self.data = data
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self._places: dict[Key, str] = {key: f"{name}:{line}" for key, line in (lines or {}).items()}
 
     @classmethod
@@ -62,6 +64,20 @@ class Document:
                 self.problems.append(f"--set {text}: should read key=value, such as router.port=8001")
             else:
                 self._override(path.strip().split("."), value, f"--set {text}")
+
+    def rename(self, section: str, old: str, new: str) -> None:
+        """Take key ``old`` of ``section``, the cluster's or a node's, as ``new``. Both at once are a problem."""
+        for parent in ((section,), *(("nodes", index, section) for index in range(len(self._node_names())))):
+            keys = self._find(parent)
+            if not isinstance(keys, dict) or old not in keys:
+                continue
+            if new in keys:
+                self.problems.append(self.describe((*parent, old), f"is the earlier name of {new}, which is given too"))
+                del keys[old]
+                continue
+            self.warnings.append(self.describe((*parent, old), f"is called {new} now"))
+            keys[new] = keys.pop(old)
+            self._places[*parent, new] = self._places.pop((*parent, old), self.name)
 
     def resolved(self, sections: list[str]) -> dict[str, Any]:
         """Return the data with every node's sections completed from the cluster's."""

@@ -105,10 +105,10 @@ class RouterConfig(Section):
         description="registry static: where nodes reach the router, as tcp://host:port (IPv6: tcp://[::1]:8100); the "
         "router listens there.",
     )
-    prefill_policy: Literal["least_loaded", "round_robin"] = Field(
+    prefill_routing: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="How the prefill (or mixed) node of a request is chosen."
     )
-    decode_policy: Literal["least_loaded", "round_robin"] = Field(
+    decode_routing: Literal["least_loaded", "round_robin"] = Field(
         "least_loaded", description="How the decode node of a request is chosen."
     )
     local_prefill_tokens: int | None = Field(

@@ -34,6 +34,7 @@ from kvrelay.machine.contract import (
 from kvrelay.machine.membership import Membership
 from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.endings import Endings
 from kvrelay.node.request import NodeRequest
 from kvrelay.node.request_table import RequestTable
@@ -85,6 +86,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node)
         self._leaving = False
         self._messager_stats = MessagerStats(counters={})
@@ -140,10 +142,8 @@ class NodeMachine(ABC, Generic[R, S]):
 
     # ------------------------------------------------------------ events
 
-    def handle(self, event: object, now: float) -> list[CoreAction]:
-        """Take ``event``; see ``kvrelay.machine.contract``. Raises LocalProtocolError if it is not one of a node's."""
-        if not isinstance(event, CoreEvent):
-            raise LocalProtocolError(f"a node takes no {type(event).__name__}")
+    def handle(self, event: CoreEvent, now: float) -> list[CoreAction]:
+        """Take ``event``; see ``kvrelay.machine.contract``."""
         self._outbox.now = now
         self._on_event(event)
         self._start_steps()
@@ -192,16 +192,11 @@ class NodeMachine(ABC, Generic[R, S]):
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         if not may_send(peer, message, self._membership):
-            self._unexpected(peer, message)
+            self._unexpected.take(peer, message)
         elif isinstance(message, CommonMessage):
             self._on_common_message(peer, message)
         else:
             self._take(peer, message)
-
-    def _unexpected(self, peer: PeerId, message: Message) -> None:
-        """Drop a message that this node does not take, or not from ``peer``."""
-        told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
-        self._outbox.do(told)
 
     def _on_common_message(self, peer: PeerId, message: CommonMessage) -> None:
         match message:
@@ -310,7 +305,12 @@ class NodeMachine(ABC, Generic[R, S]):
 
     def _common_counters(self) -> dict[str, float]:
         """Return what every node counts. They only grow."""
-        return {**self._transfers.counters, **asdict(self.kv.stats), **self._messager_stats.counters}
+        return {
+            **self._transfers.counters,
+            **asdict(self.kv.stats),
+            COUNTER: float(self._unexpected.count),
+            **self._messager_stats.counters,
+        }
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""

@@ -22,7 +22,7 @@ from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.clock import Clock
-from kvrelay.machine.contract import Received, RunStep, StopRequested
+from kvrelay.machine.contract import CoreEvent, Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import ROUTER
@@ -103,7 +103,7 @@ class Forgetful:
         assert isinstance(engine.memory, KVMemory)
         self._planes = engine.memory.planes
 
-    def handle(self, event: object, now: float) -> Sequence[object]:
+    def handle(self, event: CoreEvent, now: float) -> Sequence[object]:
         actions = self._machine.handle(event, now)
         kv = self._machine.kv
         kv.clear()

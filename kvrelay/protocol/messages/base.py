@@ -74,10 +74,15 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy a node is. Gauges by field; ``counters`` only ever grow while the process lives.
+    """How busy a node is. All that the router decides by is a field; ``gauges`` and ``counters`` are for people.
 
-    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens``, prompt tokens still to compute
-    of prompts with so many to compute, and ``prompt_waits``, which only grow.
+    ``num_waiting`` requests wait for KV blocks, with ``waiting_tokens`` tokens in all. ``num_preempted`` of them were
+    preempted. ``queued_tokens``: prompt tokens still to compute, of prompts that wait and of those that run; tokens in
+    the prefix cache are not counted. ``headroom_blocks``: free blocks that the node keeps for requests that it runs to
+    grow into. ``counters`` only grow while the process lives.
+
+    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens``, the ``queued_tokens`` of prompts
+    with so many to compute, and ``prompt_waits``, which only grow.
     """
 
     num_waiting: int = 0
@@ -92,6 +97,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, float] = msgspec.field(default_factory=dict)
     prompt_tokens: list[int] = msgspec.field(default_factory=list)
     prompt_waits: list[PromptWait] = msgspec.field(default_factory=list)
+    waiting_tokens: int = 0
+    num_preempted: int = 0
+    headroom_blocks: int = 0
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

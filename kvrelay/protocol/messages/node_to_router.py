@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
@@ -120,3 +122,8 @@ class Drained(Message, frozen=True, kw_only=True):
 
     The reader forgets the node.
     """
+
+
+NodeToRouter: TypeAlias = (
+    TokensOut | Register | RequestFailed | RequestPreempted | DecodeNeeded | RequestTimeline | Leaving | Drained
+)

@@ -41,8 +41,16 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["7: transfer.checksum: should be a valid boolean, not 1"],
     ),
     "no choice of that name": (
-        GOOD + "router: {decode_policy: random}\n",
-        ["6: router.decode_policy: should be 'least_loaded' or 'round_robin', not 'random'"],
+        GOOD + "router: {decode_routing: random}\n",
+        ["6: router.decode_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+    ),
+    "earlier name of a key": (
+        GOOD + "router: {prefill_policy: random}\n",
+        ["6: router.prefill_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+    ),
+    "earlier and present name of a key": (
+        GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
+        ["7: router.prefill_policy: is the earlier name of prefill_routing, which is given too"],
     ),
     "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
     "above its bound": (

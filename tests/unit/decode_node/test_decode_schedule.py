@@ -196,7 +196,7 @@ def test_the_reserve_counts_running_prefills_and_reserved_requests_too() -> None
     for kind in ("decode", "prefill", "receive"):
         harness = Desk(num_blocks=12, reserve_policy="fixed_blocks", fixed_blocks={"blocks": 3})
         getattr(harness, kind)("a", 4)
-        assert harness.scheduler.admission.reserved_blocks() == 3
+        assert harness.scheduler.admission.headroom_blocks() == 3
 
 
 def test_a_running_prefill_goes_on_whatever_the_reserve() -> None:
@@ -650,7 +650,7 @@ def test_a_request_beyond_its_limit_reserves_nothing() -> None:
         harness = Desk(reserve_policy=policy)
         over = harness.decode("over", output=9, max_tokens=4)
         assert over.remaining_output_tokens == 0
-        assert harness.scheduler.admission.reserved_blocks() == 0
+        assert harness.scheduler.admission.headroom_blocks() == 0
 
 
 def run_alone(**config: Any) -> list[int]:
