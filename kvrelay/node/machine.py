@@ -87,7 +87,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
         self._unexpected = UnexpectedMessages(self._outbox)
-        self._membership = Membership(registration, node)
+        self._membership = Membership(registration, node, self._outbox)
         self._leaving = False
         self._messager_stats = MessagerStats(counters={})
 
@@ -159,7 +159,7 @@ class NodeMachine(ABC, Generic[R, S]):
                 self._layers_computed(event)
             case Received(peer=peer, message=message):
                 self._heard(peer)
-                self._membership.heard(peer, self._outbox.now)
+                self._membership.heard(peer)
                 self._on_message(peer, message)
             case KVStaged() | KVStored() | StoreCounted():
                 self._store_answered(event)
@@ -201,9 +201,7 @@ class NodeMachine(ABC, Generic[R, S]):
     def _on_common_message(self, peer: PeerId, message: CommonMessage) -> None:
         match message:
             case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
-                actions, router_changed = self._membership.receive(peer, message, self._outbox.now)
-                self._outbox.do(*actions)
-                if router_changed:
+                if self._membership.receive(peer, message):
                     self._close_all_of(peer)
             case MessagerReady():
                 self._messager_ready(message)
@@ -260,14 +258,14 @@ class NodeMachine(ABC, Generic[R, S]):
         self._outbox.do(SetTimer(key, self._outbox.now + delay_s))
 
     def _join(self) -> None:
-        self._outbox.do(*self._membership.join())
+        self._membership.join()
         self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
 
     def _heartbeat(self) -> None:
         self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
-        for router in self._membership.silent(self._outbox.now):
+        for router in self._membership.silent():
             self._router_lost(router, "no heartbeat")
-        self._outbox.do(*self._membership.beat(self.load()))
+        self._membership.beat(self.load())
         self._beat_to_nodes()
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:
@@ -292,11 +290,11 @@ class NodeMachine(ABC, Generic[R, S]):
             self._fail_all("the node is stopping")
             return
         self._leaving = True
-        self._outbox.do(*self._membership.leave())
+        self._membership.leave()
         self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
 
     def _leave(self) -> None:
-        self._outbox.do(*self._membership.drained())
+        self._membership.drained()
         if self._node.role is not Role.MIXED:
             self._outbox.send(MESSAGER, StopMessager())
         self._outbox.do(Exit("drained"))
