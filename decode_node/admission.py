@@ -47,7 +47,7 @@ class Admission:
         growing = self._requests.growing()
         if leaving:
             growing = [request for request in growing if request not in leaving]
-        return self._reserve.reserved_blocks(growing)
+        return self._reserve.headroom_blocks(growing)
 
     def fits(
         self,

@@ -147,7 +147,7 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         self._reservations.lost(peer, reason)
 
-    # ------------------------------------------------------------ for people
+    # ------------------------------------------------------------ state for metrics and tests
 
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""

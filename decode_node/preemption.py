@@ -121,7 +121,7 @@ class Preemption:
     # ------------------------------------------------------------ both
 
     def _release_victim(self, victim: DecodeRequest) -> None:
-        """Take the blocks of ``victim``. Those that are full stay matchable until somebody needs them."""
+        """Take the blocks of ``victim``. Full ones stay matchable until they are evicted."""
         self._publisher.publish(victim)
         self._kv.unpin(victim.block_table)
         victim.take_blocks(())

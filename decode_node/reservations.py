@@ -75,7 +75,7 @@ class Reservations:
     # ------------------------------------------------------------ reserving
 
     def reserve(self, peer: PeerId, message: ReserveBlocks, inadmissible: ErrorInfo | None) -> None:
-        """Set blocks aside for ``peer``, or refuse; ``inadmissible`` says why the node would refuse anybody."""
+        """Set blocks aside for ``peer``, or refuse; ``inadmissible``: why the node takes no such request, if so."""
         attempt = Attempt(message.request_id, message.epoch)
         known = self._requests.find(attempt)
         if known is not None and known.sender == peer and known.is_reserved:

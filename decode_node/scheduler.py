@@ -56,7 +56,7 @@ class Scheduler:
         self._by_priority = config.enable_priority_scheduling
 
     def schedule(self, now: float) -> Schedule:
-        """Decide a step with no plan in flight: decodes, then prompts, newcomers too if nobody was preempted."""
+        """Decide a step with no plan in flight: decodes, then prompts, newcomers too if no request was preempted."""
         self.publisher.share_late()
         requests, schedule = self._requests, Schedule()
         stalled = self.preemption.make_room(schedule, now, is_staging=self._offloader.is_staging)
@@ -71,7 +71,7 @@ class Scheduler:
     def schedule_ahead(self, now: float) -> Schedule:
         """Decide the step after the plans in flight, as far as it depends on none of their results but the next tokens.
 
-        Nobody is preempted for it. If somebody would have to be, it is empty: ``schedule`` decides when the results are
+        No request is preempted for it. If one would have to be, it is empty: ``schedule`` decides when the results are
         in.
         """
         requests, schedule, in_flight = self._requests, Schedule(), self.in_flight.chunks()
@@ -102,7 +102,7 @@ class Scheduler:
     ) -> None:
         """Add the next chunks of prompts as far as the budget goes, in order; those that wait get their blocks now.
 
-        Nobody gets blocks in a step that preempted somebody, nor after a request for which there are too few.
+        No request gets blocks in a step that preempted one, nor after a request for which there are too few.
         """
         num_decodes = len(schedule.chunks)
         prefilling, order = self._requests.prefilling, self._requests.order

@@ -1,4 +1,4 @@
-"""Guessing tokens ahead, to be verified in one step (see ``ScheduledTokens.drafts``)."""
+"""Drafts: tokens proposed after the newest one, to be verified in one step (see ``ScheduledTokens.drafts``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Proposer(Protocol):
     """Called by the scheduler for each decode of each step."""
 
     def propose(self, request: DecodeRequest, limit: int) -> tuple[int, ...] | None:
-        """Return at most ``limit`` guesses for the tokens after the newest of ``request``; None: a plain step."""
+        """Return at most ``limit`` drafts for the tokens after the newest of ``request``; None: a plain step."""
 
 
 class NoProposer:
@@ -24,10 +24,10 @@ class NoProposer:
 
 
 class NaiveProposer:
-    """The speculative path with nothing guessed: shows that the path changes no token."""
+    """The speculative path without drafts: shows that the path changes no token."""
 
     def propose(self, request: DecodeRequest, limit: int) -> tuple[int, ...]:
-        """Return no guesses."""
+        """Return no drafts."""
         return ()
 
 
@@ -45,8 +45,8 @@ class NgramProposer:
         if request.ngrams is None:
             request.ngrams = NgramIndex(self._config.ngram_min, self._config.ngram_max)
         position = request.ngrams.find(request.token_ids)
-        num_guesses = min(limit, self._config.num_speculative_tokens)
-        return () if position is None else tuple(request.token_ids[position : position + num_guesses])
+        num_drafts = min(limit, self._config.num_speculative_tokens)
+        return () if position is None else tuple(request.token_ids[position : position + num_drafts])
 
 
 class NgramIndex:

@@ -27,7 +27,7 @@ class PreemptedKV(NamedTuple):
 
 
 SaveOwner: TypeAlias = PreemptedKV | None
-"""None: KV of a request that is finished. Nobody waits for it."""
+"""None: KV of a finished request; nothing follows its save."""
 
 
 class Storage:
@@ -71,7 +71,7 @@ class Storage:
         self._on_saved(self._offloader.save(request.hashes, PreemptedKV(request, request.num_preemptions)))
 
     def finished(self, request: DecodeRequest) -> None:
-        """Save the context of ``request`` for whoever continues it: it is published."""
+        """Save the context of ``request``, which is published, for prompts that continue it."""
         if self._config.write_policy == "on_finish":
             self._on_saved(self._offloader.save(request.hashes, None))
 

@@ -18,7 +18,7 @@ class WaitingQueue:
 
     A preempted request goes before all newcomers of its priority (``requeue: front``) or behind them (``tail``). With
     priority scheduling the lowest priority number comes first, less one for each ``priority_aging_s`` seconds of
-    waiting, so that no request waits for ever.
+    waiting, so that every request gets its turn.
     """
 
     def __init__(

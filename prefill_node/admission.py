@@ -19,10 +19,10 @@ class Admission:
         self._policy = policy
 
     def admit(self, now: float) -> PrefillRequest | None:
-        """Give blocks to the next request and return it; None: nobody waits, there is no room, or it is too early.
+        """Give blocks to the next request and return it; None: none waits, there is no room, or it is too early.
 
-        A request whose next block is being computed for another is passed over until that is there to share, and one
-        that would overtake another too far until that one has blocks.
+        A request whose next block is being computed for another is passed over until that block is published, and one
+        that would overtake an older one too far until that one has blocks.
         """
         requests = self._requests
         for request in requests.queued.ordered(now):

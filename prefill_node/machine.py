@@ -145,7 +145,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
     # ------------------------------------------------------------ prompts
 
     def _prefill(self, spec: RequestSpec, decode_node: NodeAddress | None) -> None:
-        """Queue a request of a router. One that is known is ignored: nobody would take a second answer, nor its KV."""
+        """Queue a request of a router. A known attempt is ignored: it gets one answer, and its KV is sent once."""
         known = self.requests.find(spec.attempt) is not None or self._endings.has_ended(spec.attempt)
         tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
         if not known and self._admits(spec, tokens):
@@ -185,7 +185,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         self._reservations.lost(peer, reason)
 
-    # ------------------------------------------------------------ for people
+    # ------------------------------------------------------------ state for metrics and tests
 
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""

@@ -33,7 +33,7 @@ class PrefillPolicy(Protocol):
 
 
 class DedicatedPolicy:
-    """Nothing is kept free, because nothing on P grows; the whole budget is for prompts."""
+    """No blocks are kept free, because no request on P grows; the whole token budget is for prompts."""
 
     def __init__(self, node: NodeConfig, kv: KVCache) -> None:
         self._kv = kv
@@ -41,21 +41,21 @@ class DedicatedPolicy:
         self._block_size = node.cache.block_size
 
     def admits(self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], requests: Requests) -> bool:
-        """Whatever fits."""
+        """Return whether there are enough blocks, free or evictable."""
         return self._kv.can_allocate(num_new, matched)
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
     ) -> Batch:
-        """In order, with the whole budget."""
+        """Return chunks in the order of ``running``, with the whole budget."""
         return prefill_schedule(running, self._token_budget, self._block_size, in_flight)
 
 
 class SharedPolicy:
     """The baseline: the rules of a node that also decodes.
 
-    The reserve is kept for every request that has blocks, as if it would decode here; requests that are only sending
-    still count against ``max_num_seqs`` and take the token of the budget that a decode would.
+    Headroom is kept free for every request that has blocks, as if it would decode here; requests that are only sending
+    count against ``max_num_seqs`` and take the token of the budget that a decode would.
     """
 
     def __init__(self, node: NodeConfig, kv: KVCache) -> None:
@@ -67,21 +67,20 @@ class SharedPolicy:
         self._reserve = reserve_policy(node.scheduler, node.cache.block_size)
 
     def admits(self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], requests: Requests) -> bool:
-        """Whatever leaves the reserve of all resident requests."""
+        """Return whether the blocks leave the headroom of all requests that have blocks."""
         resident = requests.resident()
         if not resident:
             self._reserve.idle()
             return self._kv.can_allocate(num_new, matched)
         if len(resident) >= self._max_num_seqs:
             return False
-        reserved = self._reserve.reserved_blocks(resident)
-        kept_free = reserved + self._reserve.charge_blocks(newcomer)
+        kept_free = self._reserve.headroom_blocks(resident) + self._reserve.charge_blocks(newcomer)
         return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
     ) -> Batch:
-        """In order, with what the others leave of the budget."""
+        """Return chunks in the order of ``running``, with the budget less one token per request that is sending."""
         batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size, in_flight)
         if batch:
             self._reserve.step_scheduled()

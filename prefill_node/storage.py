@@ -14,7 +14,7 @@ from prefill_node.requests import Requests
 
 
 class Storage:
-    """Reads what P's own prefix cache lacks, while other requests are computed. Nobody waits for its saves."""
+    """Reads what P's own prefix cache lacks, while other requests are computed. Nothing follows its saves."""
 
     def __init__(self, node: NodeConfig, block_bytes: int, kv: KVCache, requests: Requests, outbox: Outbox) -> None:
         self._config = node.storage

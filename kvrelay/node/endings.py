@@ -1,4 +1,4 @@
-"""How requests end on a node, and who has to let go of their blocks first."""
+"""How requests end on a node, and when their blocks are given back."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ S = TypeVar("S", bound=StrEnum)
 
 
 class LastStatuses(NamedTuple, Generic[S]):
-    """``closing``: over, but somebody uses the blocks. ``ended``: nobody does."""
+    """``closing``: over, but its blocks are still used. ``ended``: they are given back."""
 
     closing: S
     ended: S
 
 
 class Endings(Generic[R, S]):
-    """Ends requests. Blocks are given back when nobody uses them: no holder, and no plan in flight.
+    """Ends requests. Their blocks are given back when they have no holder and are in no plan in flight.
 
-    ``stop_messager`` is the message that has the messager let go of a request's blocks; its answer must be reported
-    with ``release``, and so must the end of everything else that held blocks. After each plan that is over
-    ``end_if_unused`` must be called for the requests in it that are over.
+    ``stop_messager`` is the message that makes the messager stop using a request's blocks. The caller reports its
+    answer, and the end of everything else that held blocks, with ``release``. After each plan it calls
+    ``end_if_unused`` for the requests of the plan that are over.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Endings(Generic[R, S]):
         self.close(request, error.message)
 
     def close(self, request: R, reason: str) -> None:
-        """End ``request`` for everyone outside; its blocks stay until nobody uses them.
+        """End ``request`` for everyone outside; its blocks stay until nothing uses them.
 
         ``reason`` is for a peer that still works for it.
         """
@@ -84,7 +84,7 @@ class Endings(Generic[R, S]):
         self.end_if_unused(request)
 
     def end_if_unused(self, request: R) -> None:
-        """Give the blocks of ``request`` back if nobody uses them, and forget it."""
+        """Give the blocks of ``request`` back and forget it, if nothing uses them."""
         if request.holders or request.status is self._last.ended or request in self._in_flight:
             return
         self._plans.leave(request)

@@ -299,7 +299,7 @@ class NodeMachine(ABC, Generic[R, S]):
             self._outbox.send(MESSAGER, StopMessager())
         self._outbox.do(Exit("drained"))
 
-    # ------------------------------------------------------------ for people
+    # ------------------------------------------------------------ state for metrics and tests
 
     def _common_counters(self) -> dict[str, float]:
         """Return what every node counts. They only grow."""
@@ -314,5 +314,5 @@ class NodeMachine(ABC, Generic[R, S]):
         """Raise LocalProtocolError unless nothing is running, held or owed."""
         self._endings.assert_quiescent()
         if not self._transfers.is_idle:
-            raise LocalProtocolError(f"{self._node.name} is not quiescent: KV is on its way to or from the store")
+            raise LocalProtocolError(f"{self._node.name} is not quiescent: transfers with the store are not over")
         self.kv.assert_quiescent()

@@ -15,7 +15,7 @@ S = TypeVar("S", bound=StrEnum)
 
 
 class Holder(StrEnum):
-    """Who uses a request's blocks, beside the plans in flight. They are given back when nobody does."""
+    """What uses a request's blocks, beside the plans in flight. They are given back when nothing does."""
 
     REQUEST = "request"
     """The request itself: it computes, or will compute, in them. Ends when it is closed or handed to another node."""

@@ -18,10 +18,10 @@ _MOST_REMEMBERED = 1 << 16
 """Blocks known to be stored that a node remembers, 100 bytes each."""
 
 _REMEMBERED_S = 60.0
-"""For so long: the store evicts and loses blocks without telling anybody."""
+"""Seconds after which a block is written again: stores evict and lose blocks without telling the node."""
 
 _MOST_SLOTS = 1 << 16
-"""Blocks of staging memory, however small they are."""
+"""Most blocks of staging memory, however small they are."""
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class KVOffloader(Generic[T]):
         self._saves: dict[int, _Save[T]] = {}
         self._number = 0
         self._stored: OrderedDict[bytes, float] = OrderedDict()
-        """Until when a block need not be written again."""
+        """Hash of each block known to be stored: the time in seconds until which it is not written again."""
         self._block_bytes = block_bytes
         self._num_staging = 0
         self.counters = {"kv_blocks_saved": 0.0, "kv_bytes_saved": 0.0, "kv_blocks_not_saved": 0.0}
@@ -71,7 +71,7 @@ class KVOffloader(Generic[T]):
 
     @property
     def is_staging(self) -> bool:
-        """Whether blocks are held for a copy: they will be free in a moment."""
+        """Whether blocks are pinned for a copy: they will be free in milliseconds."""
         return self._num_staging > 0
 
     def save(self, hashes: Sequence[bytes], owner: T) -> Saved[T] | None:
@@ -94,7 +94,7 @@ class KVOffloader(Generic[T]):
         self._number += 1
         self._saves[self._number] = save
         self._num_staging += 1
-        for block_hash in save.hashes:  # on its way: nobody else need write it
+        for block_hash in save.hashes:  # so that no other save writes it
             self._remember(block_hash)
         self._outbox.do(StageKV(self._number, save.blocks, save.slots))
         return None

@@ -32,7 +32,7 @@ class StoreTransfers(Generic[T, U]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is on its way to or from the store."""
+        """Whether no save and no read is under way."""
         return not len(self._offloader) and not self._reads
 
     @property
