@@ -19,6 +19,7 @@ status (``waiting`` is a container of it), ``reservations`` answers P, ``storage
 steps and takes their results. ``scheduler`` decides what a step computes. Its parts: ``admission`` (which request gets
 blocks), ``preemption`` (which loses them), ``decodes`` (tokens and drafts of decodes), ``publishing`` (the prefix
 cache). Its policies: ``kvrelay.node.headroom`` (blocks kept free for running requests), ``victim_order``,
-``kvrelay.node.prefill_order`` (which prompt is next), ``resume_policy`` (reload or compute), ``speculate`` (drafts).
-``schedule`` is one decision, ``request`` one request's state on D, ``service`` runs the machine in a process.
+``kvrelay.node.prefill_order`` (which prompt is next), ``resume_policy`` (reload or compute), ``speculate`` and
+``ngram_index`` (drafts). ``schedule`` is one decision, ``request`` one request's state on D, ``service`` runs the
+machine in a process.
 """

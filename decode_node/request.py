@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from decode_node.ngram_index import NgramIndex
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.node.request import Holder, NodeRequest
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.prefill_to_decode import HandOff, ReserveBlocks
 from kvrelay.protocol.request import RequestSpec, SamplingParams
-
-if TYPE_CHECKING:
-    from decode_node.speculate import NgramIndex
 
 
 class DecodeStatus(StrEnum):
