@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvrelay.errors import KVRelayError
+from kvrelay.protocol.ids import PeerId
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,14 +29,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
 class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Where a node listens for its peers, and which incarnation of it is meant (``peer``)."""
 
-    peer: str
+    peer: PeerId
     address: str
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Where a messager listens for KV frames. ``ipc`` only helps senders with the same ``host_id``."""
 
-    peer: str
+    peer: PeerId
     host_id: str
     tcp: str
     ipc: str

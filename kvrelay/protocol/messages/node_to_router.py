@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
 
@@ -19,7 +20,7 @@ class Register(Message, frozen=True, kw_only=True):
     gives the node's requests to others. Token ids are below ``vocab_size``; a node that does not say takes any u32.
     """
 
-    node_id: str
+    node_id: NodeId
     incarnation: str
     role: str
     address: str
@@ -93,7 +94,7 @@ class DecodeNeeded(Message, frozen=True, kw_only=True):
 
     request_id: str
     epoch: int
-    refused_by: str
+    refused_by: PeerId
     reason: str
     retry_after_s: float
 
