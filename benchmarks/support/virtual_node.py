@@ -185,7 +185,7 @@ class VirtualNode:
 
     def _run_step(self, plan: StepPlan) -> None:
         self._measured.step_decodes.append(sum(item.samples for item in plan.batch))
-        self._measured.step_kept_free.append(self._machine.scheduler.reserved_blocks())
+        self._measured.step_kept_free.append(self._machine.scheduler.admission.headroom_blocks())
         for new in plan.new:
             self._sequences[new.id] = new
         result = StepResult(step=plan.step, outcomes={item.id: self._sample(item) for item in plan.batch})
