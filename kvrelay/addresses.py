@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
 from typing import Any
 
 HOST_PATTERN = r"^[A-Za-z0-9._:%-]+$"
-TCP_PATTERN = r"^tcp://([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}$"
+_NETLOC = r"([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}"
+NETLOC_PATTERN = rf"^{_NETLOC}$"
+TCP_PATTERN = rf"^tcp://{_NETLOC}$"
 
 _TCP_ADDRESS = re.compile(TCP_PATTERN)
 _MAX_PORT = 65535
@@ -58,6 +61,39 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = min(found, key=lambda item: item[0] != socket.AF_INET)
     return family, address
+
+
+def named_host(address: str) -> tuple[str, int] | None:
+    """Return name and port of ``tcp://name:port``; None if the host is an IP address, or it is no such address."""
+    if not _TCP_ADDRESS.fullmatch(address) or is_ipv6(address):
+        return None
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return host, int(port)
+    return None
+
+
+def listening_address(address: str) -> str:
+    """Return the address ZMQ shall listen at for ``address``: by itself it only sees the IPv4 addresses of a name.
+
+    A name that cannot be resolved may be that of an interface, which ZMQ knows.
+    """
+    named = named_host(address)
+    if named is None:
+        return address
+    try:
+        _, (host, port, *_) = resolve(*named)
+    except OSError:
+        return address
+    return tcp_address(host, port)
+
+
+async def has_only_ipv6(host: str, port: int) -> bool:
+    """Tell whether no address of ``host`` is IPv4. The loop goes on meanwhile. Raises OSError if it has no address."""
+    family, _ = await asyncio.to_thread(resolve, host, port)
+    return family == socket.AF_INET6
 
 
 def listen_at(host: str, port: int, backlog: int) -> socket.socket:

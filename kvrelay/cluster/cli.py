@@ -210,6 +210,8 @@ def chat(
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check CONFIG. Print every problem with file and line, and exit with 2 if there is one."""
     cluster = _load(config, overrides)
+    for warning in cluster.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     counts = Counter(node.role.value for node in cluster.nodes)
     typer.echo(f"{config}: OK: " + ", ".join(f"{count} {role}" for role, count in sorted(counts.items())))
 

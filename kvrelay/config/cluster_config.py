@@ -6,18 +6,17 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from kvrelay.addresses import tcp_address
 from kvrelay.config.document import Document, Key
-from kvrelay.config.renamed import RENAMED
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.sections import (
     CacheConfig,
@@ -63,9 +62,6 @@ __all__ = [
 ]
 
 
-logger = logging.getLogger(__name__)
-
-
 class Sections(Section):
     """The sections of the cluster. Each node may override keys of all of them."""
 
@@ -105,6 +101,12 @@ class ClusterConfig(Sections):
     """The whole config file."""
 
     nodes: tuple[NodeConfig, ...] = Field(default=(), strict=False, description="The nodes of the cluster.")
+    _warnings: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Deprecated keys in the file, as lines ``file:line: key: what to do``."""
+        return self._warnings
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
@@ -120,13 +122,12 @@ class ClusterConfig(Sections):
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Self:
         """Check ``data``, the content of a config file. Raises ConfigError as ``load`` does."""
-        return cls._from_document(Document("config", data), Path.cwd())
+        return cls._from_document(Document("config", copy.deepcopy(data)), Path.cwd())
 
     @classmethod
     def _from_document(cls, document: Document, config_dir: Path) -> Self:
-        document.rename(RENAMED)
-        for warning in document.warnings:
-            logger.warning(warning)
+        for section, old, new in _RENAMED:
+            document.rename(section, old, new)
         config: Self | None = None
         found: list[tuple[Key, str]] = []
         try:
@@ -137,6 +138,7 @@ class ClusterConfig(Sections):
         problems = [*document.problems, *(document.describe(key, reason) for key, reason in found)]
         if problems or config is None:
             raise ConfigError(sorted(problems, key=_in_reading_order))
+        config._warnings = tuple(document.warnings)
         return config._with_model_path(config_dir)
 
     def _with_model_path(self, config_dir: Path) -> Self:
@@ -150,6 +152,13 @@ class ClusterConfig(Sections):
             if node.name == name:
                 return node
         raise ConfigError([f"no node is called {name!r}; there are {', '.join(node.name for node in self.nodes)}"])
+
+
+_RENAMED = (
+    ("router", "prefill_policy", "prefill_routing"),
+    ("router", "decode_policy", "decode_routing"),
+)
+"""(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
 def _in_reading_order(problem: str) -> list[str | int]:

@@ -22,7 +22,8 @@ _MAX_DEPTH = 32
 class Document:
     """The data of a config file and the location of each key. An override replaces a key and its location.
 
-    ``problems`` collects errors in the file or in an override, ``warnings`` renamed keys. Both are complete lines.
+    ``problems`` collects what is wrong with the file or an override itself, as finished lines; ``warnings`` the keys
+    with an earlier name, likewise.
     """
 
     def __init__(self, name: str, data: dict[str, Any], lines: dict[Key, int] | None = None) -> None:
@@ -64,24 +65,19 @@ class Document:
             else:
                 self._override(path.strip().split("."), value, f"--set {text}")
 
-    def rename(self, renamed: Mapping[tuple[str, str], str]) -> None:
-        """Replace old keys (section, name) of the cluster and of each node by their new names."""
-        for node in ((), *(("nodes", index) for index in range(len(self._node_names())))):
-            for (section, old), new in renamed.items():
-                self._rename((*node, section), old, new)
-
-    def _rename(self, section: Key, old: str, new: str) -> None:
-        keys = self._find(section)
-        if not isinstance(keys, dict) or old not in keys:
-            return
-        if new in keys:
-            self.problems.append(self.describe((*section, old), f"is the old name of {new}, which is given too"))
-            del keys[old]
-            return
-        self.warnings.append(self.describe((*section, old), f"is deprecated, use {new}"))
-        keys[new] = keys.pop(old)
-        if (place := self._places.pop((*section, old), None)) is not None:
-            self._places[*section, new] = place
+    def rename(self, section: str, old: str, new: str) -> None:
+        """Rename key ``old`` of ``section`` to ``new``, in the cluster and in each node. Both names are a problem."""
+        for parent in ((section,), *(("nodes", index, section) for index in range(len(self._node_names())))):
+            keys = self._find(parent)
+            if not isinstance(keys, dict) or old not in keys:
+                continue
+            if new in keys:
+                self.problems.append(self.describe((*parent, old), f"is the old name of {new}, which is given too"))
+                del keys[old]
+                continue
+            self.warnings.append(self.describe((*parent, old), f"is deprecated, use {new}"))
+            keys[new] = keys.pop(old)
+            self._places[*parent, new] = self._places.pop((*parent, old), self.name)
 
     def resolved(self, sections: list[str]) -> dict[str, Any]:
         """Return the data; every node's sections are completed from the cluster's."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvrelay.addresses import HOST_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
+from kvrelay.addresses import HOST_PATTERN, NETLOC_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -135,6 +135,13 @@ class RouterConfig(Section):
         le=1 << 30,
         description="Maximum HTTP request body, in bytes (also 16MiB), decompressed; larger ones get 413.",
     )
+    max_total_body_bytes: SizeBytes = Field(
+        512 << 20,
+        ge=1024,
+        le=1 << 40,
+        description="Maximum memory for the bodies of all requests that are not tokenized yet, in bytes (also 512MiB), "
+        "at least max_body_bytes; bodies beyond it get 503. Bodies up to 16 KiB are always accepted.",
+    )
     max_header_bytes: SizeBytes = Field(
         64 << 10, ge=1024, le=1 << 24, description="Maximum request line plus headers; larger ones get 431."
     )
@@ -156,6 +163,14 @@ class RouterConfig(Section):
     access_log: bool = Field(
         True, description="Log one line per HTTP request; probes such as /health only at log_level debug."
     )
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> Self:
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise refuse(
+                f"{self.max_total_body_bytes} is below max_body_bytes ({self.max_body_bytes})", "max_total_body_bytes"
+            )
+        return self
 
     @property
     def url(self) -> str:
@@ -370,8 +385,8 @@ class StorageConfig(Section):
     )
     master: str = Field(
         "127.0.0.1:50051",
-        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
-        description="mooncake: host:port of the master.",
+        pattern=NETLOC_PATTERN,
+        description="mooncake: host:port of the master (IPv6: [::1]:50051).",
     )
     timeout_s: float = Field(
         2.0,

@@ -210,10 +210,13 @@ def _part(item: ScheduledSequence, limits: StepLimits) -> _Part | SequenceFailed
     return _Part(token_ids, blocks)
 
 
-def misplaced(item: ScheduledSequence, limits: StepLimits) -> SequenceFailed | None:
-    """Return how the positions of ``item`` break ``limits``, if they do."""
+def misplaced(item: ScheduledSequence, limits: StepLimits, num_awaited: int = 0) -> SequenceFailed | None:
+    """Return how the positions of ``item`` break ``limits``, if they do.
+
+    ``num_awaited`` tokens of its sequence are being sampled now.
+    """
     end = item.start + item.num_tokens
-    known = item.sequence.num_tokens + len(item.drafts or ())
+    known = item.sequence.num_tokens + num_awaited + len(item.drafts or ())
     num_blocks = len(item.sequence.block_table)
     if item.num_tokens < 1 or item.start < 0 or end > known:
         return SequenceFailed(f"the step wants positions {item.start} to {end} of {known} tokens")

@@ -18,7 +18,8 @@ class EnginePort(Protocol):
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
     the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.machine.contract``). Plans are computed
-    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``.
+    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
+    ``PipelinedCompute`` of a ``PipelinedEngine``.
     """
 
     max_plans_in_flight: int
@@ -37,7 +38,7 @@ class Engine(Protocol):
     """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
 
     ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute. It computes
-    one step at a time; ``max_plans_in_flight`` says how many plans may wait for it.
+    one step at a time; ``max_plans_in_flight`` says how many plans may be unanswered, this one included.
     """
 
     geometry: KVGeometry
@@ -63,3 +64,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the pool's memory and the weights."""
+
+
+class EngineStep(Protocol):
+    """One plan of a ``PipelinedEngine``. Both methods are called once, and for each step in the order of the plans."""
+
+    def launch(self) -> None:
+        """Have the device compute it after the steps before it, as far as that can be told yet. Raises nothing."""
+
+    def finish(self, on_layer: Callable[[int], None]) -> StepResult:
+        """Wait for it; what ``on_layer`` is told, what is returned and raised are those of ``Engine.run``.
+
+        May be called while ``launch`` still runs: layers are told as they are ready.
+        """
+
+
+class PipelinedEngine(Engine, Protocol):
+    """An engine whose device may have the next step to compute while it computes one."""
+
+    def begin(self, plan: StepPlan) -> EngineStep:
+        """Return the step of ``plan``. ``max_plans_in_flight`` may be begun and not finished."""

@@ -68,6 +68,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     samples: bool
     writes_from: int
     drafts: tuple[int, ...] | None = None
+    awaits: bool = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -105,7 +106,13 @@ class EngineSequences:
             self._find(change.id).change(change)
         return [
             ScheduledSequence(
-                self._find(item.id), item.start, item.num_tokens, item.samples, item.writes_from, item.drafts
+                self._find(item.id),
+                item.start,
+                item.num_tokens,
+                item.samples,
+                item.writes_from,
+                item.drafts,
+                item.awaits,
             )
             for item in plan.batch
         ]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import zmq
 
-from kvrelay.addresses import is_ipv6
+from kvrelay.addresses import has_only_ipv6, is_ipv6, listening_address, named_host
 from kvrelay.errors import LocalProtocolError, RemoteProtocolError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import decode, encode
@@ -22,8 +24,11 @@ from kvrelay.protocol.messages.base import Message, ProtocolViolation
 MAX_PART_BYTES = 64 << 20
 """Maximum size of a message part. ZMQ drops a connection that sends more."""
 
-_READS_PER_TURN = 64
+_READS_PER_TURN, _MAX_TURN_S = 64, 0.005
+"""How many messages of one socket are read, and for how long, before others have the loop."""
+
 _MAX_MUTED = 1024
+_LOOKUP_INTERVAL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,8 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         self._router: zmq.Socket[bytes] | None = None
         self._dealers: dict[PeerId, zmq.Socket[bytes]] = {}
+        self._lookups: dict[PeerId, asyncio.Task[None]] = {}
+        self._held: dict[PeerId, deque[tuple[Message, Sequence[memoryview]]]] = {}
         self._names: dict[zmq.Socket[bytes], PeerId] = {}
         self._muted: dict[PeerId, None] = {}
         self._aliases: dict[PeerId, PeerId] = {}
@@ -59,8 +66,9 @@ class Transport:
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bound = []
         for address in addresses:
-            self._router.setsockopt(zmq.IPV6, is_ipv6(address))
-            self._router.bind(address)
+            endpoint = listening_address(address)
+            self._router.setsockopt(zmq.IPV6, is_ipv6(endpoint))
+            self._router.bind(endpoint)
             bound.append(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._watch(self._router)
         return bound
@@ -71,11 +79,40 @@ class Transport:
             raise LocalProtocolError(f"already connected to {peer}")
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self.me.encode())
-        dealer.setsockopt(zmq.IPV6, is_ipv6(address))
-        dealer.connect(address)
         self._dealers[peer] = dealer
         self._names[dealer] = peer
+        named = named_host(address)
+        if named is None:
+            self._reach(dealer, address, ipv6=is_ipv6(address))
+        else:
+            self._held[peer] = deque()
+            self._lookups[peer] = self._loop.create_task(self._look_up(peer, address, *named))
+
+    def _reach(self, dealer: zmq.Socket[bytes], address: str, *, ipv6: bool) -> None:
+        dealer.setsockopt(zmq.IPV6, ipv6)
+        dealer.connect(address)
         self._watch(dealer)
+
+    async def _look_up(self, peer: PeerId, address: str, host: str, port: int) -> None:
+        """Reach out to ``peer`` once the kind of its address is known; hold back what is sent until then.
+
+        ZMQ looks only for one kind. It gets the name, not what it stands for now: that may be another when the peer
+        comes back.
+        """
+        is_told = False
+        while True:
+            try:
+                ipv6 = await has_only_ipv6(host, port)
+                break
+            except OSError as error:
+                if not is_told:
+                    logger.warning("no address for %s yet: %s", address, error.strerror)
+                is_told = True
+            await asyncio.sleep(_LOOKUP_INTERVAL_S)
+        del self._lookups[peer]
+        self._reach(self._dealers[peer], address, ipv6=ipv6)
+        for message, payload in self._held.pop(peer):
+            self.send(peer, message, payload)
 
     def alias(self, name: PeerId, peer: PeerId) -> None:
         """Use ``name`` for ``peer``, which connects to us, from now on."""
@@ -83,12 +120,18 @@ class Transport:
 
     def disconnect(self, peer: PeerId) -> None:
         """Drop the outgoing connection to ``peer`` with its queued messages. No effect on incoming connections."""
+        lookup = self._lookups.pop(peer, None)
+        if lookup is not None:
+            lookup.cancel()
+        self._held.pop(peer, None)
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             self._close(dealer)
 
     def close(self) -> None:
         """Close every connection. Messages that are not sent within 200 ms are lost."""
+        for peer in list(self._lookups):
+            self.disconnect(peer)
         for dealer in self._dealers.values():
             self._close(dealer, linger_ms=200)
         self._dealers.clear()
@@ -101,6 +144,13 @@ class Transport:
 
     def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
         """Queue ``message`` and raw parts. Parts are not copied: do not change them before the peer answers."""
+        held = self._held.get(peer)
+        if held is not None:
+            if len(held) < self._send_queue:
+                held.append((message, payload))
+            else:
+                self._lose(peer, f"cannot send {type(message).__name__}: its address is not known yet")
+            return
         socket = self._dealers.get(peer, self._router)
         if socket is None:
             self._lose(peer, "not connected")
@@ -127,6 +177,7 @@ class Transport:
     # ------------------------------------------------------------ receiving
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
+        ends_s = time.monotonic() + _MAX_TURN_S
         for _ in range(_READS_PER_TURN):
             if socket.closed:
                 return
@@ -138,6 +189,8 @@ class Transport:
                 self._take(self._names[socket], frames)
             elif (peer := self._inbound(frames[0].bytes)) is not None:
                 self._take(peer, frames[1:])
+            if time.monotonic() >= ends_s:
+                break
         self._loop.call_soon(self._read, socket)
 
     def _inbound(self, identity: bytes) -> PeerId | None:

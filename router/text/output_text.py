@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from router.text.detokenizer import Detokenizer
-from router.text.stop import StopMatcher
+from router.text.stop import NO_STOPS, StopMatcher, StopStrings
 from router.text.token_bytes import TokenBytes
 
 
@@ -15,7 +15,7 @@ from router.text.token_bytes import TokenBytes
 class TextOptions:
     """Text options of a request. ``min_tokens``: a stop string ends the text only after more than this many tokens."""
 
-    stop: tuple[str, ...] = ()
+    stop: StopStrings = NO_STOPS
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0

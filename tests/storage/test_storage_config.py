@@ -71,7 +71,8 @@ def test_a_password_shows_nowhere() -> None:
 
 
 def test_a_backend_that_the_factory_does_not_know_is_an_error_and_no_file_store(tmp_path: Path) -> None:
-    unchecked = StorageConfig.model_construct(backend="tape", path=str(tmp_path), capacity=1 << 20, timeout_s=1.0)  # type: ignore[arg-type]
+    values: dict[str, Any] = {"backend": "tape", "path": str(tmp_path), "capacity": 1 << 20, "timeout_s": 1.0}
+    unchecked = StorageConfig.model_construct(**values)
 
     with pytest.raises(AssertionError, match="tape"):
         make_store(unchecked, GEOMETRY, HandClock())

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import decode_sizes
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.operations import OperationLimits, Operations
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations

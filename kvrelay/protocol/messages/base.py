@@ -74,14 +74,14 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """The load of a node. ``counters`` never decrease while the process lives; all other fields are gauges.
+    """The load of a node. The router decides by the fields; ``gauges`` and ``counters`` are for metrics only.
 
-    ``queued_tokens`` differs by role. On P: tokens of waiting prompts, cached ones included, plus tokens still to
-    compute of running prompts. On D and mixed nodes: all tokens, prompt and output, of waiting requests only. The
-    router compares both in one rule.
+    ``num_waiting`` requests wait for KV blocks, with ``waiting_tokens`` tokens in all; ``num_preempted`` of them were
+    preempted. ``queued_tokens``: uncached prompt tokens still to compute, of waiting and running prompts.
+    ``headroom_blocks``: free blocks kept for running requests. ``counters`` never decrease while the process lives.
 
-    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the tokens still to compute,
-    ``prompt_waits`` histograms of waits, which never decrease.
+    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the ``queued_tokens`` of each
+    class, ``prompt_waits`` histograms of waits, which never decrease.
     """
 
     num_waiting: int = 0
@@ -96,6 +96,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, float] = msgspec.field(default_factory=dict)
     prompt_tokens: list[int] = msgspec.field(default_factory=list)
     prompt_waits: list[PromptWait] = msgspec.field(default_factory=list)
+    waiting_tokens: int = 0
+    num_preempted: int = 0
+    headroom_blocks: int = 0
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

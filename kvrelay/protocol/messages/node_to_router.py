@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
@@ -127,3 +129,8 @@ class Drained(Message, frozen=True, kw_only=True):
 
     The reader removes the node.
     """
+
+
+NodeToRouter: TypeAlias = (
+    TokensOut | Register | RequestFailed | RequestPreempted | DecodeNeeded | RequestTimeline | Leaving | Drained
+)

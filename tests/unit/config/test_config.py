@@ -57,6 +57,22 @@ def test_a_node_keeps_the_cluster_s_keys_beside_its_own() -> None:
     assert config.scheduler.new_token_ratio.min == 0.1
 
 
+def test_earlier_names_of_keys_are_accepted_with_a_warning_each(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(FROM_THE_DESIGN.replace("_routing", "_policy").replace("least_loaded", "round_robin"))
+    config = ClusterConfig.load(path, ["nodes.d0.router.decode_policy=least_loaded"], env={})
+
+    assert (config.router.prefill_routing, config.router.decode_routing) == ("round_robin", "round_robin")
+    assert config.node("d0").router.decode_routing == "least_loaded"
+    assert config.warnings == (
+        f"{path}:3: router.prefill_policy: is deprecated, use prefill_routing",
+        f"{path}:3: router.decode_policy: is deprecated, use decode_routing",
+        "--set nodes.d0.router.decode_policy=least_loaded: nodes.d0.router.decode_policy: is deprecated, use "
+        "decode_routing",
+    )
+    assert ClusterConfig.from_data({"nodes": [{"name": "m0", "role": "mixed", "port": 1}]}).warnings == ()
+
+
 def test_overrides_go_before_the_environment_before_the_file(path: Path) -> None:
     env = {"KVRELAY_ROUTER__PORT": "9001", "KVRELAY_CACHE__PREFIX_CACHING": "false", "KVRELAY_NODES__D0__PORT": "9002"}
 

@@ -44,6 +44,18 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "router: {decode_routing: random}\n",
         ["6: router.decode_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
     ),
+    "earlier name of a key": (
+        GOOD + "router: {prefill_policy: random}\n",
+        ["6: router.prefill_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+    ),
+    "earlier and present name of a key": (
+        GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
+        ["7: router.prefill_policy: is the old name of prefill_routing, which is given too"],
+    ),
+    "no room for one body": (
+        GOOD + "router: {max_total_body_bytes: 8MiB}\n",
+        ["6: router.max_total_body_bytes: 8388608 is below max_body_bytes (16777216)"],
+    ),
     "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
     "above its bound": (
         GOOD.replace("8300", "83000"),
