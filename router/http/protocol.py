@@ -217,7 +217,7 @@ class Cycle(RequestResponseCycle):
 
 
 class CycleUntilClose(Cycle):
-    """A request of HTTP/1.0 and its answer: without chunks, which came with 1.1. A stream ends with the connection."""
+    """An HTTP/1.0 request and its answer, without chunked encoding. A stream ends with the connection."""
 
     is_stream = False
 

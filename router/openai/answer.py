@@ -27,10 +27,10 @@ class Style(Protocol):
         """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
     def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
-        """Return a whole choice as an item of ``choices``, likewise, and without its logprobs."""
+        """Return a complete choice as an item of ``choices``, without the common fields and logprobs."""
 
     def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
-        """Return the logprobs of ``delta``, each token's once; None: they are not wanted."""
+        """Return the logprobs of ``delta``; None if not requested. Call once per delta."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
         """Return the fields about the prompt, for the answer or its first chunk."""
@@ -63,7 +63,7 @@ class Answer:
         self._begun = [False] * len(choices)
 
     async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
-        """Return the whole answer as JSON when it is complete, a piece for each choice."""
+        """Return the answer as JSON when it is complete, in one piece per choice."""
         wholes = [_Whole() for _ in self._choices]
         async for delta in deltas:
             wholes[delta.index].add(delta, self._style.logprobs(self._choices[delta.index], delta))
@@ -134,7 +134,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _Whole:
-    """What has come in of one choice. ``logprobs``: None if they are not wanted."""
+    """The received parts of one choice. ``logprobs``: None if not requested."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -143,7 +143,7 @@ class _Whole:
     stop_reason: str | int | None = None
 
     def add(self, delta: Delta, logprobs: Logprobs | None) -> None:
-        """Take what is new."""
+        """Add a delta."""
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason

@@ -51,7 +51,7 @@ class AnswerError(Exception):
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """``Retry-After`` in whole seconds, if it makes sense to come back; ``Connection: close`` if it is closed."""
+        """``Retry-After`` in whole seconds, if a retry may help; ``Connection: close`` if the connection is closed."""
         headers = []
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode()))

@@ -18,7 +18,7 @@ _LONG_TEXT_CHARS = 64 << 10
 
 
 class RequestSampling:
-    """The sampling parameters of one request. What all its prompts have in common is checked, and made, once.
+    """The sampling parameters of one request. Parameters that all its prompts share are created once.
 
     Raises InvalidRequestError if a token id is not in the vocabulary.
     """
@@ -42,7 +42,7 @@ class RequestSampling:
         return msgspec.structs.replace(self._common, max_tokens=max_tokens, seed=seed & INT64)
 
     def _max_tokens(self, num_prompt_tokens: int) -> int:
-        """Return how many tokens to generate at most: what was asked for, as far as the model has room for it.
+        """Return the maximum number of tokens to generate: the requested one, limited by the model's length.
 
         Clients ask for their own upper limit, so more than there is room for is no fault, as long as one token fits.
         """
@@ -57,7 +57,7 @@ class RequestSampling:
 
 
 def _common_params(request: GenerationFields, model: ServedModel) -> SamplingParams:
-    """Return the parameters without what differs from prompt to prompt."""
+    """Return the parameters that all prompts share."""
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
     check_token_ids(logit_bias, model.vocab_size, "logit_bias")
