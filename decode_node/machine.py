@@ -75,7 +75,7 @@ class DecodeMachine:
     """
 
     def __init__(self, node: NodeConfig, registration: Register, max_plans_in_flight: int = 1) -> None:
-        self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
+        self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)

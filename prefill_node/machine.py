@@ -81,7 +81,7 @@ class PrefillMachine:
     """
 
     def __init__(self, node: NodeConfig, registration: Register, max_plans_in_flight: int = 1) -> None:
-        self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
+        self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._block_size = node.cache.block_size
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
