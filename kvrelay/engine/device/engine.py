@@ -137,19 +137,24 @@ class DeviceStep:
 
     def launch(self) -> None:
         """See EngineStep. Raises nothing: what goes wrong here is met again by ``finish``."""
-        with self._steps.launching:
-            try:
-                with self._launcher.state:
-                    self._items = self._steps.sequences.apply(self._plan)
-                if self._items and not self._steps.deferred:
-                    self._launched = self._launch(self._items)
-            except AwaitedTokenError:
-                pass
-            except Exception:
-                logger.exception("step %d was not launched with %d sequences", self._plan.step, len(self._items))
-            if self._launched is None:
-                self._steps.deferred.append(self)
-        self._layers.put(None)
+        try:
+            with self._steps.launching:
+                self._launch_if_possible()
+        finally:
+            self._layers.put(None)
+
+    def _launch_if_possible(self) -> None:
+        try:
+            with self._launcher.state:
+                self._items = self._steps.sequences.apply(self._plan)
+            if self._items and not self._steps.deferred:
+                self._launched = self._launch(self._items)
+        except AwaitedTokenError:
+            pass
+        except Exception:
+            logger.exception("step %d was not launched with %d sequences", self._plan.step, len(self._items))
+        if self._launched is None:
+            self._steps.deferred.append(self)
 
     def _launch(self, items: list[ScheduledSequence]) -> Launched:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
