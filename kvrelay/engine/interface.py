@@ -1,4 +1,4 @@
-"""What a node asks of an engine. Everything above this line is device- and model-neutral."""
+"""The interface between a node and its engine. Code above it does not depend on the device or the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 
 class EnginePort(Protocol):
-    """Takes plans and answers with events, so that a node's loop never waits for a step.
+    """Takes plans and answers with events. A node's loop therefore never waits for a step.
 
     ``max_plans_in_flight``: how many plans it takes before the first of them is answered. 2 lets a device begin a step
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
@@ -25,13 +25,13 @@ class EnginePort(Protocol):
     max_plans_in_flight: int
 
     def start(self) -> None:
-        """Get ready for plans."""
+        """Start. Call before the first ``submit``."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Begin ``plan``, or queue it. Call from the loop's thread."""
+        """Start ``plan`` or queue it. Call from the loop's thread."""
 
     def stop(self) -> None:
-        """Finish what was submitted."""
+        """Finish the submitted plans and stop."""
 
 
 class Engine(Protocol):
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """The KV pool, which the engine owns."""
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """Take in what ``plan`` says of sequences, compute its batch and sample; an outcome for each sequence.
+        """Apply the sequence changes of ``plan``, compute its batch and sample. Return an outcome for each sequence.
 
         Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
         order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Give back the pool's memory and the weights."""
+        """Release the pool's memory and the weights."""
 
 
 class EngineStep(Protocol):

@@ -1,4 +1,4 @@
-"""Compute threads: they run an engine's steps beside the shell's loop."""
+"""Compute threads: they run an engine's steps outside the shell's loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnLayer: TypeAlias = Callable[[int], None]
 
 
 class RunsSteps(Protocol):
-    """The part of an engine that this thread uses (see ``kvrelay.engine.interface``)."""
+    """The methods of an engine that this thread uses (see ``kvrelay.engine.interface``)."""
 
     max_plans_in_flight: int
 
@@ -93,7 +93,7 @@ class ComputeThread:
         self._plans.put(plan)
 
     def stop(self) -> None:
-        """Finish the steps that are queued, then end the thread."""
+        """Finish the queued steps and end the thread."""
         self._plans.put(None)
         self._thread.join()
 

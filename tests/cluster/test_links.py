@@ -29,7 +29,7 @@ def test_links_and_chunk_boundaries(model: Path, block_size: int) -> None:
         ),
         d(),
         cache={"block_size": block_size, "num_blocks": 2048},
-        router={"prefill_policy": "round_robin"},
+        router={"prefill_routing": "round_robin"},
         engine=fake_engine(),
     )
     rng = random.Random(block_size)

@@ -101,9 +101,9 @@ class BatchAssembler:
         return self._rows.take_changes()
 
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Flatten those of ``scheduled`` that are within the limits of a sequence; perhaps there are none.
+        """Flatten those of ``scheduled`` that are within the limits of a sequence. The batch may be empty.
 
-        Raises EngineError if they are too much together, AwaitedTokenError if they cannot be assembled yet.
+        Raises EngineError if the step exceeds ``max_num_tokens``, AwaitedTokenError if it cannot be assembled yet.
         """
         if self._steady is not None:
             by_row = self._steady.advance(scheduled, self._rows, self._limits)
@@ -202,7 +202,7 @@ class BatchAssembler:
         return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None, [])
 
     def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
-        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
+        """Return the blocks of context that the device lacks, and record that it has them all after this step."""
         size, first = self._limits.block_size, row.resident
         there = item.writes_from
         row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)

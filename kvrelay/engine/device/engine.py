@@ -53,7 +53,7 @@ class DeviceEngine:
         self._steps = StepQueue(self.launcher)
 
     def warm_up(self) -> None:
-        """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
+        """Compile all kernels and capture the graphs, so that no request waits for compilation."""
         self._framework.synchronize()  # weights and tables were made in other streams
         room = self._operations.room
         counts = {1, 2, 300} if room is None else {1, 2, 300, room.fewest}

@@ -1,4 +1,4 @@
-"""Whole steps as graphs, one for each size of step that comes up often: one launch instead of several hundred."""
+"""Captures whole steps as graphs, one for each common size: one launch instead of several hundred."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StepGraph:
         self._graph: Graph[Computed] = framework.capture(work, stream)
 
     def replay(self) -> Computed:
-        """Compute what the buffer holds; return what comes of it, in the same memory each time."""
+        """Compute the content of the buffer. Results are in the same memory each time."""
         self._graph.replay()
         return self._graph.output
 
