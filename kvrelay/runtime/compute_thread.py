@@ -106,7 +106,7 @@ class ComputeThread:
 
 
 class PipelinedCompute:
-    """See ComputeThread, for an engine that launches a step while another is computed.
+    """The compute thread of an engine that launches a step while another is computed.
 
     One thread launches, so that a plan reaches the device at once; another waits for each step and answers.
     """

@@ -97,7 +97,6 @@ class BatchAssembler:
         self._steady = None
 
     def take_table_changes(self) -> Int32 | None:
-        """See SequenceRows.take_changes."""
         return self._rows.take_changes()
 
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:

@@ -82,17 +82,15 @@ class DeviceEngine:
         return min(room, self._limits.max_model_len, self._limits.max_num_batched_tokens)
 
     def begin(self, plan: StepPlan) -> DeviceStep:
-        """See PipelinedEngine."""
         return self._steps.begin(plan)
 
     def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
-        """See Engine. Layers are told when all have been launched."""
+        """Layers are reported when all have been launched."""
         step = self.begin(plan)
         step.launch()
         return step.finish(on_layer)
 
     def close(self) -> None:
-        """See Engine."""
         self.launcher.close()
         self.memory.close()
 
@@ -136,7 +134,7 @@ class DeviceStep:
         self._num_told = 0
 
     def launch(self) -> None:
-        """See EngineStep. Raises nothing: what goes wrong here is met again by ``finish``."""
+        """Raises nothing. An error here occurs again in ``finish``."""
         try:
             with self._steps.launching:
                 self._launch_if_possible()
@@ -160,7 +158,7 @@ class DeviceStep:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
 
     def finish(self, on_layer: OnLayer) -> StepResult:
-        """See EngineStep. Raises what it cannot attribute to one sequence."""
+        """Raises errors that it cannot attribute to one sequence."""
         self._tell_layers(on_layer)
         if self._launched is None:
             with self._steps.launching:

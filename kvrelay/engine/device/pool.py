@@ -97,14 +97,12 @@ class MirroredPool:
         self.layers = _layers(framework, self._device_words, memory)
 
     def copy_in(self, blocks: list[BlockId], arena: UploadArena) -> None:
-        """See PlainPool."""
         if blocks:
             device_blocks = arena.upload(np.array(blocks, np.int32))
             planes = range(2 * self._num_layers)
             self._operations.copy_blocks(self._host_words, self._device_words, device_blocks, planes)
 
     def layer_events(self, slots: Tensor, room: StepSlot, announce: Announce) -> LayerEvents:
-        """See PlainPool."""
         kept = room.keep(slots)
 
         def copy(layers: range) -> Event:

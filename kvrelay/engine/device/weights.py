@@ -34,7 +34,7 @@ class DevicePacking:
         return self._framework.upload(array, self._dtype)
 
     def upload_stored(self, parts: Sequence[StoredTensor]) -> Tensor:
-        """See UploadsStored: each goes from the mapped file to its place on the device."""
+        """UploadsStored that copies each tensor from the mapped file to its place on the device."""
         rows = sum(part.shape[0] for part in parts)
         joined = self._framework.empty((rows, *parts[0].shape[1:]), self._dtype)
         first = 0
