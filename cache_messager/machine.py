@@ -8,7 +8,7 @@ from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, FrameSent, LinkReady
+from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkReady
 from kvrelay.machine.contract import Exit, Log, PeerLost, Received, Send, SetTimer, Started, StopRequested, TimerFired
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
@@ -72,6 +72,9 @@ class MessagerMachine:
                 self._sender.frame_sent(event, now)
             case LinkReady():
                 self._receiver.link_ready(event, now)
+            case DeviceLost(reason=reason):
+                self._emit(Log("error", "device lost", {"reason": reason}))
+                self._leave(f"the device is lost: {reason}")
             case TimerFired(key="heartbeat"):
                 self._beat(now)
             case PeerLost(peer=peer, reason=reason) if peer == self._settings.node:

@@ -280,7 +280,7 @@ class SpeculativeConfig(Section):
         return self
 
 
-LinkKind = Literal["shm", "ipc", "tcp"]
+LinkKind = Literal["cuda", "shm", "ipc", "tcp"]
 """The kinds of link there are (``cache_messager/links``), the fastest first."""
 
 LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
@@ -293,8 +293,8 @@ class TransferConfig(Section):
 
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
-        description="auto: shm on the same host, else tcp; zmq: ipc on the same host, else tcp; shm: ipc where the pool"
-        " cannot be mapped.",
+        description="auto: the fastest that is possible: cuda or shm on the same host, else tcp; cuda: from device to device on"
+        " the same host; shm: ipc where the pool cannot be mapped; zmq: ipc on the same host, else tcp.",
     )
     layerwise: bool = Field(True, description="Send each layer as soon as it is computed, not all at the end.")
     checksum: bool = Field(True, description="Verify an xxh3 digest of every frame.")
