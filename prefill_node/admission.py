@@ -103,6 +103,10 @@ class Admission:
         self._pending.published(request, num_blocks)
         self._prefixes.published(hashes)
 
+    def forget(self, request: PrefillRequest) -> None:
+        """Have the blocks of ``request`` computed anew for whoever comes next."""
+        self._kv.forget(request.hashes)
+
     def prefill_ended(self, request: PrefillRequest) -> None:
         """Note that ``request`` is through, or given up: nobody needs to wait for its blocks, and it waits for none."""
         self._pending.withdraw(request)

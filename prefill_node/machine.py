@@ -7,7 +7,7 @@ from dataclasses import asdict
 import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
-from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
+from kvrelay.errors import CorruptKVError, LocalProtocolError, NeverFitsError, QueueFullError, TransferError
 from kvrelay.machine.contract import (
     CoreAction,
     Exit,
@@ -312,6 +312,8 @@ class PrefillMachine:
         self._release(request, Holder.MESSAGER)
 
     def _transfer_failed(self, request: PrefillRequest, error: ErrorInfo) -> None:
+        if error.code == CorruptKVError.code:
+            self._admission.forget(request)  # else the next attempt would find the same block
         if not request.is_over:
             request.holders.discard(Holder.MESSAGER)
             self._fail(request, error)

@@ -293,8 +293,8 @@ class TransferConfig(Section):
 
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
-        description="auto: the fastest that is possible: cuda or shm on the same host, else tcp; cuda: from device to device on"
-        " the same host; shm: ipc where the pool cannot be mapped; zmq: ipc on the same host, else tcp.",
+        description="auto: the fastest that is possible: cuda or shm on the same host, else tcp; cuda: from device to"
+        " device; shm: ipc where the pool cannot be mapped; zmq: ipc on the same host, else tcp.",
     )
     layerwise: bool = Field(True, description="Send each layer as soon as it is computed, not all at the end.")
     checksum: bool = Field(True, description="Verify an xxh3 digest of every frame.")
@@ -440,6 +440,9 @@ class FakeEngineConfig(Section):
     )
     max_plans_in_flight: int = Field(
         1, ge=1, le=2, description="Steps planned before the first of them is done; 2: as for a device with a queue."
+    )
+    device_pool: bool = Field(
+        False, description="Have the KV pool on a simulated device, so that transfer.link: cuda works without a GPU."
     )
 
 

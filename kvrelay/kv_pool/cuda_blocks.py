@@ -41,7 +41,12 @@ class CudaBlocks:
     """See DeviceBlocks. All work is done in one stream of its own."""
 
     def __init__(
-        self, driver: CudaDriver, shape: tuple[int, int, int], address: int, memory: bytes, give_back: Callable[[int], None]
+        self,
+        driver: CudaDriver,
+        shape: tuple[int, int, int],
+        address: int,
+        memory: bytes,
+        give_back: Callable[[int], None],
     ) -> None:
         self.memory = memory
         self._driver = driver
@@ -74,9 +79,7 @@ class CudaBlocks:
             raise DeviceError("the KV pool is not on the current CUDA device")
         return tensor.view(self._shape)
 
-    def begin_copy(
-        self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]
-    ) -> _Work:
+    def begin_copy(self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> _Work:
         with self._in_stream():
             ids = _pinned_ids([source_ids, target_ids])
             return self._move(source._place(planes, ids[0]), self._place(planes, ids[1]), planes, ids)

@@ -35,9 +35,7 @@ class DeviceBlocks(Protocol):
     memory: bytes
     """What another process needs to open them (``KVDeviceHandle.memory``)."""
 
-    def begin_copy(
-        self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]
-    ) -> BlockWork:
+    def begin_copy(self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> BlockWork:
         """Copy block ``source_ids[i]`` of ``source``, of the same kind, to ``target_ids[i]``. Raises DeviceError."""
 
     def begin_digest(self, planes: range, block_ids: list[BlockId], after: Any = None) -> BlockWork:

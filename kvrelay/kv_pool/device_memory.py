@@ -83,9 +83,7 @@ class DeviceMemory:
     node never sends KV: ``digest`` means nothing then.
     """
 
-    def __init__(
-        self, geometry: KVGeometry, handle: KVDeviceHandle, blocks: DeviceBlocks, table: DigestTable
-    ) -> None:
+    def __init__(self, geometry: KVGeometry, handle: KVDeviceHandle, blocks: DeviceBlocks, table: DigestTable) -> None:
         self.geometry = geometry
         self.handle = handle
         self.num_blocks = handle.num_blocks

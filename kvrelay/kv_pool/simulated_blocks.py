@@ -55,9 +55,7 @@ class SimulatedBlocks:
         file = msgspec.json.decode(memory, type=_File)
         return cls(shape, file, open_file(file.pid, file.fd, file.tag, 8 * int(np.prod(shape))))
 
-    def begin_copy(
-        self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]
-    ) -> _Done:
+    def begin_copy(self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> _Done:
         words = source.read(planes, source_ids)
         self.write(planes, target_ids, words)
         return _Done(digest_blocks(words))

@@ -10,6 +10,7 @@ Who calls what, when::
     cache.pin(block_ids)                                a transfer, storage write or step begins to use them
     cache.unpin(block_ids)                              it has ended
     cache.unpin(block_table)                            the request has ended; who comes last frees
+    cache.forget(hashes)                                a block of it is damaged: whoever comes next computes it anew
 """
 
 from __future__ import annotations
@@ -170,6 +171,15 @@ class KVCache:
         num_settled = self._prefixes.num_settled(hashes, block_ids)
         self._pool.require("publish", block_ids[num_settled:], min_refs=1)
         self._prefixes.insert(hashes, block_ids, num_settled)
+
+    def forget(self, hashes: Sequence[bytes]) -> None:
+        """Match nothing of this sequence any more, nor of others that begin as it does: one of its blocks is damaged.
+
+        Blocks that are referenced stay their owners' own. Looks at everything.
+        """
+        if hashes:
+            removed = self._prefixes.remove(hashes[0])
+            self._pool.recycle([block for block in removed if not self._pool.ref_count(block)])
 
     def clear(self) -> None:
         """Forget every evictable block: it becomes free."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pools import Pool, make_pool, wrote
 
-from cache_messager.links import cuda, ipc, link_class, shm
+from cache_messager.links import cuda, ipc, link_class
 from cache_messager.links.interface import KVLink
 from cache_messager.work import BlocksWritten
 from kvrelay.errors import CorruptKVError, TransferError
@@ -91,9 +91,7 @@ def send(kind: type[KVLink], host: Host, frame: KVFrame) -> tuple[KVFrame, list[
     return host.sent.pop()
 
 
-def write(
-    kind: type[KVLink], target: Pool, source: Pool, frame: KVFrame, payload: Sequence[memoryview]
-) -> object:
+def write(kind: type[KVLink], target: Pool, source: Pool, frame: KVFrame, payload: Sequence[memoryview]) -> object:
     """Return the error of the write, or None."""
     host, offer = Host(target), kind(Host(source)).offer()
     assert offer is not None
