@@ -195,10 +195,10 @@ def test_a_damaged_block_of_the_prefix_cache_on_a_device_costs_one_retry() -> No
         pool._table.put(planes, every, pool._table.get(planes, every) ^ 1)  # else P's own first token would be wrong
         world.restart("d0")  # which has none of the prompt's blocks then
         world.run_until(world.is_ready)
-        clients = [world.submit(prompt, 12) for _ in range(2)]
+        client = world.submit(prompt, 12)
         world.settle(10.0)
-        assert [client.finish_reason for client in clients] == [FinishReason.LENGTH] * 2
-        assert 1 <= world.router.machine.requests.counters.retries <= 2
+        assert client.finish_reason == FinishReason.LENGTH
+        assert world.router.machine.requests.counters.retries == 1
 
 
 def test_what_is_overwritten_on_p_under_way_is_noticed() -> None:
