@@ -194,7 +194,7 @@ def test_a_damaged_block_of_the_prefix_cache_on_a_device_costs_one_retry() -> No
         every, planes = list(range(pool.num_blocks)), range(1, 2)
         pool._table.put(planes, every, pool._table.get(planes, every) ^ 1)  # else P's own first token would be wrong
         world.restart("d0")  # which has none of the prompt's blocks then
-        world.run_until(world.is_ready)
+        world.run_for(3.0)
         client = world.submit(prompt, 12)
         world.settle(10.0)
         assert client.finish_reason == FinishReason.LENGTH
