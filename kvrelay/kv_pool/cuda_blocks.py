@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -54,11 +56,14 @@ class CudaBlocks:
         self._address = address
         self._give_back = give_back
         self._stream = torch.cuda.Stream(priority=-1)
+        self._works: deque[_Work] = deque()
+        self._lock = threading.Lock()
 
     @classmethod
     def create(cls, shape: tuple[int, int, int]) -> CudaBlocks:
         """Make zeroed blocks [planes, blocks, words]. Raises OSError if there is not enough memory, DeviceError."""
         driver = _driver()
+        torch.cuda.empty_cache()
         address = driver.allocate(8 * math.prod(shape))
         blocks = cls(driver, shape, address, driver.export(address), driver.free)
         blocks._warm_up()
@@ -126,7 +131,16 @@ class CudaBlocks:
         done = torch.cuda.Event(blocking=True)
         move_blocks(source, target, digests.data_ptr(), len(planes), count, self._shape[2])
         done.record(self._stream)
-        return _Work(done, digests, ids)
+        work = _Work(done, digests, ids)
+        self._keep(work)
+        return work
+
+    def _keep(self, work: _Work) -> None:
+        """Keep ``work``, and with it its pinned memory, until it is done: whoever began it may lose interest."""
+        with self._lock:
+            while self._works and self._works[0].is_done:
+                self._works.popleft()
+            self._works.append(work)
 
     def _warm_up(self) -> None:
         """Have the kernel compiled for blocks of this size, on memory that nobody uses."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
     """A plan's batch by row: ``rows`` [4, N] as in StepBuffer, ``tiles``; what samples, in the plan's order.
 
     ``items`` are the sequences that are computed, in the plan's order; ``first_rows`` are their first rows. The others
-    are ``failed``, by their place in the plan. ``foreign``: blocks with KV that the device has not seen.
+    are ``failed``, by their place in the plan.
     """
 
     items: list[ScheduledSequence]
@@ -53,13 +52,12 @@ class Batch(NamedTuple):
     tiles: Tiles
     samples: list[Sample]
     adjustments: Adjustments | None
-    foreign: list[BlockId]
 
-    @property
-    def slots(self) -> Int32:
-        """The slots the step writes keys and values to; below 0: none."""
-        slots: Int32 = self.rows[2]
-        return slots
+    def written_blocks(self, block_size: int) -> list[BlockId]:
+        """Return the blocks the step writes keys and values to."""
+        slots = self.rows[2]
+        blocks: list[BlockId] = np.unique(slots[slots >= 0] // block_size).tolist()
+        return blocks
 
 
 class _Part(NamedTuple):
@@ -150,15 +148,7 @@ class BatchAssembler:
             tiles=tiles,
             samples=samples,
             adjustments=_adjustments(items, parts),
-            foreign=[block for item, row in zip(items, rows, strict=True) for block in self._foreign(item, row)],
         )
-
-    def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
-        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
-        size, first = self._limits.block_size, row.resident
-        there = item.writes_from
-        row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)
-        return row.table[first // size : -(-there // size)] if there > first else row.table[:0]
 
     def _by_row(self, items: list[tuple[ScheduledSequence, SequenceRow]], counts: Int64, firsts: Int64) -> Int32:
         """Return position, slot and table row of every row, after room for its token."""

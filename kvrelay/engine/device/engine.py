@@ -14,13 +14,14 @@ from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes
 from kvrelay.engine.device.operations import Operations, Sampled, StepShape
 from kvrelay.engine.device.outcomes import outcomes_of
-from kvrelay.engine.device.pool import DevicePool, MirroredPool, private_pool, shared_pool
+from kvrelay.engine.device.pool import DevicePool, HostPool
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import SequenceId
@@ -32,7 +33,8 @@ from kvrelay.protocol.request import SamplingParams, TokenLogprobs
 class DeviceEngineLimits:
     """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: sizes of steps that are graphs.
 
-    ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
+    ``device_pool``: the pool is memory of the device, which it always is on a GPU; on a CPU that is simulated.
+    ``digests``: this node sends the KV it computes.
     """
 
     num_blocks: int
@@ -41,7 +43,8 @@ class DeviceEngineLimits:
     max_num_batched_tokens: int
     decode_graphs: tuple[int, ...] = ()
     chunk_graphs: tuple[int, ...] = ()
-    mirrored: bool = False
+    device_pool: bool = False
+    digests: bool = False
 
 
 class DeviceEngine:
@@ -57,7 +60,7 @@ class DeviceEngine:
         limits: DeviceEngineLimits,
     ) -> None:
         self.geometry = geometry
-        self.memory = KVMemory.create(geometry, limits.num_blocks)
+        self.memory = _make_memory(geometry, limits, framework)
         self.max_model_len = limits.max_model_len
         self.vocab_size = config.vocab_size
         self.max_plans_in_flight = 1
@@ -82,10 +85,10 @@ class DeviceEngine:
         self._decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
         self._graphs = StepGraphs((), self._decoder, self._pool.layers, framework, self._stream)
 
-    def _make_pool(self) -> DevicePool:
-        if self._limits.mirrored:
-            return MirroredPool(self.memory, self._framework, self._operations, self._stream)
-        return (private_pool if self._framework.is_gpu else shared_pool)(self.memory, self._framework)
+    def _make_pool(self) -> DevicePool | HostPool:
+        if isinstance(self.memory, KVMemory):
+            return HostPool(self.memory, self._framework)
+        return DevicePool(self.memory, self._framework, self._stream, digests=self._limits.digests)
 
     def warm_up(self) -> None:
         """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
@@ -123,7 +126,6 @@ class DeviceEngine:
 
     def _compute_batch(self, batch: Batch, on_layer: OnLayer) -> list[SequenceOutcome]:
         """Return the outcome of each of the batch's items."""
-        self._pool.copy_in(batch.foreign)
         self._update_tables()
         computed, finish = self._launch(batch, on_layer)
         rows, count = batch.shape.rows, batch.shape.samples
@@ -154,10 +156,10 @@ class DeviceEngine:
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self._assembler.fill(buffer, batch)
         step = buffer.tensors(batch.shape)
-        copies = self._pool.begin_copy_out(step.slots, on_layer)
+        layers = self._pool.begin_step(batch.written_blocks(self.geometry.block_size), on_layer)
         if graph is not None:
-            return graph.replay(), copies.finish
-        return self._decoder.compute(step, self._pool.layers, copies.layer_launched), copies.finish
+            return graph.replay(), layers.finish
+        return self._decoder.compute(step, self._pool.layers, layers.layer_launched), layers.finish
 
     def _eager_buffer(self, entries: int) -> StepBuffer:
         if entries > self._buffer.entries:
@@ -185,6 +187,14 @@ class DeviceEngine:
         del self._graphs
         self._pool.close()
         self.memory.close()
+
+
+def _make_memory(
+    geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework
+) -> KVMemory | DeviceMemory:
+    if framework.is_gpu or limits.device_pool:
+        return DeviceMemory.create(geometry, limits.num_blocks, "cuda" if framework.is_gpu else "simulated")
+    return KVMemory.create(geometry, limits.num_blocks)
 
 
 def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:

@@ -72,7 +72,8 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
         decode_graphs=() if node.role == "prefill" else decode_sizes(node.scheduler.max_num_seqs),
         chunk_graphs=chunk_graphs(config, node.scheduler.max_num_batched_tokens) if is_gpu else (),
-        mirrored=is_gpu,
+        device_pool=is_gpu or node.transfer.link == "cuda",
+        digests=node.role == "prefill",
     )
     framework = TorchFramework(node.engine.device, node.threads)
     weights = load_weights(checkpoint, DevicePacking(framework, dtype))

@@ -1,45 +1,36 @@
-"""The KV pool on the device, and its mirror: the node's shared memory, which messagers and stores read and write.
-
-For now everything that the device writes is copied to that memory before it is announced, and what others wrote there
-is copied to the device before a step reads it. A CPU computes in the shared memory itself.
-"""
+"""The KV pool as the device's kernels see it, and when the layers of a step are announced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
-from kvrelay.engine.device.framework import Framework, Stream, Tensor
-from kvrelay.engine.device.operations import Operations
+from kvrelay.engine.device.framework import Event, Framework, Stream, Tensor
 from kvrelay.engine.kernels import LayerKV
+from kvrelay.kv_pool.device_memory import BlockCopy, DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.ids import BlockId
 
-LAYERS_PER_COPY = 4
-"""Layers that one copy to the mirror takes: fewer launches, while later layers are computed."""
+LAYERS_PER_DIGEST = 4
+"""Layers that are digested and announced together: fewer launches and frames, while later layers are computed."""
 
 
-class PlainPool:
-    """A pool with nothing to copy: the node's memory itself, or memory of the device that nobody else reads."""
+class HostPool:
+    """The node's memory itself, where a CPU computes."""
 
-    def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework) -> None:
-        self.layers = _layers(framework, tensor, memory)
+    def __init__(self, memory: KVMemory, framework: Framework) -> None:
+        self.layers = _layers(framework, framework.share(memory.planes), memory)
 
-    def copy_in(self, blocks: list[BlockId]) -> None:
-        """Make ``blocks``, which others wrote, visible to the kernels."""
-
-    def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> LayerCopies:
-        """Return what announces the layers of a step that writes to ``slots``, on the device."""
-        return LayerCopies(len(self.layers), on_layer)
+    def begin_step(self, blocks: list[BlockId], on_layer: Callable[[int], None]) -> LayersInOrder:
+        """Return what announces the layers of a step that writes to ``blocks``."""
+        return LayersInOrder(len(self.layers), on_layer)
 
     def close(self) -> None:
         """Let go of the memory."""
         del self.layers
 
 
-class LayerCopies:
-    """Announces each layer of one step when its keys and values are in the node's memory."""
+class LayersInOrder:
+    """Announces each layer of one step as soon as it is launched: it is done by then."""
 
     def __init__(self, num_layers: int, on_layer: Callable[[int], None]) -> None:
         self._num_layers = num_layers
@@ -47,11 +38,11 @@ class LayerCopies:
         self._told = 0
 
     def layer_launched(self, layer: int) -> None:
-        """The device has been told to write ``layer``; on a CPU it has done so."""
+        """The device has been told to write ``layer``."""
         self._tell(layer + 1)
 
     def finish(self) -> None:
-        """Announce the layers that are left, when they are there."""
+        """Announce the layers that are left, when they are in the memory."""
         self._tell(self._num_layers)
 
     def _tell(self, end: int) -> None:
@@ -60,104 +51,88 @@ class LayerCopies:
             self._told += 1
 
 
-class MirroredPool:
-    """A pool on the device with the node's memory as its mirror, copied by kernels on a stream of their own."""
+class DevicePool:
+    """Memory of the device that messagers open. ``stream`` is where steps are computed.
 
-    def __init__(self, memory: KVMemory, framework: Framework, operations: Operations, stream: Stream) -> None:
-        geometry = memory.geometry
-        self._memory, self._framework, self._operations = memory, framework, operations
-        self._compute, self._stream = stream, framework.stream()
-        self._num_layers = geometry.num_layers
-        shape = (2 * geometry.num_layers, memory.num_blocks, geometry.plane_block_bytes // 4)
-        self._host = framework.share(memory.planes)
-        self._host_words = framework.typed(self._host, "int32", shape)
-        self._device_words = framework.zeros(shape, "int32")
-        by_slot = (shape[0], memory.num_blocks * geometry.block_size, -1)
-        self._by_slot = self._device_words.view(by_slot), self._host_words.view(by_slot)
-        self.layers = _layers(framework, self._device_words, memory)
-        self._written = [framework.event() for _ in range(geometry.num_layers)]
-        self._copied = [framework.event() for _ in range(geometry.num_layers)]
+    With ``digests`` the blocks that a step writes are digested, a few layers at a time, before they are announced.
+    Otherwise this node sends no KV, and nobody waits for a single layer.
+    """
 
-    def copy_in(self, blocks: list[BlockId]) -> None:
-        """See PlainPool. Steps from now on come after it."""
-        if blocks:
-            device_blocks = self._framework.upload(np.array(blocks, np.int32), "int32")
-            planes = range(2 * self._num_layers)
-            self._operations.copy_blocks(self._host_words, self._device_words, device_blocks, planes)
+    def __init__(self, memory: DeviceMemory, framework: Framework, stream: Stream, *, digests: bool) -> None:
+        self.layers = _layers(framework, framework.words(memory), memory)
+        self._memory, self._stream, self._digests = memory, stream, digests
+        self._written = [framework.event() for _ in self.layers]
 
-    def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> MirrorCopies:
-        return MirrorCopies(self, slots, on_layer)
+    def begin_step(self, blocks: list[BlockId], on_layer: Callable[[int], None]) -> LayersInOrder:
+        """See HostPool."""
+        if self._digests and blocks:
+            return LayersDigested(self, blocks, on_layer)
+        return LayersAtTheEnd(self, on_layer)
 
-    def copy_out(self, slots: Tensor, layers: range) -> None:
-        """Copy ``slots`` of ``layers`` when what the compute stream has been told to do so far is done."""
-        event = self._written[layers.start]
-        event.record(self._compute)
-        self._stream.wait_event(event)
-        with self._framework.on(self._stream):
-            planes = range(2 * layers.start, 2 * layers.stop)
-            self._operations.copy_blocks(*self._by_slot, slots, planes)
-            self._copied[layers.start].record(self._stream)
+    def begin_digest(self, layers: range, blocks: list[BlockId]) -> BlockCopy:
+        """Digest ``blocks`` as they are after what the device has been told to compute so far."""
+        return self._memory.begin_digest(layers, blocks, after=self.mark(layers.start))
 
-    def is_copied(self, layers: range, wait: bool) -> bool:
-        """Return whether the copy of ``layers`` is over, after it is if ``wait``."""
-        event = self._copied[layers.start]
-        if wait:
-            event.synchronize()
-        return wait or event.query()
+    def mark(self, layer: int) -> Event:
+        """Return the event of what the device has been told to compute so far; ``layer`` is that of its last use."""
+        event = self._written[layer]
+        event.record(self._stream)
+        return event
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._framework.unshare(self._memory.planes)
-        del self._host, self._host_words, self._device_words, self._by_slot, self.layers
+        del self.layers
 
 
-class MirrorCopies(LayerCopies):
-    """The copies of one step to the mirror, a few layers at a time."""
+class LayersAtTheEnd(LayersInOrder):
+    """Announces all layers when the device has computed them."""
 
-    def __init__(self, pool: MirroredPool, slots: Tensor, on_layer: Callable[[int], None]) -> None:
+    def __init__(self, pool: DevicePool, on_layer: Callable[[int], None]) -> None:
         super().__init__(len(pool.layers), on_layer)
         self._pool = pool
-        self._slots = slots
-        self._begun: list[range] = []
+
+    def layer_launched(self, layer: int) -> None:
+        """See LayersInOrder."""
+
+    def finish(self) -> None:
+        self._pool.mark(0).synchronize()
+        super().finish()
+
+
+class LayersDigested(LayersInOrder):
+    """Digests the blocks of one step, a few layers at a time, and announces layers that are digested."""
+
+    def __init__(self, pool: DevicePool, blocks: list[BlockId], on_layer: Callable[[int], None]) -> None:
+        super().__init__(len(pool.layers), on_layer)
+        self._pool = pool
+        self._blocks = blocks
+        self._begun: list[tuple[int, BlockCopy]] = []
         self._next = 0
 
     def layer_launched(self, layer: int) -> None:
-        if (layer + 1) % LAYERS_PER_COPY == 0:
+        if (layer + 1) % LAYERS_PER_DIGEST == 0:
             self._begin(layer + 1)
-        self._tell_copied(wait=False)
+        while self._begun and self._begun[0][1].is_done:
+            self._end()
 
     def finish(self) -> None:
-        """See LayerCopies. Layers that were not launched one by one are copied at once."""
+        """See LayersInOrder. Layers that were not launched one by one are digested at once."""
         self._begin(self._num_layers)
-        self._tell_copied(wait=True)
+        while self._begun:
+            self._end()
 
     def _begin(self, end: int) -> None:
         layers, self._next = range(self._next, end), end
         if layers:
-            self._pool.copy_out(self._slots, layers)
-            self._begun.append(layers)
+            self._begun.append((end, self._pool.begin_digest(layers, self._blocks)))
 
-    def _tell_copied(self, wait: bool) -> None:
-        while self._begun and self._pool.is_copied(self._begun[0], wait):
-            self._tell(self._begun.pop(0).stop)
-
-
-DevicePool = PlainPool | MirroredPool
+    def _end(self) -> None:
+        end, digests = self._begun.pop(0)
+        digests.wait()
+        self._tell(end)
 
 
-def shared_pool(memory: KVMemory, framework: Framework) -> PlainPool:
-    """Return the pool that is ``memory`` itself, for a CPU."""
-    return PlainPool(framework.share(memory.planes), memory, framework)
-
-
-def private_pool(memory: KVMemory, framework: Framework) -> PlainPool:
-    """Return a pool of the size of ``memory`` that only this engine reads and writes."""
-    geometry = memory.geometry
-    words = memory.num_blocks * geometry.block_bytes // 4
-    return PlainPool(framework.zeros((words,), "int32"), memory, framework)
-
-
-def _layers(framework: Framework, tensor: Tensor, memory: KVMemory) -> list[LayerKV]:
+def _layers(framework: Framework, tensor: Tensor, memory: KVMemory | DeviceMemory) -> list[LayerKV]:
     geometry = memory.geometry
     shape = (
         *(geometry.num_layers, 2, memory.num_blocks * geometry.block_size),

@@ -26,18 +26,17 @@ _ALL = (1 << 31) - 1
 class SequenceRow:
     """The row ``index`` of one sequence.
 
-    It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``. The device
-    has the KV of the first ``resident`` tokens. ``draws``: tokens are not greedy.
+    It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``.
+    ``draws``: tokens are not greedy.
     """
 
-    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "resident", "sequence")
+    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "sequence")
 
     def __init__(self, index: int, sequence: EngineSequence) -> None:
         self.index = index
         self.sequence = sequence
         self.num_replacements = sequence.num_replacements
         self.num_blocks = 0
-        self.resident = 0
         self.draws = sequence.sampling.temperature >= GREEDY_BELOW
 
     @property
@@ -69,7 +68,7 @@ class SequenceRows:
         self._blocks: list[int] = []
 
     def clear(self) -> None:
-        """Forget every sequence, and that the device has any of its KV."""
+        """Forget every sequence, and what the device has of its tables."""
         self._free += [row.index for row in self._rows.values()]
         self._rows.clear()
         self._places, self._blocks = [], []
