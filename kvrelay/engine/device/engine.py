@@ -189,9 +189,7 @@ class DeviceEngine:
         self.memory.close()
 
 
-def _make_memory(
-    geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework
-) -> KVMemory | DeviceMemory:
+def _make_memory(geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework) -> KVMemory | DeviceMemory:
     if framework.is_gpu or limits.device_pool:
         return DeviceMemory.create(geometry, limits.num_blocks, "cuda" if framework.is_gpu else "simulated")
     return KVMemory.create(geometry, limits.num_blocks)

@@ -12,7 +12,7 @@ import pytest
 
 from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.kv_pool.attach import open_pool
-from kvrelay.kv_pool.block_digest import digest_blocks, fold
+from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -118,7 +118,13 @@ def test_whole_blocks_are_staged_a_few_at_a_time(memory: DeviceMemory, monkeypat
     fill(memory)
     sizes: list[int] = []
     read = memory.blocks.read
-    monkeypatch.setattr(memory.blocks, "read", lambda planes, ids: sizes.append(len(ids)) or read(planes, ids))
+
+    def noted(planes: range, ids: list[int]) -> Words:
+        sizes.append(len(ids))
+        words: Words = read(planes, ids)
+        return words
+
+    monkeypatch.setattr(memory.blocks, "read", noted)
     order = [9, 1, 4, 0, 7]
     copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in order]
     memory.copy_out(order, copies)
