@@ -14,6 +14,9 @@ from kvrelay.errors import DeviceError, PeerLostError
 
 HANDLE_BYTES = 64
 
+PAGE_BYTES = 2 << 20
+"""An allocation of whole pages shares none with another, so its handle gives away nothing else."""
+
 _OUT_OF_MEMORY = 2
 _LAZY_PEER_ACCESS = 1
 
@@ -56,6 +59,7 @@ class CudaDriver:
     def allocate(self, size_bytes: int) -> int:
         """Return the address of zeroed memory. Raises OSError if there is not enough, DeviceError otherwise."""
         address = ctypes.c_uint64()
+        size_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
         self._enter()
         code = self._call("cuMemAlloc_v2", byref(address), size_bytes)
         if code == _OUT_OF_MEMORY:
