@@ -146,7 +146,10 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
         of_node = _get(node, "engine", "kind", kind)
         has_device_pool = of_node == "torch" or (of_node == "fake" and is_simulated)
         if _get(node, "transfer", "link", link) == "cuda" and not has_device_pool:
-            yield ("nodes", index, "transfer", "link"), "cuda copies between pools on devices: engine.kind: torch has one"
+            yield (
+                ("nodes", index, "transfer", "link"),
+                "cuda copies between pools on devices, which engine.kind: torch has",
+            )
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:

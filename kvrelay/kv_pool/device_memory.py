@@ -8,7 +8,6 @@ messager therefore sends a block without touching it, and what happens to it lat
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
@@ -19,7 +18,7 @@ from kvrelay.errors import ConfigError, GeometryMismatchError
 from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
 from kvrelay.kv_pool.device_blocks import BlockWork, DeviceBlocks
 from kvrelay.kv_pool.interface import HostBlock, KVPool
-from kvrelay.kv_pool.shared_file import TAG_BYTES, create_file, open_file
+from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
 from kvrelay.kv_pool.simulated_blocks import SimulatedBlocks
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
@@ -36,7 +35,7 @@ class DigestTable:
 
     def __init__(self, shape: tuple[int, int], fd: int) -> None:
         self._fd = fd
-        self._map = mmap.mmap(fd, WORD_BYTES * int(np.prod(shape)) + TAG_BYTES)
+        self._map = map_file(fd, WORD_BYTES * int(np.prod(shape)))
         self._digests: Words = np.frombuffer(self._map, np.int64, int(np.prod(shape))).reshape(shape)
 
     def put(self, planes: range, block_ids: list[BlockId], digests: Words) -> None:
@@ -97,14 +96,19 @@ class DeviceMemory:
             raise ConfigError([f"cache.block_size: a block on a device is a multiple of {WORD_BYTES} bytes"])
         shape = _shape(geometry, num_blocks)
         try:
-            blocks: DeviceBlocks = _blocks_class(kind).create(shape)
             fd, tag = create_file("kvrelay-digests", WORD_BYTES * shape[0] * shape[1])
+            table = DigestTable(shape[:2], fd)
+            try:
+                blocks: DeviceBlocks = _blocks_class(kind).create(shape)
+            except BaseException:
+                table.close()
+                raise
         except OSError as error:
             size_bytes = num_blocks * geometry.block_bytes
             problem = f"cache.num_blocks: {num_blocks:,} blocks take {size_bytes:,} bytes: {error.strerror or error}"
             raise ConfigError([problem]) from error
         handle = KVDeviceHandle(os.getpid(), fd, tag, num_blocks, kind, blocks.memory)
-        return cls(geometry, handle, blocks, DigestTable(shape[:2], fd))
+        return cls(geometry, handle, blocks, table)
 
     @classmethod
     def attach(cls, geometry: KVGeometry, handle: KVDeviceHandle) -> Self:

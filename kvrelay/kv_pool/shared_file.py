@@ -7,6 +7,7 @@ behind, and its size is not bound by a small ``/dev/shm``. Another process of th
 
 from __future__ import annotations
 
+import mmap
 import os
 import secrets
 
@@ -26,6 +27,15 @@ def create_file(name: str, size_bytes: int) -> tuple[int, str]:
         os.close(fd)
         raise
     return fd, tag
+
+
+def map_file(fd: int, size_bytes: int) -> mmap.mmap:
+    """Map such a file, whose descriptor is closed if that fails. Raises OSError."""
+    try:
+        return mmap.mmap(fd, size_bytes + TAG_BYTES)
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def open_file(pid: int, fd: int, tag: str, size_bytes: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kvrelay.kv_pool.block_digest import Words, digest_blocks
-from kvrelay.kv_pool.shared_file import TAG_BYTES, create_file, open_file
+from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
 from kvrelay.protocol.ids import BlockId
 
 
@@ -40,7 +39,7 @@ class SimulatedBlocks:
     def __init__(self, shape: tuple[int, int, int], file: _File, fd: int) -> None:
         self.memory = msgspec.json.encode(file)
         self._fd = fd
-        self._map = mmap.mmap(fd, 8 * int(np.prod(shape)) + TAG_BYTES)
+        self._map = map_file(fd, 8 * int(np.prod(shape)))
         self.words: Words = np.frombuffer(self._map, np.int64, int(np.prod(shape))).reshape(shape)
 
     @classmethod

@@ -16,7 +16,6 @@ from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import EngineError
-from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SequenceFailed
 
 
@@ -53,11 +52,11 @@ class Batch(NamedTuple):
     samples: list[Sample]
     adjustments: Adjustments | None
 
-    def written_blocks(self, block_size: int) -> list[BlockId]:
-        """Return the blocks the step writes keys and values to."""
-        slots = self.rows[2]
-        blocks: list[BlockId] = np.unique(slots[slots >= 0] // block_size).tolist()
-        return blocks
+    @property
+    def slots(self) -> Int32:
+        """The slots the step writes keys and values to; below 0: none."""
+        slots: Int32 = self.rows[2]
+        return slots
 
 
 class _Part(NamedTuple):

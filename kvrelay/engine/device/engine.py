@@ -156,7 +156,7 @@ class DeviceEngine:
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self._assembler.fill(buffer, batch)
         step = buffer.tensors(batch.shape)
-        layers = self._pool.begin_step(batch.written_blocks(self.geometry.block_size), on_layer)
+        layers = self._pool.begin_step(batch.slots, on_layer)
         if graph is not None:
             return graph.replay(), layers.finish
         return self._decoder.compute(step, self._pool.layers, layers.layer_launched), layers.finish

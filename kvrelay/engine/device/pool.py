@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from kvrelay.engine.device.framework import Event, Framework, Stream, Tensor
+from kvrelay.engine.device.sequence_rows import Int32
 from kvrelay.engine.kernels import LayerKV
 from kvrelay.kv_pool.device_memory import BlockCopy, DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
@@ -20,8 +23,8 @@ class HostPool:
     def __init__(self, memory: KVMemory, framework: Framework) -> None:
         self.layers = _layers(framework, framework.share(memory.planes), memory)
 
-    def begin_step(self, blocks: list[BlockId], on_layer: Callable[[int], None]) -> LayersInOrder:
-        """Return what announces the layers of a step that writes to ``blocks``."""
+    def begin_step(self, slots: Int32, on_layer: Callable[[int], None]) -> LayersInOrder:
+        """Return what announces the layers of a step that writes to ``slots``; those below 0 are none."""
         return LayersInOrder(len(self.layers), on_layer)
 
     def close(self) -> None:
@@ -63,10 +66,11 @@ class DevicePool:
         self._memory, self._stream, self._digests = memory, stream, digests
         self._written = [framework.event() for _ in self.layers]
 
-    def begin_step(self, blocks: list[BlockId], on_layer: Callable[[int], None]) -> LayersInOrder:
+    def begin_step(self, slots: Int32, on_layer: Callable[[int], None]) -> LayersInOrder:
         """See HostPool."""
-        if self._digests and blocks:
-            return LayersDigested(self, blocks, on_layer)
+        if self._digests and (slots >= 0).any():
+            blocks = np.unique(slots[slots >= 0] // self._memory.geometry.block_size)
+            return LayersDigested(self, blocks.tolist(), on_layer)
         return LayersAtTheEnd(self, on_layer)
 
     def begin_digest(self, layers: range, blocks: list[BlockId]) -> BlockCopy:

@@ -177,7 +177,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "a link between devices where there is none": (
         GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "transfer: {link: cuda}\n",
-        ["4: nodes.p0.transfer.link: cuda copies between pools on devices: engine.kind: torch has one"],
+        ["4: nodes.p0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
     ),
     "registry without a place": (
         GOOD + "registry: {kind: redis}\n",
