@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--no-vllm", action="store_true", help="kvrelay's own numbers only")
     arguments = parser.parse_args()
     if fastest_dtype() != "bfloat16":
-        sys.exit("this CPU has no bf16 products: kvrelay computes in float32 here, which is the reference")
+        sys.exit("this CPU has no bf16 GEMMs: kvrelay computes in float32 here, which is the reference")
     if not arguments.no_vllm:
         make_environment(arguments.vllm.resolve())
     console = Console(width=130)

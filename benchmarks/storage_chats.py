@@ -33,7 +33,7 @@ THINKING_S = 0.5
 def config(storage: Config) -> Config:
     nodes: dict[str, Config] = {"p0": {"role": "prefill"}, "p1": {"role": "prefill"}, "d0": {"role": "decode"}}
     made = cluster_config(nodes, {"cache": {"num_blocks": 1024}, "storage": storage})
-    made["router"]["prefill_policy"] = "round_robin"
+    made["router"]["prefill_routing"] = "round_robin"
     return made
 
 

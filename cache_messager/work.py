@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -48,6 +49,8 @@ class WriteBlocks:
     frame: KVFrame
     payload: tuple[memoryview, ...]
 
+
+Work: TypeAlias = SendFrame | AcceptLink | DropLink | WriteBlocks
 
 # ---------------------------------------------------------------- events
 

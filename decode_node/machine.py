@@ -35,6 +35,7 @@ from kvrelay.machine.contract import (
 from kvrelay.machine.membership import Membership
 from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
 from kvrelay.protocol.messages.messager_to_node import (
@@ -80,6 +81,7 @@ class DecodeMachine:
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
         self._outbox = Outbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
         offloader = KVOffloader(node.storage, registration.geometry.block_bytes, self.kv, self._outbox)
         loads = LoadPolicy(node.storage, node.cache.block_size)
         self.scheduler = Scheduler(
@@ -111,7 +113,10 @@ class DecodeMachine:
             case Received(peer=peer, message=message):
                 self._reservations.heard(peer)
                 self._membership.heard(peer, self._outbox.now)
-                self._on_message(peer, message)
+                if may_send(peer, message, self._membership):
+                    self._on_message(peer, message)
+                else:
+                    self._unexpected.take(peer, message)
             case KVStaged() | KVStored() | StoreCounted():
                 self._storage.transfers.take(event)
             case KVLoaded():
@@ -129,9 +134,6 @@ class DecodeMachine:
 
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
-            case _ if not may_send(peer, message, self._membership):
-                told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
-                self._outbox.do(told)
             case Generate(request=spec):
                 self._generate(msgspec.structs.replace(spec, router=peer))
             case ReserveBlocks():
@@ -161,8 +163,10 @@ class DecodeMachine:
                 self._join()
             case MessagerStats():
                 self._messager_stats = message
-            case Drain() if not self._leaving:
-                self._stop_requested()
+            case Drain():
+                self._drain_requested()
+            case _:
+                self._unexpected.take(peer, message)
 
     def _on_request_message(self, peer: PeerId, request: DecodeRequest, message: Message) -> None:
         match message:
@@ -248,6 +252,10 @@ class DecodeMachine:
             if request.spec.router == router:
                 self._requests.close(request)
 
+    def _drain_requested(self) -> None:
+        if not self._leaving:
+            self._stop_requested()
+
     def _stop_requested(self) -> None:
         if self._leaving:
             self._fail_all("the node is stopping")
@@ -267,7 +275,8 @@ class DecodeMachine:
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
         scheduler = self.scheduler
-        waiting, reserved_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
+        waiting, headroom_blocks = list(scheduler.waiting), scheduler.reserved_blocks()
+        prompt_tokens = scheduler.order.tokens_by_length()
         return Load(
             num_waiting=len(waiting),
             num_running=len(scheduler.loading) + len(scheduler.prefilling) + len(scheduler.decoding),
@@ -275,14 +284,15 @@ class DecodeMachine:
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(len(request.token_ids) for request in waiting),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(len(request.token_ids) for request in waiting),
+            num_preempted=sum(request.status is DecodeStatus.PREEMPTED for request in waiting),
+            headroom_blocks=headroom_blocks,
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": scheduler.order.longest_wait_s(self._outbox.now),
-                "preempted_requests": float(sum(request.status is DecodeStatus.PREEMPTED for request in waiting)),
                 "reserve_level": scheduler.reserve.level,
-                "reserved_blocks": float(reserved_blocks),
-                "reserved_tokens": float(reserved_blocks * self._hasher.block_size),
+                "headroom_tokens": float(headroom_blocks * self._hasher.block_size),
             },
             counters={
                 **self._steps.counters,
@@ -291,9 +301,10 @@ class DecodeMachine:
                 "preemptions": float(scheduler.num_preempted),
                 **{f"preemptions_{cause}": float(count) for cause, count in scheduler.preemptions.items()},
                 **asdict(self.kv.stats),
+                COUNTER: float(self._unexpected.count),
                 **self._messager_stats.counters,
             },
-            prompt_tokens=scheduler.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=scheduler.order.waits.report(),
         )
 

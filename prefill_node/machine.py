@@ -29,6 +29,7 @@ from kvrelay.machine.membership import Membership
 from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.recent import Recent
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message, NodeAddress
@@ -87,6 +88,7 @@ class PrefillMachine:
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, self._block_size)
         self._outbox = Outbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node)
         self._policy = prefill_policy(node, self.kv)
         self._admission = Admission(node.scheduler, self.kv, self._policy, self._block_size)
@@ -145,8 +147,7 @@ class PrefillMachine:
     def _on_message(self, peer: PeerId, message: Message) -> None:
         match message:
             case _ if not may_send(peer, message, self._membership):
-                told = Log("warning", "message from the wrong peer", {"peer": peer, "message": type(message).__name__})
-                self._outbox.do(told)
+                self._unexpected.take(peer, message)
             case Prefill(request=spec, decode_node=decode_node):
                 self._prefill(msgspec.structs.replace(spec, router=peer), decode_node)
             case (
@@ -170,8 +171,10 @@ class PrefillMachine:
                 self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
             case MessagerStats():
                 self._messager_stats = message
-            case Drain() if not self._leaving:
-                self._stop_requested()
+            case Drain():
+                self._drain_requested()
+            case _:
+                self._unexpected.take(peer, message)
 
     def _on_request_message(self, peer: PeerId, request: PrefillRequest | None, message: Message) -> None:
         match message:
@@ -389,6 +392,10 @@ class PrefillMachine:
             self._outbox.do(Log("warning", "router lost", {"router": router, "reason": reason}))
         self._abort_all_of(router)
 
+    def _drain_requested(self) -> None:
+        if not self._leaving:
+            self._stop_requested()
+
     def _stop_requested(self) -> None:
         if self._leaving:
             self._fail_all("the node is stopping")
@@ -406,7 +413,7 @@ class PrefillMachine:
 
     def load(self) -> Load:
         """Describe how busy the node is, for heartbeats."""
-        unfinished = [*self._admission, *self._running.values()]
+        prompt_tokens = self._admission.order.tokens_by_length()
         return Load(
             num_waiting=len(self._admission),
             num_running=len(self._running) + len(self._storage.loading),
@@ -414,7 +421,8 @@ class PrefillMachine:
             free_blocks=self.kv.num_free,
             evictable_blocks=self.kv.num_evictable,
             used_blocks=self.kv.num_used,
-            queued_tokens=sum(request.num_remaining_tokens for request in unfinished),
+            queued_tokens=sum(prompt_tokens),
+            waiting_tokens=sum(request.num_remaining_tokens for request in self._admission),
             gauges={
                 **self._messager_stats.gauges,
                 "longest_prompt_wait_s": self._admission.order.longest_wait_s(self._outbox.now),
@@ -423,9 +431,10 @@ class PrefillMachine:
                 **self._counters,
                 **self._storage.transfers.counters,
                 **asdict(self.kv.stats),
+                COUNTER: float(self._unexpected.count),
                 **self._messager_stats.counters,
             },
-            prompt_tokens=self._admission.order.tokens_by_length(),
+            prompt_tokens=prompt_tokens,
             prompt_waits=self._admission.order.waits.report(),
         )
 

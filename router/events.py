@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from kvrelay.errors import KVRelayError, QueueFullError
+from kvrelay.machine.outbox import RoleOutbox
 from kvrelay.protocol.ids import NodeId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.request import FinishReason, SamplingParams, TokenLogprobs
@@ -114,3 +115,7 @@ class Deliver:
 
     request_id: str
     delivery: Delivery
+
+
+RouterOutbox: TypeAlias = RoleOutbox[Deliver]
+"""The time of the event that the router handles, and the actions it has led to."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvrelay.machine.contract import Connect, Disconnect, Log, Send
+from kvrelay.machine.contract import Connect, Disconnect, Log
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.registry.node_entry import NodeEntry, present
+from router.events import RouterOutbox
 
 
 class FollowedNodes:
@@ -17,9 +18,9 @@ class FollowedNodes:
     nothing that is there is lost with it. ``problem`` says why it cannot be read at present.
     """
 
-    def __init__(self, model: str, perform: Callable[[object], None]) -> None:
+    def __init__(self, model: str, outbox: RouterOutbox) -> None:
         self._model = model
-        self._perform = perform
+        self._outbox = outbox
         self._entries: dict[PeerId, NodeEntry] = {}
         self._foreign: set[PeerId] = set()
         self.problem: str | None = None
@@ -42,16 +43,16 @@ class FollowedNodes:
             self.forget(peer)
         for peer, entry in wanted.items():
             if peer not in self._entries:
-                self._perform(Log("info", "node found", {"node": peer, "address": entry.address}))
-                self._perform(Connect(peer, entry.address))
-                self._perform(Send(peer, Heartbeat()))
+                self._outbox.do(Log("info", "node found", {"node": peer, "address": entry.address}))
+                self._outbox.do(Connect(peer, entry.address))
+                self._outbox.send(peer, Heartbeat())
             self._entries[peer] = entry
         return replaced
 
     def forget(self, peer: PeerId) -> None:
         """Drop the connection to ``peer``. If its entry is there when the registry is read again, so is the node."""
         if self._entries.pop(peer, None) is not None:
-            self._perform(Disconnect(peer))
+            self._outbox.do(Disconnect(peer))
 
     def is_draining(self, peer: PeerId) -> bool:
         """Tell whether the registry says that ``peer`` takes nothing new."""
@@ -61,7 +62,7 @@ class FollowedNodes:
     def beat(self) -> None:
         """Send every node a heartbeat; those that do not know this router answer with a Register."""
         for peer in self._entries:
-            self._perform(Send(peer, Heartbeat()))
+            self._outbox.send(peer, Heartbeat())
 
     def _ours(self, entries: Iterable[NodeEntry]) -> list[NodeEntry]:
         """Leave out the nodes of other clusters that are in the same registry by mistake."""
@@ -72,5 +73,5 @@ class FollowedNodes:
             elif entry.peer not in self._foreign:
                 self._foreign.add(entry.peer)
                 fields: dict[str, object] = {"node": entry.peer, "model": entry.registration.model}
-                self._perform(Log("warning", "node of another model in the registry", fields))
+                self._outbox.do(Log("warning", "node of another model in the registry", fields))
         return ours

@@ -1,46 +1,74 @@
-"""The router's machine: who is there, and what becomes of every request."""
+"""The router's state machine."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TypeAlias, assert_never
 
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
-    Disconnect,
+    CoreAction,
     Exit,
-    Log,
     PeerLost,
     Received,
-    Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
 )
-from kvrelay.protocol.ids import PeerId, peer_id
-from kvrelay.protocol.messages.base import Heartbeat, Load, Message
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
     Leaving,
+    NodeToRouter,
     Register,
     RequestFailed,
     RequestPreempted,
     RequestTimeline,
     TokensOut,
 )
-from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
-from router.events import ClientGone, DrainRequested, NewRequest, NodesFound, RegistryLost, StopMatched, Submitted
+from router.events import (
+    ClientGone,
+    Deliver,
+    DrainRequested,
+    NewRequest,
+    NodesFound,
+    RegistryLost,
+    RouterOutbox,
+    StopMatched,
+    Submitted,
+)
 from router.followed import FollowedNodes
 from router.limits import Limits
 from router.node_table import NodeTable
+from router.nodes import LIVENESS, Nodes
 from router.placement import Placement
 from router.policies import POLICIES
-from router.requests import Requests, RequestTimer
+from router.request import RequestTimer
+from router.requests import Requests
 
-_LIVENESS = "liveness"
-_DRAIN = "drain"
+RouterEvent: TypeAlias = (
+    Received
+    | PeerLost
+    | TimerFired
+    | Started
+    | StopRequested
+    | Submitted
+    | ClientGone
+    | StopMatched
+    | DrainRequested
+    | NodesFound
+    | RegistryLost
+)
+RouterMessage: TypeAlias = NodeToRouter | Heartbeat
+"""What a router takes from nodes."""
+
+DRAIN = "drain"
+"""Key of the timer that ends the router's draining."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +82,8 @@ class RouterSettings:
     model: str
     incarnation: str
     first_epoch: int = 0
-    prefill_policy: str = "least_loaded"
-    decode_policy: str = "least_loaded"
+    prefill_routing: str = "least_loaded"
+    decode_routing: str = "least_loaded"
     local_prefill_tokens: int | None = None
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
@@ -70,32 +98,37 @@ class RouterMachine:
     """
 
     def __init__(self, settings: RouterSettings) -> None:
-        self._settings = settings
-        self._actions: list[object] = []
-        self._now = 0.0
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._outbox = RouterOutbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
         self._stopping = False
-        self._liveness_due_s = math.inf
-        self._may_have_lost_us: set[PeerId] = set()
         decode_alone = settings.local_prefill_tokens is not None
         self.node_table = NodeTable(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
-        prefill_policy, decode_policy = POLICIES[settings.prefill_policy](), POLICIES[settings.decode_policy]()
-        self.requests = Requests(
-            settings.limits,
+        placement = Placement(
             self.node_table,
-            Placement(self.node_table, prefill_policy, decode_policy, settings.local_prefill_tokens),
-            self._perform,
-            settings.first_epoch,
+            POLICIES[settings.prefill_routing](),
+            POLICIES[settings.decode_routing](),
+            settings.local_prefill_tokens,
         )
-        self.followed = FollowedNodes(settings.model, self._perform)
+        self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
+        self.followed = FollowedNodes(settings.model, self._outbox)
+        self._nodes = Nodes(
+            self.node_table,
+            self.followed,
+            self.requests,
+            self._outbox,
+            incarnation=settings.incarnation,
+            heartbeat_s=settings.heartbeat_s,
+            peer_timeout_s=settings.peer_timeout_s,
+        )
 
-    def handle(self, event: object, now: float) -> list[object]:
+    def handle(self, event: RouterEvent, now: float) -> list[CoreAction | Deliver]:
         """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""
-        self._now = self.requests.now = now
-        self._actions = []
-        self._take(event)
+        self._outbox.now = now
+        self._on_event(event)
         if self._stopping and not self.requests:
-            self._perform(Exit("stopped"))
-        return self._actions
+            self._outbox.do(Exit("stopped"))
+        return self._outbox.take()
 
     def unready_reason(self) -> str | None:
         """Return why a request that came now would be refused, or None."""
@@ -105,12 +138,14 @@ class RouterMachine:
         """Raise LocalProtocolError if anything is left of any request."""
         self.requests.assert_quiescent()
 
-    def _perform(self, action: object) -> None:
-        self._actions.append(action)
+    @property
+    def counters(self) -> dict[str, int]:
+        """What this router has done so far, by name."""
+        return {**self.requests.counters.as_dict(), COUNTER: self._unexpected.count}
 
     # ------------------------------------------------------------ events
 
-    def _take(self, event: object) -> None:
+    def _on_event(self, event: RouterEvent) -> None:
         match event:
             case Received(peer=peer, message=message):
                 self._receive(peer, message)
@@ -120,39 +155,35 @@ class RouterMachine:
                 self.requests.abort(request_id)
             case StopMatched(request_id=request_id):
                 self.requests.stop_matched(request_id)
-            case TimerFired(key=RequestTimer() as timer):
-                self.requests.take_timer(timer)
+            case TimerFired(key=key):
+                self._on_timer(key)
             case PeerLost(peer=peer, reason=reason):
-                self._lose(peer, reason)
+                self._nodes.lose(peer, reason)
             case NodesFound() | RegistryLost():
-                self._follow(event)
+                self._nodes.follow(event)
             case DrainRequested(node_id=node_id):
-                self._drain(node_id)
-            case Started() | TimerFired(key="liveness"):
-                self._check_liveness()
+                self._nodes.drain(node_id)
+            case Started():
+                self._nodes.check_liveness()
             case StopRequested():
                 self._stop()
-            case TimerFired(key="drain"):
-                self.requests.fail_all(NoNodeError("the router is stopping"))
             case _:
-                raise LocalProtocolError(f"the router has no use for {event!r}")
-
-    def _submit(self, requests: tuple[NewRequest, ...]) -> None:
-        if self._stopping:
-            self.requests.refuse(requests, NoNodeError("the router is stopping"))
-        else:
-            self.requests.submit(requests)
+                assert_never(event)
 
     def _receive(self, peer: PeerId, message: Message) -> None:
-        self.node_table.heard(peer, self._now)
+        self._nodes.heard(peer)
+        if isinstance(message, RouterMessage):
+            self._on_message(peer, message)
+        else:
+            self._unexpected.take(peer, message)
+
+    def _on_message(self, peer: PeerId, message: RouterMessage) -> None:
         match message:
-            case Register():
-                self._register(peer, message)
-            case Heartbeat(load=load):
-                self._heartbeat(peer, load)
             case TokensOut(outputs=outputs):
                 for output in outputs:
                     self.requests.take_output(peer, output)
+            case Heartbeat() | Register() | Leaving() | Drained():
+                self._nodes.take(peer, message)
             case RequestFailed():
                 self.requests.take_failure(peer, message)
             case DecodeNeeded():
@@ -160,131 +191,29 @@ class RouterMachine:
             case RequestPreempted():
                 self.requests.take_preempted(peer, message)
             case RequestTimeline():
-                self.requests.counters.kv_bytes_moved += self.requests.timelines.merge(message)
-            case Leaving():
-                self._leave(peer)
-            case Drained():
-                self._lose(peer, "drained")
+                self.requests.take_timeline(message)
             case _:
-                self._log("warning", "unexpected message", peer=peer, message=type(message).__name__)
+                assert_never(message)
 
-    # ------------------------------------------------------------ nodes come and go
-
-    def _follow(self, event: NodesFound | RegistryLost) -> None:
-        """Be connected with the nodes in the registry; without it, with those that are known."""
-        if isinstance(event, RegistryLost):
-            self.followed.problem = event.reason
-            return
-        self.followed.problem = None
-        for peer in self.followed.take(event.entries, registered=lambda peer: self.node_table.get(peer) is not None):
-            self._lose(peer, "restarted")
-        for node in self.node_table:
-            node.leaving |= self.followed.is_draining(node.peer)
-
-    def _register(self, peer: PeerId, message: Register) -> None:
-        if peer in self.followed and peer != peer_id(message.node_id, message.incarnation):
-            self._lose(peer, f"{message.node_id}#{message.incarnation} is at its address")
-            return
-        reason = self.node_table.mismatch(peer, message)
-        if reason is not None:
-            self._refuse(peer, reason)
-            return
-        rival = self.node_table.rival(message)
-        if rival is None:
-            self._join(peer, message)
-        elif rival.registration.address == message.address:
-            # Two processes cannot listen at one address: the earlier one has ended.
-            self._lose(rival.peer, "restarted")
-            self._join(peer, message)
+    def _on_timer(self, key: Hashable) -> None:
+        if isinstance(key, RequestTimer):
+            self.requests.take_timer(key)
+        elif key == LIVENESS:
+            self._nodes.check_liveness()
+        elif key == DRAIN:
+            self.requests.fail_all(NoNodeError("the router is stopping"))
         else:
-            self.node_table.contest(rival, peer, message)
+            raise LocalProtocolError(f"the router has no timer {key!r}")
 
-    def _join(self, peer: PeerId, message: Register) -> None:
-        known = self.node_table.get(peer)
-        if known is not None and known.registration.session != message.session:
-            if peer in self._may_have_lost_us:
-                self._may_have_lost_us.discard(peer)
-                self.requests.node_forgot(known)
-            else:
-                self.requests.node_lost(known, "it had taken this router for lost")
-        self.node_table.add(peer, message, self._now)
-        self._perform(Send(peer, Registered(router_incarnation=self._settings.incarnation)))
-        if known is None:
-            self._log("info", "node registered", node=peer, role=message.role, address=message.address)
-            self.requests.node_joined()
-
-    def _refuse(self, peer: PeerId, reason: str) -> None:
-        self.requests.counters.registrations_refused += 1
-        self._log("error", "registration refused", peer=peer, reason=reason)
-        self._perform(Send(peer, RegistrationRefused(reason=reason)))
-
-    def _heartbeat(self, peer: PeerId, load: Load | None) -> None:
-        node = self.node_table.get(peer)
-        if node is None:
-            self._perform(Send(peer, RegisterAgain()))
-            return
-        if load is not None:
-            node.take_load(load)
-        node.num_heartbeats += 1
-        self.requests.move_preempted()
-        self._refuse_rival_of(peer)
-
-    def _leave(self, peer: PeerId) -> None:
-        node = self.node_table.get(peer)
-        if node is not None:
-            node.leaving = True
-
-    def _refuse_rival_of(self, peer: PeerId) -> None:
-        """The holder of a name is alive, so whoever else came with that name cannot have it."""
-        waiting = self.node_table.settle(peer)
-        if waiting is not None:
-            other, message = waiting
-            self._refuse(other, f"another live node is called {message.node_id}")
-
-    def _lose(self, peer: PeerId, reason: str) -> None:
-        self.followed.forget(peer)
-        node = self.node_table.remove(peer, self._now)
-        if node is None:
-            return
-        self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
-        self.requests.counters.nodes_lost += reason != "drained"
-        self._perform(Disconnect(peer))
-        self.requests.node_lost(node, reason)
-        waiting = self.node_table.settle(peer)
-        if waiting is not None:
-            self._register(*waiting)
-
-    def _check_liveness(self) -> None:
-        """Lose the nodes that are silent, unless it was this process that did not listen.
-
-        After a pause timers fire before sockets are read, so what nodes said meanwhile is heard first.
-        """
-        late_s = self._now - self._liveness_due_s
-        if late_s > self._settings.peer_timeout_s / 2:
-            self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
-            # Each may say so once for each time: a node that stalls itself, or cannot hear us, costs attempts as ever.
-            self._may_have_lost_us = {node.peer for node in self.node_table}
+    def _submit(self, requests: tuple[NewRequest, ...]) -> None:
+        if self._stopping:
+            self.requests.refuse(requests, NoNodeError("the router is stopping"))
         else:
-            for peer in self.node_table.silent(self._now):
-                self._lose(peer, f"not heard for {self._settings.peer_timeout_s:g} s")
-        self.followed.beat()
-        self._liveness_due_s = self._now + self._settings.heartbeat_s
-        self._perform(SetTimer(_LIVENESS, self._liveness_due_s))
-
-    def _drain(self, node_id: str) -> None:
-        node = self.node_table.named(node_id)
-        if node is not None and not node.leaving:
-            node.leaving = True
-            self._perform(Send(node.peer, Drain()))
-
-    # ------------------------------------------------------------ stopping
+            self.requests.submit(requests)
 
     def _stop(self) -> None:
         if self._stopping:
             self.requests.fail_all(NoNodeError("the router is stopping"))
             return
         self._stopping = True
-        self._perform(SetTimer(_DRAIN, self._now + self._settings.drain_timeout_s))
-
-    def _log(self, level: str, event: str, **fields: object) -> None:
-        self._perform(Log(level, event, fields))
+        self._outbox.do(SetTimer(DRAIN, self._outbox.now + self._drain_timeout_s))

@@ -105,11 +105,10 @@ class _MachineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield all of it."""
-        requests = self._machine.requests
-        for name, value in requests.counters.as_dict().items():
+        for name, value in self._machine.counters.items():
             yield CounterMetricFamily(f"kvrelay_router_{name}", _words(name), value)
         by_status = GaugeMetricFamily("kvrelay_requests_in_progress", "Requests, by status.", labels=["status"])
-        for status, count in requests.by_status.items():
+        for status, count in self._machine.requests.by_status.items():
             by_status.add_metric([status], count)
         yield by_status
         yield from self._nodes()

@@ -120,18 +120,16 @@ class Node:
         """
         load = self.load
         num_requests = load.num_waiting + load.num_running + load.num_receiving + self.num_given_requests
-        is_full = num_requests >= self.max_num_seqs or load.gauges.get("preempted_requests", 0.0) > 0
-        if is_full:
+        if num_requests >= self.max_num_seqs or load.num_preempted:
             return 0
         # Each of those that wait may begin one block more than their tokens fill.
-        num_waiting_blocks = load.queued_tokens // self.block_size + load.num_waiting
+        num_waiting_blocks = load.waiting_tokens // self.block_size + load.num_waiting
         return max(0, self._unclaimed_blocks - num_waiting_blocks)
 
     @property
     def _unclaimed_blocks(self) -> int:
         load = self.load
-        reserved = load.gauges.get("reserved_blocks", 0.0)
-        return load.free_blocks + load.evictable_blocks - int(reserved) - self.num_given_blocks
+        return load.free_blocks + load.evictable_blocks - load.headroom_blocks - self.num_given_blocks
 
     def give(self, num_blocks: int) -> None:
         """Note that it gets a request that needs so many blocks at once."""

@@ -21,13 +21,13 @@ class Placement:
     def __init__(
         self,
         node_table: NodeTable,
-        prefill_policy: Policy,
-        decode_policy: Policy,
+        prefill_routing: Policy,
+        decode_routing: Policy,
         local_prefill_tokens: int | None = None,
     ) -> None:
         self._node_table = node_table
-        self._prefill_policy = prefill_policy
-        self._decode_policy = decode_policy
+        self._prefill_routing = prefill_routing
+        self._decode_routing = decode_routing
         self._local_prefill_tokens = local_prefill_tokens
 
     def enter(self, request: RoutedRequest) -> Node | None:
@@ -58,7 +58,7 @@ class Placement:
         if not untried and (untried_helpers or not nodes):
             return min(untried_helpers or helpers, key=partial(_helpfulness, request), default=None)
         nodes = untried or nodes
-        chosen = self._prefill_policy.choose(nodes, request.new.prompt_token_ids)
+        chosen = self._prefill_routing.choose(nodes, request.new.prompt_token_ids)
         if chosen.role is not Role.PREFILL:
             return chosen
         return min(self._ahead(request, nodes, untried_helpers), key=partial(_helpfulness, request), default=chosen)
@@ -80,7 +80,7 @@ class Placement:
         nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
         if not nodes:
             return None
-        chosen = self._decode_policy.choose(nodes, request.new.prompt_token_ids)
+        chosen = self._decode_routing.choose(nodes, request.new.prompt_token_ids)
         chosen.pending[request.request_id] = 0
         request.decode = chosen.peer
         return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
@@ -10,6 +11,16 @@ from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.request import RequestSpec
 from router.events import NewRequest
 from router.output import OutputOrder
+
+TimerKind: TypeAlias = Literal["deadline", "retry", "seek"]
+TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
+
+
+class RequestTimer(NamedTuple):
+    """Key of a request's timers: its last moment, its next attempt, its next search for a decode node."""
+
+    request_id: str
+    kind: TimerKind
 
 
 class Status(StrEnum):
@@ -79,6 +90,10 @@ class RoutedRequest:
     def request_id(self) -> str:
         """The id that client, router and nodes know it by."""
         return self.new.request_id
+
+    def timer(self, kind: TimerKind) -> RequestTimer:
+        """Return the key of its timer of ``kind``."""
+        return RequestTimer(self.new.request_id, kind)
 
     @property
     def status(self) -> Status:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +28,8 @@ from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
+
+logger = logging.getLogger(__name__)
 
 CONNECTION_BACKLOG = 2048
 """Connections the kernel takes for us before we do."""
@@ -82,6 +85,8 @@ async def serve(config: ClusterConfig) -> str:
 
     Raises CheckpointError if the tokenizer cannot be read, ConfigError if an address is taken.
     """
+    for warning in config.warnings:
+        logger.warning("%s", warning)
     clock = Clock()
     service = RouterService(config, load_model(config), clock)
     metrics = Metrics(service.machine, clock.now)

@@ -14,6 +14,7 @@ from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import new_incarnation, peer_id
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
+from router.body_memory import BodyMemory
 from router.events import (
     ClientGone,
     Deliver,
@@ -43,8 +44,8 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
         model=config.model.name,
         incarnation=incarnation,
         first_epoch=secrets.randbits(_EPOCH_SHARES) << _EPOCHS_PER_SHARE,
-        prefill_policy=router.prefill_policy,
-        decode_policy=router.decode_policy,
+        prefill_routing=router.prefill_routing,
+        decode_routing=router.decode_routing,
         local_prefill_tokens=router.local_prefill_tokens,
         heartbeat_s=cluster.heartbeat_s,
         peer_timeout_s=cluster.peer_timeout_s,
@@ -67,6 +68,7 @@ class RouterService:
         self.model = model
         self.clock = clock
         self.preparer = Preparer(config, model)
+        self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
         self.machine = RouterMachine(router_settings(config, self._incarnation))
         self._sinks: dict[str, Sink] = {}

@@ -60,9 +60,9 @@ def _measure(context: Context, name: str) -> None:
         driver = Driver(engine)
         running = [_prefilled(config, length, index) for index in range(batch)]
         whole, assembling = _whole_steps(engine, driver, running, 3 if context.tiny else STEPS)
-        graph = engine._graphs.find(StepShape(batch, batch, 0, batch), 0)
+        graph = engine.launcher.graphs.find(StepShape(batch, batch, 0, batch), 0)
         assert graph is not None
-        with context.framework.on(engine._stream):
+        with context.framework.on(engine.launcher.stream):
             device = context.seconds(graph.replay, repeats=3 if context.tiny else 20) * 1e3
         what = f"{name}, batch {batch}, context {length}"
         context.report.add("decode", f"{what}, on the device", device, "ms", limit, f"{device / limit:.2f}x")
@@ -76,11 +76,11 @@ def _measure(context: Context, name: str) -> None:
 
 def _fill_pool(context: Context, engine: DeviceEngine) -> None:
     """Zeros would be read faster than real keys and values."""
-    with context.framework.on(engine._stream):
-        for keys, values in engine._pool.layers:
+    with context.framework.on(engine.launcher.stream):
+        for keys, values in engine.launcher.pool.layers:
             keys.normal_(0.0, 0.5)
             values.normal_(0.0, 0.5)
-    engine._stream.synchronize()
+    engine.launcher.stream.synchronize()
 
 
 def _prefilled(config: DecoderConfig, length: int, index: int) -> Sequence:
@@ -94,7 +94,7 @@ def _prefilled(config: DecoderConfig, length: int, index: int) -> Sequence:
 def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], steps: int) -> tuple[float, float]:
     """Return median seconds of ``run`` and of its part before the launch."""
     whole, before = [], []
-    assemble = engine._assembler.assemble
+    assemble = engine.launcher.assembler.assemble
 
     def timed(items: list[ScheduledSequence]) -> Batch:
         began = time.perf_counter()
@@ -102,7 +102,7 @@ def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], 
         before.append(time.perf_counter() - began)
         return batch
 
-    with patch.object(engine._assembler, "assemble", timed):
+    with patch.object(engine.launcher.assembler, "assemble", timed):
         for _ in range(steps):
             plan = driver.plan([(one, 1) for one in running])
             began = time.perf_counter()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from gpu_check.context import Context
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, random_engine
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.messages.engine import StepPlan

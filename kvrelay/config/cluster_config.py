@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from kvrelay.addresses import tcp_address
 from kvrelay.config.document import Document, Key
@@ -62,7 +63,7 @@ __all__ = [
 
 
 class Sections(Section):
-    """The sections that hold for the cluster, and that each node may have its own keys of."""
+    """The sections of the cluster. Each node may override keys of all of them."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
@@ -77,7 +78,7 @@ class Sections(Section):
 
 
 class NodeConfig(Sections):
-    """One node, with every section as it holds there."""
+    """One node with its sections: the node's own keys, then the cluster's."""
 
     name: str = Field(
         min_length=1, max_length=32, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name of the node, unique."
@@ -92,18 +93,24 @@ class NodeConfig(Sections):
 
     @property
     def address(self) -> str:
-        """Where other nodes reach this one."""
+        """The address of this node for other processes."""
         return tcp_address(self.host, self.port)
 
 
 class ClusterConfig(Sections):
-    """The whole file."""
+    """The whole config file."""
 
     nodes: tuple[NodeConfig, ...] = Field(default=(), strict=False, description="The nodes of the cluster.")
+    _warnings: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What in the file is still accepted and should be changed, as lines ``file:line: key: what to do``."""
+        return self._warnings
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
-        """Read ``path``; ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``) go before it.
+        """Read ``path``, overridden by ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``).
 
         Raises ConfigError with every problem found, one line each: ``file:line: key: what is wrong``.
         """
@@ -115,10 +122,12 @@ class ClusterConfig(Sections):
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Self:
         """Check ``data``, the content of a config file. Raises ConfigError as ``load`` does."""
-        return cls._from_document(Document("config", data), Path.cwd())
+        return cls._from_document(Document("config", copy.deepcopy(data)), Path.cwd())
 
     @classmethod
     def _from_document(cls, document: Document, config_dir: Path) -> Self:
+        for section, old, new in _RENAMED:
+            document.rename(section, old, new)
         config: Self | None = None
         found: list[tuple[Key, str]] = []
         try:
@@ -129,10 +138,11 @@ class ClusterConfig(Sections):
         problems = [*document.problems, *(document.describe(key, reason) for key, reason in found)]
         if problems or config is None:
             raise ConfigError(sorted(problems, key=_in_reading_order))
+        config._warnings = tuple(document.warnings)
         return config._with_model_path(config_dir)
 
     def _with_model_path(self, config_dir: Path) -> Self:
-        """Return the config with absolute model paths, so that processes may run anywhere."""
+        """Return the config with absolute model paths, so that a process may run in any directory."""
         nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
         return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
 
@@ -144,13 +154,20 @@ class ClusterConfig(Sections):
         raise ConfigError([f"no node is called {name!r}; there are {', '.join(node.name for node in self.nodes)}"])
 
 
+_RENAMED = (
+    ("router", "prefill_policy", "prefill_routing"),
+    ("router", "decode_policy", "decode_routing"),
+)
+"""(section, earlier name, present name) of each key that has another name now. The earlier one is accepted."""
+
+
 def _in_reading_order(problem: str) -> list[str | int]:
     """Sort ``file:9:`` before ``file:10:``."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
 
 
 def _field_problems(error: ValidationError, document: Document) -> list[tuple[Key, str]]:
-    """Return what pydantic found, without what a node merely inherited from a section already reported."""
+    """Return pydantic's errors, without those of keys that a node inherits from a section that is reported anyway."""
     problems: list[tuple[Key, str]] = []
     for item in error.errors(include_url=False):
         key: Key = (*item["loc"], *item.get("ctx", {}).get("key", ()))
@@ -161,7 +178,7 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
 
 
 _SUBJECT = re.compile(r"^\w+ (?=should )")
-"""What pydantic calls a value: the key names it better."""
+"""The type name in pydantic's messages, which the key replaces."""
 
 _REASONS = {
     "missing": "is missing",
@@ -173,7 +190,7 @@ _REASONS = {
 
 
 def _reason(kind: str, message: str, key: Key, document: Document) -> str:
-    """Say in this file's terms what pydantic calls ``kind`` and ``message``."""
+    """Return the message for pydantic's error ``kind`` with ``message``."""
     if kind == "extra_forbidden":
         return "unknown key" + suggestion(ClusterConfig, key)
     if kind == "refused":
@@ -183,7 +200,7 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
 
 
 def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:
-    """Return ``model`` with its path found from the current directory or, if not there, from the config file's."""
+    """Return ``model`` with its path resolved against the current directory or, if missing there, the config file's."""
     here, there = Path(model.path).absolute(), (config_dir / model.path).absolute()
     found = there if there.exists() and not here.exists() else here
     return model.model_copy(update={"path": str(found)})

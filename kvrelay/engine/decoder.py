@@ -32,7 +32,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All of a decoder. With tied embeddings ``lm_head`` is packed from ``embedding``."""
+    """All weights of a decoder. With tied embeddings ``lm_head`` is packed from ``embedding``."""
 
     embedding: Tensor
     layers: list[LayerWeights]
@@ -83,9 +83,9 @@ def _joined(checkpoint: Checkpoint, kernels: WeightPacking, names: Sequence[str]
 
 
 def _halves_split(tensor: Float32, name: str, config: DecoderConfig) -> Float32:
-    """Reorder the rows of interleaved query and key heads so that one kind of RoPE does for all.
+    """Reorder the rows of interleaved query and key heads, so that one kind of RoPE serves all models.
 
-    A query's product with a key is the same whatever order their elements are in, as long as it is one.
+    The dot product of a query and a key does not change if the elements of both are reordered alike.
     """
     if not config.interleaved_rope or not any(part in name for part in (".q_proj.", ".k_proj.")):
         return tensor
@@ -94,10 +94,10 @@ def _halves_split(tensor: Float32, name: str, config: DecoderConfig) -> Float32:
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: ``outcomes``, one for each of the batch's items, and ``broken_rows`` [rows].
+    """Result of a forward pass: ``outcomes``, one for each of the batch's items, and ``broken_rows`` [rows].
 
-    ``broken_rows``: where the last layer's result is not finite; None if every row has logits, which tell as much: they
-    are not finite then either.
+    ``broken_rows``: rows whose last hidden state is not finite. None if every row has logits, because those logits are
+    then not finite either.
     """
 
     outcomes: list[SequenceOutcome]
@@ -105,7 +105,7 @@ class Forward(NamedTuple):
 
 
 class Decoder:
-    """A loaded model: tokens of a batch in, sampled tokens out, KV into the pool on the way."""
+    """A loaded model: takes the tokens of a batch, writes their KV to the pool and returns sampled tokens."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, kernels: Kernels) -> None:
         self._config = config
@@ -117,7 +117,7 @@ class Decoder:
         return self._kernels.map_pool(memory)
 
     def forward(self, batch: RaggedBatch, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Forward:
-        """Compute ``batch``, which is not empty.
+        """Compute ``batch``, which must not be empty.
 
         Calls ``on_layer(layer)`` when the layer's KV is in ``pool``.
         """

@@ -1,4 +1,4 @@
-"""The geometry of a node's KV, for those who want to know it without running the model."""
+"""Computes the geometry of a node's KV without running the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvrelay.protocol.geometry import KVGeometry
 
 
 def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, max_model_len: int) -> KVGeometry:
-    """Return the geometry of the KV that ``node`` computes, once all of its ``checkpoint`` has been read."""
+    """Return the geometry of the KV that ``node`` computes. All of ``checkpoint`` must have been read."""
     config, quantization = checkpoint.config, node.engine.quantization
     more: list[object] = [max_model_len if config.rope.kind == "dynamic" else None]
     if quantization != "none":
@@ -32,8 +32,8 @@ def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, m
 def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KVGeometry:
     """Return the geometry that a node with these sections has on this machine; reads all of its checkpoint.
 
-    Paddle is imported only if the type of the KV depends on what this CPU computes fast. ``on_progress`` is told (bytes
-    read, bytes in all). Raises CheckpointError if the model's files cannot be used.
+    Paddle is imported only if the type of the KV depends on what this CPU computes fast. ``on_progress`` is called
+    with (bytes read, total bytes). Raises CheckpointError if the model's files cannot be used.
     """
     if node.engine.kind == "fake":
         return fake_geometry(node.engine.fake, node.cache.block_size)
@@ -46,7 +46,7 @@ def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KV
 
 
 def device_dtype(node: Sections) -> str:
-    """Return the type that a device engine computes in: by itself bfloat16 on a GPU and float32 on a CPU."""
+    """Return the type that a device engine computes in. By default: bfloat16 on a GPU, float32 on a CPU."""
     if node.model.dtype != "auto":
         return node.model.dtype
     return "bfloat16" if node.engine.device == "gpu" else "float32"
@@ -61,6 +61,6 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":
         return "float32"
-    from kvrelay.engine.select_kernels import multiplies_bfloat16  # noqa: PLC0415
+    from kvrelay.engine.select_kernels import has_native_bfloat16  # noqa: PLC0415
 
-    return "bfloat16" if multiplies_bfloat16() else "float32"
+    return "bfloat16" if has_native_bfloat16() else "float32"

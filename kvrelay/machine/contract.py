@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.messages.base import Message
@@ -253,5 +253,8 @@ CoreAction: TypeAlias = (
 class Machine(Protocol):
     """What a shell, a fake network or a simulator drives. Roles add their own events and actions to the core ones."""
 
-    def handle(self, event: object, now: float) -> Sequence[object]:
-        """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""
+    def handle(self, event: Any, now: float) -> Sequence[object]:
+        """Take ``event`` at time ``now`` (seconds); return what must be done, in order.
+
+        A machine takes a closed union of events, which its own ``handle`` names.
+        """

@@ -4,9 +4,9 @@
 
     PATH/<namespace in hex>/lock, index, slab-0000, slab-0001, ...
 
-Whoever uses a subdirectory holds a shared lock on its ``lock`` file for as long. Whoever holds it alone may lay it out
-anew, or remove it. A subdirectory of a geometry that nobody uses is removed when another one is opened, so that the
-capacity is not taken twice.
+A process that uses a subdirectory holds a shared lock on its ``lock`` file. A process with the exclusive lock may
+re-create or remove it. A subdirectory that no process uses is removed when another one is opened, so that the capacity
+is not used twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FileDirectory:
 
     @classmethod
     def open(cls, root: Path, wanted: Layout, timeout_s: float) -> FileDirectory:
-        """Lay out the subdirectory of ``wanted`` in ``root``, or join those who use it, on their terms.
+        """Create the subdirectory of ``wanted`` in ``root``, or use the existing one with its layout.
 
         Blocks. Raises StorageError if it cannot be made, StorageUnavailableError if others hold it for too long.
         """

@@ -1,4 +1,4 @@
-"""Locks on files, between processes: the kernel drops them with the process, however it ends."""
+"""File locks between processes. The kernel releases them when a process ends."""
 
 from __future__ import annotations
 

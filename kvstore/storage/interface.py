@@ -1,11 +1,11 @@
-"""What a store of KV blocks is to those who use it: the nodes' shells and the ``kvrelay store`` command.
+"""The interface of a KV store. Its users are the nodes' shells and the ``kvrelay store`` command.
 
 A block is named by its block hash (``kvstore.blocks.block_hash``) and holds the KV of all layers. Its bytes are in the
 caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
 
-Whose memory it is: the caller lends the arrays of ``put`` and ``get`` for the length of the call and must keep them
-(pin the blocks) until it returns. Afterwards nothing here reads or writes them, whatever happened: not when the
-deadline passed, not when the call was cancelled, not when a disk still hangs in a read.
+Memory: the caller lends the arrays of ``put`` and ``get`` for the call and must keep them (pin the blocks) until it
+returns. Afterwards the store neither reads nor writes them, even if the deadline passed, the call was cancelled, or a
+disk read still hangs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ BlockView: TypeAlias = HostBlock
 
 
 class PutOutcome(StrEnum):
-    """What became of one block of a ``put``."""
+    """Outcome of one block of a ``put``."""
 
     WRITTEN = "written"
     PRESENT = "present"
-    """The store had it already; nothing was written."""
+    """The store already had it; nothing was written."""
     FAILED = "failed"
-    """It is not in the store: full, down, or not in time."""
+    """Not stored: the store is full or down, or the deadline passed."""
 
 
 @dataclass(slots=True)
 class StoreCounters:
-    """Totals of one store object since it was made; they only grow."""
+    """Totals of one store object; they never decrease."""
 
     hit_blocks: int = 0
     missed_blocks: int = 0
-    """Asked for by ``get`` and not delivered, for whatever reason."""
+    """Requested by ``get`` and not delivered, for any reason."""
     corrupt_blocks: int = 0
-    """Found, but not what was once stored; deleted, and among the missed."""
+    """Found but damaged; deleted, and counted as missed too."""
     read_bytes: int = 0
     """KV bytes of the hits."""
     written_blocks: int = 0
@@ -48,18 +48,18 @@ class StoreCounters:
     written_bytes: int = 0
     """KV bytes of the written blocks."""
     evicted_blocks: int = 0
-    """Dropped by this object to make room; a backend that evicts by itself does not tell."""
+    """Evicted by this object. Backends that evict themselves do not report it."""
     timeouts: int = 0
     """Calls that reached their deadline."""
     errors: int = 0
-    """Calls that the backend failed."""
+    """Calls in which the backend failed."""
     skipped: int = 0
-    """Calls answered at once because the backend has just failed."""
+    """Calls not passed to the backend because it has just failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a backend holds now, by all processes that use it, for this geometry.
+    """Content of a backend for this geometry, over all processes that use it.
 
     ``used_bytes`` and ``capacity_bytes`` include the backend's own overhead; ``None``: the backend does not tell.
     """
@@ -72,7 +72,7 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What ``verify`` found: blocks read, and those that were bad and are deleted now."""
+    """Result of ``verify``: blocks read, and corrupt blocks, which are deleted."""
 
     num_blocks: int
     num_corrupt: int
@@ -90,7 +90,7 @@ class KVStore(Protocol):
 
     @property
     def counters(self) -> StoreCounters:
-        """What this object did so far. For heartbeats and metrics; no I/O."""
+        """The totals, for heartbeats and metrics. No I/O."""
 
     async def open(self) -> None:
         """Make the store ready. By a node when it starts, once, before anything else.

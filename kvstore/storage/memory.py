@@ -1,4 +1,4 @@
-"""Backend ``memory``: values in this process's memory, least recently used dropped first."""
+"""Backend ``memory``: values in this process's memory, with LRU eviction."""
 
 from __future__ import annotations
 

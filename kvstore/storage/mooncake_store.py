@@ -1,4 +1,4 @@
-"""Backend ``mooncake``: values in the memory of all nodes, as Mooncake Store keeps it, over TCP.
+"""Backend ``mooncake``: values in the pooled memory of Mooncake Store, over TCP.
 
 Needs the extra ``kvrelay[mooncake]`` and a running ``mooncake_master``. Every node that opens the store gives
 ``capacity`` bytes of its memory; the master decides where values go, and evicts. The client library logs to standard
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.addresses import resolve
 from kvrelay.errors import StorageError, StorageUnavailableError
 from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.batches import batches
@@ -109,13 +111,15 @@ class MooncakeBackend:
             return self._client
 
     def _connect(self) -> Any:
+        if _is_ipv6(self._host):
+            os.environ["MC_USE_IPV6"] = "1"  # read when the library is loaded; without it nodes join and cannot read
         try:
             library = importlib.import_module("mooncake.store")
         except ImportError as error:  # not installed, or one of its system libraries is not
             raise StorageError(f"storage.backend mooncake cannot be loaded: {error}") from error
         host, _, port = self._master.rpartition(":")
         try:  # the library tries for a minute and a half
-            socket.create_connection((host, int(port)), _PROBE_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
         except OSError as error:
             raise StorageUnavailableError(f"Mooncake master at {self._master}: {error}") from error
         client = library.MooncakeDistributedStore()
@@ -215,3 +219,9 @@ class _Staging:
         """Return addresses and sizes of the first ``count`` values."""
         size = self.values.shape[1]
         return [self.address + index * size for index in range(count)], [size] * count
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(OSError):
+        return resolve(host, 0)[0] == socket.AF_INET6
+    return False

@@ -1,4 +1,4 @@
-"""Backend ``none``: holds nothing."""
+"""Backend ``none``: stores nothing."""
 
 from __future__ import annotations
 

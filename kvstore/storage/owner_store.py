@@ -1,12 +1,12 @@
-"""Backend ``redis`` with ``payload: owner``: values stay on the host that wrote them, Redis knows where they are.
+"""Backend ``redis`` with ``payload: owner``: values stay on the host that wrote them; Redis has their location.
 
 Each host keeps its values in a ``file`` store, and its processes serve them to other hosts. In Redis there are::
 
     kvrelay:at:<namespace>:<block hash>  ->  id of the owner, for ``ttl_s`` after the last use
     kvrelay:owner:<id>:<namespace>       ->  address of a process that serves what the owner holds, for a few seconds
 
-The id belongs to the directory, so that locations stay right when a host's processes start again at other addresses.
-What Redis says is a hint. A block that is not where it is said to be is a miss, and no longer said to be there.
+The id belongs to the directory, so locations stay valid when a host's processes restart at other addresses. A location
+in Redis is a hint. A block that is not found there is a miss, and the location is deleted.
 """
 
 from __future__ import annotations

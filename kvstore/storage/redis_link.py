@@ -1,4 +1,4 @@
-"""Redis as the storage backends use it: pipelines of commands with one key each, to one server or to a cluster.
+"""Redis access of the storage backends: pipelines of commands with one key each, to one server or a cluster.
 
 redis-py makes the connections and speaks the protocol. Which node of a cluster has which key is looked after here,
 because a store wants of a cluster with a dead node what the other nodes have, and at once.

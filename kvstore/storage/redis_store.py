@@ -1,4 +1,4 @@
-"""Backend ``redis``: values in Redis or Valkey, one key each, for a limited time after their last use."""
+"""Backend ``redis``: values in Redis or Valkey, one key per block, with a time to live after the last use."""
 
 from __future__ import annotations
 

@@ -75,7 +75,6 @@ class AdminEndpoints:
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: nodes with their load, requests by status, what has happened so far."""
         machine = self._service.machine
-        counters = machine.requests.counters
         return JSONResponse(
             {
                 "model": self._service.model.name,
@@ -86,7 +85,7 @@ class AdminEndpoints:
                 "nodes": [_node_status(node) for node in machine.node_table],
                 "requests": {
                     **{status.value: count for status, count in machine.requests.by_status.items()},
-                    **counters.as_dict(),
+                    **machine.counters,
                 },
             }
         )

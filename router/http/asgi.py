@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
 from starlette.types import Receive, Send
 
 from router.openai.errors import AnswerError
+from router.turns import Turn
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -31,6 +32,16 @@ async def send_body(send: Send, content: bytes, status: int = 200, headers: Head
     length = (b"content-length", str(len(content)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
     await send({"type": "http.response.body", "body": content})
+
+
+async def send_pieces(send: Send, pieces: Sequence[bytes], headers: Headers = ()) -> None:
+    """Answer with JSON in ``pieces``, at least one: to put together what is long would take the loop too long."""
+    length = (b"content-length", str(sum(map(len, pieces))).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [_JSON, length, *headers]})
+    turn = Turn()
+    for index, piece in enumerate(pieces, 1):
+        await send({"type": "http.response.body", "body": piece, "more_body": index < len(pieces)})
+        await turn.pause()
 
 
 async def send_error(send: Send, error: AnswerError, headers: Headers = ()) -> None:

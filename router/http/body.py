@@ -7,6 +7,7 @@ import asyncio
 from starlette.types import Receive, Scope
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.body_memory import BodyShare
 from router.http.asgi import watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError
@@ -21,16 +22,17 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
     """
     router = service.config.router
     headers = dict(scope["headers"])
-    job = Job(
-        task=task,
-        gzipped=_is_gzipped(headers),
-        body=await read_body(headers, receive, router.max_body_bytes),
-        max_body_bytes=router.max_body_bytes,
-        max_model_len=service.max_model_len,
-        max_requests=router.max_queued_requests,
-    )
-    outcome = service.preparer.prepare_now(job)
-    return await _in_worker(service, job, receive) if outcome is None else outcome
+    with service.body_memory.share() as share:
+        job = Job(
+            task=task,
+            gzipped=_is_gzipped(headers),
+            body=await read_body(headers, receive, router.max_body_bytes, share),
+            max_body_bytes=router.max_body_bytes,
+            max_model_len=service.max_model_len,
+            max_requests=router.max_queued_requests,
+        )
+        outcome = service.preparer.prepare_now(job)
+        return await _in_worker(service, job, receive) if outcome is None else outcome
 
 
 def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
@@ -45,11 +47,11 @@ def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
     raise AnswerError(error, param="Content-Encoding")
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_bytes: int) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_bytes: int, share: BodyShare) -> bytes:
     """Return the request's body.
 
-    Raises AnswerError (413) if it is, or is said to be, longer than ``max_body_bytes``, ClientLeftError if it never
-    comes to its end.
+    Raises AnswerError if it is, or is said to be, longer than ``max_body_bytes`` (413), or than ``share`` can be (503),
+    ClientLeftError if it never comes to its end.
     """
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > max_body_bytes:
@@ -64,6 +66,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
         more = message.get("more_body", False)
         if len(body) > max_body_bytes:
             raise too_large(max_body_bytes)
+        share.grow_to(len(body))
     return bytes(body)
 
 

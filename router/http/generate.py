@@ -14,7 +14,7 @@ from kvrelay.errors import KVRelayError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, send_error, send_events, send_json, watching
+from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
 from router.http.body import prepared
 from router.metrics import Metrics
 from router.openai.answer import Answer, AnswerHead
@@ -22,7 +22,7 @@ from router.openai.choice import Choice
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError, Generation
 from router.openai.models import model_name
-from router.openai.sampling import sampling_params, text_options
+from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
 from router.service import RouterService
 
@@ -87,7 +87,7 @@ class GenerateEndpoint:
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:
-                    await send_json(send, await answer.full(generation.deltas()), headers=headers)
+                    await send_pieces(send, await answer.full(generation.deltas()), headers)
         finally:
             generation.close()
             note_tokens(scope, choices)
@@ -103,16 +103,11 @@ class GenerateEndpoint:
     def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:
         """Yield one choice per prompt and ``n``, in this order."""
         request, service = prepared.request, self._service
+        sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
-            sampling = sampling_params(
-                request,
-                service.model,
-                num_prompt_tokens=len(prompt),
-                max_model_len=service.max_model_len,
-                seed=first_seed + which,
-            )
-            new = NewRequest(request_id, prompt, sampling, request.priority or 0)
-            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, text_options(request))
+            params = sampling.of(len(prompt), first_seed + which)
+            new = NewRequest(request_id, prompt, params, request.priority or 0)
+            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -108,8 +109,8 @@ class HttpProtocol(HttpToolsProtocol):
         """The headers are here."""
         self._num_bytes = 0
         super().on_headers_complete()
-        if self.scope.get("http_version") == "1.0":
-            self.cycle.__class__ = CycleUntilClose
+        self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
+        self.cycle.linger = self.linger  # type: ignore[attr-defined]
 
     def on_body(self, body: bytes) -> None:
         """Some of the body is here."""
@@ -177,9 +178,6 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer in place of the application unless it has begun to, and close the connection."""
         self._is_refused = True
-        self._unset_keepalive_if_required()
-        if self._deadline is not None:
-            self._deadline.cancel()
         if self._is_answering:
             begun = self.cycle.response_started or not self.cycle.more_body
             self.cycle.disconnected = True
@@ -188,13 +186,37 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         self.transport.write(_raw_answer(AnswerError(ErrorInfo(code=code, message=message, http_status=status))))
+        self.linger()
+
+    def linger(self) -> None:
+        """Close the connection of a client that may still send, in a way that lets it read its answer."""
+        self._is_refused = True
+        self._unset_keepalive_if_required()
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
         self._deadline = self.loop.call_later(LINGER_S, self.transport.close)
 
 
-class CycleUntilClose(RequestResponseCycle):
+class Cycle(RequestResponseCycle):
+    """A request and its answer. An answer may end the connection before the request is here."""
+
+    linger: Callable[[], None]
+
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer."""
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        lingers = is_last and self.more_body and not self.keep_alive
+        if lingers:
+            self.keep_alive = True  # the connection would be closed at once, and reset
+        await super().send(message)
+        if lingers and not self.transport.is_closing():
+            self.linger()
+
+
+class CycleUntilClose(Cycle):
     """A request of HTTP/1.0 and its answer: without chunks, which came with 1.1. A stream ends with the connection."""
 
     is_stream = False

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
-from kvrelay.protocol.request import TokenLogprobs
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
+from router.openai.logprobs import Logprobs, WholeLogprobs
 from router.openai.schemas import GenerationFields
+from router.turns import Turn
 
 DONE = b"data: [DONE]\n\n"
 
@@ -25,10 +26,11 @@ class Style(Protocol):
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
 
-    def full_choice(
-        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object]:
-        """Return a whole choice as an item of ``choices``, likewise."""
+    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+        """Return a whole choice as an item of ``choices``, likewise, and without its logprobs."""
+
+    def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
+        """Return the logprobs of ``delta``, each token's once; None: they are not wanted."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
         """Return what the answer itself, or its first chunk, tells of the prompt."""
@@ -60,15 +62,21 @@ class Answer:
         self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
         self._begun = [False] * len(choices)
 
-    async def full(self, deltas: AsyncIterator[Delta]) -> dict[str, object]:
-        """Return the whole answer when it is complete."""
-        received: list[list[Delta]] = [[] for _ in self._choices]
+    async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
+        """Return the whole answer as JSON when it is complete, a piece for each choice."""
+        wholes = [_Whole() for _ in self._choices]
         async for delta in deltas:
-            received[delta.index].append(delta)
+            wholes[delta.index].add(delta, self._style.logprobs(self._choices[delta.index], delta))
         body = self._head.as_dict(self._style.object_name)
-        body["choices"] = [self._whole(choice, parts) for choice, parts in zip(self._choices, received, strict=True)]
         body["usage"] = usage(self._choices)
-        return body | self._style.prompt_fields(self._choices)
+        begin = msgspec.json.encode(body | self._style.prompt_fields(self._choices))[:-1] + b',"choices":['
+        turn = Turn()
+        pieces: list[bytes] = []
+        for choice, whole in zip(self._choices, wholes, strict=True):
+            await turn.pause()
+            pieces.append((b"," if pieces else begin) + msgspec.json.encode(self._full_choice(choice, whole)))
+        pieces[-1] += b"]}"
+        return pieces
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """Yield server-sent events as deltas come in, ``[DONE]`` last.
@@ -111,19 +119,37 @@ class Answer:
     def _chunk_head(self) -> dict[str, object]:
         return self._head.as_dict(self._style.chunk_object_name)
 
-    def _whole(self, choice: Choice, parts: list[Delta]) -> dict[str, object]:
-        token_ids = [token_id for part in parts for token_id in part.token_ids]
-        logprobs = [item for part in parts for item in part.logprobs]
-        text = "".join(part.text for part in parts)
+    def _full_choice(self, choice: Choice, whole: _Whole) -> dict[str, object]:
         item: dict[str, object] = {
             "index": choice.index,
-            **self._style.full_choice(choice, text, token_ids, logprobs),
-            "finish_reason": parts[-1].finish_reason,
-            "stop_reason": parts[-1].stop_reason,
+            **self._style.full_choice(choice, "".join(whole.texts)),
+            "logprobs": whole.logprobs.as_json() if whole.logprobs else None,
+            "finish_reason": whole.finish_reason,
+            "stop_reason": whole.stop_reason,
         }
         if self._with_token_ids:
-            item["token_ids"] = token_ids
+            item["token_ids"] = whole.token_ids
         return item
+
+
+@dataclass(slots=True)
+class _Whole:
+    """What has come in of one choice. ``logprobs``: None if they are not wanted."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: WholeLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: Delta, logprobs: Logprobs | None) -> None:
+        """Take what is new."""
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if logprobs is not None:
+            self.logprobs = self.logprobs or WholeLogprobs()
+            self.logprobs.add(logprobs)
 
 
 def event(body: dict[str, object]) -> bytes:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kvrelay.errors import InvalidRequestError
-from kvrelay.protocol.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
-from router.openai.logprobs import CompletionLogprobs
+from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest
 
@@ -87,21 +86,16 @@ class CompletionStyle:
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return the new text, logprobs if asked for, and the prompt's part with the first."""
         text = self._echo(choice) + delta.text if first else delta.text
-        item: dict[str, object] = {
-            "text": text,
-            "logprobs": self._logprobs_of(choice, delta.token_ids, delta.logprobs),
-        }
+        item: dict[str, object] = {"text": text, "logprobs": self.logprobs(choice, delta)}
         return item | self._prompt_ids(choice) if first else item
 
-    def full_choice(
-        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object]:
-        """Return text and logprobs."""
-        return {
-            "text": self._echo(choice) + text,
-            "logprobs": self._logprobs_of(choice, token_ids, logprobs),
-            **self._prompt_ids(choice),
-        }
+    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+        """Return the text and the prompt's part."""
+        return {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
+
+    def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
+        """Return the logprobs of the new tokens if asked for."""
+        return self._logprobs[choice.index].of(delta.token_ids, delta.logprobs) if self._logprobs else None
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
         """Return nothing: here the choices tell of their prompts."""
@@ -109,11 +103,6 @@ class CompletionStyle:
 
     def _echo(self, choice: Choice) -> str:
         return self._prompt_texts[choice.prompt_index] if self._prompt_texts else ""
-
-    def _logprobs_of(
-        self, choice: Choice, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object] | None:
-        return self._logprobs[choice.index].of(token_ids, logprobs) if self._logprobs else None
 
     def _prompt_ids(self, choice: Choice) -> dict[str, object]:
         return {"prompt_token_ids": choice.request.prompt_token_ids} if self._with_token_ids else {}

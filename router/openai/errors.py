@@ -12,11 +12,19 @@ from router.events import RequestErrored
 class AnswerError(Exception):
     """What a client is told instead of an answer: one error with its HTTP status."""
 
-    def __init__(self, error: ErrorInfo, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        error: ErrorInfo,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        closes_connection: bool = False,
+    ) -> None:
         super().__init__(error.message)
         self.error = error
         self.param = param
         self.retry_after_s = retry_after_s
+        self.closes_connection = closes_connection
 
     @classmethod
     def of(cls, cause: KVRelayError | RequestErrored) -> AnswerError:
@@ -43,10 +51,13 @@ class AnswerError(Exception):
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """``Retry-After`` in whole seconds, if it makes sense to come back."""
-        if self.retry_after_s is None:
-            return []
-        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
+        """``Retry-After`` in whole seconds, if it makes sense to come back; ``Connection: close`` if it is closed."""
+        headers = []
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode()))
+        if self.closes_connection:
+            headers.append((b"connection", b"close"))
+        return headers
 
 
 def _type_of(status: int) -> str:

@@ -10,6 +10,7 @@ from kvrelay.protocol.request import FinishReason
 from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
+from router.turns import Turn
 
 
 class ClientLeftError(Exception):
@@ -71,8 +72,14 @@ class Generation:
 
         Raises AnswerError as soon as one choice fails, ClientLeftError if there is nobody to tell.
         """
+        turn = Turn()
         while self._running:
-            item = await self._queue.get()
+            if self._queue.empty():
+                item = await self._queue.get()
+                turn.begin()
+            else:
+                item = self._queue.get_nowait()
+                await turn.pause()
             if item is None:
                 raise ClientLeftError
             request_id, delivery = item

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import msgspec
 
 from kvrelay.protocol.request import TokenLogprobs
 from router.text.token_bytes import TokenBytes
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+
+
+Logprobs: TypeAlias = dict[str, list[object]]
+"""``logprobs`` of some tokens of a choice: an object of lists."""
+
+
+class WholeLogprobs:
+    """``logprobs`` of a whole choice, made into JSON as its tokens come: at the end that would be too long a turn."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[bytes]] = {}
+
+    def add(self, logprobs: Mapping[str, list[object]]) -> None:
+        """Take those of the next tokens."""
+        for name, items in logprobs.items():
+            known = self._lists.setdefault(name, [])
+            if items:
+                known.append(msgspec.json.encode(items)[1:-1])
+
+    def as_json(self) -> msgspec.Raw:
+        """Return them all."""
+        lists = (b'"%s":[%s]' % (name.encode(), b",".join(items)) for name, items in self._lists.items())
+        return msgspec.Raw(b"{%s}" % b",".join(lists))
 
 
 class CompletionLogprobs:
@@ -19,17 +45,17 @@ class CompletionLogprobs:
         self._num_logprobs = num_logprobs
         self._text_offset = 0
 
-    def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, object]:
+    def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Logprobs:
         """Return the next tokens' logprobs, as parallel lists."""
         tokens = [_name(self._token_bytes, token_id) for token_id in token_ids]
-        offsets = []
+        offsets: list[object] = []
         for token in tokens:
             offsets.append(self._text_offset)
             self._text_offset += len(token)
         return {
             "text_offset": offsets,
             "token_logprobs": [max(item.logprob, LOWEST) for item in logprobs],
-            "tokens": tokens,
+            "tokens": list(tokens),
             "top_logprobs": [self._top(token, item) for token, item in zip(tokens, logprobs, strict=True)],
         }
 
@@ -40,11 +66,9 @@ class CompletionLogprobs:
         return {**top, token: top.get(token, max(item.logprob, LOWEST))}
 
 
-def chat_logprobs(
-    token_bytes: TokenBytes, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
-) -> dict[str, object]:
+def chat_logprobs(token_bytes: TokenBytes, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Logprobs:
     """Return ``logprobs`` of a chat completion's choice: one object per token."""
-    content = [
+    content: list[object] = [
         {
             **_entry(token_bytes, token_id, item.logprob),
             "top_logprobs": [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kvrelay.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.protocol.request import SamplingParams
 from kvrelay.protocol.request_limits import unknown_token
@@ -9,33 +11,61 @@ from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
+from router.text.stop import StopStrings
 
 _LONG_TEXT_CHARS = 64 << 10
 """Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
 
 
-def sampling_params(
-    request: GenerationFields, model: ServedModel, *, num_prompt_tokens: int, max_model_len: int, seed: int
-) -> SamplingParams:
-    """Return the parameters for one prompt, with ``seed`` as its own.
+class RequestSampling:
+    """The sampling parameters of one request. What all its prompts have in common is checked, and made, once.
 
-    Raises PromptTooLongError if ``max_model_len`` leaves no room for output, InvalidRequestError if a token id is not
-    in the vocabulary or ``min_tokens`` is more than what may be generated.
+    Raises InvalidRequestError if a token id is not in the vocabulary.
     """
-    max_tokens = _max_tokens(request, num_prompt_tokens, max_model_len)
-    min_tokens = request.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequestError(
-            f"min_tokens: {min_tokens} is more than may be generated, which is {max_tokens}", param="min_tokens"
-        )
+
+    def __init__(self, request: GenerationFields, model: ServedModel, max_model_len: int) -> None:
+        self._request = request
+        self._max_model_len = max_model_len
+        self._common = _common_params(request, model)
+
+    def of(self, num_prompt_tokens: int, seed: int = 0) -> SamplingParams:
+        """Return the parameters for one prompt, with ``seed`` as its own.
+
+        Raises PromptTooLongError if the model has no room for output, InvalidRequestError if ``min_tokens`` is more
+        than what may be generated.
+        """
+        max_tokens, min_tokens = self._max_tokens(num_prompt_tokens), self._common.min_tokens
+        if min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens: {min_tokens} is more than may be generated, which is {max_tokens}", param="min_tokens"
+            )
+        return msgspec.structs.replace(self._common, max_tokens=max_tokens, seed=seed & INT64)
+
+    def _max_tokens(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens to generate at most: what was asked for, as far as the model has room for it.
+
+        Clients ask for their own upper limit, so more than there is room for is no fault, as long as one token fits.
+        """
+        asked = _asked_tokens(self._request)
+        room = self._max_model_len - num_prompt_tokens
+        if room < (0 if asked == 0 else 1):
+            field = "messages" if isinstance(self._request, ChatCompletionRequest) else "prompt"
+            raise PromptTooLongError(
+                too_long(num_prompt_tokens, max(1, asked or 0), self._max_model_len, field), param=field
+            )
+        return room if asked is None else min(asked, room)
+
+
+def _common_params(request: GenerationFields, model: ServedModel) -> SamplingParams:
+    """Return the parameters without what differs from prompt to prompt."""
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
     check_token_ids(logit_bias, model.vocab_size, "logit_bias")
     top_p = _chosen(request, model, "top_p", 1.0)
     return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        seed=seed & INT64,
+        max_tokens=0,
+        seed=0,
+        min_tokens=request.min_tokens or 0,
         # top_p 0 leaves the most likely token only.
         temperature=_chosen(request, model, "temperature", 1.0) if top_p else 0.0,
         top_p=top_p or 1.0,
@@ -55,7 +85,7 @@ def sampling_params(
 def text_options(request: GenerationFields) -> TextOptions:
     """Return how the client wants its text."""
     return TextOptions(
-        stop=tuple(request.stop or ()),
+        stop=StopStrings(request.stop or ()),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         min_tokens=request.min_tokens or 0,
@@ -100,22 +130,6 @@ def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None
             f"{model.vocab_size} tokens",
             param=param,
         )
-
-
-def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:
-    """Return how many tokens to generate at most: what was asked for, as far as the model has room for it.
-
-    Clients ask for their own upper limit, so more than there is room for is no fault, as long as one token fits.
-    """
-    asked = _asked_tokens(request)
-    room = max_model_len - num_prompt_tokens
-    if room < (0 if asked == 0 else 1):
-        is_chat = isinstance(request, ChatCompletionRequest)
-        raise PromptTooLongError(
-            too_long(num_prompt_tokens, max(1, asked or 0), max_model_len, "messages" if is_chat else "prompt"),
-            param="messages" if is_chat else "prompt",
-        )
-    return room if asked is None else min(asked, room)
 
 
 def _asked_tokens(request: GenerationFields) -> int | None:

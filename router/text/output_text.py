@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from router.text.detokenizer import Detokenizer
-from router.text.stop import StopMatcher
+from router.text.stop import NO_STOPS, StopMatcher, StopStrings
 from router.text.token_bytes import TokenBytes
 
 
@@ -15,7 +15,7 @@ from router.text.token_bytes import TokenBytes
 class TextOptions:
     """How a client wants its text. ``min_tokens``: no stop string ends it before the token after that many."""
 
-    stop: tuple[str, ...] = ()
+    stop: StopStrings = NO_STOPS
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0

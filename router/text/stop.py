@@ -13,6 +13,18 @@ class StopScan(NamedTuple):
     matched: str | None
 
 
+class StopStrings:
+    """Stop strings with what searching for them needs, which all choices of a request share."""
+
+    __slots__ = ("searches",)
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.searches = [(stop, _failure_table(stop)) for stop in stops]
+
+
+NO_STOPS = StopStrings()
+
+
 class StopMatcher:
     """Finds the first stop string to become complete, and holds back text that may be the beginning of one.
 
@@ -20,9 +32,9 @@ class StopMatcher:
     it was cut into pieces. The search is that of Knuth, Morris and Pratt for each string: constant cost per character.
     """
 
-    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        self._stops = [(stop, _failure_table(stop)) for stop in stops]
-        self._progress = [0] * len(stops)
+    def __init__(self, stops: StopStrings, *, include_stop: bool = False) -> None:
+        self._stops = stops.searches
+        self._progress = [0] * len(self._stops)
         self._include_stop = include_stop
         self._held = ""
 

@@ -31,7 +31,7 @@ def test_links_and_chunk_boundaries(model: Path, block_size: int, device_pool: b
         ),
         d(),
         cache={"block_size": block_size, "num_blocks": 2048},
-        router={"prefill_policy": "round_robin"},
+        router={"prefill_routing": "round_robin"},
         engine=fake_engine(device_pool=device_pool),
     )
     rng = random.Random(block_size)

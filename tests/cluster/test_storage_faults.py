@@ -91,7 +91,7 @@ def storing_cluster(model: Path, storage: dict[str, object]) -> dict[str, object
         p(cache={"num_blocks": 128}),
         *(d(name) for name in DECODE_NODES),
         cache={"num_blocks": POOL},
-        router={"max_attempts": 50, "node_wait_s": 60.0, "decode_policy": "round_robin"},
+        router={"max_attempts": 50, "node_wait_s": 60.0, "decode_routing": "round_robin"},
         scheduler={"reserve_policy": "none", "watermark": 0.0},
         cluster={"restart_backoff_max_s": 0.2, "peer_timeout_s": 3.0},
         storage={"resume": "storage", "min_read_tokens": 16, **storage},

@@ -30,7 +30,7 @@ def hosts(model: Path, tmp_path: Path) -> Iterator[Cluster]:
             *(p(name, storage=path) for name, path in zip(PREFILL_NODES, (here, there), strict=True)),
             d(storage=here),
             cache={"num_blocks": 256},
-            router={"prefill_policy": "round_robin"},
+            router={"prefill_routing": "round_robin"},
             storage={
                 "backend": "redis",
                 "url": server.url,

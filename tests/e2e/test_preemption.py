@@ -27,7 +27,7 @@ def tight(checkpoint: WriteCheckpoint) -> Iterator[Cluster]:
     config = cluster_config(
         checkpoint("qwen2"),
         *nodes,
-        router={"decode_policy": "round_robin"},
+        router={"decode_routing": "round_robin"},
         scheduler={"reserve_policy": "none", "watermark": 0.0},
     )
     with running(config) as cluster:

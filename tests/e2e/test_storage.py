@@ -22,7 +22,7 @@ STORAGE = {"resume": "storage", "min_read_tokens": BLOCK_SIZE, "timeout_s": 20.0
 """Times for a busy machine: what is not read in time is computed, and that would be seen here."""
 
 TIGHT = {
-    "router": {"prefill_policy": "round_robin", "decode_policy": "round_robin"},
+    "router": {"prefill_routing": "round_robin", "decode_routing": "round_robin"},
     "scheduler": {"reserve_policy": "none", "watermark": 0.0},
 }
 """Nodes that admit whatever fits now, and so must preempt when it grows."""

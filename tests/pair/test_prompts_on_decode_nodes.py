@@ -170,9 +170,9 @@ def test_a_decode_node_tells_of_preempted_requests_and_not_of_prompts_that_wait(
             world.submit(20, 36, ignore_eos=True)
         world.run_until(lambda: world.counted("preemptions", "d"))
         load = machine(world, "d0").load()
-        assert (load.num_waiting, load.gauges["preempted_requests"]) == (1, 1.0)
+        assert (load.num_waiting, load.num_preempted) == (1, 1)
         world.settle()
-        assert machine(world, "d0").load().gauges["preempted_requests"] == 0.0
+        assert machine(world, "d0").load().num_preempted == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)

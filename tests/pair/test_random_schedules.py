@@ -95,6 +95,14 @@ def abort_later(world: World, client: Client, seconds: float) -> None:
     world.after(seconds, abort)
 
 
+def num_unexpected(world: World) -> float:
+    """Return how many messages came to a machine that does not take them."""
+    messagers = [node.messager.machine for node in world.nodes.values() if node.messager is not None]
+    by_messagers = sum(messager.counters["messager_unexpected_messages"] for messager in messagers)
+    by_nodes = sum(world.counted("unexpected_messages", letter) for letter in "pdm")
+    return world.router.machine.counters["unexpected_messages"] + by_messagers + by_nodes
+
+
 def check_all(seeds: Iterator[int], check: Callable[[random.Random, int], None]) -> None:
     for seed in seeds:
         try:
@@ -121,6 +129,7 @@ def test_random_arrivals_lengths_priorities_and_departures(seeds: Iterator[int])
             world.settle(300.0)
             # Whoever fits a pool alone gets through, whatever else there is.
             assert {client.error for client in world.clients.values()} == {None}
+            assert num_unexpected(world) == 0
 
     check_all(seeds, check)
 

@@ -13,10 +13,12 @@ from support.processes import Process
 from support.world import World
 
 from kvrelay.config.cluster_config import Role
-from kvrelay.machine.contract import Exit, PeerLost, Received
+from kvrelay.machine.contract import Exit, Log, PeerLost, Received
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.messages.base import Message
-from kvrelay.protocol.messages.router_to_node import RegistrationRefused
+from kvrelay.protocol.messages.node_to_messager import StopMessager
+from kvrelay.protocol.messages.node_to_router import Leaving
+from kvrelay.protocol.messages.router_to_node import Drain, RegistrationRefused
 
 NODES = [Role.PREFILL, Role.DECODE, Role.MIXED]
 
@@ -40,6 +42,19 @@ def test_a_node_survives_every_message_from_everybody(role: Role, peer: str) -> 
         harness.receive(peer, message)
         if peer == "x#1":
             assert harness.did(Exit) == []
+
+
+@pytest.mark.parametrize("role", NODES)
+@pytest.mark.parametrize(
+    ("peer", "message"), [("x#1", Drain()), (MESSAGER, Leaving()), (ROUTER, Leaving()), ("x#1", StopMessager())]
+)
+def test_a_node_counts_what_it_does_not_take_and_logs_it_once(role: Role, peer: str, message: Message) -> None:
+    harness = NodeHarness(role)
+    for _ in range(3):
+        harness.receive(peer, message)
+    [log] = harness.did(Log)
+    assert (log.event, log.fields["peer"]) == ("unexpected message", peer)
+    assert harness.machine.load().counters["unexpected_messages"] == 3.0
 
 
 @pytest.mark.parametrize("role", NODES)

@@ -140,6 +140,9 @@ _LOAD = Load(
     counters={"steps": 9.0},
     prompt_tokens=[8, 0],
     prompt_waits=[PromptWait([1, 2], 0.5)],
+    waiting_tokens=10,
+    num_preempted=11,
+    headroom_blocks=12,
 )
 
 EXAMPLES: list[Message] = [

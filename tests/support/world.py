@@ -319,9 +319,7 @@ class World:
         )
         new = NewRequest(request_id, token_ids, params, priority)
         self.router.handle(Submitted((new,)))
-        routed = self.router.machine.requests._requests.get(request_id)
-        if routed is not None:
-            client.nodes = [peer_name(peer) for peer in routed.nodes]
+        client.nodes = [peer_name(peer) for peer in self.router.machine.requests.nodes_of(request_id)]
         return client
 
     def prompt(self, num_tokens: int) -> list[int]:

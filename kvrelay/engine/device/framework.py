@@ -1,6 +1,6 @@
-"""What a device engine takes from the framework that owns the device's memory, all of it.
+"""The interface between a device engine and the framework that owns the device's memory.
 
-Kernels are Triton's and know pointers and strides. A framework gives memory, matrix products, streams, events and
+Kernels are Triton's and know pointers and strides. A framework gives memory, GEMMs, streams, events and
 graphs. A ``Tensor`` is the framework's own: Triton takes its pointer, and the engine uses ``shape``, ``view`` and
 slices of it.
 """
@@ -27,20 +27,20 @@ class Event(Protocol):
     """A point in a stream."""
 
     def record(self, stream: Any) -> None:
-        """Mark what ``stream`` has been told to do so far."""
+        """Mark the end of the work queued on ``stream`` so far."""
 
     def query(self) -> bool:
-        """Return whether the device is past the mark."""
+        """Return whether the device has passed the mark."""
 
     def synchronize(self) -> None:
-        """Wait until it is."""
+        """Wait until the device has passed the mark."""
 
 
 class Stream(Protocol):
     """Work that the device does in order."""
 
     def wait_event(self, event: Any) -> None:
-        """Do what comes from now on after ``event``."""
+        """Run work that is queued from now on after ``event``."""
 
     def synchronize(self) -> None:
         """Wait until all of it is done."""
@@ -54,7 +54,7 @@ class Graph(Protocol, Generic[T_co]):
         """The results, in the same memory after each replay."""
 
     def replay(self) -> None:
-        """Do the work once more, on what its inputs hold now."""
+        """Run the work again on the current content of its inputs."""
 
 
 class Framework(Protocol):
@@ -99,7 +99,7 @@ class Framework(Protocol):
         """Return random numbers made on the device."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything that it was told, in any stream."""
+        """Wait for all queued work of all streams."""
 
     def stream(self) -> Stream:
         """Return a new stream, which does not wait for the others."""
@@ -108,7 +108,7 @@ class Framework(Protocol):
         """Return a new event."""
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """Do what is asked for within it in ``stream``, without noting gradients."""
+        """Return a context in which work is queued on ``stream``, without gradients."""
 
     def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
         """Return ``work`` as a graph. It has run before, so that all it needs is compiled."""

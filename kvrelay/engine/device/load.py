@@ -1,4 +1,4 @@
-"""Making a device engine: from a node's config, or of any shape with random weights."""
+"""Creates a device engine: from a node's config, or of any shape with random weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import decode_sizes
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.operations import OperationLimits, Operations
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
@@ -32,7 +33,7 @@ LAYER_LAUNCH_SECONDS = 0.29e-3
 """What launching one layer kernel by kernel took on the host of an H100; see docs/gpu.md."""
 
 FLOPS_PER_SECOND = 5e14
-"""What the products of a few hundred tokens reached there."""
+"""What the GEMMs of a few hundred tokens reached there."""
 
 GATHERED_FROM = 512
 """Tokens of a chunk from which its context is gathered: on an H100 that pays from about 250 at contexts of 2,048

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -13,73 +14,79 @@ from kvrelay.kv_pool.device_memory import BlockCopy, DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.ids import BlockId
 
-LAYERS_PER_DIGEST = 4
-"""Layers that are digested and announced together: fewer launches and frames, while later layers are computed."""
+LAYERS_PER_EVENT = 4
+"""Layers that are announced at once: fewer events and digests, while later layers are computed."""
 
 
-class HostPool:
-    """The node's memory itself, where a CPU computes."""
+class LayersReady(Protocol):
+    """When the KV of some layers is where others read it."""
 
-    def __init__(self, memory: KVMemory, framework: Framework) -> None:
-        self.layers = _layers(framework, framework.share(memory.planes), memory)
-
-    def begin_step(self, slots: Int32, on_layer: Callable[[int], None]) -> LayersInOrder:
-        """Return what announces the layers of a step that writes to ``slots``; those below 0 are none."""
-        return LayersInOrder(len(self.layers), on_layer)
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        del self.layers
+    def synchronize(self) -> None:
+        """Wait until it is."""
 
 
-class LayersInOrder:
-    """Announces each layer of one step as soon as it is launched: it is done by then."""
+Announce: TypeAlias = Callable[[range, LayersReady], None]
+"""Told layers of a step, in order, and when their KV is where others read it."""
 
-    def __init__(self, num_layers: int, on_layer: Callable[[int], None]) -> None:
+
+class LayerEvents:
+    """Announces the layers of one step while they are launched, a few at a time.
+
+    ``mark(layers)`` returns when they are there.
+    """
+
+    def __init__(self, num_layers: int, mark: Callable[[range], LayersReady], announce: Announce) -> None:
         self._num_layers = num_layers
-        self._on_layer = on_layer
-        self._told = 0
+        self._mark = mark
+        self._announce = announce
+        self._next = 0
 
     def layer_launched(self, layer: int) -> None:
         """The device has been told to write ``layer``."""
-        self._tell(layer + 1)
+        if (layer + 1) % LAYERS_PER_EVENT == 0:
+            self._announce_to(layer + 1)
 
-    def finish(self) -> None:
-        """Announce the layers that are left, when they are in the memory."""
-        self._tell(self._num_layers)
+    def all_launched(self) -> None:
+        """The device has been told to write all layers."""
+        self._announce_to(self._num_layers)
 
-    def _tell(self, end: int) -> None:
-        while self._told < end:
-            self._on_layer(self._told)
-            self._told += 1
+    def _announce_to(self, end: int) -> None:
+        layers, self._next = range(self._next, end), end
+        if layers:
+            self._announce(layers, self._mark(layers))
 
 
 class DevicePool:
-    """Memory of the device that messagers open. ``stream`` is where steps are computed.
+    """A pool whose layers are there when they are computed: the node's memory itself, or memory of the device.
 
-    With ``digests`` the blocks that a step writes are digested, a few layers at a time, before they are announced.
-    Otherwise this node sends no KV, and nobody waits for a single layer.
+    With ``digests`` the blocks that a step writes are digested first, in a stream of the pool's own: this node sends
+    them. The next step may run meanwhile, and write to a block that was not full; its own digest of that comes later.
     """
 
-    def __init__(self, memory: DeviceMemory, framework: Framework, stream: Stream, *, digests: bool) -> None:
-        self.layers = _layers(framework, framework.words(memory), memory)
-        self._memory, self._stream, self._digests = memory, stream, digests
-        self._written = [framework.event() for _ in self.layers]
+    def __init__(
+        self, memory: KVMemory | DeviceMemory, framework: Framework, stream: Stream, *, digests: bool = False
+    ) -> None:
+        self._framework, self._stream = framework, stream
+        self._block_size = memory.geometry.block_size
+        self._digested = memory if digests and isinstance(memory, DeviceMemory) else None
+        words = framework.words(memory) if isinstance(memory, DeviceMemory) else framework.share(memory.planes)
+        self.layers = _layers(framework, words, memory)
 
-    def begin_step(self, slots: Int32, on_layer: Callable[[int], None]) -> LayersInOrder:
-        """See HostPool."""
-        if self._digests and (slots >= 0).any():
-            blocks = np.unique(slots[slots >= 0] // self._memory.geometry.block_size)
-            return LayersDigested(self, blocks.tolist(), on_layer)
-        return LayersAtTheEnd(self, on_layer)
+    def layer_events(self, slots: Int32, announce: Announce) -> LayerEvents:
+        """Return what announces the layers of a step that writes to ``slots``; those below 0 are none."""
+        memory, written = self._digested, slots[slots >= 0]
+        if memory is None or not len(written):
+            return LayerEvents(len(self.layers), lambda _: self._now(), announce)
+        blocks: list[BlockId] = np.unique(written // self._block_size).tolist()
 
-    def begin_digest(self, layers: range, blocks: list[BlockId]) -> BlockCopy:
-        """Digest ``blocks`` as they are after what the device has been told to compute so far."""
-        return self._memory.begin_digest(layers, blocks, after=self.mark(layers.start))
+        def digest(layers: range) -> LayersReady:
+            return _Digested(memory.begin_digest(layers, blocks, after=self._now()))
 
-    def mark(self, layer: int) -> Event:
-        """Return the event of what the device has been told to compute so far; ``layer`` is that of its last use."""
-        event = self._written[layer]
+        return LayerEvents(len(self.layers), digest, announce)
+
+    def _now(self) -> Event:
+        """Return the event of what the device has been told to compute so far."""
+        event = self._framework.event()
         event.record(self._stream)
         return event
 
@@ -88,52 +95,15 @@ class DevicePool:
         del self.layers
 
 
-class LayersAtTheEnd(LayersInOrder):
-    """Announces all layers when the device has computed them."""
+class _Digested:
+    """Layers that are there when their digests are noted."""
 
-    def __init__(self, pool: DevicePool, on_layer: Callable[[int], None]) -> None:
-        super().__init__(len(pool.layers), on_layer)
-        self._pool = pool
+    def __init__(self, digests: BlockCopy) -> None:
+        self._digests = digests
 
-    def layer_launched(self, layer: int) -> None:
-        """See LayersInOrder."""
-
-    def finish(self) -> None:
-        self._pool.mark(0).synchronize()
-        super().finish()
-
-
-class LayersDigested(LayersInOrder):
-    """Digests the blocks of one step, a few layers at a time, and announces layers that are digested."""
-
-    def __init__(self, pool: DevicePool, blocks: list[BlockId], on_layer: Callable[[int], None]) -> None:
-        super().__init__(len(pool.layers), on_layer)
-        self._pool = pool
-        self._blocks = blocks
-        self._begun: list[tuple[int, BlockCopy]] = []
-        self._next = 0
-
-    def layer_launched(self, layer: int) -> None:
-        if (layer + 1) % LAYERS_PER_DIGEST == 0:
-            self._begin(layer + 1)
-        while self._begun and self._begun[0][1].is_done:
-            self._end()
-
-    def finish(self) -> None:
-        """See LayersInOrder. Layers that were not launched one by one are digested at once."""
-        self._begin(self._num_layers)
-        while self._begun:
-            self._end()
-
-    def _begin(self, end: int) -> None:
-        layers, self._next = range(self._next, end), end
-        if layers:
-            self._begun.append((end, self._pool.begin_digest(layers, self._blocks)))
-
-    def _end(self) -> None:
-        end, digests = self._begun.pop(0)
-        digests.wait()
-        self._tell(end)
+    def synchronize(self) -> None:
+        """See LayersReady."""
+        self._digests.wait()
 
 
 def _layers(framework: Framework, tensor: Tensor, memory: KVMemory | DeviceMemory) -> list[LayerKV]:

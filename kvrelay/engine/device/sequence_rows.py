@@ -27,16 +27,18 @@ class SequenceRow:
     """The row ``index`` of one sequence.
 
     It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``.
-    ``draws``: tokens are not greedy.
+    ``draws``: tokens are not greedy. ``sampled``: the place in the sequence of the token that the device keeps as the
+    last one it sampled for this row; -1: none.
     """
 
-    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "sequence")
+    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "sampled", "sequence")
 
     def __init__(self, index: int, sequence: EngineSequence) -> None:
         self.index = index
         self.sequence = sequence
         self.num_replacements = sequence.num_replacements
         self.num_blocks = 0
+        self.sampled = -1
         self.draws = sequence.sampling.temperature >= GREEDY_BELOW
 
     @property
@@ -68,10 +70,15 @@ class SequenceRows:
         self._blocks: list[int] = []
 
     def clear(self) -> None:
-        """Forget every sequence, and what the device has of its tables."""
+        """Forget every sequence, and that the device has any of its KV."""
         self._free += [row.index for row in self._rows.values()]
         self._rows.clear()
         self._places, self._blocks = [], []
+
+    def has_sampled(self, sequence: EngineSequence, place: int) -> bool:
+        """Return whether the device has sampled, or is going to, the token at ``place`` of ``sequence``."""
+        row = self._rows.get(sequence)
+        return row is not None and row.sampled == place
 
     def outside_pool(self, sequence: EngineSequence) -> SequenceFailed | None:
         """Return the failure of ``sequence`` if blocks that it has now and its row does not are outside the pool."""
@@ -99,9 +106,11 @@ class SequenceRows:
             sequence = item.sequence
             row = known.get(sequence)
             if row is None or not row.is_current:
+                sampled = -1 if row is None else row.sampled
                 row = known[sequence] = self._new_row(sequence, row)
+                row.sampled = sampled
             if len(row.table) != row.num_blocks:
-                self._add_blocks(row)
+                self.add_blocks(row)
             rows.append(row)
         return rows
 
@@ -115,7 +124,8 @@ class SequenceRows:
         self.numbers[:, row.index] = top_k, -1 if params.num_logprobs is None else params.num_logprobs
         return row
 
-    def _add_blocks(self, row: SequenceRow) -> None:
+    def add_blocks(self, row: SequenceRow) -> None:
+        """Take in the blocks that were appended to the table of the row's sequence."""
         first, last = row.num_blocks, min(len(row.table), self.tables.shape[1])
         blocks = row.table[first:last]
         self.tables[row.index, first:last] = blocks

@@ -27,7 +27,7 @@ DTYPES = {
 
 
 class TorchFramework:
-    """See Framework. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with so many ``threads``."""
+    """The Framework on torch. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with ``threads`` threads."""
 
     def __init__(self, device: str, threads: int = 1) -> None:
         self.is_gpu = device == "gpu"
@@ -136,16 +136,16 @@ class _DoneAgain(Generic[T]):
 
 
 class _InOrder:
-    """A stream and an event where everything is done when the call returns."""
+    """A stream and an event of a device on which work is done when the call returns. All waits are no-ops."""
 
     def record(self, stream: Any) -> None:
-        """See Event."""
+        pass
 
     def query(self) -> bool:
         return True
 
     def wait_event(self, event: Any) -> None:
-        """See Stream."""
+        pass
 
     def synchronize(self) -> None:
-        """See Event and Stream."""
+        pass

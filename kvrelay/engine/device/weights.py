@@ -23,7 +23,7 @@ class Linear(NamedTuple):
 
 
 class DevicePacking:
-    """See WeightPacking: everything goes to the device as ``dtype`` and stays as it is."""
+    """WeightPacking that copies every weight to the device as ``dtype``, in its original layout."""
 
     def __init__(self, framework: Framework, dtype: str) -> None:
         self._framework = framework

@@ -13,7 +13,7 @@ from cache_messager.work import FrameSent, SendFrame
 from kvrelay.errors import TransferError
 from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
 from kvrelay.protocol.ids import Attempt
-from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message, ProtocolViolation
+from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import (
     FrameAck,
     KVFrame,
@@ -22,8 +22,9 @@ from kvrelay.protocol.messages.messager_to_messager import (
     LinkOffer,
     LinkRefused,
 )
-from kvrelay.protocol.messages.messager_to_node import KVFailed, TransferFailed
+from kvrelay.protocol.messages.messager_to_node import KVFailed, MessagerStats, TransferFailed
 from kvrelay.protocol.messages.node_to_messager import ExpectKV, KVSpan, LayerSignal, OpenTransfer
+from kvrelay.protocol.messages.node_to_router import Leaving
 
 A = Attempt("a", 1)
 
@@ -420,13 +421,19 @@ def test_frame_on_a_link_nobody_opened_is_answered() -> None:
         ]
 
 
-def test_message_no_messager_takes_is_answered() -> None:
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [("x#1", ExpectKV(**A._asdict(), first_block=0, target_block_ids=[])), (D_NODE, Leaving())],
+)
+def test_message_no_messager_takes_is_counted_and_logged_once(peer: str, message: Message) -> None:
     with Pair() as pair:
-        (action,) = pair.ends[D].machine.handle(
-            Received("x#1", ExpectKV(**A._asdict(), first_block=0, target_block_ids=[])), 0.0
-        )
-        assert isinstance(action, Send)
-        assert isinstance(action.message, ProtocolViolation)
+        for _ in range(3):
+            pair.feed(D, Received(peer, message))
+        assert [(log.event, log.fields["peer"]) for log in pair.ends[D].logs] == [("unexpected message", peer)]
+        pair.advance(1.0)
+        [stats] = pair.told(D, MessagerStats)
+        assert isinstance(stats, MessagerStats)
+        assert stats.counters["messager_unexpected_messages"] == 3.0
 
 
 def test_pool_mapped_for_a_sender_that_is_gone_is_given_back() -> None:

@@ -15,7 +15,7 @@ from kvrelay.errors import ConfigError
 FROM_THE_DESIGN = """\
 model: {path: models/demo, served_name: demo, dtype: auto, max_model_len: 4096}
 router: {host: 127.0.0.1, port: 8000, control: "tcp://127.0.0.1:8100",
-         prefill_policy: least_loaded, decode_policy: least_loaded, max_queued_requests: 512}
+         prefill_routing: least_loaded, decode_routing: least_loaded, max_queued_requests: 512}
 cache: {block_size: 16, num_blocks: 4096, dtype: auto, prefix_caching: true}
 scheduler: {max_num_batched_tokens: 2048, max_num_seqs: 64, reserve_policy: new_token_ratio,
             preemption_order: latest_first}
@@ -55,6 +55,21 @@ def test_a_node_keeps_the_cluster_s_keys_beside_its_own() -> None:
     scheduler = config.node("m0").scheduler
     assert (scheduler.max_num_seqs, scheduler.new_token_ratio.init, scheduler.new_token_ratio.min) == (7, 0.5, 0.2)
     assert config.scheduler.new_token_ratio.min == 0.1
+
+
+def test_earlier_names_of_keys_are_accepted_with_a_warning_each(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(FROM_THE_DESIGN.replace("_routing", "_policy").replace("least_loaded", "round_robin"))
+    config = ClusterConfig.load(path, ["nodes.d0.router.decode_policy=least_loaded"], env={})
+
+    assert (config.router.prefill_routing, config.router.decode_routing) == ("round_robin", "round_robin")
+    assert config.node("d0").router.decode_routing == "least_loaded"
+    assert config.warnings == (
+        f"{path}:3: router.prefill_policy: is called prefill_routing now",
+        f"{path}:3: router.decode_policy: is called decode_routing now",
+        "--set nodes.d0.router.decode_policy=least_loaded: nodes.d0.router.decode_policy: is called decode_routing now",
+    )
+    assert ClusterConfig.from_data({"nodes": [{"name": "m0", "role": "mixed", "port": 1}]}).warnings == ()
 
 
 def test_overrides_go_before_the_environment_before_the_file(path: Path) -> None:

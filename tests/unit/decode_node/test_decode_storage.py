@@ -65,7 +65,7 @@ def test_the_reserve_counts_those_whose_kv_is_being_read() -> None:
     harness = harness_with(STORE, scheduler={"reserve_policy": "fixed_blocks", "fixed_blocks": {"blocks": 3}})
     generate(harness, "a", 10)
     assert harness.plan is None
-    assert harness.machine.load().gauges["reserved_blocks"] == 3.0
+    assert harness.machine.load().headroom_blocks == 3
 
 
 # ---------------------------------------------------------------- out

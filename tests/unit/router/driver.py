@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar
 
 from fake_nodes import register
@@ -16,7 +16,7 @@ from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams
 from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, Submitted, TokensDelivered
 from router.limits import Limits
-from router.machine import RouterMachine, RouterSettings
+from router.machine import RouterEvent, RouterMachine, RouterSettings
 
 M = TypeVar("M", bound=Message)
 
@@ -44,8 +44,8 @@ class Driver:
             incarnation="r1",
             first_epoch=first_epoch,
             limits=limits or Limits(),
-            prefill_policy=policy,
-            decode_policy=policy,
+            prefill_routing=policy,
+            decode_routing=policy,
             local_prefill_tokens=local_prefill_tokens,
         )
         self.machine = RouterMachine(settings)
@@ -60,7 +60,7 @@ class Driver:
 
     # ------------------------------------------------------------ events
 
-    def do(self, event: object) -> list[object]:
+    def do(self, event: RouterEvent) -> Sequence[object]:
         actions = self.machine.handle(event, self.now)
         for action in actions:
             match action:

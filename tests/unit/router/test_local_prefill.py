@@ -32,8 +32,8 @@ def lending(nodes: str, local_prefill_tokens: int | None = PROMPT_LEN, **options
     return driver
 
 
-def room(driver: Driver, name: str, free: int = 1000, gauges: dict[str, float] | None = None, **load: Any) -> None:
-    driver.receive(peer(name), Heartbeat(load=Load(free_blocks=free, gauges=gauges or {}, **load)))
+def room(driver: Driver, name: str, free: int = 1000, **load: Any) -> None:
+    driver.receive(peer(name), Heartbeat(load=Load(free_blocks=free, **load)))
 
 
 def prompt(request_id: str, num_tokens: int = PROMPT_LEN, max_tokens: int = 8) -> NewRequest:
@@ -133,8 +133,8 @@ def test_one_token_may_come_from_a_decode_node_too() -> None:
         ({"free": BLOCKS}, "d0"),
         ({"free": BLOCKS - 1}, "p0"),
         ({"free": 0, "evictable_blocks": BLOCKS}, "d0"),
-        ({"free": BLOCKS + 3, "gauges": {"reserved_blocks": 3.0}}, "d0"),
-        ({"free": BLOCKS + 3, "gauges": {"reserved_blocks": 4.0}}, "p0"),
+        ({"free": BLOCKS + 3, "headroom_blocks": 3}, "d0"),
+        ({"free": BLOCKS + 3, "headroom_blocks": 4}, "p0"),
         ({"num_running": 6, "num_receiving": 1}, "d0"),
         ({"num_running": 6, "num_receiving": 1, "num_waiting": 1}, "p0"),
     ],
@@ -153,7 +153,7 @@ def test_a_prompt_that_waits_there_keeps_nobody_away_but_gets_its_blocks_first()
     driver = lending("p0 d0", 2 * PROMPT_LEN)
     assert entries(driver, prompt("a"), prompt("b"), prompt("c")) == ["p0", "p0", "d0"]
     for free, expected in ((2 * BLOCKS, "d0"), (2 * BLOCKS - 2, "p0")):
-        room(driver, "d0", free, num_waiting=1, queued_tokens=PROMPT_LEN)
+        room(driver, "d0", free, num_waiting=1, waiting_tokens=PROMPT_LEN)
         driver.submit(prompt("long", 3 * PROMPT_LEN, 2))
         driver.take_sent(Prefill)
         assert entries(driver, prompt("d")) == [expected]
@@ -163,9 +163,9 @@ def test_a_prompt_that_waits_there_keeps_nobody_away_but_gets_its_blocks_first()
 
 def test_preempted_requests_that_wait_there_keep_it_away() -> None:
     driver = lending("p0 d0", 50)
-    room(driver, "d0", num_waiting=1, queued_tokens=10, gauges={"preempted_requests": 1.0})
+    room(driver, "d0", num_waiting=1, waiting_tokens=10, num_preempted=1)
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "p0"]
-    room(driver, "d0", num_waiting=1, queued_tokens=10, gauges={"preempted_requests": 0.0})
+    room(driver, "d0", num_waiting=1, waiting_tokens=10, num_preempted=0)
     assert entries(driver, prompt("c")) == ["d0"]
 
 

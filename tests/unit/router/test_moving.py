@@ -14,7 +14,7 @@ from router.events import ClientGone
 
 
 def room(free: int, reserved: int = 0, **fields: Any) -> Heartbeat:
-    load = Load(free_blocks=free, evictable_blocks=0, gauges={"reserved_blocks": float(reserved)}, **fields)
+    load = Load(free_blocks=free, evictable_blocks=0, headroom_blocks=reserved, **fields)
     return Heartbeat(load=load)
 
 

@@ -7,9 +7,9 @@ import pytest
 from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
-from kvrelay.machine.contract import PeerLost
+from kvrelay.machine.contract import Log, PeerLost, Received
 from kvrelay.protocol.messages.base import Heartbeat, Load
-from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.protocol.messages.router_to_node import Drain, Prefill, RegisterAgain, Registered, RegistrationRefused
 from router.node_table import Node
 from router.policies import LeastLoaded, RoundRobin
 
@@ -56,6 +56,16 @@ def test_heartbeat_of_a_stranger_is_asked_to_register() -> None:
     driver = Driver()
     driver.receive(peer("p0"), Heartbeat())
     assert driver.take_sent(RegisterAgain) == [(peer("p0"), RegisterAgain())]
+
+
+def test_message_no_router_takes_is_counted_and_logged_once() -> None:
+    driver = Driver("p0")
+    actions = [action for _ in range(3) for action in driver.do(Received(peer("p0"), Drain()))]
+    assert [(log.event, log.fields["peer"]) for log in actions if isinstance(log, Log)] == [
+        ("unexpected message", peer("p0"))
+    ]
+    assert driver.machine.counters["unexpected_messages"] == 3
+    assert names(driver) == [peer("p0")]
 
 
 def test_silent_node_is_lost_and_one_that_speaks_is_not() -> None:

@@ -14,7 +14,8 @@ from engine_runs import Runner, outcomes_in_order, output, planes_of, run_batch,
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
@@ -147,8 +148,11 @@ def test_a_cached_prompt_computes_its_last_token_and_writes_nothing(make: Make) 
 
 
 def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
-    device = {"device_pool": True, "digests": True}
-    for limits in (device, {**device, "chunk_graphs": (32,)}, {"device_pool": True}, {}):
+    for limits in (
+        {"device_pool": True, "digests": True},
+        {"device_pool": True, "digests": True, "chunk_graphs": (32,)},
+        {},
+    ):
         engine = make(**limits)
         runner, one = Runner(engine), sequence(prompt(20), max_tokens=1)
         runner.give_blocks(one, 20)
@@ -287,10 +291,10 @@ class Digested(list[int]):
 def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:
     """A graph of decode steps takes a chunk of one token as well, and its logits are nobody's."""
     engine = make(decode_graphs=(2,))
-    weights = engine._decoder._weights
+    weights = engine.launcher.decoder._weights
     embedding = weights.embedding.clone()
     embedding[77] = float("inf")
-    engine._decoder._weights = replace(weights, embedding=embedding)
+    engine.launcher.decoder._weights = replace(weights, embedding=embedding)
     decoding, chunked = sequence(prompt(5), "fine"), sequence([77, 1, 2], "broken")
     runner = Runner(engine)
     runner.run((decoding, 5))
@@ -302,7 +306,7 @@ def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None
 
 def test_logits_that_are_not_finite_fail_their_sequence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
-    monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
+    monkeypatch.setattr(engine.launcher.decoder, "sample", _spoiled(engine.launcher.decoder.sample))
     batch = [sequence(prompt(5), "fine"), sequence(prompt(6), "broken")]
     runner, items = Runner(engine), []
     for one in batch:

@@ -1,0 +1,114 @@
+"""Attempts at requests: each is given to nodes, and when it fails, the next one is, as long as one is left."""
+
+from __future__ import annotations
+
+import math
+
+from kvrelay.config.cluster_config import Role
+from kvrelay.machine.contract import SetTimer
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
+from kvrelay.protocol.request import RequestSpec
+from router.events import RouterOutbox
+from router.limits import Limits
+from router.placement import Placement
+from router.request import RoutedRequest, Status
+from router.request_table import RequestTable
+
+
+class Attempts:
+    """Begins attempts and ends them. Epochs begin after ``first_epoch``."""
+
+    def __init__(
+        self, limits: Limits, table: RequestTable, placement: Placement, outbox: RouterOutbox, first_epoch: int
+    ) -> None:
+        self._limits = limits
+        self._table = table
+        self._placement = placement
+        self._outbox = outbox
+        self._last_epoch = first_epoch
+
+    def dispatch(self, request: RoutedRequest) -> None:
+        """Give a waiting request to a node; without one it waits for a node to register."""
+        entry = self._placement.enter(request)
+        if entry is None:
+            self._wait_for_node(request)
+            return
+        spec = self.begin(request)
+        request.lifecycle.move(Status.RUNNING, self._outbox.now)
+        self._table.counters.attempts += 1
+        self._table.mark(request, "dispatched")
+        if entry.role is Role.DECODE:
+            self._table.counters.local_prefills += 1
+            self._table.mark(request, "local_prefill")
+        if entry.role is not Role.PREFILL:
+            self._outbox.send(entry.peer, Generate(request=spec))
+            return
+        decode = None if request.wants_one_token else self._placement.assign_decode(request)
+        self._outbox.send(entry.peer, Prefill(request=spec, decode_node=decode.address if decode else None))
+
+    def begin(self, request: RoutedRequest) -> RequestSpec:
+        """Begin an attempt under a new epoch; return what its node must know."""
+        self._last_epoch += 1
+        return request.next_attempt(self._last_epoch)
+
+    def _wait_for_node(self, request: RoutedRequest) -> None:
+        _, since_s = request.lifecycle.history[-1]
+        if self._outbox.now - since_s >= self._limits.node_wait_s:
+            self._table.fail(request, ErrorInfo.of(request.overdue(self._limits.node_wait_s)))
+        else:
+            self._outbox.do(SetTimer(request.timer("retry"), since_s + self._limits.node_wait_s))
+
+    # ------------------------------------------------------------ failures
+
+    def failed(self, request: RoutedRequest, error: ErrorInfo, by: PeerId, backoff_s: float | None = None) -> None:
+        """The attempt failed at ``by``: abort it at the partner and begin another after ``backoff_s``, if one is left.
+
+        By default that is longer with each attempt.
+        """
+        if backoff_s is None:
+            backoff_s = self._backoff_s(request)
+        self.abort_nodes(request, exclude=by)
+        request.avoid.update(request.nodes)  # whoever reports it, the partner may be the cause
+        if not error.retryable or request.attempts >= self._limits.max_attempts:
+            self._table.fail(request, error)
+            return
+        self._begin_again(request, backoff_s)
+
+    def forgotten(self, request: RoutedRequest, by: PeerId) -> None:
+        """``by`` dropped the attempt, and nothing failed: begin another at once that does not count."""
+        self.abort_nodes(request, exclude=by)
+        request.attempts -= 1
+        self._begin_again(request, 0.0)
+
+    def _begin_again(self, request: RoutedRequest, backoff_s: float) -> None:
+        self._placement.release(request)
+        request.lifecycle.move(Status.WAITING, self._outbox.now)
+        self._table.counters.retries += 1
+        if backoff_s > 0:
+            self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now + backoff_s))
+        else:
+            self.dispatch(request)
+
+    def _backoff_s(self, request: RoutedRequest) -> float:
+        """Return how long to wait before the next attempt.
+
+        When every node has failed it, one of them is probably dead and not yet known to be: the last attempts are for
+        when it is.
+        """
+        if request.attempts > 1 and not self._placement.has_untried(request):
+            return self._limits.peer_timeout_s
+        return self._limits.retry_backoff_s * math.pow(2, request.attempts - 1)
+
+    # ------------------------------------------------------------ aborts
+
+    def abort_nodes(self, request: RoutedRequest, *, exclude: PeerId | None = None) -> None:
+        """Have all nodes of the present attempt but ``exclude`` drop it."""
+        for peer in request.nodes:
+            if peer != exclude:
+                self.abort(peer, request.request_id, request.epoch)
+
+    def abort(self, peer: PeerId, request_id: str, epoch: int) -> None:
+        """Have ``peer`` drop an attempt."""
+        self._outbox.send(peer, Abort(request_id=request_id, epoch=epoch))

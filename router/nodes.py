@@ -1,0 +1,187 @@
+"""How nodes come to the router, report, leave and are lost."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias, assert_never
+
+from kvrelay.machine.contract import Disconnect, Log, SetTimer
+from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.messages.base import Heartbeat, Load
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
+from router.events import NodesFound, RegistryLost, RouterOutbox
+from router.followed import FollowedNodes
+from router.node_table import NodeTable
+from router.requests import Requests
+
+AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
+"""Messages in which a node reports about itself."""
+
+LIVENESS = "liveness"
+"""Key of the timer that asks for ``check_liveness``."""
+
+
+class Nodes:
+    """Keeps the node table up to date and takes the requests of lost nodes away from them.
+
+    ``incarnation`` is this start of the router. It sends heartbeats, and looks for silent nodes, every ``heartbeat_s``;
+    a node is lost when it was silent for ``peer_timeout_s``.
+    """
+
+    def __init__(
+        self,
+        node_table: NodeTable,
+        followed: FollowedNodes,
+        requests: Requests,
+        outbox: RouterOutbox,
+        *,
+        incarnation: str,
+        heartbeat_s: float,
+        peer_timeout_s: float,
+    ) -> None:
+        self._node_table = node_table
+        self._followed = followed
+        self._requests = requests
+        self._outbox = outbox
+        self._incarnation = incarnation
+        self._heartbeat_s = heartbeat_s
+        self._peer_timeout_s = peer_timeout_s
+        self._liveness_due_s = math.inf
+        self._may_have_lost_us: set[PeerId] = set()
+
+    def heard(self, peer: PeerId) -> None:
+        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        self._node_table.heard(peer, self._outbox.now)
+
+    def take(self, peer: PeerId, message: AboutNode) -> None:
+        """Handle what ``peer`` reports about itself."""
+        match message:
+            case Heartbeat(load=load):
+                self._heartbeat(peer, load)
+            case Register():
+                self._register(peer, message)
+            case Leaving():
+                self._leave(peer)
+            case Drained():
+                self.lose(peer, "drained")
+            case _:
+                assert_never(message)
+
+    # ------------------------------------------------------------ come
+
+    def follow(self, event: NodesFound | RegistryLost) -> None:
+        """Be connected with the nodes in the registry; without it, with those that are known."""
+        if isinstance(event, RegistryLost):
+            self._followed.problem = event.reason
+            return
+        self._followed.problem = None
+        for peer in self._followed.take(event.entries, registered=lambda peer: self._node_table.get(peer) is not None):
+            self.lose(peer, "restarted")
+        for node in self._node_table:
+            node.leaving |= self._followed.is_draining(node.peer)
+
+    def _register(self, peer: PeerId, message: Register) -> None:
+        if peer in self._followed and peer != peer_id(message.node_id, message.incarnation):
+            self.lose(peer, f"{message.node_id}#{message.incarnation} is at its address")
+            return
+        reason = self._node_table.mismatch(peer, message)
+        if reason is not None:
+            self._refuse(peer, reason)
+            return
+        rival = self._node_table.rival(message)
+        if rival is None:
+            self._join(peer, message)
+        elif rival.registration.address == message.address:
+            # Two processes cannot listen at one address: the earlier one has ended.
+            self.lose(rival.peer, "restarted")
+            self._join(peer, message)
+        else:
+            self._node_table.contest(rival, peer, message)
+
+    def _join(self, peer: PeerId, message: Register) -> None:
+        known = self._node_table.get(peer)
+        if known is not None and known.registration.session != message.session:
+            if peer in self._may_have_lost_us:
+                self._may_have_lost_us.discard(peer)
+                self._requests.node_forgot(known)
+            else:
+                self._requests.node_lost(known, "it had taken this router for lost")
+        self._node_table.add(peer, message, self._outbox.now)
+        self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
+        if known is None:
+            self._log("info", "node registered", node=peer, role=message.role, address=message.address)
+            self._requests.node_joined()
+
+    def _refuse(self, peer: PeerId, reason: str) -> None:
+        self._requests.counters.registrations_refused += 1
+        self._log("error", "registration refused", peer=peer, reason=reason)
+        self._outbox.send(peer, RegistrationRefused(reason=reason))
+
+    # ------------------------------------------------------------ stay
+
+    def _heartbeat(self, peer: PeerId, load: Load | None) -> None:
+        node = self._node_table.get(peer)
+        if node is None:
+            self._outbox.send(peer, RegisterAgain())
+            return
+        if load is not None:
+            node.take_load(load)
+        node.num_heartbeats += 1
+        self._requests.node_reported()
+        self._refuse_rival_of(peer)
+
+    def _refuse_rival_of(self, peer: PeerId) -> None:
+        """Refuse a node that came with the name of ``peer``, which is alive."""
+        waiting = self._node_table.settle(peer)
+        if waiting is not None:
+            other, message = waiting
+            self._refuse(other, f"another live node is called {message.node_id}")
+
+    # ------------------------------------------------------------ go
+
+    def drain(self, node_id: str) -> None:
+        """Give a node nothing new, and have it leave."""
+        node = self._node_table.named(node_id)
+        if node is not None and not node.leaving:
+            node.leaving = True
+            self._outbox.send(node.peer, Drain())
+
+    def _leave(self, peer: PeerId) -> None:
+        node = self._node_table.get(peer)
+        if node is not None:
+            node.leaving = True
+
+    def lose(self, peer: PeerId, reason: str) -> None:
+        """Forget a node that is gone; its requests are tried elsewhere."""
+        self._followed.forget(peer)
+        node = self._node_table.remove(peer, self._outbox.now)
+        if node is None:
+            return
+        self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
+        self._requests.counters.nodes_lost += reason != "drained"
+        self._outbox.do(Disconnect(peer))
+        self._requests.node_lost(node, reason)
+        waiting = self._node_table.settle(peer)
+        if waiting is not None:
+            self._register(*waiting)
+
+    def check_liveness(self) -> None:
+        """Lose the nodes that are silent, unless it was this process that did not listen.
+
+        After a pause timers fire before sockets are read, so what nodes said meanwhile is heard first.
+        """
+        late_s = self._outbox.now - self._liveness_due_s
+        if late_s > self._peer_timeout_s / 2:
+            self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
+            # Each may say so once for each time: a node that stalls itself, or cannot hear us, costs attempts as ever.
+            self._may_have_lost_us = {node.peer for node in self._node_table}
+        else:
+            for peer in self._node_table.silent(self._outbox.now):
+                self.lose(peer, f"not heard for {self._peer_timeout_s:g} s")
+        self._followed.beat()
+        self._liveness_due_s = self._outbox.now + self._heartbeat_s
+        self._outbox.do(SetTimer(LIVENESS, self._liveness_due_s))
+
+    def _log(self, level: str, event: str, **fields: object) -> None:
+        self._outbox.do(Log(level, event, fields))

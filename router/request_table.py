@@ -1,0 +1,110 @@
+"""The router's requests in progress, from admission to the terminal delivery of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.contract import CancelTimer, SetTimer
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.request import FinishReason
+from router.counters import Counters
+from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, RouterOutbox
+from router.placement import Placement
+from router.request import TIMER_KINDS, RoutedRequest, Status
+from router.timeline import Timelines
+
+
+class RequestTable:
+    """Requests by id, with their timelines and what is counted of them. Each ends here, once.
+
+    ``preempted``: those of them that wait for KV blocks after a preemption, the longest waiting first.
+    """
+
+    def __init__(self, placement: Placement, outbox: RouterOutbox) -> None:
+        self._placement = placement
+        self._outbox = outbox
+        self._requests: dict[str, RoutedRequest] = {}
+        self.preempted: dict[str, RoutedRequest] = {}
+        self.counters = Counters()
+        self.timelines = Timelines()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[RoutedRequest]:
+        """Iterate over the requests of now: they may end meanwhile."""
+        return iter(list(self._requests.values()))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    @property
+    def by_status(self) -> dict[Status, int]:
+        """How many requests are in each status that is not an end."""
+        counts = dict.fromkeys((Status.WAITING, Status.RUNNING, Status.SEEKING_DECODE), 0)
+        for request in self._requests.values():
+            counts[request.status] += 1
+        return counts
+
+    def __getitem__(self, request_id: str) -> RoutedRequest:
+        return self._requests[request_id]
+
+    def get(self, request_id: str) -> RoutedRequest | None:
+        """Return the request in progress, or None."""
+        return self._requests.get(request_id)
+
+    def current(self, request_id: str, epoch: int) -> RoutedRequest | None:
+        """Return the request if ``epoch`` is its present attempt; else count a stale message and return None."""
+        request = self._requests.get(request_id)
+        if request is not None and request.epoch == epoch and request.status is not Status.WAITING:
+            return request
+        self.counters.stale_messages += 1
+        return None
+
+    def mark(self, request: RoutedRequest, name: str) -> None:
+        """Note a moment in the request's timeline."""
+        self.timelines.mark(request.request_id, name, self._outbox.now)
+
+    # ------------------------------------------------------------ begin and end
+
+    def open(self, new: NewRequest, timeout_s: float) -> RoutedRequest:
+        """Admit a request, which must end within ``timeout_s``."""
+        request = self._requests[new.request_id] = RoutedRequest(new, self._outbox.now)
+        self.counters.submitted += 1
+        self.timelines.open(new.request_id)
+        self.mark(request, "received")
+        self._outbox.do(SetTimer(request.timer("deadline"), self._outbox.now + timeout_s))
+        return request
+
+    def finish(self, request: RoutedRequest, reason: FinishReason) -> None:
+        """End ``request`` well."""
+        self.counters.finished += 1
+        self._end(request, Status.FINISHED, RequestEnded(reason))
+
+    def fail(self, request: RoutedRequest, error: ErrorInfo) -> None:
+        """End ``request`` with ``error``."""
+        self.counters.failed += 1
+        self._end(request, Status.FAILED, RequestErrored(error))
+
+    def abort(self, request: RoutedRequest) -> None:
+        """End ``request``, whose client disconnected."""
+        self.counters.aborted += 1
+        self._end(request, Status.ABORTED, RequestEnded(FinishReason.ABORT))
+
+    def _end(self, request: RoutedRequest, status: Status, delivery: Delivery) -> None:
+        request.lifecycle.move(status, self._outbox.now)
+        self._placement.release(request)
+        self.mark(request, "done")
+        self.timelines.close(request.request_id)
+        for kind in TIMER_KINDS:
+            self._outbox.do(CancelTimer(request.timer(kind)))
+        del self._requests[request.request_id]
+        self.preempted.pop(request.request_id, None)
+        self._outbox.do(Deliver(request.request_id, delivery))
+
+    def assert_quiescent(self) -> None:
+        """Raise LocalProtocolError if anything is left of any request."""
+        held = self._placement.held()
+        if self._requests or self.preempted or held or self.timelines.num_open:
+            raise LocalProtocolError(f"not quiescent: requests {list(self._requests)}, held by nodes {held}")
