@@ -1,4 +1,4 @@
-"""Host memory in place of a device's: everything is done when the call returns."""
+"""Host memory in place of a device's: everything but a digest that waits for an event is done when the call returns."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ class _Done:
         return self._digests
 
 
+class _DigestLater:
+    """A digest of blocks as they are after the event ``after``."""
+
+    def __init__(self, blocks: SimulatedBlocks, planes: range, block_ids: list[BlockId], after: Any) -> None:
+        self._blocks, self._planes, self._block_ids, self._after = blocks, planes, block_ids, after
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._after.query())
+
+    def wait(self) -> Words:
+        """See BlockWork."""
+        self._after.synchronize()
+        return digest_blocks(self._blocks.read(self._planes, self._block_ids))
+
+
 class SimulatedBlocks:
     """See DeviceBlocks. ``words`` is the memory itself."""
 
@@ -59,8 +75,10 @@ class SimulatedBlocks:
         self.write(planes, target_ids, words)
         return _Done(digest_blocks(words))
 
-    def begin_digest(self, planes: range, block_ids: list[BlockId], after: Any = None) -> _Done:
-        return _Done(digest_blocks(self.read(planes, block_ids)))
+    def begin_digest(self, planes: range, block_ids: list[BlockId], after: Any = None) -> _Done | _DigestLater:
+        if after is None:
+            return _Done(digest_blocks(self.read(planes, block_ids)))
+        return _DigestLater(self, planes, block_ids, after)
 
     def read(self, planes: range, block_ids: list[BlockId]) -> Words:
         words: Words = self.words[planes.start : planes.stop].take(block_ids, 1)
