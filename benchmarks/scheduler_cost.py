@@ -25,7 +25,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import Machine, Received, RunStep, Send, StepDone
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, SequenceId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, SequenceId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
@@ -41,7 +41,7 @@ ROUNDS = 5
 BLOCK_SIZE = 16
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
-LINK = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
+LINK = LinkAddress(peer=PeerId("m"), host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
 
 
 def node(role: str, num_seqs: int) -> NodeConfig:
@@ -58,7 +58,7 @@ def node(role: str, num_seqs: int) -> NodeConfig:
 
 def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
     return Register(
-        node_id=config.name,
+        node_id=NodeId(config.name),
         incarnation="0",
         role=config.role,
         address="",

@@ -33,7 +33,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Exit, Received, RunStep, StepDone
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER, SequenceId
+from kvrelay.protocol.ids import ROUTER, NodeId, SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.router_to_node import Generate
@@ -116,8 +116,8 @@ async def storm(storage: StorageConfig, num_steps: int) -> tuple[Turns, dict[str
         storage=storage,
     )
     registration = Register(
-        node_id="m0", incarnation="1", role=node.role, address=node.address, pid=1, model="m", max_model_len=32768,
-        max_num_seqs=NUM_REQUESTS, num_blocks=NUM_BLOCKS, geometry=GEOMETRY,
+        node_id=NodeId("m0"), incarnation="1", role=node.role, address=node.address, pid=1, model="m",
+        max_model_len=32768, max_num_seqs=NUM_REQUESTS, num_blocks=NUM_BLOCKS, geometry=GEOMETRY,
     )  # fmt: skip
     memory, turns, machine = KVMemory.create(GEOMETRY, NUM_BLOCKS), Turns(num_steps), DecodeMachine(node, registration)
     shell = Shell(machine, clock=Clock())

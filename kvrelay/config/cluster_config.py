@@ -39,7 +39,6 @@ from kvrelay.config.sections import (
     TransferConfig,
 )
 from kvrelay.errors import ConfigError
-from kvrelay.protocol.ids import NodeId
 
 __all__ = [
     "CacheConfig",
@@ -146,7 +145,7 @@ class ClusterConfig(Sections):
         nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
         return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
 
-    def node(self, name: NodeId) -> NodeConfig:
+    def node(self, name: str) -> NodeConfig:
         """Return the node called ``name``. Raises ConfigError if there is none."""
         for node in self.nodes:
             if node.name == name:

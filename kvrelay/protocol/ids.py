@@ -11,16 +11,16 @@ BlockId: TypeAlias = int
 SequenceId = NewType("SequenceId", int)
 """A sequence as a node's engine knows it. A request gets a new one each time it gets blocks on the node and runs."""
 
-NodeId: TypeAlias = str
+NodeId = NewType("NodeId", str)
 """Name of a node as the config gives it, e.g. ``d0``."""
 
-PeerId: TypeAlias = str
+PeerId = NewType("PeerId", str)
 """One process on the network: ``name#incarnation``. A restarted process is another peer."""
 
-ROUTER: PeerId = "router"
+ROUTER = PeerId("router")
 """Where a node sends what is for its router: the link, not one incarnation of it."""
 
-MESSAGER: PeerId = "messager"
+MESSAGER = PeerId("messager")
 """Where a node sends what is for its own cache messager."""
 
 
@@ -42,7 +42,7 @@ def new_incarnation() -> str:
 
 def peer_id(name: str, incarnation: str) -> PeerId:
     """Return the network name of one incarnation of ``name``."""
-    return f"{name}#{incarnation}"
+    return PeerId(f"{name}#{incarnation}")
 
 
 def peer_name(peer: PeerId) -> str:

@@ -97,12 +97,12 @@ class BlockExchange:
         if self._transport is None:
             raise StorageUnavailableError("the exchange of blocks is closed")
         if address not in self._peers:
-            self._transport.connect(address, address)
+            self._transport.connect(PeerId(address), address)
             self._peers.add(address)
         future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._answers[fetch_id] = address, future
         try:
-            self._transport.send(address, message)
+            self._transport.send(PeerId(address), message)
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
@@ -115,7 +115,7 @@ class BlockExchange:
         """Drop the connection with its queued messages, and fail the calls that wait for it."""
         if address in self._peers and self._transport is not None:
             self._peers.discard(address)
-            self._transport.disconnect(address)
+            self._transport.disconnect(PeerId(address))
         for asked, future in self._answers.values():
             if asked == address and not future.done():
                 future.set_exception(StorageUnavailableError(f"the store at {address}: {reason}"))

@@ -22,7 +22,7 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
     """
     router = service.config.router
     headers = dict(scope["headers"])
-    with service.body_memory.share() as share:
+    with BodyShare(service.body_memory) as share:
         job = Job(
             task=task,
             gzipped=_is_gzipped(headers),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from starlette.types import Receive, Scope, Send
@@ -29,7 +28,18 @@ from router.service import RouterService
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
 
+_random = random.Random()
+
 logger = logging.getLogger(__name__)
+
+
+def _new_seed() -> int:
+    return _random.getrandbits(63)
+
+
+def _new_name() -> str:
+    """Return a name that no other answer has."""
+    return f"{_random.getrandbits(128):032x}"
 
 
 class GenerateEndpoint:
@@ -40,7 +50,7 @@ class GenerateEndpoint:
         task: Task,
         service: RouterService,
         metrics: Metrics,
-        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        draw_seed: Callable[[], int] = _new_seed,
     ) -> None:
         self._task = task
         self._api: Api = service.preparer.apis[task]
@@ -53,7 +63,7 @@ class GenerateEndpoint:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
-            name = uuid.uuid4().hex
+            name = _new_name()
         headers = [(b"x-request-id", given if 0 < len(given) <= _MAX_ECHOED_BYTES else name.encode())]
         try:
             await self._serve(name, scope, receive, send, headers)
@@ -97,7 +107,7 @@ class GenerateEndpoint:
         answer_id = self._api.id_prefix + name
         request_ids = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
         if any(map(self._service.is_in_progress, request_ids)):
-            return self._ids(uuid.uuid4().hex, count)
+            return self._ids(_new_name(), count)
         return answer_id, request_ids
 
     def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:

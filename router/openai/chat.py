@@ -24,7 +24,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
     """
     with reading("messages: the chat template cannot render them", "messages"):
         text = model.tokenizer.render_chat(
-            [message.model_dump() for message in fields.messages],
+            [dict(message) for message in fields.messages],
             add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
             continue_final_message=bool(fields.continue_final_message),
             variables=fields.chat_template_kwargs,

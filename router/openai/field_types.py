@@ -19,7 +19,7 @@ MAX_IDS = 1024
 INT64 = (1 << 63) - 1
 
 _MAX_KEY_DIGITS = 19
-_MAX_SHOWN_CHARS = 60
+MAX_SHOWN_CHARS = 60
 
 
 def wrong(reason: str) -> PydanticCustomError:
@@ -39,7 +39,7 @@ def shown(value: object) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 
 def _whole(value: object) -> object:

@@ -11,7 +11,7 @@ from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
-from router.text.stop import StopStrings
+from router.text.stop import NO_STOPS, StopStrings
 
 _LONG_TEXT_CHARS = 64 << 10
 """Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
@@ -85,7 +85,7 @@ def _common_params(request: GenerationFields, model: ServedModel) -> SamplingPar
 def text_options(request: GenerationFields) -> TextOptions:
     """Return how the client wants its text."""
     return TextOptions(
-        stop=StopStrings(request.stop or ()),
+        stop=StopStrings(request.stop) if request.stop else NO_STOPS,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         min_tokens=request.min_tokens or 0,
@@ -112,9 +112,9 @@ def check_text_length(text: str, model: ServedModel, max_model_len: int, param: 
 
 def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:
     """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise unknown_token(param, token_id, vocab_size)
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise unknown_token(param, unknown, vocab_size)
 
 
 def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None:
@@ -122,8 +122,8 @@ def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None
 
     Tokenizers may know more tokens than the model has embeddings, for instance a padding token that was added later.
     """
-    unknown = next((token_id for token_id in token_ids if token_id >= model.vocab_size), None)
-    if unknown is not None:
+    if token_ids and max(token_ids) >= model.vocab_size:
+        unknown = next(token_id for token_id in token_ids if token_id >= model.vocab_size)
         [text] = model.tokenizer.tokens_of([unknown])
         raise InvalidRequestError(
             f"{param}: {text!r} is token {unknown} of the tokenizer, but the model's vocabulary has only "

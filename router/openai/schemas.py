@@ -6,6 +6,7 @@ an answer that silently lacks what was asked for is worse than none. A ``null`` 
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -82,7 +83,7 @@ class Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or None not in value.values():
             return value
         return {name: item for name, item in value.items() if item is not None}
 
@@ -273,15 +274,24 @@ class DetokenizeRequest(Fields):
 Request = TypeVar("Request", bound=Fields)
 
 
+@functools.cache
+def _names(kind: type[Fields]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of fields that are refused for ``kind``, and of all that are no surprise."""
+    fields = kind.model_fields.keys()
+    return frozenset(REFUSED_FIELDS.keys() - fields), frozenset(fields | REFUSED_FIELDS.keys() | IGNORED_FIELDS)
+
+
 def parse(kind: type[Request], body: dict[str, Any]) -> Request:
     """Return ``body`` as a ``kind``. Raises InvalidRequestError that names the field, the limit and the value."""
-    for name, reason in REFUSED_FIELDS.items():
-        if name not in kind.model_fields and body.get(name) not in (None, False, 0, "", [], {}):
-            raise InvalidRequestError(reason, param=name)
+    refused, known = _names(kind)
+    for name in REFUSED_FIELDS if not refused.isdisjoint(body) else ():
+        if name in refused and body.get(name) not in (None, False, 0, "", [], {}):
+            raise InvalidRequestError(REFUSED_FIELDS[name], param=name)
     with reading("the request cannot be read"):
         try:
             request = kind.model_validate(body)
         except ValidationError as error:
             raise first_problem(error) from None
-    unknown_fields.notice(body.keys() - kind.model_fields.keys() - REFUSED_FIELDS.keys() - IGNORED_FIELDS)
+    if not known.issuperset(body):
+        unknown_fields.notice(body.keys() - known)
     return request

@@ -24,7 +24,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, NodeId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
@@ -172,7 +172,7 @@ async def _serve(
     node: NodeConfig, engine: Engine, store: KVStore | None, specs: list[RequestSpec], served: Served
 ) -> None:
     registration = Register(
-        node_id=node.name,
+        node_id=NodeId(node.name),
         incarnation="1",
         role=node.role,
         address=node.address,
