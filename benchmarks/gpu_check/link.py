@@ -27,6 +27,7 @@ from gpu_check.messager import Wire
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -139,8 +140,8 @@ class Messagers:
 
 def _settings(name: str, pool: DeviceMemory, kind: str) -> MessagerSettings:
     return MessagerSettings(
-        me=f"{name}.messager#1",
-        node=f"{name}#1",
+        me=PeerId(f"{name}.messager#1"),
+        node=PeerId(f"{name}#1"),
         node_address="",
         geometry=pool.geometry,
         pool=pool.handle,

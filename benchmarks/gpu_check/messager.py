@@ -22,6 +22,7 @@ from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
 from kvrelay.kv_pool.attach import open_pool
 from kvrelay.machine.contract import Exit, Log, PeerLost, Received, Send, SetTimer, Started, TimerFired
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages import base, messager_to_messager, messager_to_node, node_to_messager
 from kvrelay.protocol.messages.base import LinkAddress, Message
 
@@ -70,7 +71,7 @@ class Wire:
         while done < size:
             try:
                 count = self._end.recv_into(data[done:])
-            except ConnectionResetError:
+            except OSError:  # reset, or closed at this end
                 count = 0
             if not count:
                 return None
@@ -138,12 +139,12 @@ class Messager:
     def _listen(self, name: str) -> None:
         wire, other = self._wires[name], self._settings.node
         if name == "peer":
-            other = "d0.messager#1" if self._settings.me.startswith("p0") else "p0.messager#1"
+            other = PeerId("d0.messager#1" if self._settings.me.startswith("p0") else "p0.messager#1")
         while (received := wire.receive()) is not None:
             self._queue.put(Received(other, *received))
         self._queue.put(PeerLost(other, "its end is closed"))
 
-    def _handle(self, event: object) -> None:
+    def _handle(self, event: Any) -> None:
         for action in self._machine.handle(event, time.time()):
             match action:
                 case Send(peer=peer, message=message):

@@ -17,7 +17,7 @@ from cache_messager.links.cuda import Link
 from cache_messager.work import BlocksWritten, DeviceLost
 from kvrelay.errors import DeviceError
 from kvrelay.kv_pool.block_digest import Words
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 from kvrelay.protocol.messages.messager_to_node import TransferFailed
@@ -97,7 +97,7 @@ class Receiver:
             num_bytes=num_bytes,
             digest=0,
         )
-        Link(self._sender).send("d", frame, [1, 2])
+        Link(self._sender).send(D, frame, [1, 2])
         self.link.write(1, self._sender.frame, ())
         return self._sender.frame
 
@@ -187,7 +187,7 @@ def test_messager_ends_with_its_device_and_tells_its_senders(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("me", [P, D])
-def test_payload_of_a_broken_device_ends_the_messager_too(monkeypatch: pytest.MonkeyPatch, me: str) -> None:
+def test_payload_of_a_broken_device_ends_the_messager_too(monkeypatch: pytest.MonkeyPatch, me: PeerId) -> None:
     monkeypatch.setattr(Pair, "on_device", True)
 
     def broken(*_: Any) -> Words:
