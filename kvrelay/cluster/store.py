@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _NOT_FROM_OUTSIDE = {
     "none": "there is no KV store",
-    "memory": "each node keeps its KV in its own memory, where nobody else can look",
+    "memory": "each node keeps its KV in its own memory, which other processes cannot read",
 }
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -50,7 +50,7 @@ def verify(config: ClusterConfig, node: str | None, console: Console) -> bool:
 def store_sections(config: ClusterConfig, name: str | None) -> Sections:
     """Return the sections of the node ``name``, or those that all nodes share. They describe the store and the model.
 
-    Raises ConfigError if the nodes differ in that and none is named, or if nobody could look into such a store.
+    Raises ConfigError if the nodes differ and ``name`` is None, or if other processes cannot read such a store.
     """
     owners: list[Sections] = [config.node(name)] if name is not None else list(config.nodes) or [config]
     first = owners[0]

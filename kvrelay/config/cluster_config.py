@@ -104,7 +104,7 @@ class ClusterConfig(Sections):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What in the file is still accepted and should be changed, as lines ``file:line: key: what to do``."""
+        """Deprecated keys in the file, as lines ``file:line: key: what to do``."""
         return self._warnings
 
     @classmethod
@@ -157,7 +157,7 @@ _RENAMED = (
     ("router", "prefill_policy", "prefill_routing"),
     ("router", "decode_policy", "decode_routing"),
 )
-"""(section, earlier name, present name) of each key that has another name now. The earlier one is accepted."""
+"""(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
 def _in_reading_order(problem: str) -> list[str | int]:

@@ -43,7 +43,7 @@ def _new_name() -> str:
 
 
 class GenerateEndpoint:
-    """One API as an ASGI application: a request comes in, one answer, stream or error goes out."""
+    """One API as an ASGI application: each request gets an answer, a stream or an error."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("broken while serving %s", scope["path"])
+            logger.exception("error while serving %s", scope["path"])
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
@@ -103,7 +103,7 @@ class GenerateEndpoint:
             note_tokens(scope, choices)
 
     def _ids(self, name: str, count: int) -> tuple[str, Sequence[str]]:
-        """Return the answer's id and one for each of its requests; made of ``name`` unless one is in progress."""
+        """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""
         answer_id = self._api.id_prefix + name
         request_ids = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
         if any(map(self._service.is_in_progress, request_ids)):
@@ -111,7 +111,7 @@ class GenerateEndpoint:
         return answer_id, request_ids
 
     def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:
-        """Yield one choice per prompt and ``n``, in this order."""
+        """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
         first_seed = self._draw_seed() if request.seed is None else request.seed

@@ -1,4 +1,4 @@
-"""Fields of requests that mean nothing here: each is logged once, for whoever wonders why it has no effect."""
+"""Unknown fields of requests: each name is logged once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from router.openai.field_types import MAX_SHOWN_CHARS, shown
 
 MAX_NAMES = 256
-"""Names remembered, and lines logged, at most: names are the clients' to choose."""
+"""Maximum names remembered and logged, because clients choose the names."""
 
 _MAX_CHARS = MAX_SHOWN_CHARS + 1  # so that what is cut is shown as cut
 
@@ -40,6 +40,6 @@ class UnknownFields:
         for name in islice(new, self._max_names - len(self._seen)):
             self._seen.add(name)
             if self._collected is None:
-                logger.warning("requests have a field %s, which is unknown here and ignored", shown(name))
+                logger.warning("unknown request field %s is ignored", shown(name))
             else:
                 self._collected.append(name)
