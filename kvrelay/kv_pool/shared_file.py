@@ -52,5 +52,5 @@ def open_file(pid: int, fd: int, tag: str, size_bytes: int) -> int:
         raise GeometryMismatchError(f"KV memory of process {pid} is not {size_bytes} bytes")
     if os.pread(own, TAG_BYTES, size_bytes) != tag.encode():
         os.close(own)
-        raise PeerLostError(f"process {pid} is no longer the one that made this KV memory")
+        raise PeerLostError(f"process {pid} is not the process that created this KV memory")
     return own
