@@ -65,7 +65,7 @@ def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
         model="m",
         max_model_len=1 << 20,
         max_num_seqs=config.scheduler.max_num_seqs,
-        num_blocks=config.cache.num_blocks,
+        num_blocks=config.cache.fixed_num_blocks,
         geometry=geometry,
     )
 

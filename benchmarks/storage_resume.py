@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, node: NodeConfig) -> None:
         self.node = node
         self.engine: Engine = load_engine(node, lambda done, total: None)
-        self.half = node.cache.num_blocks // 2
+        self.half = node.cache.fixed_num_blocks // 2
         self._plans = PlanWriter()
         self._step = 0
 

@@ -23,6 +23,7 @@ PARTS = {
     "kernels": 60,
     "golden": 90,
     "link": 90,
+    "memory": 40,
     "attention": 60,
     "gemm": 40,
     "sampling": 30,

@@ -63,9 +63,10 @@ def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wron
     count = len(expected[0])
     driver = Driver(engine)
     results: dict[str, int] = {}
-    for how, chunk in (("together", 97), ("together whole", 1 << 20)):
+    ways = (("together", 97, False), ("together whole", 1 << 20, False), ("two steps in flight", 97, True))
+    for how, chunk, ahead in ways:
         together = [sequence(golden.prompt_token_ids, f"{how} {index}") for index, golden in enumerate(goldens)]
-        outputs = driver.complete(together, count, chunk)
+        outputs = (driver.complete_ahead if ahead else driver.complete)(together, count, chunk)
         results[how] = sum(ours == theirs for ours, theirs in zip(outputs, expected, strict=True))
         driver.give_back(together)
     alone = []

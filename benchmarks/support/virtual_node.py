@@ -76,7 +76,7 @@ def registration(config: NodeConfig, geometry: KVGeometry) -> Register:
         model="m",
         max_model_len=1 << 20,
         max_num_seqs=config.scheduler.max_num_seqs,
-        num_blocks=config.cache.num_blocks,
+        num_blocks=config.cache.fixed_num_blocks,
         geometry=geometry,
     )
 

@@ -70,6 +70,15 @@ class Preset(StrEnum):
     QWEN2_05B = "qwen2-0.5b"
 
 
+class ShapePreset(StrEnum):
+    """Models whose shape ``model shape`` knows."""
+
+    QWEN2_05B = "qwen2-0.5b"
+    QWEN3_06B = "qwen3-0.6b"
+    LLAMA3_8B = "llama3-8b"
+    QWEN3_8B = "qwen3-8b"
+
+
 class SchemaFormat(StrEnum):
     """Output formats of ``config schema``."""
 
@@ -245,6 +254,18 @@ def tiny(
     chosen = arch or (Arch.QWEN3 if preset is Preset.TINY else Arch.QWEN2)
     write_tiny_checkpoint(directory, chosen.value, seed, preset=preset.value)
     typer.echo(f"{directory}: {preset.value} {chosen.value} checkpoint with random weights")
+
+
+@model_app.command()
+def shape(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where config.json and the tokenizer go.")],
+    preset: Annotated[ShapePreset, typer.Option(help="Which model's shape.")],
+) -> None:
+    """Make a model without weights, for model.load_format: dummy, which fills it at random on the device."""
+    from kvrelay.engine.presets import write_shape
+
+    write_shape(directory, preset.value)
+    typer.echo(f"{directory}: the shape of {preset.value}; serve it with model.load_format: dummy")
 
 
 # ---------------------------------------------------------------- the KV store

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from kvrelay.addresses import HOST_PATTERN, NETLOC_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
+from kvrelay.errors import ConfigError
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -81,6 +82,10 @@ class ModelConfig(Section):
     )
     dtype: DType = Field(
         "auto", description="Type of weights and compute; auto: the checkpoint's if that is fast, else float32."
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="dummy: random weights made on the device, of the shape in config.json; engine.kind torch only.",
     )
     max_model_len: int | None = Field(
         None, ge=1, le=1 << 22, description="Maximum prompt plus output, in tokens; default: the checkpoint's."
@@ -182,13 +187,25 @@ class CacheConfig(Section):
     """The KV pool of a node."""
 
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block; must be equal on all nodes.")
-    num_blocks: int = Field(4096, ge=2, le=1 << 24, description="KV blocks in the pool.")
+    num_blocks: Annotated[int, Field(ge=2, le=1 << 24)] | Literal["auto"] = Field(
+        4096, description="KV blocks in the pool; auto (engine.kind torch on a GPU): as many as fit beside the model."
+    )
+    device_memory_share: float = Field(
+        0.9, gt=0, le=1, description="num_blocks auto: share of the device's memory for weights, graphs and pool."
+    )
     dtype: DType = Field("auto", description="Type of the KV cache; auto: the type of compute.")
     prefix_caching: bool = Field(True, description="Reuse the KV blocks of equal prompt prefixes.")
     output_caching: bool = Field(
         True,
         description="Publish the output blocks of finished requests in the prefix cache, for the next turn of a chat.",
     )
+
+    @property
+    def fixed_num_blocks(self) -> int:
+        """The blocks of a pool whose size does not depend on the device. Raises ConfigError for auto."""
+        if self.num_blocks == "auto":
+            raise ConfigError(["cache.num_blocks: auto needs engine.kind: torch and engine.device: gpu"])
+        return self.num_blocks
 
 
 class NewTokenRatioConfig(Section):

@@ -105,8 +105,12 @@ class Checkpoint:
 
     def take(self, name: str) -> Float32:
         """Return a tensor as float32. It may be read-only. The caller must not keep it."""
+        return self.take_stored(name).float32()
+
+    def take_stored(self, name: str) -> StoredTensor:
+        """Return a tensor as it is in its file, read-only."""
         self._note(name)
-        return self._tensors[name].float32()
+        return self._tensors[name]
 
     def read_all(self) -> None:
         """Read every tensor for the digest only."""

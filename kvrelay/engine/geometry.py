@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from kvrelay.config.cluster_config import Sections
 from kvrelay.engine.checkpoint import Checkpoint
-from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.load import longest_sequence
 from kvrelay.protocol.geometry import KVGeometry
@@ -29,6 +30,21 @@ def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, m
     )
 
 
+def dummy_geometry(node: Sections, config: DecoderConfig, dtype: str, max_model_len: int) -> KVGeometry:
+    """Return the geometry of the KV that ``node`` computes with random weights, which depend on the kind of device."""
+    quantization = node.engine.quantization
+    model = ("dummy", node.engine.device, dtype, config, max_model_len if config.rope.kind == "dynamic" else None)
+    more = () if quantization == "none" else (quantization,)
+    return KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=node.cache.block_size,
+        dtype=dtype,
+        model_digest=hashlib.sha256(repr((*model, *more)).encode()).hexdigest()[:32],
+    )
+
+
 def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KVGeometry:
     """Return the geometry that a node with these sections has on this machine; reads all of its checkpoint.
 
@@ -39,6 +55,8 @@ def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KV
         return fake_geometry(node.engine.fake, node.cache.block_size)
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
+    if node.model.load_format == "dummy":
+        return dummy_geometry(node, config, device_dtype(node), longest_sequence(node, config))
     checkpoint = Checkpoint.open(model_dir, config, on_progress)
     checkpoint.read_all()
     dtype = _kv_dtype(node, checkpoint.dtype)

@@ -25,9 +25,11 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     model cannot be loaded as configured.
     """
     if node.engine.kind == "fake":
-        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.num_blocks)
+        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.fixed_num_blocks)
     if node.engine.kind == "torch":
         return _load_device_engine(node, on_progress)
+    if node.model.load_format == "dummy":
+        raise ConfigError(["model.load_format: dummy needs engine.kind: torch"])
     return _load_paddle_engine(node, on_progress)
 
 
@@ -44,6 +46,7 @@ def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """Load a checkpoint with the Paddle engine. Imports Paddle."""
+    num_blocks = node.cache.fixed_num_blocks
     startup.report("importing Paddle")
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
@@ -69,7 +72,12 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     geometry = checkpoint_geometry(node, checkpoint, kernels.kv_dtype, max_model_len)
     decoder = Decoder(config, weights, kernels)
     return PaddleEngine(
-        decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"
+        decoder,
+        geometry,
+        num_blocks,
+        config.vocab_size,
+        max_model_len,
+        staged=node.engine.device != "cpu",
     )
 
 

@@ -81,7 +81,7 @@ class NodeMachine(ABC, Generic[R, S]):
     _transfers: StoreTransfers[Any, Any]
 
     def __init__(self, node: NodeConfig, registration: Register) -> None:
-        self.kv = KVCache(node.cache.num_blocks, node.cache.prefix_caching)
+        self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
         self._node = node
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)

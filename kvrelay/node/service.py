@@ -166,7 +166,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         model=node.model.name,
         max_model_len=max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
-        num_blocks=node.cache.num_blocks,
+        num_blocks=engine.memory.num_blocks,
         geometry=engine.geometry,
         vocab_size=engine.vocab_size,
         prefill_order=node.scheduler.prefill_order,

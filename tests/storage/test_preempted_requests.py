@@ -181,7 +181,7 @@ async def _serve(
         model="m",
         max_model_len=engine.max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
-        num_blocks=node.cache.num_blocks,
+        num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
     )
     machine = DecodeMachine(node, registration)

@@ -272,8 +272,13 @@ def _samples(items: list[ScheduledSequence], rows: list[SequenceRow], first_rows
             table_rows.append(row.index)
             noted.append(row.index if ahead == 0 else -1)  # not the tokens after drafts
             uniforms.append(_uniform(item, row, ahead))
-    steps, tables, kept = (np.array(one, np.int32) for one in (step_rows, table_rows, noted))
-    return Samples(steps, tables, kept, uniforms, _num_logprobs(items))
+    return Samples(
+        step_rows=np.array(step_rows, np.int32),
+        table_rows=np.array(table_rows, np.int32),
+        noted=np.array(noted, np.int32),
+        uniforms=uniforms,
+        num_logprobs=_num_logprobs(items),
+    )
 
 
 def _num_logprobs(items: list[ScheduledSequence]) -> list[int | None] | None:

@@ -67,6 +67,18 @@ class DeviceEngine:
         decodes = [StepShape(size, size, 0, size) for size in self._limits.decode_graphs]
         self.launcher.capture([*decodes, *chunk_shapes(self._limits.chunk_graphs, self._operations.tile_rows)])
 
+    def compute_largest_step(self) -> None:
+        """Compute a prefill of as many tokens as a step may have: nothing takes more memory."""
+        longest, left = self._longest_warm_up(), self._limits.max_num_batched_tokens
+        items: list[ScheduledSequence] = []
+        while left > 0 and len(items) < self._limits.max_num_seqs:
+            items.append(_warm_up_item(min(longest, left), self.geometry))
+            left -= longest
+        slot = self.launcher.slots[0]
+        self.launcher.launch(items, slot, lambda layers, event: None)
+        slot.done.synchronize()
+        self.launcher.forget_sequences()
+
     def _longest_warm_up(self) -> int:
         room = self._limits.num_blocks * self.geometry.block_size
         return min(room, self._limits.max_model_len, self._limits.max_num_batched_tokens)
@@ -133,19 +145,24 @@ class DeviceStep:
 
     def launch(self) -> None:
         """See EngineStep. Raises nothing: what goes wrong here is met again by ``finish``."""
-        with self._steps.launching:
-            try:
-                with self._launcher.state:
-                    self._items = self._steps.sequences.apply(self._plan)
-                if self._items and not self._steps.deferred:
-                    self._launched = self._launch(self._items)
-            except AwaitedTokenError:
-                pass
-            except Exception:
-                logger.exception("step %d was not launched with %d sequences", self._plan.step, len(self._items))
-            if self._launched is None:
-                self._steps.deferred.append(self)
-        self._layers.put(None)
+        try:
+            with self._steps.launching:
+                self._launch_if_possible()
+        finally:
+            self._layers.put(None)
+
+    def _launch_if_possible(self) -> None:
+        try:
+            with self._launcher.state:
+                self._items = self._steps.sequences.apply(self._plan)
+            if self._items and not self._steps.deferred:
+                self._launched = self._launch(self._items)
+        except AwaitedTokenError:
+            pass
+        except Exception:
+            logger.exception("step %d was not launched with %d sequences", self._plan.step, len(self._items))
+        if self._launched is None:
+            self._steps.deferred.append(self)
 
     def _launch(self, items: list[ScheduledSequence]) -> Launched:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))

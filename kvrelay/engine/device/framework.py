@@ -71,6 +71,9 @@ class Framework(Protocol):
     def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
         """Return a copy of ``array`` on the device as ``dtype``."""
 
+    def upload_to(self, target: Tensor, array: npt.NDArray[Any], dtype: str) -> None:
+        """Copy ``array``, whose elements are ``dtype`` (bfloat16: their bits), to ``target`` of any type, and wait."""
+
     def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
         """Return the contiguous memory of ``tensor`` as another type and shape."""
 
@@ -97,6 +100,15 @@ class Framework(Protocol):
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         """Return random numbers made on the device."""
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of the device's memory that are free, and all of them.
+
+        What is kept for reuse is not free.
+        """
+
+    def release_memory(self) -> None:
+        """Give memory that is kept for reuse back to the device."""
 
     def synchronize(self) -> None:
         """Wait for all queued work of all streams."""
