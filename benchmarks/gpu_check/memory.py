@@ -68,7 +68,6 @@ def _pool(context: Context) -> None:
         return build_engine(config, weights, geometry, context.framework, sizes, options)
 
     began = time.perf_counter()
-    # The node's memory beside a private pool is only mapped, but no larger than the host's.
     share = SHARE
     num_blocks = num_blocks_that_fit(build, context.framework, geometry, limits, share)
     probed = time.perf_counter() - began
