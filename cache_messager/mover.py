@@ -11,8 +11,8 @@ from msgspec import MsgspecError
 from cache_messager.links import link_class
 from cache_messager.links.interface import KVLink
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import AcceptLink, DropLink, FrameSent, LinkReady, SendFrame, WriteBlocks
-from kvrelay.errors import KVRelayError
+from cache_messager.work import AcceptLink, DeviceLost, DropLink, FrameSent, LinkReady, SendFrame, WriteBlocks
+from kvrelay.errors import DeviceError, KVRelayError
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message
@@ -64,10 +64,21 @@ class BlockMover:
     def serve(self, transport: Sends, shell: Posts) -> None:
         """Perform the actions of ``shell``'s machine from now on."""
         self._transport, self._shell = transport, shell
-        shell.handle_with(SendFrame, self._send_frame)
-        shell.handle_with(AcceptLink, self._accept)
-        shell.handle_with(WriteBlocks, self._write)
+        shell.handle_with(SendFrame, self._unless_lost(self._send_frame))
+        shell.handle_with(AcceptLink, self._unless_lost(self._accept))
+        shell.handle_with(WriteBlocks, self._unless_lost(self._write))
         shell.handle_with(DropLink, self._drop)
+
+    def _unless_lost(self, perform: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return ``perform`` with a broken device told to the machine, which ends: there is no other answer then."""
+
+        def handler(action: Any) -> None:
+            try:
+                perform(action)
+            except DeviceError as error:
+                self.post(DeviceLost(error.message))
+
+        return handler
 
     # ------------------------------------------------------------ for the machine
 
@@ -80,6 +91,8 @@ class BlockMover:
             try:
                 link = self._link(offer.kind)
                 link.accept(action.link_id, offer.handle)
+            except DeviceError:
+                raise
             except (KVRelayError, MsgspecError, OSError, ValueError) as error:
                 reasons.append(f"{offer.kind}: {error}")
                 log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})

@@ -15,6 +15,7 @@ from kvrelay.kv_pool.attach import open_pool
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 
@@ -36,6 +37,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
     ):
         tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
+        _log_offers(settings, mover)
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
         shell = Shell(MessagerMachine(settings, link, mover.offers), clock=Clock())
         mover.serve(transport, shell)
@@ -46,6 +48,13 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         finally:
             loop.remove_reader(lifeline_fd)
             ipc_file.unlink(missing_ok=True)
+
+
+def _log_offers(settings: MessagerSettings, mover: BlockMover) -> None:
+    """Say by which kinds of link this messager may send; which of them a receiver cannot accept, that one says."""
+    offered = [offer.kind for offer in mover.offers]
+    left_out = [kind for kind in settings.links if kind not in offered]
+    log_event("info", "links", {"offered": ", ".join(offered), "not_possible": ", ".join(left_out) or "none"})
 
 
 def _on_lifeline(lifeline_fd: int, settings: MessagerSettings, shell: Shell) -> None:

@@ -86,6 +86,13 @@ class BlocksWritten:
     error: TransferError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceLost:
+    """The device is broken: no block on it can be read or written any more, and nothing under way is answered."""
+
+    reason: str
+
+
 def corrupt(frame: KVFrame) -> CorruptKVError:
     """Return the error of a frame whose bytes are not those that the sender read."""
     return CorruptKVError(f"layer {frame.layer} from block {frame.first_block} arrived corrupt")

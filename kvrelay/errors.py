@@ -21,6 +21,7 @@ KVRelayError
 ├── StorageError                KV storage cannot be used
 │   └── StorageUnavailableError     it cannot be reached or does not answer in time
 ├── RegistryError               the registry cannot be reached, or does not answer in time
+├── DeviceError                 a device, or what this process does with it, is broken for good
 ├── CheckpointError             the model's files cannot be loaded
 └── EngineError                 the engine could not compute a sequence (500)
 
@@ -177,6 +178,12 @@ class RegistryError(KVRelayError):
 
     code = "registry_unavailable"
     http_status = 503
+
+
+class DeviceError(KVRelayError):
+    """A device, or what this process does with it, is broken for good: nothing it holds can be used any more."""
+
+    code = "device_error"
 
 
 class CheckpointError(KVRelayError):

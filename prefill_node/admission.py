@@ -65,3 +65,7 @@ class Admission:
         self._kv.publish(hashes, request.block_table[:num_blocks])
         self._requests.pending.published(request, num_blocks)
         self._requests.queued.published(hashes)
+
+    def forget(self, request: PrefillRequest) -> None:
+        """Have the blocks of ``request`` computed anew for the next request."""
+        self._kv.forget(request.hashes)

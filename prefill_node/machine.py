@@ -7,7 +7,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
-from kvrelay.errors import LocalProtocolError
+from kvrelay.errors import CorruptKVError, LocalProtocolError
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LayersComputed, StepDone, StepFailed, StoreCounted
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.machine import NodeMachine
@@ -134,6 +134,8 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
                 self._kv_bytes_sent += num_bytes
             case TransferFailed(error=error):
                 request.holders.discard(Holder.MESSAGER)
+                if error.code == CorruptKVError.code:
+                    self._admission.forget(request)  # else the next attempt would find the same block
                 if not request.is_over:
                     self._endings.fail(request, error)
             case TransferClosed():

@@ -1,4 +1,4 @@
-"""Golden tokens of transformers in float32: one by one and together, by graphs and without, with the mirrored pool."""
+"""Golden tokens of transformers in float32: one by one and together, by graphs and without, with digests of the KV."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MAX_MODEL_LEN = 2048
 def run(context: Context) -> None:
     """Check every case; AssertionError names those that differ, after all have been tried."""
     wrong: list[str] = []
-    every = [(graphs, mirrored) for graphs in (True, False) for mirrored in (True, False)]
+    every = [(graphs, digests) for graphs in (True, False) for digests in (True, False)]
     for case in CASES[:1] if context.tiny else CASES:
-        for graphs, mirrored in every if case is CASES[0] and not context.tiny else [(True, True)]:
-            _check(context, case, graphs, mirrored, wrong)
+        for graphs, digests in every if case is CASES[0] and not context.tiny else [(True, True)]:
+            _check(context, case, graphs, digests, wrong)
     right = _leading_tokens(context, CASES[0], "bfloat16")
     context.report.add("golden", f"{CASES[0].name} in bfloat16: output tokens before the first that differs", right)
     _check_gathered(context, CASES[0], wrong)
@@ -56,8 +56,8 @@ def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> Non
         wrong.append(name)
 
 
-def _check(context: Context, case: GoldenCase, graphs: bool, mirrored: bool, wrong: list[str]) -> None:
-    engine = _engine(context, case, "float32", graphs, mirrored)
+def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str]) -> None:
+    engine = _engine(context, case, "float32", graphs, digests)
     goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
     expected = [golden.output_token_ids for golden in goldens]
     count = len(expected[0])
@@ -76,7 +76,7 @@ def _check(context: Context, case: GoldenCase, graphs: bool, mirrored: bool, wro
         driver.give_back([one])
     results["alone"] = sum(ours == theirs for ours, theirs in zip(alone, expected, strict=True))
     engine.close()
-    name = f"{case.name}, graphs {graphs}, mirrored {mirrored}"
+    name = f"{case.name}, graphs {graphs}, digests {digests}"
     context.report.add("golden", name, " ".join(f"{how}: {right}/{len(goldens)}" for how, right in results.items()))
     if any(right != len(goldens) for right in results.values()):
         wrong.append(name)
@@ -98,7 +98,7 @@ def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
     return " ".join(map(str, leading))
 
 
-def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, mirrored: bool) -> DeviceEngine:
+def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool) -> DeviceEngine:
     with tempfile.TemporaryDirectory() as folder:
         case.write_checkpoint(Path(folder))
         config = read_decoder_config(Path(folder))
@@ -110,7 +110,8 @@ def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, mirror
     max_model_len = case.max_model_len or MAX_MODEL_LEN
     limits = DeviceEngineLimits(
         num_blocks=512, max_model_len=max_model_len, max_num_seqs=8, max_num_batched_tokens=4096,
-        decode_graphs=(1, 4, 8) if graphs else (), chunk_graphs=(64, 256) if graphs else (), mirrored=mirrored,
+        decode_graphs=(1, 4, 8) if graphs else (), chunk_graphs=(64, 256) if graphs else (), device_pool=True,
+        digests=digests,
     )  # fmt: skip
     options = DeviceOptions(context.device, dtype, 16, context.interpreted)
     return build_engine(config, weights, geometry, context.framework, limits, options)

@@ -15,7 +15,7 @@ from gpu_check.driving import Driver, sequence
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
-from kvrelay.engine.device.pool_size import free_host_bytes, num_blocks_that_fit
+from kvrelay.engine.device.pool_size import num_blocks_that_fit
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
 from kvrelay.engine.safetensors_file import read_safetensors, write_safetensors
 from kvrelay.protocol.geometry import KVGeometry
@@ -68,9 +68,8 @@ def _pool(context: Context) -> None:
         return build_engine(config, weights, geometry, context.framework, sizes, options)
 
     began = time.perf_counter()
-    # The node's memory beside a private pool is only mapped, but no larger than the host's.
-    share = min(SHARE, 0.5 * free_host_bytes() / context.framework.memory()[1])
-    num_blocks = num_blocks_that_fit(build, context.framework, geometry, limits, share, free_host_bytes)
+    share = SHARE
+    num_blocks = num_blocks_that_fit(build, context.framework, geometry, limits, share)
     probed = time.perf_counter() - began
     engine = build(replace(limits, num_blocks=num_blocks))
     engine.compute_largest_step()

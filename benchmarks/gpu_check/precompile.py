@@ -122,10 +122,17 @@ def _others(model: Model) -> None:
     qkv = make((step.shape.rows, (shape.heads + 2 * shape.groups) * shape.dim))
     ours.apply_rope_and_write_kv(qkv, norms, 1e-6, step, layer)
     ours.set_entries(torch.zeros((8, 16), dtype=torch.int32), torch.zeros((2, 8), dtype=torch.int32))
-    words = shape.groups * shape.dim * layer.keys.element_size() // 4
-    for size in (words, words * shape.block_size):
-        planes = torch.zeros((16, 16, size), dtype=torch.int32)
-        ours.copy_blocks(planes, planes, rows, range(8))
+    _moving(shape.block_size * shape.groups * shape.dim * layer.keys.element_size() // 8)
+
+
+def _moving(num_words: int) -> None:
+    import torch  # noqa: PLC0415
+
+    from kvrelay.kv_pool.copy_kernel import Place, move_blocks  # noqa: PLC0415
+
+    place = Place(torch.zeros(8).data_ptr(), 8, 0, torch.zeros(8).data_ptr())  # only compiled: nothing is read
+    for target in (place, None):
+        move_blocks(place, target, torch.zeros(8).data_ptr(), 2, 2, num_words)
 
 
 def _sampling(vocab: int, tiling: Any) -> None:

@@ -33,6 +33,9 @@ class LinkHost(Protocol):
 class KVLink(Protocol):
     """All links of one kind in one messager, at both ends. Methods are called on the messager's loop.
 
+    A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager: it answers what is
+    under way.
+
     A sender names its links by the peer, a receiver by a ``link_id``.
     """
 

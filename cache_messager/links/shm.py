@@ -14,7 +14,7 @@ from kvrelay.errors import TransferError
 from kvrelay.kv_pool.attach import open_pool
 from kvrelay.kv_pool.interface import KVPool, has_blocks
 from kvrelay.protocol.ids import BlockId, PeerId
-from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.protocol.kv_handle import KVMemoryHandle
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
@@ -32,8 +32,9 @@ class Link:
         return peer.ipc if peer.host_id == here else None
 
     def offer(self) -> bytes | None:
-        """Return how to open the pool."""
-        return msgspec.json.encode(self._host.pool.handle)
+        """Return how to open the pool, if it is in host memory."""
+        handle = self._host.pool.handle
+        return msgspec.json.encode(handle) if isinstance(handle, KVMemoryHandle) else None
 
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Name the blocks and digest them."""
@@ -41,8 +42,10 @@ class Link:
         self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
 
     def accept(self, link_id: int, offer: bytes) -> None:
-        """Open the sender's pool."""
-        handle = msgspec.json.decode(offer, type=KVHandle)
+        """Open the sender's pool, which must be in host memory like this node's."""
+        if not isinstance(self._host.pool.handle, KVMemoryHandle):
+            raise TransferError("this node's pool is not in host memory")
+        handle = msgspec.json.decode(offer, type=KVMemoryHandle)
         self._sources[link_id] = open_pool(self._host.pool.geometry, handle)
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:

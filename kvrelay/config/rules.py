@@ -48,6 +48,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _equal_keys,
         _budgets,
         _storage_needs_prefix_caching,
+        _cuda_needs_pools_on_devices,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     # With a registry the other nodes of the cluster may be in other files.
@@ -136,6 +137,21 @@ def _storage_needs_prefix_caching(data: dict[str, Any], nodes: list[tuple[int, d
             yield (
                 ("nodes", index, "cache", "prefix_caching"),
                 "must be true with storage: blocks are stored by their hash",
+            )
+
+
+def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """The link copies from device to device, and a node that has none would find out with its first request."""
+    link, kind = _get(data, "transfer", "link", "auto"), _get(data, "engine", "kind", "paddle")
+    for index, node in nodes:
+        fakes = [_get(level, "engine", "fake", None) for level in (data, node)]
+        is_simulated = any(isinstance(fake, dict) and fake.get("device_pool") is True for fake in fakes)
+        of_node = _get(node, "engine", "kind", kind)
+        has_device_pool = of_node == "torch" or (of_node == "fake" and is_simulated)
+        if _get(node, "transfer", "link", link) == "cuda" and not has_device_pool:
+            yield (
+                ("nodes", index, "transfer", "link"),
+                "cuda copies between pools on devices, which engine.kind: torch has",
             )
 
 

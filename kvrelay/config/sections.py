@@ -317,7 +317,7 @@ class SpeculativeConfig(Section):
         return self
 
 
-LinkKind = Literal["shm", "ipc", "tcp"]
+LinkKind = Literal["cuda", "shm", "ipc", "tcp"]
 """All kinds of link (``cache_messager/links``), the fastest first."""
 
 LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
@@ -330,8 +330,9 @@ class TransferConfig(Section):
 
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
-        description="Kind of link; auto: shm on the same host (ipc if the pool cannot be mapped), else tcp; zmq: ipc "
-        "on the same host, else tcp; shm: ipc if the pool cannot be mapped.",
+        description="Kind of link; auto: the fastest possible, which is cuda or shm on the same host (ipc if the pool "
+        "cannot be mapped), else tcp; cuda: from GPU memory to GPU memory on the same host; zmq: ipc on the same host, "
+        "else tcp; shm: ipc if the pool cannot be mapped.",
     )
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
@@ -492,6 +493,9 @@ class FakeEngineConfig(Section):
     )
     max_plans_in_flight: int = Field(
         1, ge=1, le=2, description="Plans in flight; 2: as a device with a queue of steps."
+    )
+    device_pool: bool = Field(
+        False, description="Put the KV pool on a simulated device, so that transfer.link: cuda works without a GPU."
     )
 
 

@@ -26,6 +26,7 @@ from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_t
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import SequenceId
@@ -52,7 +53,7 @@ class FakeEngine:
     ) -> None:
         self.geometry = fake_geometry(config, block_size)
         self._words = KVWords(self.geometry)
-        self.memory = KVMemory.create(self.geometry, num_blocks)
+        self.memory: KVMemory | DeviceMemory = _make_pool(config, self.geometry, num_blocks)
         self.max_model_len = config.max_model_len
         self.vocab_size = config.vocab_size
         self.max_plans_in_flight = config.max_plans_in_flight
@@ -63,7 +64,9 @@ class FakeEngine:
         self._contexts: dict[SequenceId, Context] = {}
         slots = num_blocks * block_size
         planes = (config.num_layers * 2, slots, self._words.words_per_token)
-        self._pool = self.memory.planes.reshape(-1).view(np.uint64).reshape(planes)
+        memory = self.memory
+        words = memory.planes if isinstance(memory, KVMemory) else memory.blocks.words
+        self._pool = words.reshape(-1).view(np.uint64).reshape(planes)
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
         """A step takes the ``step_seconds`` of the config's cost model."""
@@ -90,9 +93,12 @@ class FakeEngine:
         """Yield each layer as soon as its KV is in the pool; return the outcome of each of the batch's items."""
         chains = np.concatenate([self._chain(span, batch.items[span.index]) for span in batch.spans])
         words = self._words.of_tokens(chains if batch.written_rows is None else chains[batch.written_rows])
+        written = np.unique(batch.slot_mapping // self.geometry.block_size).tolist()
         for layer in range(self.geometry.num_layers):
             planes = slice(2 * layer, 2 * layer + 2)
             self._pool[planes, batch.slot_mapping] = words[planes]
+            if isinstance(self.memory, DeviceMemory):
+                self.memory.begin_digest(range(layer, layer + 1), written).wait()
             yield layer
         outcomes: list[SequenceOutcome] = [SampledTokens([], []) for _ in batch.items]
         for span in batch.spans:
@@ -200,3 +206,9 @@ def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: in
         position = context.num_tokens
         newest = words.of_tokens(context.extend(sequence.token_ids[position:]))
         total = (total + words.context_hash(newest, position)) % (1 << 64)
+
+
+def _make_pool(config: FakeEngineConfig, geometry: KVGeometry, num_blocks: int) -> KVMemory | DeviceMemory:
+    if config.device_pool:
+        return DeviceMemory.create(geometry, num_blocks, "simulated")
+    return KVMemory.create(geometry, num_blocks)

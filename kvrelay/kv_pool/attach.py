@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.protocol.kv_handle import KVDeviceHandle, KVHandle
 
 
 def open_pool(geometry: KVGeometry, handle: KVHandle) -> KVPool:
     """Open a pool that another process of this host created.
 
     Raises PeerLostError if that process is gone or out of reach, GeometryMismatchError if the memory is not of the size
-    that ``geometry`` and ``handle`` say.
+    that ``geometry`` and ``handle`` say, DeviceError if the pool is on a device that cannot be used here.
     """
+    if isinstance(handle, KVDeviceHandle):
+        return DeviceMemory.attach(geometry, handle)
     return KVMemory.attach(geometry, handle)

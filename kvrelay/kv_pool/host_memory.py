@@ -1,8 +1,6 @@
 """A KV pool in host memory, shared with the node's messager and with messagers on the same host.
 
-The memory is an anonymous file (``memfd_create``). It has no name, so a killed node leaves nothing behind, and
-its size is not limited by ``/dev/shm``. Another process of the same user maps it through ``/proc/<pid>/fd/<fd>``. A
-random tag in the last bytes shows whether the pid of a handle has been reused.
+The memory is an anonymous file that these processes map; see ``shared_file``.
 """
 
 from __future__ import annotations
@@ -10,21 +8,19 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
+from kvrelay.errors import ConfigError, GeometryMismatchError
 from kvrelay.kv_pool import block_copy as kv_copy
 from kvrelay.kv_pool.interface import HostBlock, KVPool
+from kvrelay.kv_pool.shared_file import TAG_BYTES, create_file, open_file
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.kv_handle import KVMemoryHandle
-
-TAG_BYTES = 16
 
 _FEWEST_HUGE_BYTES = 16 << 20
 
@@ -59,11 +55,11 @@ class KVMemory:
         size_bytes = num_blocks * geometry.block_bytes
         if size_bytes > (total := _machine_bytes()):
             raise _too_large(num_blocks, size_bytes, f"this machine has {total:,} bytes of memory")
-        fd = os.memfd_create("kvrelay-kv", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size_bytes + TAG_BYTES)
-            tag = secrets.token_hex(TAG_BYTES // 2)
-            os.pwrite(fd, tag.encode(), size_bytes)
+            fd, tag = create_file("kvrelay-kv", size_bytes)
+        except OSError as error:
+            raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
+        try:
             return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
         except OSError as error:
             os.close(fd)
@@ -76,17 +72,7 @@ class KVMemory:
         Raises PeerLostError if that process is gone or out of reach, GeometryMismatchError if the memory is not
         of the size that ``geometry`` and ``handle`` say.
         """
-        try:
-            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise PeerLostError(f"cannot map the KV memory of process {handle.pid}: {error}") from error
-        size_bytes = handle.num_blocks * geometry.block_bytes
-        if os.fstat(fd).st_size != size_bytes + TAG_BYTES:
-            os.close(fd)
-            raise GeometryMismatchError(f"KV memory of process {handle.pid} is not {size_bytes} bytes")
-        if os.pread(fd, TAG_BYTES, size_bytes) != handle.tag.encode():
-            os.close(fd)
-            raise PeerLostError(f"process {handle.pid} is not the process that created this KV memory")
+        fd = open_file(handle.pid, handle.fd, handle.tag, handle.num_blocks * geometry.block_bytes)
         return cls(geometry, handle, fd)
 
     @property

@@ -43,13 +43,16 @@ class KVPool(Protocol):
         """Return the payload of these blocks in parts, which may be views of the pool."""
 
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
-        """Return the xxh3-64 of the payload."""
+        """Return a digest of the payload, equal for equal payloads in pools of the same kind of memory.
+
+        It may have been made when the blocks were written.
+        """
 
     def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
         """Write a payload, split at any positions, to these blocks."""
 
     def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
-        """Copy block ``source_ids[i]`` of ``source`` to ``target_ids[i]``; return the xxh3-64 of the payload.
+        """Copy block ``source_ids[i]`` of ``source`` to ``target_ids[i]``; return the digest of the payload.
 
         Raises GeometryMismatchError if the memory of ``source`` is of a kind that cannot be copied from.
         """

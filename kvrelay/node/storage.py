@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import takewhile
 from types import TracebackType
@@ -100,6 +101,10 @@ class StorageIO:
         left_s = deadline - self._clock.now()
         if num_there < action.min_blocks or left_s <= 0:
             return KVLoaded(action.key, 0)
-        with self._pool.lend(action.blocks[:num_there]) as blocks:
+        loan = ExitStack()
+        blocks = loan.enter_context(self._pool.lend(action.blocks[:num_there]))
+        try:
             hits = await self._store.get(action.hashes[:num_there], blocks, left_s)
+        finally:  # a pool on a device copies them there
+            await asyncio.get_running_loop().run_in_executor(self._copying, loan.close)
         return KVLoaded(action.key, sum(1 for _ in takewhile(bool, hits)))

@@ -10,6 +10,7 @@ Use::
     cache.pin(block_ids)                                a copy to the store's staging memory begins
     cache.unpin(block_ids)                              the copy is done
     cache.unpin(block_table)                            the request has ended and nothing uses its blocks any more
+    cache.forget(hashes)                                a block of it is damaged: the next request computes it anew
 """
 
 from __future__ import annotations
@@ -170,6 +171,15 @@ class KVCache:
         num_settled = self._prefixes.num_settled(hashes, block_ids)
         self._pool.require("publish", block_ids[num_settled:], min_refs=1)
         self._prefixes.insert(hashes, block_ids, num_settled)
+
+    def forget(self, hashes: Sequence[bytes]) -> None:
+        """Match nothing of this sequence any more, nor of others that begin as it does: one of its blocks is damaged.
+
+        Referenced blocks remain with their requests. Looks at the whole tree.
+        """
+        if hashes:
+            removed = self._prefixes.remove(hashes[0])
+            self._pool.recycle([block for block in removed if not self._pool.ref_count(block)])
 
     def clear(self) -> None:
         """Evict every evictable block."""

@@ -190,6 +190,40 @@ class PrefixCache:
             hash_of[block] = _UNPUBLISHED
         return evicted
 
+    def remove(self, first_hash: bytes) -> list[BlockId]:
+        """Take all prefixes that begin with block ``first_hash`` out of the tree, referenced or not.
+
+        Returns their blocks, which are as if they had never been published. Looks at the whole tree.
+        """
+        top = self.match([first_hash])
+        if not top:
+            return []
+        if self._holders[top[0]]:
+            self._holders[self._root] -= 1
+        removed = self._below(top[0])
+        for node in removed:
+            parent = self._parent_of[node]
+            if self._first_child[parent] == node:
+                self._first_child[parent] = self._root
+            else:
+                del self._other_children[self._hash_of[node]]
+            self._evictable.pop(node, None)
+        for node in removed:
+            self._hash_of[node] = _UNPUBLISHED
+            self._holders[node] = 0
+        return removed
+
+    def _below(self, block: BlockId) -> list[BlockId]:
+        """Return ``block`` and its descendants."""
+        children: dict[BlockId, list[BlockId]] = {}
+        for node, block_hash in enumerate(self._hash_of[: self._root]):
+            if block_hash != _UNPUBLISHED:
+                children.setdefault(self._parent_of[node], []).append(node)
+        found = [block]
+        for node in found:
+            found += children.get(node, ())
+        return found
+
     def problems(self, referenced: set[BlockId]) -> list[str]:
         """Return all inconsistencies of the tree, and with ``referenced``. Checks the whole tree."""
         published = {block for block, block_hash in enumerate(self._hash_of) if block_hash != _UNPUBLISHED}

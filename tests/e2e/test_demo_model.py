@@ -18,7 +18,8 @@ from support.cluster import Cluster, running
 from support.cluster_config import Config, cluster_config, d, m, p
 
 from kvrelay.engine.geometry import node_geometry
-from kvrelay.kv_pool.host_memory import TAG_BYTES, KVMemory
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.kv_pool.shared_file import TAG_BYTES
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.kv_handle import KVMemoryHandle
 

@@ -14,25 +14,29 @@ from support.cluster_fixtures import WriteCheckpoint
 
 pytest.importorskip("torch", reason="kvrelay[torch] is not installed")
 
-TORCH = {"kind": "torch"}
-PADDLE = {"kind": "paddle", "kernels": "portable"}
+TORCH = {"engine": {"kind": "torch"}}
+ON_DEVICE = {**TORCH, "transfer": {"link": "cuda"}}
+PADDLE = {"engine": {"kind": "paddle", "kernels": "portable"}}
 
 CLUSTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "torch": (TORCH, TORCH),
+    "torch_on_simulated_devices": (ON_DEVICE, ON_DEVICE),
     "paddle_to_torch": (PADDLE, TORCH),
     "torch_to_paddle": (TORCH, PADDLE),
 }
-"""Engines of the prefill node and of the decode node."""
+"""Sections of the prefill node and of the decode node."""
 
 
 @pytest.fixture(params=CLUSTERS)
 def cluster(request: pytest.FixtureRequest, checkpoint: WriteCheckpoint) -> Iterator[Cluster]:
     of_p, of_d = CLUSTERS[request.param]
-    nodes = p(engine=of_p), d(engine=of_d)
+    nodes = p(**of_p), d(**of_d)
     sections: dict[str, Any] = {"cache": {"num_blocks": 512}, "scheduler": {"max_num_seqs": 8}}
     with running(cluster_config(checkpoint("qwen3"), *nodes, model={"dtype": "float32"}, **sections)) as running_one:
         yield running_one
         running_one.wait_until_quiescent()
+        links_cuda = running_one.loads()["p0"]["counters"].get("links_cuda", 0.0)
+        assert links_cuda == float(of_p is ON_DEVICE)
 
 
 def test_tokens_are_those_of_transformers(cluster: Cluster) -> None:

@@ -63,12 +63,22 @@ def test_layer_signals_come_before_the_reservation(block_size: int, budget: int,
 
 @pytest.mark.parametrize("layerwise", [True, False])
 @pytest.mark.parametrize("link", ["auto", "shm", "zmq", "ipc", "tcp"])
-def test_every_link(link: str, layerwise: bool) -> None:
-    with World(decode=2, transfer={"link": link, "layerwise": layerwise}) as world:
+@pytest.mark.parametrize("device_pool", [False, True])
+def test_every_link(link: str, layerwise: bool, device_pool: bool) -> None:
+    link = "cuda" if device_pool and link == "shm" else link
+    transfer = {"link": link, "layerwise": layerwise}
+    with World(decode=2, transfer=transfer, engine={"device_pool": device_pool}) as world:
         for length in (1, 4, 33, 50):
             world.submit(length, 9)
-    shared_memory = link in ("auto", "shm")
+    shared_memory = link in ("auto", "shm", "cuda")
     assert (world.link.payload_bytes == 0) is shared_memory
+
+
+@pytest.mark.parametrize("on_device", ["p0", "d0"])
+def test_pools_of_different_memory_exchange_payload(on_device: str) -> None:
+    with World(nodes={on_device: {"engine": {"device_pool": True}}}) as world:
+        world.submit(33, 9)
+    assert world.link.payload_bytes > 0
 
 
 def test_hosts_apart_use_tcp_whatever_is_quicker_at_home() -> None:

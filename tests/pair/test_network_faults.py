@@ -8,6 +8,8 @@ import pytest
 from support.world import World
 
 from decode_node.machine import DecodeMachine
+from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.request import FinishReason
 
 HEARTBEATS = ["Heartbeat", "MessagerStats"]
@@ -181,6 +183,24 @@ def test_a_line_that_damages_everything_ends_in_a_typed_error() -> None:
         assert world.router.machine.requests.counters.attempts == 3
 
 
+def test_a_damaged_block_of_the_prefix_cache_on_a_device_costs_one_retry() -> None:
+    """Its digest and its bytes differ from some moment on, so every attempt that sent it again would fail."""
+    with World(engine={"eos_every": 0, "device_pool": True}) as world:
+        prompt = list(range(1, 30))
+        world.submit(prompt, 12)
+        world.settle(10.0)
+        pool = world.nodes["p0"].engine.memory
+        assert isinstance(pool, DeviceMemory)
+        every, planes = list(range(pool.num_blocks)), range(1, 2)
+        pool._table.put(planes, every, pool._table.get(planes, every) ^ 1)  # else P's own first token would be wrong
+        world.restart("d0")  # which has none of the prompt's blocks then
+        world.run_for(3.0)
+        client = world.submit(prompt, 12)
+        world.settle(10.0)
+        assert client.finish_reason == FinishReason.LENGTH
+        assert world.router.machine.requests.counters.retries == 1
+
+
 def test_what_is_overwritten_on_p_under_way_is_noticed() -> None:
     """The pages are read when a frame leaves: were P's blocks given away too early, the digest would tell."""
     with World(transfer={"link": "tcp"}, engine={"eos_every": 0}, cache={"prefix_caching": False}) as world:
@@ -188,7 +208,9 @@ def test_what_is_overwritten_on_p_under_way_is_noticed() -> None:
         client = world.submit(20, 12)
         world.run_until_arrived("TokensOut")
         world.link.faults.remove(slow)
-        world.nodes["p0"].engine.memory.planes[:] = 0
+        pool = world.nodes["p0"].engine.memory
+        assert isinstance(pool, KVMemory)
+        pool.planes[:] = 0
         world.settle(30.0)
         assert client.error is None
         assert world.router.machine.requests.counters.retries == 1

@@ -69,12 +69,12 @@ class FakeStorageIO:
     def __init__(self, node: NodeProcess, store: FakeStore) -> None:
         self._node = node
         self._store = store
-        self._planes = node.engine.memory.planes
+        self._pool = node.engine.memory
         config = node.config.storage
         self._timeout_s = config.timeout_s
-        layers, _, _, plane_bytes = self._planes.shape
-        num_slots = num_staging_slots(config, node.engine.geometry.block_bytes)
-        self._staging = np.zeros((num_slots, layers, 2, plane_bytes), np.uint8)
+        geometry = node.engine.geometry
+        num_slots = num_staging_slots(config, geometry.block_bytes)
+        self._staging = np.zeros((num_slots, geometry.num_layers, 2, geometry.plane_block_bytes), np.uint8)
         node.handle_with(StageKV, self._stage)
         node.handle_with(StoreKV, self._put)
         node.handle_with(LoadKV, self._get)
@@ -82,8 +82,7 @@ class FakeStorageIO:
     def _stage(self, action: StageKV) -> None:
         def copy() -> None:
             if self._node.alive:
-                for block, slot in zip(action.blocks, action.slots, strict=True):
-                    self._staging[slot] = self._planes[:, :, block]
+                self._pool.copy_out(action.blocks, [self._staging[slot] for slot in action.slots])
                 self._node.handle(KVStaged(action.key))
 
         self._node.world.after(self._store.stage_s, copy)
@@ -103,8 +102,9 @@ class FakeStorageIO:
                 found = self._store.get(action.hashes, action.timeout_s)
                 if len(found) < action.min_blocks:
                     found = []
-                for block, content in zip(action.blocks, found, strict=False):
-                    self._planes[:, :, block] = content
+                with self._pool.lend(action.blocks[: len(found)]) as blocks:
+                    for block, content in zip(blocks, found, strict=True):
+                        block[:] = content
                 self._node.handle(KVLoaded(action.key, len(found)))
 
         self._node.world.after(self._store.duration_s(len(action.hashes), action.timeout_s), read)

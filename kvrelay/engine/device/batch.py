@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import EngineError
-from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SequenceFailed
 
 
@@ -54,7 +52,7 @@ class Batch(NamedTuple):
     """A plan's batch by row: ``rows`` [4, N] as in StepArrays, ``tiles``; what samples.
 
     ``items`` are the sequences that are computed, in the plan's order; ``first_rows`` are their first rows. The others
-    are ``failed``, by their place in the plan. ``foreign``: blocks with KV that the device has not seen.
+    are ``failed``, by their place in the plan.
     """
 
     items: list[ScheduledSequence]
@@ -65,7 +63,6 @@ class Batch(NamedTuple):
     tiles: Tiles
     samples: Samples
     adjustments: Adjustments | None
-    foreign: list[BlockId]
 
     @property
     def slots(self) -> Int32:
@@ -183,7 +180,6 @@ class BatchAssembler:
             tiles=tiles,
             samples=samples,
             adjustments=adjustments,
-            foreign=[block for item, row in zip(items, rows, strict=True) for block in self._foreign(item, row)],
         )
 
     def _steady_batch(self, items: list[ScheduledSequence], steady: SteadyBatch, by_row: Int32) -> Batch:
@@ -198,14 +194,7 @@ class BatchAssembler:
             num_logprobs=_num_logprobs(items),
         )
         shape = StepShape(count, count, 0, count)
-        return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None, [])
-
-    def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
-        """Return the blocks of context that the device lacks, and record that it has them all after this step."""
-        size, first = self._limits.block_size, row.resident
-        there = item.writes_from
-        row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)
-        return row.table[first // size : -(-there // size)] if there > first else row.table[:0]
+        return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None)
 
     def _by_row(self, items: list[tuple[ScheduledSequence, SequenceRow]], counts: Int64, firsts: Int64) -> Int32:
         """Return position, slot and table row of every row, after room for its token."""

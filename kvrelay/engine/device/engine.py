@@ -10,14 +10,16 @@ from queue import SimpleQueue
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import AwaitedTokenError
-from kvrelay.engine.device.framework import Event, Framework
+from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import chunk_shapes
 from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLauncher, outcomes
 from kvrelay.engine.device.operations import Operations, StepShape
+from kvrelay.engine.device.pool import LayersReady
 from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import SequenceId
@@ -42,7 +44,7 @@ class DeviceEngine:
         limits: DeviceEngineLimits,
     ) -> None:
         self.geometry = geometry
-        self.memory = KVMemory.create(geometry, limits.num_blocks)
+        self.memory = _make_memory(geometry, limits, framework)
         self.max_model_len = limits.max_model_len
         self.vocab_size = config.vocab_size
         self.max_plans_in_flight = PLANS_IN_FLIGHT
@@ -95,6 +97,12 @@ class DeviceEngine:
         self.memory.close()
 
 
+def _make_memory(geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework) -> KVMemory | DeviceMemory:
+    if framework.is_gpu or limits.device_pool:
+        return DeviceMemory.create(geometry, limits.num_blocks, "cuda" if framework.is_gpu else "simulated")
+    return KVMemory.create(geometry, limits.num_blocks)
+
+
 class StepQueue:
     """The steps in flight, in their order, and the engine's own copies of sequences.
 
@@ -130,7 +138,7 @@ class DeviceStep:
         self._slot = slot
         self._items: list[ScheduledSequence] = []
         self._launched: Launched | None = None
-        self._layers: SimpleQueue[tuple[range, Event] | None] = SimpleQueue()
+        self._layers: SimpleQueue[tuple[range, LayersReady] | None] = SimpleQueue()
         self._num_told = 0
 
     def launch(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.kv_pool.device_memory import DeviceMemory
+
 Tensor: TypeAlias = Any
 """A tensor of the framework."""
 
@@ -79,10 +81,10 @@ class Framework(Protocol):
         """Return zeroed host memory that copies to the device read without waiting, as an array and as a tensor."""
 
     def share(self, array: npt.NDArray[np.uint8]) -> Tensor:
-        """Return ``array`` as a tensor on the same memory that kernels reach. Raises EngineError if they cannot."""
+        """Return ``array`` as a tensor on the same memory, where the device is a CPU."""
 
-    def unshare(self, array: npt.NDArray[np.uint8]) -> None:
-        """Undo ``share``. Call before the memory is freed."""
+    def words(self, memory: DeviceMemory) -> Tensor:
+        """Return the blocks of a pool on this device as a tensor on the same memory, good until that is closed."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy between device and staging memory, in the order of the current stream."""

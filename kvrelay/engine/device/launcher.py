@@ -16,12 +16,13 @@ from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import StepGraphs
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.outcomes import outcomes_of
-from kvrelay.engine.device.pool import Announce, DevicePool, MirroredPool, private_pool, shared_pool
+from kvrelay.engine.device.pool import Announce, DevicePool
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.step_slot import Results, StepSlot
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
 from kvrelay.protocol.request import TokenLogprobs
@@ -34,7 +35,8 @@ _MORE_UPLOAD_WORDS = 1 << 16
 class DeviceEngineLimits:
     """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: sizes of steps that are graphs.
 
-    ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
+    ``device_pool``: the pool is memory of the device, which it always is on a GPU; on a CPU that is simulated.
+    ``digests``: this node sends the KV it computes.
     """
 
     num_blocks: int
@@ -43,7 +45,8 @@ class DeviceEngineLimits:
     max_num_batched_tokens: int
     decode_graphs: tuple[int, ...] = ()
     chunk_graphs: tuple[int, ...] = ()
-    mirrored: bool = False
+    device_pool: bool = False
+    digests: bool = False
 
 
 class Launched(NamedTuple):
@@ -61,7 +64,8 @@ class StepLauncher:
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, memory: KVMemory, framework: Framework,
+        self, config: DecoderConfig, weights: DecoderWeights, memory: KVMemory | DeviceMemory,
+        framework: Framework,
         operations: Operations, limits: DeviceEngineLimits, num_slots: int,
     ) -> None:  # fmt: skip
         self.state = threading.Lock()
@@ -76,18 +80,13 @@ class StepLauncher:
         with framework.on(self.stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
-            self.pool = self._make_pool(memory)
+            self.pool = DevicePool(memory, framework, self.stream, digests=limits.digests)
             self._buffer = self._make_buffer(entries=0)
             words = self._buffer.num_words + _MORE_UPLOAD_WORDS
             most = limits.max_num_batched_tokens
             self.slots = [StepSlot(framework, most, words) for _ in range(num_slots)]
         self.decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
         self.capture([])
-
-    def _make_pool(self, memory: KVMemory) -> DevicePool:
-        if self._limits.mirrored:
-            return MirroredPool(memory, self._framework, self._operations, self.stream)
-        return (private_pool if self._framework.is_gpu else shared_pool)(memory, self._framework, self.stream)
 
     def capture(self, shapes: list[StepShape]) -> None:
         """Have steps of ``shapes`` as graphs."""
@@ -113,7 +112,6 @@ class StepLauncher:
                     changes = self.assembler.take_table_changes()
                 if changes is not None:
                     self._operations.set_entries(self._tables, slot.arena.upload(changes))
-                self.pool.copy_in(batch.foreign, slot.arena)
                 if not batch.items:
                     return Launched(batch, slot, slot.fetch(None, None, False, self.stream))
                 computed = self._compute(batch, slot, announce)
@@ -131,7 +129,7 @@ class StepLauncher:
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self.assembler.fill(buffer, slot.arena, batch)
         step = buffer.tensors(batch.shape)
-        layers = self.pool.layer_events(step.slots, slot, announce)
+        layers = self.pool.layer_events(batch.slots, announce)
         if graph is not None:
             computed = graph.replay()
         else:

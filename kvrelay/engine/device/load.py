@@ -16,7 +16,7 @@ from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import decode_sizes
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.operations import OperationLimits, Operations
-from kvrelay.engine.device.pool_size import free_host_bytes, num_blocks_that_fit
+from kvrelay.engine.device.pool_size import num_blocks_that_fit
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
@@ -76,7 +76,8 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
         decode_graphs=() if node.role == "prefill" else decode_sizes(node.scheduler.max_num_seqs),
         chunk_graphs=chunk_graphs(config, node.scheduler.max_num_batched_tokens) if is_gpu else (),
-        mirrored=is_gpu,
+        device_pool=is_gpu or node.transfer.link == "cuda",
+        digests=node.role == "prefill",
     )
     framework = TorchFramework(node.engine.device, node.threads)
     if node.model.load_format == "dummy":
@@ -93,7 +94,7 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
 
     if node.cache.num_blocks == "auto":
         share = node.cache.device_memory_share
-        num_blocks = num_blocks_that_fit(build, framework, geometry, limits, share, free_host_bytes)
+        num_blocks = num_blocks_that_fit(build, framework, geometry, limits, share)
         logger.info("cache.num_blocks: auto: %d blocks, %d tokens", num_blocks, num_blocks * geometry.block_size)
         limits = replace(limits, num_blocks=num_blocks)
     return build(limits)

@@ -125,6 +125,3 @@ class Operations(Protocol):
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
-
-    def copy_blocks(self, source: Tensor, target: Tensor, blocks: Tensor, planes: range) -> None:
-        """Copy ``blocks`` (below 0: none) of ``planes``; both int32 [planes, blocks, words], on either side."""

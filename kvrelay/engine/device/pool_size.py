@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
@@ -16,9 +15,6 @@ from kvrelay.protocol.geometry import KVGeometry
 BYTES_PER_GRAPH = 16 << 20
 """Set aside for each graph but the largest: its nodes. What it computes lies in the memory of the largest."""
 
-HOST_SHARE = 0.5
-"""Of the host's free memory: what a pool that is mirrored there takes at most."""
-
 
 def num_blocks_that_fit(
     make_engine: Callable[[DeviceEngineLimits], DeviceEngine],
@@ -26,7 +22,6 @@ def num_blocks_that_fit(
     geometry: KVGeometry,
     limits: DeviceEngineLimits,
     share: float,
-    host_bytes: Callable[[], int],
 ) -> int:
     """Return the blocks of a pool with which the engine of ``limits`` takes at most ``share`` of the device's memory.
 
@@ -49,8 +44,6 @@ def num_blocks_that_fit(
     framework.release_memory()
     num_graphs = len(limits.decode_graphs) + len(limits.chunk_graphs)
     room = free + num_probed * geometry.block_bytes - (1 - share) * total - BYTES_PER_GRAPH * num_graphs
-    if limits.mirrored:
-        room = min(room, HOST_SHARE * host_bytes())
     num_blocks = int(room // geometry.block_bytes)
     if num_blocks < geometry.blocks_for(limits.max_model_len):
         raise ConfigError(
@@ -62,12 +55,3 @@ def num_blocks_that_fit(
             ]
         )
     return num_blocks
-
-
-def free_host_bytes() -> int:
-    """Return the host's memory that processes can still take, caches that give way included."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    raise ConfigError(["cache.num_blocks: auto: /proc/meminfo has no MemAvailable"])

@@ -26,19 +26,18 @@ _ALL = (1 << 31) - 1
 class SequenceRow:
     """The row ``index`` of one sequence.
 
-    It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``. The device
-    has the KV of the first ``resident`` tokens. ``draws``: tokens are not greedy. ``sampled``: the place in the
-    sequence of the token that the device keeps as the last one it sampled for this row; -1: none.
+    It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``.
+    ``draws``: tokens are not greedy. ``sampled``: the place in the sequence of the token that the device keeps as the
+    last one it sampled for this row; -1: none.
     """
 
-    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "resident", "sampled", "sequence")
+    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "sampled", "sequence")
 
     def __init__(self, index: int, sequence: EngineSequence) -> None:
         self.index = index
         self.sequence = sequence
         self.num_replacements = sequence.num_replacements
         self.num_blocks = 0
-        self.resident = 0
         self.sampled = -1
         self.draws = sequence.sampling.temperature >= GREEDY_BELOW
 

@@ -46,7 +46,7 @@ class SteadyBatch:
         blocks = known.tables[self.index, starts // limits.block_size]
         result[2] = blocks * limits.block_size + starts % limits.block_size
         for row, start in zip(self.rows, starts.tolist(), strict=True):
-            row.resident = row.sampled = start + 1
+            row.sampled = start + 1
         self._starts = starts + 1
         return result
 

@@ -76,7 +76,6 @@ class StepSlot:
         self._framework = framework
         self.arena = UploadArena(framework, upload_words)
         self.done = framework.event()
-        self._kv_slots = framework.zeros((num_rows,), "int32")
         self._tokens, self._token_staging = framework.staging(num_rows)
         self._broken, self._broken_staging = framework.staging(num_rows)
         self._tops, self._top_staging = framework.staging(num_rows * width)
@@ -84,12 +83,6 @@ class StepSlot:
         self._tops, self._top_staging = self._tops.reshape(-1, width), self._top_staging.view(-1, width)
         self._logprobs = logprobs.view(np.float32).reshape(-1, width)
         self._logprob_staging = framework.typed(staging, "float32", (num_rows, width))
-
-    def keep(self, kv_slots: Tensor) -> Tensor:
-        """Return a copy on the device of the ``kv_slots`` of the step, made in the order of the current stream."""
-        kept = self._kv_slots[: kv_slots.shape[0]]
-        self._framework.copy(kept, kv_slots)
-        return kept
 
     def fetch(self, sampled: Sampled | None, broken: Tensor | None, with_logprobs: bool, stream: Stream) -> Results:
         """Start the copies of what a step gives; return where it is when the step is ``done``."""

@@ -14,6 +14,7 @@ import torch
 
 from kvrelay.engine.device.framework import Event, Graph, Stream, Tensor
 from kvrelay.errors import EngineError
+from kvrelay.kv_pool.device_memory import DeviceMemory
 
 T = TypeVar("T")
 
@@ -63,16 +64,10 @@ class TorchFramework:
         return memory.numpy(), memory
 
     def share(self, array: npt.NDArray[np.uint8]) -> Tensor:
-        if self.is_gpu:
-            code = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
-            if int(getattr(code, "value", code)) != 0:
-                raise EngineError(f"CUDA cannot register {array.nbytes} bytes of the KV memory: {code}")
         return torch.from_numpy(array)
 
-    def unshare(self, array: npt.NDArray[np.uint8]) -> None:
-        self.synchronize()
-        if self.is_gpu:
-            torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+    def words(self, memory: DeviceMemory) -> Tensor:
+        return memory.blocks.tensor() if self.is_gpu else torch.from_numpy(memory.blocks.words)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

@@ -127,12 +127,6 @@ class TorchOperations:
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         table.view(-1)[entries[0]] = entries[1]
 
-    def copy_blocks(self, source: Tensor, target: Tensor, blocks: Tensor, planes: range) -> None:
-        chosen = blocks[blocks >= 0]
-        of_source, of_target = (chosen.long().to(side.device) for side in (source, target))
-        where = slice(planes.start, planes.stop)
-        target[where, of_target] = source[where][:, of_source].to(target.device)
-
 
 def _adjusted(logits: Tensor, tokens: Tensor, changes: Tensor) -> Tensor:
     if not len(tokens):

@@ -157,6 +157,3 @@ class TritonOperations:
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         blocks.set_entries(table, entries)
-
-    def copy_blocks(self, source: Tensor, target: Tensor, block_ids: Tensor, planes: range) -> None:
-        blocks.copy_blocks(source, target, block_ids, planes)

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from pools import Pool
+
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
-from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.ids import MESSAGER, PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
@@ -23,7 +24,7 @@ M = TypeVar("M", bound=Message)
 class MessagerNode:
     """Says what a test wants it to say to its messager, and hears the answers."""
 
-    def __init__(self, name: str, directory: Path, pool: KVMemory) -> None:
+    def __init__(self, name: str, directory: Path, pool: Pool) -> None:
         self.me = f"{name}#1"
         self.address = f"ipc://{directory}/{self.me}"
         self.pool = pool
@@ -54,7 +55,7 @@ class MessagerNode:
 
 
 @asynccontextmanager
-async def messager_node(name: str, directory: Path, pool: KVMemory, **changes: object) -> AsyncIterator[MessagerNode]:
+async def messager_node(name: str, directory: Path, pool: Pool, **changes: object) -> AsyncIterator[MessagerNode]:
     """Run a node ``name`` with its messager, whose settings are those of a default config but for ``changes``."""
     node = MessagerNode(name, directory, pool)
     settings = MessagerSettings(

@@ -12,16 +12,16 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import msgspec
 import numpy as np
+from pools import Pool, fastest, make_pool, wrote
 
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import AcceptLink, DropLink, SendFrame, WriteBlocks
-from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
@@ -38,7 +38,7 @@ from kvrelay.machine.contract import (
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import Attempt, PeerId
-from kvrelay.protocol.kv_handle import KVMemoryHandle
+from kvrelay.protocol.kv_handle import KVHandle
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame, LinkOffer
 from kvrelay.protocol.messages.messager_to_node import (
@@ -81,7 +81,7 @@ class Endpoint:
     """One messager with its pool, and what its node was told."""
 
     machine: MessagerMachine
-    pool: KVMemory
+    pool: Pool
     mover: BlockMover
     handlers: dict[type, Callable[[Any], None]] = field(default_factory=dict)
     timers: dict[Hashable, float] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class _Service:
         raise AssertionError("everything is on one thread here")
 
 
-def settings(me: PeerId, pool: KVMemoryHandle, **changes: object) -> MessagerSettings:
+def settings(me: PeerId, pool: KVHandle, **changes: object) -> MessagerSettings:
     base = MessagerSettings(
         me=me,
         node=NODE_OF[me],
@@ -126,7 +126,12 @@ def settings(me: PeerId, pool: KVMemoryHandle, **changes: object) -> MessagerSet
 
 
 class Pair:
-    """P's messager and D's messager, started, with their queues empty. Close it when done."""
+    """P's messager and D's messager, started, with their queues empty. Close it when done.
+
+    With pools ``on_device``, the link cuda takes the place of shm.
+    """
+
+    on_device: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -154,6 +159,7 @@ class Pair:
         self.ends = {P: self._endpoint(P, hosts[0], p), D: self._endpoint(D, hosts[1], d or {})}
         rng = np.random.default_rng(seed)
         self.ends[P].pool.planes[:] = rng.integers(0, 255, self.ends[P].pool.planes.shape, np.uint8)
+        wrote(self.ends[P].pool)
         self.original = self.ends[P].pool.planes.copy()
         for me in (P, D):
             self.feed(me, Started())
@@ -161,9 +167,12 @@ class Pair:
     def _endpoint(self, me: PeerId, host: str, changes: dict[str, object]) -> Endpoint:
         geometry = changes.get("geometry", GEOMETRY)
         assert isinstance(geometry, KVGeometry)
-        pool = KVMemory.create(geometry, NUM_BLOCKS)
+        pool = make_pool(geometry, NUM_BLOCKS, on_device=self.on_device)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
-        chosen = settings(me, pool.handle, **changes)
+        links = cast(tuple[str, ...], changes.get("links", ("shm", "ipc", "tcp")))
+        if "cuda" not in links:
+            links = tuple(self.fastest if kind == "shm" else kind for kind in links)
+        chosen = settings(me, pool.handle, **{**changes, "links": links})
         mover = BlockMover(chosen, pool)
         end = Endpoint(MessagerMachine(chosen, link, mover.offers), pool, mover)
         service = _Service(self, me, end)
@@ -369,6 +378,11 @@ class Pair:
     def assert_quiescent(self) -> None:
         for end in self.ends.values():
             end.machine.assert_quiescent()
+
+    @property
+    def fastest(self) -> str:
+        """The kind of link that copies from pool to pool."""
+        return fastest(self.on_device)
 
     def num_accepted(self, me: PeerId) -> int:
         """Return how many links the service of ``me`` holds something for."""

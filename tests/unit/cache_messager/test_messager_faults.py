@@ -29,6 +29,8 @@ from kvrelay.protocol.messages.node_to_router import Leaving
 
 A = Attempt("a", 1)
 
+pytestmark = pytest.mark.usefixtures("pair_pools")
+
 
 def started(pair: Pair, attempt: Attempt = A, num_blocks: int = 4) -> tuple[list[int], list[int]]:
     """Open a transfer on a link that is up, with nothing sent yet."""
@@ -140,7 +142,7 @@ def test_corrupt_payload_fails_both_ends_and_writes_nothing() -> None:
         pair.assert_quiescent()
 
 
-def test_blocks_changed_under_a_shm_reader_are_a_failure_and_never_kv() -> None:
+def test_blocks_changed_under_a_reader_are_a_failure_and_never_kv() -> None:
     with Pair() as pair:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
@@ -455,7 +457,7 @@ def test_sender_that_comes_again_with_another_pool_gets_a_new_link() -> None:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
         pair.run()
-        another = LinkOffer("shm", msgspec.json.encode(pair.ends[D].pool.handle))
+        another = LinkOffer(pair.fastest, msgspec.json.encode(pair.ends[D].pool.handle))
         pair.feed(D, Received(P, LinkHello(geometry=GEOMETRY, offers=[another])))
         assert failure(pair, D).error.code == "peer_lost"
         pair.run()
@@ -493,7 +495,7 @@ def test_heartbeats_keep_an_idle_link() -> None:
         assert received(pair, Heartbeat)
         pair.signal_all(A, sources)
         pair.run()
-        assert pair.counter(P, "links_shm") == 1
+        assert pair.counter(P, f"links_{pair.fastest}") == 1
         pair.assert_moved(A)
 
 
@@ -589,6 +591,7 @@ def test_link_of_a_kind_that_was_not_offered_is_given_up() -> None:
         [LinkOffer("interface", b"")],
         [LinkOffer("unheard of", b"")],
         [LinkOffer("shm", b""), LinkOffer("shm", b'{"type": "device"}'), LinkOffer("shm", b"\xff")],
+        [LinkOffer("cuda", b""), LinkOffer("cuda", b'{"type": "host"}'), LinkOffer("cuda", b"\xff")],
     ],
 )
 def test_link_without_a_possible_offer_is_refused(offers: list[LinkOffer]) -> None:

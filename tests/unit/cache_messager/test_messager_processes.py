@@ -13,9 +13,9 @@ import psutil
 import pytest
 import uvloop
 from messager_node import MessagerNode, messager_node
+from pools import make_pool, wrote
 
 from kvrelay.config.sections import TransferConfig
-from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -45,6 +45,7 @@ def run(
     directory: Path,
     *,
     leftovers: int = 0,
+    on_device: bool = False,
     **changes: object,
 ) -> None:
     """Play ``scenario(p, d)`` with two fresh messagers; they may leave only the sockets of those that were killed."""
@@ -53,7 +54,7 @@ def run(
         async with AsyncExitStack() as stack:
             nodes = []
             for name in ("p0", "d0"):
-                pool = stack.enter_context(closing(KVMemory.create(GEOMETRY, NUM_BLOCKS)))
+                pool = stack.enter_context(closing(make_pool(GEOMETRY, NUM_BLOCKS, on_device=on_device)))
                 nodes.append(await stack.enter_async_context(messager_node(name, directory, pool, **changes)))
             await scenario(*nodes)
 
@@ -72,6 +73,7 @@ async def transfer(
     """Move blocks with the signals coming first; return the link they took."""
     rng = np.random.default_rng(7)
     p.pool.planes[:, :, sources] = rng.integers(0, 255, (4, 2, len(sources), GEOMETRY.plane_block_bytes), np.uint8)
+    wrote(p.pool, sources)
     half = len(sources) // 2
     p.say(CachedSignal(span=KVSpan(request_id, 1, 0, sources[:half])))
     p.say(LayerSignal(step=1, layer=0, spans=[KVSpan(request_id, 1, half, sources[half:])]))
@@ -90,7 +92,14 @@ async def transfer(
 
 @pytest.mark.parametrize(
     ("setting", "link", "checksum"),
-    [("auto", "shm", True), ("zmq", "ipc", True), ("zmq", "ipc", False), ("tcp", "tcp", True)],
+    [
+        ("auto", "shm", True),
+        ("auto", "cuda", True),
+        ("cuda", "cuda", False),
+        ("zmq", "ipc", True),
+        ("zmq", "ipc", False),
+        ("tcp", "tcp", True),
+    ],
 )
 def test_blocks_move_between_processes(directory: Path, setting: str, link: str, checksum: bool) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
@@ -99,10 +108,18 @@ def test_blocks_move_between_processes(directory: Path, setting: str, link: str,
         d.pool.planes[:] = 0
         assert await transfer(p, d, list(range(100)), list(range(100, 200)), request_id="in one piece") == link
 
-    run(scenario, directory, links=TransferConfig.model_validate({"link": setting}).link_kinds, checksum=checksum)
+    links = TransferConfig.model_validate({"link": setting}).link_kinds
+    run(scenario, directory, links=links, checksum=checksum, on_device=link == "cuda")
 
 
-def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path) -> None:
+def test_payload_moves_between_pools_on_devices(directory: Path) -> None:
+    async def scenario(p: MessagerNode, d: MessagerNode) -> None:
+        assert await transfer(p, d, list(range(50, 0, -1)), list(range(70, 120))) == "tcp"
+
+    run(scenario, directory, links=("tcp",), on_device=True)
+
+
+def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path, on_device: bool) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         await transfer(p, d, [1, 2], [3, 4])
         d.process.kill()
@@ -112,7 +129,7 @@ def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: 
         failed = await p.hears(TransferFailed)
         assert failed.error.code == "peer_lost"
 
-    run(scenario, directory, leftovers=1, peer_timeout_s=1.0)
+    run(scenario, directory, leftovers=1, peer_timeout_s=1.0, on_device=on_device)
 
 
 def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -> None:

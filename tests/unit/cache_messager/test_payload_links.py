@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pools import Pool, make_pool, wrote
 
-from cache_messager.links import ipc, link_class, shm
+from cache_messager.links import cuda, ipc, link_class
 from cache_messager.links.interface import KVLink
 from cache_messager.work import BlocksWritten
 from kvrelay.errors import CorruptKVError, TransferError
-from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId
@@ -29,15 +29,31 @@ SORTED_RUNS = st.tuples(st.integers(0, 10), st.integers(1, 10)).map(lambda run: 
 
 
 @pytest.fixture(scope="module", params=[GEOMETRY, LARGE], ids=["small blocks", "large blocks"])
-def pools(request: pytest.FixtureRequest) -> Iterator[tuple[KVMemory, KVMemory]]:
-    source, target = (KVMemory.create(request.param, NUM_BLOCKS) for _ in range(2))
+def geometry(request: pytest.FixtureRequest) -> KVGeometry:
+    geometry: KVGeometry = request.param
+    return geometry
+
+
+@pytest.fixture(scope="module")
+def pools(geometry: KVGeometry) -> Iterator[tuple[Pool, Pool]]:
+    yield from _pools(geometry, False)
+
+
+@pytest.fixture(scope="module")
+def device_pools(geometry: KVGeometry) -> Iterator[tuple[Pool, Pool]]:
+    yield from _pools(geometry, True)
+
+
+def _pools(geometry: KVGeometry, on_device: bool) -> Iterator[tuple[Pool, Pool]]:
+    source, target = (make_pool(geometry, NUM_BLOCKS, on_device=on_device) for _ in range(2))
     source.planes[:] = np.random.default_rng(5).integers(0, 255, source.planes.shape, np.uint8)
+    wrote(source)
     yield source, target
     source.close()
     target.close()
 
 
-def frame_of(pool: KVMemory, sources: list[int], targets: list[int]) -> KVFrame:
+def frame_of(pool: Pool, sources: list[int], targets: list[int]) -> KVFrame:
     """Return a frame of all layers but the first, if there are several."""
     layer = min(1, pool.geometry.num_layers - 1)
     num_layers = pool.geometry.num_layers - layer
@@ -57,7 +73,7 @@ def frame_of(pool: KVMemory, sources: list[int], targets: list[int]) -> KVFrame:
 class Host:
     """A messager that keeps what its links send and post."""
 
-    def __init__(self, pool: KVMemory, *, checksum: bool = True) -> None:
+    def __init__(self, pool: Pool, *, checksum: bool = True) -> None:
         self.pool: KVPool = pool
         self.checksum = checksum
         self.sent: list[tuple[KVFrame, list[memoryview]]] = []
@@ -76,9 +92,7 @@ def send(kind: type[KVLink], host: Host, frame: KVFrame) -> tuple[KVFrame, list[
     return host.sent.pop()
 
 
-def write(
-    kind: type[KVLink], target: KVMemory, source: KVMemory, frame: KVFrame, payload: Sequence[memoryview]
-) -> object:
+def write(kind: type[KVLink], target: Pool, source: Pool, frame: KVFrame, payload: Sequence[memoryview]) -> object:
     """Return the error of the write, or None."""
     host, offer = Host(target), kind(Host(source)).offer()
     assert offer is not None
@@ -93,23 +107,27 @@ def write(
 
 
 @given(sources=BLOCK_LISTS | SORTED_RUNS, targets=BLOCK_LISTS | SORTED_RUNS)
-@pytest.mark.parametrize("kind", ["payload", "unchecked payload", "shm"])
+@pytest.mark.parametrize("kind", ["payload", "unchecked payload", "shm", "cuda", "payload of devices"])
 def test_blocks_arrive_where_they_belong(
-    pools: tuple[KVMemory, KVMemory], kind: str, sources: list[int], targets: list[int]
+    pools: tuple[Pool, Pool],
+    device_pools: tuple[Pool, Pool],
+    kind: str,
+    sources: list[int],
+    targets: list[int],
 ) -> None:
-    source, target = pools
+    source, target = device_pools if kind in ("cuda", "payload of devices") else pools
     count = min(len(sources), len(targets))
     sources, targets = sources[:count], targets[:count]
     target.planes[:] = 0
-    if kind == "shm":
-        frame, parts = send(shm.Link, Host(source), frame_of(source, sources, targets))
+    if kind in ("shm", "cuda"):
+        frame, parts = send(link_class(kind), Host(source), frame_of(source, sources, targets))
         assert parts == []
-        assert write(shm.Link, target, source, frame, ()) is None
+        assert write(link_class(kind), target, source, frame, ()) is None
     else:
-        host = Host(source, checksum=kind == "payload")
+        host = Host(source, checksum=kind != "unchecked payload")
         frame, parts = send(ipc.Link, host, frame_of(source, sources, targets))
         assert sum(part.nbytes for part in parts) == frame.num_bytes
-        assert (frame.digest != 0) == (kind == "payload")
+        assert (frame.digest != 0) == (kind != "unchecked payload")
         assert write(ipc.Link, target, source, frame, parts) is None
     assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, sources])
     untouched = sorted(set(range(NUM_BLOCKS)) - set(targets))
@@ -118,7 +136,7 @@ def test_blocks_arrive_where_they_belong(
 
 
 @given(data=st.data(), targets=BLOCK_LISTS)
-def test_parts_may_be_cut_anywhere(pools: tuple[KVMemory, KVMemory], data: st.DataObject, targets: list[int]) -> None:
+def test_parts_may_be_cut_anywhere(pools: tuple[Pool, Pool], data: st.DataObject, targets: list[int]) -> None:
     source, target = pools
     target.planes[:] = 0
     frame, parts = send(ipc.Link, Host(source), frame_of(source, targets, targets))
@@ -129,7 +147,7 @@ def test_parts_may_be_cut_anywhere(pools: tuple[KVMemory, KVMemory], data: st.Da
     assert np.array_equal(target.planes[frame.layer :, :, targets], source.planes[frame.layer :, :, targets])
 
 
-def test_one_piece_is_sent_without_a_copy(pools: tuple[KVMemory, KVMemory]) -> None:
+def test_one_piece_is_sent_without_a_copy(pools: tuple[Pool, Pool]) -> None:
     source, _ = pools
     blocks = list(range(NUM_BLOCKS))
     frame, parts = send(ipc.Link, Host(source), frame_of(source, blocks, blocks))
@@ -137,7 +155,7 @@ def test_one_piece_is_sent_without_a_copy(pools: tuple[KVMemory, KVMemory]) -> N
     assert all(np.shares_memory(np.frombuffer(part, np.uint8), source.planes) for part in parts)
 
 
-def test_corrupt_payload_is_not_written(pools: tuple[KVMemory, KVMemory]) -> None:
+def test_corrupt_payload_is_not_written(pools: tuple[Pool, Pool]) -> None:
     source, target = pools
     target.planes[:] = 0
     frame, parts = send(ipc.Link, Host(source), frame_of(source, [1, 2], [1, 2]))
@@ -147,12 +165,38 @@ def test_corrupt_payload_is_not_written(pools: tuple[KVMemory, KVMemory]) -> Non
     assert not target.planes.any()
 
 
-def test_blocks_that_change_while_they_are_read_are_noticed(pools: tuple[KVMemory, KVMemory]) -> None:
-    source, target = pools
-    frame, _ = send(shm.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
+@pytest.mark.parametrize("kind", ["shm", "cuda"])
+def test_blocks_that_change_while_they_are_read_are_noticed(
+    pools: tuple[Pool, Pool], device_pools: tuple[Pool, Pool], kind: str
+) -> None:
+    source, target = device_pools if kind == "cuda" else pools
+    frame, _ = send(link_class(kind), Host(source), frame_of(source, [1, 2], [3, 4]))
     source.planes[frame.layer, 1, 2, -1] ^= 1
-    assert isinstance(write(shm.Link, target, source, frame, ()), CorruptKVError)
+    assert isinstance(write(link_class(kind), target, source, frame, ()), CorruptKVError)
     source.planes[frame.layer, 1, 2, -1] ^= 1
+
+
+def test_a_block_on_a_device_that_was_damaged_before_it_was_sent_is_noticed(device_pools: tuple[Pool, Pool]) -> None:
+    source, target = device_pools
+    source.planes[-1, 0, 2, 0] ^= 1
+    frame, _ = send(cuda.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
+    assert isinstance(write(cuda.Link, target, source, frame, ()), CorruptKVError)
+    source.planes[-1, 0, 2, 0] ^= 1
+    frame, _ = send(cuda.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
+    assert write(cuda.Link, target, source, frame, ()) is None
+    assert target.digest(frame.layers, [3, 4]) == frame.digest
+
+
+@pytest.mark.parametrize("kind", ["shm", "cuda"])
+def test_pools_of_different_memory_have_no_link_that_copies_between_them(
+    pools: tuple[Pool, Pool], device_pools: tuple[Pool, Pool], kind: str
+) -> None:
+    sender, receiver = (device_pools, pools) if kind == "cuda" else (pools, device_pools)
+    offer = link_class(kind)(Host(sender[0])).offer()
+    assert offer is not None
+    assert link_class(kind)(Host(receiver[0])).offer() is None
+    with pytest.raises(TransferError, match="this node's pool is not"):
+        link_class(kind)(Host(receiver[0])).accept(1, offer)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +206,22 @@ def test_blocks_that_change_while_they_are_read_are_noticed(pools: tuple[KVMemor
         ("shm", {"source_block_ids": [1]}, 0),
         ("shm", {"source_block_ids": [1, NUM_BLOCKS]}, 0),
         ("shm", {"source_block_ids": [-1, 1]}, 0),
+        ("cuda", {}, 8),
+        ("cuda", {"source_block_ids": [1]}, 0),
+        ("cuda", {"source_block_ids": [1, NUM_BLOCKS]}, 0),
+        ("cuda", {"source_block_ids": [-1, 1]}, 0),
         ("ipc", {}, 8),
         ("ipc", {}, 0),
     ],
 )
 def test_frames_that_are_not_of_the_kind_of_the_link_are_refused(
-    pools: tuple[KVMemory, KVMemory], kind: str, change: dict[str, object], payload_bytes: int
+    pools: tuple[Pool, Pool],
+    device_pools: tuple[Pool, Pool],
+    kind: str,
+    change: dict[str, object],
+    payload_bytes: int,
 ) -> None:
-    source, target = pools
+    source, target = device_pools if kind == "cuda" else pools
     target.planes[:] = 0
     frame = msgspec.structs.replace(frame_of(source, [1, 2], [3, 4]), **change)
     payload = [memoryview(bytes(payload_bytes))] if payload_bytes else []

@@ -187,6 +187,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
             "5: nodes.d0.cache.prefix_caching: must be true with storage: blocks are stored by their hash",
         ],
     ),
+    "a link between devices where there is none": (
+        GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "transfer: {link: cuda}\n",
+        ["4: nodes.p0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+    ),
     "registry without a place": (
         GOOD + "registry: {kind: redis}\n",
         ["6: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],

@@ -16,6 +16,7 @@ from kvrelay.engine.interface import Engine
 from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.sequences import EngineSequence
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.ids import SequenceId
@@ -68,8 +69,12 @@ def sequence(tokens: list[int], name: str = "r", **sampling: Any) -> Sequence:
 
 def planes_of(engine: Engine) -> npt.NDArray[np.uint8]:
     """Return the bytes of an engine's pool, which is in this process."""
-    assert isinstance(engine.memory, KVMemory)
-    return engine.memory.planes
+    memory, geometry = engine.memory, engine.geometry
+    if isinstance(memory, DeviceMemory):
+        words: npt.NDArray[np.int64] = memory.blocks.words
+        return words.view(np.uint8).reshape(geometry.num_layers, 2, memory.num_blocks, -1)
+    assert isinstance(memory, KVMemory)
+    return memory.planes
 
 
 Logits = npt.NDArray[np.float32]

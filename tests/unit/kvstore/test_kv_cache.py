@@ -326,3 +326,20 @@ def test_stats_count_what_happened() -> None:
         "recycled_blocks": 1,
         "evicted_blocks": 1,
     }
+
+
+def test_forgotten_prefixes_are_computed_anew_by_whoever_comes_next() -> None:
+    cache = KVCache(12)
+    done, running = run(cache, "abc"), run(cache, "abd")
+    other = run(cache, "xy")
+    cache.unpin(done)
+    cache.unpin(other)
+    cache.forget(hashes_of("abc"))
+    assert counts(cache) == (7, 2, 3), "block c is free, those of the running request are its own"
+    assert cache.match(hashes_of("abc")) == []
+    assert cache.match(hashes_of("xy")) == other
+    again = run(cache, "abc")
+    assert not set(again) & set(running)
+    cache.publish(hashes_of("abde"), [*running, *cache.allocate(1)])
+    assert cache.match(hashes_of("abd")) == [*again[:2], running[2]]
+    cache.check_invariants()

@@ -157,6 +157,14 @@ class Driver:
         for prefix in self.model.evictable():
             del self.model.published[prefix]
 
+    def forget(self) -> None:
+        """Damage is found in what somebody reads, or in what nobody does."""
+        text = self.some_text(10)
+        self.cache.forget(hashes_of(text))
+        for prefix in [prefix for prefix in self.model.published if prefix[0] == text[0]]:
+            del self.model.published[prefix]
+        self.model.note_idle()
+
     def misuse(self) -> None:
         block = self.rng.randint(-1, self.model.num_blocks)
         if not self.model.refs.get(block):
@@ -197,6 +205,8 @@ class Driver:
             operations += [self.end_reading] * 2
         if self.rng.random() < 0.01:
             operations = [self.clear]
+        elif self.rng.random() < 0.01:
+            operations = [self.forget]
         self.rng.choice(operations)()
 
     def compare(self) -> None:
@@ -216,7 +226,7 @@ class Driver:
 def test_kv_cache_agrees_with_the_model(seed: int) -> None:
     num_blocks = 4 + seed
     driver = Driver(num_blocks, random.Random(seed))
-    for _ in range(200):
+    for _ in range(300):
         driver.step()
         driver.compare()
     assert driver.cache.stats.evicted_blocks > num_blocks, "the walk must put the cache under pressure"

@@ -565,6 +565,20 @@ def test_a_failed_transfer_cancels_the_reservation_and_tells_the_router() -> Non
         harness.machine.assert_quiescent()
 
 
+@pytest.mark.parametrize(("code", "computed"), [("corrupt_kv", 12), ("peer_lost", 1)])
+def test_a_prompt_whose_kv_arrived_corrupt_is_computed_anew(code: str, computed: int) -> None:
+    """The damage may be in a block of the prefix cache, which the next attempt would send again."""
+    harness = prefill_harness()
+    prefill(harness, "r", 12)
+    granted(harness)
+    harness.finish_step()
+    error = ErrorInfo(code=code, message="layer 1", http_status=503, retryable=True)
+    harness.receive(MESSAGER, TransferFailed(**ID, error=error))
+    prefill(harness, "again", 12)
+    assert harness.plan is not None
+    assert [scheduled.num_tokens for scheduled in harness.plan.batch] == [computed]
+
+
 def test_a_failed_step_ends_its_requests_and_not_the_others() -> None:
     harness = prefill_harness(scheduler={"max_num_batched_tokens": 12})
     prefill(harness, "r", 12)

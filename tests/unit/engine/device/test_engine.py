@@ -1,4 +1,4 @@
-"""The device engine on a CPU: steps with and without graphs, rows of sequences, and the pool's mirror."""
+"""The device engine on a CPU: steps with and without graphs, rows of sequences, and pools on a simulated device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, outcomes_in_order, output, run_batch, sequence, take
+from engine_runs import Runner, outcomes_in_order, output, planes_of, run_batch, sequence, take
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -17,15 +17,15 @@ from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
-from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.errors import EngineError
+from kvrelay.kv_pool.block_digest import digest_blocks, fold
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
 
@@ -75,13 +75,13 @@ def run_all(engine: DeviceEngine, chunk: int = 1 << 20) -> list[list[SampledToke
     return Runner(engine).finish(*sequences(), chunk=chunk)
 
 
-def test_graphs_chunks_and_mirrors_change_no_token(make: Make) -> None:
+def test_graphs_chunks_and_pools_change_no_token(make: Make) -> None:
     expected = [Runner(make()).finish(one)[0] for one in sequences()]
     tokens = [[entry.token_ids for entry in one] for one in expected]
     variants: list[dict[str, Any]] = [
         {},
         {"decode_graphs": (2, 8), "chunk_graphs": (16, 128)},
-        {"mirrored": True, "decode_graphs": (8,)},
+        {"device_pool": True, "digests": True, "decode_graphs": (8,)},
     ]
     for limits in variants:
         for chunk in (11, 1 << 20):
@@ -135,20 +135,24 @@ def test_drafts_are_accepted_as_far_as_they_are_right(make: Make) -> None:
 
 
 def test_a_cached_prompt_computes_its_last_token_and_writes_nothing(make: Make) -> None:
-    engine = make(mirrored=True)
+    engine = make(device_pool=True)
     one, runner = sequence(prompt(32), max_tokens=1), Runner(engine)
     runner.run((one, 32))
-    before = engine.memory.planes.copy()
+    before = planes_of(engine).copy()
     again = sequence(prompt(32), "again")
     again.take_blocks(one.block_table)
     again.num_computed_tokens = 32
     (sampled,) = run_batch(engine, (again, Chunk(31, 1, True))).sampled
     assert sampled.token_ids == output(one)
-    assert np.array_equal(engine.memory.planes, before)
+    assert np.array_equal(planes_of(engine), before)
 
 
 def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
-    for limits in ({"mirrored": True}, {"mirrored": True, "chunk_graphs": (32,)}, {}):
+    for limits in (
+        {"device_pool": True, "digests": True},
+        {"device_pool": True, "digests": True, "chunk_graphs": (32,)},
+        {},
+    ):
         engine = make(**limits)
         runner, one = Runner(engine), sequence(prompt(20), max_tokens=1)
         runner.give_blocks(one, 20)
@@ -166,41 +170,41 @@ class Heard(list[int]):
         self.seen: list[tuple[int, bool]] = []
 
     def append(self, layer: int) -> None:
-        written = self._engine.memory.planes[layer][:, self._blocks].any(-1).all()
+        written = planes_of(self._engine)[layer][:, self._blocks].any(-1).all()
         self.seen.append((layer, bool(written)))
 
 
-def test_kv_that_others_wrote_is_copied_in_first(make: Make) -> None:
-    here, there = make(mirrored=True), make(mirrored=True)
+def test_kv_that_others_wrote_is_read(make: Make) -> None:
+    here, there = make(device_pool=True), make(device_pool=True)
     one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
     Runner(make()).finish(expected)
     Runner(there).run((one, 33))
     away, runner = list(one.block_table), Runner(here, seed=3)
     one.take_blocks(())
     runner.give_blocks(one, 33)
-    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, away]
+    planes_of(here)[:, :, one.block_table] = planes_of(there)[:, :, away]
     runner.finish(one)
     assert output(one) == output(expected)
 
 
 def test_a_sequence_that_grew_elsewhere_is_read_anew(make: Make) -> None:
-    here, there = make(mirrored=True), make(mirrored=True)
+    here, there = make(device_pool=True), make(device_pool=True)
     one, expected = sequence(prompt(18), max_tokens=8), sequence(prompt(18), max_tokens=8)
     Runner(make()).finish(expected)
     runner, other = Runner(here), Runner(there)
     runner.run((one, 18))
     runner.run((one, 1))
     table = list(one.block_table)
-    there.memory.planes[:, :, table] = here.memory.planes[:, :, table]
+    planes_of(there)[:, :, table] = planes_of(here)[:, :, table]
     for _ in range(3):
         other.run((one, 1))
-    here.memory.planes[:, :, table] = there.memory.planes[:, :, table]
+    planes_of(here)[:, :, table] = planes_of(there)[:, :, table]
     runner.finish(one)
     assert output(one) == output(expected)
 
 
 def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make: Make) -> None:
-    engine = make(mirrored=True)
+    engine = make(device_pool=True)
     good, runner = sequence(prompt(20), "good", max_tokens=12), Runner(engine)
     runner.run((good, 20))
 
@@ -235,7 +239,7 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
 
 
 def test_steps_that_are_too_much_together_are_computed_in_parts(make: Make) -> None:
-    engine = make(mirrored=True)
+    engine = make(device_pool=True)
 
     def one(length: int) -> tuple[Sequence, Chunk]:
         made = sequence(prompt(length), "r")
@@ -253,27 +257,35 @@ def test_steps_that_are_too_much_together_are_computed_in_parts(make: Make) -> N
     assert output(again) == output(expected)
 
 
-def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that others wrote were not copied to the device then, though the step had begun."""
-    here, there = make(mirrored=True), make(mirrored=True)
-    one, expected = sequence(prompt(33), max_tokens=6), sequence(prompt(33), max_tokens=6)
-    Runner(make()).finish(expected)
-    Runner(there).run((one, 33))
-    here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, one.block_table]
-    runner = Runner(here)
-    runner.free = [block for block in runner.free if block not in one.block_table]
-    copy_in, failures = here.launcher.pool.copy_in, iter([RuntimeError("out of memory")])
+def test_blocks_are_digested_when_their_layer_is_announced(make: Make) -> None:
+    """In whole steps, in chunks that end within a block, and in graphs, which announce all layers together."""
+    for limits in ({}, {"chunk_graphs": (8, 32)}):
+        engine = make(device_pool=True, digests=True, **limits)
+        memory, every = engine.memory, range(4)
+        assert isinstance(memory, DeviceMemory)
+        one, runner = sequence(prompt(45), max_tokens=3), Runner(engine)
+        runner.give_blocks(one, 45)
+        for chunk in (20, 20, 5):
+            announced = Digested(memory, list(one.block_table))
+            runner.run((one, chunk), layers=announced)
+            assert announced.right == [True] * 4
+        expected = fold(digest_blocks(memory.blocks.read(range(8), list(one.block_table))))
+        assert memory.digest(every, list(one.block_table)) == expected
 
-    def fail_once(blocks: list[BlockId], arena: UploadArena) -> None:
-        for error in failures:
-            raise error
-        copy_in(blocks, arena)
 
-    monkeypatch.setattr(here.launcher.pool, "copy_in", fail_once)
-    other = sequence(prompt(9), "other", max_tokens=6)
-    runner.run((one, 1), (other, 9))
-    runner.finish(one)
-    assert output(one) == output(expected)
+class Digested(list[int]):
+    """Notes at each announcement of a layer whether its digests are those of its blocks."""
+
+    def __init__(self, memory: DeviceMemory, blocks: list[int]) -> None:
+        super().__init__()
+        self._memory, self._blocks = memory, blocks
+        self.right: list[bool] = []
+
+    def append(self, layer: int) -> None:
+        memory = self._memory
+        written = [block for block in self._blocks if memory.blocks.words[2 * layer, block].any()]
+        words = memory.blocks.read(range(2 * layer, 2 * layer + 2), written)
+        self.right.append(memory.digest(range(layer, layer + 1), written) == fold(digest_blocks(words)))
 
 
 def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:

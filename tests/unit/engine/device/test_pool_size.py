@@ -60,10 +60,10 @@ class Case:
         engine.launcher.decoder.compute = spy  # type: ignore[method-assign, assignment]
         return engine
 
-    def fit(self, share: float, host_bytes: int = 1 << 40, **limits: Any) -> int:
+    def fit(self, share: float, **limits: Any) -> int:
         sizes = {"max_model_len": 100, "max_num_seqs": 8, "max_num_batched_tokens": 250, **limits}
         asked = DeviceEngineLimits(num_blocks=0, decode_graphs=(1, 2, 8), chunk_graphs=(16, 64), **sizes)
-        return num_blocks_that_fit(self.make, self.framework, self.geometry, asked, share, lambda: host_bytes)
+        return num_blocks_that_fit(self.make, self.framework, self.geometry, asked, share)
 
 
 def test_the_pool_takes_what_is_free_after_the_largest_step() -> None:
@@ -75,12 +75,6 @@ def test_the_pool_takes_what_is_free_after_the_largest_step() -> None:
     assert case.framework.released
     room = 500 * MIB + probe.num_blocks * case.geometry.block_bytes - 5 * BYTES_PER_GRAPH
     assert room - case.geometry.block_bytes < num_blocks * case.geometry.block_bytes <= room
-
-
-def test_a_mirrored_pool_leaves_half_of_the_hosts_memory() -> None:
-    case = Case(free=700 * MIB, total=1000 * MIB)
-    assert case.fit(share=1.0, host_bytes=100 * MIB, mirrored=True) == 50 * MIB // case.geometry.block_bytes
-    assert case.fit(share=1.0, host_bytes=100 * MIB) > 600 * MIB // case.geometry.block_bytes
 
 
 def test_a_device_that_holds_no_longest_sequence_is_refused() -> None:

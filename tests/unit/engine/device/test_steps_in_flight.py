@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, sequence
+from engine_runs import Runner, output, planes_of, sequence
 from late_device import LateFramework, LateOperations, LateStream, computes_late
 
 from kvrelay.engine.checkpoint import Checkpoint
@@ -142,7 +142,7 @@ class Ahead:
 
     def _is_there(self, layer: int, one: Sequence, chunk: Chunk) -> bool:
         """Whether keys and values of ``chunk`` are in the memory that others read."""
-        tokens = self.engine.memory.planes[layer].reshape(2, self.engine.memory.num_blocks * 16, -1)
+        tokens = planes_of(self.engine)[layer].reshape(2, self.engine.memory.num_blocks * 16, -1)
         slots = [one.block_table[position // 16] * 16 + position % 16 for position in range(chunk.start, chunk.end)]
         return bool(tokens[:, slots].any(-1).all())
 
@@ -192,7 +192,7 @@ def test_tokens_are_those_of_one_plan_at_a_time(make: Make, kinds: list[dict[str
     tokens = expected(kinds, make)
     variants: list[dict[str, Any]] = [
         {},
-        {"mirrored": True, "decode_graphs": (2, 8), "chunk_graphs": (16, 128)},
+        {"device_pool": True, "digests": True, "decode_graphs": (2, 8), "chunk_graphs": (16, 128)},
     ]
     for limits in variants:
         for num_in_flight, quick in ((1, False), (2, False), (2, True)):
@@ -267,7 +267,9 @@ def test_sequences_leave_and_come_back_while_steps_are_in_flight(make: Make) -> 
     tokens = expected(KINDS, make)
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        engine, _ = make(max_num_seqs=3, num_blocks=24, mirrored=bool(seed % 2), decode_graphs=(3,) if seed > 1 else ())
+        engine, _ = make(
+            max_num_seqs=3, num_blocks=24, device_pool=seed % 2 > 0, decode_graphs=(3,) if seed > 1 else ()
+        )
         ahead, started = Ahead(engine), sequences(KINDS)
         while running := [one for one in started if one.num_output_tokens < 7]:
             few = running[:3]
@@ -311,7 +313,7 @@ def test_a_step_that_cannot_be_launched_is_computed_when_those_before_it_are_ove
     make: Make, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     """The step after it, which awaits its tokens, waits too; a second error has it computed in halves."""
-    engine, _ = make(mirrored=True)
+    engine, _ = make(device_pool=True, digests=True)
     started = sequences(KINDS, 4)
     ahead = Ahead(engine)
     assemble, calls = engine.launcher.assembler.assemble, iter([True] * 3 + [False] * times + [True] * 99)

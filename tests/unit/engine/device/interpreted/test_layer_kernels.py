@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from steps import Case, Shape, close, copy_of, operations
 
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms
+from kvrelay.kv_pool.block_digest import digest_blocks
+from kvrelay.kv_pool.copy_kernel import Place, move_blocks
 
 SHAPES = [
     Shape(),
@@ -94,14 +97,8 @@ def test_decode_attention_joins_pieces_and_leaves_its_tickets_at_zero() -> None:
     assert not tickets.any()
 
 
-def test_copies_of_blocks_and_entries_of_tables() -> None:
+def test_entries_of_tables() -> None:
     ours, _ = operations(Shape())
-    source = torch.arange(4 * 6 * 5, dtype=torch.int32).view(4, 6, 5)
-    target = torch.zeros_like(source)
-    ours.copy_blocks(source, target, torch.tensor([4, -1, 0], dtype=torch.int32), range(1, 3))
-    expected = torch.zeros_like(source)
-    expected[1:3, [4, 0]] = source[1:3, [4, 0]]
-    assert torch.equal(target, expected)
     table = torch.zeros((3, 4), dtype=torch.int32)
     ours.set_entries(table, torch.tensor([[5, 11], [7, 9]], dtype=torch.int32))
     assert table.tolist() == [[0] * 4, [0, 7, 0, 0], [0, 0, 0, 9]]
@@ -149,3 +146,19 @@ def test_broken_rows(shape: Shape) -> None:
     x = Case(shape, SPANS, 16).random(6, 24)
     x[1, 3], x[2, 23], x[4, 0] = float("nan"), float("inf"), float("-inf")
     assert ours.broken_rows(x).tolist() == theirs.broken_rows(x).tolist() == [0, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("num_words", [33, 96, 2048])
+def test_blocks_are_copied_and_digested_wherever_they_lie(num_words: int) -> None:
+    rng = np.random.default_rng(num_words)
+    source = rng.integers(-(1 << 62), 1 << 62, (6, 10, num_words))
+    target, digests = np.zeros((8, 12, num_words), np.int64), np.zeros((2, 4, 3), np.int64)
+    sources, targets = np.array([7, 1, 3], np.int32), np.array([2, 11, 0], np.int32)
+    from_place = Place(source.ctypes.data, 10, 2, sources.ctypes.data)
+    to_place = Place(target.ctypes.data, 12, 4, targets.ctypes.data)
+    move_blocks(from_place, to_place, digests[0].ctypes.data, 4, 3, num_words)
+    move_blocks(from_place, None, digests[1].ctypes.data, 4, 3, num_words)
+    expected = np.zeros_like(target)
+    expected[4:8, targets] = source[2:6, sources]
+    assert np.array_equal(target, expected)
+    assert np.array_equal(digests, [digest_blocks(source[2:6, sources])] * 2)

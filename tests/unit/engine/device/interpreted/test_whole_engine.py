@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, sequence
+from engine_runs import Runner, output, planes_of, sequence
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -19,13 +19,13 @@ from kvrelay.protocol.geometry import KVGeometry
 
 
 def engine(path: Path, interpreted: bool) -> DeviceEngine:
-    """Return an engine with graphs for single tokens and for prompts, and a mirrored pool."""
+    """Return an engine with graphs for single tokens and for prompts, and a pool on a simulated device."""
     config = read_decoder_config(path)
     checkpoint = Checkpoint.open(path, config, lambda done, total: None)
     framework = TorchFramework("cpu")
     weights = load_weights(checkpoint, DevicePacking(framework, "float32"))
     geometry = KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32", checkpoint.digest())
-    limits = DeviceEngineLimits(8, 64, 2, 8, decode_graphs=(2,), chunk_graphs=(8,), mirrored=True)
+    limits = DeviceEngineLimits(8, 64, 2, 8, decode_graphs=(2,), chunk_graphs=(8,), device_pool=True)
     return build_engine(config, weights, geometry, framework, limits, DeviceOptions("cpu", "float32", 16, interpreted))
 
 
@@ -40,7 +40,7 @@ def test_an_engine_of_interpreted_kernels_gives_the_tokens_of_references(arch: s
         drawn = sequence([8, 1, 77], "drawn", max_tokens=3, temperature=1.0, top_p=0.9, seed=4)
         Runner(made).finish(greedy, drawn)
         outputs.append([output(greedy), output(drawn)])
-        planes.append(made.memory.planes.view("float32").copy())
+        planes.append(planes_of(made).view("float32").copy())
         made.close()
     assert outputs[0] == outputs[1]
     np.testing.assert_allclose(planes[0], planes[1], atol=1e-4)

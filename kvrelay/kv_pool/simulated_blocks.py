@@ -1,0 +1,94 @@
+"""Host memory in place of a device's: everything but a digest that waits for an event is done when the call returns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvrelay.kv_pool.block_digest import Words, digest_blocks
+from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
+from kvrelay.protocol.ids import BlockId
+
+
+class _File(msgspec.Struct, frozen=True):
+    pid: int
+    fd: int
+    tag: str
+
+
+class _Done:
+    """Work that is done."""
+
+    is_done = True
+
+    def __init__(self, digests: Words) -> None:
+        self._digests = digests
+
+    def wait(self) -> Words:
+        """See BlockWork."""
+        return self._digests
+
+
+class _DigestLater:
+    """A digest of blocks as they are after the event ``after``."""
+
+    def __init__(self, blocks: SimulatedBlocks, planes: range, block_ids: list[BlockId], after: Any) -> None:
+        self._blocks, self._planes, self._block_ids, self._after = blocks, planes, block_ids, after
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._after.query())
+
+    def wait(self) -> Words:
+        """See BlockWork."""
+        self._after.synchronize()
+        return digest_blocks(self._blocks.read(self._planes, self._block_ids))
+
+
+class SimulatedBlocks:
+    """See DeviceBlocks. ``words`` is the memory itself."""
+
+    def __init__(self, shape: tuple[int, int, int], file: _File, fd: int) -> None:
+        self.memory = msgspec.json.encode(file)
+        self._fd = fd
+        self._map = map_file(fd, 8 * int(np.prod(shape)))
+        self.words: Words = np.frombuffer(self._map, np.int64, int(np.prod(shape))).reshape(shape)
+
+    @classmethod
+    def create(cls, shape: tuple[int, int, int]) -> SimulatedBlocks:
+        """Make zeroed blocks [planes, blocks, words]. Raises OSError."""
+        fd, tag = create_file("kvrelay-device", 8 * int(np.prod(shape)))
+        return cls(shape, _File(os.getpid(), fd, tag), fd)
+
+    @classmethod
+    def open(cls, shape: tuple[int, int, int], memory: bytes) -> SimulatedBlocks:
+        """Open another process's. Raises PeerLostError, GeometryMismatchError, or MsgspecError for bad ``memory``."""
+        file = msgspec.json.decode(memory, type=_File)
+        return cls(shape, file, open_file(file.pid, file.fd, file.tag, 8 * int(np.prod(shape))))
+
+    def begin_copy(self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> _Done:
+        words = source.read(planes, source_ids)
+        self.write(planes, target_ids, words)
+        return _Done(digest_blocks(words))
+
+    def begin_digest(self, planes: range, block_ids: list[BlockId], after: Any = None) -> _Done | _DigestLater:
+        if after is None:
+            return _Done(digest_blocks(self.read(planes, block_ids)))
+        return _DigestLater(self, planes, block_ids, after)
+
+    def read(self, planes: range, block_ids: list[BlockId]) -> Words:
+        words: Words = self.words[planes.start : planes.stop].take(block_ids, 1)
+        return words
+
+    def write(self, planes: range, block_ids: list[BlockId], words: Words) -> None:
+        self.words[planes.start : planes.stop, block_ids] = words
+
+    def close(self) -> None:
+        del self.words
+        with contextlib.suppress(BufferError):  # a view is still alive: the mapping goes with it
+            self._map.close()
+        os.close(self._fd)

@@ -1,0 +1,160 @@
+"""A pool on a device, here a simulated one: its handle, its table of digests, and blocks that come and go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
+from kvrelay.kv_pool.attach import open_pool
+from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
+from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.kv_handle import KVDeviceHandle, KVHandle
+
+GEOMETRY = KVGeometry(3, 2, 4, 8, "float16", "model")
+WORDS = GEOMETRY.plane_block_bytes // 8
+EVERY = range(3)
+
+
+@pytest.fixture
+def memory() -> Iterator[DeviceMemory]:
+    made = DeviceMemory.create(GEOMETRY, 10, "simulated")
+    yield made
+    made.close()
+
+
+def fill(memory: DeviceMemory, seed: int = 3) -> None:
+    """Do as an engine does that computes every block."""
+    shape = memory.blocks.words.shape
+    memory.blocks.words[:] = np.random.default_rng(seed).integers(-(1 << 62), 1 << 62, shape)
+    memory.begin_digest(EVERY, list(range(memory.num_blocks))).wait()
+
+
+def test_handle_opens_the_same_blocks_and_digests(memory: DeviceMemory) -> None:
+    fill(memory)
+    handle = msgspec.json.decode(msgspec.json.encode(memory.handle), type=KVHandle)
+    other = open_pool(GEOMETRY, handle)
+    assert isinstance(other, DeviceMemory)
+    assert other.read(EVERY, [3, 9]) == memory.read(EVERY, [3, 9])
+    assert other.digest(range(1, 3), [7, 1]) == memory.digest(range(1, 3), [7, 1])
+    other.close()
+
+
+def test_what_a_killed_process_leaves_can_be_read_until_it_is_closed_and_not_opened_again() -> None:
+    script = """
+import sys, msgspec
+from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.protocol.geometry import KVGeometry
+memory = DeviceMemory.create(KVGeometry(3, 2, 4, 8, "float16", "model"), 10, "simulated")
+memory.blocks.words[:] = 5
+print(msgspec.json.encode(memory.handle).decode(), flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        handle = msgspec.json.decode(process.stdout.readline(), type=KVDeviceHandle)
+        source = DeviceMemory.attach(GEOMETRY, handle)
+        process.kill()
+    target = DeviceMemory.create(GEOMETRY, 4, "simulated")
+    target.copy_from(source, EVERY, [0], [9])
+    assert (target.blocks.words[:, 0] == 5).all()
+    source.close()
+    target.close()
+    with pytest.raises(PeerLostError, match=str(handle.pid)):
+        DeviceMemory.attach(GEOMETRY, handle)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"block_size": 16}])
+def test_another_geometry_is_refused(memory: DeviceMemory, change: dict[str, object]) -> None:
+    with pytest.raises(GeometryMismatchError):
+        DeviceMemory.attach(msgspec.structs.replace(GEOMETRY, **change), memory.handle)
+
+
+@pytest.mark.parametrize("change", [{"tag": "0" * 16}, {"memory": b'{"pid":1,"fd":9999,"tag":""}'}])
+def test_a_handle_that_means_another_memory_is_refused(memory: DeviceMemory, change: dict[str, object]) -> None:
+    with pytest.raises(PeerLostError):
+        DeviceMemory.attach(GEOMETRY, msgspec.structs.replace(memory.handle, **change))
+
+
+def test_blocks_that_are_no_whole_words_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cache.block_size"):
+        DeviceMemory.create(KVGeometry(3, 1, 3, 1, "float16", "model"), 10, "simulated")
+
+
+def test_memory_that_the_machine_does_not_give_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"cache.num_blocks: 1,125,899,906,842,624 blocks take"):
+        DeviceMemory.create(GEOMETRY, 1 << 50, "simulated")
+
+
+def test_every_way_of_writing_notes_the_digests(memory: DeviceMemory) -> None:
+    other = DeviceMemory.create(GEOMETRY, 10, "simulated")
+    fill(other)
+    payload = other.read(range(1, 3), [7, 1])
+    memory.write(range(1, 3), [0, 5], [payload[0][:100], payload[0][100:]])
+    assert memory.digest(range(1, 3), [0, 5]) == other.digest(range(1, 3), [7, 1])
+    copied = memory.copy_from(other, EVERY, [9, 2, 3], [4, 8, 0])
+    assert copied == memory.digest(EVERY, [9, 2, 3]) == other.digest(EVERY, [4, 8, 0])
+    assert memory.read(EVERY, [9, 2, 3]) == other.read(EVERY, [4, 8, 0])
+    blocks = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in range(2)]
+    other.copy_out([6, 5], blocks)
+    with memory.lend([1, 4]) as lent:
+        for mine, theirs in zip(lent, blocks, strict=True):
+            mine[:] = theirs
+    assert memory.digest(EVERY, [1, 4]) == other.digest(EVERY, [6, 5])
+    assert memory.read(EVERY, [1, 4]) == other.read(EVERY, [6, 5])
+    other.close()
+
+
+def test_whole_blocks_are_staged_a_few_at_a_time(memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvrelay.kv_pool.device_memory._STAGED_BYTES", 2 * GEOMETRY.block_bytes)
+    fill(memory)
+    sizes: list[int] = []
+    read = memory.blocks.read
+
+    def noted(planes: range, ids: list[int]) -> Words:
+        sizes.append(len(ids))
+        words: Words = read(planes, ids)
+        return words
+
+    monkeypatch.setattr(memory.blocks, "read", noted)
+    order = [9, 1, 4, 0, 7]
+    copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in order]
+    memory.copy_out(order, copies)
+    assert sizes == [2, 2, 1]
+    with memory.lend(order[::-1]) as lent:
+        for mine, copy in zip(lent, copies, strict=True):
+            mine[:] = copy
+    swapped = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in order]
+    memory.copy_out(order[::-1], swapped)
+    assert all(np.array_equal(*pair) for pair in zip(copies, swapped, strict=True))
+
+
+def test_host_memory_cannot_be_copied_from(memory: DeviceMemory) -> None:
+    host = KVMemory.create(GEOMETRY, 10)
+    for target, source in ((memory, host), (host, memory)):
+        with pytest.raises(GeometryMismatchError, match="cannot be copied from"):
+            target.copy_from(source, EVERY, [0], [0])
+    host.close()
+
+
+def test_any_bit_any_place_and_any_order_change_the_digest() -> None:
+    words = np.random.default_rng(1).integers(-(1 << 62), 1 << 62, (4, 5, WORDS))
+    known = fold(digest_blocks(words))
+    for bit in (0, 1, 33, 62, 63):
+        other = words.copy()
+        other.view(np.uint64)[2, 3, WORDS - 1] ^= np.uint64(1 << bit)
+        assert fold(digest_blocks(other)) != known
+    for order in ([1, 0, 2, 3, 4], [0, 1, 2, 4, 3]):
+        assert fold(digest_blocks(words[:, order])) != known
+    swapped = words.copy()
+    swapped[0, 0, [0, 1]] = swapped[0, 0, [1, 0]]
+    assert fold(digest_blocks(swapped)) != known
+    assert fold(digest_blocks(np.zeros((1, 1, 1), np.int64))) > 0
