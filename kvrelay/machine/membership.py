@@ -1,4 +1,4 @@
-"""A node's standing with its routers: the part of a node's machine that registers and heartbeats."""
+"""A node's registration with its routers: the part of a node's machine that registers and sends heartbeats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.errors import RemoteProtocolError
-from kvrelay.machine.contract import Announce, CoreAction, Exit, Log, Ready, Send
+from kvrelay.machine.contract import Announce, CoreAction, Exit, Log, NodeState, Ready, Send
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.ids import ROUTER, PeerId, peer_name
 from kvrelay.protocol.messages import router_to_node
@@ -17,16 +17,16 @@ from kvrelay.protocol.messages.router_to_node import RegisterAgain, Registered, 
 REFUSED = "registration refused"
 """Reason of the Exit that follows a RegistrationRefused: the process ends with status 2 and is not restarted."""
 
-READY, DRAINING = "ready", "draining"
-"""States a node announces."""
+READY: NodeState = "ready"
+DRAINING: NodeState = "draining"
 
 
 class Membership:
-    """Registers until a router answers, then heartbeats. A router that lost track of us is told again.
+    """Sends Register until a router answers, then heartbeats. Registers again when a router asks for it.
 
-    With a static registry there is one router, which the shell has connected to and calls ROUTER: it is never given up,
-    only followed by another. Else the node announces itself and routers reach out to it, as ``router#incarnation``, any
-    number of them; one that falls silent is gone.
+    With a static registry there is one router, which the shell has connected to and calls ROUTER. It is never taken for
+    lost; another start of it may take its place. With another registry the node announces itself and any number of
+    routers connect to it, as ``router#incarnation``. One that sends nothing for the peer timeout is lost.
     """
 
     def __init__(self, registration: Register, node: NodeConfig) -> None:
@@ -42,11 +42,11 @@ class Membership:
     # ------------------------------------------------------------ who is there
 
     def is_router(self, peer: PeerId) -> bool:
-        """Tell whether ``peer`` is a router, or says so: anybody can reach our port."""
+        """Return whether ``peer`` has the name of a router. Any process that reaches the port can use it."""
         return peer == ROUTER if self._is_static else peer_name(peer) == ROUTER
 
     def is_authorized(self, peer: PeerId, message: Message) -> bool:
-        """Tell whether ``message``, if it is one that only routers send, is to be obeyed when ``peer`` sends it."""
+        """Return False if only routers may send ``message`` and ``peer`` is none that this node is registered with."""
         if type(message).__module__ != router_to_node.__name__:
             return True
         about_registration = isinstance(message, Registered | RegisterAgain | RegistrationRefused)
@@ -71,7 +71,7 @@ class Membership:
         self._alive.heard(peer, now)
 
     def _on_router_found(self, peer: PeerId) -> list[CoreAction]:
-        """Tell a router that has found us, and does not know us yet, who we are."""
+        """Register with a router that has connected to this node and does not know it yet."""
         if self._is_static or not self._joined or not self.is_router(peer) or peer in self._registered:
             return []
         return [Send(peer, self._registration)]
@@ -111,7 +111,7 @@ class Membership:
         return self._alive.lost(now)
 
     def lost(self, router: PeerId) -> bool:
-        """Give ``router`` up: all it had here is dropped, and if it comes back after all, it is told so.
+        """Take ``router`` for lost. The session then rises, which tells it later that its requests were dropped.
 
         Returns whether it was known.
         """
@@ -129,13 +129,13 @@ class Membership:
     # ------------------------------------------------------------ going
 
     def leave(self) -> list[CoreAction]:
-        """Tell everybody that the node takes nothing new."""
+        """Tell all routers that the node takes no new requests."""
         self._leaving = True
         announced: list[CoreAction] = [Announce(DRAINING)] if self._joined and not self._is_static else []
         return [*announced, *(Send(router, Leaving()) for router in self._routers())]
 
     def drained(self) -> list[CoreAction]:
-        """Tell everybody that the node holds nothing any more."""
+        """Tell all routers that the node holds no request any more."""
         return [Send(router, Drained()) for router in self._routers()]
 
     def _routers(self) -> list[PeerId]:
