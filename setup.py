@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "kvrelay/engine/native"
-HEADERS = [f"{NATIVE}/{name}.h" for name in ("kernels", "vectors", "passes", "attention", "terms", "products")]
+HEADERS = [f"{NATIVE}/{name}.h" for name in ("kernels", "vectors", "passes", "attention", "terms", "gemm")]
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]

@@ -1,14 +1,13 @@
-"""What scheduling costs: microseconds per running request and step, without any model.
+"""Cost of scheduling: microseconds per running request and step, without a model.
 
     python benchmarks/scheduler_cost.py
 
-Times are CPU time of the one thread, so that other processes on the machine matter less.
+Times are CPU times of the thread, so that other processes matter less.
 
-The real machines are driven with step results made up on the spot. "A step" is everything between two model steps:
-taking the result, appending tokens, finishing, freeing and growing block tables, deciding and building the next batch.
-Encoding the one message to the router that each step sends is measured beside it. The baseline in the same run is a
-bare loop that appends a token to a list per request and builds a tuple for it: what Python charges for touching a
-request at all.
+The real state machines get made-up step results. "A step" is all work between two model steps: taking the result,
+appending tokens, finishing requests, freeing and growing block tables, deciding and building the next batch. Encoding
+the step's message to the router is measured separately. The baseline in the same run is a bare loop that appends a
+token to a list per request and builds a tuple: the minimum cost of touching a request in Python.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
         model="m",
         max_model_len=1 << 20,
         max_num_seqs=config.scheduler.max_num_seqs,
-        num_blocks=config.cache.num_blocks,
+        num_blocks=config.cache.fixed_num_blocks,
         geometry=geometry,
     )
 

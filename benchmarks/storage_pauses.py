@@ -1,9 +1,9 @@
-"""How long a storm of preemptions holds up a node's steps: from the end of one step to the start of the next.
+"""Delay of a node's steps by many preemptions: from the end of one step to the start of the next.
 
-A mixed node's machine, shell, staging memory and store, in one process, with an engine that only sleeps. Its pool is
-far too small for its requests, so it preempts all the time, and every victim's KV goes to the store and comes back.
-The same storm runs without a store, with KV dropped and computed again: what a store adds is the difference. CPU time
-is the loop's own thread's between two steps; time on the clock has in it what else the machine does.
+State machine, shell, staging memory and store of a mixed node in one process, with an engine that only sleeps. Its pool
+is much too small for its requests, so it preempts continuously, and the KV of every victim is written to the store and
+reloaded. The same load runs without a store, where KV is recomputed. The difference is the cost of the store. CPU time
+is that of the loop's thread between two steps; wall time includes other load of the machine.
 
 Usage: python benchmarks/storage_pauses.py [--steps 1500] [--backends file redis]
 """

@@ -1,14 +1,17 @@
-"""Addresses of hosts and ports as text: names, IPv4, and IPv6 with the brackets that a port behind it needs."""
+"""Addresses of hosts and ports as text: names, IPv4, and IPv6 in brackets before a port."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
 from typing import Any
 
 HOST_PATTERN = r"^[A-Za-z0-9._:%-]+$"
-TCP_PATTERN = r"^tcp://([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}$"
+_NETLOC = r"([A-Za-z0-9._-]+|\[[A-Za-z0-9._:%-]+\]):[0-9]{1,5}"
+NETLOC_PATTERN = rf"^{_NETLOC}$"
+TCP_PATTERN = rf"^tcp://{_NETLOC}$"
 
 _TCP_ADDRESS = re.compile(TCP_PATTERN)
 _MAX_PORT = 65535
@@ -20,12 +23,12 @@ def netloc(host: str, port: object) -> str:
 
 
 def tcp_address(host: str, port: int) -> str:
-    """Return the address ZMQ knows ``port`` of ``host`` by."""
+    """Return the ZMQ address of ``port`` on ``host``."""
     return f"tcp://{netloc(host, port)}"
 
 
 def split_tcp_address(address: str) -> tuple[str, int]:
-    """Return host and port of ``tcp://host:port``. Raises ValueError if it is none."""
+    """Return host and port of ``tcp://host:port``. Raises ValueError if it is invalid."""
     if not _TCP_ADDRESS.fullmatch(address):
         raise ValueError("should be tcp://host:port, with an IPv6 host in brackets")
     host, _, port = address.removeprefix("tcp://").rpartition(":")
@@ -37,7 +40,7 @@ def split_tcp_address(address: str) -> tuple[str, int]:
 
 
 def check_host(host: str) -> None:
-    """Raise ValueError if ``host`` has a colon and is no IPv6 address; names are left to the resolver."""
+    """Raise ValueError if ``host`` has a colon and is not an IPv6 address. Names are not checked."""
     if ":" in host or "%" in host:
         try:
             ipaddress.IPv6Address(host)
@@ -46,7 +49,7 @@ def check_host(host: str) -> None:
 
 
 def is_ipv6(address: str) -> bool:
-    """Tell whether ``address``, as ZMQ knows it, has an IPv6 host."""
+    """Return whether ZMQ address ``address`` has an IPv6 host."""
     return address.startswith("tcp://[")
 
 
@@ -60,8 +63,41 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     return family, address
 
 
+def named_host(address: str) -> tuple[str, int] | None:
+    """Return name and port of ``tcp://name:port``; None if the host is an IP address, or it is no such address."""
+    if not _TCP_ADDRESS.fullmatch(address) or is_ipv6(address):
+        return None
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return host, int(port)
+    return None
+
+
+def listening_address(address: str) -> str:
+    """Return the address ZMQ shall listen at for ``address``: by itself it only sees the IPv4 addresses of a name.
+
+    A name that cannot be resolved may be that of an interface, which ZMQ knows.
+    """
+    named = named_host(address)
+    if named is None:
+        return address
+    try:
+        _, (host, port, *_) = resolve(*named)
+    except OSError:
+        return address
+    return tcp_address(host, port)
+
+
+async def has_only_ipv6(host: str, port: int) -> bool:
+    """Tell whether no address of ``host`` is IPv4. The loop goes on meanwhile. Raises OSError if it has no address."""
+    family, _ = await asyncio.to_thread(resolve, host, port)
+    return family == socket.AF_INET6
+
+
 def listen_at(host: str, port: int, backlog: int) -> socket.socket:
-    """Return a socket that listens at ``host``; ``::`` stands for IPv4 as well. Raises OSError if it cannot."""
+    """Return a socket that listens at ``host``; ``::`` includes IPv4. Raises OSError if it cannot be bound."""
     family, address = resolve(host, port)
     dualstack = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=dualstack)

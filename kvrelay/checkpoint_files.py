@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint, read alike by the router and the engine."""
+"""Reads the JSON files of a checkpoint, for the router and the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvrelay.errors import CheckpointError
 
 
 def read_json_object(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """Return the object in the JSON file at ``path``, which may begin with a UTF-8 byte order mark.
+    """Return the object in the JSON file at ``path``, which may start with a UTF-8 byte order mark.
 
     A file that is not ``required`` and not there is an empty object. Raises CheckpointError that names the file.
     """

@@ -2,24 +2,24 @@
 
 KVRelayError
 ├── ConfigError                 the config file or command line is wrong
-├── ProtocolError               a message breaks the protocol
-│   ├── LocalProtocolError      we were about to send or do it
-│   └── RemoteProtocolError     a peer sent it
-├── InvalidRequestError         the client's request is wrong (400)
-├── ModelNotFoundError          no such model here (404)
+├── ProtocolError               a message or call violates the protocol
+│   ├── LocalProtocolError      this process is at fault
+│   └── RemoteProtocolError     a peer is at fault
+├── InvalidRequestError         the client's request is invalid (400)
+├── ModelNotFoundError          the model is not served (404)
 ├── CapacityError               the request can never fit (400)
 │   ├── PromptTooLongError
 │   └── NeverFitsError
 ├── QueueFullError              try later (429)
-├── NoNodeError                 nothing can serve now (503)
-├── PreparationError            a long body could not be made a prompt (503)
-├── TransferError               KV did not get across (503)
+├── NoNodeError                 no node can serve the request now (503)
+├── PreparationError            a long body could not be prepared (503)
+├── TransferError               a KV transfer failed (503)
 │   ├── TransferTimeoutError
 │   ├── PeerLostError
 │   ├── GeometryMismatchError
 │   └── CorruptKVError
 ├── StorageError                KV storage cannot be used
-│   └── StorageUnavailableError     it cannot be reached, or does not answer in time
+│   └── StorageUnavailableError     it cannot be reached or does not answer in time
 ├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── CheckpointError             the model's files cannot be loaded
 └── EngineError                 the engine could not compute a sequence (500)
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 
 class KVRelayError(Exception):
-    """Base of all. ``code`` goes to clients and over the wire; ``retryable`` tells the router to try elsewhere."""
+    """Base class. ``code`` is sent to clients and peers. ``retryable``: the router retries on another node."""
 
     http_status: int = 500
     code: str = "internal_error"
@@ -45,7 +45,7 @@ class KVRelayError(Exception):
 
 
 class ConfigError(KVRelayError):
-    """The config or command line is wrong; ``problems`` lists every fault found, one line each."""
+    """The config or command line is invalid. ``problems`` lists every problem, one line each."""
 
     code = "config_error"
 
@@ -55,54 +55,54 @@ class ConfigError(KVRelayError):
 
 
 class ProtocolError(KVRelayError):
-    """A message breaks the protocol."""
+    """A message or call violates the protocol."""
 
     code = "protocol_error"
 
 
 class LocalProtocolError(ProtocolError):
-    """Our own side was about to break the protocol: a bug here."""
+    """This process would violate the protocol: a bug in kvrelay."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """A peer sent what the protocol does not allow; it is answered and dropped."""
+    """A peer violates the protocol."""
 
 
 class InvalidRequestError(KVRelayError):
-    """The client's request is wrong; ``param`` names the field."""
+    """The client's request is invalid. ``param`` names the field."""
 
     http_status = 400
     code = "invalid_request_error"
 
 
 class ModelNotFoundError(KVRelayError):
-    """The client asked for a model that is not served here."""
+    """The client asked for a model that is not served."""
 
     http_status = 404
     code = "model_not_found"
 
 
 class CapacityError(KVRelayError):
-    """The request can never be served by this cluster, whatever else it is doing."""
+    """The cluster can never serve the request, whatever its load."""
 
     http_status = 400
     code = "capacity_exceeded"
 
 
 class PromptTooLongError(CapacityError):
-    """Prompt and output do not fit the model's length."""
+    """Prompt plus output exceed the model's length."""
 
     code = "context_length_exceeded"
 
 
 class NeverFitsError(CapacityError):
-    """The KV cache of this request is larger than a node's whole pool."""
+    """The KV cache of the request is larger than a node's pool."""
 
     code = "kv_cache_too_small"
 
 
 class QueueFullError(KVRelayError):
-    """Too many requests wait; the client should come back after ``retry_after_s``."""
+    """Too many requests are in progress. The client should retry after ``retry_after_s``."""
 
     http_status = 429
     code = "queue_full"
@@ -120,14 +120,14 @@ class NoNodeError(KVRelayError):
 
 
 class PreparationError(KVRelayError):
-    """The router could not make a prompt of a long body: it took too long, or the process that did it died."""
+    """The router could not prepare a long body: it took too long, or the worker process died."""
 
     http_status = 503
     code = "preparation_failed"
 
 
 class TransferError(KVRelayError):
-    """KV did not get from P to D."""
+    """A KV transfer failed."""
 
     http_status = 503
     code = "transfer_failed"
@@ -141,52 +141,52 @@ class TransferTimeoutError(TransferError):
 
 
 class PeerLostError(TransferError):
-    """The process at the other end is gone."""
+    """The peer of a request or transfer is lost."""
 
     code = "peer_lost"
 
 
 class GeometryMismatchError(TransferError):
-    """The two ends' KV caches differ in shape, type, model or protocol version."""
+    """The KV caches of two peers differ in shape, type, model or protocol version."""
 
     code = "geometry_mismatch"
     retryable = False
 
 
 class CorruptKVError(TransferError):
-    """KV arrived with another digest than it was sent with."""
+    """Received KV does not match its digest."""
 
     code = "corrupt_kv"
 
 
 class StorageError(KVRelayError):
-    """KV storage cannot be used as configured: no such place, no permission, a library that is not there."""
+    """KV storage cannot be used as configured: missing directory, permission or library."""
 
     code = "storage_error"
 
 
 class StorageUnavailableError(StorageError):
-    """KV storage cannot be reached now, or does not answer in time."""
+    """KV storage cannot be reached or does not answer in time."""
 
     code = "storage_unavailable"
     http_status = 503
 
 
 class RegistryError(KVRelayError):
-    """The registry cannot be reached, or does not answer in time. Whoever is known goes on without it."""
+    """The registry cannot be reached or does not answer in time. Known peers go on without it."""
 
     code = "registry_unavailable"
     http_status = 503
 
 
 class CheckpointError(KVRelayError):
-    """The model's files are missing, damaged or of a kind this engine does not read."""
+    """The model's files are missing, damaged or unsupported."""
 
     code = "checkpoint_error"
 
 
 class EngineError(KVRelayError):
-    """The engine could not compute a sequence, or a whole step."""
+    """The engine could not compute a sequence or a step."""
 
     code = "engine_error"
 

@@ -22,7 +22,7 @@ from router.openai.choice import Choice
 from router.openai.completions import Completions
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
-from router.openai.sampling import sampling_params, too_long
+from router.openai.sampling import RequestSampling, too_long
 from router.openai.schemas import ChatFields, GenerationFields, parse
 from router.openai.tokens import detokenized, tokenized
 
@@ -143,10 +143,9 @@ class Preparation:
 
         Raises what the router would raise for these prompts, so that those it refuses need not be sent either.
         """
+        sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
         for prompt in prepared.prompts:
-            sampling_params(
-                prepared.request, self._model, num_prompt_tokens=len(prompt), max_model_len=job.max_model_len, seed=0
-            )
+            sampling.of(len(prompt))
         request = prepared.request.model_copy(update=self.apis[job.task].without_content)
         return PreparedRequest(request, prepared.prompts, prepared.texts)
 

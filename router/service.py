@@ -14,6 +14,7 @@ from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import NodeId, new_incarnation, peer_id
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
+from router.body_memory import BodyMemory
 from router.events import (
     ClientGone,
     Deliver,
@@ -67,6 +68,7 @@ class RouterService:
         self.model = model
         self.clock = clock
         self.preparer = Preparer(config, model)
+        self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
         self.machine = RouterMachine(router_settings(config, self._incarnation))
         self._sinks: dict[str, Sink] = {}

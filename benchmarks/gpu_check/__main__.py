@@ -22,6 +22,7 @@ PARTS = {
     "limits": 20,
     "kernels": 60,
     "golden": 90,
+    "memory": 40,
     "attention": 60,
     "gemm": 40,
     "sampling": 30,

@@ -16,35 +16,9 @@ import triton
 from gpu_check.report import Report
 from kvrelay.engine.decoder_config import DecoderConfig, parse_decoder_config
 from kvrelay.engine.device.torch_framework import DTYPES, TorchFramework
+from kvrelay.engine.presets import SHAPES
 
-_LLAMA3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 16384,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-}
-_QWEN3_0_6B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 16384,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-}
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-
-SHAPES = {"llama3-8b": _LLAMA3_8B, "qwen3-0.6b": _QWEN3_0_6B}
 
 
 class PoisonedFramework(TorchFramework):
@@ -88,7 +62,7 @@ class Context:
 
     def config(self, name: str) -> DecoderConfig:
         """Return a model's shape, or a tiny one of its kind."""
-        data = {**SHAPES[name], **(_TINY if self.tiny else {})}
+        data = {**SHAPES[name], "max_position_embeddings": 16384, **(_TINY if self.tiny else {})}
         if self.tiny:
             data |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         return parse_decoder_config(data)
@@ -126,6 +100,19 @@ class Context:
             for work in works:
                 work()
         return self.seconds(graph.replay, repeats, warm_up=2) / len(works)
+
+    def mark(self, stream: Any) -> Any:
+        """Return a place in ``stream`` for ``seconds_between``."""
+        if self.device == "cpu":
+            return time.perf_counter()
+        event = _event()
+        event.record(stream)
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        """Return the device's time between two marks that it has passed."""
+        seconds: float = end - begin if self.device == "cpu" else begin.elapsed_time(end) / 1e3
+        return seconds
 
     def random(self, *shape: int, dtype: str = "bfloat16", scale: float = 1.0) -> torch.Tensor:
         """Return normal numbers on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from unittest.mock import patch
@@ -9,11 +10,13 @@ from unittest.mock import patch
 import numpy as np
 
 from gpu_check.context import Context
-from gpu_check.driving import Driver, engine_of, sequence
+from gpu_check.driving import AheadDriver, Driver, engine_of, sequence
 from gpu_check.profile import report_kernels
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import Batch
+from kvrelay.engine.device.decoder import Computed
 from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.graphs import StepGraph
 from kvrelay.engine.device.operations import StepShape
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.protocol.request import Sequence
@@ -48,7 +51,7 @@ def kv_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
 
 def _measure(context: Context, name: str) -> None:
     length, batches = (40, (1, 4)) if context.tiny else (CONTEXT, BATCHES)
-    blocks = -(-(length + 2 * STEPS) // 16) * batches[-1]
+    blocks = -(-(length + 3 * STEPS) // 16) * batches[-1]
     engine = engine_of(
         context, name, num_blocks=blocks, max_num_seqs=batches[-1], tokens=max(512, batches[-1]),
         max_model_len=length + 1024, decode_graphs=batches,
@@ -60,14 +63,15 @@ def _measure(context: Context, name: str) -> None:
         driver = Driver(engine)
         running = [_prefilled(config, length, index) for index in range(batch)]
         whole, assembling = _whole_steps(engine, driver, running, 3 if context.tiny else STEPS)
-        graph = engine._graphs.find(StepShape(batch, batch, 0, batch), 0)
+        graph = engine.launcher.graphs.find(StepShape(batch, batch, 0, batch), 0)
         assert graph is not None
-        with context.framework.on(engine._stream):
+        with context.framework.on(engine.launcher.stream):
             device = context.seconds(graph.replay, repeats=3 if context.tiny else 20) * 1e3
         what = f"{name}, batch {batch}, context {length}"
         context.report.add("decode", f"{what}, on the device", device, "ms", limit, f"{device / limit:.2f}x")
         context.report.add("decode", f"{what}, whole run", whole * 1e3, "ms", limit, f"{whole * 1e3 / limit:.2f}x")
         context.report.add("decode", f"{what}, host before the launch", assembling * 1e3, "ms")
+        _report_two_in_flight(context, engine, driver, running, graph, what, limit)
         if context.device == "gpu":
             report_kernels(context, "decode", what, graph.replay)
         driver.give_back(running)
@@ -76,11 +80,11 @@ def _measure(context: Context, name: str) -> None:
 
 def _fill_pool(context: Context, engine: DeviceEngine) -> None:
     """Zeros would be read faster than real keys and values."""
-    with context.framework.on(engine._stream):
-        for keys, values in engine._pool.layers:
+    with context.framework.on(engine.launcher.stream):
+        for keys, values in engine.launcher.pool.layers:
             keys.normal_(0.0, 0.5)
             values.normal_(0.0, 0.5)
-    engine._stream.synchronize()
+    engine.launcher.stream.synchronize()
 
 
 def _prefilled(config: DecoderConfig, length: int, index: int) -> Sequence:
@@ -94,7 +98,7 @@ def _prefilled(config: DecoderConfig, length: int, index: int) -> Sequence:
 def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], steps: int) -> tuple[float, float]:
     """Return median seconds of ``run`` and of its part before the launch."""
     whole, before = [], []
-    assemble = engine._assembler.assemble
+    assemble = engine.launcher.assembler.assemble
 
     def timed(items: list[ScheduledSequence]) -> Batch:
         began = time.perf_counter()
@@ -102,7 +106,7 @@ def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], 
         before.append(time.perf_counter() - began)
         return batch
 
-    with patch.object(engine._assembler, "assemble", timed):
+    with patch.object(engine.launcher.assembler, "assemble", timed):
         for _ in range(steps):
             plan = driver.plan([(one, 1) for one in running])
             began = time.perf_counter()
@@ -110,3 +114,35 @@ def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], 
             whole.append(time.perf_counter() - began)
             driver.finish(result.sampled)
     return statistics.median(whole), statistics.median(before)
+
+
+def _report_two_in_flight(
+    context: Context, engine: DeviceEngine, driver: Driver, running: list[Sequence], graph: StepGraph, what: str,
+    limit: float,
+) -> None:  # fmt: skip
+    """Measure steps that are launched while the one before is computed: their period, and what lies between them."""
+    ahead, marks, replay = AheadDriver(driver), [], graph.replay
+    steps = 4 if context.tiny else STEPS
+
+    def marked() -> Computed:
+        begin = context.mark(engine.launcher.stream)
+        computed = replay()
+        marks.append((begin, context.mark(engine.launcher.stream)))
+        return computed
+
+    with patch.object(graph, "replay", marked):
+        for _ in range(steps):
+            ahead.submit(running)
+            if len(ahead.in_flight) == 2:
+                ahead.finish_one()
+        while ahead.in_flight:
+            ahead.finish_one()
+    pairs = list(itertools.pairwise(marks))[0 if context.tiny else 3 :]
+    periods = [context.seconds_between(one[0], other[0]) for one, other in pairs]
+    gaps = [context.seconds_between(one[1], other[0]) for one, other in pairs]
+    period = statistics.median(periods) * 1e3
+    context.report.add("decode", f"{what}, two in flight, period", period, "ms", limit, f"{period / limit:.2f}x")
+    share = 100 * sum(gaps) / sum(periods)
+    context.report.add("decode", f"{what}, two in flight, device between steps", share, "% of the period", 2.0)
+    launch = statistics.median(ahead.launch_seconds[2:]) * 1e3
+    context.report.add("decode", f"{what}, two in flight, host's launch", launch, "ms")

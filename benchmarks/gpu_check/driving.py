@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 
 from gpu_check.context import Context
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine, DeviceStep
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, random_engine
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.messages.engine import StepPlan
@@ -58,12 +61,73 @@ class Driver:
             self.run([(one, min(chunk, one.num_tokens - one.num_computed_tokens)) for one in running])
         return [one.token_ids[one.num_prompt_tokens :] for one in sequences]
 
+    def complete_ahead(self, sequences: list[Sequence], num_tokens: int, chunk: int) -> list[list[int]]:
+        """See ``complete``, with two steps in flight: most tokens are not known when the next step is launched."""
+        ahead = AheadDriver(self, chunk)
+        while ahead.submit([one for one in sequences if ahead.num_outputs(one) < num_tokens]) or ahead.in_flight:
+            if len(ahead.in_flight) == 2 or all(ahead.num_outputs(one) >= num_tokens for one in sequences):
+                ahead.finish_one()
+        return [one.token_ids[one.num_prompt_tokens :] for one in sequences]
+
+    def begin(self, batch: list[tuple[Sequence, Chunk]]) -> DeviceStep:
+        """Return the step that computes a chunk of each sequence, with the blocks it needs."""
+        for one, chunk in batch:
+            while len(one.block_table) * self._engine.geometry.block_size < chunk.end:
+                one.block_table.append(self._free.pop())
+        self._step += 1
+        plan = self._plans.write(self._step, [one for one, _ in batch], [chunk for _, chunk in batch])
+        return self._engine.begin(plan)
+
     def give_back(self, sequences: list[Sequence]) -> None:
         """Take the blocks of ``sequences`` back."""
         for one in sequences:
             self._plans.leave(one)
             self._free += one.block_table
             one.take_blocks(())
+
+
+class AheadDriver:
+    """Plans steps before the tokens of the last one are known, as a node does."""
+
+    def __init__(self, driver: Driver, chunk: int = 1 << 20) -> None:
+        self._driver = driver
+        self._chunk = chunk
+        self._planned: dict[Sequence, int] = {}
+        self._sampling: Counter[Sequence] = Counter()
+        self.in_flight: deque[tuple[DeviceStep, list[tuple[Sequence, Chunk]]]] = deque()
+        self.launch_seconds: list[float] = []
+
+    def num_outputs(self, one: Sequence) -> int:
+        """Return how many output tokens ``one`` has, those that are being sampled included."""
+        return one.num_output_tokens + self._sampling[one]
+
+    def submit(self, sequences: list[Sequence]) -> bool:
+        """Launch a step of ``sequences``; return whether there are any."""
+        batch = []
+        for one in sequences:
+            start, known = self._planned.get(one, one.num_computed_tokens), one.num_tokens + self._sampling[one]
+            end = min(start + self._chunk, known)
+            batch.append((one, Chunk(start, end - start, end == known, awaits=end > one.num_tokens)))
+        if not batch:
+            return False
+        step = self._driver.begin(batch)
+        for one, chunk in batch:
+            self._planned[one] = chunk.end
+            self._sampling[one] += chunk.samples
+        began = time.perf_counter()
+        step.launch()
+        self.launch_seconds.append(time.perf_counter() - began)
+        self.in_flight.append((step, batch))
+        return True
+
+    def finish_one(self) -> None:
+        """Wait for the oldest step; take its tokens in."""
+        step, batch = self.in_flight.popleft()
+        result = step.finish(lambda layer: None)
+        for (one, chunk), sampled in zip(batch, result.sampled, strict=True):
+            one.num_computed_tokens = chunk.end
+            one.token_ids += sampled.token_ids
+            self._sampling[one] -= chunk.samples
 
 
 def engine_of(

@@ -1,4 +1,4 @@
-"""The products of a decode step by themselves: the framework's, with and without adding to the residual."""
+"""The GEMMs of a decode step by themselves: the framework's, with and without adding to the residual."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(context: Context) -> None:
             residual = context.random(count, rows)
             limit = weights[0].nbytes / context.copy_bytes_per_s * 1e6
             limit = max(limit, 2 * count * rows * columns / context.gemm_flops_per_s * 1e6)
-            _row(context, f"{name}, {count} rows, product", [partial(_linear, context, x, w) for w in weights], limit)
+            _row(context, f"{name}, {count} rows, GEMM", [partial(_linear, context, x, w) for w in weights], limit)
             works = [partial(context.framework.add_linear, residual, x, w, None) for w in weights]
             if name in ("out", "down", "tiny"):
                 _row(context, f"{name}, {count} rows, added to the residual", works, limit)

@@ -14,7 +14,8 @@ from gpu_check.driving import Driver, sequence
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.protocol.geometry import KVGeometry
@@ -46,7 +47,7 @@ def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> Non
         position, size = np.arange(len(tokens)), engine.geometry.block_size
         slots = np.array(one.block_table)[position // size] * size + position % size
         index = torch.from_numpy(slots).to(context.torch_device)
-        kv.append(torch.stack([side[index].float() for layer in engine._pool.layers for side in layer]))
+        kv.append(torch.stack([side[index].float() for layer in engine.launcher.pool.layers for side in layer]))
     engine.close()
     distance, most = float((kv[0] - kv[1]).norm() / kv[1].norm()), 0.03
     name = f"{case.name} in bfloat16, keys and values of {len(tokens)} tokens at once and in chunks"
@@ -62,9 +63,10 @@ def _check(context: Context, case: GoldenCase, graphs: bool, mirrored: bool, wro
     count = len(expected[0])
     driver = Driver(engine)
     results: dict[str, int] = {}
-    for how, chunk in (("together", 97), ("together whole", 1 << 20)):
+    ways = (("together", 97, False), ("together whole", 1 << 20, False), ("two steps in flight", 97, True))
+    for how, chunk, ahead in ways:
         together = [sequence(golden.prompt_token_ids, f"{how} {index}") for index, golden in enumerate(goldens)]
-        outputs = driver.complete(together, count, chunk)
+        outputs = (driver.complete_ahead if ahead else driver.complete)(together, count, chunk)
         results[how] = sum(ours == theirs for ours, theirs in zip(outputs, expected, strict=True))
         driver.give_back(together)
     alone = []

@@ -8,7 +8,7 @@ from gpu_check.context import Context
 
 
 def run(context: Context) -> None:
-    """Measure a large copy, a large read and a large product."""
+    """Measure a large copy, a large read and a large GEMM."""
     count = 1 << (12 if context.tiny else 30)
     source = context.random(count, dtype="float32")
     target = torch.empty_like(source)
@@ -21,4 +21,4 @@ def run(context: Context) -> None:
     first, second = context.random(size, size), context.random(size, size)
     seconds = context.seconds(lambda: torch.mm(first, second), repeats=20)
     context.gemm_flops_per_s = 2 * size**3 / seconds
-    context.report.add("limits", f"bf16 product of {size}", context.gemm_flops_per_s / 1e12, "TFLOP/s")
+    context.report.add("limits", f"bf16 GEMM of {size}", context.gemm_flops_per_s / 1e12, "TFLOP/s")

@@ -1,4 +1,4 @@
-"""Prefill steps of whole models with random weights, as a share of what the card's largest product reaches."""
+"""Prefill steps of whole models with random weights, as a share of what the card's largest GEMM reaches."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
         seconds = statistics.median(times[2:])
         limit = flops(config, length) / context.gemm_flops_per_s * 1e3
         what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}"
-        note = (
-            f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the product's {limit / seconds / 1e3:.2f}"
-        )
+        note = f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the GEMM's {limit / seconds / 1e3:.2f}"
         context.report.add("prefill", what, seconds * 1e3, "ms", limit, note)
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")

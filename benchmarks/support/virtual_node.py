@@ -1,4 +1,4 @@
-"""One decode or mixed node in virtual time: the real machine, steps that take what a cost model says, closed-loop load.
+"""One decode or mixed node in virtual time: the real state machine, step times of a cost model, a closed-loop load.
 
 The rest of the cluster is played here, and does everything at once but for what is said: a prefill node that is never
 short of anything asks for blocks, asks again when it was refused, and hands over when the prompt's compute and
@@ -76,7 +76,7 @@ def registration(config: NodeConfig, geometry: KVGeometry) -> Register:
         model="m",
         max_model_len=1 << 20,
         max_num_seqs=config.scheduler.max_num_seqs,
-        num_blocks=config.cache.num_blocks,
+        num_blocks=config.cache.fixed_num_blocks,
         geometry=geometry,
     )
 
@@ -185,7 +185,7 @@ class VirtualNode:
 
     def _run_step(self, plan: StepPlan) -> None:
         self._measured.step_decodes.append(sum(item.samples for item in plan.batch))
-        self._measured.step_kept_free.append(self._machine.scheduler.reserved_blocks())
+        self._measured.step_kept_free.append(self._machine.scheduler.admission.headroom_blocks())
         for new in plan.new:
             self._sequences[new.id] = new
         result = StepResult(step=plan.step, outcomes={item.id: self._sample(item) for item in plan.batch})

@@ -1,4 +1,4 @@
-"""One prefill node in virtual time: the real machine, steps that take what a cost model says.
+"""One prefill node in virtual time: the real state machine, step times of a cost model.
 
 The rest of the cluster is played here: decode nodes that always have room, transfers that take as long as the KV is,
 and answers whose tokens come at a fixed rate.

@@ -1,1 +1,1 @@
-"""The ``kvrelay`` command: starting, watching and talking to a cluster. Knows no role from the inside."""
+"""The ``kvrelay`` command: starts, shows and queries a cluster. It does not depend on how roles work."""

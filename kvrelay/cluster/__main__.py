@@ -1,4 +1,4 @@
-"""The ``kvrelay`` command, also as ``python -m kvrelay.cluster``; the supervisor starts its children so."""
+"""The ``kvrelay`` command. ``python -m kvrelay.cluster`` is the same; the supervisor starts its children with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from kvrelay.runtime.stop_signals import exit_on_stop_signals
 
 _SERVING = ("up", "router", "prefill", "decode", "mixed")
-"""Verbs that run until they are told to stop."""
+"""Commands that run until they are told to stop."""
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from kvrelay.runtime.listening import listen_problem
 
 
 def addresses(config: ClusterConfig) -> dict[str, tuple[str, int]]:
-    """Return the host and port behind each key of ``config`` that a process listens at."""
+    """Return host and port of each key of ``config`` that is a listening address."""
     found = {"router.port": (config.router.host, config.router.port)}
     if config.registry.kind == "static":
         found["router.control"] = split_tcp_address(config.router.control)
@@ -17,12 +17,12 @@ def addresses(config: ClusterConfig) -> dict[str, tuple[str, int]]:
 
 
 def taken_addresses(config: ClusterConfig) -> dict[str, str]:
-    """Return the keys whose address nobody here could listen at now, with the reason."""
+    """Return the keys whose address cannot be bound now, with the reason."""
     problems = {key: listen_problem(host, port) for key, (host, port) in addresses(config).items()}
     return {key: problem for key, problem in problems.items() if problem is not None}
 
 
 def require_free_addresses(config: ClusterConfig) -> None:
-    """Raise ConfigError, with a line for each, if processes of this host cannot listen where ``config`` says."""
+    """Raise ConfigError with one line for each address of ``config`` that cannot be bound."""
     if taken := taken_addresses(config):
         raise ConfigError([f"{key}: {problem}" for key, problem in taken.items()])

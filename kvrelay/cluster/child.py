@@ -1,4 +1,4 @@
-"""One process of a cluster, with all that it starts itself."""
+"""One process of a cluster, with the processes it starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start: ``name`` is unique in the cluster, ``argv`` is run as it is."""
+    """A process to start. ``name`` is unique in the cluster."""
 
     name: str
     role: str
@@ -31,7 +31,7 @@ class ProcessSpec:
 
 
 class _Pipe:
-    """What a child writes to and its parent reads from."""
+    """A pipe from a child to its parent."""
 
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe()
@@ -51,7 +51,7 @@ class Child:
             asyncio.create_task(_read_lines(stages.read_end, self._take_stage)),
         ]
         self.was_ready = False
-        """Whether it has said that its start is over."""
+        """Whether it has reported that it is ready."""
 
     @classmethod
     async def start(cls, spec: ProcessSpec, env: Mapping[str, str], on_line: OnText, on_stage: OnText) -> Child:
@@ -92,12 +92,12 @@ class Child:
         self._on_stage(stage)
 
     def terminate(self) -> None:
-        """Ask the process to finish what it has and end. It tells its own children."""
+        """Send SIGTERM. The process drains, and stops its own children."""
         if self._process.returncode is None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End the process and all it started, at once."""
+        """Kill the process and all processes it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -107,7 +107,7 @@ def _die_with_parent() -> None:
 
 
 async def _read_lines(fd: int, on_line: OnText) -> None:
-    """Hand on the lines from ``fd`` until its last writer has closed it; a line without end is cut."""
+    """Pass on the lines from ``fd`` until its last writer closes it. Overlong lines are cut."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb"))

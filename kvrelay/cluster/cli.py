@@ -1,6 +1,6 @@
-"""The ``kvrelay`` command. Exit codes: 0 fine, 2 bad usage or config, 1 anything else.
+"""The ``kvrelay`` command. Exit codes: 0 success, 2 invalid usage or config, 1 any other error.
 
-Every verb imports what it needs itself, so that the command, and a router, start without Paddle and within a second.
+Every command imports its own modules, so that the router starts without Paddle and within a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvrelay.errors import (
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _ADDRESS = re.compile(r"https?://\S+|(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(?:/v1)?/?")
-"""What of the words of ``chat`` is an address and no text."""
+"""Arguments of ``chat`` that are addresses and not text."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A cluster that serves language models with prefill and decode on different nodes.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Check configs and describe them.")
-model_app = typer.Typer(no_args_is_help=True, help="Make checkpoints.")
-store_app = typer.Typer(no_args_is_help=True, help="Look into the KV store of a cluster, whether that runs or not.")
+config_app = typer.Typer(no_args_is_help=True, help="Check a config, or print its schema.")
+model_app = typer.Typer(no_args_is_help=True, help="Create checkpoints.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect the KV store of a cluster, running or not.")
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(store_app, name="store")
@@ -43,18 +43,18 @@ app.add_typer(store_app, name="store")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key: router.port=8001, nodes.d0.cache.num_blocks=64."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: router.port=8001, nodes.d0.cache.num_blocks=64."),
 ]
-NodeName = Annotated[str, typer.Option("--node", metavar="NAME", help="The node to run, by its name in CONFIG.")]
+NodeName = Annotated[str, typer.Option("--node", metavar="NAME", help="Name of the node in CONFIG.")]
 
 StoreOf = Annotated[
     str | None,
-    typer.Option("--node", metavar="NAME", help="Whose store, if the nodes have different ones."),
+    typer.Option("--node", metavar="NAME", help="The node whose store is used, if nodes have different stores."),
 ]
 
 
 class Arch(StrEnum):
-    """Architectures a tiny checkpoint can have."""
+    """Architectures of checkpoints with random weights."""
 
     QWEN2 = "qwen2"
     QWEN3 = "qwen3"
@@ -64,14 +64,23 @@ class Arch(StrEnum):
 
 
 class Preset(StrEnum):
-    """Sizes a checkpoint with random weights can have."""
+    """Sizes of checkpoints with random weights."""
 
     TINY = "tiny"
     QWEN2_05B = "qwen2-0.5b"
 
 
+class ShapePreset(StrEnum):
+    """Models whose shape ``model shape`` knows."""
+
+    QWEN2_05B = "qwen2-0.5b"
+    QWEN3_06B = "qwen3-0.6b"
+    LLAMA3_8B = "llama3-8b"
+    QWEN3_8B = "qwen3-8b"
+
+
 class SchemaFormat(StrEnum):
-    """Forms of ``config schema``."""
+    """Output formats of ``config schema``."""
 
     JSON = "json"
     MARKDOWN = "markdown"
@@ -98,7 +107,7 @@ def _load(path: Path, overrides: list[str] | None) -> ClusterConfig:
 
 @app.command()
 def up(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Start all processes of a cluster on this host, restart what crashes, drain on Ctrl-C."""
+    """Start all processes of a cluster on this host. Restart those that crash. Drain on Ctrl-C."""
     from rich.console import Console
 
     from kvrelay.cluster.process import name_process, refuse_foreign_packages, require_checkpoint
@@ -113,7 +122,7 @@ def up(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def router(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run the router: HTTP for clients, the control address for nodes."""
+    """Run the router."""
     from kvrelay.cluster.process import become, require_checkpoint
 
     cluster = _load(config, overrides)
@@ -138,7 +147,7 @@ def decode(config: ConfigPath, node: NodeName, overrides: Overrides = None) -> N
 
 @app.command()
 def mixed(config: ConfigPath, node: NodeName, overrides: Overrides = None) -> None:
-    """Run one node that prefills and decodes, alone."""
+    """Run one mixed node, which prefills and decodes."""
     _run_node(Role.MIXED, config, node, overrides)
 
 
@@ -148,7 +157,7 @@ def _run_node(role: Role, path: Path, name: str, overrides: list[str] | None) ->
     cluster = _load(path, overrides)
     node = cluster.node(name)
     if node.role is not role:
-        raise ConfigError([f"node {name} is a {node.role} node: kvrelay {node.role} runs it"])
+        raise ConfigError([f"node {name} is a {node.role} node: run it with kvrelay {node.role}"])
     become(role, name, node.cluster.log_level)
     bind_to_cpus(node)
     if node.engine.kind != "fake":
@@ -173,8 +182,8 @@ def _router_url(text: str) -> str:
 
 @app.command()
 def status(
-    url: Annotated[str, typer.Argument(metavar="[URL]", help="Where the router is.")] = DEFAULT_URL,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep the picture up to date until Ctrl-C.")] = False,
+    url: Annotated[str, typer.Argument(metavar="[URL]", help="Address of the router.")] = DEFAULT_URL,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
     """Show the nodes, their load and the requests."""
     from kvrelay.cluster.talk import show_status
@@ -185,11 +194,11 @@ def status(
 @app.command()
 def chat(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[URL] [TEXT]", help="Where the router is, and what to say.")
+        list[str] | None, typer.Argument(metavar="[URL] [TEXT]", help="Address of the router, and the message.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer, in tokens.")] = 256,
 ) -> None:
-    """Say TEXT to the model and stream its answer; without TEXT, hold a conversation."""
+    """Send TEXT to the model and stream its answer. Without TEXT: a conversation."""
     from kvrelay.cluster.talk import converse, say
 
     words = words or []
@@ -207,7 +216,7 @@ def chat(
 
 @config_app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Tell whether CONFIG is right; if not, list everything that is wrong, with file and line."""
+    """Check CONFIG. Print every problem with file and line, and exit with 2 if there is one."""
     cluster = _load(config, overrides)
     for warning in cluster.warnings:
         typer.echo(f"warning: {warning}", err=True)
@@ -217,9 +226,11 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @config_app.command()
 def schema(
-    form: Annotated[SchemaFormat, typer.Option("--format", help="For editors, or for people.")] = SchemaFormat.JSON,
+    form: Annotated[
+        SchemaFormat, typer.Option("--format", help="json: JSON schema; markdown: the configuration reference.")
+    ] = SchemaFormat.JSON,
 ) -> None:
-    """Print the schema of a config: as JSON schema, or as the configuration reference."""
+    """Print the schema of a config."""
     if form is SchemaFormat.JSON:
         typer.echo(json.dumps(ClusterConfig.model_json_schema(), indent=2))
         return
@@ -230,19 +241,31 @@ def schema(
 
 @model_app.command()
 def tiny(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the checkpoint goes.")],
-    arch: Annotated[Arch | None, typer.Option(help="Its architecture.", show_default="qwen3, or the preset's")] = None,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for the checkpoint.")],
+    arch: Annotated[Arch | None, typer.Option(help="Architecture.", show_default="qwen3, or the preset's")] = None,
     preset: Annotated[
-        Preset, typer.Option(help="Its size; qwen2-0.5b: 365 M parameters in bf16, to measure with.")
+        Preset, typer.Option(help="Size; qwen2-0.5b: 365 M parameters in bf16, for benchmarks.")
     ] = Preset.TINY,
-    seed: Annotated[int, typer.Option(help="Its random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Make a checkpoint with random weights: its output is meaningless."""
+    """Create a checkpoint with random weights. Its output is meaningless."""
     from kvrelay.engine.tiny import write_tiny_checkpoint
 
     chosen = arch or (Arch.QWEN3 if preset is Preset.TINY else Arch.QWEN2)
     write_tiny_checkpoint(directory, chosen.value, seed, preset=preset.value)
-    typer.echo(f"{directory}: a {preset.value} {chosen.value} with random weights")
+    typer.echo(f"{directory}: {preset.value} {chosen.value} checkpoint with random weights")
+
+
+@model_app.command()
+def shape(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where config.json and the tokenizer go.")],
+    preset: Annotated[ShapePreset, typer.Option(help="Which model's shape.")],
+) -> None:
+    """Make a model without weights, for model.load_format: dummy, which fills it at random on the device."""
+    from kvrelay.engine.presets import write_shape
+
+    write_shape(directory, preset.value)
+    typer.echo(f"{directory}: the shape of {preset.value}; serve it with model.load_format: dummy")
 
 
 # ---------------------------------------------------------------- the KV store
@@ -250,7 +273,7 @@ def tiny(
 
 @store_app.command()
 def stats(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
-    """Show how much KV of the model the store holds."""
+    """Show the number of blocks, tokens and bytes of the model in the store."""
     from rich.console import Console
 
     from kvrelay.cluster.store import show_stats
@@ -262,10 +285,10 @@ def stats(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None)
 def clear(
     config: ConfigPath,
     node: StoreOf = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Drop all KV of the model from the store."""
+    """Delete all KV of the model from the store."""
     from rich.console import Console
 
     from kvrelay.cluster import store
@@ -273,13 +296,13 @@ def clear(
     cluster = _load(config, overrides)
     sections = store.store_sections(cluster, node)
     if not yes:
-        typer.confirm(f"Drop all KV of {sections.model.name} from the {sections.storage.backend} store?", abort=True)
+        typer.confirm(f"Delete all KV of {sections.model.name} from the {sections.storage.backend} store?", abort=True)
     store.clear(cluster, node, Console())
 
 
 @store_app.command()
 def verify(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
-    """Read all KV of the model in the store and drop what is corrupt; exit with 1 if anything was."""
+    """Read all KV of the model in the store and delete corrupt blocks. Exit with 1 if there was one."""
     from rich.console import Console
 
     from kvrelay.cluster import store

@@ -1,4 +1,4 @@
-"""Talks to a running cluster over HTTP: readiness, status, chat."""
+"""HTTP client for a running cluster: readiness, status, timelines, chat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIMEOUT = httpx.Timeout(5.0, read=600.0)
 
 
 class ClusterUnreachableError(KVRelayError):
-    """Nothing that answers like a router is at that address."""
+    """No kvrelay router answers at that address."""
 
     code = "cluster_unreachable"
 
@@ -44,11 +44,11 @@ class ClusterClient:
         return None if response.is_success else _error_text(response)
 
     def status(self) -> dict[str, Any]:
-        """Return what ``/cluster`` tells: nodes, their load, requests."""
+        """Return ``/cluster``: nodes, their load, requests."""
         return self._get("/cluster")
 
     def timeline(self, request_id: str) -> dict[str, Any]:
-        """Return the life of one request: its marks, and when each layer's KV moved."""
+        """Return the timeline of one request."""
         return self._get(f"/cluster/requests/{request_id}")
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
@@ -77,13 +77,13 @@ class ClusterClient:
         if response.is_success and body:
             return body
         if response.is_success or (response.status_code == httpx.codes.NOT_FOUND and "error" not in body):
-            raise ClusterUnreachableError(f"what answers at {self.url} is not a kvrelay router: it has no {path}")
+            raise ClusterUnreachableError(f"the server at {self.url} is not a kvrelay router: it has no {path}")
         raise KVRelayError(_error_text(response))
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachableError:
         return ClusterUnreachableError(
-            f"nothing answers at {self.url} ({error}); 'kvrelay up CONFIG' starts a cluster, and the address of one "
-            "elsewhere goes before the text: http://HOST:PORT"
+            f"no answer from {self.url} ({error}); start a cluster with 'kvrelay up CONFIG', or give the address of "
+            "another one as the first argument: http://HOST:PORT"
         )
 
 
@@ -96,14 +96,14 @@ def _new_text(chunk: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _error_text(response: httpx.Response) -> str:
-    """Return the words of an error response, whatever it looks like."""
+    """Return the message of an error response of any format."""
     body = _json_object(response)
     error = body.get("error", body) or f"{response.status_code} {response.reason_phrase}"
     return str(error.get("message") or error.get("reason") or error) if isinstance(error, dict) else str(error)
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any]:
-    """Return the body of ``response``, or nothing if it is no JSON object."""
+    """Return the JSON object in ``response``, or an empty one."""
     try:
         body = response.json()
     except ValueError:

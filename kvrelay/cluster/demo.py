@@ -1,4 +1,4 @@
-"""``scripts/demo``: a cluster from nothing, one answer, and the timeline of the request behind it."""
+"""``scripts/demo``: starts a cluster, streams one answer and prints the timeline of its request."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ _POLL_INTERVAL_S = 0.1
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/1p3d.yaml"), help="another cluster than 1P3D")
-    parser.add_argument("--exit", action="store_true", help="end when the answer has been shown")
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/1p3d.yaml"), help="config of another cluster than 1P3D"
+    )
+    parser.add_argument("--exit", action="store_true", help="stop the cluster after the answer")
     arguments = parser.parse_args()
     exit_on_stop_signals()
     name_process("demo")
@@ -58,7 +60,7 @@ def main() -> int:
 
 
 def _shown_once(config: ClusterConfig, console: Console, *, ends: bool) -> AfterReady:
-    """Return what to do when the cluster serves: show one request and, if the demo ends with that, stop."""
+    """Return the callback for a ready cluster: it shows one request and, if ``ends``, stops the cluster."""
 
     async def show(supervisor: Supervisor, display: Display) -> None:
         with display.held():
@@ -72,7 +74,7 @@ def _shown_once(config: ClusterConfig, console: Console, *, ends: bool) -> After
 
 
 def _command() -> str:
-    """Return what to type for the ``kvrelay`` that belongs to this Python, in a new shell in this directory."""
+    """Return the command of this Python's ``kvrelay`` for a new shell in this directory."""
     path = Path(sys.executable).with_name("kvrelay")
     on_path = shutil.which("kvrelay")
     if on_path is not None and Path(on_path) == path:
@@ -81,7 +83,7 @@ def _command() -> str:
 
 
 def _runnable(path: Path, console: Console) -> tuple[ClusterConfig, list[str]]:
-    """Return the config with what it takes to run here: a model, and ports nobody uses."""
+    """Return the config with overrides that make it runnable here: a model, and free ports."""
     config = ClusterConfig.load(path)
     overrides = []
     if not (Path(config.model.path) / "config.json").is_file():
@@ -95,17 +97,17 @@ def _tiny_model(wanted: str, console: Console) -> Path:
 
     if not (_TINY_MODEL / "config.json").is_file():
         write_tiny_checkpoint(_TINY_MODEL, "qwen3", 0)
-    console.print(f"no model in {wanted}: a tiny one with random weights is made; its output is meaningless")
+    console.print(f"no model in {wanted}; creating a tiny one with random weights: its output is meaningless")
     return _TINY_MODEL.absolute()
 
 
 def _other_ports(config: ClusterConfig, console: Console) -> list[str]:
-    """Return overrides that move everything to free ports, or none if the configured ones are free."""
+    """Return overrides that replace the ports by free ones, or none if the configured ones are free."""
     taken = taken_addresses(config)
     if not taken:
         return []
     for key, problem in taken.items():
-        console.print(f"{key}: {problem}; taking other ports")
+        console.print(f"{key}: {problem}; using other ports")
     wanted = addresses(config)
     hosts = [host for host, _ in wanted.values()]
     free = dict(zip(wanted, zip(hosts, _free_ports(hosts), strict=True), strict=True))
@@ -133,7 +135,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _show_one_request(url: str, console: Console) -> None:
-    """Ask the question, stream the answer, and print what happened to the request. Raises KVRelayError if it fails."""
+    """Ask the question, stream the answer and print the timeline. Raises KVRelayError if the request fails."""
     console.print(f"\n> {_QUESTION}", style="bold")
     with ClusterClient(url) as client:
         timeline = _whole_timeline(client, _stream_answer(client, console))
@@ -155,7 +157,7 @@ def _stream_answer(client: ClusterClient, console: Console) -> str:
 
 
 def _whole_timeline(client: ClusterClient, request_id: str) -> dict[str, Any]:
-    """Return the timeline once every node has reported its part, which may be after the answer's last word."""
+    """Return the timeline when every node has reported its part, which may be after the end of the answer."""
     deadline_s = time.monotonic() + _TIMELINE_TIMEOUT_S
     while not _is_whole(timeline := client.timeline(request_id)):
         if time.monotonic() > deadline_s:
@@ -165,7 +167,7 @@ def _whole_timeline(client: ClusterClient, request_id: str) -> dict[str, Any]:
 
 
 def _is_whole(timeline: dict[str, Any]) -> bool:
-    """Tell whether the node that finished the request has reported and, if another handed it over, that one too."""
+    """Return whether the node that finished the request has reported and, after a hand-off, the prefill node too."""
     by_nodes = {mark["name"] for mark in timeline["marks"] if mark["node"] != "router"}
     return "done" in by_nodes and ("handed_off" not in by_nodes or "transferred" in by_nodes)
 

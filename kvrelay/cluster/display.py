@@ -1,4 +1,4 @@
-"""What ``kvrelay up`` shows: lines of its processes, each with the name in its colour, progress bars, its own words."""
+"""The output of ``kvrelay up``: prefixed lines of its processes, progress bars, and messages of the supervisor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LEVEL_STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold
 _OUR_LINE = re.compile(r"\d{4}-\d\d-\d\dT(?P<time>[\d:.]+)Z (?P<level>[A-Z]+) \S+ (?P<text>.*)")
 
 _SILENCE_S = 1.5
-"""How long nothing may be shown of a start, in seconds, where lines cannot be changed any more."""
+"""Seconds without output after which a line says which processes are awaited, if there are no bars."""
 
 
 class _Bar(NamedTuple):
-    """One process that starts: what it is doing, and the bar for that."""
+    """A starting process: its stage and the progress bar of the stage."""
 
     what: str
     task: TaskID
 
 
 class Display:
-    """Writes to one console; on a terminal in colour and with bars, else in plain lines."""
+    """Writes to one console: with colours and bars on a terminal, else in plain lines."""
 
     def __init__(self, console: Console, names: Iterable[str]) -> None:
         self._console = console
@@ -42,22 +42,22 @@ class Display:
         self._held: list[Text] | None = None
         self._num_shown = 0
         self._silence: tuple[int, float] | None = None
-        """How many lines had been shown when, last time somebody asked."""
+        """Number of lines shown, and the time, at the last call of ``waiting``."""
 
     def say(self, text: str) -> None:
-        """Show words of the supervisor's own."""
+        """Show a message of the supervisor."""
         self._print("kvrelay", Text(text, "bold"))
 
     def warn(self, text: str) -> None:
-        """Show that something went wrong."""
+        """Show a warning of the supervisor."""
         self._print("kvrelay", Text(text, "bold yellow"))
 
     def show(self, renderable: RenderableType) -> None:
-        """Show a table or the like."""
+        """Show a renderable, such as a table."""
         self._console.print(renderable)
 
     def line(self, name: str, line: str) -> None:
-        """Show a line that process ``name`` wrote; how far it is in loading moves its bar."""
+        """Show a line of process ``name``. A progress line moves its bar instead."""
         progress = parse_progress(line)
         if progress is not None and self._console.is_terminal:
             self._move_bar(name, *progress)
@@ -70,7 +70,7 @@ class Display:
             self._print(name, Text(text, _LEVEL_STYLES.get(match["level"], "")))
 
     def stage(self, name: str, stage: str) -> None:
-        """Show how far process ``name`` is in its start: by a bar until it is ready, or a line for each stage."""
+        """Show the start-up stage of process ``name``: as a bar until it is ready, or as one line per stage."""
         if not self._console.is_terminal:
             self._print(name, Text(stage))
         elif stage == READY:
@@ -79,11 +79,11 @@ class Display:
             self._bar(name, stage)
 
     def ended(self, name: str) -> None:
-        """Note that process ``name`` is not starting any more."""
+        """Remove the bar of process ``name``, which is not starting any more."""
         self._remove_bar(name)
 
     def waiting_for(self, stages: Mapping[str, str], reason: str, now: float) -> None:
-        """Show who is not ready, by name and stage, or else ``reason``, if nothing has been shown for a while."""
+        """Show which processes are not ready, or else ``reason``, if nothing has been shown for some time."""
         if self._console.is_terminal and self._bars:
             return
         if self._silence is None or self._silence[0] != self._num_shown:
@@ -94,7 +94,7 @@ class Display:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep lines back meanwhile, so that they do not come in between what somebody else prints."""
+        """Hold lines back inside the context, so that they do not mix with other output."""
         self._held = []
         try:
             yield
@@ -104,7 +104,7 @@ class Display:
                 self._console.print(line, soft_wrap=True, highlight=False)
 
     def close(self) -> None:
-        """Take bars away that are still there."""
+        """Remove all bars."""
         for name in list(self._bars):
             self._remove_bar(name)
 
@@ -122,7 +122,7 @@ class Display:
             self._progress.update(task, completed=done, total=total, refresh=True)
 
     def _bar(self, name: str, what: str) -> TaskID:
-        """Return the bar of ``name``, a new one if ``what`` it is doing is new."""
+        """Return the bar of ``name``, a new one if ``what`` has changed."""
         bar = self._bars.get(name)
         if bar is None or bar.what != what:
             self._remove_bar(name)

@@ -1,4 +1,4 @@
-"""What a process of the cluster does to itself before it starts its role."""
+"""Set-up of a process before it starts its role."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 def refuse_foreign_packages(root: Path | None = None) -> None:
-    """Raise ConfigError if Python would import some other project's ``router`` (or the like) in place of ours."""
+    """Raise ConfigError if Python would import a ``router`` or other package of another project."""
     root = root or Path(kvrelay.__file__).parent.parent
     problems = []
     for name in _OUR_PACKAGES:
@@ -34,7 +34,7 @@ def refuse_foreign_packages(root: Path | None = None) -> None:
 
 
 def name_process(role: str, name: str = "") -> None:
-    """Have ``ps`` show ``kvrelay ROLE NAME``."""
+    """Set the process title to ``kvrelay ROLE NAME``."""
     setproctitle.setproctitle(f"kvrelay {role} {name}".rstrip())
 
 
@@ -54,13 +54,13 @@ def bind_to_cpus(node: NodeConfig) -> None:
 
 
 def require_checkpoint(model: ModelConfig) -> None:
-    """Raise ConfigError if there is no checkpoint where ``model`` says."""
+    """Raise ConfigError if there is no checkpoint at ``model.path``."""
     if not (Path(model.path) / "config.json").is_file():
-        raise ConfigError([f"model.path: no checkpoint in {model.path}; 'kvrelay model tiny DIR' makes a small one"])
+        raise ConfigError([f"model.path: no checkpoint in {model.path}; 'kvrelay model tiny DIR' creates a small one"])
 
 
 def become(role: str, name: str, log_level: str) -> None:
-    """Give this process what every process of a cluster has: its title and its log."""
+    """Set this process's title and log."""
     refuse_foreign_packages()
     name_process(role, "" if name == role else name)
     set_up_logging(name, log_level)

@@ -1,4 +1,4 @@
-"""Whether a process that ended is started again, and when."""
+"""Decides whether and when a process that ended is restarted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CAUSES = {
     signal.SIGBUS: "memory it had mapped could not be provided: too little memory, or a file became shorter",
     signal.SIGFPE: "an arithmetic fault in native code",
     signal.SIGABRT: "native code gave up; what it said is above",
-    signal.SIGKILL: "by the kernel if memory ran out, else by somebody",
+    signal.SIGKILL: "by the kernel if memory ran out, or by a user",
 }
 FAULTS = frozenset({signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT})
-"""Signals by which a process is killed for what its own code does."""
+"""Signals that are caused by a process's own code."""
 
 _LONG_LIFE_S = 3600.0
-"""A process that lived as long as this is not in a series of crashes."""
+"""A process that ran longer than this ends a series of crashes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Life:
 
     @property
     def ending(self) -> str:
-        """How it ended, and the likely cause if a signal killed it."""
+        """How it ended, with the likely cause of a signal."""
         if self.code >= 0:
             return f"exited with {self.code}"
         try:
@@ -44,21 +44,21 @@ class Life:
 
     @property
     def will_recur(self) -> bool:
-        """Whether the next life is likely to end the same way: it never began to serve, or its code is at fault."""
+        """Whether the next run is likely to end the same way: it was never ready, or its own code is at fault."""
         return not self.was_ready or -self.code in FAULTS
 
 
 class RestartPolicy:
-    """The restarts of one process: each later than the one before, and none after too many crashes in a row."""
+    """Restart policy of one process: growing delays, and no restart after too many consecutive crashes."""
 
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
         self._next_s = settings.restart_backoff_s
         self.num_crashes = 0
-        """Lives in a row that will recur."""
+        """Consecutive runs that are likely to recur."""
 
     def delay_after(self, life: Life) -> float | None:
-        """Return the seconds to wait before the next start, or None if there should be none."""
+        """Return the delay before the next start in seconds, or None if the process is not restarted."""
         if not life.will_recur or life.lived_s > _LONG_LIFE_S:
             self.num_crashes = 0
         self.num_crashes += life.will_recur

@@ -1,4 +1,4 @@
-"""``kvrelay store``: what the KV store of a cluster holds, from outside its nodes."""
+"""``kvrelay store``: inspects the KV store of a cluster from outside its nodes."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ T = TypeVar("T")
 
 _NOT_FROM_OUTSIDE = {
     "none": "there is no KV store",
-    "memory": "each node keeps its KV in its own memory, where nobody else can look",
+    "memory": "each node keeps its KV in its own memory, which other processes cannot read",
 }
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def show_stats(config: ClusterConfig, node: str | None, console: Console) -> None:
-    """Print what the store holds for the model. Raises KVRelayError if it cannot be said."""
+    """Print the content of the store for the model. Raises KVRelayError if it cannot be read."""
     sections = store_sections(config, node)
     geometry, stats = _ask(sections, lambda store: store.stats())
     console.print(stats_table(stats, geometry))
 
 
 def clear(config: ClusterConfig, node: str | None, console: Console) -> None:
-    """Drop all the store holds for the model."""
+    """Delete all KV of the model from the store."""
     _, num_blocks = _ask(store_sections(config, node), lambda store: store.clear())
-    console.print(f"{num_blocks:,} blocks dropped")
+    console.print(f"{num_blocks:,} blocks deleted")
 
 
 def verify(config: ClusterConfig, node: str | None, console: Console) -> bool:
-    """Have the store read everything and drop what is corrupt; return whether nothing was."""
+    """Read everything and delete corrupt blocks. Return whether there were none."""
     _, report = _ask(store_sections(config, node), lambda store: store.verify())
     console.print(verdict(report))
     return report.num_corrupt == 0
 
 
 def store_sections(config: ClusterConfig, name: str | None) -> Sections:
-    """Return the sections that say where the store is and whose KV is meant: those of the node ``name``, or of all.
+    """Return the sections of the node ``name``, or those that all nodes share. They describe the store and the model.
 
-    Raises ConfigError if the nodes differ in that and none is named, or if nobody could look into such a store.
+    Raises ConfigError if the nodes differ and ``name`` is None, or if other processes cannot read such a store.
     """
     owners: list[Sections] = [config.node(name)] if name is not None else list(config.nodes) or [config]
     first = owners[0]
     if any(_place(owner) != _place(first) for owner in owners):
         names = ", ".join(node.name for node in config.nodes)
-        raise ConfigError([f"the nodes' stores or models differ: say whose is meant with --node ({names})"])
+        raise ConfigError([f"the nodes' stores or models differ: choose a node with --node ({names})"])
     reason = _NOT_FROM_OUTSIDE.get(first.storage.backend)
     if reason is not None:
         raise ConfigError([f"storage.backend: {first.storage.backend}: {reason}"])
@@ -64,7 +64,7 @@ def store_sections(config: ClusterConfig, name: str | None) -> Sections:
 
 
 def stats_table(stats: StoreStats, geometry: KVGeometry) -> Table:
-    """Show what a store holds; ``-`` where its backend does not tell."""
+    """Return a table of a store's content; ``-``: the backend does not report it."""
     table = Table("backend", box=None, header_style="bold", pad_edge=False)
     for title in ("blocks", "tokens", "used", "capacity", "a block"):
         table.add_column(title, justify="right")
@@ -83,10 +83,10 @@ def stats_table(stats: StoreStats, geometry: KVGeometry) -> Table:
 
 
 def verdict(report: VerifyReport) -> str:
-    """Say what ``verify`` found."""
+    """Return the result of ``verify`` as text."""
     if not report.num_corrupt:
-        return f"{report.num_blocks:,} blocks read, all good"
-    return f"{report.num_blocks:,} blocks read, {report.num_corrupt:,} corrupt and dropped"
+        return f"{report.num_blocks:,} blocks read, none corrupt"
+    return f"{report.num_blocks:,} blocks read, {report.num_corrupt:,} corrupt and deleted"
 
 
 def _place(sections: Sections) -> tuple[object, ...]:
@@ -94,7 +94,7 @@ def _place(sections: Sections) -> tuple[object, ...]:
 
 
 def _ask(sections: Sections, question: Callable[[KVStore], Awaitable[T]]) -> tuple[KVGeometry, T]:
-    """Open the store as it is, and return its geometry and the answer to ``question``."""
+    """Open the existing store. Return its geometry and the result of ``question``."""
     geometry = node_geometry(sections, progress_log("checkpoint"))
 
     async def answered() -> T:

@@ -1,4 +1,4 @@
-"""Keeps the processes of a cluster running on this host, and ends all of them together."""
+"""Runs the processes of a cluster on this host, restarts them, and stops all of them together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kvrelay.runtime.stop_signals import StopRequests
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_REFUSED = 2
-"""What a process exits with when starting it again would change nothing: bad config, or refused by the router."""
+"""Exit status of a process that must not be restarted: invalid config, or refused by the router."""
 
 _PROBE_INTERVAL_S = 0.2
 _GRACE_S = 5.0
-"""Seconds past the drain time-out that a process may take to clean up."""
+"""Seconds after the drain timeout for a process to clean up."""
 
 
 class Supervisor:
@@ -51,7 +51,7 @@ class Supervisor:
         self._env: Mapping[str, str] = {}
         self._children: dict[str, Child] = {}
         self._starting: dict[str, str] = {}
-        """Processes that are not ready, and how far they are."""
+        """Processes that are not ready, with their stage."""
         self._stop_requests = StopRequests()
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -97,17 +97,17 @@ class Supervisor:
         try:
             while (reason := await self._probe()) is not None:
                 if self._now() > deadline_s:
-                    self._give_up(EXIT_ERROR, f"not ready after {self._settings.start_timeout_s:g} s: {reason}")
+                    self._end_cluster(EXIT_ERROR, f"not ready after {self._settings.start_timeout_s:g} s: {reason}")
                     return
                 self._display.waiting_for(self._starting, reason, self._now())
                 await self._sleep(_PROBE_INTERVAL_S)
             self._was_ready = True
             await self._on_ready()
-        except Exception as error:  # the border to whoever started the cluster: it ends, and says why
-            self._give_up(EXIT_ERROR, f"{type(error).__name__}: {error}")
+        except Exception as error:  # last resort: the cluster ends with the reason
+            self._end_cluster(EXIT_ERROR, f"{type(error).__name__}: {error}")
 
     async def _keep(self, spec: ProcessSpec) -> None:
-        """Run ``spec`` again and again until the cluster stops or the process is done for good."""
+        """Run ``spec`` and restart it until the cluster stops or the process is not restarted any more."""
         policy = RestartPolicy(self._settings)
         while not self._stopping.is_set():
             life = await self._live(spec)
@@ -119,13 +119,13 @@ class Supervisor:
             delay_s = policy.delay_after(life)
             if delay_s is None:
                 crashes = f"crash {policy.num_crashes} in a row"
-                self._give_up(EXIT_ERROR, f"{spec.name} {life.ending}; {crashes}, not starting it again")
+                self._end_cluster(EXIT_ERROR, f"{spec.name} {life.ending}; {crashes}, not restarting it")
                 return
-            self._display.warn(f"{spec.name} {life.ending}; starting it again in {delay_s:g} s")
+            self._display.warn(f"{spec.name} {life.ending}; restarting it in {delay_s:g} s")
             await _first_of(self._sleep(delay_s), self._stopping.wait())
 
     async def _live(self, spec: ProcessSpec) -> Life:
-        """Run ``spec`` once, to its end."""
+        """Run ``spec`` once, until it ends."""
         started_s = self._now()
         self._starting[spec.name] = "starting"
         child = await Child.start(
@@ -153,14 +153,14 @@ class Supervisor:
         self._display.stage(name, stage)
 
     def _ended(self, spec: ProcessSpec, life: Life) -> None:
-        """Take note of a process that will not be started again."""
-        self._display.warn(f"{spec.name} {life.ending}; not starting it again")
+        """Handle a process that will not be restarted."""
+        self._display.warn(f"{spec.name} {life.ending}; not restarting it")
         if life.code == EXIT_REFUSED and not self._was_ready:
-            self._give_up(EXIT_REFUSED, f"{spec.name} cannot run as it is configured")
+            self._end_cluster(EXIT_REFUSED, f"{spec.name} cannot run with this config")
         elif spec.role == "router":
-            self._give_up(life.code, "no cluster without its router")
+            self._end_cluster(life.code, "no cluster without its router")
 
-    def _give_up(self, code: int, reason: str) -> None:
+    def _end_cluster(self, code: int, reason: str) -> None:
         self._display.warn(reason)
         self._exit_code = self._exit_code or code
         self._stopping.set()
@@ -169,7 +169,7 @@ class Supervisor:
 
     async def _drain(self, keepers: Mapping[ProcessSpec, asyncio.Task[None]]) -> None:
         limit_s = self._settings.drain_timeout_s
-        self._display.say(f"finishing what runs, at most {limit_s:g} s; Ctrl-C again ends it at once")
+        self._display.say(f"draining, at most {limit_s:g} s; press Ctrl-C again to stop at once")
         deadline_s = self._now() + limit_s + _GRACE_S
         for is_router in (True, False):
             group = [spec for spec in keepers if (spec.role == "router") is is_router]
@@ -178,10 +178,10 @@ class Supervisor:
                     self._children[spec.name].terminate()
             await self._all_ended([keepers[spec] for spec in group], deadline_s)
         left = sorted(self._children)
-        self._display.say(f"killing {', '.join(left)}" if left else "everything has ended")
+        self._display.say(f"killing {', '.join(left)}" if left else "all processes have ended")
 
     async def _all_ended(self, tasks: Iterable[asyncio.Task[None]], deadline_s: float) -> None:
-        """Wait for ``tasks``, not past ``deadline_s`` and not when hurried."""
+        """Wait for ``tasks`` until ``deadline_s`` or a second signal."""
         left_s = max(deadline_s - self._now(), _GRACE_S)
         await _first_of(_all(tasks), self._hurrying.wait(), asyncio.sleep(left_s))
 

@@ -1,4 +1,4 @@
-"""A cluster's status and a request's timeline, for a terminal."""
+"""Tables for a terminal: the status of a cluster, the timeline of a request."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LOAD_COLUMNS = {
     "cached": "evictable_blocks",
     "free": "free_blocks",
 }
-"""Column title to field of a node's load: requests by what they do, blocks by who has them."""
+"""Column titles and fields of a node's load: requests by state, blocks by use."""
 
 
 def status_tables(status: dict[str, Any]) -> Group:
-    """Show what ``/cluster`` tells."""
+    """Return the status of a cluster as a table and a line about requests."""
     return Group(nodes_table(status), Text(), _requests_line(status.get("requests", {})))
 
 
 def nodes_table(status: dict[str, Any]) -> Table:
-    """Show the nodes, with their requests and blocks."""
+    """Return a table of the nodes, with their requests and blocks."""
     table = Table("node", "role", "state", "address", box=None, header_style="bold", pad_edge=False)
     for title in _LOAD_COLUMNS:
         table.add_column(title, justify="right")
@@ -42,7 +42,7 @@ def nodes_table(status: dict[str, Any]) -> Table:
 
 
 def timeline_table(timeline: dict[str, Any]) -> Table:
-    """Show what happened to one request, when and where; the KV of each layer in its place."""
+    """Return a table of one request's timeline, with the transfer of each layer."""
     table = Table("ms", "where", "what", box=None, header_style="bold", pad_edge=False)
     table.columns[0].justify = "right"
     moments = [(mark["at_s"], mark["node"], mark["name"].replace("_", " ")) for mark in timeline["marks"]]

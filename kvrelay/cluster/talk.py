@@ -16,7 +16,7 @@ _WATCH_INTERVAL_S = 1.0
 
 
 def show_status(url: str, *, watch: bool) -> None:
-    """Print the cluster's status once, or keep it up to date until Ctrl-C."""
+    """Print the cluster's status once, or refresh it until Ctrl-C."""
     console = Console()
     with ClusterClient(url) as cluster:
         if watch:
@@ -41,13 +41,13 @@ def _watch(cluster: ClusterClient, console: Console) -> None:
 
 
 def say(url: str, text: str, max_tokens: int) -> None:
-    """Print the model's answer to ``text`` as it comes."""
+    """Stream the model's answer to ``text`` to the terminal."""
     with ClusterClient(url) as cluster:
         _answer(cluster, [{"role": "user", "content": text}], max_tokens)
 
 
 def converse(url: str, max_tokens: int) -> None:
-    """Hold a conversation at the terminal until its end of input or Ctrl-C."""
+    """Run a conversation at the terminal until end of input or Ctrl-C."""
     history: list[dict[str, str]] = []
     with ClusterClient(url) as cluster:
         while True:

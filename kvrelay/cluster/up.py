@@ -23,7 +23,7 @@ from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
 AfterReady = Callable[[Supervisor, Display], Awaitable[None]]
-"""What to do once the cluster serves."""
+"""Called when the cluster is ready."""
 
 
 async def up(
@@ -57,13 +57,13 @@ async def up(
 
 
 def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
-    """Return why the cluster is not up yet; it is when it can serve and every node is there."""
+    """Return why the cluster is not ready, or None if it can serve and every node is registered."""
     reason = client.not_ready_because()
     if reason is not None:
         return reason
     there = {node["name"] for node in client.status()["nodes"]}
     missing = [node.name for node in config.nodes if node.name not in there]
-    return f"{', '.join(missing)} not there yet" if missing else None
+    return f"{', '.join(missing)} not registered yet" if missing else None
 
 
 def process_specs(config: ClusterConfig, path: Path, overrides: Sequence[str]) -> list[ProcessSpec]:

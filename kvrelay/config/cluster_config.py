@@ -62,7 +62,7 @@ __all__ = [
 
 
 class Sections(Section):
-    """The sections that hold for the cluster, and that each node may have its own keys of."""
+    """The sections of the cluster. Each node may override keys of all of them."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
@@ -77,7 +77,7 @@ class Sections(Section):
 
 
 class NodeConfig(Sections):
-    """One node, with every section as it holds there."""
+    """One node with its sections: the node's own keys, then the cluster's."""
 
     name: str = Field(
         min_length=1, max_length=32, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name of the node, unique."
@@ -92,24 +92,24 @@ class NodeConfig(Sections):
 
     @property
     def address(self) -> str:
-        """Where other nodes reach this one."""
+        """The address of this node for other processes."""
         return tcp_address(self.host, self.port)
 
 
 class ClusterConfig(Sections):
-    """The whole file."""
+    """The whole config file."""
 
     nodes: tuple[NodeConfig, ...] = Field(default=(), strict=False, description="The nodes of the cluster.")
     _warnings: tuple[str, ...] = PrivateAttr(())
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What in the file is still accepted and should be changed, as lines ``file:line: key: what to do``."""
+        """Deprecated keys in the file, as lines ``file:line: key: what to do``."""
         return self._warnings
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
-        """Read ``path``; ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``) go before it.
+        """Read ``path``, overridden by ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``).
 
         Raises ConfigError with every problem found, one line each: ``file:line: key: what is wrong``.
         """
@@ -141,7 +141,7 @@ class ClusterConfig(Sections):
         return config._with_model_path(config_dir)
 
     def _with_model_path(self, config_dir: Path) -> Self:
-        """Return the config with absolute model paths, so that processes may run anywhere."""
+        """Return the config with absolute model paths, so that a process may run in any directory."""
         nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
         return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
 
@@ -157,7 +157,7 @@ _RENAMED = (
     ("router", "prefill_policy", "prefill_routing"),
     ("router", "decode_policy", "decode_routing"),
 )
-"""(section, earlier name, present name) of each key that has another name now. The earlier one is accepted."""
+"""(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
 def _in_reading_order(problem: str) -> list[str | int]:
@@ -166,7 +166,7 @@ def _in_reading_order(problem: str) -> list[str | int]:
 
 
 def _field_problems(error: ValidationError, document: Document) -> list[tuple[Key, str]]:
-    """Return what pydantic found, without what a node merely inherited from a section already reported."""
+    """Return pydantic's errors, without those of keys that a node inherits from a section that is reported anyway."""
     problems: list[tuple[Key, str]] = []
     for item in error.errors(include_url=False):
         key: Key = (*item["loc"], *item.get("ctx", {}).get("key", ()))
@@ -177,7 +177,7 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
 
 
 _SUBJECT = re.compile(r"^\w+ (?=should )")
-"""What pydantic calls a value: the key names it better."""
+"""The type name in pydantic's messages, which the key replaces."""
 
 _REASONS = {
     "missing": "is missing",
@@ -189,7 +189,7 @@ _REASONS = {
 
 
 def _reason(kind: str, message: str, key: Key, document: Document) -> str:
-    """Say in this file's terms what pydantic calls ``kind`` and ``message``."""
+    """Return the message for pydantic's error ``kind`` with ``message``."""
     if kind == "extra_forbidden":
         return "unknown key" + suggestion(ClusterConfig, key)
     if kind == "refused":
@@ -199,7 +199,7 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
 
 
 def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:
-    """Return ``model`` with its path found from the current directory or, if not there, from the config file's."""
+    """Return ``model`` with its path resolved against the current directory or, if missing there, the config file's."""
     here, there = Path(model.path).absolute(), (config_dir / model.path).absolute()
     found = there if there.exists() and not here.exists() else here
     return model.model_copy(update={"path": str(found)})

@@ -1,4 +1,4 @@
-"""A config file before it is checked: plain data, with the place of every key."""
+"""A config file before validation: plain data with the location of every key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_DEPTH = 32
 
 
 class Document:
-    """The data of a config file and where each key stands; overrides replace keys and are then their place.
+    """The data of a config file and the location of each key. An override replaces a key and its location.
 
     ``problems`` collects what is wrong with the file or an override itself, as finished lines; ``warnings`` the keys
     with an earlier name, likewise.
@@ -35,7 +35,7 @@ class Document:
 
     @classmethod
     def read(cls, path: Path) -> Document:
-        """Read a YAML file. Raises ConfigError if there is none, or nothing in it that could be checked further."""
+        """Read a YAML file. Raises ConfigError if it cannot be read or has no sections."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -43,21 +43,21 @@ class Document:
             raise ConfigError([f"{path}: {reason}"]) from error
         root, data = _parse(text, path)
         if not isinstance(data, dict):
-            raise ConfigError([f"{path}:1: should hold sections such as model: and nodes:, not {_shown(data)}"])
+            raise ConfigError([f"{path}:1: should contain sections such as model: and nodes:, not {_shown(data)}"])
         document = cls(str(path), _unshared(data, path))
         if root is not None:
             document._note_places(root, ())
         return document
 
     def apply_env(self, env: Mapping[str, str]) -> None:
-        """Replace keys by variables such as ``KVRELAY_ROUTER__PORT``; names without ``__`` are not config keys."""
+        """Override keys by variables such as ``KVRELAY_ROUTER__PORT``. Names without ``__`` are ignored."""
         for name, value in sorted(env.items()):
             path = name.removeprefix(ENV_PREFIX)
             if path != name and "__" in path:
                 self._override(path.lower().split("__"), value, f"env {name}")
 
     def apply_overrides(self, overrides: Iterable[str]) -> None:
-        """Replace keys by texts such as ``router.port=8001`` or ``nodes.d0.cache.num_blocks=64``."""
+        """Override keys by texts such as ``router.port=8001`` or ``nodes.d0.cache.num_blocks=64``."""
         for text in overrides:
             path, equals, value = text.partition("=")
             if not equals or not path.strip():
@@ -66,21 +66,21 @@ class Document:
                 self._override(path.strip().split("."), value, f"--set {text}")
 
     def rename(self, section: str, old: str, new: str) -> None:
-        """Take key ``old`` of ``section``, the cluster's or a node's, as ``new``. Both at once are a problem."""
+        """Rename key ``old`` of ``section`` to ``new``, in the cluster and in each node. Both names are a problem."""
         for parent in ((section,), *(("nodes", index, section) for index in range(len(self._node_names())))):
             keys = self._find(parent)
             if not isinstance(keys, dict) or old not in keys:
                 continue
             if new in keys:
-                self.problems.append(self.describe((*parent, old), f"is the earlier name of {new}, which is given too"))
+                self.problems.append(self.describe((*parent, old), f"is the old name of {new}, which is given too"))
                 del keys[old]
                 continue
-            self.warnings.append(self.describe((*parent, old), f"is called {new} now"))
+            self.warnings.append(self.describe((*parent, old), f"is deprecated, use {new}"))
             keys[new] = keys.pop(old)
             self._places[*parent, new] = self._places.pop((*parent, old), self.name)
 
     def resolved(self, sections: list[str]) -> dict[str, Any]:
-        """Return the data with every node's sections completed from the cluster's."""
+        """Return the data; every node's sections are completed from the cluster's."""
         data = copy.deepcopy(self.data)
         shared = {name: data[name] for name in sections if name in data}
         if isinstance(nodes := data.get("nodes"), list):
@@ -88,7 +88,7 @@ class Document:
         return data
 
     def has(self, key: Key) -> bool:
-        """Tell whether ``key`` itself was given, by the file or an override."""
+        """Return whether the file or an override contains ``key`` itself."""
         return self._find(key) is not _NOTHING
 
     def shown(self, key: Key) -> str:
@@ -96,7 +96,7 @@ class Document:
         return _shown(self._find(key))
 
     def describe(self, key: Key, reason: str) -> str:
-        """Return the line that says what is wrong with ``key`` and where it stands."""
+        """Return the error line for ``key``, with its location."""
         place = next(
             (self._places[key[:end]] for end in range(len(key), -1, -1) if key[:end] in self._places), self.name
         )
@@ -114,7 +114,7 @@ class Document:
         return value
 
     def _spelled(self, key: Key) -> Iterable[str]:
-        """Spell ``key`` as ``--set`` takes it, with a node's name where that is clear."""
+        """Spell ``key`` as for ``--set``, with a node's name if that is unique."""
         parts = [str(part) for part in key]
         if key[0] == "nodes" and len(key) > 2 and isinstance(key[1], int):
             name = self._find((*key[:2], "name"))
@@ -143,7 +143,7 @@ class Document:
                 self._places[key[:depth]] = place
             target = target[part]
             if not isinstance(target, list if isinstance(following, int) else dict):
-                self.problems.append(f"{place}: {part} holds no key {following}")
+                self.problems.append(f"{place}: {part} has no key {following}")
                 return
         target[key[-1]] = value
         self._places = {known: at for known, at in self._places.items() if known[: len(key)] != key}
@@ -187,7 +187,7 @@ _NOTHING = object()
 
 
 def _unshared(value: Any, path: Path, depth: int = 0) -> Any:
-    """Return a copy of ``value`` without the sharing of YAML aliases. Raises ConfigError if it is endless."""
+    """Return a copy of ``value`` in which YAML aliases share nothing. Raises ConfigError if it is recursive."""
     if depth > _MAX_DEPTH:
         raise ConfigError([f"{path}:1: nested more than {_MAX_DEPTH} levels deep"])
     if isinstance(value, dict):
@@ -196,7 +196,7 @@ def _unshared(value: Any, path: Path, depth: int = 0) -> Any:
 
 
 def _merged(base: Any, over: Any) -> Any:
-    """Return ``base`` with the keys of ``over`` in front of its own, section by section."""
+    """Return ``base`` overridden by the keys of ``over``, section by section."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     return {**base, **{name: _merged(base[name], value) if name in base else value for name, value in over.items()}}
@@ -210,7 +210,7 @@ def _shown(value: object) -> str:
 
 
 def _parse(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
-    """Return the YAML nodes of ``text`` and the data they stand for. Raises ConfigError if it is not YAML."""
+    """Return the YAML nodes of ``text`` and their data. Raises ConfigError if it is not YAML."""
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()

@@ -1,7 +1,7 @@
-"""What must hold between the keys of a config that are each fine by themselves.
+"""Rules between config keys.
 
-The rules read the data as written, before it is known to be well typed, so that one run finds all mistakes; what
-is not of the expected type is passed over, for the types' own check to report.
+The rules read the data before its types are checked, so that one run reports all mistakes. They skip values of a wrong
+type, which the type check reports.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _EQUAL_ON_ALL_NODES: tuple[tuple[str, str, type[Section]], ...] = (
 
 
 def inconsistencies(data: dict[str, Any]) -> list[Problem]:
-    """Return every rule that ``data`` breaks, by the key that would have to change."""
+    """Return every violated rule, with the key to change."""
     nodes = data.get("nodes", [])
     if not isinstance(nodes, list):
         return []
@@ -55,7 +55,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
 
 
 def suggestion(model: type[BaseModel], key: Key) -> str:
-    """Return ``; did you mean ...?`` for an unknown key, or nothing if no known key is near."""
+    """Return ``; did you mean ...?`` for an unknown key, else the list of known keys."""
     for part in key[:-1]:
         if isinstance(part, str):
             model = _model_of(model.model_fields[part].annotation)
@@ -76,9 +76,9 @@ def _names(_: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterat
         if not isinstance(name, str):
             continue
         if name in seen:
-            yield ("nodes", index, "name"), f"another node is called {name} already"
+            yield ("nodes", index, "name"), f"another node has the name {name}"
         if name in RESERVED_NAMES:
-            yield ("nodes", index, "name"), f"{name} is taken: no node may be called that"
+            yield ("nodes", index, "name"), f"{name} is reserved and cannot be the name of a node"
         seen.add(name)
 
 
@@ -88,12 +88,12 @@ def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) ->
     control = str(router.get("control", RouterConfig().control)).removeprefix("tcp://")
     taken = {netloc(str(host), port): "router.port"}
     if control in taken:
-        yield ("router", "control"), f"{control} is router.port's already"
+        yield ("router", "control"), f"{control} is also the address of router.port"
     taken[control] = "router.control"
     for index, node in nodes:
         address = netloc(str(node.get("host", "127.0.0.1")), node.get("port"))
         if address in taken and "port" in node:
-            yield ("nodes", index, "port"), f"{address} is {taken[address]}'s already"
+            yield ("nodes", index, "port"), f"{address} is also the address of {taken[address]}"
         taken.setdefault(address, f"node {node.get('name', index)}")
 
 
@@ -112,7 +112,7 @@ def _equal_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -
 
 
 def _budgets(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
-    """A step computes one token of every decode: the budget must have room for as many as may run."""
+    """A step computes one token of every decode, so the budget must cover max_num_seqs decodes."""
     fields = ("max_num_batched_tokens", "max_num_seqs")
     defaults = [SchedulerConfig.model_fields[field].default for field in fields]
     shared = [_get(data, "scheduler", field, default) for field, default in zip(fields, defaults, strict=True)]
@@ -128,12 +128,15 @@ def _budgets(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> I
 
 
 def _storage_needs_prefix_caching(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
-    """Stored blocks are found by their hash, as published ones are: without hashes in use there is nothing to find."""
+    """Stored blocks are found by their hash, and hashes are only used with prefix caching."""
     backend, caching = _get(data, "storage", "backend", "none"), _get(data, "cache", "prefix_caching", True)
     for index, node in nodes:
         is_stored = _get(node, "storage", "backend", backend) in STORED_BACKENDS
         if is_stored and _get(node, "cache", "prefix_caching", caching) is False:
-            yield ("nodes", index, "cache", "prefix_caching"), "storage needs it: blocks are stored by their hash"
+            yield (
+                ("nodes", index, "cache", "prefix_caching"),
+                "must be true with storage: blocks are stored by their hash",
+            )
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:
@@ -144,9 +147,9 @@ def _get(data: dict[str, Any], section: str, field: str, default: object) -> obj
 def _roles(nodes: list[Any]) -> Iterator[Problem]:
     roles = [node.get("role") if isinstance(node, dict) else None for node in nodes]
     if not nodes:
-        yield ("nodes",), "no node that can serve: give a mixed node, or a prefill and a decode node"
+        yield ("nodes",), "no node can serve: add a mixed node, or a prefill and a decode node"
     if not all(role in list(Role) for role in roles):
         return
     for role, partner in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
         if role in roles and partner not in roles:
-            yield ("nodes",), f"a {role} node needs a {partner} node to work with, and there is none"
+            yield ("nodes",), f"a {role} node needs a {partner} node, and there is none"

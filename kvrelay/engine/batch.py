@@ -1,4 +1,4 @@
-"""The batch of one step, flattened: sequences one after the other, no padding."""
+"""The flattened batch of one step: sequences are concatenated without padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Span:
     """The rows of one sequence: ``num_tokens`` from ``first_row`` on, for positions from ``start`` on.
 
     ``index``: where the sequence is among the batch's ``items``.
-    ``block_table``: the sequence's own table, where it lies, as far as the step's last position.
+    ``block_table``: a view of the sequence's own table, up to the block of the step's last position.
     """
 
     index: int
@@ -34,7 +34,7 @@ class Span:
 
     @property
     def context_len(self) -> int:
-        """Positions of the sequence that have KV after this step."""
+        """Number of positions of the sequence that have KV after this step."""
         return self.start + self.num_tokens
 
     def slots(self, first: int) -> Int64:
@@ -83,9 +83,9 @@ class RaggedBatch:
         return [self.failed[place] if place in self.failed else next(others) for place in places]
 
     def first_positions_of(self, rows: Bools) -> dict[int, int]:
-        """Return for each of ``items`` that has any of ``rows`` [number of rows] the position of the first.
+        """Return, for each of ``items`` that has any of ``rows`` [number of rows], the position of the first.
 
-        Rows of drafts are nobody's: they mean nothing unless the draft is accepted.
+        Rows of drafts are not attributed to a sequence, because they are only valid if the draft is accepted.
         """
         if not rows.any():
             return {}
@@ -99,7 +99,7 @@ class RaggedBatch:
 
 
 class StepLimits(NamedTuple):
-    """What each sequence of a step must stay within, or the step would read or write beside the pool or the weights."""
+    """Limits of each sequence of a step. Beyond them a step would access memory outside the pool or the weights."""
 
     block_size: int
     num_blocks: int
@@ -115,7 +115,7 @@ class _Part(NamedTuple):
 
 
 class BatchAssembler:
-    """Flattens one step after the other into the same arrays, which grow to the largest of them."""
+    """Flattens steps into arrays that are reused and grow to the size of the largest step."""
 
     def __init__(self, limits: StepLimits) -> None:
         self._limits = limits
@@ -123,7 +123,7 @@ class BatchAssembler:
         """Token ids, positions and slots."""
 
     def assemble(self, scheduled: Sequence[ScheduledSequence]) -> RaggedBatch:
-        """Flatten those of ``scheduled`` that are within the limits; perhaps there are none."""
+        """Flatten those of ``scheduled`` that are within the limits. The batch may be empty."""
         items: list[ScheduledSequence] = []
         parts: list[_Part] = []
         failed: dict[int, SequenceFailed] = {}
@@ -187,7 +187,7 @@ def _places(item: ScheduledSequence) -> range:
 
 
 def _written_rows(spans: list[Span], items: Sequence[ScheduledSequence], positions: Int64) -> Int64 | None:
-    """Return the rows whose KV is not there yet, or None if that is every row, as it nearly always is."""
+    """Return the rows whose KV must be written, or None if that is every row, the usual case."""
     firsts = [items[span.index].writes_from for span in spans]
     if all(first <= span.start for first, span in zip(firsts, spans, strict=True)):
         return None
@@ -210,10 +210,13 @@ def _part(item: ScheduledSequence, limits: StepLimits) -> _Part | SequenceFailed
     return _Part(token_ids, blocks)
 
 
-def misplaced(item: ScheduledSequence, limits: StepLimits) -> SequenceFailed | None:
-    """Return how the positions of ``item`` break ``limits``, if they do."""
+def misplaced(item: ScheduledSequence, limits: StepLimits, num_awaited: int = 0) -> SequenceFailed | None:
+    """Return how the positions of ``item`` break ``limits``, if they do.
+
+    ``num_awaited`` tokens of its sequence are being sampled now.
+    """
     end = item.start + item.num_tokens
-    known = item.sequence.num_tokens + len(item.drafts or ())
+    known = item.sequence.num_tokens + num_awaited + len(item.drafts or ())
     num_blocks = len(item.sequence.block_table)
     if item.num_tokens < 1 or item.start < 0 or end > known:
         return SequenceFailed(f"the step wants positions {item.start} to {end} of {known} tokens")

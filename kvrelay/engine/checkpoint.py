@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face layout: which tensors it must have, and reading them one by one.
+"""Checkpoints in Hugging Face layout: lists the tensors a checkpoint must have and reads them one by one.
 
 ``model.safetensors``, or shards listed in ``model.safetensors.index.json``, in float32, float16 or bfloat16.
 """
@@ -19,7 +19,7 @@ from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor, read_safe
 from kvrelay.errors import CheckpointError
 
 OnProgress = Callable[[int, int], None]
-"""Told (bytes read, bytes in all) as a checkpoint is read."""
+"""Called with (bytes read, total bytes) while a checkpoint is read."""
 
 Float32 = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -64,9 +64,9 @@ def _layer_shapes(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
 
 
 class Checkpoint:
-    """The tensors of one checkpoint, checked against what its config needs.
+    """The tensors of one checkpoint, checked against its config.
 
-    Each tensor is meant to be taken once: taking it counts towards progress and the digest.
+    Take each tensor once: taking it counts towards progress and the digest.
     """
 
     def __init__(self, config: DecoderConfig, tensors: dict[str, StoredTensor], on_progress: OnProgress) -> None:
@@ -104,12 +104,16 @@ class Checkpoint:
         return name in self._tensors
 
     def take(self, name: str) -> Float32:
-        """Return a tensor as float32, possibly read-only and not to be kept."""
+        """Return a tensor as float32. It may be read-only. The caller must not keep it."""
+        return self.take_stored(name).float32()
+
+    def take_stored(self, name: str) -> StoredTensor:
+        """Return a tensor as it is in its file, read-only."""
         self._note(name)
-        return self._tensors[name].float32()
+        return self._tensors[name]
 
     def read_all(self) -> None:
-        """Read every tensor for the digest alone."""
+        """Read every tensor for the digest only."""
         for name in self._tensors:
             self._note(name)
 
@@ -120,9 +124,9 @@ class Checkpoint:
         self._on_progress(self._bytes_read, self._bytes_total)
 
     def digest(self, *more: object) -> str:
-        """Return what tells this model from every other, once all of its tensors have been taken, or read.
+        """Return the digest that identifies this model. All of its tensors must have been taken or read before.
 
-        ``more``: whatever else changes the KV that the model computes.
+        ``more``: other values that change the KV that the model computes.
         """
         lines = [repr(self.config), *map(repr, more), *(self._digests[name] for name in sorted(self._tensors))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
@@ -141,7 +145,7 @@ def _shards(model_dir: Path) -> list[Path]:
 
 
 def _is_harmless(name: str, config: DecoderConfig) -> bool:
-    """Whether ``name`` says nothing the config does not: old files carry RoPE tables or a copy of tied embeddings."""
+    """Whether tensor ``name`` can be ignored: old files contain RoPE tables or a copy of tied embeddings."""
     return name.endswith(_HARMLESS_SUFFIXES) or (config.tied_embeddings and name == "lm_head.weight")
 
 

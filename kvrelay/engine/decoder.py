@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from kvrelay.engine.batch import Bools, RaggedBatch
-from kvrelay.engine.checkpoint import Checkpoint, Float32
+from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor, WeightPacking
 from kvrelay.engine.rope import half_split_order
+from kvrelay.engine.safetensors_file import StoredTensor
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
 
@@ -32,7 +33,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All of a decoder. With tied embeddings ``lm_head`` is packed from ``embedding``."""
+    """All weights of a decoder. With tied embeddings ``lm_head`` is packed from ``embedding``."""
 
     embedding: Tensor
     layers: list[LayerWeights]
@@ -75,29 +76,40 @@ def _load_layer(checkpoint: Checkpoint, kernels: WeightPacking, prefix: str) -> 
     )
 
 
+@runtime_checkable
+class UploadsStored(Protocol):
+    """A WeightPacking that takes tensors as they are in their file."""
+
+    def upload_stored(self, parts: Sequence[StoredTensor]) -> Tensor:
+        """Return ``parts`` joined along their first axis."""
+
+
 def _joined(checkpoint: Checkpoint, kernels: WeightPacking, names: Sequence[str]) -> Tensor:
     """Upload tensors joined along their first axis; the copy is the one owner of its memory."""
-    parts = [_halves_split(checkpoint.take(name), name, checkpoint.config) for name in names]
+    stored = [_halves_split(checkpoint.take_stored(name), name, checkpoint.config) for name in names]
+    if isinstance(kernels, UploadsStored):
+        return kernels.upload_stored(stored)
+    parts = [one.float32() for one in stored]
     owned = len(parts) == 1 and parts[0].flags.writeable and parts[0].flags.c_contiguous
     return kernels.upload(parts[0] if owned else np.concatenate(parts))
 
 
-def _halves_split(tensor: Float32, name: str, config: DecoderConfig) -> Float32:
-    """Reorder the rows of interleaved query and key heads so that one kind of RoPE does for all.
+def _halves_split(tensor: StoredTensor, name: str, config: DecoderConfig) -> StoredTensor:
+    """Reorder the rows of interleaved query and key heads, so that one kind of RoPE serves all models.
 
-    A query's product with a key is the same whatever order their elements are in, as long as it is one.
+    The dot product of a query and a key does not change if the elements of both are reordered alike.
     """
     if not config.interleaved_rope or not any(part in name for part in (".q_proj.", ".k_proj.")):
         return tensor
-    heads = tensor.reshape(-1, config.head_dim, *tensor.shape[1:])
-    return heads[:, half_split_order(config.head_dim)].reshape(tensor.shape)
+    heads = tensor.raw.reshape(-1, config.head_dim, *tensor.shape[1:])
+    return replace(tensor, raw=heads[:, half_split_order(config.head_dim)].reshape(tensor.shape))
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: ``outcomes``, one for each of the batch's items, and ``broken_rows`` [rows].
+    """Result of a forward pass: ``outcomes``, one for each of the batch's items, and ``broken_rows`` [rows].
 
-    ``broken_rows``: where the last layer's result is not finite; None if every row has logits, which tell as much: they
-    are not finite then either.
+    ``broken_rows``: rows whose last hidden state is not finite. None if every row has logits, because those logits are
+    then not finite either.
     """
 
     outcomes: list[SequenceOutcome]
@@ -105,7 +117,7 @@ class Forward(NamedTuple):
 
 
 class Decoder:
-    """A loaded model: tokens of a batch in, sampled tokens out, KV into the pool on the way."""
+    """A loaded model: takes the tokens of a batch, writes their KV to the pool and returns sampled tokens."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, kernels: Kernels) -> None:
         self._config = config
@@ -117,7 +129,7 @@ class Decoder:
         return self._kernels.map_pool(memory)
 
     def forward(self, batch: RaggedBatch, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Forward:
-        """Compute ``batch``, which is not empty.
+        """Compute ``batch``, which must not be empty.
 
         Calls ``on_layer(layer)`` when the layer's KV is in ``pool``.
         """

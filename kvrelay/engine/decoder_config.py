@@ -1,4 +1,4 @@
-"""What a checkpoint's ``config.json`` says, as data: one decoder with flags covers every architecture here."""
+"""The content of a checkpoint's ``config.json``. One decoder with flags covers all supported architectures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class DecoderConfig:
 
     @property
     def num_rotated_heads(self) -> int:
-        """Query and key heads: what RoPE turns."""
+        """Query and key heads: those that RoPE rotates."""
         return self.num_heads + self.num_kv_heads
 
     @property
@@ -99,7 +99,7 @@ class DecoderConfig:
 
 
 def read_decoder_config(model_dir: Path) -> DecoderConfig:
-    """Return the config of the checkpoint in ``model_dir``. Raises CheckpointError that says what is wrong with it."""
+    """Return the config of the checkpoint in ``model_dir``. Raises CheckpointError."""
     return parse_decoder_config(read_json_object(model_dir / "config.json"))
 
 

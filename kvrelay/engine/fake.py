@@ -41,7 +41,7 @@ from kvrelay.protocol.request import RequestSpec, Sequence, TokenLogprobs, Token
 
 
 class FakeEngine:
-    """See the module and ``interface.Engine``. ``sleep`` is called with the seconds each layer takes."""
+    """An ``interface.Engine`` without a model. ``sleep`` is called with the seconds each layer takes."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class FakeEngine:
         self._pool = self.memory.planes.reshape(-1).view(np.uint64).reshape(planes)
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """See Engine. Takes ``step_seconds`` as the config's cost model gives it."""
+        """A step takes the ``step_seconds`` of the config's cost model."""
         layer_s = step_seconds(self._config, plan.batch) / self.geometry.num_layers
         steps = self.layers(plan)
         while not isinstance(done := next(steps), StepResult):
@@ -76,7 +76,7 @@ class FakeEngine:
         return done
 
     def layers(self, plan: StepPlan) -> Iterator[int | StepResult]:
-        """Yield each layer as soon as its KV is in the pool, then the result: for whoever lets time pass in between."""
+        """Yield each layer as soon as its KV is in the pool, then the result. For callers that simulate time."""
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
@@ -100,7 +100,6 @@ class FakeEngine:
         return outcomes
 
     def close(self) -> None:
-        """See Engine."""
         del self._pool
         self.memory.close()
 

@@ -1,4 +1,4 @@
-"""The hashes behind the fake engine: tokens to KV words, KV words to the next token. Everything is modulo 2**64."""
+"""Hashes of the fake engine: from tokens to KV words, from KV words to the next token. All modulo 2**64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _mix_one(value: int) -> int:
 
 @dataclass(slots=True)
 class Context:
-    """How far the tokens of one sequence have been hashed. Going on costs as much as the new tokens alone."""
+    """State of the hash over one sequence's tokens. Extending it costs time for the new tokens only."""
 
     num_tokens: int = 0
     total: int = 0
@@ -67,8 +67,8 @@ class KVWords:
     def context_hash(self, words: UInt64, first_position: int = 0) -> int:
         """Return a hash of ``words`` of consecutive positions; hashes of two stretches add up to that of both.
 
-        A word counts with an odd weight of its plane and an odd weight of its position, so none can stand in for
-        another.
+        Each word is multiplied by an odd weight of its plane and an odd weight of its position, so swapped words change
+        the hash.
         """
         per_token = np.einsum("ptw,pw->t", words, self._weights)
         positions = np.arange(first_position, first_position + len(per_token), dtype=np.uint64)

@@ -1,20 +1,21 @@
-"""The geometry of a node's KV, for those who want to know it without running the model."""
+"""Computes the geometry of a node's KV without running the model."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from kvrelay.config.cluster_config import Sections
 from kvrelay.engine.checkpoint import Checkpoint
-from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.load import longest_sequence
 from kvrelay.protocol.geometry import KVGeometry
 
 
 def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, max_model_len: int) -> KVGeometry:
-    """Return the geometry of the KV that ``node`` computes, once all of its ``checkpoint`` has been read."""
+    """Return the geometry of the KV that ``node`` computes. All of ``checkpoint`` must have been read."""
     config, quantization = checkpoint.config, node.engine.quantization
     more: list[object] = [max_model_len if config.rope.kind == "dynamic" else None]
     if quantization != "none":
@@ -29,16 +30,33 @@ def checkpoint_geometry(node: Sections, checkpoint: Checkpoint, kv_dtype: str, m
     )
 
 
+def dummy_geometry(node: Sections, config: DecoderConfig, dtype: str, max_model_len: int) -> KVGeometry:
+    """Return the geometry of the KV that ``node`` computes with random weights, which depend on the kind of device."""
+    quantization = node.engine.quantization
+    model = ("dummy", node.engine.device, dtype, config, max_model_len if config.rope.kind == "dynamic" else None)
+    more = () if quantization == "none" else (quantization,)
+    return KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=node.cache.block_size,
+        dtype=dtype,
+        model_digest=hashlib.sha256(repr((*model, *more)).encode()).hexdigest()[:32],
+    )
+
+
 def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KVGeometry:
     """Return the geometry that a node with these sections has on this machine; reads all of its checkpoint.
 
-    Paddle is imported only if the type of the KV depends on what this CPU computes fast. ``on_progress`` is told (bytes
-    read, bytes in all). Raises CheckpointError if the model's files cannot be used.
+    Paddle is imported only if the type of the KV depends on what this CPU computes fast. ``on_progress`` is called
+    with (bytes read, total bytes). Raises CheckpointError if the model's files cannot be used.
     """
     if node.engine.kind == "fake":
         return fake_geometry(node.engine.fake, node.cache.block_size)
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
+    if node.model.load_format == "dummy":
+        return dummy_geometry(node, config, device_dtype(node), longest_sequence(node, config))
     checkpoint = Checkpoint.open(model_dir, config, on_progress)
     checkpoint.read_all()
     dtype = _kv_dtype(node, checkpoint.dtype)
@@ -46,7 +64,7 @@ def node_geometry(node: Sections, on_progress: Callable[[int, int], None]) -> KV
 
 
 def device_dtype(node: Sections) -> str:
-    """Return the type that a device engine computes in: by itself bfloat16 on a GPU and float32 on a CPU."""
+    """Return the type that a device engine computes in. By default: bfloat16 on a GPU, float32 on a CPU."""
     if node.model.dtype != "auto":
         return node.model.dtype
     return "bfloat16" if node.engine.device == "gpu" else "float32"
@@ -61,6 +79,6 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":
         return "float32"
-    from kvrelay.engine.select_kernels import multiplies_bfloat16  # noqa: PLC0415
+    from kvrelay.engine.select_kernels import has_native_bfloat16  # noqa: PLC0415
 
-    return "bfloat16" if multiplies_bfloat16() else "float32"
+    return "bfloat16" if has_native_bfloat16() else "float32"

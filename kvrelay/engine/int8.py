@@ -1,8 +1,7 @@
-"""Weights of linear layers in int8, and what computing with them rounds away.
+"""Int8 quantization of linear layers.
 
-``w8a16``: weights are whole numbers from -127 to 127 and one scale for each output, what they are multiplied with is as
-without. ``w8a8``: each row that is multiplied is int8 as well, with a scale of its own, found anew each time; products
-are then sums of integers, exact in any order.
+``w8a16``: weights are integers from -127 to 127 with one scale per output; activations are not quantized. ``w8a8``:
+activations are int8 too, with one scale per row, computed in each step. Sums are then integers and exact in any order.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 
 LARGEST = 127
-"""-128 is left out, so that a number and its negative are as far from zero."""
+"""-128 is not used, so that the range is symmetric."""
 
 
 class Quantization(StrEnum):
@@ -28,7 +27,7 @@ class Quantization(StrEnum):
 
 
 def quantize_rows(rows: Float32) -> tuple[Int8, Float32]:
-    """Return ``rows`` [n, width] as int8 and scales [n], with which they are ``int8 * scale`` but for rounding."""
+    """Return ``rows`` [n, width] as int8 and scales [n]: ``int8 * scale`` is the rounded row."""
     furthest = np.abs(rows).max(axis=1)
     with np.errstate(divide="ignore"):
         factors = np.where(furthest > 0, np.float32(LARGEST) / furthest, np.float32(0))
@@ -36,6 +35,6 @@ def quantize_rows(rows: Float32) -> tuple[Int8, Float32]:
 
 
 def rounded_rows(rows: Float32) -> Float32:
-    """Return what is left of ``rows`` when each of them has been int8."""
+    """Return ``rows`` rounded to int8 precision."""
     values, scales = quantize_rows(rows)
     return values * scales[:, None]

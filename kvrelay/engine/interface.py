@@ -1,4 +1,4 @@
-"""What a node asks of an engine. Everything above this line is device- and model-neutral."""
+"""The interface between a node and its engine. Code above it does not depend on the device or the model."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 
 class EnginePort(Protocol):
-    """Takes plans and answers with events, so that a node's loop never waits for a step.
+    """Takes plans and answers with events. A node's loop therefore never waits for a step.
 
     ``max_plans_in_flight``: how many plans it takes before the first of them is answered. 2 lets a device begin a step
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
     the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.machine.contract``). Plans are computed
-    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``.
+    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
+    ``PipelinedCompute`` of a ``PipelinedEngine``.
     """
 
     max_plans_in_flight: int
 
     def start(self) -> None:
-        """Get ready for plans."""
+        """Start. Call before the first ``submit``."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Begin ``plan``, or queue it. Call from the loop's thread."""
+        """Start ``plan`` or queue it. Call from the loop's thread."""
 
     def stop(self) -> None:
-        """Finish what was submitted."""
+        """Finish the submitted plans and stop."""
 
 
 class Engine(Protocol):
     """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
 
     ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute. It computes
-    one step at a time; ``max_plans_in_flight`` says how many plans may wait for it.
+    one step at a time; ``max_plans_in_flight`` says how many plans may be unanswered, this one included.
     """
 
     geometry: KVGeometry
@@ -50,7 +51,7 @@ class Engine(Protocol):
         """The KV pool, which the engine owns."""
 
     def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
-        """Take in what ``plan`` says of sequences, compute its batch and sample; an outcome for each sequence.
+        """Apply the sequence changes of ``plan``, compute its batch and sample. Return an outcome for each sequence.
 
         Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
         order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
@@ -62,4 +63,24 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Give back the pool's memory and the weights."""
+        """Release the pool's memory and the weights."""
+
+
+class EngineStep(Protocol):
+    """One plan of a ``PipelinedEngine``. Both methods are called once, and for each step in the order of the plans."""
+
+    def launch(self) -> None:
+        """Have the device compute it after the steps before it, as far as that can be told yet. Raises nothing."""
+
+    def finish(self, on_layer: Callable[[int], None]) -> StepResult:
+        """Wait for it; what ``on_layer`` is told, what is returned and raised are those of ``Engine.run``.
+
+        May be called while ``launch`` still runs: layers are told as they are ready.
+        """
+
+
+class PipelinedEngine(Engine, Protocol):
+    """An engine whose device may have the next step to compute while it computes one."""
+
+    def begin(self, plan: StepPlan) -> EngineStep:
+        """Return the step of ``plan``. ``max_plans_in_flight`` may be begun and not finished."""

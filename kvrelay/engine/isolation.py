@@ -1,4 +1,4 @@
-"""Finding the sequence that breaks a step, so that the others get their tokens."""
+"""Finds the sequence that makes a step fail, so that the other sequences get their tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ logger = logging.getLogger(__name__)
 
 OnLayer: TypeAlias = Callable[[int], None]
 Compute: TypeAlias = Callable[[list[ScheduledSequence], OnLayer], list[SequenceOutcome]]
-"""Computes a batch and tells each layer; raises if anything goes wrong that it cannot lay to one sequence."""
+"""Computes a batch and reports each layer. Raises for an error that it cannot attribute to one sequence."""
 
 
 def compute_isolated(
     step: int, batch: list[ScheduledSequence], compute: Compute, on_layer: OnLayer
 ) -> list[SequenceOutcome]:
-    """Return what ``compute`` makes of ``batch``; if it raises, of its halves, and so on.
+    """Return the outcomes of ``compute`` for ``batch``. If it raises, compute the halves of the batch, recursively.
 
-    What raises as one sequence alone is the error of that sequence. Computing tokens once more is safe: it writes the
-    same KV to the same place. ``on_layer`` is called once for each layer, in order, as soon as all of the batch has it.
+    An exception from a batch of one sequence is the error of that sequence. Computing tokens again is safe, because it
+    writes the same KV to the same slots. ``on_layer`` is called once for each layer, in order, when the whole batch has
+    computed it.
     """
     layers = _Layers(on_layer)
     outcomes = _outcomes(step, batch, compute, layers.tell, layers.note)
@@ -48,9 +49,9 @@ def _outcomes(
 
 
 class _Layers:
-    """Tells each layer of a step once, in order.
+    """Reports each layer of a step once, in order.
 
-    Layers of parts of the step are only noted, and told when all parts have been computed.
+    Layers of parts of a step are recorded, and reported when all parts are computed.
     """
 
     def __init__(self, on_layer: OnLayer) -> None:
@@ -59,15 +60,15 @@ class _Layers:
         self._num_noted = 0
 
     def tell(self, layer: int) -> None:
-        """Tell ``layer``."""
+        """Report ``layer``."""
         self._num_told = layer + 1
         self._on_layer(layer)
 
     def note(self, layer: int) -> None:
-        """Note that a part of the step has ``layer``."""
+        """Record that a part of the step has computed ``layer``."""
         self._num_noted = max(self._num_noted, layer + 1)
 
     def tell_noted(self) -> None:
-        """Tell the layers that were noted only."""
+        """Report the layers that are recorded but not reported."""
         for layer in range(self._num_told, self._num_noted):
             self.tell(layer)

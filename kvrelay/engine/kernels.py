@@ -1,8 +1,8 @@
-"""What the decoder asks of its device, all of it: one interface, so that faster kernels are a class and a setting.
+"""The interface between the decoder and the kernels of a device. A new kind of kernels implements ``Kernels``.
 
 Letters in shapes: N tokens of the step over all sequences, H query heads, G key/value heads, D elements of a head.
-A ``Tensor`` is whatever the implementation computes on; the decoder only passes it on. It is good until the operation
-that made it is called again: an implementation may give each operation one buffer.
+A ``Tensor`` is a type of the implementation, which the decoder does not inspect. It is valid until the operation that
+returned it is called again, because an implementation may reuse one buffer per operation.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Tensor: TypeAlias = Any
 """A tensor of the implementation."""
 
 PackedLinear: TypeAlias = Any
-"""A weight matrix and bias in the form the implementation likes best."""
+"""A weight matrix and bias in the layout of the implementation."""
 
 StepContext: TypeAlias = Any
-"""What the operations need to know about one step, computed once for all layers."""
+"""Data about one step that is computed once for all layers."""
 
 
 class KernelsUnavailableError(KVRelayError):
-    """What these kernels need is not on this machine."""
+    """These kernels are unavailable on this machine."""
 
     code = "kernels_unavailable"
 
@@ -45,12 +45,12 @@ class LayerKV(NamedTuple):
 
 
 class KVPool(Protocol):
-    """Keys and values of all layers, kept equal to the node's KVMemory wherever somebody else reads or writes it."""
+    """Keys and values of all layers, kept consistent with the node's KVMemory for other readers and writers."""
 
     layers: list[LayerKV]
 
     def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """Make the context that ``scheduled`` builds upon, which others may have written, visible to the kernels."""
+        """Make the context of ``scheduled``, which other processes may have written, visible to the kernels."""
 
     def after_layer(self, layer: int, batch: RaggedBatch) -> None:
         """Make the KV that the kernels wrote for ``batch`` in ``layer`` visible in the memory."""
@@ -58,7 +58,7 @@ class KVPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """Sizes of the heads, and how they turn with their position."""
+    """Sizes of the heads, and their RoPE rotation."""
 
     num_heads: int
     num_kv_heads: int
@@ -74,32 +74,32 @@ class HeadNorms(NamedTuple):
 
 
 class WeightPacking(Protocol):
-    """How weights get to where they are computed with, once, when a model is loaded."""
+    """Moves weights to the device. Used once, when a model is loaded."""
 
     def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
-        """Return ``array`` on the device. May share its memory."""
+        """Return ``array`` on the device. The result may share its memory."""
 
     def pack_table(self, table: Tensor) -> Tensor:
-        """Prepare ``table`` [vocab, hidden] for ``embed``, once, when the model is loaded."""
+        """Prepare ``table`` [vocab, hidden] for ``embed``."""
 
     def pack_norm(self, weight: Tensor) -> Tensor:
-        """Prepare the ``weight`` of a norm for ``normalize`` and the like, once, when the model is loaded."""
+        """Prepare the ``weight`` of a norm for ``normalize``, ``logits`` and HeadNorms."""
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> PackedLinear:
-        """Prepare ``weight`` [out, in] and ``bias`` [out] for products, once, when the model is loaded.
+        """Prepare ``weight`` [out, in] and ``bias`` [out] for GEMMs.
 
-        ``fp32_output``: the result is not multiplied as it is, so it should not be rounded to ``dtype``.
-        ``never_quantize``: the weight is never to be quantized.
+        ``fp32_output``: the result is not the input of another GEMM, so it should not be rounded to ``dtype``.
+        ``never_quantize``: do not quantize this weight.
         """
 
 
 class Kernels(WeightPacking, Protocol):
     """The operations of a decoder.
 
-    ``dtype``: the type of weights and of what is multiplied with them. ``kv_dtype``: that of the pool. The residual
-    stream between layers is never less exact than ``dtype``.
+    ``dtype``: the type of weights and of the inputs of GEMMs. ``kv_dtype``: the type of the pool. The residual stream
+    between layers has at least the precision of ``dtype``.
     """
 
     dtype: str
@@ -109,7 +109,7 @@ class Kernels(WeightPacking, Protocol):
         """Return the pool in ``memory`` as these kernels read and write it. Called once for a memory."""
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> StepContext:
-        """Prepare the computation of ``batch`` in layers with any of ``windows``. The step before is over then."""
+        """Prepare the computation of ``batch`` in layers with any of ``windows``. The previous step must be done."""
 
     def embed(self, step: StepContext, table: Tensor) -> Tensor:
         """Return the rows of ``table`` for the step's tokens, the first residual: [N, hidden]."""
@@ -126,13 +126,13 @@ class Kernels(WeightPacking, Protocol):
     def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: StepContext
     ) -> Tensor:
-        """Normalize and turn the heads of ``qkv`` [N, (H + 2 * G) * D]; return the queries [N, H, D].
+        """Normalize and rotate the heads of ``qkv`` [N, (H + 2 * G) * D]; return the queries [N, H, D].
 
-        Keys and values are in ``layer`` on return.
+        Keys and values are written to ``layer``.
         """
 
     def attention(self, queries: Tensor, layer: LayerKV, step: StepContext, window: int | None) -> Tensor:
-        """Return attention of ``queries`` [N, H, D] over what ``layer`` holds of their sequences: [N, H * D].
+        """Return attention of ``queries`` [N, H, D] over the KV of their sequences in ``layer``: [N, H * D].
 
         A query attends to positions up to its own; with a window to the last ``window`` of them. The result for one
         sequence does not depend on the others in the batch, nor on how its tokens were cut into steps, but for
@@ -151,7 +151,7 @@ class Kernels(WeightPacking, Protocol):
         """Return the output tokens of each of ``batch``, or its error, as ``kvrelay.engine.sampler`` does on the host.
 
         ``logits`` has, in order of the batch, a row for each one that samples and one more for each of its drafts; None
-        if nobody samples.
+        if no sequence samples.
         """
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:

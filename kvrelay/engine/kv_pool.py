@@ -1,4 +1,4 @@
-"""The KV pool as the kernels see it: the node's shared memory itself, or a copy of it on a device."""
+"""The KV pool as the kernels use it: the node's shared memory, or a copy of it on a device."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uin
 
 
 class _SharedPool:
-    """A pool that is the memory itself: nothing is ever copied."""
+    """A pool in the node's shared memory. Nothing is copied."""
 
     def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """See KVPool."""
+        pass
 
     def after_layer(self, layer: int, batch: RaggedBatch) -> None:
-        """See KVPool."""
+        pass
 
 
 class MappedPool(_SharedPool):
-    """The memory's own pages as Paddle tensors, for a CPU.
+    """The memory's pages as Paddle tensors, for a CPU.
 
-    Only one may be made of a memory: two live Paddle tensors on one address abort the process.
+    Create only one per memory: two live Paddle tensors on one address abort the process.
     """
 
     def __init__(self, memory: KVMemory) -> None:
@@ -41,7 +41,7 @@ class MappedPool(_SharedPool):
 
 
 class AddressedPool(_SharedPool):
-    """The memory's own pages as addresses. They are good until the memory is closed."""
+    """The memory's pages as addresses. They are valid until the memory is closed."""
 
     def __init__(self, memory: KVMemory) -> None:
         planes = memory.planes
@@ -51,7 +51,7 @@ class AddressedPool(_SharedPool):
 
 
 class _Resident(NamedTuple):
-    """What a device block holds: the first ``num_tokens`` tokens of block number ``position`` of a sequence."""
+    """Content of a device block: the first ``num_tokens`` tokens of block number ``position`` of a sequence."""
 
     sequence: SequenceId
     position: int
@@ -74,7 +74,6 @@ class StagedPool:
         self.layers = [LayerKV(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in self._host]
 
     def before_step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """See KVPool."""
         missing = [block for item in scheduled for block in self._missing(item)]
         # An exception in between leaves nothing noted that is not there: the step may be run again.
         if missing:
@@ -87,7 +86,6 @@ class StagedPool:
             self._note(item)
 
     def after_layer(self, layer: int, batch: RaggedBatch) -> None:
-        """See KVPool."""
         slots = paddle.to_tensor(batch.slot_mapping)
         for device, host in zip(self.layers[layer], self._host[layer], strict=True):
             host[batch.slot_mapping] = paddle.gather(device, slots).numpy()
@@ -106,7 +104,7 @@ class StagedPool:
         return missing
 
     def _note(self, item: ScheduledSequence) -> None:
-        """Note that the device has all blocks of ``item`` after this step."""
+        """Record that the device has all blocks of ``item`` after this step."""
         end = item.start + item.num_tokens
         for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
             filled = min(end - index * self._block_size, self._block_size)
@@ -114,7 +112,7 @@ class StagedPool:
 
 
 def host_planes(memory: KVMemory) -> list[LayerKV]:
-    """Return keys and values of each layer of ``memory`` as numpy arrays by slot, on the same pages."""
+    """Return keys and values of each layer of ``memory`` as numpy arrays by slot, without a copy."""
     geometry = memory.geometry
     shape = (memory.num_blocks * geometry.block_size, geometry.num_kv_heads, geometry.head_dim)
     dtype = _HOST_DTYPES[geometry.dtype]

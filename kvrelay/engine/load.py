@@ -1,4 +1,4 @@
-"""Making the engine a node's config asks for."""
+"""Creates the engine that a node's config names."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ OnProgress = Callable[[int, int], None]
 
 
 def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Return the engine of ``node``, ready to run; a fake one in no time and without importing Paddle.
+    """Return the engine of ``node``, ready to run. A fake engine does not import Paddle.
 
-    ``on_progress`` is told (bytes read, bytes in all) while a checkpoint is read. Raises CheckpointError if the model
-    cannot be loaded as configured.
+    ``on_progress`` is called with (bytes read, total bytes) while a checkpoint is read. Raises CheckpointError if the
+    model cannot be loaded as configured.
     """
     if node.engine.kind == "fake":
-        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.num_blocks)
+        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.fixed_num_blocks)
     if node.engine.kind == "torch":
         return _load_device_engine(node, on_progress)
+    if node.model.load_format == "dummy":
+        raise ConfigError(["model.load_format: dummy needs engine.kind: torch"])
     return _load_paddle_engine(node, on_progress)
 
 
 def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Load a checkpoint; torch is imported here and nowhere before, and Paddle is not. Raises ConfigError."""
+    """Load a checkpoint with the torch engine. Imports torch, not Paddle. Raises ConfigError without torch."""
     try:
         from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -43,7 +45,8 @@ def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Load a checkpoint; Paddle is imported here and nowhere before."""
+    """Load a checkpoint with the Paddle engine. Imports Paddle."""
+    num_blocks = node.cache.fixed_num_blocks
     startup.report("importing Paddle")
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
@@ -69,12 +72,17 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     geometry = checkpoint_geometry(node, checkpoint, kernels.kv_dtype, max_model_len)
     decoder = Decoder(config, weights, kernels)
     return PaddleEngine(
-        decoder, geometry, node.cache.num_blocks, config.vocab_size, max_model_len, staged=node.engine.device != "cpu"
+        decoder,
+        geometry,
+        num_blocks,
+        config.vocab_size,
+        max_model_len,
+        staged=node.engine.device != "cpu",
     )
 
 
 def longest_sequence(node: Sections, config: DecoderConfig) -> int:
-    """Return how many tokens a sequence may have: the configured one, or as long as the model was made for."""
+    """Return the maximum length of a sequence: the configured one, else the model's."""
     asked, rope = node.model.max_model_len, config.rope
     longest = config.max_position_embeddings
     if rope.kind in ("linear", "dynamic", "yarn"):

@@ -1,8 +1,8 @@
-"""The kernels of the CPU: oneDNN for products, our own library for all else, in bfloat16 or float32.
+"""The native CPU kernels: oneDNN for GEMMs, our own library for the rest, in bfloat16 or float32.
 
-Operations write into buffers that are kept from step to step; the residual stream, what becomes a head, and logits are
-float32, everything that is multiplied is of ``dtype``. Sums are float32 and in an order that depends on nothing but
-the row: a token's logits do not depend, bit for bit, on its batch or on how its prompt was cut.
+Operations write into buffers that are reused in every step. The residual stream, the QKV projection and logits
+are float32; inputs of GEMMs and attention are ``dtype``. Sums are float32, in an order that depends only on the row.
+A token's logits are therefore bit-identical in any batch and for any chunks of its prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Rows(NamedTuple):
-    """``num_rows`` rows of ``width`` elements, at the beginning of a buffer of the kernels."""
+    """``num_rows`` rows of ``width`` elements at the beginning of a buffer of the kernels."""
 
     address: int
     num_rows: int
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A weight that is read where it lies."""
+    """A weight that is read without being packed."""
 
     address: int
     array: npt.NDArray[np.generic]
@@ -64,7 +64,7 @@ class _Buffer:
         self.array = Array(0)
 
     def rows(self, count: int) -> Rows:
-        """Return ``count`` rows, with room behind them for products to be padded."""
+        """Return ``count`` rows, with room behind them for GEMMs to be padded."""
         if count > self._capacity:
             self._capacity = rows_with_padding(max(count, min(2 * self._capacity, 1024)))
             self.array = Array(self._capacity * self._row_bytes)
@@ -82,7 +82,7 @@ class NativeStep:
 
 
 class NativeKernels:
-    """See Kernels and this module. Not thread-safe; computes with ``threads`` threads."""
+    """The native Kernels. Not thread-safe; computes with ``threads`` threads."""
 
     def __init__(
         self,
@@ -112,26 +112,21 @@ class NativeKernels:
         self._width = 0
 
     def map_pool(self, memory: KVMemory) -> AddressedPool:
-        """See Kernels."""
         return AddressedPool(memory)
 
     def upload(self, array: Float32) -> Float32:
-        """See Kernels."""
         return np.ascontiguousarray(array, np.float32)
 
     def pack_table(self, table: Float32) -> Kept:
-        """See Kernels."""
         self._width = table.shape[1]
         return Kept.of(to_bfloat16(table) if self._bf16 else table)
 
     def pack_norm(self, weight: Float32) -> Kept:
-        """See Kernels."""
         return Kept.of(weight)
 
     def pack_linear(
         self, weight: Float32, bias: Float32 | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> NativeLinear:
-        """See Kernels."""
         self._use_threads()
         out_dtype = "float32" if fp32_output else self.dtype
         if never_quantize or self._quantization is Quantization.NONE:
@@ -142,7 +137,6 @@ class NativeKernels:
         return Int8Linear(self._library, weight, bias, self._quantization, self.dtype, out_dtype, rows)
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> NativeStep:
-        """See Kernels."""
         self._use_threads()
         shape, spans = self._shape, batch.spans
         cosine, sine = self._rotation.up_to(int(batch.positions.max()) + 1)
@@ -177,14 +171,12 @@ class NativeKernels:
         return NativeStep(batch, heads, attention, (slots, sequences, cosine, sine))
 
     def embed(self, step: NativeStep, table: Kept) -> Rows:
-        """See Kernels."""
         ids = step.batch.token_ids
         out = self._rows("residual", len(ids), self._width, 4)
         self._library.embed(ids.ctypes.data, table.address, out.address, len(ids), self._width, self._bf16)
         return out
 
     def normalize(self, residual: Rows, weight: Kept, eps: float) -> Rows:
-        """See Kernels."""
         return self._normalize(residual, None, residual.num_rows, weight, eps)
 
     def _normalize(self, residual: Rows, picked: int | None, count: int, weight: Kept, eps: float) -> Rows:
@@ -195,20 +187,17 @@ class NativeKernels:
         return out
 
     def linear(self, x: Rows, packed: NativeLinear) -> Rows:
-        """See Kernels."""
         out = self._rows("linear", x.num_rows, packed.shape[1], ITEM_BYTES[packed.out_dtype])
         packed.multiply(x.address, out.address, x.num_rows)
         return out
 
     def add_linear(self, x: Rows, packed: NativeLinear, residual: Rows) -> Rows:
-        """See Kernels."""
         packed.multiply(x.address, residual.address, x.num_rows, accumulate=True)
         return residual
 
     def apply_rope_and_write_kv(
         self, qkv: Rows, norms: HeadNorms | None, eps: float, layer: LayerKV, step: NativeStep
     ) -> Rows:
-        """See Kernels."""
         call = step.heads
         out = self._rows("queries", qkv.num_rows, call.num_heads * call.head_dim, self._item_bytes)
         call.qkv, call.queries, call.eps = qkv.address, out.address, eps
@@ -219,7 +208,6 @@ class NativeKernels:
         return out
 
     def attention(self, queries: Rows, layer: LayerKV, step: NativeStep, window: int | None) -> Rows:
-        """See Kernels."""
         call = step.attention
         out = self._rows("attended", queries.num_rows, queries.width, self._item_bytes)
         call.queries, call.out, call.window = queries.address, out.address, window or 0
@@ -228,23 +216,19 @@ class NativeKernels:
         return out
 
     def silu_mul(self, gate_up: Rows) -> Rows:
-        """See Kernels."""
         ffn = gate_up.width // 2
         out = self._rows("activated", gate_up.num_rows, ffn, self._item_bytes)
         self._library.silu_mul(gate_up.address, out.address, gate_up.num_rows, ffn, self._bf16)
         return out
 
     def logits(self, residual: Rows, rows: Int64, weight: Kept, eps: float, head: NativeLinear) -> Float32:
-        """See Kernels. The result is good until the next step."""
         hidden = self._normalize(residual, rows.ctypes.data, len(rows), weight, eps)
         return self._on_host("linear", self.linear(hidden, head))
 
     def sample(self, logits: Float32 | None, batch: Sequence[ScheduledSequence]) -> list[SequenceOutcome]:
-        """See Kernels."""
         return sample_step(logits, batch)
 
     def finite_rows(self, residual: Rows) -> npt.NDArray[np.bool_]:
-        """See Kernels."""
         finite: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(self._on_host("residual", residual)), axis=-1)
         return finite
 

@@ -1,4 +1,4 @@
-"""Weights of the native kernels: multiplied by oneDNN, or where that is faster or they are int8, by our own library."""
+"""Linear layers of the native kernels: GEMMs by oneDNN, or by our own library for small batches and int8."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvrelay.engine.native.library import (
     OWN_CHUNK,
     STEP_BYTES,
     WIDENED_SLAB,
+    GemmCall,
+    GemmKind,
     NativeLibrary,
-    ProductCall,
-    ProductKind,
 )
 from kvrelay.engine.onednn import EXACT_ROWS, ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
 from kvrelay.errors import CheckpointError
@@ -25,37 +25,37 @@ from kvrelay.errors import CheckpointError
 Float32 = npt.NDArray[np.float32]
 
 _MOST_ROWS = 48
-"""Beyond this oneDNN is as fast as our own products: computing takes longer than reading the weights."""
+"""With more rows oneDNN is as fast as our own GEMM, because computing takes longer than reading the weights."""
 
 _CHUNKS = 512, 1024
-"""Elements of a row that oneDNN has been seen to add up at a time before it adds that to the rest."""
+"""Numbers of elements of a row that oneDNN sums before it adds the sum to the total, as observed."""
 
-_UNQUANTIZED = {"float32": ProductKind.FLOATS, "bfloat16": ProductKind.HALVES}
+_UNQUANTIZED = {"float32": GemmKind.FLOATS, "bfloat16": GemmKind.HALVES}
 _DEPTHS = {"float32": 1, "bfloat16": 2}
 
 
 class NativeLinear(Protocol):
-    """A packed weight. ``shape``: (in, out). ``out_dtype``: the type of its products."""
+    """A packed weight. ``shape``: (in, out). ``out_dtype``: the type of the results."""
 
     shape: tuple[int, int]
     out_dtype: str
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
-        """Write (or add) the product of ``num_rows`` rows at address ``x`` to those at ``out``.
+        """Multiply ``num_rows`` rows at address ``x`` by the weight and write the result to ``out``, or add it.
 
-        Both must have room for ``rows_with_padding(num_rows)``; what is in the rows too many is not used.
+        Both must have room for ``rows_with_padding(num_rows)`` rows. The content of the padding rows is ignored.
         """
 
 
 class SmallBatchGemm:
-    """Finds out for which weights of oneDNN our own products of few rows give oneDNN's very bits."""
+    """Finds the weights packed by oneDNN for which our own small-batch GEMM gives the same bits as oneDNN."""
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
         self._slabs: dict[tuple[tuple[int, int], str, str], int] = {}
 
     def joined(self, packed: OneDNNLinear) -> NativeLinear:
-        """Return ``packed``, with few rows multiplied by our own library if it rounds as oneDNN does."""
+        """Return ``packed``, with small batches computed by our own library if it rounds as oneDNN does."""
         key = packed.shape, packed.dtype, packed.out_dtype
         if key not in self._slabs:
             self._slabs[key] = self._slab(packed)
@@ -63,7 +63,7 @@ class SmallBatchGemm:
         return _Joined(self._library, packed, slab) if slab else packed
 
     def _slab(self, packed: OneDNNLinear) -> int:
-        """Return how many steps at a time to add up to get what oneDNN gets, or 0 if nothing tried does that."""
+        """Return the number of steps per partial sum that gives oneDNN's bits, or 0 if none does."""
         size_in, size_out = packed.shape
         depth = _DEPTHS[packed.dtype]
         if size_in % depth or len(packed.array.bytes) != _panels(size_out) * _padded_steps(size_in, depth) * STEP_BYTES:
@@ -81,7 +81,7 @@ class SmallBatchGemm:
 
 
 class _Joined:
-    """A weight of oneDNN's with our own products of few rows."""
+    """A weight packed by oneDNN, with our own GEMM for small batches."""
 
     def __init__(self, library: NativeLibrary, packed: OneDNNLinear, slab: int) -> None:
         self.shape = packed.shape
@@ -90,7 +90,7 @@ class _Joined:
         self._library = library
         size_in, size_out = packed.shape
         self._bias = None if packed.bias is None else _padded(packed.bias)
-        self._call = ProductCall(
+        self._call = GemmCall(
             weights=packed.array.address,
             bias=_address(self._bias),
             size_in=size_in,
@@ -103,7 +103,6 @@ class _Joined:
         )
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
-        """See NativeLinear."""
         if num_rows > _MOST_ROWS:
             self._packed.multiply(x, out, num_rows, accumulate)
         else:
@@ -117,9 +116,9 @@ class _Joined:
 
 
 class OwnLinear:
-    """A weight of float32 products, all of which are our own: kept in bfloat16 if that holds every element exactly.
+    """A float32 weight whose GEMMs are all our own. It is stored in bfloat16 if that represents every element exactly.
 
-    A bfloat16 checkpoint is then read at half the size, and its products are the same as if it were float32.
+    The weights of a bfloat16 checkpoint then have half the size, and the results are those of float32 weights.
     """
 
     out_dtype = "float32"
@@ -134,7 +133,7 @@ class OwnLinear:
         depth = 2 if is_narrow else 1
         self._weight = _panels_of((bits >> 16).astype(np.uint16) if is_narrow else weight, depth)
         self._bias = None if bias is None else _padded(bias)
-        self._call = ProductCall(
+        self._call = GemmCall(
             weights=self._weight.address,
             bias=_address(self._bias),
             size_in=size_in,
@@ -142,23 +141,22 @@ class OwnLinear:
             x_stride=size_in,
             panel_steps=-(-size_in // depth),
             slab=OWN_CHUNK // depth,
-            kind=ProductKind.FLOATS_BY_HALVES if is_narrow else ProductKind.FLOATS,
+            kind=GemmKind.FLOATS_BY_HALVES if is_narrow else GemmKind.FLOATS,
         )
 
     @property
     def size_bytes(self) -> int:
-        """How much of the weight a step reads."""
+        """Bytes of the weight that a step reads."""
         return len(self._weight.bytes)
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
-        """See NativeLinear."""
         call = self._call
         call.x, call.out, call.num_rows, call.accumulate = x, out, num_rows, accumulate
         self._library.multiply(ctypes.byref(call))
 
 
 class QuantizedRows:
-    """Room for the rows of one product as uint8, and their scales: as many as a step has ever needed."""
+    """A reused buffer for the input rows of one GEMM as uint8 and for their scales."""
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
@@ -177,7 +175,7 @@ class QuantizedRows:
 
 
 class Int8Linear:
-    """A weight in int8 (see ``int8``); all products are our own."""
+    """A weight in int8 (see ``int8``). Its GEMMs are our own."""
 
     def __init__(
         self,
@@ -189,7 +187,7 @@ class Int8Linear:
         out_dtype: str,
         rows: QuantizedRows,
     ) -> None:
-        """Pack ``weight`` [out, in], which is not kept. Raises CheckpointError if its size is odd where pairs count."""
+        """Pack ``weight`` [out, in], which is not kept. Raises CheckpointError if its input size must be even."""
         size_out, size_in = weight.shape
         self.shape = size_in, size_out
         self.out_dtype = out_dtype
@@ -198,9 +196,9 @@ class Int8Linear:
         self._bf16 = dtype == "bfloat16"
         self._rows = rows
         if self._is_exact:
-            kind, depth, slab = ProductKind.INT8, 4, INT8_SLAB
+            kind, depth, slab = GemmKind.INT8, 4, INT8_SLAB
         else:
-            kind = ProductKind.HALVES_BY_INT8 if self._bf16 else ProductKind.FLOATS_BY_INT8
+            kind = GemmKind.HALVES_BY_INT8 if self._bf16 else GemmKind.FLOATS_BY_INT8
             depth, slab = _DEPTHS[dtype], WIDENED_SLAB
         if quantization is Quantization.W8A16 and size_in % depth:
             raise CheckpointError(
@@ -209,10 +207,11 @@ class Int8Linear:
         values, scales = quantize_rows(weight)
         self._weight = _panels_of(values, depth)
         self._scales = _padded(scales)
-        self._offsets = _padded(128 * values.sum(axis=1, dtype=np.int32))  # what 128 more in every element adds
+        # What an offset of 128 in every input element adds to each output.
+        self._offsets = _padded(128 * values.sum(axis=1, dtype=np.int32))
         self._bias = None if bias is None else _padded(bias)
         steps = -(-size_in // depth)
-        self._call = ProductCall(
+        self._call = GemmCall(
             weights=self._weight.address,
             bias=_address(self._bias),
             scales=_address(self._scales),
@@ -227,7 +226,6 @@ class Int8Linear:
         )
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
-        """See NativeLinear."""
         call = self._call
         if self._is_exact:
             x, call.row_scales = self._rows.quantize(x, self._bf16, num_rows, self.shape[0], call.x_stride)
@@ -240,12 +238,12 @@ def _panels(size_out: int) -> int:
 
 
 def _padded_steps(size_in: int, depth: int) -> int:
-    """Return how many steps oneDNN's panels have: multiples of 16."""
+    """Return the number of steps of oneDNN's panels, a multiple of 16."""
     return -(-size_in // (16 * depth)) * 16
 
 
 def _padded(column_values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Return a value for each column, with zeros up to whole panels."""
+    """Return ``column_values`` padded with zeros to whole panels."""
     return np.pad(column_values, (0, -len(column_values) % COLUMNS))
 
 

@@ -1,9 +1,9 @@
-"""Matrix products through the oneDNN library in Paddle's wheel, by its C interface.
+"""GEMMs through the oneDNN library in Paddle's wheel, by its C interface.
 
 The wheel carries the library and not its headers; the numbers below are those of oneDNN 3's public ones. Weights are
-packed once, into the layout oneDNN likes best on this CPU, and each product is then one call.
+packed once, into the layout oneDNN likes best on this CPU, and each GEMM is then one call.
 
-A row of a product does not depend, bit for bit, on how many other rows there are: see ``_Products.pieces``.
+A row of a GEMM does not depend, bit for bit, on how many other rows there are: see ``_Gemms.pieces``.
 """
 
 from __future__ import annotations
@@ -79,27 +79,27 @@ class OneDNN:
         isa: bytes = self.calls.dnnl_cpu_isa2str(self.calls.dnnl_get_effective_cpu_isa())
         self.isa = isa.decode().removeprefix("cpu_isa_").lower()
         self._execute = self.calls.dnnl_primitive_execute
-        self._products: dict[tuple[Any, ...], _Products] = {}
+        self._gemms: dict[tuple[Any, ...], _Gemms] = {}
 
     def supports_dtype(self, dtype: str) -> bool:
-        """Return whether this CPU multiplies ``dtype`` fast; AVX2 and first AVX-512 CPUs only emulate bfloat16."""
+        """Return whether this CPU has fast GEMMs in ``dtype``; AVX2 and early AVX-512 CPUs only emulate bfloat16."""
         try:
-            product = self._matmul_desc((64, 256, 256), dtype, "float32", None, False, False)
+            gemm = self._matmul_desc((64, 256, 256), dtype, "float32", None, False, False)
         except KernelsUnavailableError:
             return False
         name = ctypes.c_char_p()
-        self._check(self.calls.dnnl_primitive_desc_query(product, _QUERY_IMPL_NAME, 0, ctypes.byref(name)), "query")
+        self._check(self.calls.dnnl_primitive_desc_query(gemm, _QUERY_IMPL_NAME, 0, ctypes.byref(name)), "query")
         return (name.value or b"").startswith(b"brg")
 
     def pack(self, weight: Float32, bias: Float32 | None, dtype: str, out_dtype: str) -> OneDNNLinear:
-        """Pack ``weight`` [out, in], which is not kept, as ``dtype``; products will be of type ``out_dtype``."""
+        """Pack ``weight`` [out, in], which is not kept, as ``dtype``. Results are of type ``out_dtype``."""
         weight = np.ascontiguousarray(weight, np.float32)
         size_out, size_in = weight.shape
         plain = self._made(
             "dnnl_memory_desc_create_with_strides", 2, _dims(size_in, size_out), _DTYPES["float32"], _dims(1, size_in)
         )
-        product = self._matmul_desc((64, size_in, size_out), dtype, out_dtype, None, False, False)
-        layout = _Pointer(self.calls.dnnl_primitive_desc_query_md(product, _QUERY_WEIGHTS, 0))
+        gemm = self._matmul_desc((64, size_in, size_out), dtype, out_dtype, None, False, False)
+        layout = _Pointer(self.calls.dnnl_primitive_desc_query_md(gemm, _QUERY_WEIGHTS, 0))
         array = Array(self.calls.dnnl_memory_desc_get_size(layout))
         packed = self.memory(layout, array.address)
         reorder_desc = self._made("dnnl_reorder_primitive_desc_create", plain, self.engine, layout, self.engine, None)
@@ -110,20 +110,20 @@ class OneDNN:
         bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
         return OneDNNLinear(self, (size_in, size_out), dtype, out_dtype, layout, array, packed, bias)
 
-    def products(self, linear: OneDNNLinear, accumulate: bool) -> _Products:
-        """Return the products of linears with this one's shape and types."""
+    def gemms(self, linear: OneDNNLinear, accumulate: bool) -> _Gemms:
+        """Return the primitives of linears with this one's shape and types."""
         key = (linear.shape, linear.dtype, linear.out_dtype, linear.bias is not None, accumulate)
-        if key not in self._products:
-            self._products[key] = _Products(self, linear, accumulate)
-        return self._products[key]
+        if key not in self._gemms:
+            self._gemms[key] = _Gemms(self, linear, accumulate)
+        return self._gemms[key]
 
-    def product_primitive(self, num_rows: int, linear: OneDNNLinear, accumulate: bool) -> _Product:
-        """Return the product of ``num_rows`` rows with a weight like that of ``linear``."""
+    def gemm_primitive(self, num_rows: int, linear: OneDNNLinear, accumulate: bool) -> _Gemm:
+        """Return a primitive for ``num_rows`` rows and a weight like that of ``linear``."""
         size_in, size_out = linear.shape
         sizes = (num_rows, size_in, size_out)
         has_bias = linear.bias is not None
         desc = self._matmul_desc(sizes, linear.dtype, linear.out_dtype, linear.layout, has_bias, accumulate)
-        return _Product(
+        return _Gemm(
             self._made("dnnl_primitive_create", desc),
             self.memory(self._rows_desc((num_rows, size_in), linear.dtype), None),
             self.memory(self._rows_desc((num_rows, size_out), linear.out_dtype), None),
@@ -212,9 +212,9 @@ class OneDNNLinear:
         self._calls: dict[tuple[int, bool], list[_Call]] = {}
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
-        """Write (or add) the product of ``num_rows`` rows at address ``x`` to those at ``out``.
+        """Multiply ``num_rows`` rows at address ``x`` by the weight and write the result to ``out``, or add it.
 
-        Both must have room for ``rows_with_padding(num_rows)``; what is in the rows too many is not used.
+        Both must have room for ``rows_with_padding(num_rows)`` rows. The content of the padding rows is ignored.
         """
         calls = self._calls.get((num_rows, accumulate))
         if calls is None:
@@ -224,48 +224,48 @@ class OneDNNLinear:
             x += call.x_bytes
             out += call.out_bytes
 
-    def call(self, products: _Products, num_rows: int) -> _Call:
-        """Return the product of exactly ``num_rows`` rows with this weight."""
-        product = products.of(num_rows, self)
+    def call(self, gemms: _Gemms, num_rows: int) -> _Call:
+        """Return the call for exactly ``num_rows`` rows with this weight."""
+        gemm = gemms.of(num_rows, self)
         bias = [] if self._bias_memory is None else [(_ARG_BIAS, self._bias_memory)]
-        arguments = _arguments((_ARG_SRC, product.src), (_ARG_WEIGHTS, self._memory), (_ARG_DST, product.dst), *bias)
+        arguments = _arguments((_ARG_SRC, gemm.src), (_ARG_WEIGHTS, self._memory), (_ARG_DST, gemm.dst), *bias)
         row_bytes = self.shape[0] * ITEM_BYTES[self.dtype], self.shape[1] * ITEM_BYTES[self.out_dtype]
-        return _Call(self._library, product, arguments, num_rows * row_bytes[0], num_rows * row_bytes[1])
+        return _Call(self._library, gemm, arguments, num_rows * row_bytes[0], num_rows * row_bytes[1])
 
     def _prepare(self, num_rows: int, accumulate: bool) -> list[_Call]:
-        products = self._library.products(self, accumulate)
-        return [self.call(products, piece) for piece in products.pieces(num_rows, self)]
+        gemms = self._library.gemms(self, accumulate)
+        return [self.call(gemms, piece) for piece in gemms.pieces(num_rows, self)]
 
 
 class _Call:
-    """One product with one weight. ``x_bytes`` and ``out_bytes``: the sizes of its rows."""
+    """One GEMM call with one weight. ``x_bytes`` and ``out_bytes``: the sizes of its input and output."""
 
-    __slots__ = ("_arguments", "_library", "_product", "out_bytes", "x_bytes")
+    __slots__ = ("_arguments", "_gemm", "_library", "out_bytes", "x_bytes")
 
     def __init__(
         self,
         library: OneDNN,
-        product: _Product,
+        gemm: _Gemm,
         arguments: ctypes.Array[_Argument],
         x_bytes: int,
         out_bytes: int,
     ) -> None:
         self._library = library
-        self._product = product
+        self._gemm = gemm
         self._arguments = arguments
         self.x_bytes = x_bytes
         self.out_bytes = out_bytes
 
     def run(self, x: int, out: int) -> None:
-        product, library = self._product, self._library
-        if product.x != x or product.out != out:
-            product.point_to(library, x, out)
-        library.execute(product.primitive, self._arguments)
+        gemm, library = self._gemm, self._library
+        if gemm.x != x or gemm.out != out:
+            gemm.point_to(library, x, out)
+        library.execute(gemm.primitive, self._arguments)
 
 
 @dataclass(slots=True)
-class _Product:
-    """A primitive with the memory objects of its rows, which point to where its last call was."""
+class _Gemm:
+    """A primitive with the memory objects of its rows, which point to the addresses of its last call."""
 
     primitive: _Pointer
     src: _Pointer
@@ -279,30 +279,31 @@ class _Product:
         self.x, self.out = x, out
 
 
-class _Products:
-    """The primitives for one shape, one for each number of rows that has come up."""
+class _Gemms:
+    """The primitives for one shape, one for each number of rows used so far."""
 
     def __init__(self, library: OneDNN, linear: OneDNNLinear, accumulate: bool) -> None:
         self._library = library
         self._accumulate = accumulate
-        self._products: dict[int, _Product] = {}
+        self._gemms: dict[int, _Gemm] = {}
         self._pieces: dict[int, Sequence[int]] = {}
         rng = np.random.default_rng(0)
         self._probe = rng.standard_normal((EXACT_ROWS, linear.shape[0]), np.float32)
         self._wanted: npt.NDArray[np.uint8] | None = None
 
-    def of(self, num_rows: int, linear: OneDNNLinear) -> _Product:
+    def of(self, num_rows: int, linear: OneDNNLinear) -> _Gemm:
         """Return the primitive for ``num_rows``."""
-        product = self._products.get(num_rows)
-        if product is None:
-            product = self._products[num_rows] = self._library.product_primitive(num_rows, linear, self._accumulate)
-        return product
+        gemm = self._gemms.get(num_rows)
+        if gemm is None:
+            gemm = self._gemms[num_rows] = self._library.gemm_primitive(num_rows, linear, self._accumulate)
+        return gemm
 
     def pieces(self, num_rows: int, linear: OneDNNLinear) -> Sequence[int]:
-        """Return the numbers of rows to compute ``num_rows`` in: nearly always one, a little larger.
+        """Return the sizes of the calls that compute ``num_rows`` rows: usually one call of slightly more rows.
 
-        oneDNN chooses its blocking by the number of rows, and another order of adding up rounds otherwise. So a number
-        is used only once it has given the very bits that 64 rows give; else the next larger one, else pieces of 64.
+        oneDNN chooses its blocking by the number of rows, and another order of additions rounds differently. A size is
+        therefore used only if it gives the same bits as 64 rows; else the next larger size is tried, else calls of 64
+        rows are used.
         """
         pieces = self._pieces.get(num_rows)
         if pieces is None:
@@ -338,12 +339,12 @@ class _Version(ctypes.Structure):
 
 
 def rows_with_padding(num_rows: int) -> int:
-    """Return how many rows a buffer must have room for, so that products of ``num_rows`` can be padded."""
+    """Return the number of rows a buffer needs so that a GEMM of ``num_rows`` rows can be padded."""
     return -(-num_rows // EXACT_ROWS) * EXACT_ROWS
 
 
 def _padded(num_rows: int) -> int:
-    """Return the next number of rows that products are made for: not every one beyond 64."""
+    """Return the next number of rows for which primitives are created. Beyond 64 these are multiples of 16."""
     if num_rows <= EXACT_ROWS:
         return max(num_rows, _FEWEST_ROWS)
     return -(-num_rows // _ROW_STEP) * _ROW_STEP

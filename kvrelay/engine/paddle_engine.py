@@ -38,7 +38,6 @@ class PaddleEngine:
         self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
     def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
-        """See Engine."""
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
@@ -70,13 +69,12 @@ class PaddleEngine:
         return outcomes
 
     def close(self) -> None:
-        """See Engine."""
         del self._pool  # its tensors and arrays keep the memory mapped
         self.memory.close()
 
 
 def _fail_broken(outcomes: list[SequenceOutcome], batch: RaggedBatch, broken_rows: Bools) -> None:
-    """Let each sequence that has broken rows fail, whether or not its logits show them.
+    """Set the outcome of each sequence with broken rows to SequenceFailed, even if its logits are finite.
 
     They need not: a chunk that does not end the prompt has no logits, and the last token does not attend to all others
     where there are windows. Nothing of such a chunk may be published, its first blocks neither: what kernels mask they

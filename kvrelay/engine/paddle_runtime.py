@@ -1,4 +1,4 @@
-"""The one place that imports Paddle, after setting what must be set before it loads.
+"""Imports Paddle, after setting environment variables that must be set before. No other module imports it.
 
 Use as ``from kvrelay.engine.paddle_runtime import paddle``. Importing it takes about two seconds, so nothing outside
 this package does, and ``load`` does only when the model is real.
@@ -19,7 +19,7 @@ _LARGEST_MMAP_THRESHOLD_BYTES = 32 << 20
 
 
 def _mkl_cpu_type(cpuinfo: str) -> str | None:
-    """Return the instruction set MKL should take on a CPU that is not Intel's: 7 for AVX-512, 5 for AVX2.
+    """Return the instruction set that MKL should use on a CPU that is not Intel's: 7 for AVX-512, 5 for AVX2.
 
     The MKL inside Paddle's wheel is of 2019 and runs SSE code on other makers' CPUs: 2.5 times slower (measured:
     33 against 90 GFLOP/s on one core).

@@ -1,4 +1,4 @@
-"""The kernels in Paddle's own operators: they run wherever Paddle does, in float32 on a CPU.
+"""Kernels made of Paddle operators. They run wherever Paddle runs, in float32 on a CPU.
 
 Attention is a plain matmul, softmax, matmul: Paddle's ``scaled_dot_product_attention`` takes a hundred times as long
 on a CPU. Keys and values are gathered token by token in head-major order, which costs no transposition afterwards.
@@ -33,7 +33,7 @@ _SMALLEST = 1e-30
 
 
 class PackedWeight(NamedTuple):
-    """A matrix [out, in] and perhaps a bias [out]. ``rounds_rows``: what it is multiplied with is rounded to int8."""
+    """A matrix [out, in] and an optional bias [out]. ``rounds_rows``: its input rows are rounded to int8."""
 
     weight: Tensor
     bias: Tensor | None
@@ -42,7 +42,7 @@ class PackedWeight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Queries of ``num_seqs`` sequences, ``num_queries`` each, in consecutive rows, that attend in one go.
+    """Queries of ``num_seqs`` sequences, ``num_queries`` each, in consecutive rows; computed in one operation.
 
     ``slot_rows`` [num_seqs, G, T]: where each head of each context token lies in the pool seen as [slots * G, D].
     ``mask`` is added to the scores seen as [num_seqs * H * num_queries / len(mask), *mask.shape]; None if nothing is
@@ -62,8 +62,8 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class PortableStep:
-    """A step's tokens and how they turn, its slots and the rows that go there (None: all), and its tiles in row order
-    for each window in use.
+    """A step's tokens and their RoPE tables, its slots and the rows to write there (None: all), and its tiles in row
+    order for each window in use.
     """
 
     token_ids: Tensor
@@ -77,7 +77,7 @@ class PortableStep:
 class PortableKernels:
     """Kernels made of Paddle operators, for ``num_heads`` query and ``num_kv_heads`` key/value heads.
 
-    Quantized weights, and rows, are rounded to int8 and multiplied in ``dtype``: the same results, at no gain in speed.
+    Quantized weights and rows are rounded to int8 and multiplied in ``dtype``: equal results, but not faster.
     """
 
     def __init__(self, dtype: str, shape: HeadShape, quantization: Quantization = Quantization.NONE) -> None:
@@ -90,11 +90,10 @@ class PortableKernels:
         self._scale = shape.head_dim**-0.5
 
     def map_pool(self, memory: KVMemory) -> MappedPool:
-        """See Kernels."""
         return MappedPool(memory)
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        """See Kernels. A float32 array is shared on a CPU: it must be writable, and uploaded only once."""
+        """A float32 array is shared on a CPU. It must be writable and may be uploaded only once."""
         if array.dtype != np.float32:
             return paddle.to_tensor(array)
         if self.dtype == "float32" and paddle.get_device() == "cpu":
@@ -102,17 +101,14 @@ class PortableKernels:
         return paddle.to_tensor(array).cast(self.dtype)
 
     def pack_table(self, table: Tensor) -> Tensor:
-        """See Kernels."""
         return table
 
     def pack_norm(self, weight: Tensor) -> Tensor:
-        """See Kernels."""
         return weight
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> PackedLinear:
-        """See Kernels."""
         weight, rounds_rows = self._rounded(weight, never_quantize)
         return PackedWeight(weight, bias, rounds_rows)
 
@@ -124,7 +120,6 @@ class PortableKernels:
         return self.upload(rounded), self._quantization is Quantization.W8A8
 
     def begin_step(self, batch: RaggedBatch, windows: Sequence[int | None]) -> PortableStep:
-        """See Kernels."""
         tables = rotation_tables(self._rotation, batch.positions, self._num_heads + self._num_kv_heads)
         cosine, sine = map(self.upload, tables)
         slots = {span.index: span.slots(0) for span in batch.spans}
@@ -134,34 +129,29 @@ class PortableKernels:
         return PortableStep(token_ids, cosine, sine, slot_mapping, written, tiles)
 
     def embed(self, step: PortableStep, table: Tensor) -> Tensor:
-        """See Kernels."""
         return paddle.nn.functional.embedding(step.token_ids, table)
 
     def normalize(self, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See Kernels. Paddle's fused norm is not used: its CPU kernel executes AVX-512 instructions on any CPU."""
+        """Paddle's fused norm is not used: its CPU kernel executes AVX-512 instructions on any CPU."""
         exact = residual.cast("float32")
         factors = paddle.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
         return exact.multiply(factors).cast(self.dtype).multiply_(weight)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        """See Kernels."""
         x = round_rows(x) if packed.rounds_rows else x
         out = paddle.matmul(x, packed.weight, transpose_y=True)
         return out if packed.bias is None else out.add_(packed.bias)
 
     def add_linear(self, x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
-        """See Kernels."""
         return self.linear(x, packed).add_(residual)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See Kernels."""
         ffn = gate_up.shape[-1] // 2
         return paddle.nn.functional.silu(gate_up[:, :ffn]).multiply_(gate_up[:, ffn:])
 
     def logits(
         self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
     ) -> npt.NDArray[np.float32]:
-        """See Kernels."""
         picked = paddle.gather(residual, paddle.to_tensor(rows))
         logits = self.linear(self.normalize(picked, weight, eps), head)
         values: npt.NDArray[np.float32] = logits.cast("float32").numpy()
@@ -170,18 +160,15 @@ class PortableKernels:
     def sample(
         self, logits: npt.NDArray[np.float32] | None, batch: Sequence[ScheduledSequence]
     ) -> list[SequenceOutcome]:
-        """See Kernels."""
         return sample_step(logits, batch)
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
-        """See Kernels."""
         finite: npt.NDArray[np.bool_] = paddle.isfinite(residual).all(-1).numpy()
         return finite
 
     def apply_rope_and_write_kv(
         self, qkv: Tensor, norms: HeadNorms | None, eps: float, layer: LayerKV, step: PortableStep
     ) -> Tensor:
-        """See Kernels."""
         heads, rotated = self._num_heads, self._num_heads + self._num_kv_heads
         split = rotated * self._head_dim
         query_keys = qkv[:, :split].reshape([-1, rotated, self._head_dim])
@@ -207,7 +194,6 @@ class PortableKernels:
         paddle.scatter_(layer.values, step.slot_mapping, values)
 
     def attention(self, queries: Tensor, layer: LayerKV, step: PortableStep, window: int | None) -> Tensor:
-        """See Kernels."""
         keys = layer.keys.reshape([-1, self._head_dim])
         values = layer.values.reshape([-1, self._head_dim])
         outputs = [self._attend(queries, keys, values, tile) for tile in step.tiles[window]]
@@ -293,6 +279,6 @@ def _visible(span: Span, window: int | None) -> int:
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """Return what is left of the rows of ``x`` when each of them has been int8 (see ``int8.rounded_rows``)."""
+    """Return the rows of ``x`` rounded to int8 precision (see ``int8.rounded_rows``)."""
     furthest = paddle.abs(x).max(axis=-1, keepdim=True).clip(min=_SMALLEST)
     return paddle.round(x * (LARGEST / furthest)) * (furthest / LARGEST)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: how fast each pair of dimensions turns, for each kind of scaling.
+"""Rotary position embedding: the rotation speed of each pair of dimensions, for each kind of scaling.
 
 The formulas are those of Hugging Face transformers, computed in float32 as it does.
 """
@@ -95,7 +95,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How heads turn with their position: the angle per position of each pair, and a factor for sine and cosine."""
+    """The rotation of a head: the angle per position of each pair, and a factor for sine and cosine."""
 
     inverse: Float32
     factor: float
@@ -108,7 +108,7 @@ class Rotation:
 
 
 class RotationTables:
-    """The half tables of a Rotation by position, made once for as many positions as have come up."""
+    """The half tables of a Rotation by position, cached up to the largest position requested so far."""
 
     def __init__(self, rotation: Rotation) -> None:
         self._rotation = rotation
@@ -122,9 +122,9 @@ class RotationTables:
 
 
 def rotation_tables(rotation: Rotation, positions: npt.NDArray[np.int64], num_heads: int) -> tuple[Float32, Float32]:
-    """Return cosine and signed sine, each ``[len(positions), num_heads, head_dim]``, alike for all heads.
+    """Return cosine and signed sine, each ``[len(positions), num_heads, head_dim]``, equal for all heads.
 
-    A head x turns into ``x * cosine + swap(x) * sine`` where swap exchanges its two halves; the sine of the first half
+    A head x becomes ``x * cosine + swap(x) * sine`` where swap exchanges its two halves; the sine of the first half
     is negative.
     """
     cosine, sine = rotation.half_tables(positions)
@@ -160,7 +160,7 @@ def _dynamic(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[Float
 
 
 def _llama3(rope: RopeConfig, head_dim: int, _: int) -> tuple[Float32, float]:
-    """Slow pairs turn ``factor`` times slower, fast ones as before, those between are blended."""
+    """Llama 3: slow pairs rotate ``factor`` times slower, fast ones as before, those in between are blended."""
     inverse = _plain(rope.theta, head_dim)
     turns = rope.original_max_position / (2 * math.pi / inverse)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

@@ -1,4 +1,4 @@
-"""safetensors files: reading them without a copy, and writing them tensor by tensor."""
+"""Reads safetensors files without a copy, and writes them tensor by tensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StoredTensor:
     raw: npt.NDArray[np.generic]
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """Return the values as float32, which holds those of every type here exactly. Float32 data is not copied."""
+        """Return the values as float32, which is exact for every supported type. Float32 data is not copied."""
         if self.dtype == "BF16":
             values = np.zeros(self.shape, np.float32)
             values.view(np.uint16)[..., 1::2] = self.raw  # bfloat16 is the upper half of float32, little-endian
@@ -44,7 +44,7 @@ class StoredTensor:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Map ``path`` and return its tensors by name. Raises CheckpointError if it is no sound safetensors file."""
+    """Map ``path`` and return its tensors by name. Raises CheckpointError if the file is invalid."""
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -62,7 +62,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(name: str, entry: Any, body: memoryview) -> StoredTensor:
-    """Return the tensor that ``entry`` of the header describes. Raises ValueError if it contradicts itself."""
+    """Return the tensor that ``entry`` of the header describes. Raises ValueError if it is inconsistent."""
     match entry:
         case {"dtype": str() as dtype, "shape": [*shape], "data_offsets": [int() as start, int() as end]}:
             pass

@@ -1,7 +1,7 @@
-"""Choosing output tokens from logits, on the host.
+"""Samples output tokens from logits, on the host.
 
-Order of operations and their meaning are vLLM's: logit_bias, penalties, min_tokens; then greedy, or temperature,
-min_p, top_k, top_p and a draw. Log probabilities are those of the model itself, before any of it.
+The order and meaning of the operations are vLLM's: logit_bias, penalties, min_tokens; then greedy, or temperature,
+min_p, top_k, top_p and a draw. Log probabilities are those of the model, before any of these operations.
 
 The draw inverts the distribution function in vocabulary order with one uniform number that is a hash of the request's
 seed and the token's position. So a token depends on nothing but its context and seed, and a logit that differs in its
@@ -41,7 +41,7 @@ def sample_step(logits: Float32 | None, batch: Seq[ScheduledSequence]) -> list[S
     """Return the outcome of each of ``batch``: its output tokens, none if it does not sample, or its error.
 
     ``logits`` [rows, vocab_size] has, in order of the batch, a row for each one that samples, or one more than it has
-    drafts; None if nobody samples.
+    drafts; None if no sequence samples.
     """
     if logits is None:
         return [SampledTokens([], []) for _ in batch]
@@ -58,7 +58,7 @@ def sample_step(logits: Float32 | None, batch: Seq[ScheduledSequence]) -> list[S
 
 
 def verify(logits: Float32, sequence: TokenSequence, drafts: Seq[int]) -> SequenceOutcome:
-    """Return the tokens that sampling one by one would give as far as ``drafts`` guessed them, and the one after.
+    """Return the tokens that sampling one by one would give, up to and including the first that is not in ``drafts``.
 
     ``logits`` [1 + len(drafts), vocab_size]: after the newest token and after each draft. A guess is accepted if it is
     what its place samples anyway. That happens with the probability the model gives the guess, as in rejection sampling
@@ -80,7 +80,7 @@ def verify(logits: Float32, sequence: TokenSequence, drafts: Seq[int]) -> Sequen
 
 
 def ahead(sequence: TokenSequence, token_ids: list[int]) -> TokenSequence:
-    """Return ``sequence`` as it is when ``token_ids`` have been appended."""
+    """Return ``sequence`` with ``token_ids`` appended, or itself if there are none."""
     if not token_ids:
         return sequence
     ahead = copy(sequence)
@@ -111,7 +111,7 @@ def token_logprobs(row: Float32, token_id: int, num_logprobs: int) -> TokenLogpr
 
 
 def changes_logits(sequence: TokenSequence) -> bool:
-    """Return whether anything but the temperature and the filters bears on this sequence's next token."""
+    """Return whether the logits of this sequence's next token must be adjusted before temperature and filters."""
     params = sequence.sampling
     return bool(
         params.logit_bias

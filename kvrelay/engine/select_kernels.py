@@ -1,4 +1,4 @@
-"""Which kernels and which type a node computes with: what its config asks for and the machine has."""
+"""Selects the kernels and the type that a node computes with, from its config and the machine."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import logging
 from pathlib import Path
 
 from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.engine.gemm_kernels import GemmKernels
 from kvrelay.engine.int8 import Quantization
 from kvrelay.engine.kernels import HeadShape, Kernels, KernelsUnavailableError
-from kvrelay.engine.native.library import NativeLibrary, ProductKind
+from kvrelay.engine.native.library import GemmKind, NativeLibrary
 from kvrelay.engine.native_kernels import NativeKernels
 from kvrelay.engine.onednn import OneDNN
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.portable import PortableKernels
-from kvrelay.engine.product_kernels import ProductKernels
 from kvrelay.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 
 def choose_kernels(node: NodeConfig, stored_dtype: str, shape: HeadShape) -> Kernels:
-    """Return the kernels for ``node`` and a checkpoint in ``stored_dtype``, and log which and why.
+    """Return the kernels for ``node`` and a checkpoint in ``stored_dtype``, and log which were selected and why.
 
-    Raises ConfigError if it asks for kernels that are not there, CheckpointError if for a type they do not compute in.
+    Raises ConfigError if the requested kernels are unavailable, CheckpointError if they do not support the type.
     """
     if node.engine.device == "gpu":
         return _portable(node, shape, "bfloat16" if node.model.dtype == "auto" else node.model.dtype, "on a GPU")
     if node.engine.kernels == "portable":
-        return _portable(node, shape, _portable_dtype(node), "engine.kernels asks for them")
+        return _portable(node, shape, _portable_dtype(node), "as engine.kernels says")
     try:
         onednn = open_onednn()
     except KernelsUnavailableError as error:
@@ -40,7 +40,7 @@ def choose_kernels(node: NodeConfig, stored_dtype: str, shape: HeadShape) -> Ker
         return _without_library(node, shape, dtype, onednn, error)
     _check_cache_dtype(node, dtype)
     quantization = Quantization(node.engine.quantization)
-    _check_products(library, quantization, dtype)
+    _check_gemm(library, quantization, dtype)
     logger.info(
         "kernels: native in %s%s (oneDNN %s for %s, own code for %s), %d threads",
         *(dtype, _with(quantization), onednn.version, onednn.isa, library.isa, node.threads),
@@ -60,10 +60,10 @@ def _without_library(
     _check_cache_dtype(node, "float32")
     quantization = Quantization(node.engine.quantization)
     logger.info(
-        "kernels: oneDNN %s for products in %s%s, portable for all else in float32 (%s)",
+        "kernels: oneDNN %s for GEMMs in %s%s, portable for all else in float32 (%s)",
         *(onednn.version, dtype, _with(quantization), error),
     )
-    return ProductKernels(dtype, shape, onednn, quantization)
+    return GemmKernels(dtype, shape, onednn, quantization)
 
 
 def _refuse_if_asked_for(node: NodeConfig, error: KernelsUnavailableError) -> None:
@@ -86,13 +86,13 @@ def _portable_dtype(node: NodeConfig) -> str:
     if node.model.dtype not in ("auto", "float32"):
         raise CheckpointError(
             f"model.dtype {node.model.dtype}: the portable kernels compute in float32 on a CPU, because Paddle "
-            "multiplies no other type there; use auto or float32 (checkpoints of any of the three types are read)"
+            "has no other GEMM there; use auto or float32 (checkpoints of all three types can be read)"
         )
     return "float32"
 
 
 def _native_dtype(node: NodeConfig, stored_dtype: str, onednn: OneDNN) -> str:
-    """Return the type to compute in: by itself bfloat16 only for a checkpoint of that type on a CPU made for it."""
+    """Return the type to compute in. By default: bfloat16 for a bfloat16 checkpoint on a CPU with fast bfloat16."""
     wanted = node.model.dtype
     if wanted == "auto":
         wanted = "bfloat16" if stored_dtype == "bfloat16" and onednn.supports_dtype("bfloat16") else "float32"
@@ -112,15 +112,15 @@ def _check_cache_dtype(node: NodeConfig, dtype: str) -> None:
         )
 
 
-def _check_products(library: NativeLibrary, quantization: Quantization, dtype: str) -> None:
+def _check_gemm(library: NativeLibrary, quantization: Quantization, dtype: str) -> None:
     wanted = quantization is Quantization.W8A16 and dtype == "bfloat16"
-    if wanted and not library.supports(ProductKind.HALVES_BY_INT8):
+    if wanted and not library.supports(GemmKind.HALVES_BY_INT8):
         raise ConfigError(
             [f"engine.quantization: w8a16 in bfloat16 is unavailable with {library.isa}; set model.dtype to float32"]
         )
 
 
-def multiplies_bfloat16() -> bool:
+def has_native_bfloat16() -> bool:
     """Return whether all native kernels are available here, on a CPU with bfloat16 instructions."""
     try:
         open_library()
@@ -130,14 +130,14 @@ def multiplies_bfloat16() -> bool:
 
 
 def open_onednn() -> OneDNN:
-    """Return oneDNN. Raises KernelsUnavailableError if Paddle did not bring it."""
+    """Return oneDNN. Raises KernelsUnavailableError if Paddle's wheel does not contain it."""
     return OneDNN(Path(paddle.__file__).parent / "libs" / "libdnnl.so.3")
 
 
 def open_library() -> NativeLibrary:
     """Return our own library. Raises KernelsUnavailableError if it was not compiled.
 
-    It runs on the OpenMP that oneDNN got: Paddle's wheel brings one, the system another, and what comes first in the
-    scope of Paddle's own library is taken.
+    It uses the same OpenMP as oneDNN. Paddle's wheel contains one and the system may have another. The one that is
+    found first in the scope of Paddle's library is used.
     """
     return NativeLibrary(ctypes.CDLL(paddle.base.core.__file__))

@@ -1,4 +1,4 @@
-"""The engine's own copies of the sequences that it computes, kept up to date by plans."""
+"""The engine's copies of the sequences that it computes. Plans update them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ NOBODY = NewSequence(
 class EngineSequence(TokenSequence):
     """A sequence, from the plan that introduces it to the plan in which it leaves.
 
-    ``block_table`` is an array of 32-bit integers that kernels read where it lies. It is a new array whenever it grows,
-    so nobody's view of it is in the way. ``num_replacements`` counts blocks of it that were replaced by others.
+    ``block_table`` is an array of 32-bit integers that kernels read without a copy. Growing it creates a new array, so
+    existing views stay valid. ``num_replacements`` counts blocks of it that were replaced by others.
     """
 
     __slots__ = ("block_table", "id", "num_replacements", "request_id")
@@ -46,7 +46,7 @@ class EngineSequence(TokenSequence):
         self.num_replacements = 0
 
     def change(self, change: SequenceChange) -> None:
-        """Take in what the machine says has changed."""
+        """Apply a change from the machine."""
         for place, block in change.replaced:
             self.block_table[place] = block
         self.num_replacements += len(change.replaced)
@@ -55,12 +55,12 @@ class EngineSequence(TokenSequence):
         self.token_ids += change.token_ids
 
     def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
-        """Have ``block_ids`` for its KV, and none of those it had before."""
+        """Replace the block table by ``block_ids``."""
         self.block_table = array("i", block_ids)
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True):
-    """ScheduledTokens, with the sequence itself."""
+    """ScheduledTokens with the sequence instead of its id."""
 
     sequence: EngineSequence
     start: int
@@ -68,6 +68,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     samples: bool
     writes_from: int
     drafts: tuple[int, ...] | None = None
+    awaits: bool = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -78,7 +79,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 
     @property
     def without_drafts(self) -> ScheduledSequence:
-        """The plain step in its place."""
+        """The same step without drafts."""
         num_tokens = self.num_tokens - len(self.drafts or ())
         return msgspec.structs.replace(self, num_tokens=num_tokens, drafts=None)
 
@@ -86,7 +87,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 class EngineSequences:
     """All sequences that an engine knows, by id.
 
-    One it was not told of has no tokens, so it fails as one whose plan asks for more tokens than it has.
+    An unknown sequence has no tokens. It fails like one whose plan asks for more tokens than it has.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class EngineSequences:
         return len(self._sequences)
 
     def apply(self, plan: StepPlan) -> list[ScheduledSequence]:
-        """Take in what ``plan`` says of sequences, once; return its batch."""
+        """Apply the sequence changes of ``plan`` and return its batch. Call once per plan."""
         for id in plan.left:
             self._sequences.pop(id, None)
         for new in plan.new:
@@ -105,7 +106,13 @@ class EngineSequences:
             self._find(change.id).change(change)
         return [
             ScheduledSequence(
-                self._find(item.id), item.start, item.num_tokens, item.samples, item.writes_from, item.drafts
+                self._find(item.id),
+                item.start,
+                item.num_tokens,
+                item.samples,
+                item.writes_from,
+                item.drafts,
+                item.awaits,
             )
             for item in plan.batch
         ]

@@ -1,6 +1,6 @@
 """Small random checkpoints in Hugging Face layout, with a tokenizer: models for tests and demonstrations.
 
-The weights come from numpy's PCG64 generator by the bits of its integers, so a seed means the same weights everywhere.
+The weights are computed from the integers of numpy's PCG64 generator, so a seed gives the same weights on all machines.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def write_tiny_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write a random checkpoint of ``arch`` (one of ARCHS) into directory ``path``, which is made if need be.
+    """Write a random checkpoint of ``arch`` (one of ARCHS) into directory ``path``, which is created if needed.
 
     ``overrides`` replace keys of ``config.json``; ``max_shard_bytes`` splits the tensors over several files.
     Raises ConfigError for an unknown ``arch`` or ``preset``.

@@ -50,7 +50,7 @@ _LETTERS = (
 def write_tokenizer(path: Path, vocab_size: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``vocab_size`` tokens into ``path``.
 
-    Ids beyond the bytes are letter combinations, so that every id a random model may give has a text.
+    Ids beyond the bytes are letter combinations, so every id that a random model can generate has a text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = _merges(vocab_size - len(SPECIAL_TOKENS) - len(alphabet))

@@ -1,1 +1,1 @@
-"""A node's memory for KV blocks: the interface that everybody uses, and its implementation in host memory."""
+"""The KV pool of a node: its interface, and its implementation in host memory."""

@@ -1,4 +1,4 @@
-"""Opens the KV pool of another process, by its handle."""
+"""Opens the KV pool of another process by its handle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvrelay.protocol.kv_handle import KVHandle
 
 
 def open_pool(geometry: KVGeometry, handle: KVHandle) -> KVPool:
-    """Open a pool that another process of this host made.
+    """Open a pool that another process of this host created.
 
     Raises PeerLostError if that process is gone or out of reach, GeometryMismatchError if the memory is not of the size
     that ``geometry`` and ``handle`` say.

@@ -1,4 +1,4 @@
-"""Copies of KV blocks within one host's memory, as few and as large as their places allow.
+"""Copies KV blocks within host memory, with few and large copies.
 
 A plane is ``[num_blocks, plane_block_bytes]`` of uint8: the K or the V of all blocks in one layer.
 """
@@ -19,11 +19,11 @@ Blocks: TypeAlias = npt.NDArray[np.void]
 
 _MIN_RUN_BYTES = 64 << 10
 _PIECE_BYTES = 256 << 10
-"""How much is copied before it is looked at again: it is still in the core's own cache then."""
+"""Bytes copied before they are digested, so that they are still in the core's cache."""
 
 
 def read(planes: Sequence[Bytes], block_ids: list[BlockId]) -> list[memoryview]:
-    """Return the blocks' bytes plane by plane, with as few copies and parts as sensible; parts may be views."""
+    """Return the blocks' bytes plane by plane, in few parts. Parts may be views."""
     runs = _runs(block_ids)
     if _is_fragmented(runs, len(block_ids), planes[0].shape[1]):
         places = np.asarray(block_ids)
@@ -33,7 +33,7 @@ def read(planes: Sequence[Bytes], block_ids: list[BlockId]) -> list[memoryview]:
 
 
 def pieces(planes: Sequence[Bytes], block_ids: list[BlockId]) -> Iterator[memoryview]:
-    """Yield the bytes that ``read`` returns without having more than a piece of them in copies."""
+    """Yield the bytes that ``read`` returns, with copies of at most one piece at a time."""
     block_bytes = planes[0].shape[1]
     if not _is_fragmented(_runs(block_ids), len(block_ids), block_bytes):
         yield from read(planes, block_ids)
@@ -46,7 +46,7 @@ def pieces(planes: Sequence[Bytes], block_ids: list[BlockId]) -> Iterator[memory
 
 
 def write(planes: Sequence[Bytes], block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
-    """Put ``payload``, the blocks' bytes plane by plane, cut anywhere, into the blocks."""
+    """Write ``payload``, the blocks' bytes plane by plane, split at any positions, to the blocks."""
     block_bytes = planes[0].shape[1]
     if any(part.nbytes % block_bytes for part in payload):
         payload = [memoryview(b"".join(payload))]
@@ -70,7 +70,7 @@ def copy(
 
 
 def _runs(*block_ids: list[BlockId]) -> list[slice]:
-    """Return the places where all of ``block_ids`` go up by one from place to place, as slices in order."""
+    """Return slices in which all of ``block_ids`` are consecutive, in order."""
     count = len(block_ids[0])
     if all(ids[-1] - ids[0] == count - 1 and ids == list(range(ids[0], ids[0] + count)) for ids in block_ids):
         return [slice(0, count)]
@@ -82,7 +82,7 @@ def _runs(*block_ids: list[BlockId]) -> list[slice]:
 
 
 def _is_fragmented(runs: list[slice], num_blocks: int, block_bytes: int) -> bool:
-    """Tell whether one indexed copy beats a copy for each run."""
+    """Return whether one indexed copy is faster than a copy per run."""
     return len(runs) > 1 and num_blocks * block_bytes < len(runs) * _MIN_RUN_BYTES
 
 
@@ -91,12 +91,12 @@ def _per_piece(block_bytes: int) -> int:
 
 
 def _as_blocks(rows: Bytes) -> Blocks:
-    """Return ``rows`` with one opaque item a row: numpy copies scattered items of that kind as fast as memory goes."""
+    """Return ``rows`` with one opaque item per row, which numpy copies at memory speed when scattered."""
     return rows.view(f"V{rows.shape[1]}").reshape(-1)
 
 
 def _assign(plane: Bytes, block_ids: list[BlockId], rows: Bytes) -> None:
-    """Put ``rows[i]`` into block ``block_ids[i]`` of ``plane``."""
+    """Write ``rows[i]`` to block ``block_ids[i]`` of ``plane``."""
     runs = _runs(block_ids)
     if _is_fragmented(runs, len(block_ids), plane.shape[1]):
         _as_blocks(plane)[np.asarray(block_ids)] = _as_blocks(rows)
@@ -121,7 +121,7 @@ def _copy_runs(
 def _gather(
     target: Bytes, targets: list[BlockId], source: Bytes, sources: list[BlockId], _: list[slice]
 ) -> Iterator[memoryview]:
-    """Do as ``_copy_runs`` for blocks that lie anywhere: each piece is collected, yielded and then spread."""
+    """Like ``_copy_runs`` for scattered blocks: each piece is gathered, yielded and scattered."""
     per_piece = _per_piece(target.shape[1])
     into, out_of = _as_blocks(target), _as_blocks(source)
     to, of = np.asarray(targets), np.asarray(sources)

@@ -1,9 +1,8 @@
 """A KV pool in host memory, shared with the node's messager and with messagers on the same host.
 
-The memory is an anonymous file (``memfd_create``): it has no name that could outlive its processes, so a node
-that is killed leaves nothing behind, and its size is not bound by a small ``/dev/shm``. Another process of the
-same user maps it through ``/proc/<pid>/fd/<fd>``; a random tag in the last bytes tells whether a handle still means
-this memory or the pid has been reused.
+The memory is an anonymous file (``memfd_create``). It has no name, so a killed node leaves nothing behind, and
+its size is not limited by ``/dev/shm``. Another process of the same user maps it through ``/proc/<pid>/fd/<fd>``. A
+random tag in the last bytes shows whether the pid of a handle has been reused.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Bytes = npt.NDArray[np.uint8]
 class KVMemory:
     """All KV blocks of one node (see ``kv_pool.KVPool``).
 
-    Only the engine, which owns them, uses ``planes[layer, 0 for K or 1 for V, block]``: a block's bytes in one layer.
+    Only the engine, the owner, uses ``planes[layer, 0 for K or 1 for V, block]``: the bytes of a block in one layer.
     """
 
     def __init__(self, geometry: KVGeometry, handle: KVMemoryHandle, fd: int) -> None:
@@ -53,9 +52,9 @@ class KVMemory:
 
     @classmethod
     def create(cls, geometry: KVGeometry, num_blocks: int) -> KVMemory:
-        """Make zeroed memory for ``num_blocks`` blocks, owned by this process.
+        """Create zeroed memory for ``num_blocks`` blocks, owned by this process.
 
-        Raises ConfigError if that is more than this machine has or gives.
+        Raises ConfigError if this machine does not have that much memory.
         """
         size_bytes = num_blocks * geometry.block_bytes
         if size_bytes > (total := _machine_bytes()):
@@ -72,7 +71,7 @@ class KVMemory:
 
     @classmethod
     def attach(cls, geometry: KVGeometry, handle: KVMemoryHandle) -> KVMemory:
-        """Map the memory another process of this host made.
+        """Map memory that another process of this host created.
 
         Raises PeerLostError if that process is gone or out of reach, GeometryMismatchError if the memory is not
         of the size that ``geometry`` and ``handle`` say.
@@ -87,42 +86,39 @@ class KVMemory:
             raise GeometryMismatchError(f"KV memory of process {handle.pid} is not {size_bytes} bytes")
         if os.pread(fd, TAG_BYTES, size_bytes) != handle.tag.encode():
             os.close(fd)
-            raise PeerLostError(f"process {handle.pid} is no longer the one that made this KV memory")
+            raise PeerLostError(f"process {handle.pid} is not the process that created this KV memory")
         return cls(geometry, handle, fd)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all blocks together."""
+        """Size of all blocks, in bytes."""
         return self.planes.nbytes
 
     # ------------------------------------------------------------ for those who do not own it: see KVPool
 
     def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
-        """See KVPool: views where blocks lie together, copies where they are scattered."""
+        """Consecutive blocks are returned as views, scattered ones as copies."""
         return kv_copy.read(self._planes_of(layers), block_ids)
 
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
-        """See KVPool."""
         return _digest(kv_copy.pieces(self._planes_of(layers), block_ids))
 
     def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
-        """See KVPool."""
         kv_copy.write(self._planes_of(layers), block_ids, payload)
 
     def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
-        """See KVPool: the source must be host memory too."""
+        """The source must be host memory too."""
         if not isinstance(source, KVMemory):
             raise GeometryMismatchError(f"host memory cannot be copied from {type(source).__name__}")
         return _digest(kv_copy.copy(self._planes_of(layers), target_ids, source._planes_of(layers), source_ids))
 
     def copy_out(self, block_ids: Sequence[BlockId], into: Sequence[HostBlock]) -> None:
-        """See KVPool."""
         for block, target in zip(block_ids, into, strict=True):
             np.copyto(target, self.planes[:, :, block])
 
     @contextlib.contextmanager
     def lend(self, block_ids: Sequence[BlockId]) -> Iterator[list[HostBlock]]:
-        """See KVPool: the blocks themselves."""
+        """The returned memory is that of the blocks."""
         yield [self.planes[:, :, block] for block in block_ids]
 
     def _planes_of(self, layers: range) -> list[Bytes]:
@@ -130,7 +126,7 @@ class KVMemory:
         return [plane for layer in layers for plane in self.planes[layer]]
 
     def close(self) -> None:
-        """Give the memory back; it is gone when the last process that maps it has done so."""
+        """Unmap the memory. It is freed when the last process has unmapped it."""
         del self.planes
         with contextlib.suppress(BufferError):  # a view is still alive (an engine's tensor): the mapping goes with it
             self._map.close()

@@ -1,6 +1,6 @@
-"""The KV pool of a node as everybody sees it who does not own it: blocks of layers to read, write, copy and digest.
+"""The interface of a node's KV pool for all code but its owner: read, write, copy and digest blocks of layers.
 
-Where the bytes are, and how they are laid out there, is the affair of one implementation per kind of memory.
+There is one implementation per kind of memory. Only the implementation knows the memory layout.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ HostBlock: TypeAlias = npt.NDArray[np.uint8]
 
 
 class KVPool(Protocol):
-    """Blocks 0 to ``num_blocks - 1``. Block ids that are passed in must be among them, and different.
+    """Blocks 0 to ``num_blocks - 1``. Block ids passed to a method must be in this range and distinct.
 
-    Whoever calls this keeps the blocks (pins them) until the call, or the memory it returned, is done with. The payload
+    The caller must pin the blocks until the call has returned and the returned memory is not used any more. The payload
     of blocks is their bytes layer by layer, all K and then all V.
     """
 
@@ -33,11 +33,11 @@ class KVPool(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
 
     @property
     def handle(self) -> KVHandle:
-        """What another process of this host needs to open the pool."""
+        """The handle by which another process of this host opens the pool."""
 
     def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
         """Return the payload of these blocks in parts, which may be views of the pool."""
@@ -46,10 +46,10 @@ class KVPool(Protocol):
         """Return the xxh3-64 of the payload."""
 
     def write(self, layers: range, block_ids: list[BlockId], payload: Sequence[memoryview]) -> None:
-        """Put a payload, cut anywhere, into these blocks."""
+        """Write a payload, split at any positions, to these blocks."""
 
     def copy_from(self, source: KVPool, layers: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> int:
-        """Copy block ``source_ids[i]`` of ``source`` to ``target_ids[i]``; return the xxh3-64 of what was copied.
+        """Copy block ``source_ids[i]`` of ``source`` to ``target_ids[i]``; return the xxh3-64 of the payload.
 
         Raises GeometryMismatchError if the memory of ``source`` is of a kind that cannot be copied from.
         """
@@ -58,12 +58,12 @@ class KVPool(Protocol):
         """Copy block ``block_ids[i]`` to ``into[i]``."""
 
     def lend(self, block_ids: Sequence[BlockId]) -> AbstractContextManager[list[HostBlock]]:
-        """Return host memory for these blocks, to be filled: what is in it at the end is what the blocks hold."""
+        """Return a context with host memory to fill. At its end the blocks contain the content of that memory."""
 
     def close(self) -> None:
-        """Give the memory back. It is gone when the last process that has it open has done so."""
+        """Release the memory. It is freed when the last process that has it open releases it."""
 
 
 def has_blocks(pool: KVPool, block_ids: list[BlockId]) -> bool:
-    """Tell whether ``pool`` has all of ``block_ids``."""
+    """Return whether ``pool`` has all of ``block_ids``."""
     return not block_ids or (min(block_ids) >= 0 and max(block_ids) < pool.num_blocks)

@@ -26,7 +26,7 @@ from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
-from kvrelay.runtime.compute_thread import ComputeThread
+from kvrelay.runtime.compute_thread import compute_for
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
@@ -66,7 +66,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     shell = Shell(make_machine(registration, engine.max_plans_in_flight), clock=Clock())
     shell.listen_for_stop()
     startup.report("connecting")
-    compute: EnginePort = ComputeThread(engine, shell.post_threadsafe, layer_events=layer_events)
+    compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
     transport = Transport(me, shell.post)
     compute.start()
@@ -166,7 +166,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         model=node.model.name,
         max_model_len=max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
-        num_blocks=node.cache.num_blocks,
+        num_blocks=engine.memory.num_blocks,
         geometry=engine.geometry,
         vocab_size=engine.vocab_size,
         prefill_order=node.scheduler.prefill_order,

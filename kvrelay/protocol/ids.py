@@ -1,4 +1,4 @@
-"""The names things go by."""
+"""Ids of blocks, sequences, nodes, peers and attempts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BlockId: TypeAlias = int
 """Index of a KV block in one node's pool."""
 
 SequenceId = NewType("SequenceId", int)
-"""A sequence as a node's engine knows it. A request gets a new one each time it gets blocks on the node and runs."""
+"""Id of a sequence in a node's engine. A request gets a new one each time it gets blocks on the node and runs."""
 
 NodeId = NewType("NodeId", str)
 """Name of a node as the config gives it, e.g. ``d0``."""
@@ -25,10 +25,9 @@ MESSAGER = PeerId("messager")
 
 
 class Attempt(NamedTuple):
-    """One try at serving a request: the key of every hold, transfer and answer.
+    """One attempt at a request: the key of every reservation, transfer and answer.
 
-    The router raises ``epoch`` each time it tries a request again, so whatever belongs to an earlier try
-    can be told from the present one and dropped.
+    The router raises ``epoch`` for each attempt, so that messages and frames of earlier attempts can be dropped.
     """
 
     request_id: str
@@ -36,7 +35,7 @@ class Attempt(NamedTuple):
 
 
 def new_incarnation() -> str:
-    """Return a name no other start of any process will have."""
+    """Return a random id for one start of a process."""
     return secrets.token_hex(4)
 
 
@@ -46,5 +45,5 @@ def peer_id(name: str, incarnation: str) -> PeerId:
 
 
 def peer_name(peer: PeerId) -> str:
-    """Return the part of ``peer`` that outlives a restart."""
+    """Return the name in ``peer``, without the incarnation."""
     return peer.partition("#")[0]

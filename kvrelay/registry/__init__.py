@@ -1,4 +1,4 @@
-"""How nodes and routers find each other through Redis: nodes keep an entry there, routers read them all.
+"""Service discovery through Redis: each node keeps an entry there, and routers read all entries.
 
-The registry only tells where to look. Who is alive, and what it is doing, nodes and routers tell each other.
+The registry contains addresses only. Nodes and routers exchange heartbeats and load themselves.
 """

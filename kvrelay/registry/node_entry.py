@@ -1,4 +1,4 @@
-"""What a node says of itself in the registry, for routers that do not know it yet."""
+"""The entry of a node in the registry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 
 MAX_ENTRY_BYTES = 64 << 10
-"""Longest entry that is looked at."""
+"""Maximum size of an entry."""
 
 
 class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One start of a node: how it registers, its state, and when it was started (wall-clock)."""
+    """One incarnation of a node: its registration, its state, and when it was started (wall-clock)."""
 
     registration: Register
     state: str
@@ -23,27 +23,27 @@ class NodeEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer(self) -> PeerId:
-        """Its name on the network."""
+        """Its peer id."""
         return peer_id(self.registration.node_id, self.registration.incarnation)
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """Its listening address."""
         return self.registration.address
 
     @property
     def is_draining(self) -> bool:
-        """Whether it takes nothing new."""
+        """Whether it accepts no new requests."""
         return self.state == DRAINING
 
 
 def pack_entry(entry: NodeEntry) -> bytes:
-    """Return ``entry`` as JSON, so that people can read the registry too."""
+    """Return ``entry`` as JSON, which is readable in Redis."""
     return msgspec.json.encode(entry)
 
 
 def unpack_entry(data: bytes) -> NodeEntry:
-    """Return the entry in ``data``. Raises RemoteProtocolError that says what is wrong with it."""
+    """Return the entry in ``data``. Raises RemoteProtocolError if it is invalid."""
     if len(data) > MAX_ENTRY_BYTES:
         raise RemoteProtocolError(f"{len(data)} bytes, the limit is {MAX_ENTRY_BYTES}")
     try:
@@ -64,7 +64,7 @@ def _is_address(address: str) -> bool:
 
 
 def present(entries: list[NodeEntry]) -> list[NodeEntry]:
-    """Return ``entries`` in order of their start, without those whose address a later start has taken over."""
+    """Return ``entries`` by start time, without those whose address a later incarnation uses."""
     ordered = sorted(entries, key=lambda entry: (entry.started_s, entry.peer))
     last = {entry.address: entry.peer for entry in ordered}
     return [entry for entry in ordered if last[entry.address] == entry.peer]

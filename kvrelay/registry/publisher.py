@@ -1,4 +1,4 @@
-"""Keeps a node's entry in the registry. On the shell's loop, so that a long step does not end its lease."""
+"""Keeps a node's entry in the registry. Runs on the shell's loop, so a long step does not let its lease expire."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvrelay.registry.node_entry import NodeEntry
 from kvrelay.registry.registry import Registry, open_registry
 
 _RENEWALS = 4
-"""Renewals in the length of a lease: a few may fail."""
+"""Renewals per lease, so that some may fail."""
 
 _MAX_RETRY_S = 1.0
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Writes the entry of one node, again and again: what is in the registry is what was announced last."""
+    """Writes the last announced entry of one node to the registry, repeatedly."""
 
     def __init__(self, registry: Registry, registration: Register, lease_s: float) -> None:
         self._registry = registry
@@ -38,7 +38,7 @@ class Publisher:
         self._failing = False
 
     def announce(self, action: Announce) -> None:
-        """Have the node known, as ``action`` says it is, from now on."""
+        """Publish the node with the state of ``action`` from now on."""
         self._entry = NodeEntry(registration=self._registration, state=action.state, started_s=self._started_s)
         self._changed.set()
 
@@ -53,12 +53,12 @@ class Publisher:
                     await self._changed.wait()
 
     def stop(self) -> None:
-        """Publish no more. To cancel is not enough: redis-py may swallow it."""
+        """Stop publishing. Cancelling the task is not enough, because redis-py may suppress it."""
         self._stopping = True
         self._changed.set()
 
     async def withdraw(self) -> None:
-        """Remove the entry, if the registry can be reached; else its lease ends."""
+        """Remove the entry if the registry can be reached. Else its lease expires."""
         if self._entry is not None:
             with contextlib.suppress(RegistryError):
                 await self._registry.withdraw(self._entry.peer)
@@ -70,18 +70,18 @@ class Publisher:
             await self._registry.publish(self._entry)
         except RegistryError as error:
             if not self._failing:  # said once: it is tried again and again
-                logger.warning("registry lost, known routers are served on: %s", error.message)
+                logger.warning("registry lost, known routers are still served: %s", error.message)
             self._failing = True
             return False
         if self._failing:
-            logger.info("registry is back")
+            logger.info("registry available again")
         self._failing = False
         return True
 
 
 @contextlib.asynccontextmanager
 async def announcing(config: RegistryConfig, registration: Register) -> AsyncIterator[Callable[[Announce], None]]:
-    """Give what performs a node's Announce; the node is known until the end. Raises ConfigError for a bad URL."""
+    """Return a context with the handler of Announce actions; its end removes the entry. Raises ConfigError."""
     registry = open_registry(config)
     publisher = Publisher(registry, registration, config.lease_s)
     task = asyncio.create_task(publisher.run())

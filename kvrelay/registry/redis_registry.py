@@ -1,7 +1,7 @@
 """The entries of all nodes of a cluster, in Redis.
 
-A key per node, which ends with the node's lease unless it is renewed, and a set that names them, so that nobody has to
-search a Redis that may hold millions of other keys. All are in one slot of a Redis Cluster.
+A key per node, which expires with the node's lease unless it is renewed, and a set of their names, so that routers need
+not scan a Redis with many other keys. All are in one slot of a Redis Cluster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class RedisRegistry:
-    """The Registry at ``config.url``."""
+    """The Registry in the Redis at ``config.url``."""
 
     def __init__(self, config: RegistryConfig) -> None:
         self._config = config
@@ -42,7 +42,7 @@ class RedisRegistry:
         self.where = ""
 
     def open(self) -> None:
-        """Read the URL; connect later. Raises ConfigError if there is nothing in it that could be connected to."""
+        """Parse the URL; connect later. Raises ConfigError if it is invalid."""
         url = self._config.url.get_secret_value() if self._config.url else ""
         timeout_s = min(_MAX_TIMEOUT_S, self._config.lease_s / 3)
         options: dict[str, Any] = {
@@ -61,7 +61,7 @@ class RedisRegistry:
         self.where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     async def publish(self, entry: NodeEntry) -> None:
-        """Keep ``entry`` for another ``lease_s``."""
+        """Write ``entry`` and renew its lease."""
         await self._run(
             ("SET", self._entry_key + entry.peer, pack_entry(entry), "PX", self._lease_ms),
             ("SADD", self._names_key, entry.peer),
@@ -72,7 +72,7 @@ class RedisRegistry:
         await self._run(("DEL", self._entry_key + peer), ("SREM", self._names_key, peer))
 
     async def entries(self) -> list[NodeEntry]:
-        """Return the entries of all nodes whose leases have not ended. What cannot be read is left out."""
+        """Return the entries of all nodes whose leases have not expired, without invalid ones."""
         [names] = await self._run(("SMEMBERS", self._names_key))
         ordered: list[bytes] = sorted(names)
         if not ordered:
@@ -100,7 +100,7 @@ class RedisRegistry:
     # ------------------------------------------------------------ Redis
 
     async def _run(self, *commands: tuple[object, ...]) -> list[Any]:
-        """Run ``commands`` in one transaction; return what each answers."""
+        """Run ``commands`` in one transaction; return their results."""
         try:
             try:
                 return await self._transaction(commands)
@@ -121,7 +121,7 @@ class RedisRegistry:
         return answers
 
     async def _go_to(self, host: str, port: int) -> None:
-        """Talk to another node of a Redis Cluster: it has the slot in which all keys are."""
+        """Use the node of a Redis Cluster that has the slot of all keys."""
         await self._go_home()
         if self._pool is not None:
             options = {**self._pool.connection_kwargs, "host": host, "port": port}
@@ -129,7 +129,7 @@ class RedisRegistry:
             self._client = Redis.from_pool(pool)
 
     async def _go_home(self) -> None:
-        """Talk to the server of the URL."""
+        """Use the server of the URL."""
         if self._client is not None and self._pool is not None and self._client.connection_pool is not self._pool:
             await self._client.aclose()
             self._client = Redis(connection_pool=self._pool)

@@ -1,4 +1,4 @@
-"""What a registry is to nodes and routers, and from the config to one. Its library is loaded only if it is wanted."""
+"""The registry's interface, and its creation from the config. The Redis library is imported only if needed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Registry(Protocol):
     """The entries of a cluster's nodes. Every call ends within a few seconds, and raises RegistryError if it fails."""
 
     async def publish(self, entry: NodeEntry) -> None:
-        """Keep ``entry`` for another lease. By the node itself, several times a lease."""
+        """Write ``entry`` and renew its lease. Called by the node, several times per lease."""
 
     async def withdraw(self, peer: PeerId) -> None:
-        """Remove the entry of ``peer``. By the node itself, when it leaves."""
+        """Remove the entry of ``peer``. Called by the node when it leaves."""
 
     async def entries(self) -> list[NodeEntry]:
-        """Return the entries whose leases have not ended; what cannot be read is left out. By routers, all the time."""
+        """Return the entries whose leases have not expired, without invalid ones. Called by routers periodically."""
 
     async def close(self) -> None:
         """Close all connections."""
 
 
 def open_registry(config: RegistryConfig) -> Registry:
-    """Return the registry that ``config``, whose kind is not static, describes; it is connected to when it is needed.
+    """Return the registry of ``config``, whose kind must not be static. It connects when it is first used.
 
     Raises ConfigError for a URL that cannot be read.
     """

@@ -1,1 +1,1 @@
-"""What runs a machine in a process: the shell, sockets, the compute thread, signals, logs."""
+"""Runs a machine in a process: the shell, sockets, the compute thread, signals, logs."""

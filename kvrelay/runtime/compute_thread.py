@@ -1,4 +1,4 @@
-"""The compute thread: runs an engine's steps beside the shell's loop."""
+"""Compute threads: they run an engine's steps outside the shell's loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
@@ -17,12 +17,54 @@ OnLayer: TypeAlias = Callable[[int], None]
 
 
 class RunsSteps(Protocol):
-    """The part of an engine that this thread uses (see ``kvrelay.engine.interface``)."""
+    """The methods of an engine that this thread uses (see ``kvrelay.engine.interface``)."""
 
     max_plans_in_flight: int
 
     def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
         """Compute one step."""
+
+
+class Step(Protocol):
+    """The part of ``interface.EngineStep`` that threads use."""
+
+    def launch(self) -> None:
+        """Have the device compute it."""
+
+    def finish(self, on_layer: OnLayer) -> StepResult:
+        """Wait for it."""
+
+
+@runtime_checkable
+class BeginsSteps(Protocol):
+    """The part of ``interface.PipelinedEngine`` that threads use."""
+
+    max_plans_in_flight: int
+
+    def begin(self, plan: StepPlan) -> Step:
+        """Return a step to launch and to finish."""
+
+
+class Compute(Protocol):
+    """What both kinds of threads are: see ``kvrelay.engine.interface.EnginePort``."""
+
+    max_plans_in_flight: int
+
+    def start(self) -> None:
+        """Start."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a step."""
+
+    def stop(self) -> None:
+        """Finish the steps that are queued, then end."""
+
+
+def compute_for(engine: RunsSteps | BeginsSteps, post: Callable[[object], None], *, layer_events: bool) -> Compute:
+    """Return the threads for ``engine``; the parameters are those of ComputeThread."""
+    if isinstance(engine, BeginsSteps):
+        return PipelinedCompute(engine, post, layer_events=layer_events)
+    return ComputeThread(engine, post, layer_events=layer_events)
 
 
 class ComputeThread:
@@ -51,7 +93,7 @@ class ComputeThread:
         self._plans.put(plan)
 
     def stop(self) -> None:
-        """Finish the steps that are queued, then end the thread."""
+        """Finish the queued steps and end the thread."""
         self._plans.put(None)
         self._thread.join()
 
@@ -60,12 +102,66 @@ class ComputeThread:
             self._post(self._run(plan))
 
     def _run(self, plan: StepPlan) -> StepDone | StepFailed:
-        def on_layer(layer: int) -> None:
-            if self._layer_events:
-                self._post(LayersComputed(plan.step, range(layer, layer + 1)))
+        return _answer(plan.step, lambda on_layer: self._engine.run(plan, on_layer), self._post, self._layer_events)
 
-        try:
-            return StepDone(self._engine.run(plan, on_layer))
-        except Exception as error:  # the border of the engine: whatever it raised, the machine gets an answer
-            logger.exception("step %d failed", plan.step)
-            return StepFailed(plan.step, f"{type(error).__name__}: {error}")
+
+class PipelinedCompute:
+    """See ComputeThread, for an engine that launches a step while another is computed.
+
+    One thread launches, so that a plan reaches the device at once; another waits for each step and answers.
+    """
+
+    def __init__(self, engine: BeginsSteps, post: Callable[[object], None], *, layer_events: bool) -> None:
+        self.max_plans_in_flight = engine.max_plans_in_flight
+        self._engine = engine
+        self._post = post
+        self._layer_events = layer_events
+        self._plans: SimpleQueue[StepPlan | None] = SimpleQueue()
+        self._steps: SimpleQueue[tuple[int, Step] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("launch", self._launch), ("finish", self._finish))
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a step."""
+        self._plans.put(plan)
+
+    def stop(self) -> None:
+        """Finish the steps that are queued, then end the threads."""
+        self._plans.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _launch(self) -> None:
+        while (plan := self._plans.get()) is not None:
+            step = self._engine.begin(plan)
+            self._steps.put((plan.step, step))
+            step.launch()
+        self._steps.put(None)
+
+    def _finish(self) -> None:
+        while (entry := self._steps.get()) is not None:
+            number, step = entry
+            self._post(_answer(number, step.finish, self._post, self._layer_events))
+
+
+def _answer(
+    step: int, compute: Callable[[OnLayer], StepResult], post: Callable[[object], None], layer_events: bool
+) -> StepDone | StepFailed:
+    """Return what comes of ``compute``; post its layers if ``layer_events``."""
+
+    def on_layer(layer: int) -> None:
+        if layer_events:
+            post(LayersComputed(step, range(layer, layer + 1)))
+
+    try:
+        return StepDone(compute(on_layer))
+    except Exception as error:  # the border of the engine: whatever it raised, the machine gets an answer
+        logger.exception("step %d failed", step)
+        return StepFailed(step, f"{type(error).__name__}: {error}")

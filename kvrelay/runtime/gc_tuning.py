@@ -1,15 +1,15 @@
-"""Python's cyclic garbage collector, set for a process that holds many long-lived objects and makes few cycles."""
+"""Tunes Python's cyclic garbage collector for processes with many long-lived objects and few cycles."""
 
 from __future__ import annotations
 
 import gc
 
 YOUNG_OBJECTS = 100_000
-"""Allocations between two looks at the youngest objects; Python's default of 700 has it look several times a step."""
+"""Allocations between two collections of the youngest objects; the default of 700 gives several per step."""
 
 
 def tune_gc() -> None:
-    """Exempt what lives now from collection, and collect seldom.
+    """Exempt all existing objects from collection, and collect rarely.
 
     With a thousand running requests the default costs a scheduler as much as its own work: it walks all their token
     lists again and again and finds nothing. Call once, when the process is set up.

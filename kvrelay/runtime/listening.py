@@ -1,4 +1,4 @@
-"""Whether this process could listen at an address."""
+"""Checks whether an address can be bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvrelay.addresses import netloc, resolve
 
 
 def listen_problem(host: str, port: int) -> str | None:
-    """Return why nobody could listen at ``host:port`` now, or None."""
+    """Return why ``host:port`` cannot be bound now, or None."""
     try:
         family, address = resolve(host, port)
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,6 +1,6 @@
-"""One line per event, for people and for grep: ``time LEVEL process event key=value ...``.
+"""Log lines, one per event: ``time LEVEL process event key=value ...``.
 
-Machines ask for lines with ``Log`` actions, shells write them with ``log_event``. A traceback follows, indented.
+Machines emit ``Log`` actions, and shells write them with ``log_event``. Tracebacks follow, indented.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class LineFormatter(logging.Formatter):
         return redacted(super().formatMessage(record)).replace("\r", "\\r").replace("\n", "\\n")
 
     def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802
-        """Return the traceback, indented so that its lines are not taken for events."""
+        """Return the traceback, indented so that its lines differ from events."""
         return redacted("  " + super().formatException(ei).replace("\n", "\n  "))
 
 
 def set_up_logging(process: str, level: str = "info") -> None:
-    """Send everything that is logged to standard error from here on, in lines of ``process``."""
+    """Write all log records to standard error from now on, with ``process`` in each line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -61,7 +61,7 @@ def log_event(level: str, event: str, fields: Mapping[str, object]) -> None:
 
 
 def progress_log(what: str, now: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
-    """Return ``on_progress(done, total)`` that logs how far ``what`` is: twice a second, and when it is done."""
+    """Return ``on_progress(done, total)``, which logs the progress of ``what`` twice a second and when done."""
     next_s = now() + _PROGRESS_INTERVAL_S
 
     def on_progress(done: int, total: int) -> None:
@@ -74,7 +74,7 @@ def progress_log(what: str, now: Callable[[], float] = time.monotonic) -> Callab
 
 
 def parse_progress(line: str) -> tuple[str, int, int] | None:
-    """Return (what, done, total) if ``line`` is one that ``progress_log`` wrote."""
+    """Return (what, done, total) of a ``line`` of ``progress_log``, or None."""
     match = re.search(rf" {PROGRESS_EVENT} what=(\"[^\"]*\"|\S+) done=(\d+) total=(\d+)$", line)
     return (match[1].strip('"'), int(match[2]), int(match[3])) if match else None
 
@@ -91,6 +91,6 @@ def _pairs(fields: Mapping[str, object]) -> list[str]:
 
 
 def _value(value: object) -> str:
-    """Return ``value`` bare if it reads back unambiguously, else quoted."""
+    """Return ``value`` quoted, unless it is unambiguous without quotes."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "KVRELAY_RUNTIME_DIR"
-"""Tells a process where its ipc sockets go."""
+"""Environment variable with the directory of the ipc sockets."""
 
 _MAX_PATH_BYTES = 64
-"""Room enough is left for a socket's name: an ipc path has at most 107 bytes."""
+"""Maximum length of the directory: an ipc path has at most 107 bytes, and sockets need names."""
 
 
 @contextmanager
 def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
-    """Give a directory that only this user can enter; it is gone afterwards.
+    """Return a context with a directory that only this user can access. It is removed at the end.
 
     If a parent process made one already (``KVRELAY_RUNTIME_DIR``) that is it, and its maker removes it. The name is
-    random, so one that a killed process left behind is in nobody's way.
+    random, so one left behind by a killed process does no harm.
     """
     if given := env.get(VARIABLE):
         yield Path(given)

@@ -1,11 +1,12 @@
-"""The shell every role runs in: events in from sockets, timers and threads, actions out to them."""
+"""The shell of every role: passes events from sockets, timers and threads to a machine and performs its actions."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 from kvrelay.machine.clock import Clock
@@ -28,6 +29,9 @@ from kvrelay.runtime.startup import READY, startup
 from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
 from kvrelay.runtime.transport import Transport
 
+MAX_TURN_S = 0.005
+"""How long the shell has the loop at a time: actions, such as sending, may cost as much as a request is long."""
+
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any], None]
@@ -35,10 +39,10 @@ Handler = Callable[[Any], None]
 
 
 class Shell:
-    """Drives one machine on the running loop.
+    """Runs one machine on the running loop.
 
-    ``handlers`` perform the actions a role adds to the core ones, by type. One event is handled to its end before the
-    next is looked at; events posted meanwhile queue up.
+    ``handlers`` perform the actions that a role adds to the core ones, by type. Each event is handled completely before
+    the next. Events posted meanwhile are queued. The loop runs other tasks between the actions of a long event.
     """
 
     def __init__(self, machine: Machine, *, clock: Clock, handlers: Mapping[type, Handler] | None = None) -> None:
@@ -46,6 +50,7 @@ class Shell:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._events: deque[object] = deque()
+        self._actions: Iterator[object] | None = None
         self._running = False
         self._listening = False
         self._stop_requests = StopRequests()
@@ -61,11 +66,11 @@ class Shell:
         }
 
     def handle_with(self, kind: type, handler: Handler) -> None:
-        """Have ``handler`` perform actions of type ``kind``; for one that itself needs the shell."""
+        """Let ``handler`` perform actions of type ``kind``. For handlers that need the shell themselves."""
         self._handlers[kind] = handler
 
     def post(self, event: object) -> None:
-        """Queue ``event``; call from the loop's thread. What comes before ``run`` waits for it."""
+        """Queue ``event``. Call from the loop's thread. Events posted before ``run`` are handled by it."""
         self._events.append(event)
         if len(self._events) == 1 and self._running:
             self._loop.call_soon(self._pump)
@@ -75,11 +80,11 @@ class Shell:
         self._loop.call_soon_threadsafe(self.post, event)
 
     def call_threadsafe(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called on the loop's thread; from any thread."""
+        """Call ``call`` on the loop's thread. From any thread."""
         self._loop.call_soon_threadsafe(call)
 
     def listen_for_stop(self) -> None:
-        """Have SIGTERM and SIGINT ask the machine to stop, once it runs; ``run`` does it at the latest."""
+        """Turn SIGTERM and SIGINT into StopRequested from now on. ``run`` calls this too."""
         if not self._listening:
             self._listening = True
             handle_stop_signals(self._loop, self._told_to_stop)
@@ -106,17 +111,34 @@ class Shell:
             self.post(StopRequested())
 
     def _pump(self) -> None:
-        # The event stays at the head while it is handled, so that post() does not schedule a second pump.
+        """Handle events, and perform the actions they lead to, for as long as one turn on the loop may take."""
+        ends_s = time.monotonic() + MAX_TURN_S
+        # The event stays at the head until its last action is done, so that post() does not schedule a second pump.
         while self._events and not self._done.done():
-            event = self._events[0]
             try:
-                for action in self._machine.handle(event, self._clock.now()):
-                    self._handlers[type(action)](action)
+                if self._go_on(ends_s):
+                    self._actions = None
+                    self._events.popleft()
             except Exception as error:
-                logger.exception("broken while handling %.500r", event)
+                logger.exception("error while handling %.500r", self._events[0])
                 self._done.set_exception(error)
                 return
-            self._events.popleft()
+            if self._events and time.monotonic() >= ends_s:
+                self._loop.call_soon(self._pump)
+                return
+
+    def _go_on(self, ends_s: float) -> bool:
+        """Go on with the event at the head; return whether its last action is done, False if it is not by ``ends_s``.
+
+        After ``Exit`` there is no other turn.
+        """
+        if self._actions is None:
+            self._actions = iter(self._machine.handle(self._events[0], self._clock.now()))
+        for action in self._actions:
+            self._handlers[type(action)](action)
+            if time.monotonic() >= ends_s and not self._done.done():
+                return False
+        return True
 
     def _set_timer(self, action: SetTimer) -> None:
         self._cancel_timer(action)

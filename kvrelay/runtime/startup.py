@@ -1,4 +1,4 @@
-"""What a process tells of its start: to its supervisor if it has one, else to its log."""
+"""Reports the start-up stages of a process to its supervisor, or to its log without one."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 from kvrelay.runtime.logging import log_event
 
 STAGES_FD = "KVRELAY_STAGES_FD"
-"""Names the descriptor a supervisor reads stages from, a line each."""
+"""Environment variable with the file descriptor for stages, one per line."""
 
 READY = "ready"
-"""The last stage: the process does what it is there for, or would if the others were there."""
+"""The last stage: the process serves, or waits only for other processes."""
 
 
 class Startup:
-    """The stages of this process's start. Says each once, however often it is told."""
+    """The start-up stages of this process. Each stage is reported once."""
 
     def __init__(self) -> None:
         self._stage = ""
         self._fd: int | None = None
 
     def report(self, stage: str) -> None:
-        """Tell that ``stage`` has begun."""
+        """Report that ``stage`` has begun."""
         if stage == self._stage:
             return
         self._stage = stage
@@ -34,4 +34,4 @@ class Startup:
 
 
 startup = Startup()
-"""This process's start."""
+"""The start-up of this process."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: while a process starts, and what counts as a second request to stop.
+"""SIGTERM and SIGINT: handling during start-up, and detection of a second stop request.
 
 A process that starts has nothing to clean up, so it ends at once. Python's own handlers would run only when the
 current call into C returns, and Paddle, while it is imported, installs handlers that print a crash report. So the
@@ -16,21 +16,21 @@ from typing import Protocol
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 REPEAT_AFTER_S = 1.0
-"""``timeout`` and some supervisors signal a process and then its group: what comes sooner is the same request."""
+"""``timeout`` and some supervisors signal a process and then its group. Signals closer than this are one request."""
 
 _HAND_OVER = signal.SIGRTMIN
 _waiting: list[Thread] = []
 
 
 class SignalLoop(Protocol):
-    """The part of an event loop that is used here."""
+    """The method of an event loop that is used here."""
 
     def add_signal_handler(self, sig: int, callback: Callable[[], object]) -> None:
-        """Call ``callback`` on the loop when ``sig`` comes."""
+        """Call ``callback`` on the loop for each ``sig``."""
 
 
 def exit_on_stop_signals() -> None:
-    """End this process with status 0 when it is told to stop, from here until ``handle_stop_signals``.
+    """From now until ``handle_stop_signals``: exit with status 0 on a stop signal.
 
     Call from the main thread, before others are started: they inherit that the signals are blocked. Nothing is cleaned
     up, so whatever outlives the process (files, children) is made after ``handle_stop_signals``.
@@ -44,7 +44,7 @@ def exit_on_stop_signals() -> None:
 def handle_stop_signals(
     loop: SignalLoop, on_stop: Callable[[], object], numbers: Iterable[signal.Signals] = STOP_SIGNALS
 ) -> None:
-    """Call ``on_stop`` on ``loop`` for each of ``numbers`` from here on; ``exit_on_stop_signals`` is over.
+    """From now on: call ``on_stop`` on ``loop`` for each of ``numbers``. Ends ``exit_on_stop_signals``.
 
     A signal that comes in between is not lost: it stays pending until the loop has its handlers.
     """
@@ -59,7 +59,7 @@ def handle_stop_signals(
 
 
 def ignore_stop_signals() -> None:
-    """Let nothing interrupt the rest of this process's life: all that could be stopped has ended.
+    """Ignore stop signals for the rest of this process, which is exiting.
 
     A loop that is closed gives the signals back to Python, whose handler would print a traceback.
     """
@@ -72,13 +72,13 @@ def _exit_when_told() -> None:
 
 
 class StopRequests:
-    """Tells requests to stop apart from echoes of the one before."""
+    """Distinguishes stop requests from repetitions of the previous one."""
 
     def __init__(self) -> None:
         self._last_s: float | None = None
 
     def is_new(self, now: float) -> bool:
-        """Return whether a signal at ``now`` (seconds) is a request of its own."""
+        """Return whether a signal at ``now`` (seconds) is a new request."""
         if self._last_s is not None and now - self._last_s < REPEAT_AFTER_S:
             return False
         self._last_s = now

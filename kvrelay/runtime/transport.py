@@ -1,18 +1,20 @@
-"""Messages over ZMQ: one ROUTER to be reached at, one DEALER to each process we reach out to.
+"""Messages over ZMQ: one ROUTER socket for incoming connections, one DEALER per outgoing connection.
 
-Nothing here blocks. A message that cannot be queued at once makes its peer lost: whoever does not read for a thousand
-messages is not there for us, and the machine that sent it must know.
+Nothing here blocks. If a message cannot be queued immediately, because ``send_queue`` messages are queued already, the
+machine gets PeerLost for its peer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import zmq
 
-from kvrelay.addresses import is_ipv6
+from kvrelay.addresses import has_only_ipv6, is_ipv6, listening_address, named_host
 from kvrelay.errors import LocalProtocolError, RemoteProtocolError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import decode, encode
@@ -20,10 +22,13 @@ from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message, ProtocolViolation
 
 MAX_PART_BYTES = 64 << 20
-"""Longest part of a message that is read from the wire at all; ZMQ drops the connection that sends more."""
+"""Maximum size of a message part. ZMQ drops a connection that sends more."""
 
-_READS_PER_TURN = 64
+_READS_PER_TURN, _MAX_TURN_S = 64, 0.005
+"""How many messages of one socket are read, and for how long, before others have the loop."""
+
 _MAX_MUTED = 1024
+_LOOKUP_INTERVAL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +36,8 @@ logger = logging.getLogger(__name__)
 class Transport:
     """All connections of one process.
 
-    ``deliver`` gets Received and PeerLost events; it must not call back into the transport before it returns to the
-    loop. A peer that sends what cannot be read is told so and not listened to again.
+    ``deliver`` is called with Received and PeerLost events. It must not call the transport before it returns to the
+    loop. A peer that sends an undecodable message gets ProtocolViolation, and its further messages are ignored.
     """
 
     def __init__(self, me: PeerId, deliver: Callable[[object], None], *, send_queue: int = 1000) -> None:
@@ -43,6 +48,8 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         self._router: zmq.Socket[bytes] | None = None
         self._dealers: dict[PeerId, zmq.Socket[bytes]] = {}
+        self._lookups: dict[PeerId, asyncio.Task[None]] = {}
+        self._held: dict[PeerId, deque[tuple[Message, Sequence[memoryview]]]] = {}
         self._names: dict[zmq.Socket[bytes], PeerId] = {}
         self._muted: dict[PeerId, None] = {}
         self._aliases: dict[PeerId, PeerId] = {}
@@ -51,7 +58,7 @@ class Transport:
     # ------------------------------------------------------------ connections
 
     def bind(self, *addresses: str) -> list[str]:
-        """Listen at ``addresses`` (``tcp://host:0`` takes any free port) and return where that is."""
+        """Bind ``addresses`` (``tcp://host:0``: any free port) and return the bound addresses."""
         if self._router is not None:
             raise LocalProtocolError("already bound")
         self._router = self._socket(zmq.ROUTER)
@@ -59,36 +66,72 @@ class Transport:
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bound = []
         for address in addresses:
-            self._router.setsockopt(zmq.IPV6, is_ipv6(address))
-            self._router.bind(address)
+            endpoint = listening_address(address)
+            self._router.setsockopt(zmq.IPV6, is_ipv6(endpoint))
+            self._router.bind(endpoint)
             bound.append(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._watch(self._router)
         return bound
 
     def connect(self, peer: PeerId, address: str) -> None:
-        """Reach out to ``address`` and call what is there ``peer``. What is sent before it answers is queued."""
+        """Connect to ``address`` under the name ``peer``. Messages sent before it answers are queued."""
         if peer in self._dealers:
             raise LocalProtocolError(f"already connected to {peer}")
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self.me.encode())
-        dealer.setsockopt(zmq.IPV6, is_ipv6(address))
-        dealer.connect(address)
         self._dealers[peer] = dealer
         self._names[dealer] = peer
+        named = named_host(address)
+        if named is None:
+            self._reach(dealer, address, ipv6=is_ipv6(address))
+        else:
+            self._held[peer] = deque()
+            self._lookups[peer] = self._loop.create_task(self._look_up(peer, address, *named))
+
+    def _reach(self, dealer: zmq.Socket[bytes], address: str, *, ipv6: bool) -> None:
+        dealer.setsockopt(zmq.IPV6, ipv6)
+        dealer.connect(address)
         self._watch(dealer)
 
+    async def _look_up(self, peer: PeerId, address: str, host: str, port: int) -> None:
+        """Reach out to ``peer`` once the kind of its address is known; hold back what is sent until then.
+
+        ZMQ looks only for one kind. It gets the name, not what it stands for now: that may be another when the peer
+        comes back.
+        """
+        is_told = False
+        while True:
+            try:
+                ipv6 = await has_only_ipv6(host, port)
+                break
+            except OSError as error:
+                if not is_told:
+                    logger.warning("no address for %s yet: %s", address, error.strerror)
+                is_told = True
+            await asyncio.sleep(_LOOKUP_INTERVAL_S)
+        del self._lookups[peer]
+        self._reach(self._dealers[peer], address, ipv6=ipv6)
+        for message, payload in self._held.pop(peer):
+            self.send(peer, message, payload)
+
     def alias(self, name: PeerId, peer: PeerId) -> None:
-        """Call ``peer``, who reaches out to us, ``name`` from here on."""
+        """Use ``name`` for ``peer``, which connects to us, from now on."""
         self._aliases[peer], self._aliased[name] = name, peer
 
     def disconnect(self, peer: PeerId) -> None:
-        """Drop the connection to ``peer`` with all that is queued. Of a peer that reached out to us nothing is kept."""
+        """Drop the outgoing connection to ``peer`` with its queued messages. No effect on incoming connections."""
+        lookup = self._lookups.pop(peer, None)
+        if lookup is not None:
+            lookup.cancel()
+        self._held.pop(peer, None)
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             self._close(dealer)
 
     def close(self) -> None:
-        """Close every connection; what the kernel does not have yet is lost after a short linger."""
+        """Close every connection. Messages that are not sent within 200 ms are lost."""
+        for peer in list(self._lookups):
+            self.disconnect(peer)
         for dealer in self._dealers.values():
             self._close(dealer, linger_ms=200)
         self._dealers.clear()
@@ -100,7 +143,14 @@ class Transport:
     # ------------------------------------------------------------ sending
 
     def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """Queue ``message`` and raw parts after it. Parts are not copied: they must stay as they are until answered."""
+        """Queue ``message`` and raw parts. Parts are not copied: do not change them before the peer answers."""
+        held = self._held.get(peer)
+        if held is not None:
+            if len(held) < self._send_queue:
+                held.append((message, payload))
+            else:
+                self._lose(peer, f"cannot send {type(message).__name__}: its address is not known yet")
+            return
         socket = self._dealers.get(peer, self._router)
         if socket is None:
             self._lose(peer, "not connected")
@@ -127,6 +177,7 @@ class Transport:
     # ------------------------------------------------------------ receiving
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
+        ends_s = time.monotonic() + _MAX_TURN_S
         for _ in range(_READS_PER_TURN):
             if socket.closed:
                 return
@@ -138,10 +189,12 @@ class Transport:
                 self._take(self._names[socket], frames)
             elif (peer := self._inbound(frames[0].bytes)) is not None:
                 self._take(peer, frames[1:])
+            if time.monotonic() >= ends_s:
+                break
         self._loop.call_soon(self._read, socket)
 
     def _inbound(self, identity: bytes) -> PeerId | None:
-        """Return who reaches out to us as ``identity``; None if that is the name of a connection we made ourselves."""
+        """Return the peer that connects as ``identity``; None if that is the name of one of our own connections."""
         name = PeerId(identity.decode("utf-8", "replace"))
         taken = name in self._dealers or name in self._aliased
         return None if taken else self._aliases.get(name, name)
@@ -157,7 +210,7 @@ class Transport:
             self._violation(peer, error.message)
             return
         if isinstance(message, ProtocolViolation):
-            logger.error("peer %s could not read a message of ours: %s", peer, message.reason)
+            logger.error("peer %s cannot decode our message: %s", peer, message.reason)
             self._mute(peer)
             self._deliver(PeerLost(peer, message.reason))
             return

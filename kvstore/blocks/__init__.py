@@ -1,14 +1,15 @@
-"""The KV blocks of one node: who holds which, which are worth keeping, and what they are called.
+"""The KV blocks of one node: allocation, reference counts, block hashes and the prefix cache.
 
-Life of a block:
+States of a block:
 
-1. **free**: on the free list of the ``block_pool``; its contents mean nothing.
-2. **used**: allocated to a request. Every owner holds one reference (``pin``, ``unpin``): the request, and each
-   transfer, storage write or step that still reads or writes the block. With the last reference it becomes free again.
-3. **used and published**: its contents are computed or verified, and the ``prefix_cache`` finds it by its block hash
+1. **free**: on the free list of the ``block_pool``. Its content is undefined.
+2. **used**: allocated to a request. Each request that uses it holds one reference (``pin``, ``unpin``), and so does a
+   copy to the store's staging memory. A request keeps its reference until its transfer, its plans in flight and its
+   reads from the store are done. Without references the block becomes free, unless it is published.
+3. **used and published**: its content is computed or verified, and the ``prefix_cache`` finds it by its block hash
    (``block_hash``). Requests with the same prefix pin it instead of computing it.
-4. **evictable**: published, and neither it nor anything that continues it is referenced. It stays matchable until it is
-   pinned again, or evicted because somebody needs a free block: longest unused first.
+4. **evictable**: published, and neither it nor a block that continues it is referenced. It stays matchable until it is
+   pinned again, or evicted because a free block is needed. The least recently used block is evicted first.
 
-``kv_cache`` puts the parts together; it is the one object that the nodes' machines use.
+``kv_cache`` combines the parts. It is the only object that the nodes' machines use.
 """

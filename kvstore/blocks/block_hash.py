@@ -1,13 +1,13 @@
-"""Names for KV blocks that mean the same on every node, in every process, on every day.
+"""Block hashes: names of KV blocks that are equal on all nodes.
 
 The KV of a block depends on its tokens, on all tokens before them and on the model. So does its hash::
 
     root          = sha256(sha256(model_digest) + sha256(salt))
     block_hash[i] = sha256(block_hash[i - 1] + tokens of block i as little-endian u32),   block_hash[-1] = root
 
-Equal hashes mean equal KV, whoever made it: a chained hash names its whole prefix. It is cryptographic because prompts
-come from strangers, and one who could make two prefixes collide could read another's context out of the prefix cache.
-Different salts keep tenants, or anything else that must not share KV, apart.
+Equal hashes mean equal KV, because a chained hash depends on the whole prefix. The hash is cryptographic, because
+prompts are untrusted: a client that could construct a collision could read the context of another client from the
+prefix cache. Requests with different salts, such as those of different tenants, share no KV.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class BlockHasher:
         return block_hashes
 
     def extend(self, hashes: list[bytes], token_ids: Sequence[int]) -> None:
-        """Append to ``hashes``, which names the first blocks of ``token_ids``, the blocks that became full since.
+        """Append to ``hashes``, the hashes of the first blocks of ``token_ids``, those of the other full blocks.
 
-        Costs nothing but a comparison when none did. Raises LocalProtocolError, with ``hashes`` as it was, if a
-        token id is not a u32 or if there are more hashes than full blocks.
+        Raises LocalProtocolError, and leaves ``hashes`` unchanged, if a token id is not a u32 or if there are more
+        hashes than full blocks.
         """
         num_known, num_full = len(hashes), len(token_ids) // self.block_size
         if num_known == num_full:

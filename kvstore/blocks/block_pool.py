@@ -1,7 +1,6 @@
 """The blocks of one node: a free list and reference counts.
 
-Whatever takes many blocks takes them in one call, checks all of them first and then changes all of them: an error
-leaves the pool as it was.
+Methods that take many blocks check all of them before they change any. An error leaves the pool unchanged.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from kvrelay.errors import LocalProtocolError
 from kvrelay.protocol.ids import BlockId
 
 FREE = -1
-"""Reference count of a block on the free list; 0 is a block without references that somebody keeps (a prefix cache)."""
+"""Reference count of a block on the free list. 0: a block without references that the prefix cache keeps."""
 
 
 class BlockPool:
-    """``num_blocks`` blocks, ids from 0, all free at first.
+    """``num_blocks`` blocks with ids from 0, initially free.
 
-    The free list is a stack, and blocks come back last block first: what was consecutive when it was allocated is
-    consecutive when it is allocated again, so that transfers find long runs of ids.
+    The free list is a stack, and blocks are returned in reverse order. Blocks that were allocated consecutively are
+    therefore allocated consecutively again, and transfers find long runs of ids.
     """
 
     __slots__ = ("_free", "_ref_counts", "num_allocated", "num_blocks", "num_recycled", "num_referenced")
@@ -27,11 +26,11 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_allocated = 0
-        """Blocks ever taken from the free list."""
+        """Blocks taken from the free list since the start."""
         self.num_recycled = 0
-        """Blocks ever returned to it."""
+        """Blocks returned to the free list since the start."""
         self.num_referenced = 0
-        """Blocks with references now."""
+        """Blocks with references."""
         self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
         self._ref_counts = [FREE] * num_blocks
 
@@ -41,7 +40,7 @@ class BlockPool:
         return len(self._free)
 
     def ref_count(self, block: BlockId) -> int:
-        """Return the references on ``block``: 0 if it is only kept, FREE if not even that."""
+        """Return the number of references to ``block``; 0: kept by the prefix cache; FREE: free."""
         return self._ref_counts[block]
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
@@ -105,7 +104,7 @@ class BlockPool:
         self.num_recycled += len(block_ids)
 
     def require(self, operation: str, block_ids: Sequence[BlockId], min_refs: int, max_refs: int | None = None) -> None:
-        """Raise LocalProtocolError, naming ``operation`` and the first culprit, unless all blocks are as they must be.
+        """Raise LocalProtocolError with ``operation`` and the first invalid block, unless all blocks are valid.
 
         They must be known, all different, and have ``min_refs`` to ``max_refs`` references each.
         """
@@ -129,20 +128,20 @@ class BlockPool:
         raise LocalProtocolError(f"{operation}: block {block} {self.describe(block)}")
 
     def describe(self, block: BlockId) -> str:
-        """Return what ``block`` is, as the end of a sentence."""
+        """Return the state of ``block`` as text."""
         refs = self._ref_counts[block]
         if refs == FREE:
-            return "is free: nobody owns it"
+            return "is free"
         if refs == 0:
-            return "has no references: only the prefix cache keeps it"
+            return "has no references and is kept by the prefix cache"
         return f"has {refs} reference{'s' * (refs > 1)}"
 
     def referenced(self) -> list[BlockId]:
-        """Return the blocks with references, by id. Looks at the whole pool."""
+        """Return the blocks with references, by id. Scans the whole pool."""
         return [block for block, refs in enumerate(self._ref_counts) if refs > 0]
 
     def problems(self) -> list[str]:
-        """Return every way in which the pool contradicts itself; none if all is well. Looks at the whole pool."""
+        """Return all inconsistencies of the pool. Checks the whole pool."""
         on_list = set(self._free)
         counted = {block for block, refs in enumerate(self._ref_counts) if refs == FREE}
         found = [f"block {block} is counted free but not on the free list" for block in counted - on_list]

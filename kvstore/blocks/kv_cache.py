@@ -1,15 +1,15 @@
-"""The KV blocks of one node, as its state machine sees them: pool and prefix cache in one object.
+"""The KV blocks of one node for its state machine: block pool and prefix cache in one object.
 
-Who calls what, when::
+Use::
 
-    matched = cache.match(hashes)                       admission: nothing changes yet
-    if cache.can_allocate(n, matched):                  still nothing changes
+    matched = cache.match(hashes)                       admission: no side effects
+    if cache.can_allocate(n, matched):                  no side effects
         cache.pin(matched)                              first pin, then allocate: pinned blocks cannot be evicted
         block_table = matched + cache.allocate(n)
     cache.publish(hashes[:k], block_table[:k])          the first k blocks are computed (P) or verified (D)
-    cache.pin(block_ids)                                a transfer, storage write or step begins to use them
-    cache.unpin(block_ids)                              it has ended
-    cache.unpin(block_table)                            the request has ended; who comes last frees
+    cache.pin(block_ids)                                a copy to the store's staging memory begins
+    cache.unpin(block_ids)                              the copy is done
+    cache.unpin(block_table)                            the request has ended and nothing uses its blocks any more
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MAX_TOLD = 8
 
 @dataclass(frozen=True, slots=True)
 class KVCacheStats:
-    """Totals since the cache was made; they only grow.
+    """Totals since the start; they never decrease.
 
     ``prefix_queries`` counts requests. Blocks are allocated from the free list, recycled to it, and evicted from the
-    prefix cache when somebody needs a free block.
+    prefix cache when free blocks are needed.
     """
 
     prefix_queries: int
@@ -42,11 +42,11 @@ class KVCacheStats:
 
 
 class KVCache:
-    """``num_blocks`` KV blocks, each at any time free, evictable or used; see the package for what that means.
+    """``num_blocks`` KV blocks, each free, evictable or used (see the package).
 
-    Misuse raises LocalProtocolError that says which block and why, and changes nothing: a free block pinned, a
-    reference returned that was never held, an unknown block, more blocks allocated than there are. "No blocks now"
-    is what ``can_allocate`` answers and no exception. Without ``prefix_caching`` nothing is ever published or matched.
+    Misuse raises LocalProtocolError with the block and the reason, and changes nothing: pinning a free block, returning
+    a reference that is not held, an unknown block, allocating more blocks than are available. A lack of blocks is
+    reported by ``can_allocate``, not by an exception. Without ``prefix_caching`` nothing is published or matched.
     """
 
     __slots__ = ("_evicted", "_hit_tokens", "_pool", "_prefixes", "_queries", "_query_tokens", "prefix_caching")
@@ -67,30 +67,30 @@ class KVCache:
 
     @property
     def num_free(self) -> int:
-        """Blocks whose contents mean nothing."""
+        """Free blocks."""
         return self._pool.num_free
 
     @property
     def num_evictable(self) -> int:
-        """Published blocks that are free for the asking."""
+        """Published blocks that can be evicted."""
         return self._prefixes.num_evictable
 
     @property
     def num_used(self) -> int:
-        """Blocks that are referenced, or that a referenced block continues."""
+        """Blocks that are referenced, or whose continuation is referenced."""
         return self._pool.num_blocks - self._pool.num_free - self._prefixes.num_evictable
 
     @property
     def num_referenced(self) -> int:
         """Blocks with references: ``num_used`` without unreferenced blocks that a referenced one continues.
 
-        A request that owns all of these is alone: nobody else could give a block up for it.
+        If one request owns all of these, no other request has blocks that could be preempted for it.
         """
         return self._pool.num_referenced
 
     @property
     def stats(self) -> KVCacheStats:
-        """The totals now."""
+        """The current totals."""
         return KVCacheStats(
             prefix_queries=self._queries,
             prefix_query_tokens=self._query_tokens,
@@ -140,14 +140,14 @@ class KVCache:
         self._evicted += deficit
 
     def pin(self, block_ids: Sequence[BlockId]) -> None:
-        """Add one reference to each block. One that was evictable is no longer, and will be the last to be evicted.
+        """Add one reference to each block. Evictable blocks become used, and most recently used.
 
         Raises LocalProtocolError if a block is free, unknown, or named twice.
         """
         self._prefixes.hold(self._pool.pin(block_ids))
 
     def unpin(self, block_ids: Sequence[BlockId]) -> None:
-        """Take one reference from each block. One that has none left is free, or evictable if it is published.
+        """Remove one reference from each block. A block without references becomes free, or evictable if published.
 
         Raises LocalProtocolError if a block has no reference, is unknown, or is named twice.
         """
@@ -172,11 +172,11 @@ class KVCache:
         self._prefixes.insert(hashes, block_ids, num_settled)
 
     def clear(self) -> None:
-        """Forget every evictable block: it becomes free."""
+        """Evict every evictable block."""
         self._pool.recycle(self._prefixes.evict(self._prefixes.num_evictable))
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError that names the referenced blocks, if there are any: free + evictable == all."""
+        """Raise LocalProtocolError with the referenced blocks if there are any."""
         referenced = self._pool.referenced()
         if referenced:
             told = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_TOLD])
@@ -186,7 +186,7 @@ class KVCache:
             )
 
     def check_invariants(self) -> None:
-        """Raise LocalProtocolError that lists every contradiction. Looks at everything: for tests and debugging."""
+        """Raise LocalProtocolError with all inconsistencies. Checks everything; for tests and debugging."""
         referenced = set(self._pool.referenced())
         problems = self._pool.problems() + self._prefixes.problems(referenced)
         for block in range(self.num_blocks):

@@ -1,4 +1,4 @@
-"""Blocks that somebody is computing now and will publish soon."""
+"""Blocks that running prefills of this node will publish soon."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Hashable, Sequence
 
 
 class PendingPrefixes:
-    """Hashes of the blocks that running prefills of this node have yet to compute, by who computes them.
+    """Hashes of the blocks that running prefills of this node have still to compute, by owner.
 
-    A request that needs such a block next does better to wait for it than to compute it too: prompts that arrive
-    together and begin alike share their beginning. A promise ends when the block is published or its owner gives up.
+    A request that needs such a block next should wait for it instead of computing it too. Prompts that arrive together
+    thus share a common prefix. A promise ends when the block is published or its owner ends.
     """
 
     __slots__ = ("_counts", "_owed")
@@ -25,14 +25,14 @@ class PendingPrefixes:
         return len(self._counts)
 
     def promise(self, owner: Hashable, hashes: Sequence[bytes], first_block: int) -> None:
-        """Note that ``owner`` computes the blocks of ``hashes`` from ``first_block`` on."""
+        """Record that ``owner`` computes the blocks of ``hashes`` from ``first_block`` on."""
         self._owed[owner] = (hashes, first_block)
         counts = self._counts
         for block_hash in hashes[first_block:]:
             counts[block_hash] = counts.get(block_hash, 0) + 1
 
     def published(self, owner: Hashable, num_blocks: int) -> None:
-        """Note that the first ``num_blocks`` blocks of ``owner`` are published, if it promised any."""
+        """Record that the first ``num_blocks`` blocks of ``owner`` are published."""
         owed = self._owed.get(owner)
         if owed is not None and num_blocks > owed[1]:
             hashes, first_block = owed
@@ -40,7 +40,7 @@ class PendingPrefixes:
             self._owed[owner] = (hashes, num_blocks)
 
     def withdraw(self, owner: Hashable) -> None:
-        """Note that ``owner`` computes nothing more."""
+        """Remove all promises of ``owner``."""
         hashes, first_block = self._owed.pop(owner, ((), 0))
         self._settle(hashes[first_block:])
 

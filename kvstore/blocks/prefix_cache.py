@@ -1,21 +1,20 @@
-"""The radix tree of published blocks, and the order in which they are given up.
+"""The radix tree of published blocks, and their order of eviction.
 
 **The tree.** A node is a block; its edge from its parent is one block of tokens. A textbook radix tree compresses runs
-of tokens into one edge and must compare and split edges. Here a chained hash already names the whole path from the
-root: an edge is one comparison of hashes, and nothing is ever split. A node's first child stands in a flat list, which
-is all that most nodes need; all other children share one dictionary, by chained hash. Block ids are small integers, so
-a million nodes are a few lists and no work for the garbage collector, and the blocks of one prompt, consecutive in the
-pool, are neighbours in memory too: that keeps the cost of a huge tree close to that of a small one.
+of tokens into one edge and must compare and split edges. Here a chained hash identifies the whole path from the root.
+An edge is one comparison of hashes, and nodes are never split. A node's first child is stored in a flat list, which is
+enough for most nodes; all other children share one dictionary by chained hash. Block ids are small integers, so a
+million nodes are a few lists without work for the garbage collector. The blocks of one prompt are usually consecutive
+in the pool and therefore adjacent in memory, which keeps the cost of a large tree close to that of a small one.
 
-**Holders.** ``_holders[block]`` counts what keeps a published block from being evicted: 1 if it is referenced, and 1
-for each child that is held itself. A held child therefore always has held parents, all the way up, whether or not
-somebody references these. They need not: a request whose own first block duplicated a published one continues a chain
-that it never pinned, and a transfer may outlive its request and read only the end of it.
+**Holders.** ``_holders[block]`` counts what prevents the eviction of a published block: 1 if it is referenced, and 1
+for each child that is held itself. All ancestors of a held child are therefore held, even if they are not referenced.
+They need not be: a request whose own first block duplicated a published one continues a chain that it never pinned.
 
 **The order.** ``_evictable`` lists the blocks without holders in the order in which they lost the last one. A parent
 loses its last holder only after all its children have, and leaves the list whenever one is held again: so every child
-comes before its parent, and the front of the list is always a leaf, and of all leaves the one unused for longest. That
-is LRU over leaves with O(1) per block: no heap, no search for leaves, and each parent enters once.
+comes before its parent, and the front of the list is always the least recently used leaf. This is LRU over leaves with
+O(1) per block: no heap, no search for leaves, and each parent enters once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _UNPUBLISHED = b""
 
 
 class PrefixCache:
-    """Published blocks of a pool of ``num_blocks``, found by chained block hash. Never owns a reference.
+    """Published blocks of a pool of ``num_blocks``, found by chained block hash. It owns no references.
 
     Its owner reports the first reference to a published block (``hold``) and the loss of the last (``release``).
     """
@@ -46,7 +45,7 @@ class PrefixCache:
     )
 
     def __init__(self, num_blocks: int) -> None:
-        # The root is the entry after the blocks. It is nobody's child, so as a child it means "none"; it holds itself,
+        # The root is the entry after the blocks. It has no parent, so as a child it means "none"; it holds itself,
         # so every walk towards it ends there.
         self._root = num_blocks
         self._hash_of = [_UNPUBLISHED] * (num_blocks + 1)
@@ -58,7 +57,7 @@ class PrefixCache:
 
     @property
     def num_evictable(self) -> int:
-        """Published blocks that nothing holds."""
+        """Published blocks without holders."""
         return len(self._evictable)
 
     def is_published(self, block: BlockId) -> bool:
@@ -113,7 +112,7 @@ class PrefixCache:
             self._append(duplicated[-1] if duplicated else node, new_hashes, new_ids)
 
     def _append(self, parent: BlockId, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
-        """Hang a chain of referenced blocks below ``parent``."""
+        """Add a chain of referenced blocks below ``parent``."""
         self.hold([parent])
         first_child, hash_of = self._first_child, self._hash_of
         parent_of, holders = self._parent_of, self._holders
@@ -173,7 +172,7 @@ class PrefixCache:
         return unpublished
 
     def evict(self, num_blocks: int) -> list[BlockId]:
-        """Take the ``num_blocks`` evictable blocks unused for longest out of the tree; return them, children first.
+        """Remove the ``num_blocks`` least recently used evictable blocks from the tree; return them, children first.
 
         Raises LocalProtocolError, having evicted nothing, if there are not as many.
         """
@@ -192,7 +191,7 @@ class PrefixCache:
         return evicted
 
     def problems(self, referenced: set[BlockId]) -> list[str]:
-        """Return every way in which the tree contradicts itself or ``referenced``. Looks at the whole tree."""
+        """Return all inconsistencies of the tree, and with ``referenced``. Checks the whole tree."""
         published = {block for block, block_hash in enumerate(self._hash_of) if block_hash != _UNPUBLISHED}
         found = self._edge_problems(published) + self._holder_problems(published, referenced)
         position = {block: place for place, block in enumerate(self._evictable)}

@@ -1,4 +1,4 @@
-"""How much of each queued prompt the prefix cache has, known without asking for all of them again and again."""
+"""Tracks how many blocks of each queued prompt the prefix cache has, without matching all of them repeatedly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ R = TypeVar("R", bound=Hashed)
 
 
 class QueuedPrefixes(Generic[R]):
-    """Follows publications: when the first block that a queued request lacks is published, it is matched again.
+    """When the first block that a queued request lacks is published, the request is matched again.
 
-    ``changed`` is told of every request that has another number of matched blocks than before. Evictions are not
-    followed: ``match`` again before relying on the blocks.
+    ``changed`` is called for every request whose number of matched blocks has changed. Evictions are not tracked: call
+    ``match`` again before using the blocks.
     """
 
     def __init__(self, kv: KVCache, changed: Callable[[R, int], None]) -> None:
@@ -32,16 +32,16 @@ class QueuedPrefixes(Generic[R]):
         self._lacking: dict[bytes, dict[R, None]] = {}
 
     def add(self, request: R) -> int:
-        """Follow ``request``; return how many blocks are matched now."""
+        """Track ``request``; return the number of matched blocks."""
         return self._note(request, self._kv.match(request.hashes))
 
     def remove(self, request: R) -> None:
-        """Follow ``request`` no longer, if it is followed."""
+        """Stop tracking ``request``, if it is tracked."""
         self._forget_lacking(request)
         self._num_matched.pop(request, None)
 
     def lacks(self, request: R) -> bytes | None:
-        """Return the hash of the first full block of ``request`` that is not published, as far as that is known."""
+        """Return the hash of the first full block of ``request`` that is not published, as of the last match."""
         num_matched, hashes = self._num_matched[request], request.hashes
         return hashes[num_matched] if num_matched < len(hashes) else None
 
@@ -55,12 +55,13 @@ class QueuedPrefixes(Generic[R]):
         return matched
 
     def published(self, hashes: Iterable[bytes]) -> None:
-        """Note that blocks of ``hashes`` are published."""
+        """Record that blocks of ``hashes`` are published."""
         if not self._lacking:
             return
         for block_hash in hashes:
-            for request in list(self._lacking.get(block_hash, ())):
-                self.match(request)
+            if block_hash in self._lacking:
+                for request in list(self._lacking[block_hash]):
+                    self.match(request)
 
     def _note(self, request: R, matched: Sequence[BlockId]) -> int:
         num_matched = self._num_matched[request] = len(matched)

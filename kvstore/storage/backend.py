@@ -1,8 +1,8 @@
-"""What a place for values has to be able to do to become a ``KVStore`` (see ``store.Store``).
+"""The interface of a storage backend. ``store.Store`` makes a ``KVStore`` of it.
 
-A backend may take as long as it likes and raise StorageUnavailableError: deadlines, pauses after failures and most
-counting are done around it. It works a call's blocks in order and notes each as soon as it is done, because the call
-may end at any time; what has not been noted by then has not happened.
+A backend may take any time and raise StorageUnavailableError: ``Store`` handles deadlines, pauses after failures and
+most counters. A backend processes a call's blocks in order and records each when it is done, because the call may end
+at any time. Blocks that are not recorded by then count as not done.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
 
 
 class Backend(Protocol):
-    """One place for the values of one geometry. All methods are called from one event loop and do not block it.
+    """Stores the values of one geometry. All methods are called from one event loop and must not block it.
 
-    Methods without a description are as in ``KVStore``.
+    Methods without a docstring are described in ``KVStore``.
     """
 
     counters: StoreCounters
-    """Of these it keeps ``corrupt_blocks`` and ``evicted_blocks``, and ``errors`` of single blocks."""
+    """The backend counts ``corrupt_blocks``, ``evicted_blocks``, and ``errors`` of single blocks."""
 
     async def open(self) -> None: ...
 
     async def put(self, call: PutCall) -> None:
-        """Store what ``call`` packs; note each block in ``call.outcomes``."""
+        """Store the values that ``call`` packs; record each block in ``call.outcomes``."""
 
     async def get(self, call: GetCall) -> None:
-        """Read values and ``call.deliver`` them; count and delete the bad ones."""
+        """Read values and ``call.deliver`` them; count and delete damaged ones."""
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Return which blocks are there."""
+        """Return which blocks are stored."""
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int: ...
 
@@ -47,7 +47,7 @@ class Backend(Protocol):
 
 
 class LocalBackend(Backend, Protocol):
-    """A backend on this host, whose values can be served to others as they are."""
+    """A backend on this host, whose values can be served to other hosts."""
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Return the values of blocks, checked, each in memory of its own; None for what is not there."""
+        """Return the verified values of blocks, each in its own memory; None for missing blocks."""

@@ -1,4 +1,4 @@
-"""Long lists in pieces."""
+"""Splits long lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks from host to host: each store serves what it holds and fetches what others hold, over one Transport."""
+"""Exchange of blocks between hosts: each store serves its blocks and fetches others, over one Transport."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from kvstore.storage.block_format import Value
 T = TypeVar("T")
 
 _MAX_SERVING = 8
-"""Requests of others answered at a time; more are told that nothing was found."""
+"""Maximum requests of other hosts served at once; for further ones nothing is found."""
 
 _MAX_BLOCKS = 256
-"""Most blocks one request is answered for."""
+"""Maximum blocks per request; for larger ones nothing is found."""
 
 logger = logging.getLogger(__name__)
 
 
 class HoldsValues(Protocol):
-    """The local store that is served from."""
+    """The local store whose blocks are served."""
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Return good values, each in memory of its own, and None for what is not there."""
+        """Return verified values, each in its own memory, and None for missing blocks."""
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Drop blocks; return how many there were."""
+        """Delete blocks; return how many there were."""
 
 
 class BlockExchange:
-    """One end of all exchanges of this store; peers are named by their addresses."""
+    """The exchange of this store with all others. Peers are named by their addresses."""
 
     def __init__(self, namespace: bytes, local: HoldsValues) -> None:
         self._namespace = namespace
@@ -54,7 +54,7 @@ class BlockExchange:
         self._serving: set[asyncio.Task[None]] = set()
 
     def open(self, host: str) -> str:
-        """Listen at any free port of ``host`` and return the address."""
+        """Bind any free port of ``host`` and return the address."""
         self._transport = Transport(peer_id("kv-store", new_incarnation()), self._deliver)
         [address] = self._transport.bind(tcp_address(host, 0))
         return address
@@ -62,13 +62,13 @@ class BlockExchange:
     async def fetch(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> list[Value | None]:
         """Return the values that the store at ``address`` has. Raises StorageUnavailableError if it does not answer.
 
-        They are as they came: not checked.
+        The values are not verified.
         """
         fetch_id = next(self._ids)
         message = FetchBlocks(fetch_id=fetch_id, namespace=self._namespace, block_hashes=list(block_hashes))
         answer = await self._ask(address, fetch_id, message, timeout_s)
         if not isinstance(answer.message, BlocksFetched) or len(answer.message.found) != len(block_hashes):
-            raise StorageUnavailableError(f"the store at {address} gave an answer that does not fit")
+            raise StorageUnavailableError(f"the store at {address} gave an invalid answer")
         parts = iter(answer.payload)
         values = [next(parts, None) if found else None for found in answer.message.found]
         return [None if value is None else np.frombuffer(value, np.uint8) for value in values]
@@ -81,7 +81,7 @@ class BlockExchange:
         return answer.message.num_blocks if isinstance(answer.message, BlocksDropped) else 0
 
     async def close(self) -> None:
-        """Stop serving and drop all connections; who waits for an answer is told."""
+        """Stop serving and drop all connections. Pending calls fail."""
         for address in list(self._peers):
             self._lose(address, "closed")
         for task in self._serving:
@@ -112,7 +112,7 @@ class BlockExchange:
             del self._answers[fetch_id]
 
     def _lose(self, address: str, reason: str) -> None:
-        """Forget the connection, with what is queued on it, and fail what still waits for its answers."""
+        """Drop the connection with its queued messages, and fail the calls that wait for it."""
         if address in self._peers and self._transport is not None:
             self._peers.discard(address)
             self._transport.disconnect(PeerId(address))
@@ -135,7 +135,7 @@ class BlockExchange:
                 if future is not None and asked == peer and not future.done():
                     future.set_result(event)
             case _:
-                logger.warning("a KV store has no use for %s", type(event).__name__)
+                logger.warning("KV store: unexpected %s", type(event).__name__)
 
     def _serve(self, answering: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(answering)

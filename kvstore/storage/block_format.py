@@ -1,12 +1,12 @@
-"""How a KV block looks wherever it is stored: a header that says what it is, then its bytes.
+"""The format of a stored KV block: a header, then the payload.
 
 ::
 
     magic 4s | version u32 | namespace 16s | block hash 32s | payload bytes u64 | digest 16s | payload
 
 ``namespace`` is a hash of the geometry, which includes the digest of the model: the same on every role and host.
-``digest`` is the xxh3_128 of all that stands before it and of the payload after it, so a value that was torn, cut,
-mixed up or written by another geometry is told from a good one. The payload is ``[num_layers, 2, plane_block_bytes]``.
+``digest`` is the xxh3_128 of everything before it and of the payload after it. It detects values that are torn,
+truncated, mixed up or of another geometry. The payload is ``[num_layers, 2, plane_block_bytes]``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvstore.blocks.block_hash import HASH_BYTES
 from kvstore.storage.interface import BlockView
 
 Value = npt.NDArray[np.uint8]
-"""A header and a payload in one run of bytes."""
+"""A header and a payload in contiguous memory."""
 
 NAMESPACE_BYTES = 16
 FORMAT_VERSION = 1
@@ -51,14 +51,14 @@ class BlockFormat:
         return value[HEADER_BYTES : self.value_bytes].reshape(self.block_shape)
 
     def seal(self, value: Value, block_hash: bytes) -> None:
-        """Write the header of ``block_hash`` in front of the payload that is in ``value`` already."""
+        """Write the header of ``block_hash`` before the payload in ``value``."""
         identity = self._identity(block_hash)
         digest = xxhash.xxh3_128(identity)
         digest.update(value[HEADER_BYTES : self.value_bytes].data)
         value[:HEADER_BYTES] = np.frombuffer(identity + digest.digest(), np.uint8)
 
     def is_good(self, value: Value, block_hash: bytes) -> bool:
-        """Whether ``value`` is the block of this geometry called ``block_hash``, byte for byte."""
+        """Whether ``value`` is the undamaged block ``block_hash`` of this geometry."""
         identity = self._identity(block_hash)
         return value[: len(identity)].tobytes() == identity and is_intact(value)
 
@@ -67,12 +67,12 @@ class BlockFormat:
 
 
 def namespace_of(geometry: KVGeometry) -> bytes:
-    """Return what tells the blocks of ``geometry`` from those of all others."""
+    """Return the namespace of the blocks of ``geometry``."""
     return sha256(msgspec.json.encode(geometry)).digest()[:NAMESPACE_BYTES]
 
 
 def is_intact(value: Value) -> bool:
-    """Whether ``value`` is exactly as it was packed, by whatever geometry."""
+    """Whether ``value`` is undamaged, in any geometry."""
     if len(value) < HEADER_BYTES:
         return False
     identity = value[: _IDENTITY.size].tobytes()

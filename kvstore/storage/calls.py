@@ -1,9 +1,9 @@
-"""A put or get under way, as the backend's threads see it.
+"""A put or get in progress, for the backend's threads.
 
-The caller's arrays are lent for the length of the call. A thread touches them only inside ``pack`` and ``deliver``,
-which copy one block and cannot hang; between them stands memory of the backend's own. So a call can end at its
-deadline although a disk or a peer still holds a thread, and nothing reaches the caller's memory afterwards. The copy is
-cheap: the bytes are in the CPU's cache from the digest anyway, and I/O on one run of bytes is faster than on many.
+The caller lends its arrays for the call. A thread accesses them only inside ``pack`` and ``deliver``, which copy one
+block and cannot hang. I/O uses the backend's own memory. A call can therefore end at its deadline while a disk or a
+peer still holds a thread, and the caller's memory is not accessed afterwards. The copy is cheap: the bytes are in the
+CPU's cache from the digest, and I/O on contiguous memory is faster.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kvstore.storage.interface import BlockView, PutOutcome
 
 
 class Delivery(Enum):
-    """What became of a value that a backend read."""
+    """Outcome of a value that a backend read."""
 
     DONE = auto()
     BAD = auto()
-    """It is not what was stored."""
+    """The value is damaged."""
     LATE = auto()
     """The call has ended."""
 
 
 class Loan:
-    """Says whether borrowed memory may still be touched. Made on the loop."""
+    """Guards borrowed memory: whether it may still be accessed. Created on the loop."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -44,7 +44,7 @@ class Loan:
 
     @contextmanager
     def use(self) -> Iterator[bool]:
-        """``with loan.use() as lent:`` and only if ``lent`` touch the memory. By any thread."""
+        """``with loan.use() as lent:`` access the memory only if ``lent``. From any thread."""
         with self._mutex:
             lent = not self.ended
             self._num_users += lent
@@ -62,7 +62,7 @@ class Loan:
             self._loop.call_soon_threadsafe(self._returned.set)
 
     async def end(self) -> None:
-        """Take the memory back: wait for copies that run, and let no other begin."""
+        """End the loan: wait for running copies, and allow no further ones."""
         with self._mutex:
             self.ended = True
             in_use = self._num_users > 0
@@ -71,7 +71,7 @@ class Loan:
 
 
 class PutCall:
-    """Blocks on their way into a store."""
+    """A put in progress."""
 
     def __init__(self, block_format: BlockFormat, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> None:
         _require_fit(block_format, block_hashes, blocks)
@@ -98,7 +98,7 @@ class PutCall:
 
 
 class GetCall:
-    """Blocks on their way out of a store."""
+    """A get in progress."""
 
     def __init__(self, block_format: BlockFormat, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> None:
         _require_fit(block_format, block_hashes, blocks)

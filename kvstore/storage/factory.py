@@ -1,8 +1,9 @@
-"""From the config to a store. Loads the library of a backend only if that backend is wanted."""
+"""Creates the store of a config. Imports the library of a backend only if it is used."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import assert_never
 
 from kvrelay.config.sections import StorageConfig
 from kvrelay.errors import LocalProtocolError
@@ -23,7 +24,7 @@ def make_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: 
 
 
 def make_existing_store(config: StorageConfig, geometry: KVGeometry, clock: Clock) -> KVStore:
-    """Return the store as it is now, for an operator to look at or to clear; opening it makes nothing. Not open yet."""
+    """Return the existing store, for ``kvrelay store``. Not open yet; opening it creates nothing."""
     return Store(_make_backend(config, geometry, clock, "127.0.0.1", as_is=True), geometry, config.timeout_s, clock)
 
 
@@ -52,6 +53,8 @@ def _make_backend(
             return MooncakeBackend(geometry, config.master, host, capacity_bytes, config.timeout_s)
         case "file":
             return _make_file(config, geometry, clock, as_is=as_is)
+        case unknown:
+            assert_never(unknown)
 
 
 def _make_file(config: StorageConfig, geometry: KVGeometry, clock: Clock, *, as_is: bool) -> LocalBackend:

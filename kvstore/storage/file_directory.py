@@ -4,9 +4,9 @@
 
     PATH/<namespace in hex>/lock, index, slab-0000, slab-0001, ...
 
-Whoever uses a subdirectory holds a shared lock on its ``lock`` file for as long. Whoever holds it alone may lay it out
-anew, or remove it. A subdirectory of a geometry that nobody uses is removed when another one is opened, so that the
-capacity is not taken twice.
+A process that uses a subdirectory holds a shared lock on its ``lock`` file. A process with the exclusive lock may
+re-create or remove it. A subdirectory that no process uses is removed when another one is opened, so that the capacity
+is not used twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FileDirectory:
 
     @classmethod
     def open(cls, root: Path, wanted: Layout, timeout_s: float) -> FileDirectory:
-        """Lay out the subdirectory of ``wanted`` in ``root``, or join those who use it, on their terms.
+        """Create the subdirectory of ``wanted`` in ``root``, or use the existing one with its layout.
 
         Blocks. Raises StorageError if it cannot be made, StorageUnavailableError if others hold it for too long.
         """
@@ -86,7 +86,7 @@ def namespaces(root: Path) -> list[Path]:
 
 
 def is_laid_out(root: Path, namespace: bytes) -> bool:
-    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if nobody may look."""
+    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if it cannot be read."""
     try:
         return _read_layout(root / namespace.hex()) is not None
     except OSError as error:
@@ -112,7 +112,7 @@ def _join(path: Path, wanted: Layout, timeout_s: float) -> int:
         lock_fd = _open_lock(path)
         if try_lock(lock_fd) and _is_current(lock_fd, path) and _read_layout(path) != wanted:
             _lay_out(path, wanted)
-        # Sharing an exclusive lock gives it up for a moment, in which somebody else may lay out: read it again.
+        # Downgrading an exclusive lock releases it briefly, and another process may re-create the files: read again.
         if try_lock(lock_fd, shared=True) and _is_current(lock_fd, path) and _read_layout(path) is not None:
             return lock_fd
         os.close(lock_fd)

@@ -1,4 +1,4 @@
-"""How the ``file`` backend divides a directory, as written at the beginning of its index."""
+"""The layout of a directory of the ``file`` backend, stored at the beginning of its index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PAGE_BYTES = 4096
 
 ENTRY_BYTES = 64
 MAX_WAYS = 64
-"""Slots a block may be in. With so many, a set overflows only when nearly all are full: close to one LRU over all."""
+"""Slots per set. With this many, a set overflows only when nearly all are full, close to a global LRU."""
 
 SETS_OFFSET = _PAGE_BYTES
 """Where the entries begin in the index."""

@@ -1,4 +1,4 @@
-"""The slabs of the ``file`` backend: preallocated files full of slots, a value in each."""
+"""The slabs of the ``file`` backend: preallocated files of slots with one value each."""
 
 from __future__ import annotations
 

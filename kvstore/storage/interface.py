@@ -1,11 +1,11 @@
-"""What a store of KV blocks is to those who use it: the nodes' shells and the ``kvrelay store`` command.
+"""The interface of a KV store. Its users are the nodes' shells and the ``kvrelay store`` command.
 
 A block is named by its block hash (``kvstore.blocks.block_hash``) and holds the KV of all layers. Its bytes are in the
 caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
 
-Whose memory it is: the caller lends the arrays of ``put`` and ``get`` for the length of the call and must keep them
-(pin the blocks) until it returns. Afterwards nothing here reads or writes them, whatever happened: not when the
-deadline passed, not when the call was cancelled, not when a disk still hangs in a read.
+Memory: the caller lends the arrays of ``put`` and ``get`` for the call and must keep them (pin the blocks) until it
+returns. Afterwards the store neither reads nor writes them, even if the deadline passed, the call was cancelled, or a
+disk read still hangs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ BlockView: TypeAlias = HostBlock
 
 
 class PutOutcome(StrEnum):
-    """What became of one block of a ``put``."""
+    """Outcome of one block of a ``put``."""
 
     WRITTEN = "written"
     PRESENT = "present"
-    """The store had it already; nothing was written."""
+    """The store already had it; nothing was written."""
     FAILED = "failed"
-    """It is not in the store: full, down, or not in time."""
+    """Not stored: the store is full or down, or the deadline passed."""
 
 
 @dataclass(slots=True)
 class StoreCounters:
-    """Totals of one store object since it was made; they only grow."""
+    """Totals of one store object; they never decrease."""
 
     hit_blocks: int = 0
     missed_blocks: int = 0
-    """Asked for by ``get`` and not delivered, for whatever reason."""
+    """Requested by ``get`` and not delivered, for any reason."""
     corrupt_blocks: int = 0
-    """Found, but not what was once stored; deleted, and among the missed."""
+    """Found but damaged; deleted, and counted as missed too."""
     read_bytes: int = 0
     """KV bytes of the hits."""
     written_blocks: int = 0
@@ -48,18 +48,18 @@ class StoreCounters:
     written_bytes: int = 0
     """KV bytes of the written blocks."""
     evicted_blocks: int = 0
-    """Dropped by this object to make room; a backend that evicts by itself does not tell."""
+    """Evicted by this object. Backends that evict themselves do not report it."""
     timeouts: int = 0
     """Calls that reached their deadline."""
     errors: int = 0
-    """Calls that the backend failed."""
+    """Calls in which the backend failed."""
     skipped: int = 0
-    """Calls answered at once because the backend has just failed."""
+    """Calls not passed to the backend because it has just failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a backend holds now, by all processes that use it, for this geometry.
+    """Content of a backend for this geometry, over all processes that use it.
 
     ``used_bytes`` and ``capacity_bytes`` include the backend's own overhead; ``None``: the backend does not tell.
     """
@@ -72,7 +72,7 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What ``verify`` found: blocks read, and those that were bad and are deleted now."""
+    """Result of ``verify``: blocks read, and corrupt blocks, which are deleted."""
 
     num_blocks: int
     num_corrupt: int
@@ -90,17 +90,17 @@ class KVStore(Protocol):
 
     @property
     def counters(self) -> StoreCounters:
-        """What this object did so far. For heartbeats and metrics; no I/O."""
+        """The totals, for heartbeats and metrics. No I/O."""
 
     async def open(self) -> None:
-        """Make the store ready. By a node when it starts, once, before anything else.
+        """Open the store. Called once by a node when it starts, before any other method.
 
         A server that is down is no error: the store starts empty-handed and finds it later. Raises StorageError if the
         store can never work as configured; it is closed then.
         """
 
     async def put(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[PutOutcome]:
-        """Store ``blocks[i]`` as ``block_hashes[i]``. By D on preemption, by P and D when a request has finished.
+        """Store ``blocks[i]`` as ``block_hashes[i]``. Called on preemption and when a request has finished.
 
         Blocks the store has are not written again. They are tried in order, so that what is stored at the deadline is
         the beginning of the sequence. May evict others.
@@ -109,31 +109,31 @@ class KVStore(Protocol):
     async def get(
         self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
     ) -> list[bool]:
-        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. By P on admission, by D on resume.
+        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. Called on admission and on resume.
 
         Where False, ``blocks[i]`` is as it was. Verified before it is delivered. Counts as a use for eviction.
         """
 
     async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
-        """Return how many of the first blocks are in the store. Before ``get``, to know what to make room for.
+        """Return how many of the first blocks are in the store. Called before ``get``.
 
         A hint: they may be gone, or turn out corrupt, when they are read.
         """
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Drop these blocks; return how many there were. By whoever learns that a block is wrong."""
+        """Delete these blocks; return how many there were. Called when a block turns out to be damaged."""
 
     async def clear(self) -> int:
-        """Drop all blocks; return how many there were, as far as the backend knows. ``kvrelay store clear``."""
+        """Delete all blocks; return how many there were, if the backend knows. For ``kvrelay store clear``."""
 
     async def stats(self) -> StoreStats:
-        """Return what the store holds. ``kvrelay store stats``; may look at everything, so not in a loop."""
+        """Return the content of the store, for ``kvrelay store stats``. May scan everything; do not poll it."""
 
     async def verify(self) -> VerifyReport:
-        """Read everything, delete what is corrupt. ``kvrelay store verify``; takes as long as it takes.
+        """Read everything and delete corrupt blocks, for ``kvrelay store verify``. No deadline.
 
         Raises StorageError if the backend cannot list what it holds.
         """
 
     async def close(self) -> None:
-        """Give back threads, files and connections, within ``timeout_s``. Calls under way end as misses. Idempotent."""
+        """Release threads, files and connections within ``timeout_s``. Calls in progress end as misses. Idempotent."""

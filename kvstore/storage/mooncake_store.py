@@ -1,4 +1,4 @@
-"""Backend ``mooncake``: values in the memory of all nodes, as Mooncake Store keeps it, over TCP.
+"""Backend ``mooncake``: values in the pooled memory of Mooncake Store, over TCP.
 
 Needs the extra ``kvrelay[mooncake]`` and a running ``mooncake_master``. Every node that opens the store gives
 ``capacity`` bytes of its memory; the master decides where values go, and evicts. The client library logs to standard
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.addresses import resolve
 from kvrelay.errors import StorageError, StorageUnavailableError
 from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.batches import batches
@@ -30,7 +32,7 @@ from kvstore.storage.threads import BlockingThreads
 _NOT_FOUND = -704
 _TOO_LARGE = -600
 _NO_ANSWER = range(-999, -899)
-"""Codes of the client library: no such object; larger than the buffer; the master did not answer."""
+"""Codes of the client library: no such object; larger than the buffer; no answer from the master."""
 
 _STAGING_BYTES = 4 << 20
 _LIBRARY_BUFFER_BYTES = 16 << 20
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class MooncakeBackend:
-    """Values in the Mooncake Store of the master at ``master``; ``host`` is where other nodes reach this one."""
+    """Values in the Mooncake Store of ``master``. ``host``: the address of this node for others."""
 
     def __init__(self, geometry: KVGeometry, master: str, host: str, capacity_bytes: int, timeout_s: float) -> None:
         self.counters = StoreCounters()
@@ -59,25 +61,25 @@ class MooncakeBackend:
         self._write_staging = _Staging(num_blocks, self._format.value_bytes)
 
     async def open(self) -> None:
-        """Join the store, now or when the master is there. Raises StorageError if the library cannot be loaded."""
+        """Join the store, now or when the master is available. Raises StorageError if the library cannot be loaded."""
         try:
             await self._threads.write(self._connected)
         except StorageUnavailableError as error:
             logger.warning("%s; trying again later", error.message)
 
     async def put(self, call: PutCall) -> None:
-        """Send the blocks that are not there, batch by batch."""
+        """Send the missing blocks, batch by batch."""
         await self._threads.write(lambda: self._put(call))
 
     async def get(self, call: GetCall) -> None:
-        """Read the blocks that are there, batch by batch."""
+        """Read the stored blocks, batch by batch."""
         await self._threads.read(lambda: self._get(call))
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
         return await self._threads.read(lambda: self._contains(block_hashes))
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Remove the objects, read lately or not."""
+        """Remove the objects, even if they were read recently."""
         return await self._threads.write(lambda: self._delete(block_hashes))
 
     async def clear(self) -> int:
@@ -85,16 +87,16 @@ class MooncakeBackend:
         return await self._threads.write(self._clear)
 
     async def stats(self) -> StoreStats:
-        """Return that nothing is known; raises StorageUnavailableError if the master is not there."""
+        """Return unknown totals. Raises StorageUnavailableError without an answer from the master."""
         await self.contains([bytes(32)])
         return StoreStats("mooncake", None, None, None)
 
     async def verify(self) -> VerifyReport:
-        """Raise StorageError: Mooncake cannot list what it holds."""
-        raise StorageError("mooncake cannot list what it holds; every block is verified when it is read")
+        """Raise StorageError, because Mooncake cannot list its objects."""
+        raise StorageError("mooncake cannot list its objects; every block is verified when it is read")
 
     async def close(self) -> None:
-        """Leave the store, with the memory this node gave to it."""
+        """Leave the store and withdraw this node's memory from it."""
         with contextlib.suppress(TimeoutError):  # without its master the library takes its time
             async with asyncio.timeout(self._timeout_s):
                 await self._threads.write(self._disconnect)
@@ -109,13 +111,15 @@ class MooncakeBackend:
             return self._client
 
     def _connect(self) -> Any:
+        if _is_ipv6(self._host):
+            os.environ["MC_USE_IPV6"] = "1"  # read when the library is loaded; without it nodes join and cannot read
         try:
             library = importlib.import_module("mooncake.store")
         except ImportError as error:  # not installed, or one of its system libraries is not
             raise StorageError(f"storage.backend mooncake cannot be loaded: {error}") from error
         host, _, port = self._master.rpartition(":")
         try:  # the library tries for a minute and a half
-            socket.create_connection((host, int(port)), _PROBE_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
         except OSError as error:
             raise StorageUnavailableError(f"Mooncake master at {self._master}: {error}") from error
         client = library.MooncakeDistributedStore()
@@ -172,7 +176,7 @@ class MooncakeBackend:
             self._delete(list(bad))
 
     def _deliver(self, call: GetCall, index: int, row: int, sizes: Sequence[int]) -> bool:
-        """Deliver what was read for block ``index``, if anything was; False if it is bad."""
+        """Deliver the value read for block ``index``, if any; False if it is damaged."""
         if sizes[row] == self._format.value_bytes:
             return call.deliver(index, self._read_staging.values[row]) is not Delivery.BAD
         if sizes[row] < 0 and sizes[row] not in (_NOT_FOUND, _TOO_LARGE):
@@ -205,7 +209,7 @@ class MooncakeBackend:
 
 
 class _Staging:
-    """Values where the library may read and write them, one thread's own."""
+    """Buffers for values, registered with the library; each thread has its own."""
 
     def __init__(self, num_blocks: int, value_bytes: int) -> None:
         self.values: npt.NDArray[np.uint8] = np.empty((num_blocks, value_bytes), np.uint8)
@@ -215,3 +219,9 @@ class _Staging:
         """Return addresses and sizes of the first ``count`` values."""
         size = self.values.shape[1]
         return [self.address + index * size for index in range(count)], [size] * count
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(OSError):
+        return resolve(host, 0)[0] == socket.AF_INET6
+    return False

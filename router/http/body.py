@@ -1,4 +1,4 @@
-"""The body of a request, from the connection to what it asks for."""
+"""Reads and prepares the body of a request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 from starlette.types import Receive, Scope
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.body_memory import BodyShare
 from router.http.asgi import watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError
@@ -15,26 +16,27 @@ from router.service import RouterService
 
 
 async def prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
-    """Return what the body of the request in ``scope`` asks for.
+    """Return the prepared body of the request in ``scope``.
 
-    Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if nobody waits for it any more.
+    Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if the client disconnects.
     """
     router = service.config.router
     headers = dict(scope["headers"])
-    job = Job(
-        task=task,
-        gzipped=_is_gzipped(headers),
-        body=await read_body(headers, receive, router.max_body_bytes),
-        max_body_bytes=router.max_body_bytes,
-        max_model_len=service.max_model_len,
-        max_requests=router.max_queued_requests,
-    )
-    outcome = service.preparer.prepare_now(job)
-    return await _in_worker(service, job, receive) if outcome is None else outcome
+    with BodyShare(service.body_memory) as share:
+        job = Job(
+            task=task,
+            gzipped=_is_gzipped(headers),
+            body=await read_body(headers, receive, router.max_body_bytes, share),
+            max_body_bytes=router.max_body_bytes,
+            max_model_len=service.max_model_len,
+            max_requests=router.max_queued_requests,
+        )
+        outcome = service.preparer.prepare_now(job)
+        return await _in_worker(service, job, receive) if outcome is None else outcome
 
 
 def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
-    """Tell whether the body is. Raises AnswerError (415) if it is encoded in another way."""
+    """Return whether the body is gzip. Raises AnswerError (415) for other encodings."""
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding in (b"gzip", b"x-gzip"):
         return True
@@ -45,11 +47,11 @@ def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
     raise AnswerError(error, param="Content-Encoding")
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_bytes: int) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_bytes: int, share: BodyShare) -> bytes:
     """Return the request's body.
 
-    Raises AnswerError (413) if it is, or is said to be, longer than ``max_body_bytes``, ClientLeftError if it never
-    comes to its end.
+    Raises AnswerError if it is, or is said to be, longer than ``max_body_bytes`` (413), or than ``share`` can be (503),
+    ClientLeftError if it never comes to its end.
     """
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > max_body_bytes:
@@ -64,11 +66,12 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
         more = message.get("more_body", False)
         if len(body) > max_body_bytes:
             raise too_large(max_body_bytes)
+        share.grow_to(len(body))
     return bytes(body)
 
 
 async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outcome:
-    """Have a worker prepare ``job``, for as long as the client stays."""
+    """Let a worker prepare ``job`` while the client is connected."""
     task = asyncio.current_task()
     assert task is not None
     left = False

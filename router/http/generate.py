@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from starlette.types import Receive, Scope, Send
@@ -14,7 +13,7 @@ from kvrelay.errors import KVRelayError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, send_error, send_events, send_json, watching
+from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
 from router.http.body import prepared
 from router.metrics import Metrics
 from router.openai.answer import Answer, AnswerHead
@@ -22,25 +21,36 @@ from router.openai.choice import Choice
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError, Generation
 from router.openai.models import model_name
-from router.openai.sampling import sampling_params, text_options
+from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
 from router.service import RouterService
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
 
+_random = random.Random()
+
 logger = logging.getLogger(__name__)
 
 
+def _new_seed() -> int:
+    return _random.getrandbits(63)
+
+
+def _new_name() -> str:
+    """Return a name that no other answer has."""
+    return f"{_random.getrandbits(128):032x}"
+
+
 class GenerateEndpoint:
-    """One API as an ASGI application: a request comes in, one answer, stream or error goes out."""
+    """One API as an ASGI application: each request gets an answer, a stream or an error."""
 
     def __init__(
         self,
         task: Task,
         service: RouterService,
         metrics: Metrics,
-        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        draw_seed: Callable[[], int] = _new_seed,
     ) -> None:
         self._task = task
         self._api: Api = service.preparer.apis[task]
@@ -53,7 +63,7 @@ class GenerateEndpoint:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
-            name = uuid.uuid4().hex
+            name = _new_name()
         headers = [(b"x-request-id", given if 0 < len(given) <= _MAX_ECHOED_BYTES else name.encode())]
         try:
             await self._serve(name, scope, receive, send, headers)
@@ -66,7 +76,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("broken while serving %s", scope["path"])
+            logger.exception("error while serving %s", scope["path"])
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
@@ -87,32 +97,27 @@ class GenerateEndpoint:
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:
-                    await send_json(send, await answer.full(generation.deltas()), headers=headers)
+                    await send_pieces(send, await answer.full(generation.deltas()), headers)
         finally:
             generation.close()
             note_tokens(scope, choices)
 
     def _ids(self, name: str, count: int) -> tuple[str, Sequence[str]]:
-        """Return the answer's id and one for each of its requests; made of ``name`` unless one is in progress."""
+        """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""
         answer_id = self._api.id_prefix + name
         request_ids = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
         if any(map(self._service.is_in_progress, request_ids)):
-            return self._ids(uuid.uuid4().hex, count)
+            return self._ids(_new_name(), count)
         return answer_id, request_ids
 
     def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:
-        """Yield one choice per prompt and ``n``, in this order."""
+        """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
+        sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
-            sampling = sampling_params(
-                request,
-                service.model,
-                num_prompt_tokens=len(prompt),
-                max_model_len=service.max_model_len,
-                seed=first_seed + which,
-            )
-            new = NewRequest(request_id, prompt, sampling, request.priority or 0)
-            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, text_options(request))
+            params = sampling.of(len(prompt), first_seed + which)
+            new = NewRequest(request_id, prompt, params, request.priority or 0)
+            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)

@@ -1,42 +1,44 @@
-"""From deltas to an answer: one JSON object, or a stream of chunks."""
+"""Writes an answer from deltas: one JSON object, or a stream of chunks."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
-from kvrelay.protocol.request import TokenLogprobs
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
+from router.openai.logprobs import Logprobs, WholeLogprobs
 from router.openai.schemas import GenerationFields
+from router.turns import Turn
 
 DONE = b"data: [DONE]\n\n"
 
 
 class Style(Protocol):
-    """What completions and chat completions do differently. One object serves one answer."""
+    """The differences between completions and chat completions. One object per answer."""
 
     object_name: str
     chunk_object_name: str
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
-        """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
+        """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
-    def full_choice(
-        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object]:
-        """Return a whole choice as an item of ``choices``, likewise."""
+    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+        """Return a complete choice as an item of ``choices``, without the common fields and logprobs."""
+
+    def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
+        """Return the logprobs of ``delta``; None if not requested. Call once per delta."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return what the answer itself, or its first chunk, tells of the prompt."""
+        """Return the fields about the prompt, for the answer or its first chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What all parts of one answer say alike. ``created_s``: whole seconds since 1970."""
+    """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""
 
     answer_id: str
     created_s: int
@@ -48,7 +50,7 @@ class AnswerHead:
 
 
 class Answer:
-    """Writes one answer in one style, as ``request`` wants it."""
+    """Writes one answer in one style, as ``request`` asks."""
 
     def __init__(self, head: AnswerHead, style: Style, choices: Sequence[Choice], request: GenerationFields) -> None:
         self._head = head
@@ -60,18 +62,24 @@ class Answer:
         self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
         self._begun = [False] * len(choices)
 
-    async def full(self, deltas: AsyncIterator[Delta]) -> dict[str, object]:
-        """Return the whole answer when it is complete."""
-        received: list[list[Delta]] = [[] for _ in self._choices]
+    async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
+        """Return the answer as JSON when it is complete, in one piece per choice."""
+        wholes = [_Whole() for _ in self._choices]
         async for delta in deltas:
-            received[delta.index].append(delta)
+            wholes[delta.index].add(delta, self._style.logprobs(self._choices[delta.index], delta))
         body = self._head.as_dict(self._style.object_name)
-        body["choices"] = [self._whole(choice, parts) for choice, parts in zip(self._choices, received, strict=True)]
         body["usage"] = usage(self._choices)
-        return body | self._style.prompt_fields(self._choices)
+        begin = msgspec.json.encode(body | self._style.prompt_fields(self._choices))[:-1] + b',"choices":['
+        turn = Turn()
+        pieces: list[bytes] = []
+        for choice, whole in zip(self._choices, wholes, strict=True):
+            await turn.pause()
+            pieces.append((b"," if pieces else begin) + msgspec.json.encode(self._full_choice(choice, whole)))
+        pieces[-1] += b"]}"
+        return pieces
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Yield server-sent events as deltas come in, ``[DONE]`` last.
+        """Yield server-sent events for deltas, and ``[DONE]`` at the end.
 
         An error after the first event is an event too, since the status has been sent; before, it is raised.
         """
@@ -111,21 +119,39 @@ class Answer:
     def _chunk_head(self) -> dict[str, object]:
         return self._head.as_dict(self._style.chunk_object_name)
 
-    def _whole(self, choice: Choice, parts: list[Delta]) -> dict[str, object]:
-        token_ids = [token_id for part in parts for token_id in part.token_ids]
-        logprobs = [item for part in parts for item in part.logprobs]
-        text = "".join(part.text for part in parts)
+    def _full_choice(self, choice: Choice, whole: _Whole) -> dict[str, object]:
         item: dict[str, object] = {
             "index": choice.index,
-            **self._style.full_choice(choice, text, token_ids, logprobs),
-            "finish_reason": parts[-1].finish_reason,
-            "stop_reason": parts[-1].stop_reason,
+            **self._style.full_choice(choice, "".join(whole.texts)),
+            "logprobs": whole.logprobs.as_json() if whole.logprobs else None,
+            "finish_reason": whole.finish_reason,
+            "stop_reason": whole.stop_reason,
         }
         if self._with_token_ids:
-            item["token_ids"] = token_ids
+            item["token_ids"] = whole.token_ids
         return item
 
 
+@dataclass(slots=True)
+class _Whole:
+    """The received parts of one choice. ``logprobs``: None if not requested."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: WholeLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: Delta, logprobs: Logprobs | None) -> None:
+        """Add a delta."""
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if logprobs is not None:
+            self.logprobs = self.logprobs or WholeLogprobs()
+            self.logprobs.add(logprobs)
+
+
 def event(body: dict[str, object]) -> bytes:
-    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so no text can end it early."""
+    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so text cannot end it early."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"

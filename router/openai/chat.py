@@ -1,14 +1,13 @@
-"""``/v1/chat/completions``: messages, through the model's chat template."""
+"""``/v1/chat/completions``: messages, rendered by the model's chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kvrelay.protocol.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
-from router.openai.logprobs import chat_logprobs
+from router.openai.logprobs import Logprobs, chat_logprobs
 from router.openai.reading import reading
 from router.openai.sampling import check_text_ids, check_text_length
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
@@ -25,7 +24,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
     """
     with reading("messages: the chat template cannot render them", "messages"):
         text = model.tokenizer.render_chat(
-            [message.model_dump() for message in fields.messages],
+            [dict(message) for message in fields.messages],
             add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
             continue_final_message=bool(fields.continue_final_message),
             variables=fields.chat_template_kwargs,
@@ -37,7 +36,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
 
 
 class ChatCompletions:
-    """How chats become prompts, and how their answers look."""
+    """The request and answer style of chat completions."""
 
     name = "chat"
     id_prefix = "chatcmpl-"
@@ -69,12 +68,12 @@ class ChatCompletions:
     def style(
         self, request: ChatCompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
     ) -> ChatStyle:
-        """Return what writes the answer."""
+        """Return the style of the answer."""
         return ChatStyle(self._model.tokenizer.token_bytes, request)
 
 
 class ChatStyle:
-    """A chat completion's choices: a ``message``, or in a stream a ``delta`` whose first also tells the role."""
+    """The choices of a chat completion: a ``message``, or in a stream a ``delta``; the first has the role."""
 
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
@@ -87,18 +86,16 @@ class ChatStyle:
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return the new text and logprobs if asked for. The role comes with the first token, not before it."""
         content = {"role": ROLE, "content": delta.text} if first else {"content": delta.text}
-        return {"delta": content, "logprobs": self._logprobs_of(delta.token_ids, delta.logprobs)}
+        return {"delta": content, "logprobs": self.logprobs(choice, delta)}
 
-    def full_choice(
-        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object]:
-        """Return the message and logprobs."""
-        message = {"role": ROLE, "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs_of(token_ids, logprobs)}
+    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+        """Return the message."""
+        return {"message": {"role": ROLE, "content": text, "refusal": None}}
+
+    def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
+        """Return the logprobs of the new tokens if asked for."""
+        return chat_logprobs(self._token_bytes, delta.token_ids, delta.logprobs) if self._with_logprobs else None
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
         """Return the prompt's token ids if the client wants token ids."""
         return {"prompt_token_ids": choices[0].request.prompt_token_ids} if self._with_token_ids else {}
-
-    def _logprobs_of(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, object] | None:
-        return chat_logprobs(self._token_bytes, token_ids, logprobs) if self._with_logprobs else None

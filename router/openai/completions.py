@@ -1,4 +1,4 @@
-"""``/v1/completions``: prompts as they are."""
+"""``/v1/completions``: prompts without a template."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kvrelay.errors import InvalidRequestError
-from kvrelay.protocol.request import TokenLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
-from router.openai.logprobs import CompletionLogprobs
+from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest
 
 
 class Completions:
-    """How completions become prompts, and how their answers look."""
+    """The request and answer style of completions."""
 
     name = "completions"
     id_prefix = "cmpl-"
@@ -26,7 +25,7 @@ class Completions:
         self._model = model
 
     def num_prompts(self, request: CompletionRequest) -> int:
-        """Return how many prompts there are."""
+        """Return the number of prompts."""
         return len(_each(request.prompt))
 
     def prompts(self, request: CompletionRequest, max_model_len: int) -> list[list[int]]:
@@ -41,13 +40,13 @@ class Completions:
         return prompts
 
     def texts(self, request: CompletionRequest) -> list[str] | None:
-        """Return each prompt as text if the client wants an echo."""
+        """Return each prompt as text for an echo."""
         return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
 
     def style(
         self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
     ) -> CompletionStyle:
-        """Return what writes the answer."""
+        """Return the style of the answer."""
         return CompletionStyle(self._model, request, choices, texts)
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
@@ -65,7 +64,7 @@ class Completions:
 
 
 class CompletionStyle:
-    """A completion's choices: ``text``, behind its prompt's if the client wants an echo."""
+    """The choices of a completion: ``text``, after the prompt's text with ``echo``."""
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"
@@ -87,40 +86,30 @@ class CompletionStyle:
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return the new text, logprobs if asked for, and the prompt's part with the first."""
         text = self._echo(choice) + delta.text if first else delta.text
-        item: dict[str, object] = {
-            "text": text,
-            "logprobs": self._logprobs_of(choice, delta.token_ids, delta.logprobs),
-        }
+        item: dict[str, object] = {"text": text, "logprobs": self.logprobs(choice, delta)}
         return item | self._prompt_ids(choice) if first else item
 
-    def full_choice(
-        self, choice: Choice, text: str, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object]:
-        """Return text and logprobs."""
-        return {
-            "text": self._echo(choice) + text,
-            "logprobs": self._logprobs_of(choice, token_ids, logprobs),
-            **self._prompt_ids(choice),
-        }
+    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+        """Return the text and the prompt's part."""
+        return {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
+
+    def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
+        """Return the logprobs of the new tokens if asked for."""
+        return self._logprobs[choice.index].of(delta.token_ids, delta.logprobs) if self._logprobs else None
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return nothing: here the choices tell of their prompts."""
+        """Return nothing, because each choice has its prompt's fields."""
         return {}
 
     def _echo(self, choice: Choice) -> str:
         return self._prompt_texts[choice.prompt_index] if self._prompt_texts else ""
-
-    def _logprobs_of(
-        self, choice: Choice, token_ids: list[int], logprobs: list[TokenLogprobs]
-    ) -> dict[str, object] | None:
-        return self._logprobs[choice.index].of(token_ids, logprobs) if self._logprobs else None
 
     def _prompt_ids(self, choice: Choice) -> dict[str, object]:
         return {"prompt_token_ids": choice.request.prompt_token_ids} if self._with_token_ids else {}
 
 
 def _each(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """Return the prompts in ``prompt``, which may be one or several."""
+    """Return the prompts in ``prompt``, one or several."""
     if isinstance(prompt, str):
         return [prompt]
     several: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]

@@ -1,50 +1,74 @@
-"""Logprobs in the two forms OpenAI's APIs have for them."""
+"""Logprobs in the two formats of OpenAI's APIs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import msgspec
 
 from kvrelay.protocol.request import TokenLogprobs
 from router.text.token_bytes import TokenBytes
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+"""Replaces minus infinity, which JSON cannot represent."""
+
+
+Logprobs: TypeAlias = dict[str, list[object]]
+"""``logprobs`` of some tokens of a choice: an object of lists."""
+
+
+class WholeLogprobs:
+    """``logprobs`` of a whole choice, made into JSON as its tokens come: at the end that would be too long a turn."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[bytes]] = {}
+
+    def add(self, logprobs: Mapping[str, list[object]]) -> None:
+        """Take those of the next tokens."""
+        for name, items in logprobs.items():
+            known = self._lists.setdefault(name, [])
+            if items:
+                known.append(msgspec.json.encode(items)[1:-1])
+
+    def as_json(self) -> msgspec.Raw:
+        """Return them all."""
+        lists = (b'"%s":[%s]' % (name.encode(), b",".join(items)) for name, items in self._lists.items())
+        return msgspec.Raw(b"{%s}" % b",".join(lists))
 
 
 class CompletionLogprobs:
-    """``logprobs`` of a completion's choice; keeps count of where in the text each token is."""
+    """``logprobs`` of a completion's choice; tracks the text offset of each token."""
 
     def __init__(self, token_bytes: TokenBytes, num_logprobs: int) -> None:
         self._token_bytes = token_bytes
         self._num_logprobs = num_logprobs
         self._text_offset = 0
 
-    def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, object]:
+    def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Logprobs:
         """Return the next tokens' logprobs, as parallel lists."""
         tokens = [_name(self._token_bytes, token_id) for token_id in token_ids]
-        offsets = []
+        offsets: list[object] = []
         for token in tokens:
             offsets.append(self._text_offset)
             self._text_offset += len(token)
         return {
             "text_offset": offsets,
             "token_logprobs": [max(item.logprob, LOWEST) for item in logprobs],
-            "tokens": tokens,
+            "tokens": list(tokens),
             "top_logprobs": [self._top(token, item) for token, item in zip(tokens, logprobs, strict=True)],
         }
 
     def _top(self, token: str, item: TokenLogprobs) -> dict[str, float]:
-        """Return the most likely tokens and, if not among them, the one that was chosen."""
+        """Return the most likely tokens and, if not among them, the sampled one."""
         pairs = list(zip(item.top_token_ids, item.top_logprobs, strict=True))[: self._num_logprobs]
         top = {_name(self._token_bytes, token_id): max(logprob, LOWEST) for token_id, logprob in pairs}
         return {**top, token: top.get(token, max(item.logprob, LOWEST))}
 
 
-def chat_logprobs(
-    token_bytes: TokenBytes, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
-) -> dict[str, object]:
+def chat_logprobs(token_bytes: TokenBytes, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Logprobs:
     """Return ``logprobs`` of a chat completion's choice: one object per token."""
-    content = [
+    content: list[object] = [
         {
             **_entry(token_bytes, token_id, item.logprob),
             "top_logprobs": [
@@ -63,7 +87,7 @@ def _entry(token_bytes: TokenBytes, token_id: int, logprob: float) -> dict[str, 
 
 
 def _name(token_bytes: TokenBytes, token_id: int) -> str:
-    r"""Return a token's text, or ``bytes:\xf0\x9f`` if it is but a part of a character, so that no two are alike."""
+    r"""Return a token's text, or ``bytes:\xf0\x9f`` for a part of a character, so that all are distinct."""
     piece = token_bytes.of(token_id)
     try:
         return piece.decode()

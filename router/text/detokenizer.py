@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time."""
+"""Incremental detokenization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from router.text.token_bytes import TokenBytes
 
 
 class Detokenizer:
-    """Makes the text that follows a prompt. The cost per token is constant.
+    """Converts output tokens to text at constant cost per token.
 
     What has been returned never changes: bytes that may yet become a character are held until they are one, or until
     what follows proves that they never will be (then they are U+FFFD, as in any UTF-8 decoder).
@@ -21,20 +21,30 @@ class Detokenizer:
         self._token_bytes = token_bytes
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # Text that continues a visible prompt keeps its leading space.
-        self._begun = any(not self._skips(token_id) for token_id in reversed(prompt_token_ids))
+        self._prompt_token_ids = prompt_token_ids
+        self._begun = False
 
     def push(self, token_id: int) -> str:
         """Return the text that ``token_id`` completes, which may be empty."""
         if self._skips(token_id):
             return ""
-        piece = self._token_bytes.of(token_id) if self._begun else self._token_bytes.of_first(token_id)
+        if self._begun or self._follows_text():
+            piece = self._token_bytes.of(token_id)
+        else:
+            piece = self._token_bytes.of_first(token_id)
         self._begun = True
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """Return the rest: a replacement character if the last character never became complete."""
+        """Return the rest: a replacement character if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
+
+    def _follows_text(self) -> bool:
+        """Tell whether the prompt is visible: text that continues it keeps its leading space.
+
+        A prompt may be nothing but special tokens, so this is not done for all choices of a request at once.
+        """
+        return not all(map(self._skips, reversed(self._prompt_token_ids)))
 
     def _skips(self, token_id: int) -> bool:
         return self._skip_special_tokens and self._token_bytes.is_special(token_id)

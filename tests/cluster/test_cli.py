@@ -96,7 +96,7 @@ def test_no_cluster_there_exits_1(kvrelay: Command, verb: str) -> None:
     code, _, err = kvrelay(verb, "http://127.0.0.1:9", *words)
 
     assert code == 1
-    assert err.startswith("error: nothing answers at http://127.0.0.1:9 (")
+    assert err.startswith("error: no answer from http://127.0.0.1:9 (")
     assert "kvrelay up CONFIG" in err
     assert err.count("\n") == 1
 
@@ -108,7 +108,7 @@ def test_an_address_may_be_written_as_people_write_it(kvrelay: Command, address:
     for arguments in (["status", address], ["chat", address, "hello"]):
         code, _, err = kvrelay(*arguments)
         assert code == 1
-        assert err.startswith(f"error: nothing answers at {url} (")
+        assert err.startswith(f"error: no answer from {url} (")
 
 
 def test_the_schema_is_json_with_every_section(kvrelay: Command) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.asking import answers, assert_right, random_asks
 from support.cluster import PATIENCE_S, Cluster, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
-from support.ipv6 import needs_ipv6
+from support.ipv6 import NAME, needs_ipv6, with_name
 
 pytestmark = needs_ipv6
 
@@ -26,6 +26,23 @@ def cluster(model: Path) -> Iterator[Cluster]:
     config["router"] |= {"host": "::1", "control": f"tcp://[::1]:{control_port}"}
     with running(config) as cluster:
         yield cluster
+
+
+def test_nodes_by_a_name_that_has_only_an_ipv6_address(model: Path, tmp_path: Path) -> None:
+    config = cluster_config(
+        model, p(host=NAME), d(host=NAME), engine=fake_engine(step_s=0.001), transfer={"link": "tcp"}
+    )
+    control_port = config["router"]["control"].rpartition(":")[2]
+    config["router"] |= {"host": "::1", "control": f"tcp://{NAME}:{control_port}"}
+    with running(config, with_name(tmp_path)) as cluster:
+        asks = random_asks(6, 20)
+        given = answers(cluster, asks)
+        assert assert_right(cluster, asks, given) == len(asks)
+        cluster.wait_until_quiescent()
+        assert cluster.status()["requests"]["kv_bytes_moved"] > 0
+        assert {node["address"] for node in cluster.status()["nodes"]} == {
+            f"tcp://{NAME}:{node.port}" for node in cluster.config.nodes
+        }
 
 
 def kvrelay(*arguments: str) -> str:

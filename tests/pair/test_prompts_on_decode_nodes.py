@@ -58,7 +58,7 @@ def computing(world: World, name: str) -> bool:
     """Tell whether a decode node is in the middle of a prompt."""
     return any(
         request.status is DecodeStatus.RUNNING_PREFILL and request.num_computed_tokens > 0
-        for request in machine(world, name)._requests
+        for request in machine(world, name).requests
     )
 
 

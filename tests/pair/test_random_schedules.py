@@ -78,7 +78,7 @@ def some_storage(rng: random.Random) -> dict[str, Any]:
 def capacity(world: World) -> int:
     """Tokens a whole pool holds."""
     cache = next(iter(world.nodes.values())).config.cache
-    return cache.num_blocks * cache.block_size
+    return cache.fixed_num_blocks * cache.block_size
 
 
 def some_prompt(rng: random.Random, world: World, common: list[int], longest: int) -> list[int]:

@@ -51,7 +51,7 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
         model="m",
         max_model_len=engine.max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
-        num_blocks=node.cache.num_blocks,
+        num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
     )
     machine, served = DecodeMachine(node, registration), Served()

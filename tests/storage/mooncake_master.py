@@ -16,6 +16,8 @@ from typing import Any
 
 from support.redis_server import free_port
 
+from kvrelay.addresses import netloc
+
 CAPACITY_BYTES = 64 << 20
 PATIENCE_S = 20.0
 
@@ -33,20 +35,21 @@ def why_no_mooncake() -> str | None:
 class MooncakeMaster:
     """A master on loopback ports, until ``kill``."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return netloc(self._host, self.port)
 
     def start(self) -> None:
         """Start it and wait until it serves."""
         spec = importlib.util.find_spec("mooncake")
         assert spec is not None
         assert spec.origin is not None
-        command = [str(Path(spec.origin).with_name("mooncake_master")), "--rpc_address=127.0.0.1"]
+        command = [str(Path(spec.origin).with_name("mooncake_master")), f"--rpc_address={self._host}"]
         command += [f"--rpc_port={self.port}", f"--metrics_port={free_port()}", "--metrics_host=127.0.0.1"]
         environment = {**os.environ, "GLOG_minloglevel": "0"}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -63,7 +66,7 @@ class MooncakeMaster:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             with contextlib.suppress(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", self.port), PATIENCE_S).close()
+                socket.create_connection((self._host, self.port), PATIENCE_S).close()
                 return
             time.sleep(0.02)  # it says nothing when its port is open
         raise RuntimeError("mooncake_master does not listen")

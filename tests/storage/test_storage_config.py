@@ -44,8 +44,8 @@ def test_making_a_store_touches_nothing(tmp_path: Path) -> None:
     ("keys", "told"),
     [
         ({"backend": "tape"}, "'none', 'memory', 'file', 'redis' or 'mooncake'"),
-        ({"backend": "file", "url": URL}, "file has no use for url"),
-        ({"backend": "memory", "path": "kv", "ttl_s": 1}, "memory has no use for path, ttl_s"),
+        ({"backend": "file", "url": URL}, "file does not use url"),
+        ({"backend": "memory", "path": "kv", "ttl_s": 1}, "memory does not use path, ttl_s"),
         ({"backend": "redis"}, "redis needs a url"),
         ({"backend": "redis", "url": "http://:hunter2@host"}, "begins with redis://, rediss://, unix://"),
         ({"backend": "mooncake", "master": "host"}, "master"),
@@ -68,3 +68,11 @@ def test_a_node_may_do_without_what_its_cluster_has() -> None:
 def test_a_password_shows_nowhere() -> None:
     config = section(backend="redis", url=URL)
     assert "hunter2" not in f"{config!r} {config} {config.model_dump()} {config.model_dump_json()}"
+
+
+def test_a_backend_that_the_factory_does_not_know_is_an_error_and_no_file_store(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"backend": "tape", "path": str(tmp_path), "capacity": 1 << 20, "timeout_s": 1.0}
+    unchecked = StorageConfig.model_construct(**values)
+
+    with pytest.raises(AssertionError, match="tape"):
+        make_store(unchecked, GEOMETRY, HandClock())

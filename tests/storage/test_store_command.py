@@ -106,8 +106,8 @@ def files(root: Path) -> dict[str, int]:
 def test_a_store_that_nobody_made_is_empty_and_stays_unmade(store: Store, tmp_path: Path) -> None:
     config = written(tmp_path, **file_store(tmp_path))
     assert numbers(store("stats", config)) == ["file", "0", "0"]
-    assert store("verify", config) == (0, "0 blocks read, all good\n", "")
-    assert store("clear", config, "--yes") == (0, "0 blocks dropped\n", "")
+    assert store("verify", config) == (0, "0 blocks read, none corrupt\n", "")
+    assert store("clear", config, "--yes") == (0, "0 blocks deleted\n", "")
     assert not (tmp_path / "kv").exists()
 
 
@@ -131,14 +131,14 @@ def test_looking_changes_no_file_whatever_the_config_says_now(store: Store, tmp_
 def test_a_corrupt_block_is_found_and_dropped(store: Store, tmp_path: Path) -> None:
     config = written(tmp_path, **file_store(tmp_path))
     fill(config, 5)
-    assert store("verify", config) == (0, "5 blocks read, all good\n", "")
+    assert store("verify", config) == (0, "5 blocks read, none corrupt\n", "")
     [slab] = (tmp_path / "kv").rglob("slab-*")
     content = bytearray(slab.read_bytes())
     at = next(index for index, byte in enumerate(content) if byte)
     content[at] ^= 0xFF
     slab.write_bytes(content)
-    assert store("verify", config) == (1, "5 blocks read, 1 corrupt and dropped\n", "")
-    assert store("verify", config) == (0, "4 blocks read, all good\n", "")
+    assert store("verify", config) == (1, "5 blocks read, 1 corrupt and deleted\n", "")
+    assert store("verify", config) == (0, "4 blocks read, none corrupt\n", "")
 
 
 def test_clear_asks_first(store: Store, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_clear_asks_first(store: Store, tmp_path: Path) -> None:
 def test_clear_leaves_other_models_alone(store: Store, tmp_path: Path) -> None:
     config, other = written(tmp_path, **file_store(tmp_path)), "engine.fake.vocab_size=77"
     fill(config, 5)
-    assert store("clear", config, "--yes", "--set", other).out == "0 blocks dropped\n"
+    assert store("clear", config, "--yes", "--set", other).out == "0 blocks deleted\n"
     assert numbers(store("stats", config))[1] == "5"
 
 
@@ -211,8 +211,8 @@ def test_redis_with_a_password_is_seen_and_when_it_is_gone_said_so(
         config = written(tmp_path, backend="redis", url=url, timeout_s=5.0)
         fill(config, 5)
         assert numbers(store("stats", config)) == ["redis", "5", "80"]
-        assert store("verify", config).out == "5 blocks read, all good\n"
-        assert store("clear", config, "--yes").out == "5 blocks dropped\n"
+        assert store("verify", config).out == "5 blocks read, none corrupt\n"
+        assert store("clear", config, "--yes").out == "5 blocks deleted\n"
         server.kill()
         outcome = store("stats", config)
     assert outcome.code == 1
@@ -235,9 +235,9 @@ def test_an_operator_does_not_pass_for_an_owner(store: Store, tmp_path: Path, re
         [owner] = client.keys("kvrelay:owner:*")
         address = client.get(owner)
         assert numbers(store("stats", config)) == ["redis", "5", "80"]
-        assert store("verify", config).out == "5 blocks read, all good\n"
+        assert store("verify", config).out == "5 blocks read, none corrupt\n"
         assert client.get(owner) in (address, None)
-        assert store("clear", config, "--yes").out == "5 blocks dropped\n"
+        assert store("clear", config, "--yes").out == "5 blocks deleted\n"
         assert client.keys("kvrelay:at:*") == []
 
 
@@ -256,8 +256,8 @@ def test_mooncake_tells_what_it_can(tmp_path: Path, mooncake: MooncakeMaster | s
     assert numbers(run("stats", str(config))) == ["mooncake", "-", "-"]
     verified = run("verify", str(config))
     assert verified.code == 1
-    assert "error: mooncake cannot list what it holds" in verified.err
-    assert run("clear", str(config), "--yes").out == "0 blocks dropped\n"
+    assert "error: mooncake cannot list its objects" in verified.err
+    assert run("clear", str(config), "--yes").out == "0 blocks deleted\n"
 
 
 # ---------------------------------------------------------------- a real model

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,7 +64,8 @@ class Cluster:
     Its processes are a session of their own, so that none can hide, and keep their sockets in a directory of their own.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, prefix: Sequence[str] = ()) -> None:
+        self._prefix = prefix
         self.config = ClusterConfig.from_data(config)
         self.url = self.config.router.url
         # Without kept connections: they would look like leaks of the test that made them.
@@ -89,7 +90,13 @@ class Cluster:
         """Start ``kvrelay VERB CONFIG``, in a session of its own."""
         with self._log_path.open("ab") as log:
             return subprocess.Popen(
-                [str(Path(sys.executable).with_name("kvrelay")), verb, str(self.config_path), *arguments],
+                [
+                    *self._prefix,
+                    str(Path(sys.executable).with_name("kvrelay")),
+                    verb,
+                    str(self.config_path),
+                    *arguments,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -252,9 +259,12 @@ class Cluster:
 
 
 @contextmanager
-def running(config: Config) -> Iterator[Cluster]:
-    """Run a cluster; when it is no more needed it must end well, unless the test has seen to its end."""
-    cluster = Cluster(config)
+def running(config: Config, prefix: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Run a cluster; when it is no more needed it must end well, unless the test has seen to its end.
+
+    ``prefix``: beginning of the commands that start it.
+    """
+    cluster = Cluster(config, prefix)
     try:
         cluster.start()
         cluster.wait_until_up()

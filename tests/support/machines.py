@@ -67,7 +67,7 @@ def registration(node: NodeConfig) -> Register:
         model="demo",
         max_model_len=4096,
         max_num_seqs=node.scheduler.max_num_seqs,
-        num_blocks=node.cache.num_blocks,
+        num_blocks=node.cache.fixed_num_blocks,
         geometry=KVGeometry(2, 1, 8, node.cache.block_size, "uint8", "model"),
         vocab_size=VOCAB_SIZE,
     )

@@ -172,7 +172,7 @@ class NodeProcess(Process):
         self.config = config
         self.failing_steps: set[int] = set()
         self._plans: deque[StepPlan] = deque()
-        self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.num_blocks)
+        self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
         me = peer_id(config.name, incarnation)
         kind = PrefillMachine if config.role == "prefill" else DecodeMachine
         machine = kind(config, self._registration(incarnation), self.engine.max_plans_in_flight)
@@ -197,7 +197,7 @@ class NodeProcess(Process):
             model=config.model.name,
             max_model_len=self.engine.max_model_len,
             max_num_seqs=config.scheduler.max_num_seqs,
-            num_blocks=config.cache.num_blocks,
+            num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
         )

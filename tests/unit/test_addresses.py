@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from support.ipv6 import needs_ipv6
+from support.ipv6 import NAME, needs_ipv6, with_name
 from support.loops import Inbox, run
 
-from kvrelay.addresses import is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
+from kvrelay.addresses import has_only_ipv6, is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.machine.contract import Received
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
@@ -72,6 +75,54 @@ def test_a_name_of_both_families_stands_for_its_ipv4_address(monkeypatch: pytest
     assert resolve("localhost", 80) == (socket.AF_INET, ("127.0.0.1", 80))
     found.remove(four)
     assert resolve("localhost", 80) == (socket.AF_INET6, ("::1", 80, 0, 0))
+
+
+@needs_ipv6
+def test_listening_at_a_name_that_has_only_an_ipv6_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+        assert host == "six.test"
+        return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    async def check() -> None:
+        server = Transport(PeerId("d0#1"), Inbox())
+        try:
+            [address] = server.bind("tcp://six.test:0")
+            assert address.startswith("tcp://[::1]:")
+            assert await has_only_ipv6("six.test", 1)
+        finally:
+            server.close()
+
+    run(check())
+
+
+PAIR = """
+import asyncio, sys
+from kvrelay.machine.contract import Received
+from kvrelay.protocol.messages.base import Heartbeat
+from kvrelay.runtime.transport import Transport
+
+async def main():
+    heard = asyncio.Queue()
+    server, client = Transport("d0#1", heard.put_nowait), Transport("p0#1", heard.put_nowait)
+    [address] = server.bind(f"tcp://{sys.argv[1]}:0")
+    client.connect("d0#1", f"tcp://{sys.argv[1]}:{address.rpartition(':')[2]}")
+    client.send("d0#1", Heartbeat())
+    assert await asyncio.wait_for(heard.get(), 60) == Received("p0#1", Heartbeat())
+    client.close()
+    server.close()
+    print(address)
+
+asyncio.run(main())
+"""
+
+
+@needs_ipv6
+def test_reaching_out_to_a_name_that_has_only_an_ipv6_address(tmp_path: Path) -> None:
+    command = [*with_name(tmp_path), sys.executable, "-c", PAIR, NAME]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("tcp://[::1]:"), done.stderr
 
 
 @needs_ipv6

@@ -26,10 +26,16 @@ def adjusts(sampling: SamplingParams) -> bool:
     )
 
 
+def needs_tokens(sampling: SamplingParams) -> bool:
+    """Return whether the changes of logits depend on what the tokens so far are, not only on how many."""
+    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
 def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tuple[Int32, Float32]:
     """Return tokens int32 [n], no two alike, and for each a bias, a repetition penalty and what to subtract [3, n].
 
-    They are those of the item's sequence with the first ``ahead`` of its drafts appended; see ``sampler.sample``.
+    They are those of the item's sequence with the first ``ahead`` of its drafts appended; see ``sampler.sample``. The
+    newest token may be missing if they do not depend on it (``needs_tokens``).
     Raises EngineError if one is not in the vocabulary.
     """
     sequence = item.sequence
@@ -37,7 +43,8 @@ def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tup
     token_ids = np.array([*sequence.token_ids, *drafts], np.int32)
     output, counts = np.unique(token_ids[sequence.num_prompt_tokens :], return_counts=True)
     penalized = params.presence_penalty or params.frequency_penalty
-    too_early = len(token_ids) - sequence.num_prompt_tokens < params.min_tokens
+    num_tokens = item.start + item.num_tokens - len(item.drafts or ()) + ahead
+    too_early = num_tokens - sequence.num_prompt_tokens < params.min_tokens
     banned = [*params.eos_token_ids, *params.stop_token_ids] if too_early else []
     seen = np.unique(token_ids) if params.repetition_penalty != 1.0 else token_ids[:0]
     touched = [list(params.logit_bias), seen, output if penalized else output[:0], banned]

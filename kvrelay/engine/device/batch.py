@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.engine.batch import Int64, StepLimits, misplaced, outside_vocabulary
-from kvrelay.engine.device.adjustments import adjusts, row_adjustments
+from kvrelay.engine.device.adjustments import adjusts, needs_tokens, row_adjustments
 from kvrelay.engine.device.operations import MOST_LOGPROBS, StepShape
 from kvrelay.engine.device.sequence_rows import Int32, SequenceRow, SequenceRows
-from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.steady_batch import LAST_SAMPLED, SteadyBatch
+from kvrelay.engine.device.step_buffer import StepArrays, StepBuffer
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import Chunk, TileCutter, Tiles
 from kvrelay.engine.sampler import uniform
 from kvrelay.engine.sequences import ScheduledSequence
@@ -21,13 +23,23 @@ from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SequenceFailed
 
 
-class Sample(NamedTuple):
-    """A row that samples: of ``item``, after the first ``ahead`` of its drafts."""
+class AwaitedTokenError(Exception):
+    """A step needs a token on the host that a step before it has yet to sample."""
 
-    item: ScheduledSequence
-    row: SequenceRow
-    ahead: int
-    step_row: int
+
+class Samples(NamedTuple):
+    """The rows that sample, in the plan's order; after a sequence's newest token those after its drafts.
+
+    ``step_rows``: which rows of the step; ``table_rows``: of which sequence; ``noted``: the table row if the device is
+    to keep the token, else -1. ``uniforms``: random numbers. ``num_logprobs``: how many alternatives are asked for,
+    None if nobody asks.
+    """
+
+    step_rows: Int32
+    table_rows: Int32
+    noted: Int32
+    uniforms: list[float]
+    num_logprobs: list[int | None] | None
 
 
 class Adjustments(NamedTuple):
@@ -39,7 +51,7 @@ class Adjustments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A plan's batch by row: ``rows`` [4, N] as in StepBuffer, ``tiles``; what samples, in the plan's order.
+    """A plan's batch by row: ``rows`` [4, N] as in StepArrays, ``tiles``; what samples.
 
     ``items`` are the sequences that are computed, in the plan's order; ``first_rows`` are their first rows. The others
     are ``failed``, by their place in the plan. ``foreign``: blocks with KV that the device has not seen.
@@ -51,7 +63,7 @@ class Batch(NamedTuple):
     rows: Int32
     first_rows: list[int]
     tiles: Tiles
-    samples: list[Sample]
+    samples: Samples
     adjustments: Adjustments | None
     foreign: list[BlockId]
 
@@ -77,12 +89,27 @@ class BatchAssembler:
         self._rows = rows
         self._cutter = cutter
         self._max_num_tokens = max_num_tokens
+        self._steady: SteadyBatch | None = None
+
+    def forget_sequences(self) -> None:
+        """What the device has of sequences, and of their KV, is not known any more."""
+        self._rows.clear()
+        self._steady = None
+
+    def take_table_changes(self) -> Int32 | None:
+        """See SequenceRows.take_changes."""
+        return self._rows.take_changes()
 
     def assemble(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Flatten those of ``scheduled`` that are within the limits of a sequence; perhaps there are none.
+        """Flatten those of ``scheduled`` that are within the limits of a sequence. The batch may be empty.
 
-        Raises EngineError if they are too much together.
+        Raises EngineError if the step exceeds ``max_num_tokens``, AwaitedTokenError if it cannot be assembled yet.
         """
+        if self._steady is not None:
+            by_row = self._steady.advance(scheduled, self._rows, self._limits)
+            if by_row is not None:
+                return self._steady_batch(scheduled, self._steady, by_row)
+            self._steady = None
         items: list[ScheduledSequence] = []
         parts: list[_Part] = []
         failed: dict[int, SequenceFailed] = {}
@@ -104,10 +131,18 @@ class BatchAssembler:
     def _part(self, item: ScheduledSequence) -> _Part | SequenceFailed:
         """Return what to compute of ``item``, or why it cannot be computed."""
         sequence, limits = item.sequence, self._limits
-        if failed := misplaced(item, limits) or self._rows.outside_pool(sequence):
+        awaited = item.awaits and item.num_tokens == 1 and item.start == sequence.num_tokens
+        if failed := misplaced(item, limits, int(awaited)) or self._rows.outside_pool(sequence):
             return failed
-        token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
-        if failed := outside_vocabulary(token_ids, limits.vocab_size) or _too_many_logprobs(item):
+        if awaited:
+            if needs_tokens(sequence.sampling) or not self._rows.has_sampled(sequence, item.start):
+                raise AwaitedTokenError
+            token_ids = [LAST_SAMPLED]
+        else:
+            token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
+            if failed := outside_vocabulary(token_ids, limits.vocab_size):
+                return failed
+        if failed := _too_many_logprobs(item):
             return failed
         if not (item.samples and adjusts(sequence.sampling)):
             return _Part(token_ids, None)
@@ -116,7 +151,8 @@ class BatchAssembler:
             return _Part(token_ids, [row_adjustments(item, ahead, limits.vocab_size) for ahead in places])
         except Exception as error:  # the border of a sequence, as in the host's sampler
             reason = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-            return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
+            position = item.start + item.num_tokens - sequence.num_prompt_tokens - len(item.drafts or ())
+            return SequenceFailed(f"output position {position} cannot be sampled: {reason}")
 
     def _flatten(self, items: list[ScheduledSequence], parts: list[_Part], failed: dict[int, SequenceFailed]) -> Batch:
         rows = self._rows.take(items)
@@ -134,27 +170,39 @@ class BatchAssembler:
             for index in order[singles:]
         ]
         tiles = self._cutter.cut(chunks)
-        samples = [
-            Sample(item, row, ahead, first + item.num_tokens - 1 - len(item.drafts or ()) + ahead)
-            for item, row, first in zip(items, rows, first_rows, strict=True)
-            if item.samples
-            for ahead in range(len(item.drafts or ()) + 1)
-        ]
+        samples = _samples(items, rows, first_rows)
+        adjustments = _adjustments(items, parts)
+        if not failed and adjustments is None and all(_is_plain_decode(item) for item in items):
+            self._steady = SteadyBatch(items, rows)
         paged, dense, pieces = (one.shape[1] for one in tiles)
         return Batch(
             items=items,
             failed=failed,
-            shape=StepShape(by_row.shape[1], singles, paged, len(samples), dense, pieces),
+            shape=StepShape(by_row.shape[1], singles, paged, len(samples.uniforms), dense, pieces),
             rows=by_row,
             first_rows=first_rows,
             tiles=tiles,
             samples=samples,
-            adjustments=_adjustments(items, parts),
+            adjustments=adjustments,
             foreign=[block for item, row in zip(items, rows, strict=True) for block in self._foreign(item, row)],
         )
 
+    def _steady_batch(self, items: list[ScheduledSequence], steady: SteadyBatch, by_row: Int32) -> Batch:
+        """Return the batch of decodes that go on: each has one row, in the plan's order."""
+        count = len(items)
+        places = range(count)
+        samples = Samples(
+            step_rows=np.arange(count, dtype=np.int32),
+            table_rows=steady.index,
+            noted=steady.index,
+            uniforms=[_uniform(item, row, 0) for item, row in zip(items, steady.rows, strict=True)],
+            num_logprobs=_num_logprobs(items),
+        )
+        shape = StepShape(count, count, 0, count)
+        return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None, [])
+
     def _foreign(self, item: ScheduledSequence, row: SequenceRow) -> array[int]:
-        """Return the blocks of context that the device lacks, and note that it has them all after this step."""
+        """Return the blocks of context that the device lacks, and record that it has them all after this step."""
         size, first = self._limits.block_size, row.resident
         there = item.writes_from
         row.resident = max(item.start + item.num_tokens - len(item.drafts or ()), there)
@@ -174,30 +222,29 @@ class BatchAssembler:
             slots[positions < np.repeat(writes_from, counts)] = -1
         return result
 
-    def fill(self, buffer: StepBuffer, batch: Batch) -> None:
-        """Put ``batch`` into ``buffer`` and start its copy to the device."""
-        buffer.reset()
+    def fill(self, buffer: StepBuffer, arena: UploadArena, batch: Batch) -> None:
+        """Start the copy of ``batch`` to ``buffer``."""
+        arrays = buffer.stage(arena)
         rows, _, paged, count, dense, pieces = batch.shape
-        buffer.rows[:, :rows] = batch.rows
-        buffer.tiles[:, :paged] = batch.tiles.paged
-        buffer.dense_tiles[:, :dense] = batch.tiles.dense
-        buffer.pieces[:, :pieces] = batch.tiles.pieces
+        arrays.rows[:, :rows] = batch.rows
+        arrays.tiles[:, :paged] = batch.tiles.paged
+        arrays.dense_tiles[:, :dense] = batch.tiles.dense
+        arrays.pieces[:, :pieces] = batch.tiles.pieces
         if count:
-            self._fill_samples(buffer, batch)
-        buffer.upload()
+            self._fill_samples(arrays, batch)
+            if batch.adjustments is not None:
+                tokens, changes, ends = batch.adjustments
+                arrays.numbers[3, 1:count], arrays.numbers[4, :count] = ends[:-1], ends
+                buffer.upload_adjustments(arena, tokens, changes)
+        buffer.upload(arrays)
 
-    def _fill_samples(self, buffer: StepBuffer, batch: Batch) -> None:
-        samples, count = batch.samples, len(batch.samples)
-        buffer.sample_rows[:count] = [sample.step_row for sample in samples]
-        index = np.array([sample.row.index for sample in samples])
-        buffer.reals[0, :count] = [_uniform(sample) for sample in samples]
-        buffer.reals[1:, :count] = self._rows.reals[:, index]
-        buffer.numbers[:2, :count] = self._rows.numbers[:, index]
-        buffer.numbers[2, :count] = np.where([sample.ahead for sample in samples], -1, index)
-        if batch.adjustments is not None:
-            tokens, changes, ends = batch.adjustments
-            buffer.numbers[3, 1:count], buffer.numbers[4, :count] = ends[:-1], ends
-            buffer.upload_adjustments(tokens, changes)
+    def _fill_samples(self, arrays: StepArrays, batch: Batch) -> None:
+        samples, count = batch.samples, batch.shape.samples
+        arrays.sample_rows[:count] = samples.step_rows
+        arrays.reals[0, :count] = samples.uniforms
+        arrays.reals[1:, :count] = self._rows.reals[:, samples.table_rows]
+        arrays.numbers[:2, :count] = self._rows.numbers[:, samples.table_rows]
+        arrays.numbers[2, :count] = samples.noted
 
 
 def _too_many_logprobs(item: ScheduledSequence) -> SequenceFailed | None:
@@ -223,8 +270,43 @@ def _adjustments(items: list[ScheduledSequence], parts: list[_Part]) -> Adjustme
     return Adjustments(tokens, changes, np.cumsum(counts, dtype=np.int32))
 
 
-def _uniform(sample: Sample) -> float:
-    if not sample.row.draws:
+def _samples(items: list[ScheduledSequence], rows: list[SequenceRow], first_rows: list[int]) -> Samples:
+    """Return what samples, and note in ``rows`` which token the device will have of each."""
+    step_rows, table_rows, noted, uniforms = [], [], [], []
+    for item, row, first in zip(items, rows, first_rows, strict=True):
+        if not item.samples:
+            continue
+        num_drafts = len(item.drafts or ())
+        row.sampled = item.start + item.num_tokens - num_drafts
+        for ahead in range(num_drafts + 1):
+            step_rows.append(first + item.num_tokens - 1 - num_drafts + ahead)
+            table_rows.append(row.index)
+            noted.append(row.index if ahead == 0 else -1)  # not the tokens after drafts
+            uniforms.append(_uniform(item, row, ahead))
+    return Samples(
+        step_rows=np.array(step_rows, np.int32),
+        table_rows=np.array(table_rows, np.int32),
+        noted=np.array(noted, np.int32),
+        uniforms=uniforms,
+        num_logprobs=_num_logprobs(items),
+    )
+
+
+def _num_logprobs(items: list[ScheduledSequence]) -> list[int | None] | None:
+    """Return for each sampling row how many log probabilities are asked for, None if nobody asks."""
+    if all(item.sequence.sampling.num_logprobs is None for item in items):
+        return None
+    return [
+        item.sequence.sampling.num_logprobs for item in items if item.samples for _ in range(len(item.drafts or ()) + 1)
+    ]
+
+
+def _uniform(item: ScheduledSequence, row: SequenceRow, ahead: int) -> float:
+    """Return the random number of the token that is sampled after the first ``ahead`` drafts."""
+    if not row.draws:
         return 0.0
-    sequence = sample.item.sequence
-    return uniform(sequence.sampling.seed, sequence.num_tokens + sample.ahead)
+    return uniform(item.sequence.sampling.seed, item.start + item.num_tokens - len(item.drafts or ()) + ahead)
+
+
+def _is_plain_decode(item: ScheduledSequence) -> bool:
+    return item.num_tokens == 1 and item.samples and item.drafts is None and item.writes_from <= item.start

@@ -1,6 +1,6 @@
-"""The forward pass on the device, for every architecture: from token ids there to sampled tokens there.
+"""The forward pass on the device, for every architecture: from token ids to sampled tokens.
 
-Nothing in it waits for the device or depends on what the device computes, so all of it can be captured as a graph.
+It never waits for the device and does not depend on values computed there, so it can be captured as a graph.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kvrelay.engine.kernels import LayerKV
 
 
 class Computed(NamedTuple):
-    """What a step gives, on the device: what is ``sampled`` (None if nothing is), and ``broken_rows`` int32 [N].
+    """Results of a step, on the device: ``sampled`` (None if no row samples) and ``broken_rows`` int32 [N].
 
-    ``broken_rows`` are 1 where the last layer's result is not finite; those that are padding mean nothing.
+    ``broken_rows`` is 1 where the last hidden state is not finite, and undefined for padding rows.
     """
 
     sampled: Sampled | None

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+import threading
+from collections import deque
+from queue import SimpleQueue
 
-from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
-from kvrelay.engine.device.batch import Batch, BatchAssembler
-from kvrelay.engine.device.decoder import Computed, DeviceDecoder
-from kvrelay.engine.device.framework import Framework
-from kvrelay.engine.device.graphs import StepGraphs, chunk_shapes
-from kvrelay.engine.device.operations import Operations, Sampled, StepShape
-from kvrelay.engine.device.outcomes import outcomes_of
-from kvrelay.engine.device.pool import DevicePool, MirroredPool, private_pool, shared_pool
-from kvrelay.engine.device.sequence_rows import SequenceRows
-from kvrelay.engine.device.step_buffer import StepBuffer
-from kvrelay.engine.device.tiles import TileCutter
+from kvrelay.engine.device.batch import AwaitedTokenError
+from kvrelay.engine.device.framework import Event, Framework
+from kvrelay.engine.device.graphs import chunk_shapes
+from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLauncher, outcomes
+from kvrelay.engine.device.operations import Operations, StepShape
+from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
@@ -25,27 +22,15 @@ from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import NewSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
-from kvrelay.protocol.request import SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import SamplingParams
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class DeviceEngineLimits:
-    """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: sizes of steps that are graphs.
-
-    ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
-    """
-
-    num_blocks: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    decode_graphs: tuple[int, ...] = ()
-    chunk_graphs: tuple[int, ...] = ()
-    mirrored: bool = False
+PLANS_IN_FLIGHT = 2
 
 
 class DeviceEngine:
-    """A decoder with its KV pool on a device (see ``interface.Engine``)."""
+    """A decoder with its KV pool on a device (see ``interface.PipelinedEngine``)."""
 
     def __init__(
         self,
@@ -60,131 +45,195 @@ class DeviceEngine:
         self.memory = KVMemory.create(geometry, limits.num_blocks)
         self.max_model_len = limits.max_model_len
         self.vocab_size = config.vocab_size
-        self.max_plans_in_flight = 1
-        self._sequences = EngineSequences()
+        self.max_plans_in_flight = PLANS_IN_FLIGHT
         self._framework = framework
         self._operations = operations
         self._limits = limits
-        self._stream = framework.stream()
-        max_blocks = geometry.blocks_for(limits.max_model_len)
-        self._rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
-        step_limits = StepLimits(geometry.block_size, limits.num_blocks, limits.max_model_len, config.vocab_size)
-        self._cutter = TileCutter(operations.tile_rows, operations.room)
-        self._assembler = BatchAssembler(step_limits, self._rows, self._cutter, limits.max_num_batched_tokens)
-        with framework.on(self._stream):
-            self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
-            last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
-            self._pool = self._make_pool()
-            self._buffer = self._make_buffer(entries=0)
-        self._tokens, self._token_staging = framework.staging(limits.max_num_batched_tokens)
-        self._broken, self._broken_staging = framework.staging(limits.max_num_batched_tokens)
-        self._sampled = framework.event()
-        self._decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
-        self._graphs = StepGraphs((), self._decoder, self._pool.layers, framework, self._stream)
-
-    def _make_pool(self) -> DevicePool:
-        if self._limits.mirrored:
-            return MirroredPool(self.memory, self._framework, self._operations, self._stream)
-        return (private_pool if self._framework.is_gpu else shared_pool)(self.memory, self._framework)
+        self.launcher = StepLauncher(config, weights, self.memory, framework, operations, limits, PLANS_IN_FLIGHT)
+        self._steps = StepQueue(self.launcher)
 
     def warm_up(self) -> None:
-        """Compile what steps need and capture the graphs, so that nothing is compiled while requests wait."""
+        """Compile all kernels and capture the graphs, so that no request waits for compilation."""
         self._framework.synchronize()  # weights and tables were made in other streams
         room = self._operations.room
         counts = {1, 2, 300} if room is None else {1, 2, 300, room.fewest}
         for count in {min(count, self._longest_warm_up()) for count in counts}:
-            self._compute([_warm_up_item(count, self.geometry)], lambda layer: None)
-        self._rows.clear()
+            slot = self.launcher.slots[0]
+            self.launcher.launch([_warm_up_item(count, self.geometry)], slot, lambda layers, event: None)
+            slot.done.synchronize()
+        self.launcher.forget_sequences()
         decodes = [StepShape(size, size, 0, size) for size in self._limits.decode_graphs]
-        shapes = [*decodes, *chunk_shapes(self._limits.chunk_graphs, self._operations.tile_rows)]
-        self._graphs = StepGraphs(shapes, self._decoder, self._pool.layers, self._framework, self._stream)
+        self.launcher.capture([*decodes, *chunk_shapes(self._limits.chunk_graphs, self._operations.tile_rows)])
+
+    def compute_largest_step(self) -> None:
+        """Compute a prefill of as many tokens as a step may have: nothing takes more memory."""
+        longest, left = self._longest_warm_up(), self._limits.max_num_batched_tokens
+        items: list[ScheduledSequence] = []
+        while left > 0 and len(items) < self._limits.max_num_seqs:
+            items.append(_warm_up_item(min(longest, left), self.geometry))
+            left -= longest
+        slot = self.launcher.slots[0]
+        self.launcher.launch(items, slot, lambda layers, event: None)
+        slot.done.synchronize()
+        self.launcher.forget_sequences()
 
     def _longest_warm_up(self) -> int:
         room = self._limits.num_blocks * self.geometry.block_size
         return min(room, self._limits.max_model_len, self._limits.max_num_batched_tokens)
 
+    def begin(self, plan: StepPlan) -> DeviceStep:
+        """See PipelinedEngine."""
+        return self._steps.begin(plan)
+
     def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
-        if not plan.batch:
-            raise EngineError("a step without sequences")
-        items = self._sequences.apply(plan)
-        outcomes = compute_isolated(plan.step, items, self._compute, on_layer)
-        return self._sequences.result(plan, items, outcomes)
-
-    def _compute(self, items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
-        """Return the outcome of each of ``items``."""
-        try:
-            with self._framework.on(self._stream):
-                batch = self._assembler.assemble(items)
-                outcomes = iter(self._compute_batch(batch, on_layer) if batch.items else ())
-        except BaseException:
-            self._rows.clear()  # what the device has of their KV is not known any more
-            raise
-        return [batch.failed[place] if place in batch.failed else next(outcomes) for place in range(len(items))]
-
-    def _compute_batch(self, batch: Batch, on_layer: OnLayer) -> list[SequenceOutcome]:
-        """Return the outcome of each of the batch's items."""
-        self._pool.copy_in(batch.foreign)
-        self._update_tables()
-        computed, finish = self._launch(batch, on_layer)
-        rows, count = batch.shape.rows, batch.shape.samples
-        if computed.sampled is not None:
-            self._framework.copy(self._token_staging[:count], computed.sampled.tokens[:count])
-        if count < rows:
-            self._framework.copy(self._broken_staging[:rows], computed.broken_rows[:rows])
-        self._sampled.record(self._stream)
-        finish()
-        self._sampled.synchronize()
-        broken = self._broken[:rows] if count < rows else None  # logits tell as much
-        outcomes = outcomes_of(batch, self._tokens[:count].tolist(), self._logprobs(batch, computed.sampled), broken)
-        for index, item in enumerate(batch.items):
-            if item.drafts and isinstance(outcomes[index], SequenceFailed):
-                # Perhaps a guess is what is not finite: masked or not, it can spoil the rows before it.
-                [outcomes[index]] = self._compute([item.without_drafts], lambda layer: None)
-        return outcomes
-
-    def _update_tables(self) -> None:
-        changes = self._rows.take_changes()
-        if changes is not None:
-            self._operations.set_entries(self._tables, self._framework.upload(changes, "int32"))
-
-    def _launch(self, batch: Batch, on_layer: Callable[[int], None]) -> tuple[Computed, Callable[[], None]]:
-        """Tell the device to compute ``batch``; return what comes of it, and what announces the rest of the layers."""
-        entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
-        graph = self._graphs.find(batch.shape, entries)
-        buffer = self._eager_buffer(entries) if graph is None else graph.buffer
-        self._assembler.fill(buffer, batch)
-        step = buffer.tensors(batch.shape)
-        copies = self._pool.begin_copy_out(step.slots, on_layer)
-        if graph is not None:
-            return graph.replay(), copies.finish
-        return self._decoder.compute(step, self._pool.layers, copies.layer_launched), copies.finish
-
-    def _eager_buffer(self, entries: int) -> StepBuffer:
-        if entries > self._buffer.entries:
-            self._buffer = self._make_buffer(2 * entries)
-        return self._buffer
-
-    def _make_buffer(self, entries: int) -> StepBuffer:
-        rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
-        paged, dense, pieces = self._cutter.most(rows, seqs)
-        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
-
-    def _logprobs(self, batch: Batch, sampled: Sampled | None) -> Iterator[TokenLogprobs | None]:
-        """Return for each sampling row its log probabilities, if they are asked for."""
-        wanted = [sample.item.sequence.sampling.num_logprobs for sample in batch.samples]
-        if sampled is None or all(count is None for count in wanted):
-            return iter([None] * len(wanted))
-        tops, logprobs = (self._framework.to_host(one).tolist() for one in sampled[1:])
-        return (
-            None if count is None else TokenLogprobs(values[0], ids[1 : 1 + count], values[1 : 1 + count])
-            for count, ids, values in zip(wanted, tops, logprobs, strict=False)
-        )
+        """See Engine. Layers are told when all have been launched."""
+        step = self.begin(plan)
+        step.launch()
+        return step.finish(on_layer)
 
     def close(self) -> None:
-        self._stream.synchronize()
-        del self._graphs
-        self._pool.close()
+        """See Engine."""
+        self.launcher.close()
         self.memory.close()
+
+
+class StepQueue:
+    """The steps in flight, in their order, and the engine's own copies of sequences.
+
+    ``launching`` is held by whoever launches. ``deferred`` are the steps that ``finish`` has yet to launch.
+    """
+
+    def __init__(self, launcher: StepLauncher) -> None:
+        self.launcher = launcher
+        self.launching = threading.RLock()
+        self.sequences = EngineSequences()
+        self.deferred: deque[DeviceStep] = deque()
+        self._count = 0
+
+    def begin(self, plan: StepPlan) -> DeviceStep:
+        """Return the next step."""
+        self._count += 1
+        slots = self.launcher.slots
+        return DeviceStep(self, plan, slots[self._count % len(slots)])
+
+
+class DeviceStep:
+    """One plan on its way: ``launch`` tells the device what to compute, ``finish`` waits for it, in any two threads.
+
+    A step is deferred, and launched by ``finish`` when all steps before it are over, if it needs on the host a token
+    that is being sampled, if a step before it is deferred, or if launching it raises: then the sequences that break it
+    are found one by one.
+    """
+
+    def __init__(self, steps: StepQueue, plan: StepPlan, slot: StepSlot) -> None:
+        self._steps = steps
+        self._launcher = steps.launcher
+        self._plan = plan
+        self._slot = slot
+        self._items: list[ScheduledSequence] = []
+        self._launched: Launched | None = None
+        self._layers: SimpleQueue[tuple[range, Event] | None] = SimpleQueue()
+        self._num_told = 0
+
+    def launch(self) -> None:
+        """See EngineStep. Raises nothing: what goes wrong here is met again by ``finish``."""
+        try:
+            with self._steps.launching:
+                self._launch_if_possible()
+        finally:
+            self._layers.put(None)
+
+    def _launch_if_possible(self) -> None:
+        try:
+            with self._launcher.state:
+                self._items = self._steps.sequences.apply(self._plan)
+            if self._items and not self._steps.deferred:
+                self._launched = self._launch(self._items)
+        except AwaitedTokenError:
+            pass
+        except Exception:
+            logger.exception("step %d was not launched with %d sequences", self._plan.step, len(self._items))
+        if self._launched is None:
+            self._steps.deferred.append(self)
+
+    def _launch(self, items: list[ScheduledSequence]) -> Launched:
+        return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
+
+    def finish(self, on_layer: OnLayer) -> StepResult:
+        """See EngineStep. Raises what it cannot attribute to one sequence."""
+        self._tell_layers(on_layer)
+        if self._launched is None:
+            with self._steps.launching:
+                try:
+                    found = self._compute_now(on_layer)
+                finally:
+                    self._steps.deferred.remove(self)
+        else:
+            found = self._outcomes(self._launched)
+        with self._launcher.state:
+            return self._steps.sequences.result(self._plan, self._items, found)
+
+    def _compute_now(self, on_layer: OnLayer) -> list[SequenceOutcome]:
+        """Launch the step and wait for it; if that raises, its halves, and so on."""
+        if not self._items:
+            raise EngineError("a step without sequences")
+
+        def compute(items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+            try:
+                launched = self._launch(items)
+                self._layers.put(None)
+            except BaseException:
+                self._layers = SimpleQueue()
+                raise
+            self._num_told = 0  # of this part of the step; the whole step's are counted by compute_isolated
+            self._tell_layers(on_layer)
+            return self._outcomes(launched)
+
+        told = self._num_told
+        return compute_isolated(
+            self._plan.step, self._items, compute, lambda layer: on_layer(layer) if layer >= told else None
+        )
+
+    def _tell_layers(self, on_layer: OnLayer) -> None:
+        """Tell each layer once it is where others read it, until all are launched."""
+        while (group := self._layers.get()) is not None:
+            layers, event = group
+            event.synchronize()
+            for layer in layers:
+                on_layer(layer)
+            self._num_told = layers.stop
+
+    def _outcomes(self, launched: Launched) -> list[SequenceOutcome]:
+        """Return what came of each sequence of ``launched``, when the device is done with it."""
+        launched.slot.done.synchronize()
+        found = outcomes(launched)
+        items = launched.batch.items
+        if not any(item.drafts or _is_missing(item) for item in items):
+            return found
+        places = [place for place in range(len(found)) if place not in launched.batch.failed]
+        for place, item in zip(places, items, strict=True):
+            if _is_missing(item):
+                found[place] = SequenceFailed(f"no token was sampled for position {item.start}")
+            elif item.drafts and isinstance(found[place], SequenceFailed):
+                # Perhaps a guess is what is not finite: masked or not, it can spoil the rows before it.
+                found[place] = self._without_drafts(item)
+        return found
+
+    def _without_drafts(self, item: ScheduledSequence) -> SequenceOutcome:
+        """Compute ``item`` once more, alone and without its guesses."""
+
+        def compute(items: list[ScheduledSequence], _: OnLayer) -> list[SequenceOutcome]:
+            with self._steps.launching:
+                launched = self._launcher.launch(items, self._slot, lambda layers, event: None)
+            launched.slot.done.synchronize()
+            return outcomes(launched)
+
+        return compute_isolated(self._plan.step, [item.without_drafts], compute, lambda layer: None)[0]
+
+
+def _is_missing(item: ScheduledSequence) -> bool:
+    """Return whether the step before was to sample the newest token of ``item`` and did not."""
+    return item.awaits and len(item.sequence.token_ids) < item.start + item.num_tokens
 
 
 def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:

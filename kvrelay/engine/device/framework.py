@@ -1,6 +1,6 @@
-"""What a device engine takes from the framework that owns the device's memory, all of it.
+"""The interface between a device engine and the framework that owns the device's memory.
 
-Kernels are Triton's and know pointers and strides. A framework gives memory, matrix products, streams, events and
+Kernels are Triton's and know pointers and strides. A framework gives memory, GEMMs, streams, events and
 graphs. A ``Tensor`` is the framework's own: Triton takes its pointer, and the engine uses ``shape``, ``view`` and
 slices of it.
 """
@@ -25,20 +25,20 @@ class Event(Protocol):
     """A point in a stream."""
 
     def record(self, stream: Any) -> None:
-        """Mark what ``stream`` has been told to do so far."""
+        """Mark the end of the work queued on ``stream`` so far."""
 
     def query(self) -> bool:
-        """Return whether the device is past the mark."""
+        """Return whether the device has passed the mark."""
 
     def synchronize(self) -> None:
-        """Wait until it is."""
+        """Wait until the device has passed the mark."""
 
 
 class Stream(Protocol):
     """Work that the device does in order."""
 
     def wait_event(self, event: Any) -> None:
-        """Do what comes from now on after ``event``."""
+        """Run work that is queued from now on after ``event``."""
 
     def synchronize(self) -> None:
         """Wait until all of it is done."""
@@ -52,7 +52,7 @@ class Graph(Protocol, Generic[T_co]):
         """The results, in the same memory after each replay."""
 
     def replay(self) -> None:
-        """Do the work once more, on what its inputs hold now."""
+        """Run the work again on the current content of its inputs."""
 
 
 class Framework(Protocol):
@@ -69,6 +69,9 @@ class Framework(Protocol):
     def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
         """Return a copy of ``array`` on the device as ``dtype``."""
 
+    def upload_to(self, target: Tensor, array: npt.NDArray[Any], dtype: str) -> None:
+        """Copy ``array``, whose elements are ``dtype`` (bfloat16: their bits), to ``target`` of any type, and wait."""
+
     def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
         """Return the contiguous memory of ``tensor`` as another type and shape."""
 
@@ -79,7 +82,7 @@ class Framework(Protocol):
         """Return ``array`` as a tensor on the same memory that kernels reach. Raises EngineError if they cannot."""
 
     def unshare(self, array: npt.NDArray[np.uint8]) -> None:
-        """End what ``share`` began, before the memory is given back."""
+        """Undo ``share``. Call before the memory is freed."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy between device and staging memory, in the order of the current stream."""
@@ -96,8 +99,17 @@ class Framework(Protocol):
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         """Return random numbers made on the device."""
 
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of the device's memory that are free, and all of them.
+
+        What is kept for reuse is not free.
+        """
+
+    def release_memory(self) -> None:
+        """Give memory that is kept for reuse back to the device."""
+
     def synchronize(self) -> None:
-        """Wait until the device has done everything that it was told, in any stream."""
+        """Wait for all queued work of all streams."""
 
     def stream(self) -> Stream:
         """Return a new stream, which does not wait for the others."""
@@ -106,7 +118,7 @@ class Framework(Protocol):
         """Return a new event."""
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """Do what is asked for within it in ``stream``, without noting gradients."""
+        """Return a context in which work is queued on ``stream``, without gradients."""
 
     def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
         """Return ``work`` as a graph. It has run before, so that all it needs is compiled."""

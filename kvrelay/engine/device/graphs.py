@@ -1,4 +1,4 @@
-"""Whole steps as graphs, one for each size of step that comes up often: one launch instead of several hundred."""
+"""Captures whole steps as graphs, one for each common size: one launch instead of several hundred."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from kvrelay.engine.device.decoder import Computed, DeviceDecoder
 from kvrelay.engine.device.framework import Framework, Graph, Stream
 from kvrelay.engine.device.operations import StepShape
 from kvrelay.engine.device.step_buffer import StepBuffer, fits
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.kernels import LayerKV
 
 ADJUSTMENTS_PER_ROW = 4096
@@ -32,8 +33,9 @@ class StepGraph:
     """A captured step of at most ``shape`` with the buffer that it reads."""
 
     def __init__(
-        self, shape: StepShape, decoder: DeviceDecoder, pool: Sequence[LayerKV], framework: Framework, stream: Stream
-    ) -> None:
+        self, shape: StepShape, decoder: DeviceDecoder, pool: Sequence[LayerKV], framework: Framework, stream: Stream,
+        arena: UploadArena,
+    ) -> None:  # fmt: skip
         with framework.on(stream):
             self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples)
             step = self.buffer.tensors(shape)
@@ -42,13 +44,14 @@ class StepGraph:
             return decoder.compute(step, pool)
 
         with framework.on(stream):
-            self.buffer.upload()
+            self.buffer.upload(self.buffer.stage(arena))
             work()  # compiles what it needs
         stream.synchronize()
+        arena.clear()
         self._graph: Graph[Computed] = framework.capture(work, stream)
 
     def replay(self) -> Computed:
-        """Compute what the buffer holds; return what comes of it, in the same memory each time."""
+        """Compute the content of the buffer. Results are in the same memory each time."""
         self._graph.replay()
         return self._graph.output
 
@@ -63,9 +66,10 @@ class StepGraphs:
         pool: Sequence[LayerKV],
         framework: Framework,
         stream: Stream,
+        arena: UploadArena,
     ) -> None:
         ordered = sorted(shapes, key=lambda shape: shape.rows * max(shape.samples, 1), reverse=True)
-        self._graphs = [StepGraph(shape, decoder, pool, framework, stream) for shape in ordered]
+        self._graphs = [StepGraph(shape, decoder, pool, framework, stream, arena) for shape in ordered]
         self._graphs.sort(key=lambda graph: graph.buffer.capacity.rows)
 
     def find(self, shape: StepShape, num_adjustments: int) -> StepGraph | None:

@@ -1,19 +1,22 @@
-"""Making a device engine: from a node's config, or of any shape with random weights."""
+"""Creates a device engine: from a node's config, or of any shape with random weights."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.graphs import decode_sizes
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.operations import OperationLimits, Operations
+from kvrelay.engine.device.pool_size import free_host_bytes, num_blocks_that_fit
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
@@ -25,6 +28,8 @@ from kvrelay.protocol.geometry import KVGeometry
 if TYPE_CHECKING:
     from kvrelay.config.cluster_config import NodeConfig
 
+logger = logging.getLogger(__name__)
+
 CHUNK_GRAPHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prefill steps of up to so many tokens are graphs on a GPU where their launches would take longer than they do."""
 
@@ -32,7 +37,7 @@ LAYER_LAUNCH_SECONDS = 0.29e-3
 """What launching one layer kernel by kernel took on the host of an H100; see docs/gpu.md."""
 
 FLOPS_PER_SECOND = 5e14
-"""What the products of a few hundred tokens reached there."""
+"""What the GEMMs of a few hundred tokens reached there."""
 
 GATHERED_FROM = 512
 """Tokens of a chunk from which its context is gathered: on an H100 that pays from about 250 at contexts of 2,048
@@ -52,7 +57,7 @@ class DeviceOptions:
 
 def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]) -> DeviceEngine:
     """Return the engine of ``node`` with its checkpoint loaded, ready to run. Raises CheckpointError or ConfigError."""
-    from kvrelay.engine.geometry import checkpoint_geometry, device_dtype  # noqa: PLC0415
+    from kvrelay.engine.geometry import checkpoint_geometry, device_dtype, dummy_geometry  # noqa: PLC0415
     from kvrelay.engine.load import longest_sequence  # noqa: PLC0415
 
     if node.engine.quantization != "none":
@@ -60,13 +65,12 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)
-    checkpoint = Checkpoint.open(model_dir, config, on_progress)
     dtype = device_dtype(node)
     if node.cache.dtype not in ("auto", dtype):
         raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}")
     is_gpu = node.engine.device == "gpu"
     limits = DeviceEngineLimits(
-        num_blocks=node.cache.num_blocks,
+        num_blocks=0 if is_gpu and node.cache.num_blocks == "auto" else node.cache.fixed_num_blocks,
         max_model_len=max_model_len,
         max_num_seqs=node.scheduler.max_num_seqs,
         max_num_batched_tokens=node.scheduler.max_num_batched_tokens,
@@ -75,10 +79,24 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         mirrored=is_gpu,
     )
     framework = TorchFramework(node.engine.device, node.threads)
-    weights = load_weights(checkpoint, DevicePacking(framework, dtype))
-    geometry = checkpoint_geometry(node, checkpoint, dtype, max_model_len)
+    if node.model.load_format == "dummy":
+        weights = RandomWeights(framework, config, dtype).make()
+        geometry = dummy_geometry(node, config, dtype, max_model_len)
+    else:
+        checkpoint = Checkpoint.open(model_dir, config, on_progress)
+        weights = load_weights(checkpoint, DevicePacking(framework, dtype))
+        geometry = checkpoint_geometry(node, checkpoint, dtype, max_model_len)
     options = DeviceOptions(node.engine.device, dtype, node.cache.block_size)
-    return build_engine(config, weights, geometry, framework, limits, options)
+
+    def build(limits: DeviceEngineLimits) -> DeviceEngine:
+        return build_engine(config, weights, geometry, framework, limits, options)
+
+    if node.cache.num_blocks == "auto":
+        share = node.cache.device_memory_share
+        num_blocks = num_blocks_that_fit(build, framework, geometry, limits, share, free_host_bytes)
+        logger.info("cache.num_blocks: auto: %d blocks, %d tokens", num_blocks, num_blocks * geometry.block_size)
+        limits = replace(limits, num_blocks=num_blocks)
+    return build(limits)
 
 
 def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
@@ -93,16 +111,16 @@ def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
 def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: DeviceOptions) -> DeviceEngine:
     """Return an engine with random weights made on the device; nothing is read."""
     framework = TorchFramework(options.device)
-    made = RandomWeights(framework, config, options.dtype)
     geometry = KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=options.block_size,
         dtype=options.dtype,
-        model_digest=made.digest(),
+        model_digest="random",
     )
-    return build_engine(config, made.make(), geometry, framework, limits, options)
+    weights = RandomWeights(framework, config, options.dtype).make()
+    return build_engine(config, weights, geometry, framework, limits, options)
 
 
 def build_engine(

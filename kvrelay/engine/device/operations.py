@@ -1,4 +1,4 @@
-"""What the decoder does between matrix products, as the device's kernels or their references do it.
+"""What the decoder does between GEMMs, as the device's kernels or their references do it.
 
 Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S sampling rows.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from itertools import islice
 
@@ -14,14 +15,18 @@ from kvrelay.protocol.request import TokenLogprobs
 
 
 def outcomes_of(
-    batch: Batch, tokens: list[int], entries: Iterator[TokenLogprobs | None], broken: Int32 | None
+    batch: Batch, tokens: Int32, entries: Iterator[TokenLogprobs | None] | None, broken: Int32 | None
 ) -> list[SequenceOutcome]:
     """Return the outcome of each of the batch's items.
 
-    ``tokens`` and ``entries`` are those of its samples; ``broken`` [rows] is 1 where a row is not finite, None if every
-    row samples. A sequence with such a row fails, whether or not its logits show it (see ``paddle_engine``).
+    ``tokens`` and ``entries`` (None: there are none) are those of its samples; ``broken`` [rows] is 1 where a row is
+    not finite, None if every row samples. A sequence with such a row fails, whether or not its logits show it (see
+    ``paddle_engine``).
     """
-    rows = iter(tokens)
+    if broken is None and entries is None and len(tokens) == len(batch.items) and (tokens >= 0).all():
+        return [SampledTokens([token], []) for token in tokens.tolist()]
+    rows = iter(tokens.tolist())
+    entries = itertools.repeat(None) if entries is None else entries
     outcomes: list[SequenceOutcome] = []
     for item, first_row in zip(batch.items, batch.first_rows, strict=True):
         count = 1 + len(item.drafts or ()) if item.samples else 0

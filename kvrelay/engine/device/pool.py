@@ -7,61 +7,81 @@ is copied to the device before a step reads it. A CPU computes in the shared mem
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
-from kvrelay.engine.device.framework import Framework, Stream, Tensor
+from kvrelay.engine.device.framework import Event, Framework, Stream, Tensor
 from kvrelay.engine.device.operations import Operations
+from kvrelay.engine.device.step_slot import StepSlot, UploadArena
 from kvrelay.engine.kernels import LayerKV
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.ids import BlockId
 
-LAYERS_PER_COPY = 4
-"""Layers that one copy to the mirror takes: fewer launches, while later layers are computed."""
+LAYERS_PER_EVENT = 4
+"""Layers that are announced at once: fewer events and copies, while later layers are computed."""
+
+Announce: TypeAlias = Callable[[range, Event], None]
+"""Told layers of a step, in order, and the event after which their KV is where others read it."""
+
+
+class LayerEvents:
+    """Announces the layers of one step while they are launched, a few at a time.
+
+    ``mark(layers)`` returns the event after which they are there.
+    """
+
+    def __init__(self, num_layers: int, mark: Callable[[range], Event], announce: Announce) -> None:
+        self._num_layers = num_layers
+        self._mark = mark
+        self._announce = announce
+        self._next = 0
+
+    def layer_launched(self, layer: int) -> None:
+        """The device has been told to write ``layer``."""
+        if (layer + 1) % LAYERS_PER_EVENT == 0:
+            self._announce_to(layer + 1)
+
+    def all_launched(self) -> None:
+        """The device has been told to write all layers."""
+        self._announce_to(self._num_layers)
+
+    def _announce_to(self, end: int) -> None:
+        layers, self._next = range(self._next, end), end
+        if layers:
+            self._announce(layers, self._mark(layers))
 
 
 class PlainPool:
-    """A pool with nothing to copy: the node's memory itself, or memory of the device that nobody else reads."""
+    """A pool without copies: the node's memory, or device memory that no other process reads."""
 
-    def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework) -> None:
+    def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework, stream: Stream) -> None:
+        self._framework, self._stream = framework, stream
         self.layers = _layers(framework, tensor, memory)
 
-    def copy_in(self, blocks: list[BlockId]) -> None:
-        """Make ``blocks``, which others wrote, visible to the kernels."""
+    def copy_in(self, blocks: list[BlockId], arena: UploadArena) -> None:
+        """Make ``blocks``, which others wrote, visible to the kernels of steps launched from now on."""
 
-    def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> LayerCopies:
-        """Return what announces the layers of a step that writes to ``slots``, on the device."""
-        return LayerCopies(len(self.layers), on_layer)
+    def layer_events(self, slots: Tensor, room: StepSlot, announce: Announce) -> LayerEvents:
+        """Return what announces the layers of the step in ``room``, which writes to ``slots``, on the device."""
+        return LayerEvents(len(self.layers), self._mark, announce)
+
+    def _mark(self, layers: range) -> Event:
+        event = self._framework.event()
+        event.record(self._stream)
+        return event
 
     def close(self) -> None:
         """Let go of the memory."""
         del self.layers
 
 
-class LayerCopies:
-    """Announces each layer of one step when its keys and values are in the node's memory."""
-
-    def __init__(self, num_layers: int, on_layer: Callable[[int], None]) -> None:
-        self._num_layers = num_layers
-        self._on_layer = on_layer
-        self._told = 0
-
-    def layer_launched(self, layer: int) -> None:
-        """The device has been told to write ``layer``; on a CPU it has done so."""
-        self._tell(layer + 1)
-
-    def finish(self) -> None:
-        """Announce the layers that are left, when they are there."""
-        self._tell(self._num_layers)
-
-    def _tell(self, end: int) -> None:
-        while self._told < end:
-            self._on_layer(self._told)
-            self._told += 1
-
-
 class MirroredPool:
-    """A pool on the device with the node's memory as its mirror, copied by kernels on a stream of their own."""
+    """A pool on the device with the node's memory as its mirror, copied by kernels on a stream of their own.
+
+    The copies of a step may run when the next one is launched, into the same step buffer: so they have slots of their
+    own.
+    """
 
     def __init__(self, memory: KVMemory, framework: Framework, operations: Operations, stream: Stream) -> None:
         geometry = memory.geometry
@@ -75,35 +95,33 @@ class MirroredPool:
         by_slot = (shape[0], memory.num_blocks * geometry.block_size, -1)
         self._by_slot = self._device_words.view(by_slot), self._host_words.view(by_slot)
         self.layers = _layers(framework, self._device_words, memory)
-        self._written = [framework.event() for _ in range(geometry.num_layers)]
-        self._copied = [framework.event() for _ in range(geometry.num_layers)]
 
-    def copy_in(self, blocks: list[BlockId]) -> None:
-        """See PlainPool. Steps from now on come after it."""
+    def copy_in(self, blocks: list[BlockId], arena: UploadArena) -> None:
+        """See PlainPool."""
         if blocks:
-            device_blocks = self._framework.upload(np.array(blocks, np.int32), "int32")
+            device_blocks = arena.upload(np.array(blocks, np.int32))
             planes = range(2 * self._num_layers)
             self._operations.copy_blocks(self._host_words, self._device_words, device_blocks, planes)
 
-    def begin_copy_out(self, slots: Tensor, on_layer: Callable[[int], None]) -> MirrorCopies:
-        return MirrorCopies(self, slots, on_layer)
+    def layer_events(self, slots: Tensor, room: StepSlot, announce: Announce) -> LayerEvents:
+        """See PlainPool."""
+        kept = room.keep(slots)
 
-    def copy_out(self, slots: Tensor, layers: range) -> None:
+        def copy(layers: range) -> Event:
+            return self._copy_out(kept, layers)
+
+        return LayerEvents(self._num_layers, copy, announce)
+
+    def _copy_out(self, slots: Tensor, layers: range) -> Event:
         """Copy ``slots`` of ``layers`` when what the compute stream has been told to do so far is done."""
-        event = self._written[layers.start]
-        event.record(self._compute)
-        self._stream.wait_event(event)
+        written, copied = self._framework.event(), self._framework.event()
+        written.record(self._compute)
+        self._stream.wait_event(written)
         with self._framework.on(self._stream):
             planes = range(2 * layers.start, 2 * layers.stop)
             self._operations.copy_blocks(*self._by_slot, slots, planes)
-            self._copied[layers.start].record(self._stream)
-
-    def is_copied(self, layers: range, wait: bool) -> bool:
-        """Return whether the copy of ``layers`` is over, after it is if ``wait``."""
-        event = self._copied[layers.start]
-        if wait:
-            event.synchronize()
-        return wait or event.query()
+        copied.record(self._stream)
+        return copied
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -111,50 +129,19 @@ class MirroredPool:
         del self._host, self._host_words, self._device_words, self._by_slot, self.layers
 
 
-class MirrorCopies(LayerCopies):
-    """The copies of one step to the mirror, a few layers at a time."""
-
-    def __init__(self, pool: MirroredPool, slots: Tensor, on_layer: Callable[[int], None]) -> None:
-        super().__init__(len(pool.layers), on_layer)
-        self._pool = pool
-        self._slots = slots
-        self._begun: list[range] = []
-        self._next = 0
-
-    def layer_launched(self, layer: int) -> None:
-        if (layer + 1) % LAYERS_PER_COPY == 0:
-            self._begin(layer + 1)
-        self._tell_copied(wait=False)
-
-    def finish(self) -> None:
-        """See LayerCopies. Layers that were not launched one by one are copied at once."""
-        self._begin(self._num_layers)
-        self._tell_copied(wait=True)
-
-    def _begin(self, end: int) -> None:
-        layers, self._next = range(self._next, end), end
-        if layers:
-            self._pool.copy_out(self._slots, layers)
-            self._begun.append(layers)
-
-    def _tell_copied(self, wait: bool) -> None:
-        while self._begun and self._pool.is_copied(self._begun[0], wait):
-            self._tell(self._begun.pop(0).stop)
-
-
 DevicePool = PlainPool | MirroredPool
 
 
-def shared_pool(memory: KVMemory, framework: Framework) -> PlainPool:
+def shared_pool(memory: KVMemory, framework: Framework, stream: Stream) -> PlainPool:
     """Return the pool that is ``memory`` itself, for a CPU."""
-    return PlainPool(framework.share(memory.planes), memory, framework)
+    return PlainPool(framework.share(memory.planes), memory, framework, stream)
 
 
-def private_pool(memory: KVMemory, framework: Framework) -> PlainPool:
+def private_pool(memory: KVMemory, framework: Framework, stream: Stream) -> PlainPool:
     """Return a pool of the size of ``memory`` that only this engine reads and writes."""
     geometry = memory.geometry
     words = memory.num_blocks * geometry.block_bytes // 4
-    return PlainPool(framework.zeros((words,), "int32"), memory, framework)
+    return PlainPool(framework.zeros((words,), "int32"), memory, framework, stream)
 
 
 def _layers(framework: Framework, tensor: Tensor, memory: KVMemory) -> list[LayerKV]:

@@ -27,10 +27,11 @@ class SequenceRow:
     """The row ``index`` of one sequence.
 
     It has the first ``num_blocks`` blocks of the sequence's table, as they are after ``num_replacements``. The device
-    has the KV of the first ``resident`` tokens. ``draws``: tokens are not greedy.
+    has the KV of the first ``resident`` tokens. ``draws``: tokens are not greedy. ``sampled``: the place in the
+    sequence of the token that the device keeps as the last one it sampled for this row; -1: none.
     """
 
-    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "resident", "sequence")
+    __slots__ = ("draws", "index", "num_blocks", "num_replacements", "resident", "sampled", "sequence")
 
     def __init__(self, index: int, sequence: EngineSequence) -> None:
         self.index = index
@@ -38,6 +39,7 @@ class SequenceRow:
         self.num_replacements = sequence.num_replacements
         self.num_blocks = 0
         self.resident = 0
+        self.sampled = -1
         self.draws = sequence.sampling.temperature >= GREEDY_BELOW
 
     @property
@@ -74,6 +76,11 @@ class SequenceRows:
         self._rows.clear()
         self._places, self._blocks = [], []
 
+    def has_sampled(self, sequence: EngineSequence, place: int) -> bool:
+        """Return whether the device has sampled, or is going to, the token at ``place`` of ``sequence``."""
+        row = self._rows.get(sequence)
+        return row is not None and row.sampled == place
+
     def outside_pool(self, sequence: EngineSequence) -> SequenceFailed | None:
         """Return the failure of ``sequence`` if blocks that it has now and its row does not are outside the pool."""
         table, row = sequence.block_table, self._rows.get(sequence)
@@ -100,9 +107,11 @@ class SequenceRows:
             sequence = item.sequence
             row = known.get(sequence)
             if row is None or not row.is_current:
+                sampled = -1 if row is None else row.sampled
                 row = known[sequence] = self._new_row(sequence, row)
+                row.sampled = sampled
             if len(row.table) != row.num_blocks:
-                self._add_blocks(row)
+                self.add_blocks(row)
             rows.append(row)
         return rows
 
@@ -116,7 +125,8 @@ class SequenceRows:
         self.numbers[:, row.index] = top_k, -1 if params.num_logprobs is None else params.num_logprobs
         return row
 
-    def _add_blocks(self, row: SequenceRow) -> None:
+    def add_blocks(self, row: SequenceRow) -> None:
+        """Take in the blocks that were appended to the table of the row's sequence."""
         first, last = row.num_blocks, min(len(row.table), self.tables.shape[1])
         blocks = row.table[first:last]
         self.tables[row.index, first:last] = blocks

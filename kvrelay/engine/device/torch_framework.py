@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
@@ -26,7 +27,7 @@ DTYPES = {
 
 
 class TorchFramework:
-    """See Framework. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with so many ``threads``."""
+    """The Framework on torch. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with ``threads`` threads."""
 
     def __init__(self, device: str, threads: int = 1) -> None:
         self.is_gpu = device == "gpu"
@@ -45,6 +46,14 @@ class TorchFramework:
     def upload(self, array: npt.NDArray[Any], dtype: str) -> Tensor:
         owned = array if array.flags.writeable else array.copy()
         return torch.from_numpy(np.ascontiguousarray(owned)).to(self._device, DTYPES[dtype], copy=True)
+
+    def upload_to(self, target: Tensor, array: npt.NDArray[Any], dtype: str) -> None:
+        bits = array.view(np.int16) if dtype == "bfloat16" else array
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+            stored = torch.from_numpy(bits)
+        # to the device first: a copy that is also a conversion would convert on the host
+        target.copy_(stored.view(DTYPES[dtype]).to(self._device))
 
     def typed(self, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
         return tensor.reshape(-1).view(DTYPES[dtype]).view(shape)
@@ -90,6 +99,18 @@ class TorchFramework:
         generator = torch.Generator(self._device).manual_seed(seed)
         empty = torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
         return empty.normal_(0.0, deviation, generator=generator)
+
+    def memory(self) -> tuple[int, int]:
+        if not self.is_gpu:
+            raise EngineError("the memory of a CPU is not the engine's to divide")
+        self.synchronize()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free, total
+
+    def release_memory(self) -> None:
+        if self.is_gpu:
+            self.synchronize()
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         if self.is_gpu:
@@ -141,16 +162,16 @@ class _DoneAgain(Generic[T]):
 
 
 class _InOrder:
-    """A stream and an event where everything is done when the call returns."""
+    """A stream and an event of a device on which work is done when the call returns. All waits are no-ops."""
 
     def record(self, stream: Any) -> None:
-        """See Event."""
+        pass
 
     def query(self) -> bool:
         return True
 
     def wait_event(self, event: Any) -> None:
-        """See Stream."""
+        pass
 
     def synchronize(self) -> None:
-        """See Event and Stream."""
+        pass

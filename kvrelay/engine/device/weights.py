@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from kvrelay.engine.decoder import DecoderWeights, LayerWeights
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.framework import Framework, Tensor
 from kvrelay.engine.kernels import HeadNorms
+from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor
 
 
 class Linear(NamedTuple):
@@ -23,7 +24,7 @@ class Linear(NamedTuple):
 
 
 class DevicePacking:
-    """See WeightPacking: everything goes to the device as ``dtype`` and stays as it is."""
+    """WeightPacking that copies every weight to the device as ``dtype``, in its original layout."""
 
     def __init__(self, framework: Framework, dtype: str) -> None:
         self._framework = framework
@@ -31,6 +32,17 @@ class DevicePacking:
 
     def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
         return self._framework.upload(array, self._dtype)
+
+    def upload_stored(self, parts: Sequence[StoredTensor]) -> Tensor:
+        """See UploadsStored: each goes from the mapped file to its place on the device."""
+        rows = sum(part.shape[0] for part in parts)
+        joined = self._framework.empty((rows, *parts[0].shape[1:]), self._dtype)
+        first = 0
+        for part in parts:
+            end = first + part.shape[0]
+            self._framework.upload_to(joined[first:end], part.raw, DTYPE_NAMES[part.dtype])
+            first = end
+        return joined
 
     def pack_table(self, table: Tensor) -> Tensor:
         return table
@@ -45,7 +57,10 @@ class DevicePacking:
 
 
 class RandomWeights:
-    """Makes the weights of any config on the device: normal with a deviation of 0.02, biases and norms likewise."""
+    """Makes the weights of any config on the device: normal with a deviation of 0.02, biases and norms likewise.
+
+    Each tensor has a seed of its own, so the same config gives the same weights on the same kind of device.
+    """
 
     def __init__(self, framework: Framework, config: DecoderConfig, dtype: str) -> None:
         self._framework = framework
@@ -83,7 +98,3 @@ class RandomWeights:
 
     def _norm(self, width: int) -> Tensor:
         return self._normal(width).add_(1.0)
-
-    def digest(self) -> str:
-        """Return what tells this model from every other."""
-        return hashlib.sha256(f"random {self._config!r}".encode()).hexdigest()[:32]

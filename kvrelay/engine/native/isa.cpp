@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "passes.h"
-#include "products.h"
+#include "gemm.h"
 
 namespace {
 

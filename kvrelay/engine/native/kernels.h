@@ -30,12 +30,12 @@ typedef struct {
     int32_t bf16;
 } KvrHeads;
 
-// How rows and weights of a product are held: both float32, both bf16, either of them by int8 weights, both int8, or
+// How rows and weights of a GEMM are held: both float32, both bf16, either of them by int8 weights, both int8, or
 // float32 by bf16 weights.
 enum { KVR_FLOATS, KVR_HALVES, KVR_FLOATS_BY_INT8, KVR_HALVES_BY_INT8, KVR_INT8, KVR_FLOATS_BY_HALVES };
 
 // out [rows, size_out] = (x [rows, size_in] times weight - offsets) * scales * row_scales + bias; added to what out
-// has, if accumulate. The weight lies as products.h says, each panel panel_steps long. slab: how many steps are added
+// has, if accumulate. The weight lies as gemm.h says, each panel panel_steps long. slab: how many steps are added
 // up at a time, 128 at most if int8 is widened. What is given by column is padded to whole panels; what is null is left
 // out, offsets go with row_scales. out_bf16: out is bf16, else float32.
 typedef struct {
@@ -46,7 +46,7 @@ typedef struct {
     const float *row_scales;
     int64_t num_rows, size_in, size_out, x_stride, panel_steps, slab;
     int32_t kind, out_bf16, accumulate;
-} KvrProduct;
+} KvrGemm;
 }
 
 // The part of one attention call that one thread does: consecutive queries of a sequence and KV heads, over the
@@ -69,14 +69,14 @@ struct KernelTable {
     size_t (*partial_floats)(const KvrAttention *attention, const Item *item);
     void (*attend)(const KvrAttention *attention, const Item *item, const Item *next, void *scratch);
     void (*merge)(const KvrAttention *attention, const Item *item, void *scratch);
-    bool (*multiply)(const KvrProduct *product, int64_t first_panel, int64_t last_panel, void *scratch);
+    bool (*multiply)(const KvrGemm *gemm, int64_t first_panel, int64_t last_panel, void *scratch);
     void (*quantize)(const void *x, int32_t bf16, uint8_t *out, float *scales, int64_t width, int64_t stride,
                      int64_t first, int64_t last);
 };
 
 // Columns of a panel of weights; memory for the sums of 96 rows, and for 128 steps of a panel that are widened.
 constexpr int COLUMNS = 64;
-constexpr size_t PRODUCT_SCRATCH = (96 + 512) * COLUMNS * 4;
+constexpr size_t GEMM_SCRATCH = (96 + 512) * COLUMNS * 4;
 
 // Context is cut at multiples of this position, whatever the batch: each segment has its own softmax, and the results
 // are merged in order. So a query's result does not depend on how work was divided.

@@ -212,19 +212,19 @@ void kvr_heads(const KvrHeads *heads) {
              [&](int64_t first, int64_t last) { table->heads(heads, first, last); });
 }
 
-// Returns 0 if this CPU has nothing for the product's kind.
-int32_t kvr_multiply(const KvrProduct *product) {
-    const int64_t panels = (product->size_out + COLUMNS - 1) / COLUMNS;
+// Returns 0 if this CPU has nothing for the GEMM's kind.
+int32_t kvr_multiply(const KvrGemm *gemm) {
+    const int64_t panels = (gemm->size_out + COLUMNS - 1) / COLUMNS;
     const int64_t parts = num_threads == 1 ? 1 : std::min<int64_t>(panels, 4 * num_threads);
     std::atomic<bool> done{true};
     for_each(parts, [&](int64_t i) {
-        void *memory = scratch.at_least(PRODUCT_SCRATCH);
-        if (!table->multiply(product, panels * i / parts, panels * (i + 1) / parts, memory)) done = false;
+        void *memory = scratch.at_least(GEMM_SCRATCH);
+        if (!table->multiply(gemm, panels * i / parts, panels * (i + 1) / parts, memory)) done = false;
     });
     return done;
 }
 
-// out [rows, stride] and scales [rows]: rows x [rows, width] as uint8, see products.h.
+// out [rows, stride] and scales [rows]: rows x [rows, width] as uint8, see gemm.h.
 void kvr_quantize(const void *x, int32_t bf16, uint8_t *out, float *scales, int64_t rows, int64_t width,
                   int64_t stride) {
     for_rows(rows, 2 * width, [&](int64_t first, int64_t last) {

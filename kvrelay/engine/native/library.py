@@ -1,4 +1,4 @@
-"""The compiled library of this folder: finding it, and its C interface (see ``library.cpp``)."""
+"""Loads the compiled library of this folder and declares its C interface (see ``library.cpp``)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ COLUMNS = 64
 """Columns of a panel of weights."""
 
 STEP_BYTES = 4 * COLUMNS
-"""Bytes of a panel for one step along a row: for one float32, two bfloat16 or four int8 of it."""
+"""Bytes of a panel for one step along a row: one float32, two bfloat16 or four int8 per column."""
 
 INT8_SLAB, WIDENED_SLAB = 256, 64
-"""Steps of a panel that rows are multiplied with in turns: so that it stays in cache; what there is room to widen."""
+"""Steps per slab of a panel: one that stays in cache, and one that fits the scratch memory when widened."""
 
 
 OWN_CHUNK = 512
-"""Elements of a row that are added up at a time where all products are our own: what there is room to widen."""
+"""Elements per partial sum where all GEMMs are our own; a slab of them fits the scratch memory when widened."""
 
 
-class ProductKind(IntEnum):
-    """``KvrProduct.kind`` of ``kernels.h``."""
+class GemmKind(IntEnum):
+    """``KvrGemm.kind`` of ``kernels.h``."""
 
     FLOATS, HALVES, FLOATS_BY_INT8, HALVES_BY_INT8, INT8, FLOATS_BY_HALVES = range(6)
 
@@ -58,8 +58,8 @@ class HeadsCall(ctypes.Structure):
     )
 
 
-class ProductCall(ctypes.Structure):
-    """``KvrProduct`` of ``kernels.h``."""
+class GemmCall(ctypes.Structure):
+    """``KvrGemm`` of ``kernels.h``."""
 
     _fields_ = (
         *((name, _Pointer) for name in ("x", "weights", "out", "bias", "scales", "offsets", "row_scales")),
@@ -69,10 +69,10 @@ class ProductCall(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The functions of the library, with their C types."""
+    """The functions of the library with their C types."""
 
     def __init__(self, openmp: ctypes.CDLL | None) -> None:
-        """Load it. ``openmp``: a library in whose scope the OpenMP is that oneDNN uses; None: compute in one thread.
+        """Load it. ``openmp``: a library through which the OpenMP of oneDNN is found; None: compute with one thread.
 
         Raises KernelsUnavailableError if it was not built when the package was installed.
         """
@@ -109,21 +109,21 @@ class NativeLibrary:
         name: bytes = self._calls.kvr_isa()
         return name.decode()
 
-    def supports(self, kind: ProductKind) -> bool:
-        """Return whether there are products of ``kind`` on this CPU."""
-        return bool(self.multiply(ctypes.byref(ProductCall(kind=kind, size_out=1))))
+    def supports(self, kind: GemmKind) -> bool:
+        """Return whether this CPU has GEMMs of ``kind``."""
+        return bool(self.multiply(ctypes.byref(GemmCall(kind=kind, size_out=1))))
 
     @property
     def owns_floats(self) -> bool:
-        """Whether float32 products of any number of rows are best our own: they are as fast as oneDNN's on AVX2."""
+        """Whether all float32 GEMMs should be our own, as on AVX2, where they are as fast as oneDNN's."""
         return self.isa == "avx2"
 
     def limit_isa(self, level: int) -> None:
-        """Use nothing above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with bfloat16."""
+        """Use no instruction set above ``level``: 0 any CPU, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with bfloat16."""
         self._calls.kvr_limit_isa(level)
 
     def set_num_threads(self, threads: int) -> None:
-        """Compute with ``threads`` threads, those that oneDNN computes with."""
+        """Compute with ``threads`` threads, the same threads as oneDNN."""
         run = getattr(self._openmp, "GOMP_parallel", None)
         self._calls.kvr_set_threads(threads, ctypes.cast(run, _Pointer) if run else None)
 

@@ -1,4 +1,4 @@
-// The passes between products: rows of embeddings, norms, activations, heads. For isa.cpp only.
+// The passes between GEMMs: rows of embeddings, norms, activations, heads. For isa.cpp only.
 #pragma once
 
 #include "vectors.h"

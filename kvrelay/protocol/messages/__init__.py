@@ -1,4 +1,4 @@
-"""The whole protocol: one file per direction, every message frozen and typed. Fields only get appended.
+"""The wire protocol: one file per direction; every message is frozen and typed; fields are only appended.
 
-First line of each message: who -> whom, when. Second: what the reader must do.
+The first line of each docstring says who sends the message to whom and when, the next what the reader must do.
 """

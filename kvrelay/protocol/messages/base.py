@@ -1,4 +1,4 @@
-"""What every message is, and the parts that several messages carry."""
+"""The base class of messages, parts that several messages contain, and messages that several roles send."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kvrelay.protocol.ids import PeerId
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all messages. A message's tag on the wire is its class name."""
+    """Base class of all messages. A message's tag on the wire is its class name."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An error on its way to the client. ``retryable``: another node, or a later try, may succeed."""
+    """An error for the client. ``retryable``: the request may succeed on another node or in a later attempt."""
 
     code: str
     message: str
@@ -27,14 +27,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a node listens for its peers, and which incarnation of it is meant (``peer``)."""
+    """The address at which a node listens for its peers; ``peer`` is the node's name and incarnation."""
 
     peer: PeerId
     address: str
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a messager listens for KV frames. ``ipc`` only helps senders with the same ``host_id``."""
+    """The addresses at which a messager listens for frames. ``ipc`` is only for senders with the same ``host_id``."""
 
     peer: PeerId
     host_id: str
@@ -43,7 +43,7 @@ class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """A moment in a request's life: ``name`` at wall-clock time ``at_s``, on ``node``."""
+    """One event of a request's timeline: ``name`` happened on ``node`` at wall-clock time ``at_s`` (seconds)."""
 
     name: str
     at_s: float
@@ -51,7 +51,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LayerTransfer(msgspec.Struct, frozen=True, array_like=True):
-    """KV of one layer on its way: first frame sent, last frame written and verified (wall-clock), payload bytes."""
+    """Transfer of one layer: wall-clock times of the first frame sent and the last frame written, and payload bytes."""
 
     layer: int
     first_sent_s: float
@@ -64,10 +64,10 @@ WAIT_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class PromptWait(msgspec.Struct, frozen=True, array_like=True):
-    """How long prompts of one class of lengths waited, from arrival until their first token was computed.
+    """Histogram of the waits of prompts of one length class, from arrival until their first token was computed.
 
-    ``counts[i]`` waited for up to ``WAIT_BOUNDS_S[i]`` seconds and for longer than the bound before; the last of them
-    for longer than all bounds. ``total_s`` is the sum of all waits.
+    ``counts[i]`` prompts waited at most ``WAIT_BOUNDS_S[i]`` seconds and longer than the bound before. The last count
+    is of prompts that waited longer than all bounds. ``total_s`` is the sum of all waits.
     """
 
     counts: list[int]
@@ -75,15 +75,14 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy a node is. All that the router decides by is a field; ``gauges`` and ``counters`` are for people.
+    """The load of a node. The router decides by the fields; ``gauges`` and ``counters`` are for metrics only.
 
-    ``num_waiting`` requests wait for KV blocks, with ``waiting_tokens`` tokens in all. ``num_preempted`` of them were
-    preempted. ``queued_tokens``: prompt tokens still to compute, of prompts that wait and of those that run; tokens in
-    the prefix cache are not counted. ``headroom_blocks``: free blocks that the node keeps for requests that it runs to
-    grow into. ``counters`` only grow while the process lives.
+    ``num_waiting`` requests wait for KV blocks, with ``waiting_tokens`` tokens in all; ``num_preempted`` of them were
+    preempted. ``queued_tokens``: uncached prompt tokens still to compute, of waiting and running prompts.
+    ``headroom_blocks``: free blocks kept for running requests. ``counters`` never decrease while the process lives.
 
-    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens``, the ``queued_tokens`` of prompts
-    with so many to compute, and ``prompt_waits``, which only grow.
+    By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the ``queued_tokens`` of each
+    class, ``prompt_waits`` histograms of waits, which never decrease.
     """
 
     num_waiting: int = 0
@@ -104,19 +103,21 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """Node -> router, node -> node it has business with, once per ``heartbeat_s``, whatever the compute thread does.
+    """Once per ``heartbeat_s``, independent of the compute thread: node -> router, with ``load``; and without ``load``:
+    D -> each P with reservations on it, messager -> messager on each link, and, with a Redis registry, router -> node.
 
-    The reader takes the peer for alive until ``peer_timeout_s`` later. It renews no lease on a reservation: only
-    RenewReservations does.
+    The reader resets the peer's deadline, ``peer_timeout_s``, as for any other message. A router that does not know the
+    node answers RegisterAgain; a node that is not registered with the router answers Register. A heartbeat does not
+    renew the lease of a reservation. Only RenewReservations does.
     """
 
     load: Load | None = None
 
 
 class ProtocolViolation(Message, frozen=True, kw_only=True):
-    """Anyone -> a peer whose message could not be read.
+    """Any process -> a peer that sent a message which cannot be decoded.
 
-    The reader logs it: one of the two has a bug or is not kvrelay. The sender no longer listens to the reader.
+    The reader logs ``reason`` and treats the sender as lost. Both ignore all further messages of each other.
     """
 
     reason: str

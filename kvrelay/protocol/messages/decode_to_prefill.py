@@ -1,4 +1,4 @@
-"""D -> P. (Besides these, Heartbeat.)"""
+"""D -> P. D also sends P Heartbeat."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from kvrelay.protocol.messages.base import LinkAddress, Message
 
 
 class BlocksReserved(Message, frozen=True, kw_only=True):
-    """D -> P, answers ReserveBlocks: the messager at ``link`` takes frames for these blocks.
+    """D -> P, answers ReserveBlocks: the blocks are reserved, and the messager at ``link`` accepts frames for them.
 
-    The reader has the KV sent. ``block_ids[i]`` takes the request's block ``num_cached_blocks + i``: the blocks before
-    those D has in its prefix cache. The blocks are P's for ``lease_s`` from here or from the last RenewReservations.
+    The reader opens the transfer, and hands the request off as soon as it has the first output token. If it does not
+    need the reservation any more it answers CancelReservation. ``block_ids[i]`` is for the request's block
+    ``num_cached_blocks + i``; D has the blocks before that in its prefix cache. The reservation expires ``lease_s``
+    after it was made or last named in RenewReservations, unless the KV and the hand-off have arrived by then.
     """
 
     request_id: str
@@ -21,9 +23,10 @@ class BlocksReserved(Message, frozen=True, kw_only=True):
 
 
 class ReservationRefused(Message, frozen=True, kw_only=True):
-    """D -> P, answers ReserveBlocks: no room now (``retry_after_s``), or never (None).
+    """D -> P, answers ReserveBlocks: nothing is reserved.
 
-    The reader asks the router for another decode node.
+    ``retry_after_s`` set: D has no room now. The reader sends the router DecodeNeeded. None: D can never hold the
+    request. The reader fails it with RequestFailed, not retryable.
     """
 
     request_id: str
@@ -33,10 +36,11 @@ class ReservationRefused(Message, frozen=True, kw_only=True):
 
 
 class ReservationEnded(Message, frozen=True, kw_only=True):
-    """D -> P: this reservation is no more (its lease ran out, its KV failed, D is stopping), or it never was.
+    """D -> P: the reservation has ended: its lease expired, its transfer failed, its hand-off was invalid, or D is
+    stopping. Also the answer to a HandOff or RenewReservations that names a reservation which D does not have.
 
-    Not sent after an Abort: the router sends one to P too. The reader stops sending for it and, unless it has ended the
-    request itself, reports RequestFailed with ``reason``.
+    Not sent after an Abort, a CancelReservation, or the loss of the request's router. The reader stops the transfer and
+    sends RequestFailed with ``reason``. It ignores the message if it has already ended or cancelled the reservation.
     """
 
     request_id: str

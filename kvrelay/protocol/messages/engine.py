@@ -1,8 +1,8 @@
-"""A node's machine -> its engine: plans of steps. Its engine -> the machine: their results.
+"""Machine -> engine: plans of steps. Engine -> machine: results of steps.
 
-The engine has its own copy of each sequence that it computes. It appends the tokens it samples to that copy, and the
-machine appends the same tokens to its own when the result comes in, so a plan says only what the engine cannot know.
-Plans are computed one after the other, in the order in which they are submitted.
+The engine keeps its own copy of each sequence that it computes and appends the tokens it samples. The machine appends
+the same tokens to its own copy when the result arrives. A plan therefore contains only what the engine cannot know.
+Plans are computed in the order in which they are submitted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvrelay.protocol.request import SamplingParams, TokenLogprobs
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence that the engine does not know: all its tokens, prompt first, and the blocks for them.
+    """A sequence that is new to the engine: all its tokens, prompt first, and its blocks.
 
     ``request_id`` is for logs only.
     """
@@ -32,10 +32,10 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceChange(msgspec.Struct, frozen=True, array_like=True):
-    """What has changed in a sequence since the last plan that had it, apart from the tokens the engine sampled.
+    """Changes of a sequence since the last plan that contained it, except for tokens that the engine sampled.
 
-    ``block_ids`` are appended to its block table. Before that ``replaced`` [(place in the table, block)] take the place
-    of others: they hold the same KV. ``token_ids`` are appended to its tokens.
+    First ``replaced``, a list of (index in the block table, block), replaces blocks by others with the same KV. Then
+    ``block_ids`` are appended to the block table and ``token_ids`` to the tokens.
     """
 
     id: SequenceId
@@ -45,18 +45,19 @@ class SequenceChange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ScheduledTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Compute ``num_tokens`` tokens of sequence ``id`` from position ``start`` on; its blocks cover them.
+    """Compute ``num_tokens`` tokens of sequence ``id`` from position ``start`` on; its block table covers them.
 
     ``samples``: the newest token is among them, so an output token is sampled after it.
 
-    The KV of positions before ``writes_from`` is there and is not written again: a prompt that is wholly cached
+    The KV of positions before ``writes_from`` exists and is not written again. A prompt that is completely cached
     computes its last token for the logits only.
 
-    ``drafts``: guesses for the tokens after the newest one, computed with it and counted in ``num_tokens``. As many are
-    accepted as equal what is sampled in their place, so the outputs are those of a step without guesses; one more is
-    sampled after the last accepted. None: a plain step. The KV of guesses that are not accepted means nothing.
+    ``drafts``: proposed tokens after the newest one, computed with it and counted in ``num_tokens``. A draft is
+    accepted if it equals the token sampled at its position and all drafts before it are accepted. One more token is
+    sampled after the last accepted draft, so the output is that of steps without drafts. None: no speculation. The KV
+    of rejected drafts is invalid.
 
-    ``awaits``: the newest token was not known when this was planned. It is the one that the step before samples for
+    ``awaits``: the newest token was unknown when this was planned. It is the token that the previous step samples for
     this sequence.
     """
 
@@ -70,11 +71,11 @@ class ScheduledTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepPlan(Message, frozen=True, kw_only=True):
-    """A node's machine -> its engine, for each step.
+    """Machine -> engine, for each step.
 
-    The reader forgets the sequences in ``left``, takes in ``new`` and ``changed`` ones, and computes ``batch``, in
-    which each sequence occurs once. Sequences leave when they have ended, were preempted or went to another node; the
-    reader hears of it with the next plan. Answered by a StepResult.
+    The reader drops the sequences in ``left``, adds ``new``, applies ``changed`` and computes ``batch``, which contains
+    each sequence at most once. A sequence leaves when it has ended, was preempted or was handed off; ``left`` names it
+    in the next plan. Answered by a StepResult, or by the event StepFailed if no sequence has an outcome.
     """
 
     step: int
@@ -92,7 +93,7 @@ class StepPlan(Message, frozen=True, kw_only=True):
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="sampled"):
     """Output tokens of one sequence in one step: none if it does not sample, several if drafts were accepted.
 
-    ``logprobs`` has one entry for each token if the sequence asked for them, else none.
+    ``logprobs`` has one entry per token if the request asked for them, else it is empty.
     """
 
     token_ids: list[int]
@@ -100,10 +101,10 @@ class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="sampled")
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """Why one sequence of a step cannot go on. The other sequences of the step are as they would be without it.
+    """One sequence of a step has failed. The results of the other sequences are as they would be without it.
 
-    The KV of the tokens that the step computed of it is undefined: it must never be published. ``retryable``: another
-    node, or a later try, may succeed.
+    The KV that the step computed for it is undefined and must not be published. ``retryable``: the request may succeed
+    on another node or in a later attempt.
     """
 
     reason: str
@@ -119,9 +120,9 @@ SequenceOutcome: TypeAlias = SampledTokens | SequenceFailed
 
 
 class StepResult(Message, frozen=True, kw_only=True):
-    """An engine -> its node's machine, after each step: what came of each sequence of the batch, in its order.
+    """Engine -> machine, after each step: the outcome of each sequence, in the order of the batch.
 
-    The reader appends the tokens, and ends the requests that failed.
+    The reader appends the tokens and ends the requests that failed.
     """
 
     step: int
@@ -129,7 +130,7 @@ class StepResult(Message, frozen=True, kw_only=True):
 
     @property
     def sampled(self) -> list[SampledTokens]:
-        """The tokens of every sequence, for whoever runs an engine by hand. Raises EngineError if a sequence failed."""
+        """The outcomes of all sequences. Raises EngineError if one has failed. For tests and benchmarks."""
         return [_tokens_of(outcome) for outcome in self.outcomes.values()]
 
 

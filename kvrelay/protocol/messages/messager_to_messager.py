@@ -1,4 +1,4 @@
-"""P's cache messager <-> D's cache messager. All travel on the link that P's messager opened."""
+"""P's cache messager <-> D's cache messager, on the link that P's messager opened. Both also send Heartbeat."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kvrelay.protocol.messages.base import Message
 
 
 class LinkOffer(msgspec.Struct, frozen=True, array_like=True):
-    """A kind of link that a sender can use. ``handle`` is what a receiver needs for it, known to that kind alone."""
+    """A kind of link that the sender can use. ``handle`` is for the receiver; only that kind of link can read it."""
 
     kind: str
     handle: bytes
 
 
 class LinkHello(Message, frozen=True, kw_only=True):
-    """P's messager -> D's, first on each link. ``offers`` are the kinds of link it may be, the best first.
+    """P's messager -> D's, the first message of each link. ``offers`` are in order of preference.
 
-    The reader answers LinkAccepted or LinkRefused.
+    The reader compares the geometry and answers LinkAccepted or LinkRefused.
     """
 
     geometry: KVGeometry
@@ -29,9 +29,9 @@ class LinkHello(Message, frozen=True, kw_only=True):
 
 
 class LinkAccepted(Message, frozen=True, kw_only=True):
-    """D's messager -> P's. ``kind`` is the first offer that is possible at the sender of this message.
+    """D's messager -> P's, answers LinkHello. ``kind`` is the first offer that D's messager can use.
 
-    The reader sends frames, with at most ``credit_bytes`` of KV not yet acknowledged.
+    The reader may send frames, with at most ``credit_bytes`` of KV that are not acknowledged.
     """
 
     kind: str
@@ -39,9 +39,10 @@ class LinkAccepted(Message, frozen=True, kw_only=True):
 
 
 class LinkRefused(Message, frozen=True, kw_only=True):
-    """D's messager -> P's: the two cannot exchange KV, or not any more. ``code``: that of a TransferError.
+    """D's messager -> P's: the geometries differ, no offer is possible, a frame came without an accepted link, or D is
+    leaving. ``code`` is that of a TransferError.
 
-    The reader fails every transfer over this link.
+    The reader drops the link and fails every transfer over it.
     """
 
     reason: str
@@ -49,11 +50,12 @@ class LinkRefused(Message, frozen=True, kw_only=True):
 
 
 class KVFrame(Message, frozen=True, kw_only=True):
-    """P's messager -> D's: some blocks, the same in ``num_layers`` layers from ``layer`` on.
+    """P's messager -> D's: the same blocks in ``num_layers`` layers from ``layer`` on.
 
-    Payload follows if the kind of the link has the bytes travel so: layer by layer, all K and then all V. The reader
-    verifies the digest (xxh3-64 of the payload, 0 if unchecked), writes each block once and answers FrameAck. Where the
-    reader copies from the sender's pool, ``source_block_ids`` tell which blocks.
+    The payload follows as raw message parts, layer by layer, all K and then all V, if the kind of link sends bytes
+    (ipc, tcp). Else the reader copies ``source_block_ids`` from the sender's pool (shm). The reader verifies the digest
+    (xxh3-64 of the payload, 0 if unchecked), writes each block once and answers FrameAck. A repetition of a frame that
+    is being written gets no answer of its own.
     """
 
     request_id: str
@@ -81,9 +83,10 @@ class AckStatus(StrEnum):
 
 
 class FrameAck(Message, frozen=True, kw_only=True):
-    """D's messager -> P's, answers KVFrame. ``status``: ``written``, ``stale`` (not expected now) or ``corrupt``.
+    """D's messager -> P's, answers KVFrame. ``status``: ``written``; ``stale``, the attempt is not expected; or
+    ``corrupt``, the digest or the frame is wrong or the frame exceeds the credit.
 
-    The reader takes the credit back; anything but ``written`` fails the transfer.
+    The reader may send ``num_bytes`` more. Any status but ``written`` fails the transfer.
     """
 
     request_id: str

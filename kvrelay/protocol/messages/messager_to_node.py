@@ -1,4 +1,4 @@
-"""A cache messager -> its own node."""
+"""Cache messager -> its own node."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress
 
 
 class MessagerReady(Message, frozen=True, kw_only=True):
-    """Messager -> its node, once, when its links are bound and the pool is mapped.
+    """Messager -> its node, once, when its addresses are bound and the pool is mapped.
 
-    The reader registers with the router.
+    The reader registers with the router, or announces itself in the registry.
     """
 
     link: LinkAddress
 
 
 class TransferDone(Message, frozen=True, kw_only=True):
-    """P's messager -> P: all blocks are written and verified on D.
+    """P's messager -> P: D has all blocks, verified if ``transfer.checksum`` is on. Nothing reads P's blocks any more.
 
-    The reader drops the messager's hold on the request's blocks.
+    The reader releases the messager's hold on the request's blocks.
     """
 
     request_id: str
@@ -32,9 +32,10 @@ class TransferDone(Message, frozen=True, kw_only=True):
 
 
 class TransferFailed(Message, frozen=True, kw_only=True):
-    """P's messager -> P: the transfer is over without success; nothing reads P's blocks for it any more.
+    """P's messager -> P: the transfer has failed, and nothing reads P's blocks for it any more.
 
-    The reader cancels the reservation and reports RequestFailed.
+    The reader releases the messager's hold on the blocks. Unless the request has ended on P, it cancels the reservation
+    and sends the router RequestFailed.
     """
 
     request_id: str
@@ -45,7 +46,7 @@ class TransferFailed(Message, frozen=True, kw_only=True):
 class TransferClosed(Message, frozen=True, kw_only=True):
     """P's messager -> P, answers CloseTransfer: nothing reads the request's blocks any more.
 
-    The reader drops the messager's hold on the request's blocks.
+    The reader releases the messager's hold on the request's blocks.
     """
 
     request_id: str
@@ -53,9 +54,9 @@ class TransferClosed(Message, frozen=True, kw_only=True):
 
 
 class KVExpected(Message, frozen=True, kw_only=True):
-    """D's messager -> D, answers ExpectKV.
+    """D's messager -> D, answers ExpectKV: frames for the blocks are accepted from now on.
 
-    The reader tells P of the reservation.
+    The reader sends P BlocksReserved.
     """
 
     request_id: str
@@ -63,9 +64,9 @@ class KVExpected(Message, frozen=True, kw_only=True):
 
 
 class KVArrived(Message, frozen=True, kw_only=True):
-    """D's messager -> D: every layer of every block is written and verified.
+    """D's messager -> D: every layer of every block is written and, with ``transfer.checksum``, verified.
 
-    The reader decodes as soon as it has the hand-off too.
+    The reader decodes the request if it has the hand-off, else when that arrives.
     """
 
     request_id: str
@@ -74,9 +75,10 @@ class KVArrived(Message, frozen=True, kw_only=True):
 
 
 class KVFailed(Message, frozen=True, kw_only=True):
-    """D's messager -> D: the transfer is over without success; nothing writes to its blocks any more.
+    """D's messager -> D: the transfer has failed, and nothing writes to its blocks any more.
 
-    The reader releases the blocks and tells P.
+    The reader frees the blocks. Unless the request has ended on D, it sends ReservationEnded to P and RequestFailed to
+    the router.
     """
 
     request_id: str
@@ -87,7 +89,7 @@ class KVFailed(Message, frozen=True, kw_only=True):
 class KVCancelled(Message, frozen=True, kw_only=True):
     """D's messager -> D, answers CancelKV: nothing writes to the blocks any more.
 
-    The reader releases the blocks.
+    The reader frees the blocks when nothing else uses them.
     """
 
     request_id: str
@@ -95,9 +97,9 @@ class KVCancelled(Message, frozen=True, kw_only=True):
 
 
 class MessagerStats(Message, frozen=True, kw_only=True):
-    """Messager -> its node, once per ``heartbeat_s``: counters that only grow, and gauges, for the node's heartbeat.
+    """Messager -> its node, once per ``heartbeat_s``. ``counters`` never decrease.
 
-    The reader adds them to its load.
+    The reader includes both in its ``Load``.
     """
 
     counters: dict[str, float]

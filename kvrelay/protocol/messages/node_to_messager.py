@@ -1,4 +1,4 @@
-"""A node -> its own cache messager."""
+"""Node -> its own cache messager."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from kvrelay.protocol.messages.base import LinkAddress, Message
 
 
 class KVSpan(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks of one request that are complete in the signalled layer, by place in the request and in P's pool.
+    """Blocks of one request that are complete in the signalled layers.
 
-    ``source_block_ids[i]`` holds the request's block ``first_block + i``.
+    ``source_block_ids[i]`` in P's pool holds the request's block ``first_block + i``.
     """
 
     request_id: str
@@ -22,9 +22,11 @@ class KVSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LayerSignal(Message, frozen=True, kw_only=True):
-    """P -> its messager, after each layer of each step, or after several: ``num_layers`` from ``layer`` on.
+    """P -> its messager, after one or more layers of a step: ``num_layers`` from ``layer`` on.
 
-    The reader sends those blocks of those layers, or keeps the signal until the transfer is opened.
+    The reader sends those blocks of those layers, or keeps the signal until the transfer is opened. With
+    ``transfer.layerwise`` off it sends nothing of a request before all its blocks are signalled in all layers. A
+    transfer with too many signals before OpenTransfer fails.
     """
 
     step: int
@@ -34,9 +36,9 @@ class LayerSignal(Message, frozen=True, kw_only=True):
 
 
 class CachedSignal(Message, frozen=True, kw_only=True):
-    """P -> its messager, when a prompt begins with blocks from P's prefix cache: complete in every layer.
+    """P -> its messager, before a prompt's first step, for blocks from P's prefix cache or from the store.
 
-    The reader does as for a LayerSignal, layer by layer.
+    The reader treats it as a LayerSignal for every layer.
     """
 
     span: KVSpan
@@ -45,9 +47,9 @@ class CachedSignal(Message, frozen=True, kw_only=True):
 class OpenTransfer(Message, frozen=True, kw_only=True):
     """P -> its messager, when D has reserved blocks.
 
-    The reader opens a link if it has none, sends what was signalled so far, in order, and what is signalled later.
-    ``target_block_ids[i]`` takes the request's block ``first_block + i``; blocks before ``first_block`` are not sent.
-    Answered by TransferDone or TransferFailed.
+    The reader opens a link to D's messager if it has none, and sends the blocks signalled so far and later, in order.
+    ``target_block_ids[i]`` is for the request's block ``first_block + i``; blocks before ``first_block`` are not sent.
+    Answered by TransferDone or TransferFailed, unless CloseTransfer comes first.
     """
 
     request_id: str
@@ -58,9 +60,10 @@ class OpenTransfer(Message, frozen=True, kw_only=True):
 
 
 class CloseTransfer(Message, frozen=True, kw_only=True):
-    """P -> its messager: forget this request's signals and transfer.
+    """P -> its messager, when the request ends on P before its transfer is done.
 
-    The reader answers TransferClosed once nothing reads P's blocks any more.
+    The reader drops the request's signals and transfer, and answers TransferClosed when nothing reads P's blocks any
+    more.
     """
 
     request_id: str
@@ -68,9 +71,10 @@ class CloseTransfer(Message, frozen=True, kw_only=True):
 
 
 class ExpectKV(Message, frozen=True, kw_only=True):
-    """D -> its messager, before it tells P about a reservation.
+    """D -> its messager, before D answers a ReserveBlocks with BlocksReserved.
 
-    The reader takes frames for these blocks from now on and answers KVExpected; KVArrived or KVFailed follows.
+    The reader accepts frames for these blocks from now on and answers KVExpected. KVArrived or KVFailed follows, unless
+    CancelKV comes first.
     """
 
     request_id: str
@@ -80,9 +84,9 @@ class ExpectKV(Message, frozen=True, kw_only=True):
 
 
 class CancelKV(Message, frozen=True, kw_only=True):
-    """D -> its messager: let nothing more into these blocks.
+    """D -> its messager, when the request ends on D before its KV has arrived.
 
-    The reader answers KVCancelled; no byte is written to the blocks after that.
+    The reader accepts no further frames for the blocks and answers KVCancelled when nothing writes to them any more.
     """
 
     request_id: str
@@ -90,7 +94,7 @@ class CancelKV(Message, frozen=True, kw_only=True):
 
 
 class StopMessager(Message, frozen=True, kw_only=True):
-    """Node -> its messager: the node is leaving.
+    """Node -> its messager, when the node exits.
 
     The reader closes its links and exits.
     """

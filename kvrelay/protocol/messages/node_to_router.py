@@ -13,11 +13,13 @@ from kvrelay.protocol.request import FinishReason, TokenLogprobs
 
 
 class Register(Message, frozen=True, kw_only=True):
-    """Node -> router, when it can serve, and again whenever the router asks.
+    """Node -> router, when the node can serve. With a static registry it is repeated once per ``heartbeat_s`` until
+    Registered arrives, and after RegisterAgain. With a Redis registry it answers a Heartbeat of a new router.
 
-    The reader compares geometry, model and protocol with its other nodes and answers Registered or RegistrationRefused.
-    ``session`` rises when the node takes a router for lost and drops what it held for it: a reader that knows another
-    gives the node's requests to others. Token ids are below ``vocab_size``; a node that does not say takes any u32.
+    The reader compares role, protocol version, model and KV geometry and answers Registered or RegistrationRefused. If
+    another registered node has the name, the answer waits until that node sends a heartbeat or is lost. ``session``
+    rises each time the node loses a router and drops its requests. A reader that knows another ``session`` retries the
+    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id.
     """
 
     node_id: NodeId
@@ -36,10 +38,10 @@ class Register(Message, frozen=True, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """New output tokens of one request; ``index`` is the place of the first among all its output tokens.
+    """New output tokens of one request; ``index`` is the position of the first among all its output tokens.
 
-    ``finish_reason`` makes it the request's terminal message. ``num_cached_tokens`` counts prompt tokens that
-    no node had to compute.
+    With a ``finish_reason`` it is the request's terminal message. ``num_cached_tokens`` is the number of prompt tokens
+    that were found in a prefix cache or in the store.
     """
 
     request_id: str
@@ -53,19 +55,20 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokensOut(Message, frozen=True, kw_only=True):
-    """Node -> router, once per step: all tokens of that step.
+    """Node -> router, once per step for each router that has output in it.
 
-    The reader puts them in order by ``index`` (P's first token and D's second come over different connections) and
-    hands them to the clients.
+    The reader orders the tokens of a request by ``index``, because P's first token and D's second arrive over different
+    connections, and delivers them to the clients. It answers tokens of an attempt that is over with Abort.
     """
 
     outputs: list[RequestOutput]
 
 
 class RequestFailed(Message, frozen=True, kw_only=True):
-    """Node -> router: this attempt is over, and the node has nothing more to say about it.
+    """Node -> router: this attempt has failed. Only RequestTimeline follows.
 
-    The reader tries again elsewhere if ``error.retryable``, else ends the request with this error.
+    The reader sends Abort to the attempt's other node. It retries if ``error.retryable`` and attempts are left
+    (``router.max_attempts``), else it ends the request with this error.
     """
 
     request_id: str
@@ -74,11 +77,13 @@ class RequestFailed(Message, frozen=True, kw_only=True):
 
 
 class RequestPreempted(Message, frozen=True, kw_only=True):
-    """D or mixed -> router: it had to take the blocks from a request, which waits for ``num_blocks`` of them again.
+    """D or mixed node -> router: the request was preempted and waits for ``num_blocks`` blocks.
 
-    Sent when the save of its KV is over, or at once if there is nothing to save. Blocks that another request's save is
-    writing at that time count as saved: a node that does not find them computes them. The reader may give the request
-    to a node that has room now. If it does not, the sender resumes it as soon as it has room itself.
+    Sent when the save of its KV is done, or at once if nothing is saved; not sent if the request has resumed by then.
+    The save may be incomplete: blocks can be missing because writing failed or the staging memory was full, and blocks
+    that another request's save is still writing count as saved. A node recomputes what it does not find in the store.
+    The reader may move the request to a node with room. Else the sender resumes it when it has room. A request that has
+    ended is answered with Abort.
     """
 
     request_id: str
@@ -87,9 +92,11 @@ class RequestPreempted(Message, frozen=True, kw_only=True):
 
 
 class DecodeNeeded(Message, frozen=True, kw_only=True):
-    """P -> router: the decode node refused the reservation or is lost.
+    """P -> router: the decode node refused the reservation for now, did not answer within ``transfer.timeout_s``, or is
+    lost. Repeated once per ``transfer.timeout_s`` until AssignDecode arrives.
 
-    The reader picks another (or, if there is none, the same after ``retry_after_s``) and sends AssignDecode, or Abort.
+    The reader chooses a decode node that has not refused, or any again after ``retry_after_s`` if all have refused, and
+    sends AssignDecode. If the attempt is over it sends Abort.
     """
 
     request_id: str
@@ -100,9 +107,9 @@ class DecodeNeeded(Message, frozen=True, kw_only=True):
 
 
 class RequestTimeline(Message, frozen=True, kw_only=True):
-    """Node -> router, when the node's part of a request is over. For people: nothing depends on it.
+    """Node -> router, when the node has freed the blocks of an attempt. Only for ``/cluster/requests/{request_id}``.
 
-    The reader merges it with the other node's and keeps it for a while.
+    The reader merges it with the timelines of the other attempts and nodes.
     """
 
     request_id: str
@@ -112,16 +119,16 @@ class RequestTimeline(Message, frozen=True, kw_only=True):
 
 
 class Leaving(Message, frozen=True, kw_only=True):
-    """Node -> router, when its operator asked it to stop.
+    """Node -> router, when the node was told to stop, by a signal or by Drain.
 
-    The reader sends it nothing new; what it has it will finish, or hand back as a retryable RequestFailed.
+    The reader sends it no new requests. The node finishes its requests or ends them with a retryable RequestFailed.
     """
 
 
 class Drained(Message, frozen=True, kw_only=True):
-    """Node -> router: it is leaving and holds no request any more.
+    """Node -> router, last message of a node that is leaving: it has no requests any more.
 
-    The reader forgets the node.
+    The reader removes the node.
     """
 
 

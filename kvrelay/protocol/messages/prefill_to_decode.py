@@ -1,4 +1,4 @@
-"""P -> D. (Besides these, Heartbeat.)"""
+"""P -> D. RenewReservations also serves as P's heartbeat to D."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from kvrelay.protocol.request import RequestSpec
 
 
 class ReserveBlocks(Message, frozen=True, kw_only=True):
-    """P -> D, when P begins a prompt.
+    """P -> D, when P has allocated its own blocks for a prompt, and after AssignDecode.
 
-    The reader always answers: BlocksReserved or ReservationRefused. ``block_hashes`` are the chained hashes of the full
-    blocks of the ``num_tokens`` tokens to come, ``router`` is whose request it is.
+    The reader answers BlocksReserved or ReservationRefused. A repetition before that answer gets no answer of its own.
+    ``block_hashes`` are the chained hashes of the full blocks of the request's ``num_tokens`` tokens, ``max_tokens`` is
+    the number of output tokens still to generate, ``router`` the router that the request belongs to.
     """
 
     request_id: str
@@ -24,10 +25,12 @@ class ReserveBlocks(Message, frozen=True, kw_only=True):
 
 
 class HandOff(Message, frozen=True, kw_only=True):
-    """P -> D, with the first output token (the last in ``request.output_token_ids``).
+    """P -> D, when P has sampled the first output token and D has granted the reservation.
 
-    The reader owns the request from here on; it decodes when the KV is there too. The sampler's state is the request's
-    parameters and its tokens: random numbers are keyed by seed and position.
+    The last of ``request.output_token_ids`` is that token. The reader owns the request from here on. It decodes when
+    the KV has arrived too. It needs no other sampler state, because random numbers depend on seed and position only. A
+    hand-off without a valid reservation is answered with ReservationEnded. D then also sends the router RequestFailed,
+    unless the reservation belongs to another P.
     """
 
     request: RequestSpec
@@ -35,18 +38,21 @@ class HandOff(Message, frozen=True, kw_only=True):
 
 
 class RenewReservations(Message, frozen=True, kw_only=True):
-    """P -> D, once per ``heartbeat_s`` while P holds reservations there.
+    """P -> D, once per ``heartbeat_s`` while P has reservations on D or has asked for some.
 
-    The reader renews the lease of each one named, by (request_id, epoch); one that is no longer named runs out.
+    The reader renews the lease of each (request_id, epoch) in ``attempts``, and answers ReservationEnded for each that
+    it does not know. The lease of a reservation that is not named expires, if its KV or hand-off is still missing.
     """
 
     attempts: list[tuple[str, int]]
 
 
 class CancelReservation(Message, frozen=True, kw_only=True):
-    """P -> D: the request ended before its hand-off, or the transfer failed.
+    """P -> D: P does not use the reservation: the request ended on P, its transfer failed, D did not answer in time, or
+    BlocksReserved arrived when P no longer needed it.
 
-    The reader releases the blocks as soon as no frame can be written to them any more.
+    The reader ends the request and frees the blocks when no frame can be written to them any more. It ignores the
+    message when both KV and hand-off have arrived: the request then belongs to D.
     """
 
     request_id: str

@@ -9,34 +9,35 @@ from kvrelay.protocol.request import RequestSpec
 class Registered(Message, frozen=True, kw_only=True):
     """Router -> node, answers Register.
 
-    The reader heartbeats from now on. A ``router_incarnation`` other than before means that the earlier router is gone
-    with all its clients: the node ends every request it holds for it.
+    The reader sends heartbeats from now on. With a static registry, another ``router_incarnation`` than before means
+    that the router was restarted and its clients are disconnected. The reader then ends all its requests.
     """
 
     router_incarnation: str
 
 
 class RegistrationRefused(Message, frozen=True, kw_only=True):
-    """Router -> node, answers Register: it does not match the cluster.
+    """Router -> node, answers Register: the node does not match the cluster, or another live node has its name.
 
-    The reader logs ``reason`` and exits; trying again would change nothing.
+    The reader logs ``reason`` and exits with status 2.
     """
 
     reason: str
 
 
 class RegisterAgain(Message, frozen=True, kw_only=True):
-    """Router -> node whose heartbeat it cannot place: the router is new, or had given the node up.
+    """Router -> node, answers a Heartbeat of a node that is not registered: the router was restarted, or lost the node.
 
     The reader sends Register.
     """
 
 
 class Prefill(Message, frozen=True, kw_only=True):
-    """Router -> P, a request arrived. ``decode_node`` is None if one token is all it wants.
+    """Router -> P, for each attempt at a request on a prefill node. ``decode_node`` is None if one token is enough.
 
-    The reader computes the prompt, reserves blocks on the decode node and moves the KV there; it owes the router the
-    first token, or RequestFailed.
+    The reader computes the KV of all tokens in ``request``, including output tokens of earlier attempts, reserves
+    blocks on the decode node, transfers the KV and hands the request off. It must send the router the next output token
+    (TokensOut) or RequestFailed.
     """
 
     request: RequestSpec
@@ -46,7 +47,7 @@ class Prefill(Message, frozen=True, kw_only=True):
 class AssignDecode(Message, frozen=True, kw_only=True):
     """Router -> P, answers DecodeNeeded.
 
-    The reader asks that node for a reservation; what it computed meanwhile stays.
+    The reader asks ``decode_node`` for a reservation. KV that it has already computed stays valid.
     """
 
     request_id: str
@@ -55,19 +56,23 @@ class AssignDecode(Message, frozen=True, kw_only=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Router -> mixed node, a request arrived; or D, if it is to compute the prompt itself or takes a preempted one.
+    """Router -> mixed node, for each attempt at a request; router -> D, if D computes the prompt itself or takes over a
+    request that another node has preempted.
 
-    The reader serves the whole request; it owes the router all its tokens and one that finishes it, or RequestFailed.
+    The reader serves the whole request. It must send the router all further output tokens, the last with a
+    ``finish_reason``, or RequestFailed.
     """
 
     request: RequestSpec
 
 
 class Abort(Message, frozen=True, kw_only=True):
-    """Router -> every node that serves the request: the client is gone, a stop string matched, or the partner failed.
+    """Router -> each node of an attempt that is over for the router: the client disconnected, a stop string matched,
+    the request timed out, failed on its other node or moved, or the router is stopping. Also the answer to a message
+    about an attempt that is already over.
 
-    The reader stops work on it, releases its blocks and sends no more tokens of it, only its timeline. P also cancels
-    its reservation on D. D does not tell P: the router sends an Abort to both.
+    The reader ends the request without an answer other than RequestTimeline, and frees its blocks when nothing uses
+    them. P also sends D CancelReservation. D sends P nothing, because the router sends an Abort to both.
     """
 
     request_id: str
@@ -75,7 +80,8 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Drain(Message, frozen=True, kw_only=True):
-    """Router -> node, an operator wants it out.
+    """Router -> node, when an operator drains it over HTTP. The router sends the node no new requests.
 
-    The reader finishes what it has; the router sends it nothing new.
+    The reader sends Leaving, refuses new requests and reservations, finishes its requests, sends Drained and exits.
+    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed.
     """

@@ -1,4 +1,4 @@
-"""Between the KV stores of different hosts."""
+"""KV store -> KV store of another host (backend ``redis`` with ``payload: owner``)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from kvrelay.protocol.messages.base import Message
 
 
 class FetchBlocks(Message, frozen=True, kw_only=True):
-    """Store -> the store of the host that holds these blocks, when somebody here wants them.
+    """Store -> the store of the host that holds these blocks, when a node needs them.
 
-    The reader answers with BlocksFetched, whatever it has of them.
+    The reader answers BlocksFetched. It reports all blocks as not found if it is busy, if there are too many, or if the
+    namespace is another.
     """
 
     fetch_id: int
@@ -17,9 +18,9 @@ class FetchBlocks(Message, frozen=True, kw_only=True):
 
 
 class BlocksFetched(Message, frozen=True, kw_only=True):
-    """Store -> store, the answer to FetchBlocks. Payload: a value of ``kvstore.storage.block_format`` for each True.
+    """Store -> store, answers FetchBlocks. Payload: a value of ``kvstore.storage.block_format`` per True in ``found``.
 
-    The reader checks each value before it uses it, and forgets where the others were said to be.
+    The reader verifies each value before it uses it, and deletes the recorded location of the blocks not found.
     """
 
     fetch_id: int
@@ -29,7 +30,7 @@ class BlocksFetched(Message, frozen=True, kw_only=True):
 class DropBlocks(Message, frozen=True, kw_only=True):
     """Store -> the store of the host that holds these blocks, when they are deleted.
 
-    The reader deletes them and answers with BlocksDropped.
+    The reader deletes them and answers BlocksDropped. It deletes nothing where FetchBlocks would find nothing.
     """
 
     fetch_id: int
@@ -38,9 +39,9 @@ class DropBlocks(Message, frozen=True, kw_only=True):
 
 
 class BlocksDropped(Message, frozen=True, kw_only=True):
-    """Store -> store, the answer to DropBlocks.
+    """Store -> store, answers DropBlocks. ``num_blocks`` were deleted.
 
-    The reader adds up how many blocks there were.
+    The reader adds them to its result.
     """
 
     fetch_id: int

@@ -1,4 +1,4 @@
-"""Benchmarks on a CPU for which oneDNN has no bf16 products: they measure float32, or say why they do not measure."""
+"""Benchmarks on a CPU for which oneDNN has no bf16 GEMMs: they measure float32, or say why they do not measure."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_limits_are_measured_in_float32() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["benchmarks/kernels.py", "--dtype", "bfloat16"], "oneDNN has no bf16 products on this CPU"),
-        (["benchmarks/accuracy.py", "--no-vllm"], "this CPU has no bf16 products"),
+        (["benchmarks/kernels.py", "--dtype", "bfloat16"], "oneDNN has no bf16 GEMMs on this CPU"),
+        (["benchmarks/accuracy.py", "--no-vllm"], "this CPU has no bf16 GEMMs"),
     ],
 )
 def test_what_needs_bf16_says_so(arguments: list[str], reason: str) -> None:

@@ -87,7 +87,7 @@ def test_a_refusal_is_raised_in_the_router_s_words() -> None:
 
 
 def test_nobody_there() -> None:
-    with client_of(refused) as client, pytest.raises(ClusterUnreachableError, match="nothing answers at http://router"):
+    with client_of(refused) as client, pytest.raises(ClusterUnreachableError, match="no answer from http://router"):
         client.status()
 
 

@@ -157,11 +157,11 @@ async def test_a_crashed_process_is_started_again_later_and_later() -> None:
     supervisor = supervisor_of(spec("d0", SAY_READY + "raise SystemExit(7)"), screen=screen, time=time)
     running = asyncio.create_task(supervisor.run(os.environ))
 
-    shown = await screen.wait_for("d0 exited with 7; starting it again", count=4)
+    shown = await screen.wait_for("d0 exited with 7; restarting it", count=4)
     supervisor.stop()
 
     assert await running == 0
-    assert shown[:4] == [f"d0 exited with 7; starting it again in {wait} s" for wait in ("0.5", "1", "2", "3")]
+    assert shown[:4] == [f"d0 exited with 7; restarting it in {wait} s" for wait in ("0.5", "1", "2", "3")]
     assert time.waits[:4] == [0.5, 1.0, 2.0, 3.0]
 
 
@@ -182,7 +182,7 @@ async def test_a_killed_process_is_started_again() -> None:
     assert await running == 0
     (line,) = await screen.wait_for("d0 was killed by SIGKILL")
     assert "if memory ran out" in line
-    assert line.endswith("; starting it again in 0.5 s")
+    assert line.endswith("; restarting it in 0.5 s")
 
 
 @pytest.mark.parametrize("when", ["starting", "serving"])
@@ -203,8 +203,8 @@ async def test_a_process_killed_by_its_own_fault_again_and_again_ends_the_cluste
 
     assert code == 1
     *again, last = await screen.wait_for(f"d0 was killed by {number.name} (")
-    assert [line.rpartition("; ")[2] for line in again] == [f"starting it again in {wait} s" for wait in ("0.5", "1")]
-    assert last.endswith("; crash 3 in a row, not starting it again")
+    assert [line.rpartition("; ")[2] for line in again] == [f"restarting it in {wait} s" for wait in ("0.5", "1")]
+    assert last.endswith("; crash 3 in a row, not restarting it")
     assert {signal.SIGILL: "lacks an instruction", signal.SIGSEGV: "native code"}[number] in last
     assert "d1: finished" in screen.lines
 
@@ -215,7 +215,7 @@ async def test_a_process_that_never_gets_ready_ends_the_cluster() -> None:
     supervisor = supervisor_of(spec("d0", "raise SystemExit(1)"), screen=screen, time=Time(), probe=not_yet)
 
     assert await supervisor.run(os.environ) == 1
-    assert "d0 exited with 1; crash 3 in a row, not starting it again" in screen.lines
+    assert "d0 exited with 1; crash 3 in a row, not restarting it" in screen.lines
 
 
 @in_loop
@@ -237,7 +237,7 @@ async def test_a_refused_process_is_not_started_again_once_the_cluster_served() 
 
     await screen.wait_for("up")
     await asyncio.to_thread(gate.write_text, "open")
-    await screen.wait_for("d0 exited with 2; not starting it again")
+    await screen.wait_for("d0 exited with 2; not restarting it")
     gate.unlink()
     assert not running.done()
     supervisor.stop()
@@ -254,7 +254,7 @@ async def test_a_process_refused_at_the_start_ends_the_cluster_with_2() -> None:
     code = await supervisor_of(d0, d1, screen=screen, time=Time(), probe=not_yet).run(os.environ)
 
     assert code == 2
-    assert "d0 cannot run as it is configured" in screen.lines
+    assert "d0 cannot run with this config" in screen.lines
 
 
 @in_loop
@@ -311,7 +311,7 @@ async def test_nodes_are_drained_after_the_router() -> None:
     finished = [line for line in screen.lines if line.endswith("finished")]
     assert finished[0] == "router: finished"
     assert sorted(finished[1:]) == ["d0: finished", "p0: finished"]
-    assert screen.lines[-1] == "everything has ended"
+    assert screen.lines[-1] == "all processes have ended"
 
 
 @in_loop

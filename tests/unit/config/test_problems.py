@@ -50,7 +50,11 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "earlier and present name of a key": (
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
-        ["7: router.prefill_policy: is the earlier name of prefill_routing, which is given too"],
+        ["7: router.prefill_policy: is the old name of prefill_routing, which is given too"],
+    ),
+    "no room for one body": (
+        GOOD + "router: {max_total_body_bytes: 8MiB}\n",
+        ["6: router.max_total_body_bytes: 8388608 is below max_body_bytes (16777216)"],
     ),
     "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
     "above its bound": (
@@ -98,31 +102,31 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "two nodes of one name": (
         GOOD.replace("d0", "p0"),
-        ["5: nodes.1.name: another node is called p0 already"],
+        ["5: nodes.1.name: another node has the name p0"],
     ),
     "a node called router": (
         GOOD.replace("d0", "router"),
-        ["5: nodes.router.name: router is taken: no node may be called that"],
+        ["5: nodes.router.name: router is reserved and cannot be the name of a node"],
     ),
     "two nodes at one port": (
         GOOD.replace("8300", "8200"),
-        ["5: nodes.d0.port: 127.0.0.1:8200 is node p0's already"],
+        ["5: nodes.d0.port: 127.0.0.1:8200 is also the address of node p0"],
     ),
     "a node at the router's port": (
         GOOD.replace("8300", "8000"),
-        ["5: nodes.d0.port: 127.0.0.1:8000 is router.port's already"],
+        ["5: nodes.d0.port: 127.0.0.1:8000 is also the address of router.port"],
     ),
     "control at the router's port": (
         GOOD + 'router:\n  control: "tcp://127.0.0.1:8000"\n',
-        ["7: router.control: 127.0.0.1:8000 is router.port's already"],
+        ["7: router.control: 127.0.0.1:8000 is also the address of router.port"],
     ),
     "control at the router's IPv6 port": (
         GOOD + 'router:\n  host: "::1"\n  control: "tcp://[::1]:8000"\n',
-        ["8: router.control: [::1]:8000 is router.port's already"],
+        ["8: router.control: [::1]:8000 is also the address of router.port"],
     ),
     "two nodes at one IPv6 address": (
         GOOD.replace("port: 8200", 'host: "::1", port: 8200').replace("port: 8300", 'host: "::1", port: 8200'),
-        ["5: nodes.d0.port: [::1]:8200 is node p0's already"],
+        ["5: nodes.d0.port: [::1]:8200 is also the address of node p0"],
     ),
     "control with an IPv6 host that lacks its brackets": (
         GOOD + 'router: {control: "tcp://::1:8100"}\n',
@@ -151,15 +155,15 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "prefill without decode": (
         GOOD.replace("role: decode", "role: mixed"),
-        ["3: nodes: a prefill node needs a decode node to work with, and there is none"],
+        ["3: nodes: a prefill node needs a decode node, and there is none"],
     ),
     "decode without prefill": (
         GOOD.replace("role: prefill", "role: mixed"),
-        ["3: nodes: a decode node needs a prefill node to work with, and there is none"],
+        ["3: nodes: a decode node needs a prefill node, and there is none"],
     ),
     "no node at all": (
         "model: {path: x}\n",
-        ["1: nodes: no node that can serve: give a mixed node, or a prefill and a decode node"],
+        ["1: nodes: no node can serve: add a mixed node, or a prefill and a decode node"],
     ),
     "node without a role": (GOOD.replace("role: decode, ", ""), ["5: nodes.d0.role: is missing"]),
     "block sizes differ": (
@@ -179,8 +183,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "storage without prefix caching": (
         GOOD.replace("block_size: 16", "prefix_caching: false") + "storage: {backend: file, capacity: 8GiB}\n",
         [
-            "4: nodes.p0.cache.prefix_caching: storage needs it: blocks are stored by their hash",
-            "5: nodes.d0.cache.prefix_caching: storage needs it: blocks are stored by their hash",
+            "4: nodes.p0.cache.prefix_caching: must be true with storage: blocks are stored by their hash",
+            "5: nodes.d0.cache.prefix_caching: must be true with storage: blocks are stored by their hash",
         ],
     ),
     "registry without a place": (
@@ -195,8 +199,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "engine:\n  quantization: w4a16\n",
         ["7: engine.quantization: should be 'none', 'w8a8' or 'w8a16', not 'w4a16'"],
     ),
-    "not a mapping": ("- a\n- b\n", ["1: should hold sections such as model: and nodes:, not ['a', 'b']"]),
-    "empty file": ("", ["1: should hold sections such as model: and nodes:, not nothing"]),
+    "not a mapping": ("- a\n- b\n", ["1: should contain sections such as model: and nodes:, not ['a', 'b']"]),
+    "empty file": ("", ["1: should contain sections such as model: and nodes:, not nothing"]),
     "not YAML": ("model: {path: x\nnodes: []\n", ["2: not YAML: expected ',' or '}', but got ':'"]),
     "endless": ("a: &a [*a]\n", ["1: nested more than 32 levels deep"]),
     "many at once": (
@@ -214,8 +218,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
             "3: router.port: should be greater than or equal to 1, not 0",
             "4: cache.block_size: should be greater than or equal to 1, not 0",
             "6: nodes.0.role: should be 'prefill', 'decode' or 'mixed', not 'prefil'",
-            "7: nodes.1.name: another node is called p0 already",
-            "7: nodes.1.port: 127.0.0.1:8200 is node p0's already",
+            "7: nodes.1.name: another node has the name p0",
+            "7: nodes.1.port: 127.0.0.1:8200 is also the address of node p0",
         ],
     ),
 }
@@ -264,7 +268,7 @@ def test_binary_file(tmp_path: Path) -> None:
             "nodes.d0.port=70000",
             "--set nodes.d0.port=70000: nodes.d0.port: should be less than or equal to 65535, not 70000",
         ),
-        ("cache.block_size.x=1", "--set cache.block_size.x=1: block_size holds no key x"),
+        ("cache.block_size.x=1", "--set cache.block_size.x=1: block_size has no key x"),
         ("router.port", "--set router.port: should read key=value, such as router.port=8001"),
     ],
 )

@@ -18,7 +18,8 @@ def test_attention_and_its_gradients_are_those_of_pytorch(length: int) -> None:
     ours = [(2 * torch.randn(2, 3, length, 32)).requires_grad_() for _ in range(3)]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     mixed, _ = attend(*ours)
-    expected = scaled_dot_product_attention(*theirs, is_causal=True)
+    query, key, value = theirs
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True)
     gradient = torch.randn_like(mixed)
     mixed.backward(gradient)
     expected.backward(gradient)

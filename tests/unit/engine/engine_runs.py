@@ -22,8 +22,8 @@ from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import NewSequence, SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
-KERNELS = ("portable", "native", "products")
-"""Each kind of kernels that computes on a CPU; products: what there is without our own library."""
+KERNELS = ("portable", "native", "gemm")
+"""Each kind of kernels that computes on a CPU; gemm: those without our own library."""
 
 
 def use_kernels(name: str, patch: pytest.MonkeyPatch) -> str:
@@ -37,7 +37,7 @@ def use_kernels(name: str, patch: pytest.MonkeyPatch) -> str:
             select_kernels.open_library()
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
-    if name == "products":
+    if name == "gemm":
         patch.setattr(select_kernels, "open_library", not_compiled)
         return "auto"
     return name

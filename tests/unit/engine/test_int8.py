@@ -1,4 +1,4 @@
-"""Products by our own library: of few rows against oneDNN's; of any number, in int8 too, against exact arithmetic."""
+"""GEMMs by our own library: of few rows against oneDNN's; of any number, in int8 too, against exact arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine_runs import Runner, open_engine, sequence, spy_on_sampling, use_kern
 
 from kvrelay.engine import select_kernels
 from kvrelay.engine.int8 import LARGEST, Quantization, quantize_rows, rounded_rows
-from kvrelay.engine.native.library import COLUMNS, NativeLibrary, ProductCall, ProductKind
+from kvrelay.engine.native.library import COLUMNS, GemmCall, GemmKind, NativeLibrary
 from kvrelay.engine.native_linear import Int8Linear, NativeLinear, OwnLinear, QuantizedRows, SmallBatchGemm
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNNLinear, to_bfloat16
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -28,7 +28,7 @@ def as_float(values: np.ndarray) -> np.ndarray:
 
 
 def multiplied(linear: NativeLinear, x: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-    """Return the product of ``x``, float32 or bfloat16 as uint16, added to ``before`` if that is given."""
+    """Return the GEMM of ``x``, float32 or bfloat16 as uint16, added to ``before`` if that is given."""
     dtype = np.uint16 if ITEM_BYTES[linear.out_dtype] == 2 else np.float32
     room = -(-len(x) // 64) * 64
     rows, out = np.zeros((room, x.shape[1]), x.dtype), np.full((room, linear.shape[1]), 7, dtype)
@@ -65,8 +65,8 @@ def test_products_are_those_of_the_rounded_numbers(
     rng = np.random.default_rng(size_in)
     weight, bias = rng.standard_normal((size_out, size_in), np.float32), rng.standard_normal(size_out, np.float32)
     if (quantization, dtype) == (Quantization.W8A16, "bfloat16") and library.isa != "avx512_bf16":
-        assert not library.supports(ProductKind.HALVES_BY_INT8)
-        pytest.skip("this CPU has no such products")
+        assert not library.supports(GemmKind.HALVES_BY_INT8)
+        pytest.skip("this CPU has no such GEMMs")
     linear = Int8Linear(library, weight, bias, quantization, dtype, "float32", QuantizedRows(library))
     values = rng.standard_normal((max(ROWS), size_in), np.float32) * rng.exponential(1, (max(ROWS), 1)).astype(
         np.float32
@@ -175,14 +175,14 @@ class StandIn:
         self.array = Array(panels.nbytes + spare_bytes)
         self.array.bytes[: panels.nbytes] = panels.reshape(-1).view(np.uint8)
         self._library = library
-        self._call = ProductCall(
+        self._call = GemmCall(
             weights=self.array.address,
             size_in=size_in,
             size_out=size_out,
             x_stride=size_in,
             panel_steps=steps,
             slab=chunk,
-            kind=ProductKind.FLOATS,
+            kind=GemmKind.FLOATS,
         )
 
     def multiply(self, x: int, out: int, num_rows: int, accumulate: bool = False) -> None:
@@ -257,7 +257,7 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
     for name, kernels, kind in (
         ("exact", "portable", "none"),
         ("portable", "portable", quantization),
-        ("products", "products", quantization),
+        ("gemm", "gemm", quantization),
         ("native", "native", quantization),
     ):
         with monkeypatch.context() as patch:
@@ -267,11 +267,11 @@ def test_logits_change_a_little_and_alike_with_all_kernels(
             Runner(engine).finish(sequence(np.random.default_rng(5).integers(0, 384, 90).tolist(), max_tokens=1))
             engine.close()
     scale = np.abs(found["exact"]).max()
-    for name in ("portable", "products", "native"):
+    for name in ("portable", "gemm", "native"):
         assert 1e-5 < np.abs(found[name] - found["exact"]).max() / scale < 0.1
     # what a last bit turns to another side of a rounding is one step of 127 further on
     near = 0.05 if quantization == "w8a8" else 1e-4
-    for name in ("products", "native"):
+    for name in ("gemm", "native"):
         assert np.abs(found[name] - found["portable"]).max() / scale < near
 
 

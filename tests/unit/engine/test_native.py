@@ -156,7 +156,7 @@ def test_lesser_cpus_compute_the_same_but_for_rounding(
 
 def test_threads_do_not_change_a_bit(model_dir: Path, logits: Logits) -> None:
     if not select_kernels.open_library().owns_floats:
-        skip_unless_fast("float32")  # where oneDNN has no block products, it divides long sums among its threads
+        skip_unless_fast("float32")  # where oneDNN has no blocked GEMMs, it divides long sums among its threads
     found = []
     for threads in (1, 2, 3):
         nodes = [{"name": "m0", "role": "mixed", "port": 8200, "threads": threads}]
@@ -246,10 +246,10 @@ def test_auto_takes_what_there_is_and_says_why(
         monkeypatch.setattr(select_kernels, "open_onednn", not_compiled)
         open_engine(tiny_dir).close()
     lines = [record.message for record in caplog.records if record.message.startswith("kernels: ")]
-    asked, native, products, portable = lines
-    assert asked == "kernels: portable in float32 (engine.kernels asks for them)"
+    asked, native, gemm, portable = lines
+    assert asked == "kernels: portable in float32 (as engine.kernels says)"
     assert native.startswith("kernels: native in float32 (oneDNN 3.")
-    assert "for products in float32, portable for all else in float32 (the native kernels were not" in products
+    assert "for GEMMs in float32, portable for all else in float32 (the native kernels were not" in gemm
     assert portable.startswith("kernels: portable in float32 (the native kernels were not compiled")
 
 

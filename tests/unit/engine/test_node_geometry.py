@@ -45,7 +45,7 @@ def test_it_is_that_of_the_engine(
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("name", ["native", "products"])
+@pytest.mark.parametrize("name", ["native", "gemm"])
 def test_it_is_that_of_the_engine_for_a_bfloat16_checkpoint(
     tmp_path: Path, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +56,6 @@ def test_it_is_that_of_the_engine_for_a_bfloat16_checkpoint(
         pytest.skip("this CPU has no fast bfloat16")
     write_tiny_checkpoint(tmp_path, "llama", dtype="bfloat16")
     engine = open_engine(tmp_path, **sections)
-    assert engine.geometry.dtype == {"native": "bfloat16", "products": "float32"}[name]
+    assert engine.geometry.dtype == {"native": "bfloat16", "gemm": "float32"}[name]
     assert node_geometry(node_config(tmp_path, **sections), lambda done, total: None) == engine.geometry
     engine.close()

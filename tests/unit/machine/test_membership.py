@@ -8,9 +8,9 @@ import pytest
 from support.machines import node_config, registration
 
 from kvrelay.config.cluster_config import RegistryConfig, Role
-from kvrelay.errors import RemoteProtocolError
-from kvrelay.machine.contract import Announce, Exit, Ready, Send
-from kvrelay.machine.membership import DRAINING, READY, REFUSED, Membership
+from kvrelay.machine.contract import Announce, CoreAction, Exit, Ready, Send
+from kvrelay.machine.membership import DRAINING, READY, REFUSED, Membership, RegistrationMessage
+from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import ROUTER, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
@@ -24,16 +24,55 @@ def registry(kind: str) -> RegistryConfig:
     return RegistryConfig.model_validate({"kind": kind, "url": None if kind == "static" else "redis://localhost"})
 
 
-def membership_of(kind: str) -> Membership:
-    node = node_config(Role.DECODE).model_copy(update={"registry": registry(kind)})
-    return Membership(registration(node), node)
+class Driver:
+    """A node's membership; each call returns the actions that it led to."""
+
+    def __init__(self, kind: str) -> None:
+        node = node_config(Role.DECODE).model_copy(update={"registry": registry(kind)})
+        self.outbox = Outbox()
+        self.membership = Membership(registration(node), node, self.outbox)
+        self.is_authorized, self.lost = self.membership.is_authorized, self.membership.lost
+
+    def join(self) -> list[CoreAction]:
+        self.membership.join()
+        return self.outbox.take()
+
+    def beat(self, load: Load) -> list[CoreAction]:
+        self.membership.beat(load)
+        return self.outbox.take()
+
+    def leave(self) -> list[CoreAction]:
+        self.membership.leave()
+        return self.outbox.take()
+
+    def drained(self) -> list[CoreAction]:
+        self.membership.drained()
+        return self.outbox.take()
+
+    def heard(self, peer: PeerId, now: float) -> None:
+        self.outbox.now = now
+        self.membership.heard(peer)
+
+    def silent(self, now: float) -> list[PeerId]:
+        self.outbox.now = now
+        return self.membership.silent()
+
+    def receive(self, peer: PeerId, message: RegistrationMessage, now: float) -> tuple[list[CoreAction], bool]:
+        """Return, beside the actions, whether the router has changed."""
+        self.outbox.now = now
+        changed = self.membership.receive(peer, message)
+        return self.outbox.take(), changed
+
+
+def membership_of(kind: str) -> Driver:
+    return Driver(kind)
 
 
 def sent(actions: list[Any], to: PeerId) -> list[Message]:
     return [action.message for action in actions if isinstance(action, Send) and action.peer == to]
 
 
-def registered(membership: Membership, *routers: PeerId, now: float = 0.0) -> None:
+def registered(membership: Driver, *routers: PeerId, now: float = 0.0) -> None:
     """Let ``routers`` find the node."""
     membership.join()
     for router in routers:
@@ -168,8 +207,3 @@ def test_a_refused_node_exits_with_the_reason(kind: str, router: PeerId) -> None
     actions, _ = membership_of(kind).receive(router, refusal, 0.0)
     assert actions[-1] == Exit(REFUSED)
     assert "block_size" in str(actions[0])
-
-
-def test_anything_else_is_no_registration_message() -> None:
-    with pytest.raises(RemoteProtocolError, match="Drain"):
-        membership_of("static").receive(ROUTER, Drain(), 0.0)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -22,9 +22,10 @@ from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, TokenLogprobs
 from kvrelay.runtime.transport import Transport
 from router.http.app import make_app
+from router.http.protocol import HttpProtocol
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
-from router.server import http_limits, http_server
+from router.server import HttpServer, http_limits, http_server
 from router.service import RouterService
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
@@ -69,7 +70,8 @@ class FakeNode:
         self._script = script
         self._tokens = encode(script.answer)
         self._registration = register(node_id, role)
-        self._transport = Transport(peer_id(node_id, "a"), self._take)
+        # A node sends a message per step, not per token as this one does: its queue is never that long.
+        self._transport = Transport(peer_id(node_id, "a"), self._take, send_queue=1 << 20)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.partners: dict[str, FakeNode] = {}
 
@@ -181,11 +183,18 @@ class FakeCluster:
     client: httpx.AsyncClient
     url: str
     script: Script
+    http: HttpServer
 
     async def quiet(self) -> None:
-        """Return when the machine holds nothing any more."""
+        """Return when neither the machine nor a body holds anything any more."""
         await until(lambda: not self.service.machine.requests)
         self.service.machine.assert_quiescent()
+        await until(lambda: not self.service.body_memory.num_bytes)
+
+    @property
+    def connections(self) -> list[HttpProtocol]:
+        """Those of clients, as the router has them."""
+        return [cast(HttpProtocol, connection) for connection in self.http.server_state.connections]
 
 
 def config(**router: object) -> ClusterConfig:
@@ -222,7 +231,7 @@ async def fake_cluster(
         await until(lambda: len(list(service.machine.node_table)) == len(nodes))
         try:
             async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
-                yield FakeCluster(service, model, nodes, client, url, script)
+                yield FakeCluster(service, model, nodes, client, url, script, server)
         finally:
             service.stop()
             service.stop()

@@ -5,7 +5,6 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
 import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
@@ -421,15 +420,3 @@ def test_stopping_router_finishes_the_stream_and_refuses_what_is_new() -> None:
         assert (await running).json()["usage"]["completion_tokens"] == 40
 
     run(scenario, Script(pace_s=0.005))
-
-
-def test_slow_body_of_a_client_that_leaves_is_forgotten() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        url = httpx.URL(cluster.url)
-        _, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
-        await writer.drain()
-        writer.close()
-        await post(cluster, "/v1/completions", prompt="a", max_tokens=1)
-
-    run(scenario)

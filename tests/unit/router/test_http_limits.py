@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
+
+from router.http.body import read_body
+from router.preparation import INLINE_BYTES, Job, Outcome
 
 COMPLETIONS = "/v1/completions"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -216,6 +222,109 @@ def test_half_closed_client_is_asked_and_waits() -> None:
         assert answer.replace(CONTINUE, b"").startswith(b"HTTP/1.1 200 OK")
 
     run(scenario, Script(pace_s=0.01))
+
+
+def bodies_being_read() -> list[bytearray]:
+    """Return what is there of each body that is not complete, from the coroutines that wait for the rest."""
+    found = []
+    for task in asyncio.all_tasks():
+        coroutine: Any = task.get_coro()
+        while coroutine is not None:
+            if getattr(coroutine, "cr_code", None) is read_body.__code__ and coroutine.cr_frame is not None:
+                found.append(coroutine.cr_frame.f_locals["body"])
+            coroutine = getattr(coroutine, "cr_await", None)
+    return found
+
+
+@pytest.mark.parametrize("num_bytes", [100, 300_000])
+def test_slow_body_of_a_client_that_leaves_is_forgotten(num_bytes: int) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (_, writer):
+            writer.write(post(b"x" * (num_bytes + 1))[:-1])
+            await until(lambda: [len(body) for body in bodies_being_read()] == [num_bytes])
+            assert cluster.service.body_memory.num_bytes == (num_bytes if num_bytes > INLINE_BYTES else 0)
+            [connection] = map(weakref.ref, cluster.connections)
+        await until(lambda: not cluster.connections)
+        await until(lambda: not cluster.http.server_state.tasks)
+        assert not bodies_being_read()
+        assert cluster.service.body_memory.num_bytes == 0
+        gc.collect()
+        assert connection() is None
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------- memory for bodies
+
+KIB = 1 << 10
+TIGHT = {"max_body_bytes": 256 * KIB, "max_total_body_bytes": 512 * KIB}
+
+
+@asynccontextmanager
+async def stalled(cluster: FakeCluster, *lengths: int) -> AsyncIterator[list[Connection]]:
+    """Have bodies of these lengths there, each without its last byte."""
+    async with AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(connected(cluster)) for _ in lengths]
+        for length, (_, writer) in zip(lengths, connections, strict=True):
+            writer.write(post(b" " * length)[:-1])
+        await until(lambda: sorted(map(len, bodies_being_read())) == sorted(length - 1 for length in lengths))
+        yield connections
+
+
+def test_long_bodies_beyond_the_memory_for_them_are_503(caplog: pytest.LogCaptureFixture) -> None:
+    long = completion(prompt="a" * 200 * KIB)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with stalled(cluster, 200 * KIB, 200 * KIB):
+            for _ in range(2):
+                status, headers, body = await answer_to(cluster, post(long))
+                assert status == b"HTTP/1.1 503 Service Unavailable"
+                assert b"connection: close" in headers
+                assert b"retry-after: 5" in headers
+                assert code(body) == "too_many_long_bodies"
+                assert "524288 bytes (router.max_total_body_bytes)" in json.loads(body)["error"]["message"]
+            short = await cluster.client.post(COMPLETIONS, content=completion())
+            assert short.json()["choices"][0]["text"] == ANSWER[:5]
+        await until(lambda: not cluster.service.body_memory.num_bytes)
+        assert (await cluster.client.post("/tokenize", content=long, timeout=None)).json()["count"] == 200 * KIB
+
+    run(scenario, None, **TIGHT)
+    assert caplog.text.count("too many long bodies") == 1
+
+
+def test_clients_that_are_answered_503_can_read_it_while_they_send() -> None:
+    """Were the connection closed at once, what they send would reset it, and the answer with it."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with stalled(cluster, 250 * KIB, 250 * KIB), connected(cluster) as (reader, writer):
+            writer.write(post(b" " * 256 * KIB)[: -100 * KIB])
+            await until(lambda: len(bodies_being_read()) == 2)
+            for _ in range(99):
+                writer.write(b" " * KIB)
+                await writer.drain()
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+
+    run(scenario, None, **TIGHT)
+
+
+def test_bodies_count_until_they_are_prompts() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        prepare, go_on = cluster.service.preparer.prepare_in_worker, asyncio.Event()
+
+        async def prepare_later(job: Job) -> Outcome:
+            await go_on.wait()
+            return await prepare(job)
+
+        cluster.service.preparer.prepare_in_worker = prepare_later  # type: ignore[method-assign]
+        content = completion(prompt="a" * 200 * KIB)
+        asked = [asyncio.create_task(cluster.client.post("/tokenize", content=content, timeout=None)) for _ in range(2)]
+        await until(lambda: cluster.service.body_memory.num_bytes == 2 * len(content))
+        assert (await cluster.client.post("/tokenize", content=content)).status_code == 503
+        go_on.set()
+        assert [(await answer).status_code for answer in asked] == [200, 200]
+        assert cluster.service.body_memory.num_bytes == 0
+
+    run(scenario, None, **TIGHT)
 
 
 def test_half_a_request_of_a_client_that_leaves_is_forgotten() -> None:

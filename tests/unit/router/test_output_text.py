@@ -3,6 +3,7 @@ from __future__ import annotations
 from small_tokenizers import EOS, byte_level, token_id
 
 from router.text.output_text import OutputText, TextOptions
+from router.text.stop import StopStrings
 from router.text.token_bytes import TokenBytes
 
 TOKENIZER = byte_level()
@@ -19,7 +20,7 @@ def letters(text: str) -> list[int]:
 
 
 def test_tokens_behind_a_stop_string_are_not_counted() -> None:
-    output = OutputText(BYTES, ids("x"), TextOptions(stop=("cd",)))
+    output = OutputText(BYTES, ids("x"), TextOptions(stop=StopStrings(("cd",))))
     delta = output.push(letters("abcdef"))
     assert delta == ("ab", 4, "cd")
 
@@ -33,17 +34,17 @@ def test_the_token_that_stopped_is_shown_on_demand_only() -> None:
 
 
 def test_stop_string_waits_for_min_tokens() -> None:
-    output = OutputText(BYTES, [], TextOptions(stop=("b",), min_tokens=3))
+    output = OutputText(BYTES, [], TextOptions(stop=StopStrings(("b",)), min_tokens=3))
     assert output.push(letters("abab")) == ("aba", 4, "b")
 
 
 def test_finish_gives_what_was_held_back() -> None:
-    output = OutputText(BYTES, [], TextOptions(stop=("b!",)))
+    output = OutputText(BYTES, [], TextOptions(stop=StopStrings(("b!",))))
     assert output.push(letters("ab")) == ("a", 2, None)
     assert output.finish() == ("b", 0, None)
 
 
 def test_stop_string_may_span_tokens_and_skip_special_tokens() -> None:
-    output = OutputText(BYTES, [], TextOptions(stop=("ab",)))
+    output = OutputText(BYTES, [], TextOptions(stop=StopStrings(("ab",))))
     tokens = [*letters("xa"), token_id(TOKENIZER, "<|im_end|>"), *letters("b")]
     assert output.push(tokens) == ("x", 4, "ab")

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.text.stop import StopMatcher
+from router.text.stop import StopMatcher, StopStrings
 
 SMALL = st.text("ab\n", max_size=24)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
@@ -30,7 +30,7 @@ def naive(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
 def test_pieces_give_what_a_search_in_the_whole_text_gives(
     text: str, stops: list[str], cuts: list[int], include: bool
 ) -> None:
-    matcher = StopMatcher(stops, include_stop=include)
+    matcher = StopMatcher(StopStrings(stops), include_stop=include)
     shown, matched = "", None
     for piece in cut_up(text, cuts):
         scan = matcher.push(piece)
@@ -41,7 +41,7 @@ def test_pieces_give_what_a_search_in_the_whole_text_gives(
 
 
 def test_text_is_held_only_while_a_stop_may_be_forming() -> None:
-    matcher = StopMatcher(["<end>"])
+    matcher = StopMatcher(StopStrings(["<end>"]))
     assert matcher.push("a<e") == ("a", None)
     assert matcher.push("nd ") == ("<end ", None)
     assert matcher.push("<en") == ("", None)
@@ -49,16 +49,16 @@ def test_text_is_held_only_while_a_stop_may_be_forming() -> None:
 
 
 def test_stop_overlapping_itself_is_found() -> None:
-    matcher = StopMatcher(["aab"])
+    matcher = StopMatcher(StopStrings(["aab"]))
     assert [matcher.push(char) for char in "aaab"] == [("", None), ("", None), ("a", None), ("", "aab")]
 
 
 def test_unarmed_stop_is_passed_over_but_one_that_ends_later_counts() -> None:
-    matcher = StopMatcher(["xy"])
+    matcher = StopMatcher(StopStrings(["xy"]))
     assert matcher.push("xyx", armed=False).matched is None
     scan = matcher.push("y")
     assert scan == ("", "xy")
 
 
 def test_no_stops_hold_nothing() -> None:
-    assert StopMatcher([]).push("anything") == ("anything", None)
+    assert StopMatcher(StopStrings([])).push("anything") == ("anything", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import pytest
 from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, ScheduledTokens, StepPlan, StepResult
-from kvrelay.runtime.compute_thread import ComputeThread
+from kvrelay.runtime.compute_thread import ComputeThread, compute_for
 
 BROKEN = SequenceId(13)
 
@@ -73,3 +74,49 @@ def test_the_thread_takes_as_many_plans_ahead_as_its_engine() -> None:
 
 def test_stopping_finishes_what_was_queued() -> None:
     assert len(events_of([plan(step, 1) for step in range(20)], layer_events=False)) == 20
+
+
+class Pipelined:
+    """An engine whose first step is over only when the second has been launched."""
+
+    max_plans_in_flight = 2
+
+    def __init__(self) -> None:
+        self.second_launched = threading.Event()
+
+    def begin(self, plan: StepPlan) -> PipelinedStep:
+        return PipelinedStep(self, plan)
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+        raise AssertionError("begin is quicker")
+
+
+class PipelinedStep:
+    def __init__(self, engine: Pipelined, plan: StepPlan) -> None:
+        self._engine, self._plan = engine, plan
+
+    def launch(self) -> None:
+        if self._plan.step == 2:
+            self._engine.second_launched.set()
+
+    def finish(self, on_layer: Callable[[int], None]) -> StepResult:
+        if self._plan.step == 1:
+            assert self._engine.second_launched.wait(60)
+        return Engine().run(self._plan, on_layer)
+
+
+def test_a_step_is_launched_while_another_is_computed_and_answered_after_it() -> None:
+    posted: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threads = compute_for(Pipelined(), posted.put, layer_events=True)
+    threads.start()
+    for step in (plan(1, 1), plan(2, 13), plan(3, 1)):
+        threads.submit(step)
+    threads.stop()
+    events = [posted.get() for _ in range(posted.qsize())]
+    layers = [[LayersComputed(step, range(layer, layer + 1)) for layer in range(3)] for step in (1, 2, 3)]
+    failed = StepFailed(2, "ValueError: out of memory")
+    assert events == [*layers[0], done(1, 1), layers[1][0], failed, *layers[2], done(3, 1)]
+
+
+def test_an_engine_without_a_pipeline_has_one_thread() -> None:
+    assert isinstance(compute_for(Engine(), print, layer_events=False), ComputeThread)

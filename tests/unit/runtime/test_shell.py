@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ from kvrelay.machine.contract import (
 )
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.router_to_node import Abort
-from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.shell import MAX_TURN_S, Shell
 from kvrelay.runtime.transport import Transport
 
 
@@ -84,6 +86,23 @@ def test_actions_are_performed_in_order_up_to_the_last() -> None:
     machine = Scripted(lambda event, now: [Work(1), Work(2), Exit(), Work(3)])
     drive(machine, {Work: lambda action: performed.append(action.number)})
     assert performed == [1, 2, 3]
+
+
+def test_others_have_the_loop_between_the_actions_of_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.count(step=MAX_TURN_S)
+    monkeypatch.setattr("kvrelay.runtime.shell.time", SimpleNamespace(monotonic=lambda: next(times)))
+    happened: list[object] = []
+
+    def answer(event: object, now: float) -> list[object]:
+        happened.append(event)
+        return [Exit(), Work(5)] if event == Work(2) else [Work(3), Work(4)] if event == Work(1) else []
+
+    def perform(action: Work) -> None:
+        happened.append(action.number)
+        asyncio.get_running_loop().call_soon(happened.append, "others")
+
+    drive(Scripted(answer), {Work: perform}, lambda shell: [*map(shell.post, [Work(1), Work(2)])])
+    assert happened == [Started(), Work(1), 3, "others", 4, "others", Work(2), 5, "others"]
 
 
 def test_an_event_posted_while_another_is_handled_waits_its_turn() -> None:

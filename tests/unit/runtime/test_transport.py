@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from socket import EAI_AGAIN, EAI_NONAME, gaierror
 from typing import Any
 
 import pytest
@@ -171,6 +172,54 @@ def test_a_peer_that_does_not_read_is_lost_and_nothing_blocks() -> None:
             assert event.peer == "d0#1"
             assert "cannot send Abort" in event.reason
             assert at_client.is_empty
+
+    run(check())
+
+
+def test_what_is_sent_before_a_name_is_known_is_held_and_stays_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: list[str] = []
+
+    async def has_only_ipv6(host: str, port: int) -> bool:
+        lookups.append(host)
+        if len(lookups) < 3:
+            raise gaierror(EAI_AGAIN, "Temporary failure in name resolution")
+        return False
+
+    monkeypatch.setattr("kvrelay.runtime.transport.has_only_ipv6", has_only_ipv6)
+    monkeypatch.setattr("kvrelay.runtime.transport._LOOKUP_INTERVAL_S", 0)
+
+    async def check() -> None:
+        async with transport("d0#1") as (server, at_server), transport("p0#1") as (client, _):
+            [address] = server.bind(ANY)
+            client.connect(PeerId("d0#1"), address.replace("127.0.0.1", "localhost"))
+            for number in range(3):
+                client.send(PeerId("d0#1"), abort(number), [memoryview(b"payload")])
+            for number in range(3):
+                event = await at_server.next()
+                assert isinstance(event, Received)
+                assert (event.message, [bytes(part) for part in event.payload]) == (abort(number), [b"payload"])
+        assert lookups == ["localhost"] * 3
+
+    run(check())
+
+
+def test_a_peer_whose_name_is_never_known_is_lost_when_too_much_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def has_only_ipv6(host: str, port: int) -> bool:
+        raise gaierror(EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("kvrelay.runtime.transport.has_only_ipv6", has_only_ipv6)
+
+    async def check() -> None:
+        async with transport("p0#1", send_queue=10) as (client, at_client):
+            client.connect(PeerId("d0#1"), "tcp://nowhere.test:1")
+            for number in range(11):
+                client.send(PeerId("d0#1"), abort(number))
+            lost = await at_client.next()
+            assert isinstance(lost, PeerLost)
+            assert lost.peer == "d0#1"
+            client.disconnect(PeerId("d0#1"))
+            client.send(PeerId("d0#1"), abort(0))
+            assert await at_client.next() == PeerLost(PeerId("d0#1"), "not connected")
 
     run(check())
 

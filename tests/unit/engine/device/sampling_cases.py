@@ -12,6 +12,7 @@ from kvrelay.engine.device.batch import BatchAssembler
 from kvrelay.engine.device.operations import Sampled, StepShape
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
@@ -84,12 +85,12 @@ def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], valu
     count = len(batch)
     most = 0 if assembled.adjustments is None else len(assembled.adjustments.tokens)
     buffer = StepBuffer(framework, StepShape(4 * count, count, count, 4 * count), most)
-    assembler.fill(buffer, assembled)
+    assembler.fill(buffer, UploadArena(framework, buffer.num_words + 5 * most), assembled)
     last_tokens = framework.zeros((count,), "int32")
     step = buffer.tensors(assembled.shape)
     sampled = operations.sample(framework.upload(values, "float32"), step, last_tokens)
-    noted = [sample for sample in assembled.samples if sample.ahead == 0]
-    index = [assembled.samples.index(sample) for sample in noted]
-    where = torch.tensor([sample.row.index for sample in noted])
-    assert last_tokens.cpu()[where].tolist() == sampled.tokens.cpu()[index].tolist()
+    noted = assembled.samples.noted
+    is_noted = torch.from_numpy(noted >= 0)
+    where = torch.from_numpy(noted[noted >= 0]).long()
+    assert last_tokens.cpu()[where].tolist() == sampled.tokens.cpu()[is_noted].tolist()
     return Sampled(*(one.cpu() for one in sampled))

@@ -14,8 +14,10 @@ from engine_runs import Runner, outcomes_in_order, output, run_batch, sequence, 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
-from kvrelay.engine.device.engine import DeviceEngine, DeviceEngineLimits
+from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
@@ -260,14 +262,14 @@ def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytes
     here.memory.planes[:, :, one.block_table] = there.memory.planes[:, :, one.block_table]
     runner = Runner(here)
     runner.free = [block for block in runner.free if block not in one.block_table]
-    copy_in, failures = here._pool.copy_in, iter([RuntimeError("out of memory")])
+    copy_in, failures = here.launcher.pool.copy_in, iter([RuntimeError("out of memory")])
 
-    def fail_once(blocks: list[BlockId]) -> None:
+    def fail_once(blocks: list[BlockId], arena: UploadArena) -> None:
         for error in failures:
             raise error
-        copy_in(blocks)
+        copy_in(blocks, arena)
 
-    monkeypatch.setattr(here._pool, "copy_in", fail_once)
+    monkeypatch.setattr(here.launcher.pool, "copy_in", fail_once)
     other = sequence(prompt(9), "other", max_tokens=6)
     runner.run((one, 1), (other, 9))
     runner.finish(one)
@@ -277,10 +279,10 @@ def test_a_step_that_was_cut_off_is_computed_anew(make: Make, monkeypatch: pytes
 def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None:
     """A graph of decode steps takes a chunk of one token as well, and its logits are nobody's."""
     engine = make(decode_graphs=(2,))
-    weights = engine._decoder._weights
+    weights = engine.launcher.decoder._weights
     embedding = weights.embedding.clone()
     embedding[77] = float("inf")
-    engine._decoder._weights = replace(weights, embedding=embedding)
+    engine.launcher.decoder._weights = replace(weights, embedding=embedding)
     decoding, chunked = sequence(prompt(5), "fine"), sequence([77, 1, 2], "broken")
     runner = Runner(engine)
     runner.run((decoding, 5))
@@ -292,7 +294,7 @@ def test_chunks_that_do_not_sample_are_checked_in_graphs_too(make: Make) -> None
 
 def test_logits_that_are_not_finite_fail_their_sequence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
-    monkeypatch.setattr(engine._decoder, "sample", _spoiled(engine._decoder.sample))
+    monkeypatch.setattr(engine.launcher.decoder, "sample", _spoiled(engine.launcher.decoder.sample))
     batch = [sequence(prompt(5), "fine"), sequence(prompt(6), "broken")]
     runner, items = Runner(engine), []
     for one in batch:

@@ -1,9 +1,8 @@
-// Products of few rows with a packed weight, and of any number with one in int8. For isa.cpp only.
+// Small-batch GEMMs with a packed weight, and GEMMs of any size with an int8 weight. For isa.cpp only.
 //
-// A weight lies in panels of 64 columns [in / DEPTH][64][DEPTH], those that oneDNN packs for itself on AVX-512, one
-// after the other: it is read once, from one end to the other, and what comes next is on its way from memory while rows
-// are multiplied with what is there. DEPTH elements of a row are one step. The product's slab, so many steps, is summed
-// up from the first to the last in one accumulator, then added to the slabs before it, whatever the number of rows.
+// A weight is packed in panels of 64 columns [in / DEPTH][64][DEPTH], the layout that oneDNN uses on AVX-512. It is
+// read once, sequentially, with prefetching. DEPTH elements of a row are one step. A slab of so many steps is summed from
+// the first to the last in one accumulator and then added to the sum of the slabs before it, for any number of rows.
 #pragma once
 
 #include "terms.h"
@@ -162,7 +161,7 @@ INLINE void widen(const int8_t *from, int64_t steps, float *to, HalfTerms) {
 }
 #endif
 
-INLINE vf scaled(const KvrProduct *p, const float *sums, int64_t row, int64_t column) {
+INLINE vf scaled(const KvrGemm *p, const float *sums, int64_t row, int64_t column) {
     vf v = load(sums);
     if (p->row_scales) {
         const vi sum = (vi)v;
@@ -175,7 +174,7 @@ INLINE vf scaled(const KvrProduct *p, const float *sums, int64_t row, int64_t co
 
 // Sums of rows [first, first + count) in columns [column, column + COLUMNS), scaled and biased, become results.
 template <typename T>
-void finish_rows(const KvrProduct *p, const float *sums, int64_t first, int64_t count, int64_t column) {
+void finish_rows(const KvrGemm *p, const float *sums, int64_t first, int64_t count, int64_t column) {
     const int64_t width = p->size_out - column < COLUMNS ? p->size_out - column : COLUMNS;
     for (int64_t r = 0; r < count; r++, sums += COLUMNS) {
         T *out = (T *)p->out + (first + r) * p->size_out + column;
@@ -191,7 +190,7 @@ void finish_rows(const KvrProduct *p, const float *sums, int64_t first, int64_t 
     }
 }
 
-// How the weights of a product lie in memory: as P multiplies them, or narrower, to be widened a slab at a time.
+// How the weights of a GEMM lie in memory: as P multiplies them, or narrower, to be widened a slab at a time.
 // BYTES: of a panel for one step of P.
 template <typename P>
 struct AsMultiplied {
@@ -209,9 +208,9 @@ struct NarrowHalves {
     typedef uint16_t Element;
 };
 
-// Panels [first, last) of product p, whose panel_steps and slab are scale steps of P each.
+// Panels [first, last) of GEMM p, whose panel_steps and slab are scale steps of P each.
 template <typename P, template <typename> class Held = AsMultiplied>
-void multiply_panels_of(const KvrProduct *p, int64_t first, int64_t last, float *memory, int64_t scale = 1) {
+void multiply_panels_of(const KvrGemm *p, int64_t first, int64_t last, float *memory, int64_t scale = 1) {
     constexpr int64_t step_bytes = Held<P>::BYTES;
     float *sums = memory, *wide = memory + ROWS_AT_ONCE * COLUMNS;
     const int64_t steps = (p->size_in + P::DEPTH - 1) / P::DEPTH, slab = p->slab * scale;
@@ -240,15 +239,15 @@ void multiply_panels_of(const KvrProduct *p, int64_t first, int64_t last, float 
 }
 
 // Float32 by bf16: few rows widen what they multiply; for many it is widened once, and the same sums are as many bits.
-void multiply_widened(const KvrProduct *p, int64_t first, int64_t last, float *memory) {
+void multiply_widened(const KvrGemm *p, int64_t first, int64_t last, float *memory) {
     if (p->num_rows <= WIDENED_ROWS)
         multiply_panels_of<WidenedTerms>(p, first, last, memory);
     else
         multiply_panels_of<FloatTerms, NarrowHalves>(p, first, last, memory, WidenedTerms::DEPTH);
 }
 
-// False if this instruction set has nothing for the product's kind.
-bool multiply(const KvrProduct *p, int64_t first, int64_t last, void *memory) {
+// False if this instruction set has nothing for the GEMM's kind.
+bool multiply(const KvrGemm *p, int64_t first, int64_t last, void *memory) {
     float *at = (float *)memory;
     switch (p->kind) {
         case KVR_FLOATS: multiply_panels_of<FloatTerms>(p, first, last, at); return true;

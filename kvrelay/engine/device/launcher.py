@@ -1,0 +1,186 @@
+"""Telling the device to compute steps: it has the pool, the decoder, graphs and what the device keeps of sequences."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvrelay.engine.batch import StepLimits
+from kvrelay.engine.decoder import DecoderWeights
+from kvrelay.engine.decoder_config import DecoderConfig
+from kvrelay.engine.device.batch import AwaitedTokenError, Batch, BatchAssembler
+from kvrelay.engine.device.decoder import Computed, DeviceDecoder
+from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.graphs import StepGraphs
+from kvrelay.engine.device.operations import Operations, StepShape
+from kvrelay.engine.device.outcomes import outcomes_of
+from kvrelay.engine.device.pool import Announce, DevicePool, MirroredPool, private_pool, shared_pool
+from kvrelay.engine.device.sequence_rows import SequenceRows
+from kvrelay.engine.device.step_buffer import StepBuffer
+from kvrelay.engine.device.step_slot import Results, StepSlot
+from kvrelay.engine.device.tiles import TileCutter
+from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.protocol.messages.engine import SequenceOutcome
+from kvrelay.protocol.request import TokenLogprobs
+
+_MORE_UPLOAD_WORDS = 1 << 16
+"""Words of a step's uploads beside its buffer, before room for them must grow: new blocks, adjusted logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEngineLimits:
+    """Sizes of the pool and of steps. ``decode_graphs``, ``chunk_graphs``: sizes of steps that are graphs.
+
+    ``mirrored``: the pool is the device's own and the node's memory its copy. Without it a GPU's pool is private.
+    """
+
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    decode_graphs: tuple[int, ...] = ()
+    chunk_graphs: tuple[int, ...] = ()
+    mirrored: bool = False
+
+
+class Launched(NamedTuple):
+    """A batch that the device computes in ``slot``; the ``results`` are there when it is done."""
+
+    batch: Batch
+    slot: StepSlot
+    results: Results
+
+
+class StepLauncher:
+    """Assembles batches and launches them, from one thread at a time. ``slots``: room for each step in flight.
+
+    ``state`` is held while sequences and what the device keeps of them are read or changed, never for long.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, memory: KVMemory, framework: Framework,
+        operations: Operations, limits: DeviceEngineLimits, num_slots: int,
+    ) -> None:  # fmt: skip
+        self.state = threading.Lock()
+        self.stream = framework.stream()
+        self._framework, self._operations, self._limits = framework, operations, limits
+        block_size = memory.geometry.block_size
+        max_blocks = memory.geometry.blocks_for(limits.max_model_len)
+        rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
+        step_limits = StepLimits(block_size, limits.num_blocks, limits.max_model_len, config.vocab_size)
+        self._cutter = TileCutter(operations.tile_rows, operations.room)
+        self.assembler = BatchAssembler(step_limits, rows, self._cutter, limits.max_num_batched_tokens)
+        with framework.on(self.stream):
+            self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
+            last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
+            self.pool = self._make_pool(memory)
+            self._buffer = self._make_buffer(entries=0)
+            words = self._buffer.num_words + _MORE_UPLOAD_WORDS
+            most = limits.max_num_batched_tokens
+            self.slots = [StepSlot(framework, most, words) for _ in range(num_slots)]
+        self.decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
+        self.capture([])
+
+    def _make_pool(self, memory: KVMemory) -> DevicePool:
+        if self._limits.mirrored:
+            return MirroredPool(memory, self._framework, self._operations, self.stream)
+        return (private_pool if self._framework.is_gpu else shared_pool)(memory, self._framework, self.stream)
+
+    def capture(self, shapes: list[StepShape]) -> None:
+        """Have steps of ``shapes`` as graphs."""
+        arena = self.slots[0].arena
+        self.graphs = StepGraphs(shapes, self.decoder, self.pool.layers, self._framework, self.stream, arena)
+
+    def forget_sequences(self) -> None:
+        """What the device has of sequences, and of their KV, is not known any more."""
+        with self.state:
+            self.assembler.forget_sequences()
+
+    def launch(self, items: list[ScheduledSequence], slot: StepSlot, announce: Announce) -> Launched:
+        """Assemble ``items`` and have the device compute them after all that it was told before.
+
+        Raises AwaitedTokenError if that cannot be done yet. After any other exception the device has lost its picture
+        of the sequences.
+        """
+        try:
+            slot.arena.clear()
+            with self._framework.on(self.stream):
+                with self.state:
+                    batch = self.assembler.assemble(items)
+                    changes = self.assembler.take_table_changes()
+                if changes is not None:
+                    self._operations.set_entries(self._tables, slot.arena.upload(changes))
+                self.pool.copy_in(batch.foreign, slot.arena)
+                if not batch.items:
+                    return Launched(batch, slot, slot.fetch(None, None, False, self.stream))
+                computed = self._compute(batch, slot, announce)
+                return Launched(batch, slot, self._fetch(batch, computed, slot))
+        except AwaitedTokenError:
+            raise
+        except BaseException:
+            self.forget_sequences()
+            raise
+
+    def _compute(self, batch: Batch, slot: StepSlot, announce: Announce) -> Computed:
+        """Tell the device to compute ``batch``; announce its layers."""
+        entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
+        graph = self.graphs.find(batch.shape, entries)
+        buffer = self._eager_buffer(entries) if graph is None else graph.buffer
+        self.assembler.fill(buffer, slot.arena, batch)
+        step = buffer.tensors(batch.shape)
+        layers = self.pool.layer_events(step.slots, slot, announce)
+        if graph is not None:
+            computed = graph.replay()
+        else:
+            computed = self.decoder.compute(step, self.pool.layers, layers.layer_launched)
+        layers.all_launched()
+        return computed
+
+    def _fetch(self, batch: Batch, computed: Computed, slot: StepSlot) -> Results:
+        """Start the copies of what is computed to the host: padding of graphs apart."""
+        rows, count = batch.shape.rows, batch.shape.samples
+        sampled = computed.sampled if count else None
+        if sampled is not None:
+            sampled = type(sampled)(*(one[:count] for one in sampled))
+        broken = computed.broken_rows[:rows] if count < rows else None  # logits tell as much
+        return slot.fetch(sampled, broken, batch.samples.num_logprobs is not None, self.stream)
+
+    def _eager_buffer(self, entries: int) -> StepBuffer:
+        if entries > self._buffer.entries:
+            self._buffer = self._make_buffer(2 * entries)
+        return self._buffer
+
+    def _make_buffer(self, entries: int) -> StepBuffer:
+        rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
+        paged, dense, pieces = self._cutter.most(rows, seqs)
+        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
+
+    def close(self) -> None:
+        """Wait for the device; let go of graphs and pool."""
+        self.stream.synchronize()
+        del self.graphs
+        self.pool.close()
+
+
+def outcomes(launched: Launched) -> list[SequenceOutcome]:
+    """Return the outcome of each sequence of the plan, once the device is done."""
+    batch, results = launched.batch, launched.results
+    found = outcomes_of(batch, results.tokens, _logprobs(batch, results), results.broken)
+    if not batch.failed:
+        return found
+    computed, places = iter(found), range(len(batch.items) + len(batch.failed))
+    return [batch.failed[place] if place in batch.failed else next(computed) for place in places]
+
+
+def _logprobs(batch: Batch, results: Results) -> Iterator[TokenLogprobs | None] | None:
+    """Return for each sampling row its log probabilities, None if nobody asks."""
+    wanted = batch.samples.num_logprobs
+    if wanted is None or results.top_tokens is None or results.logprobs is None:
+        return None
+    return (
+        None if count is None else TokenLogprobs(values[0], ids[1 : 1 + count], values[1 : 1 + count])
+        for count, ids, values in zip(wanted, results.top_tokens.tolist(), results.logprobs.tolist(), strict=True)
+    )

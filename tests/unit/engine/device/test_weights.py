@@ -1,0 +1,84 @@
+"""Weights of the device engine: from files as they are stored, and random ones of any shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import Runner, node_config, open_engine, output, sequence
+
+from kvrelay.engine.checkpoint import expected_shapes
+from kvrelay.engine.decoder_config import parse_decoder_config
+from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.weights import DevicePacking
+from kvrelay.engine.geometry import node_geometry
+from kvrelay.engine.load import load_engine
+from kvrelay.engine.presets import SHAPES, write_shape
+from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors, write_safetensors
+from kvrelay.engine.tiny import tiny_config
+from kvrelay.errors import ConfigError
+
+TORCH = {"kind": "torch"}
+
+
+@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_go_from_the_file_to_their_places(
+    stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {name: np.random.default_rng(rows).standard_normal((rows, 5), np.float32) for name, rows in PARTS.items()}
+    write_safetensors(tmp_path / "w", {name: (rows, 5) for name, rows in PARTS.items()}, stored, values.__getitem__)
+    tensors = read_safetensors(tmp_path / "w")
+    expected = np.concatenate([tensors[name].float32() for name in PARTS])
+    monkeypatch.delattr(StoredTensor, "float32")
+    packed = DevicePacking(TorchFramework("cpu"), dtype).upload_stored([tensors[name] for name in PARTS])
+    assert torch.equal(packed, torch.from_numpy(expected).to(getattr(torch, dtype)))
+
+
+PARTS = {"q": 3, "k": 2, "v": 4}
+
+
+def test_random_weights_need_a_config_alone_and_are_the_same_each_time(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3")))
+    model = {"load_format": "dummy", "max_model_len": 128}
+    outputs = []
+    for _ in range(2):
+        engine = open_engine(tmp_path, model=model, engine=TORCH)
+        one = sequence([5, 9, 200], max_tokens=8, temperature=1.0)
+        Runner(engine).finish(one)
+        outputs.append(output(one))
+        geometry = engine.geometry
+        engine.close()
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) > 1
+    node = node_config(tmp_path, model=model, engine=TORCH)
+    assert node_geometry(node, lambda done, total: None) == geometry
+    other = node_config(tmp_path, model={**model, "dtype": "bfloat16"}, engine=TORCH)
+    assert node_geometry(other, lambda done, total: None).model_digest != geometry.model_digest
+
+
+def test_paddle_makes_no_random_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dummy needs engine\.kind: torch"):
+        load_engine(node_config(tmp_path, model={"load_format": "dummy"}), lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("qwen2-0.5b", 494), ("qwen3-0.6b", 596), ("llama3-8b", 8030), ("qwen3-8b", 8191)]
+)
+def test_presets_have_the_size_of_their_models(preset: str, millions: int) -> None:
+    shapes = expected_shapes(parse_decoder_config({"hidden_act": "silu", **SHAPES[preset]}))
+    assert round(sum(math.prod(shape) for shape in shapes.values()) / 1e6) == millions
+
+
+def test_a_shape_has_a_config_and_a_tokenizer_of_its_vocabulary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    write_shape(tmp_path, "qwen2-0.5b")
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 151936
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 151936
+    with pytest.raises(ConfigError, match="'qwen9' is unknown"):
+        write_shape(tmp_path, "qwen9")
