@@ -16,7 +16,8 @@ A transfer on the sending side is PENDING (signals, no OpenTransfer yet), SENDIN
 still unacknowledged: P's blocks may still be read), ENDED. An expectation on the receiving side is RECEIVING, DRAINING
 (failed or cancelled, with a write still under way), ENDED. Nobody is told that blocks are free before draining is over.
 
-``machine`` composes ``sender`` and ``receiver`` into the machine. ``links`` are the ways the bytes travel,
-and ``mover`` performs the machine's actions with them. ``service`` is the shell of the process,
+``machine`` composes ``sender`` and ``receiver`` into the machine. The sender's parts are ``transfers``,
+``frame_sender`` and ``sender_links``, the receiver's ``expectations`` and ``receiver_links``. ``links`` are the ways
+the bytes travel, and ``mover`` performs the machine's actions with them. ``service`` is the shell of the process,
 ``launch`` starts it from a node.
 """

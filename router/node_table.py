@@ -137,9 +137,9 @@ class Node:
         self.num_given_blocks += num_blocks
 
     def take_load(self, load: Load) -> None:
-        """Note what a heartbeat says.
+        """Take the load that a heartbeat reports.
 
-        What this router gave the node it knows better, and at once; what the node has beyond that is others'.
+        The requests of this router are known exactly, and at once. What the node has beyond them is other routers'.
         """
         self.load = load
         self.num_given_requests = self.num_given_blocks = 0
@@ -222,7 +222,7 @@ class NodeTable:
         self._rivals[holder.peer] = (peer, registration)
 
     def settle(self, holder: PeerId) -> tuple[PeerId, Register] | None:
-        """Return who waits for the name of ``holder``, and forget it."""
+        """Return the node that waits for the name of ``holder``, with its registration, and forget it."""
         return self._rivals.pop(holder, None)
 
     def add(self, peer: PeerId, registration: Register, now: float) -> Node:

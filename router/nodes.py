@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeAlias, assert_never
 
-from kvrelay.machine.contract import Disconnect, Log, SetTimer
+from kvrelay.machine.contract import Disconnect, Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
@@ -183,5 +183,5 @@ class Nodes:
         self._liveness_due_s = self._outbox.now + self._heartbeat_s
         self._outbox.do(SetTimer(LIVENESS, self._liveness_due_s))
 
-    def _log(self, level: str, event: str, **fields: object) -> None:
+    def _log(self, level: LogLevel, event: str, **fields: object) -> None:
         self._outbox.do(Log(level, event, fields))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.messages.base import Message
@@ -29,7 +29,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """Nothing more will come from ``peer``, and nothing reaches it: refused, gone, or its queue stayed full."""
+    """``peer`` is disconnected: nothing more comes from it or reaches it. Also sent when its queue stayed full."""
 
     peer: PeerId
     reason: str
@@ -45,7 +45,7 @@ class LayersComputed:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answers RunStep: what came of each sequence, errors of single sequences included."""
+    """Answers RunStep: the outcome of each sequence, errors of single sequences included."""
 
     result: StepResult
 
@@ -168,7 +168,7 @@ class SetTimer:
 
 @dataclass(frozen=True, slots=True)
 class CancelTimer:
-    """Forget the timer ``key``; none is no fault."""
+    """Forget the timer ``key``. Has no effect if there is none."""
 
     key: Hashable
 
@@ -205,23 +205,29 @@ class LoadKV:
     timeout_s: float
 
 
+NodeState: TypeAlias = Literal["ready", "draining"]
+
+
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Have all routers know of this node, in this ``state``, until the process ends. Not with a static registry."""
+    """Publish this node and its ``state`` in the registry until the process ends. Not with a static registry."""
 
-    state: str
+    state: NodeState
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Have whoever supervises this process know that its start is over. Again is no fault."""
+    """Report to the supervisor that this process has started. May be repeated."""
+
+
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
     """Write a log line. For people: nothing depends on it."""
 
-    level: str
+    level: LogLevel
     event: str
     fields: dict[str, object] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Who is alive: the part of a machine that keeps track of its peers' heartbeats."""
+"""Heartbeats: the part of a machine that notes when each peer was heard."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Liveness:
 
     @property
     def peers(self) -> list[PeerId]:
-        """Everyone watched, in the order they were first heard of."""
+        """The peers that are watched, in the order in which that began."""
         return list(self._heard_s)
 
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._heard_s
 
     def watch(self, peer: PeerId, now: float) -> None:
-        """Expect signs of life from ``peer`` from ``now`` on; watching twice changes nothing."""
+        """Expect messages from ``peer`` from ``now`` on. Has no effect on a peer that is watched already."""
         self._heard_s.setdefault(peer, now)
 
     def heard(self, peer: PeerId, now: float) -> None:
@@ -30,7 +30,7 @@ class Liveness:
             self._heard_s[peer] = now
 
     def forget(self, peer: PeerId) -> None:
-        """Watch ``peer`` no longer."""
+        """Stop watching ``peer``."""
         self._heard_s.pop(peer, None)
 
     def lost(self, now: float) -> list[PeerId]:

@@ -7,7 +7,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
-from kvrelay.machine.contract import Announce, Exit, Log, Ready
+from kvrelay.machine.contract import Announce, Exit, Log, NodeState, Ready
 from kvrelay.machine.liveness import Liveness
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import ROUTER, PeerId, peer_name
@@ -19,8 +19,8 @@ from kvrelay.protocol.messages.router_to_node import RegisterAgain, Registered, 
 REFUSED = "registration refused"
 """Reason of the Exit that follows a RegistrationRefused: the process ends with status 2 and is not restarted."""
 
-READY, DRAINING = "ready", "draining"
-"""States a node announces."""
+READY: NodeState = "ready"
+DRAINING: NodeState = "draining"
 
 RegistrationMessage: TypeAlias = Registered | RegisterAgain | RegistrationRefused | Heartbeat
 """Messages that Membership takes."""

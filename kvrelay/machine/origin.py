@@ -1,4 +1,4 @@
-"""Who may say what to a node. Anybody can reach its port; only its routers and its messager are obeyed as such."""
+"""Which messages a node takes from which peer. Any process can reach its port."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvrelay.protocol.messages.base import Message
 
 
 def may_send(peer: PeerId, message: Message, membership: Membership) -> bool:
-    """Return whether ``peer`` may send ``message`` to a node: not if it is for a router or the messager to say."""
+    """Return False if ``message`` is one that only routers or the node's messager send, and ``peer`` is neither."""
     if type(message).__module__ == messager_to_node.__name__:
         return peer == MESSAGER
     return membership.is_authorized(peer, message)

@@ -14,7 +14,8 @@ A = TypeVar("A")
 class RoleOutbox(Generic[A]):
     """The time of the event that is handled, in seconds, and the actions it has led to so far, in order.
 
-    ``A``: the actions that the role adds to the core ones. The machine sets ``now`` first and takes the actions last.
+    ``A``: the actions that the role adds to the core ones. The machine sets ``now`` before it handles an event and
+    takes the actions afterwards. Its parts read ``now`` here; data, such as a request, gets it as an argument.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """How the last ``limit`` attempts ended: messages about them may still come sent before that was known."""
+    """How the last ``limit`` attempts ended. Messages about them that were sent earlier may still arrive."""
 
     def __init__(self, limit: int = 8192) -> None:
         self._limit = limit
