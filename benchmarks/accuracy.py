@@ -1,4 +1,4 @@
-"""How far bfloat16 is from float32, kvrelay's and vLLM's: log probabilities along the same tokens, and greedy outputs.
+"""Accuracy of bfloat16 relative to float32, for kvrelay and vLLM: log probabilities of the same tokens, greedy outputs.
 
 The reference is kvrelay in float32. Each candidate is asked twice. Along the reference's own outputs: at each place the
 log probabilities of the reference's TOP tokens, whose differences are the error, and whether the likeliest token is the
@@ -42,12 +42,12 @@ TOP, NUM_LOGPROBS = 10, 100
 """The tokens of the reference that are compared; so many of a candidate's are looked through for them."""
 
 Logprobs = dict[int, float]
-"""The likeliest tokens at one place."""
+"""The likeliest tokens at one position."""
 
 
 @dataclass
 class Told:
-    """What one side says: its greedy outputs, and for each prompt and place along the reference's what is likely."""
+    """Results of one side: greedy outputs, and the likeliest tokens at each position of the reference's outputs."""
 
     outputs: list[list[int]]
     logprobs: list[list[Logprobs]]
@@ -104,16 +104,16 @@ def _follow(
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a candidate is from the reference."""
+    """Differences of a candidate from the reference."""
 
     errors: np.ndarray
     """Candidate's minus reference's log probability, of each compared token; nan where the candidate's is unknown."""
     same_next: float
-    """The share of places where the likeliest token is the same."""
+    """Share of positions with the same likeliest token."""
     same_outputs: float
-    """The share of prompts with the same output to its end."""
+    """Share of prompts with the same output."""
     common_prefix: float
-    """Tokens until outputs differ, on average."""
+    """Mean number of tokens until outputs differ."""
 
     @property
     def rms(self) -> float:
@@ -174,7 +174,7 @@ def table(title: str, distances: dict[str, Distance], num_tokens: int) -> Table:
 
 
 def compare(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Distance]:
-    """Return how far each candidate is from kvrelay's float32."""
+    """Return the differences of each candidate from kvrelay's float32."""
     num_tokens = arguments.tokens
     reference = ask_kvrelay(model, prompts, num_tokens, None, ["model.dtype=float32"])
     forced = reference.outputs

@@ -1,9 +1,9 @@
-"""Whether P and D on cores of their own slow each other: steps of both, alone and at once.
+"""Interference of P and D on disjoint cores: step times of both, alone and concurrently.
 
-Two processes with a real engine each, on one random checkpoint: one computes a prompt over and over, the other
-decodes. First on disjoint cores with one thread each, as ``threads`` and ``cpus`` of a 1P1D cluster say, then both on
-all cores with as many threads. By turns P alone, D alone and both at once; medians of the clock's time for a step. What
-remains on disjoint cores is the memory they share.
+Two processes with a real engine each, on one random checkpoint. One computes a prompt repeatedly, the other decodes:
+first on disjoint cores with one thread each, like ``threads`` and ``cpus`` of a 1P1D cluster, then both on all cores
+with as many threads. P alone, D alone and both alternate; the results are medians of wall time per step. On disjoint
+cores they share only the memory.
 
 Usage: python benchmarks/disjoint_cores.py [--rounds 5] [--seconds 3] [--quantization none|w8a8|w8a16]
 """

@@ -1,11 +1,11 @@
-"""Each native kernel against its limit, measured in the same run: read and copy bandwidth, oneDNN's own best.
+"""Each native kernel relative to its limit, measured in the same run: read and copy bandwidth, oneDNN's maximum.
 
 Usage: python benchmarks/kernels.py [--threads 1] [--dtype bfloat16|float32] [--shape qwen2-0.5b|llama-8b]
 
-The type is by default bfloat16 where oneDNN multiplies it on this CPU, else float32. Where GEMMs in float32 are all
-our own, weights that bfloat16 holds exactly are measured too. A ratio is the share of the limit that is reached. Limits
-and kernels take turns, the best of all rounds counts, and with one thread it is the thread's own time that is taken:
-what else runs on the machine bears on the ratios only by the caches and the memory it uses. Pin it:
+The default type is bfloat16 if oneDNN has fast bfloat16 GEMMs on this CPU, else float32. If all float32 GEMMs are our
+own, weights that bfloat16 represents exactly are measured too. A ratio is the share of the limit that is reached.
+Limits and kernels alternate, and the best of all rounds counts. With one thread the CPU time of the thread is used, so
+other processes affect the ratios only through caches and memory. Pin it:
 ``taskset -c 1 python benchmarks/kernels.py``.
 """
 
@@ -73,7 +73,7 @@ ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass
 class Measured:
-    """Something to do over and over; ``work``: what it does once, in bytes or floating point operations."""
+    """A measured operation. ``work``: bytes or floating point operations per call."""
 
     name: str
     run: Callable[[], object]
@@ -234,7 +234,7 @@ class Bench:
             self.add(name, attend, work, ONEDNN if prefill else "read", 0.5 if prefill else 0.7)
 
     def passes(self) -> None:
-        """The passes between GEMMs, on 512 rows as they are in a prefill: in cache, so against a copy there."""
+        """The passes between GEMMs, on 512 rows as in a prefill; in cache, so relative to a copy in cache."""
         shape, kernels, item_bytes = self.shape, self.kernels, ITEM_BYTES[self.dtype]
         norm = kernels.pack_norm(np.ones(shape.hidden, np.float32))
         kernels.pack_table(np.ones((4, shape.hidden), np.float32))

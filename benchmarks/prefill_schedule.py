@@ -1,25 +1,25 @@
-"""In which order, and under which rules, a prefill node computes its prompts: 1P3D of real processes.
+"""Orders and policies of prompts on a prefill node: 1P3D of real processes.
 
     python benchmarks/prefill_schedule.py [--load chats|random|heavy-tail] [--pairs N] [--explain]
     python benchmarks/prefill_schedule.py --virtual SEEDS
     python benchmarks/prefill_schedule.py --mixed [--pairs N]
 
 Compares ``scheduler.prefill_order`` ``shortest_first`` with ``fifo``, and ``scheduler.prefill_policy`` ``shared`` (P
-schedules as a node that also decodes would, first come, first served) with that too, in turn, on a fresh cluster each
-time: total time, TTFT and throughput, and what the prefill node did.
+schedules like a node that also decodes, in order of arrival) with ``fifo`` too, alternating, each on a fresh cluster:
+total time, TTFT, throughput, and counters of the prefill node.
 
-The nodes are as they would be for a model of the 8B class on 40 GB accelerators (``support/cost_model.py``): pools of
-9,500 blocks, default limits (2,048 tokens and 64 requests per step). Fake engines take the time the model would, times
-``TIME_SCALE``: what the machine's CPUs add weighs less that way. All times shown are the model's.
+The nodes are sized for an 8B model on 40 GB accelerators (``support/cost_model.py``): pools of 9,500 blocks, default
+limits (2,048 tokens and 64 requests per step). Fake engines take the model's time multiplied by ``TIME_SCALE``, which
+reduces the effect of this machine's CPUs. All times shown are the model's.
 
 The loads (``support/prompt_loads.py``): chats of several turns, 39 at once, each turn with the whole history before it;
-prompts of random length at random times; the same with one prompt in a hundred 50 times as long. Answers depend on the
-prompt alone, so every run does the same work. Each round of three runs takes 4 to 5 minutes with chats, 3 to 4 with
+prompts of random length at random times; the same with one prompt in a hundred 50 times as long. Answers depend only on
+the prompt, so every run does the same work. Each round of three runs takes 4 to 5 minutes with chats, 3 to 4 with
 the others.
 
-``--virtual`` runs the same loads, of as many seeds as it is told, on one prefill node in virtual time, and shows what
-the two settings of the order do: how far a prompt may be overtaken, and to whom a prompt gives way that has begun. And
-short prompts on a mixed node, where they share the steps with decodes.
+``--virtual`` runs the same loads with this number of seeds on one prefill node in virtual time. It shows the effect of
+the two parameters of the order: the bound, and to which prompts a begun prompt yields. It also runs short prompts on
+a mixed node, where they share the steps with decodes.
 
 ``--mixed`` compares the orders on a mixed node with a real model on this CPU, prompts of 32 to 1,024 tokens.
 

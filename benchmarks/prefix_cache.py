@@ -1,11 +1,11 @@
-"""What the prefix cache costs: matching a long prompt, and freeing blocks out of small and huge trees.
+"""Cost of the prefix cache: matching a long prompt, and evicting blocks from small and large trees.
 
     python benchmarks/prefix_cache.py
 
 Three tables:
 
 1. Matching a prompt of 8,192 tokens that is cached, hashing included, in trees of 10^4 to 10^6 blocks. Aim: under 1 ms.
-2. Freeing 10,000 blocks out of the same trees, all full, by ``KVCache.allocate``. Aim: cost per block flat within 2x.
+2. Evicting 10,000 blocks from the same trees, all full, by ``KVCache.allocate``. Aim: cost per block flat within 2x.
    The baselines do the same work on the same tree: ``one by one`` is this cache, asked to evict and recycle each block
    by itself; ``heap`` keeps leaves and free list in heaps and recycles each block as it is found, ``heap, batch`` the
    same with one recycling after the loop; ``re-sort`` sorts the leaves again for each block (measured on fewer blocks).

@@ -1,17 +1,17 @@
-"""What the reserve policies are worth when a node has more to do than blocks for it, with long outputs.
+"""Reserve policies on a node with more requests than blocks, and long outputs.
 
     python benchmarks/reserve.py [--seeds N] [--shapes]
 
-The real machine of a decode node and of a mixed node runs in virtual time (``support/virtual_node.py``): steps take
-what the cost model of a large model says (``support/cost_model.py``), and nothing else takes any time. So a run is
-exact and the same each time; the tables show medians over the seeds of the workload.
+The real state machine of a decode node and of a mixed node runs in virtual time (``support/virtual_node.py``). Steps
+take the time of a large model's cost model (``support/cost_model.py``), and nothing else takes time. Runs are therefore
+exactly reproducible. The tables show medians over the seeds of the workload.
 
-Each client sends its next request when the last one has ended. Prompts and outputs have log-normal lengths, and outputs
-end by themselves: on average they use 30 % of the ``max_tokens`` they may have. The clients are one and a half times as
-many as the pool holds. Throughput counts output tokens while there was more to do, until the last request was sent.
+Each client sends its next request when the last one has ended. Prompts and outputs have log-normal lengths. Outputs use
+30 % of ``max_tokens`` on average. There are one and a half times as many clients as the pool can hold. Throughput
+counts output tokens until the last request was sent.
 
-The baseline is ``none``, which admits whatever fits now and preempts when that was too much. The default must
-win or tie with it in throughput (within 2 %) and cut preemptions at least to a third.
+The baseline is ``none``, which admits every request that fits and preempts later. The default must have at least 98 %
+of its throughput and at most a third of its preemptions.
 
 ``--shapes`` repeats the comparison, on the decode node, with outputs that use less and more of their ``max_tokens``,
 and with a lower ``min`` of the default's ratio.

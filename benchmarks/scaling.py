@@ -1,13 +1,13 @@
-"""How long a step takes: decodes against batch size and context, prefill against the chunk, beside the limits.
+"""Step time: decodes by batch size and context, prefill by chunk size, with the limits.
 
-The real engine with the kernels its config chooses, on a random checkpoint; nothing of a node around it. Limits are
-measured in the same run: weights and KV over read bandwidth, FLOP over oneDNN's best. With one thread it is the
-thread's own time that is taken, else the clock's; the best of all rounds counts, and rounds go over all steps in turn.
-The blocks of a sequence lie anywhere in the pool, as they do after a while of serving.
+The real engine with the kernels that its config selects, on a random checkpoint, without a node. Limits are measured
+in the same run: weights and KV over read bandwidth, FLOP over oneDNN's maximum. With one thread CPU time is used, else
+wall time. Rounds go over all steps, and the best of all rounds counts. The blocks of a sequence are scattered in the
+pool, as after some time of serving.
 
 Usage: python benchmarks/scaling.py [--threads 1] [--quantization none|w8a8|w8a16] [--set a.b=c ...] [--plot FILE]
 
-With int8 weights the reading is that of half the bytes; the computing stays what oneDNN does in bfloat16.
+With int8 weights the read limit is that of half the bytes; the compute limit is still oneDNN's in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""What scheduling costs: microseconds per running request and step, without any model.
+"""Cost of scheduling: microseconds per running request and step, without a model.
 
     python benchmarks/scheduler_cost.py
 
-Times are CPU time of the one thread, so that other processes on the machine matter less.
+Times are CPU times of the thread, so that other processes matter less.
 
-The real machines are driven with step results made up on the spot. "A step" is everything between two model steps:
-taking the result, appending tokens, finishing, freeing and growing block tables, deciding and building the next batch.
-Encoding the one message to the router that each step sends is measured beside it. The baseline in the same run is a
-bare loop that appends a token to a list per request and builds a tuple for it: what Python charges for touching a
-request at all.
+The real state machines get made-up step results. "A step" is all work between two model steps: taking the result,
+appending tokens, finishing requests, freeing and growing block tables, deciding and building the next batch. Encoding
+the step's message to the router is measured separately. The baseline in the same run is a bare loop that appends a
+token to a list per request and builds a tuple: the minimum cost of touching a request in Python.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import Machine, Received, RunStep, Send, StepDone
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, SequenceId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, SequenceId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
@@ -41,7 +40,7 @@ ROUNDS = 5
 BLOCK_SIZE = 16
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
-LINK = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
+LINK = LinkAddress(peer=PeerId("m"), host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
 
 
 def node(role: str, num_seqs: int) -> NodeConfig:
@@ -58,7 +57,7 @@ def node(role: str, num_seqs: int) -> NodeConfig:
 
 def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
     return Register(
-        node_id=config.name,
+        node_id=NodeId(config.name),
         incarnation="0",
         role=config.role,
         address="",

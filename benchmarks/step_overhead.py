@@ -1,9 +1,8 @@
-"""What a step costs outside the kernels: scheduling, the batch, sampling, the message; and inside, by operation.
+"""Cost of a step outside the kernels (scheduling, batch, sampling, message) and inside them, by operation.
 
-The machine of a mixed node with the real engine on a random checkpoint, no processes and no wire; CPU time of the one
-thread. Requests have their prompts computed by nobody, which costs nothing and shows in no number; then they decode
-together. Times of the kernels are those between entering and leaving each operation, so what the measuring itself costs
-counts as outside. The second table has a prompt beside the decodes.
+The state machine of a mixed node with the real engine on a random checkpoint, without processes and network; CPU time
+of the thread. Prompts are not computed; the requests decode together. Times of the kernels are measured from entry to
+exit of each operation, so the cost of measuring counts as outside. The second table adds a prompt to the decodes.
 
 Usage: python benchmarks/step_overhead.py [--steps 40] [--batch-sizes 8 32] [--quantization none|w8a8|w8a16]
 """

@@ -1,10 +1,10 @@
-"""What the KV store costs on top of its medium: put and get of each backend against raw I/O of the same bytes.
+"""Cost of the KV store relative to its medium: put and get of each backend against raw I/O of the same bytes.
 
-Both sides take turns within one run, and each counts with its best round, so that what else the machine does hits both.
-Blocks come from and go to a pool laid out as on a node (planes by layer). Raw I/O of files is done twice: on one run of
-bytes, as fast as the medium goes, and from and to the planes of the pool, which is what a store has to do: the aim is
-measured by that. The last columns are the longest turn of the event loop during a call of the store: CPU time of its
-own thread, and time on the clock, which on a busy machine is mostly others'.
+Both alternate within one run, and the best round of each counts, so that other load affects both. Blocks are in a pool
+with the layout of a node (planes by layer). Raw I/O of files is measured twice: on contiguous bytes, the speed of the
+medium, and from and to the planes of the pool, which is the reference for the aim. The last columns are the longest
+turn of the event loop during a call of the store: CPU time of its thread, and wall time, which on a busy machine is
+mostly other load.
 
 Usage: python benchmarks/storage.py [--block-kib 192 1024] [--backends memory file redis mooncake]
 """

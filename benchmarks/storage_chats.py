@@ -1,8 +1,8 @@
-"""Time to first token of each turn of chats whose turns land on another prefill node each time: with a store, without.
+"""TTFT of each turn of chats whose turns alternate between prefill nodes: with and without a store.
 
-Two prefill nodes take turns, so the one that gets turn n has not seen turn n - 1; with a store it reads what was said
-so far, without it computes everything since its own last turn. Two clusters (2P1D, real engine) one after the other in
-one run, the same chats, one request at a time.
+Two prefill nodes alternate, so the node of turn n has not computed turn n - 1. With a store it reads the KV of the
+previous turns, without one it computes all tokens since its own last turn. Two clusters (2P1D, real engine) in one run,
+with the same chats, one request at a time.
 
 Usage: python benchmarks/storage_chats.py [--preset qwen2-0.5b] [--chats 4] [--first 600] [--next 150] [--answer 24]
 """

@@ -1,9 +1,9 @@
-"""How long a storm of preemptions holds up a node's steps: from the end of one step to the start of the next.
+"""Delay of a node's steps by many preemptions: from the end of one step to the start of the next.
 
-A mixed node's machine, shell, staging memory and store, in one process, with an engine that only sleeps. Its pool is
-far too small for its requests, so it preempts all the time, and every victim's KV goes to the store and comes back.
-The same storm runs without a store, with KV dropped and computed again: what a store adds is the difference. CPU time
-is the loop's own thread's between two steps; time on the clock has in it what else the machine does.
+State machine, shell, staging memory and store of a mixed node in one process, with an engine that only sleeps. Its pool
+is much too small for its requests, so it preempts continuously, and the KV of every victim is written to the store and
+reloaded. The same load runs without a store, where KV is recomputed. The difference is the cost of the store. CPU time
+is that of the loop's thread between two steps; wall time includes other load of the machine.
 
 Usage: python benchmarks/storage_pauses.py [--steps 1500] [--backends file redis]
 """
@@ -33,7 +33,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Exit, Received, RunStep, StepDone
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER, SequenceId
+from kvrelay.protocol.ids import ROUTER, NodeId, SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.router_to_node import Generate
@@ -116,8 +116,8 @@ async def storm(storage: StorageConfig, num_steps: int) -> tuple[Turns, dict[str
         storage=storage,
     )
     registration = Register(
-        node_id="m0", incarnation="1", role=node.role, address=node.address, pid=1, model="m", max_model_len=32768,
-        max_num_seqs=NUM_REQUESTS, num_blocks=NUM_BLOCKS, geometry=GEOMETRY,
+        node_id=NodeId("m0"), incarnation="1", role=node.role, address=node.address, pid=1, model="m",
+        max_model_len=32768, max_num_seqs=NUM_REQUESTS, num_blocks=NUM_BLOCKS, geometry=GEOMETRY,
     )  # fmt: skip
     memory, turns, machine = KVMemory.create(GEOMETRY, NUM_BLOCKS), Turns(num_steps), DecodeMachine(node, registration)
     shell = Shell(machine, clock=Clock())

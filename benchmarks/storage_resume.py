@@ -1,9 +1,9 @@
-"""What a store saves: KV of a preempted request read back, against the same KV computed again, on the real engine.
+"""Benefit of a store: reloading the KV of a preempted request, compared with recomputing it, on the real engine.
 
-For each context length: the blocks are written through the staging memory as after a preemption, then read into other
-blocks of the pool and the newest token is computed (resume); or all tokens are computed in chunks of the token budget
-(recompute). Both give the same next token, which is checked. Two engines of one machine, one after the other, in one
-run.
+For each context length, the blocks are written through the staging memory as after a preemption. Then they are read
+into other blocks of the pool and the newest token is computed (resume), or all tokens are computed in chunks of the
+token budget (recompute). The program checks that both give the same next token. Two engines of one machine alternate in
+one run.
 
 Usage: python benchmarks/storage_resume.py [--preset qwen2-0.5b] [--tokens 256 512 1024 2048 4096] [--set a.b=c ...]
 """

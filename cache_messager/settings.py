@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.kv_handle import KVHandle
 
 if TYPE_CHECKING:  # the messager's process has no use for pydantic and starts faster without it
@@ -58,7 +58,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Return the settings of the messager of the node that ``config`` describes and ``node`` is a start of."""
         name, _, incarnation = node.partition("#")
         return cls(
-            me=f"{name}.messager#{incarnation}",
+            me=peer_id(f"{name}.messager", incarnation),
             node=node,
             node_address=node_address,
             geometry=geometry,

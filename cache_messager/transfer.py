@@ -12,8 +12,9 @@ from cache_messager.pending import PendingSignal
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.protocol.ids import Attempt, BlockId, PeerId
-from kvrelay.protocol.messages.base import LayerTransfer, Message
+from kvrelay.protocol.messages.base import LayerTransfer
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame
+from kvrelay.protocol.messages.messager_to_node import TransferEnding
 from kvrelay.protocol.messages.node_to_messager import KVSpan, OpenTransfer
 
 
@@ -123,14 +124,14 @@ class Transfer:
         self.attempt = attempt
         self.lifecycle = Lifecycle(f"transfer {attempt}", TRANSITIONS, TransferStatus.PENDING, now)
         self.pending: list[PendingSignal] = []
-        self.peer: PeerId = ""
+        self.peer = PeerId("")
         self.first_block = 0
         self.target_block_ids: list[BlockId] = []
         self.queue: deque[BlockRange] = deque()
         self.inflight: dict[FrameKey, KVFrame] = {}
         self.reading: set[FrameKey] = set()
         self.busy_since_s = now
-        self.final_message: Message | None = None
+        self.final_message: TransferEnding | None = None
         self._layers = [_Layer() for _ in range(num_layers)]
         self._tails: dict[int, BlockRange] = {}
         self._num_signalled = 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kvrelay.errors import CorruptKVError, TransferError
+from kvrelay.machine.outbox import RoleOutbox
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
@@ -51,6 +52,10 @@ class WriteBlocks:
 
 
 Work: TypeAlias = SendFrame | AcceptLink | DropLink | WriteBlocks
+"""The actions that a messager adds to the core ones."""
+
+MessagerOutbox: TypeAlias = RoleOutbox[Work]
+"""The time of the event that the messager handles, and the actions it has led to."""
 
 # ---------------------------------------------------------------- events
 

@@ -14,10 +14,12 @@
 
     CLOSING follows any of them: over, but a plan in flight, the messager or the store still uses the blocks.
 
-``machine`` is the state machine. Its parts: ``requests`` (all of them, and how they end), ``reservations`` (with
-P), ``storage`` (offload and reload of KV) and ``steps``. ``schedule`` decides what a step computes and which request is
-preempted, with the policies of ``kvrelay.node.headroom`` (blocks kept free for running requests), ``preempt`` (the
-victim), ``waiting`` and ``kvrelay.node.prefill_order`` (whose prompt is next), ``resume_policy`` (reload or compute),
-``speculate`` (drafts); ``decodes`` and ``publishing`` are parts of it. ``request`` is one request's state on D,
-``service`` runs the machine in a process.
+``machine`` is the state machine; what all nodes do is in ``kvrelay.node.machine``. ``requests`` has all requests by
+status (``waiting`` is a container of it), ``reservations`` answers P, ``storage`` saves and reads KV, ``steps`` starts
+steps and takes their results. ``scheduler`` decides what a step computes. Its parts: ``admission`` (which request gets
+blocks), ``preemption`` (which loses them), ``decodes`` (tokens and drafts of decodes), ``publishing`` (the prefix
+cache). Its policies: ``kvrelay.node.headroom`` (blocks kept free for running requests), ``victim_order``,
+``kvrelay.node.prefill_order`` (which prompt is next), ``resume_policy`` (reload or compute), ``speculate`` and
+``ngram_index`` (drafts). ``schedule`` is one decision, ``request`` one request's state on D, ``service`` runs the
+machine in a process.
 """

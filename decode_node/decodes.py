@@ -1,4 +1,4 @@
-"""What a step computes of requests that decode: the newest token of each, and guesses for what follows."""
+"""What a step computes of requests that decode: the newest token of each, and drafts for what follows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Decodes:
 
         Not those whose token in flight is their last. A prompt whose last chunk is in flight decodes next.
 
-        With guesses the next position depends on how many are accepted, and guesses need known tokens. Then nobody
+        With drafts the next position depends on how many are accepted, and drafting needs known tokens. Then no request
         decodes until the decodes in flight are over, so that all go on together and not in two groups.
         """
         if not self._is_plain and any(chunk.samples for chunk in in_flight.values()):
@@ -53,7 +53,7 @@ class Decodes:
     def grow(self, chunks: Sequence[tuple[DecodeRequest, int]]) -> bool:
         """Give each request the block that its tokens up to the end of its chunk need, if there are enough for all.
 
-        ``chunks``: (request, end of the chunk). Nobody has to give way; False, having changed nothing, if one had to.
+        ``chunks``: (request, end of the chunk). Returns False, having changed nothing, if there are too few blocks.
         """
         size = self._block_size
         need_block = [request for request, end in chunks if end > len(request.block_table) * size]
@@ -71,7 +71,7 @@ class Decodes:
         One that is ``in_flight`` awaits the token that is sampled there.
         """
         if not self._is_plain:
-            return self._with_guesses(decodes)
+            return self._with_drafts(decodes)
         if not in_flight:
             return [Chunk(request.num_computed_tokens, 1, True) for request in decodes], len(decodes)
         chunks = [
@@ -82,7 +82,7 @@ class Decodes:
         ]
         return chunks, len(chunks)
 
-    def _with_guesses(self, decodes: Sequence[DecodeRequest]) -> tuple[list[Chunk], int]:
+    def _with_drafts(self, decodes: Sequence[DecodeRequest]) -> tuple[list[Chunk], int]:
         num_tokens = len(decodes)
         chunks: list[Chunk] = []
         for request in decodes:
@@ -93,7 +93,7 @@ class Decodes:
         return chunks, num_tokens
 
     def _drafts(self, request: DecodeRequest, budget: int) -> tuple[int, ...] | None:
-        """Return guesses that cost nobody anything: within budget and output length, in blocks nobody else needs."""
+        """Return drafts that fit the budget and the output length, in blocks that are free beyond the watermark."""
         limit = min(budget, request.remaining_output_tokens - 1)
         drafts = self._proposer.propose(request, max(0, limit))
         if drafts:

@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 from decode_node.request import DecodeRequest
-from decode_node.waiting import WaitingQueue
+from decode_node.requests import Requests
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
-from kvrelay.node.prefill_order import PrefillOrder
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.blocks.pending_prefixes import PendingPrefixes
 
 
 class Publisher:
-    """Publishes blocks of requests. ``pending`` are those that admitted requests have yet to compute."""
+    """Publishes blocks of requests, and exchanges copies of published blocks for those."""
 
     def __init__(
         self,
         kv: KVCache,
         hasher: BlockHasher,
-        waiting: WaitingQueue,
-        order: PrefillOrder[DecodeRequest],
+        requests: Requests,
         plans: PlanWriter,
         in_flight: PlansInFlight[DecodeRequest],
     ) -> None:
         self._kv = kv
         self._hasher = hasher
-        self._waiting = waiting
-        self._order = order
+        self._requests = requests
         self._plans = plans
         self._in_flight = in_flight
         self._unshared: dict[DecodeRequest, int] = {}
-        self.pending = PendingPrefixes()
-
-    def may_wait_for_a_block(self, request: DecodeRequest) -> bool:
-        """Return whether the next block that ``request`` lacks is being computed for another and it may wait."""
-        lacking = self._waiting.lacks(request)
-        return lacking is not None and lacking in self.pending and self._order.may_wait_for_a_block(request)
 
     def publish(self, request: DecodeRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
-        # A request that ended within accepted guesses has computed tokens that it does not have.
+        # A request that ended within accepted drafts has computed tokens that it does not have.
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._hasher.block_size
         if num_full > len(request.hashes):
             self._hasher.extend(request.hashes, request.token_ids[: num_full * self._hasher.block_size])
         self.publish_blocks(request, num_full)
-        self.pending.published(request, num_full)
+        self._requests.pending.published(request, num_full)
 
     def publish_blocks(self, request: DecodeRequest, num_blocks: int) -> None:
-        """Make the first ``num_blocks`` blocks of ``request`` matchable; nothing writes to them any more.
+        """Make the first ``num_blocks`` blocks of ``request`` matchable. Nothing may write to them any more.
 
-        Where others have published the same contents it takes theirs and gives its own copies back. Copies would cost
-        twice: what it publishes behind them keeps those of the others from being evicted, though nobody else needs
-        them, and a request alone could not grow into their place. While a plan in flight reads the copies it keeps
-        them, because whoever got them next would write to them; ``share_late`` exchanges them afterwards.
+        If others have published the same contents, the request takes their blocks and gives its own copies back.
+        Keeping copies would cost twice: blocks published behind them keep the others' from being evicted, though no
+        other request needs them, and a request alone could not grow into their place. While a plan in flight reads the
+        copies they are kept, because their next owner would write to them; ``share_late`` exchanges them afterwards.
         """
         hashes, table = request.hashes[:num_blocks], request.block_table
         self._kv.publish(hashes, table[:num_blocks])
-        self._waiting.published(hashes)
+        self._requests.waiting.published(hashes)
         shared = [(place, block) for place, block in enumerate(self._kv.match(hashes)) if table[place] != block]
         if not shared:
             return
@@ -72,7 +62,7 @@ class Publisher:
         self._plans.replaced(request, shared)
 
     def share_late(self) -> None:
-        """Exchange the copies that plans in flight were reading when they were published. None is in flight now."""
+        """Exchange the copies that plans in flight were reading when they were published. Now none is."""
         unshared, self._unshared = self._unshared, {}
         for request, num_blocks in unshared.items():
             if not request.is_over:  # it may have been preempted, and have other blocks by now

@@ -7,10 +7,10 @@ from kvrelay.config.sections import StorageConfig
 from kvstore.offload.store_transfers import min_read_blocks
 
 _WEIGHT = 0.3
-"""Of the newest measurement in a running mean."""
+"""Weight of the newest measurement in a running mean."""
 
 _STALE_S = 60.0
-"""A store that was slow is tried again after so long."""
+"""Seconds after which a measurement counts no more, so that a store that was slow is tried again."""
 
 
 class Speed:
@@ -21,19 +21,19 @@ class Speed:
         self._measured_s = float("-inf")
 
     def add(self, num_tokens: int, seconds: float, now: float) -> None:
-        """Take in that ``num_tokens`` took ``seconds``."""
+        """Note that ``num_tokens`` took ``seconds``."""
         measured = num_tokens / max(seconds, 1e-6)
         known = self.at(now)
         self._tokens_per_s = measured if known is None else (1 - _WEIGHT) * known + _WEIGHT * measured
         self._measured_s = now
 
     def at(self, now: float) -> float | None:
-        """Return what is known of it at ``now``."""
+        """Return tokens per second as measured up to ``now``."""
         return self._tokens_per_s if now - self._measured_s < _STALE_S else None
 
 
 class LoadPolicy:
-    """Decides for a request that has just been given its blocks. The caller measures both speeds."""
+    """Decides for a request that is being admitted. The caller reports both speeds: ``loading`` and ``prefilling``."""
 
     def __init__(self, config: StorageConfig, block_size: int) -> None:
         self._is_on = config.backend != "none"

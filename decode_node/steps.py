@@ -5,12 +5,14 @@ from __future__ import annotations
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.resume_policy import LoadPolicy
-from decode_node.schedule import Schedule, Scheduler
+from decode_node.schedule import Schedule
+from decode_node.scheduler import Scheduler
 from decode_node.storage import Storage
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.errors import NeverFitsError
 from kvrelay.machine.contract import RunStep, StepDone, StepFailed
 from kvrelay.machine.outbox import Outbox
+from kvrelay.node.endings import Endings
 from kvrelay.node.in_flight import PlanInFlight
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.ids import PeerId
@@ -27,6 +29,7 @@ class Steps:
         node: NodeConfig,
         scheduler: Scheduler,
         requests: Requests,
+        endings: Endings[DecodeRequest, DecodeStatus],
         storage: Storage,
         loads: LoadPolicy,
         outbox: Outbox,
@@ -34,6 +37,7 @@ class Steps:
         self._node = node
         self._scheduler = scheduler
         self._requests = requests
+        self._endings = endings
         self._storage = storage
         self._loads = loads
         self._outbox = outbox
@@ -43,29 +47,31 @@ class Steps:
             ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
         )
 
+    # ------------------------------------------------------------ starting
+
     def start(self) -> None:
         """Plan as many steps as the engine takes, as long as there is anything to compute."""
-        while self._scheduler.in_flight.has_room and self._start_one():
-            pass
+        while self._scheduler.in_flight.has_room:
+            schedule = self.start_one()
+            if not schedule.chunks and schedule.exceeds_pool is None:  # its blocks are for those who wait
+                return
 
-    def _start_one(self) -> bool:
-        """Plan the next step; return whether another may follow."""
+    def start_one(self) -> Schedule:
+        """Plan the next step, and have it computed if there is anything in it."""
         scheduler, now = self._scheduler, self._outbox.now
         schedule = scheduler.schedule_ahead(now) if scheduler.in_flight else scheduler.schedule(now)
         for request in schedule.preempted:
-            request.lifecycle.move(DecodeStatus.PREEMPTED, self._outbox.now)
-            request.mark("preempted", self._outbox.now)
+            request.mark("preempted", now)
             self._storage.preempted(request)
         for loading in schedule.loading:
             self._storage.load(loading)
         for request in schedule.admitted:
-            request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, self._outbox.now)
-            request.mark("prefill", self._outbox.now)
+            request.mark("prefill", now)
         if schedule.exceeds_pool is not None:
             self._fail_exceeds_pool(schedule.exceeds_pool)
         if schedule.chunks:
             self._submit(schedule)
-        return bool(schedule.chunks) or schedule.exceeds_pool is not None  # whose blocks are for those who wait
+        return schedule
 
     def _submit(self, schedule: Schedule) -> None:
         self._number += 1
@@ -74,9 +80,11 @@ class Steps:
         self._outbox.do(RunStep(plan))
 
     def _fail_exceeds_pool(self, request: DecodeRequest) -> None:
-        num_blocks = self._scheduler.kv.num_blocks
-        message = f"the KV cache of {self._node.name} ({num_blocks} blocks) is full with this request alone"
-        self._requests.fail(request, ErrorInfo.of(NeverFitsError(message)))
+        num_blocks = len(request.block_table)
+        message = f"the KV cache of {self._node.name} is full with the {num_blocks} blocks of this request alone"
+        self._endings.fail(request, ErrorInfo.of(NeverFitsError(message)))
+
+    # ------------------------------------------------------------ results
 
     def ended(self, event: StepDone | StepFailed) -> None:
         """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
@@ -86,9 +94,9 @@ class Steps:
         outputs: dict[PeerId, list[RequestOutput]] = {}
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
             if request.is_over:
-                self._requests.end_if_unused(request)
+                self._endings.end_if_unused(request)
             elif isinstance(outcome, SequenceFailed):
-                self._requests.fail(request, ErrorInfo.of(outcome.error))
+                self._endings.fail(request, ErrorInfo.of(outcome.error))
             elif output := self._computed(request, chunk, outcome):
                 outputs.setdefault(request.spec.router, []).append(output)
         for router, its in outputs.items():
@@ -97,7 +105,7 @@ class Steps:
 
     def _measure(self, ended: PlanInFlight[DecodeRequest]) -> None:
         """Note how fast prompts are computed, from steps that computed hardly anything else."""
-        prefilling, num_prefill = self._scheduler.prefilling, 0
+        prefilling, num_prefill = self._requests.prefilling, 0
         if prefilling:
             chunks = zip(ended.requests, ended.chunks, strict=True)
             num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
@@ -106,8 +114,16 @@ class Steps:
             self._loads.prefilling.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
         self._last_ended_s = self._outbox.now
 
+    def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
+        """Take tokens whose KV is good, and what was sampled after them."""
+        num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
+        request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
+        if request in self._requests.prefilling:
+            self._chunk_done(request, chunk.num_tokens)
+        return self._sampled(request, sampled) if sampled.token_ids else None
+
     def _rejected(self, request: DecodeRequest, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
-        """Count the guesses of one request in one step; return how many were wrong."""
+        """Count the drafts of one request in one step; return how many were wrong."""
         num_accepted = len(sampled.token_ids) - 1
         self._scheduler.plans.accepted(request, num_accepted)
         self.counters["draft_tokens"] += len(drafts)
@@ -116,26 +132,17 @@ class Steps:
 
     def _chunk_done(self, request: DecodeRequest, num_tokens: int) -> None:
         self.counters["prefill_tokens"] += num_tokens
-        self._scheduler.publish(request)
+        self._scheduler.publisher.publish(request)
         if request.num_computed_tokens == len(request.token_ids):
-            self._scheduler.leave_prefill(request)
-            request.begin_decode(self._outbox.now)
-            self._scheduler.decoding[request] = None
-
-    def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
-        """Take tokens whose KV is good, and what was sampled after them."""
-        num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
-        request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
-        if request in self._scheduler.prefilling:
-            self._chunk_done(request, chunk.num_tokens)
-        return self._sampled(request, sampled) if sampled.token_ids else None
+            self._requests.move(request, DecodeStatus.RUNNING_DECODE, self._outbox.now)
+            request.mark("decode", self._outbox.now)
 
     def _sampled(self, request: DecodeRequest, sampled: SampledTokens) -> RequestOutput:
         output = request.take(sampled)
         if output.finish_reason is not None:
             request.mark("done", self._outbox.now)
             if self._node.cache.output_caching:
-                self._scheduler.publish(request)
+                self._scheduler.publisher.publish(request)
             self._storage.finished(request)
-            self._requests.close(request)
+            self._endings.close(request, "finished")
         return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from decode_node.request import DecodeRequest
+from decode_node.request import DecodeRequest, DecodeStatus
 from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.prefill_order import PrefillOrder
 from kvrelay.protocol.ids import BlockId
@@ -14,10 +14,11 @@ from kvstore.blocks.queued_prefixes import QueuedPrefixes
 
 
 class WaitingQueue:
-    """In the order of ``order``; a preempted request goes before all of its urgency (``requeue: front``) or back again.
+    """Container of WAITING and PREEMPTED, in the order of ``order``.
 
-    With priority scheduling the most urgent comes first, and waiting makes urgent: ``priority_aging_s`` seconds count
-    as one level, so nobody waits for ever.
+    A preempted request goes before all newcomers of its priority (``requeue: front``) or behind them (``tail``). With
+    priority scheduling the lowest priority number comes first, less one for each ``priority_aging_s`` seconds of
+    waiting, so that every request gets its turn.
     """
 
     def __init__(
@@ -36,45 +37,37 @@ class WaitingQueue:
         return iter(self._requests)
 
     def add(self, request: DecodeRequest) -> None:
-        """Append a newcomer."""
-        self._requests.append(request)
+        """Take in a newcomer, or a request that has just been preempted; for several of those see ``requeue_order``."""
         num_tokens = self._num_uncached(request, self._prefixes.add(request))
-        self._order.arrived(request, request.priority, num_tokens, request.arrival_s)
-
-    def requeue(self, victims: list[DecodeRequest]) -> None:
-        """Put back the victims of one step, those that began to decode first in front."""
-        ordered = sorted(victims, key=lambda request: request.arrival_s)
-        if self._to_front:
-            self._requests.extendleft(reversed(ordered))
+        is_preempted = request.status is DecodeStatus.PREEMPTED
+        if is_preempted and self._to_front:
+            self._requests.appendleft(request)
         else:
-            self._requests.extend(ordered)
-        for victim in ordered:
-            num_tokens = self._num_uncached(victim, self._prefixes.add(victim))
-            self._order.returned(victim, victim.priority, num_tokens, victim.arrival_s, to_front=self._to_front)
+            self._requests.append(request)
+        if is_preempted:
+            self._order.returned(request, request.priority, num_tokens, request.arrival_s, to_front=self._to_front)
+        else:
+            self._order.arrived(request, request.priority, num_tokens, request.arrival_s)
+
+    def requeue_order(self, victims: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Return in which order to add ``victims`` so that the one that arrived first is the first of them here."""
+        oldest_first = sorted(victims, key=lambda request: request.arrival_s)
+        return oldest_first[::-1] if self._to_front else oldest_first
 
     def remove(self, request: DecodeRequest) -> None:
-        """Take out ``request``, which is given up, wherever it stands."""
-        self._take_out(request)
-        self._order.left(request)
-
-    def admit(self, request: DecodeRequest) -> None:
-        """Take out ``request``, which has just got its blocks."""
-        self._take_out(request)
-        self._order.admitted(request, request.num_uncomputed_tokens)
-
-    def _take_out(self, request: DecodeRequest) -> None:
+        """Take out ``request``, wherever it stands."""
         self._requests.remove(request)
         self._prefixes.remove(request)
 
     def ordered(self, now: float) -> list[DecodeRequest]:
-        """Return all who wait, the next one first."""
+        """Return all requests that wait, the next one first."""
         return self._order.queued(self._requests, now)
 
     def urgency(self, request: DecodeRequest, now: float) -> float:
-        """Return the priority of ``request`` less what it has earned by waiting; lower is sooner."""
+        """Return the priority of ``request`` less one for each ``priority_aging_s`` it has waited; lower is sooner."""
         return self._order.urgency(request.priority, request.arrival_s, now)
 
-    # ------------------------------------------------------------ what the prefix cache has of them
+    # ------------------------------------------------------------ prefix hits
 
     def match(self, request: DecodeRequest) -> list[BlockId]:
         """Return the blocks that hold a prefix of ``request``."""
@@ -92,5 +85,5 @@ class WaitingQueue:
         self._order.resize(request, self._num_uncached(request, num_matched))
 
     def _num_uncached(self, request: DecodeRequest, num_matched: int) -> int:
-        """Return how many tokens are to compute when ``num_matched`` blocks are not; the newest always is."""
+        """Return how many tokens are to be computed if ``num_matched`` blocks are cached: one at least."""
         return max(1, len(request.token_ids) - num_matched * self._block_size)

@@ -1,3 +1,3 @@
 """A prefill/decode disaggregated LLM serving cluster."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

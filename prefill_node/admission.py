@@ -1,115 +1,67 @@
-"""Requests that wait for blocks of their own, and how they get them."""
+"""Which queued request gets blocks next on a prefill node."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from kvrelay.config.cluster_config import SchedulerConfig
-from kvrelay.node.prefill_order import PrefillOrder, prefill_order
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.blocks.pending_prefixes import PendingPrefixes
-from kvstore.blocks.queued_prefixes import QueuedPrefixes
 from prefill_node.policy import PrefillPolicy
 from prefill_node.request import PrefillRequest
+from prefill_node.requests import Requests
 
 
 class Admission:
-    """The queue of a prefill node. ``order`` says who is next; each request gets blocks for all its tokens at once."""
+    """Gives a request blocks for all its tokens at once. The caller moves it out of QUEUED then."""
 
-    def __init__(self, scheduler: SchedulerConfig, kv: KVCache, policy: PrefillPolicy, block_size: int) -> None:
+    def __init__(self, kv: KVCache, block_size: int, requests: Requests, policy: PrefillPolicy) -> None:
         self._kv = kv
-        self._policy = policy
         self._block_size = block_size
-        self.order: PrefillOrder[PrefillRequest] = prefill_order(scheduler)
-        self._prefixes: QueuedPrefixes[PrefillRequest] = QueuedPrefixes(kv, self._resize)
-        self._queued: dict[PrefillRequest, None] = {}
-        self._sorted: tuple[int, list[PrefillRequest]] = (-1, [])
-        self._pending = PendingPrefixes()
+        self._requests = requests
+        self._policy = policy
 
-    def __len__(self) -> int:
-        return len(self._queued)
+    def admit(self, now: float) -> PrefillRequest | None:
+        """Give blocks to the next request and return it; None: none waits, there is no room, or it is too early.
 
-    def __iter__(self) -> Iterator[PrefillRequest]:
-        return iter(self._queued)
-
-    @property
-    def num_promised(self) -> int:
-        """Blocks that admitted requests have yet to compute."""
-        return len(self._pending)
-
-    def add(self, request: PrefillRequest, now: float) -> None:
-        """Take in a newcomer."""
-        self._queued[request] = None
-        num_tokens = self._num_uncached(request, self._prefixes.add(request))
-        self.order.arrived(request, request.spec.priority, num_tokens, now)
-
-    def _resize(self, request: PrefillRequest, num_matched: int) -> None:
-        self.order.resize(request, self._num_uncached(request, num_matched))
-
-    def _num_uncached(self, request: PrefillRequest, num_matched: int) -> int:
-        """Return how many tokens are to compute when ``num_matched`` blocks are not; the newest always is."""
-        return max(1, request.sequence.num_tokens - num_matched * self._block_size)
-
-    def admit(self, resident: Sequence[PrefillRequest], now: float) -> PrefillRequest | None:
-        """Give blocks to the next request and return it; None: nobody waits, there is no room, or it is too early.
-
-        Requests in ``resident`` have blocks. One whose next block is being computed for another is passed over until
-        that is there to share, and one that would overtake another too far until that one has blocks.
+        A request whose next block is being computed for another is passed over until that block is published, and one
+        that would overtake an older one too far until that one has blocks.
         """
-        for request in self._in_order(now):
-            if request not in self._queued or self._must_wait(request):
+        requests = self._requests
+        for request in requests.queued.ordered(now):
+            if request not in requests.queued or self._must_wait(request):
                 continue
-            if not self.order.begins_soon(request, now):
+            if not requests.order.begins_soon(request, now):
                 return None
-            matched = self._prefixes.match(request)
+            matched = requests.queued.match(request)
             if self._must_wait(request):  # after all: blocks have been evicted
                 continue
-            num_new = -(-request.sequence.num_tokens // self._block_size) - len(matched)
-            if not self._policy.admits(request, num_new, matched, resident):
+            num_new = -(-request.num_tokens // self._block_size) - len(matched)
+            if not self._policy.admits(request, num_new, matched, requests):
                 return None
             self._take_blocks(request, num_new, matched)
             return request
         return None
 
-    def _in_order(self, now: float) -> list[PrefillRequest]:
-        """Return the queue in order, and some who have left it. It is sorted when something has changed."""
-        if self._sorted[0] != self.order.version:
-            self._sorted = (self.order.version, self.order.queued(self._queued, now))
-        return self._sorted[1]
-
     def _must_wait(self, request: PrefillRequest) -> bool:
-        return self._waits_for_a_block(request) or not self.order.may_overtake(request)
+        return self._waits_for_a_block(request) or not self._requests.order.may_overtake(request)
 
     def _waits_for_a_block(self, request: PrefillRequest) -> bool:
-        lacking = self._prefixes.lacks(request)
-        return lacking is not None and lacking in self._pending and self.order.may_wait_for_a_block(request)
+        """Return whether the next block that ``request`` lacks is being computed for another and it may wait."""
+        requests = self._requests
+        lacking = requests.queued.lacks(request)
+        return lacking is not None and lacking in requests.pending and requests.order.may_wait_for_a_block(request)
 
     def _take_blocks(self, request: PrefillRequest, num_new: int, matched: list[BlockId]) -> None:
-        self._leave_queue(request)
         self._kv.pin(matched)
-        request.sequence.take_blocks([*matched, *self._kv.allocate(num_new)])
-        request.num_cached_tokens = request.sequence.num_computed_tokens = len(matched) * self._block_size
-        self._kv.record_query(request.sequence.num_tokens, request.num_cached_tokens)
-        self.order.admitted(request, request.num_remaining_tokens)
+        request.take_blocks([*matched, *self._kv.allocate(num_new)])
+        request.num_cached_tokens = request.num_computed_tokens = len(matched) * self._block_size
+        self._kv.record_query(request.num_tokens, request.num_cached_tokens)
+        self._requests.order.admitted(request, request.num_uncomputed_tokens)
         if self._kv.prefix_caching:
-            self._pending.promise(request, request.hashes, len(matched))
+            self._requests.pending.promise(request, request.hashes, len(matched))
 
     def publish(self, request: PrefillRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
-        num_blocks = request.sequence.num_computed_tokens // self._block_size
+        num_blocks = request.num_computed_tokens // self._block_size
         hashes = request.hashes[:num_blocks]
-        self._kv.publish(hashes, request.sequence.block_table[:num_blocks])
-        self._pending.published(request, num_blocks)
-        self._prefixes.published(hashes)
-
-    def prefill_ended(self, request: PrefillRequest) -> None:
-        """Note that ``request`` is through, or given up: nobody needs to wait for its blocks, and it waits for none."""
-        self._pending.withdraw(request)
-        self.order.left(request)
-        if request in self._queued:
-            self._leave_queue(request)
-
-    def _leave_queue(self, request: PrefillRequest) -> None:
-        del self._queued[request]
-        self._prefixes.remove(request)
+        self._kv.publish(hashes, request.block_table[:num_blocks])
+        self._requests.pending.published(request, num_blocks)
+        self._requests.queued.published(hashes)

@@ -11,18 +11,17 @@ from kvrelay.node.plans import Chunk
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.kv_cache import KVCache
 from prefill_node.request import PrefillRequest
+from prefill_node.requests import Requests
 from prefill_node.schedule import prefill_schedule
 
 Batch = list[tuple[PrefillRequest, Chunk]]
 
 
 class PrefillPolicy(Protocol):
-    """Called by the machine. Requests that have blocks are being computed (running) or all computed and sending."""
+    """Called by ``Admission`` and ``Steps``. ``requests`` are all of the node, by status."""
 
-    def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
-    ) -> bool:
-        """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now; ``resident`` have theirs."""
+    def admits(self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], requests: Requests) -> bool:
+        """Return whether ``newcomer`` may have ``num_new`` blocks beside ``matched`` now."""
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
@@ -34,31 +33,29 @@ class PrefillPolicy(Protocol):
 
 
 class DedicatedPolicy:
-    """Nothing is kept free, because nothing on P grows; the whole budget is for prompts."""
+    """No blocks are kept free, because no request on P grows; the whole token budget is for prompts."""
 
     def __init__(self, node: NodeConfig, kv: KVCache) -> None:
         self._kv = kv
         self._token_budget = node.scheduler.max_num_batched_tokens
         self._block_size = node.cache.block_size
 
-    def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
-    ) -> bool:
-        """Whatever fits."""
+    def admits(self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], requests: Requests) -> bool:
+        """Return whether there are enough blocks, free or evictable."""
         return self._kv.can_allocate(num_new, matched)
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
     ) -> Batch:
-        """In order, with the whole budget."""
+        """Return chunks in the order of ``running``, with the whole budget."""
         return prefill_schedule(running, self._token_budget, self._block_size, in_flight)
 
 
 class SharedPolicy:
-    """What a prefill node does if it runs the scheduler of a node that also decodes: the baseline.
+    """The baseline: the rules of a node that also decodes.
 
-    The reserve is kept for every request that has blocks, as if it would decode here; requests that are only sending
-    still count against ``max_num_seqs`` and take the token of the budget that a decode would.
+    Headroom is kept free for every request that has blocks, as if it would decode here; requests that are only sending
+    count against ``max_num_seqs`` and take the token of the budget that a decode would.
     """
 
     def __init__(self, node: NodeConfig, kv: KVCache) -> None:
@@ -69,23 +66,21 @@ class SharedPolicy:
         self._watermark_blocks = int(node.scheduler.watermark * kv.num_blocks)
         self._reserve = reserve_policy(node.scheduler, node.cache.block_size)
 
-    def admits(
-        self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], resident: Sequence[PrefillRequest]
-    ) -> bool:
-        """Whatever leaves the reserve of all resident requests."""
+    def admits(self, newcomer: PrefillRequest, num_new: int, matched: Sequence[BlockId], requests: Requests) -> bool:
+        """Return whether the blocks leave the headroom of all requests that have blocks."""
+        resident = requests.resident()
         if not resident:
             self._reserve.idle()
             return self._kv.can_allocate(num_new, matched)
         if len(resident) >= self._max_num_seqs:
             return False
-        reserved = self._reserve.reserved_blocks([request.sequence for request in resident])
-        kept_free = reserved + self._reserve.charge_blocks(newcomer.sequence)
+        kept_free = self._reserve.headroom_blocks(resident) + self._reserve.charge_blocks(newcomer)
         return self._kv.can_allocate(num_new + kept_free + self._watermark_blocks, matched)
 
     def schedule(
         self, running: Iterable[PrefillRequest], in_flight: Mapping[PrefillRequest, Chunk], num_sending: int
     ) -> Batch:
-        """In order, with what the others leave of the budget."""
+        """Return chunks in the order of ``running``, with the budget less one token per request that is sending."""
         batch = prefill_schedule(running, max(1, self._token_budget - num_sending), self._block_size, in_flight)
         if batch:
             self._reserve.step_scheduled()

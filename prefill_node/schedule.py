@@ -23,14 +23,14 @@ def prefill_schedule(
     """Return the next chunk of each request that gets one, in the order of ``running``.
 
     A prompt that does not fit the rest of the budget is cut at a block's end, so that a chunk's blocks can travel as
-    soon as they are computed, unless the budget is smaller than that one block. ``running`` are requests without their
-    first token yet; what is only still sending is not among them and costs nothing. The next chunk of a request that
+    soon as they are computed, unless the budget is smaller than that one block. ``running`` are requests with blocks
+    and without their first token; those that are only sending are not among them. The next chunk of a request that
     has one ``in_flight`` begins where that ends.
     """
     batch: list[tuple[PrefillRequest, Chunk]] = []
     for request in running:
         start = in_flight[request].end if request in in_flight else request.next_position
-        remaining = request.sequence.num_tokens - start
+        remaining = len(request.token_ids) - start
         if remaining == 0:  # its last chunk is in flight
             continue
         num_tokens = min(remaining, token_budget)

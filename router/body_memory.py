@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Self
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.runtime.logging import log_event
@@ -23,15 +23,6 @@ class BodyMemory:
         self._next_log_s = 0.0
         self.num_bytes = 0
 
-    @contextmanager
-    def share(self) -> Iterator[BodyShare]:
-        """Give a body its share until it is not needed any more."""
-        share = BodyShare(self)
-        try:
-            yield share
-        finally:
-            self.num_bytes -= share.num_bytes
-
     def take(self, num_bytes: int) -> None:
         """Count ``num_bytes`` more. Raises AnswerError (503) if there is no room for them."""
         if self.num_bytes + num_bytes > self._max_bytes:
@@ -49,11 +40,19 @@ class BodyMemory:
 
 
 class BodyShare:
-    """What one body takes."""
+    """What one body takes, as a context: at its end the body is not needed any more."""
+
+    __slots__ = ("_memory", "num_bytes")
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
         self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.num_bytes -= self.num_bytes
 
     def grow_to(self, num_bytes: int) -> None:
         """The body has ``num_bytes`` now. Raises AnswerError (503) if there is no room for them."""

@@ -6,7 +6,7 @@ import math
 from typing import TypeAlias, assert_never
 
 from kvrelay.machine.contract import Disconnect, Log, SetTimer
-from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
@@ -140,7 +140,7 @@ class Nodes:
 
     # ------------------------------------------------------------ go
 
-    def drain(self, node_id: str) -> None:
+    def drain(self, node_id: NodeId) -> None:
         """Give a node nothing new, and have it leave."""
         node = self._node_table.named(node_id)
         if node is not None and not node.leaving:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import PreparationError, QueueFullError
 from router.model import ServedModel
+from router.openai import schemas
 from router.openai.errors import AnswerError
 from router.preparation import Job, Outcome, Preparation, PreparedRequest, TooLongForLoopError
 from router.preparation_wire import LENGTH, Answer, Generate, Refusal, decode_prompt, decode_reply, encode, framed
@@ -204,13 +205,14 @@ class Preparer:
     async def prepare_in_worker(self, job: Job) -> Outcome:
         """Return the outcome. Raises what ``PreparationPool.run`` raises, and AnswerError if the body is refused."""
         reply = decode_reply(await self._pool.run(encode(job)))
-        match reply:
+        schemas.unknown_fields.notice(reply.unknown_fields)
+        match reply.outcome:
             case Answer(body=body):
                 return body
             case Refusal(error=error, param=param):
                 raise AnswerError(error, param=param)
-            case Generate():
-                return await self._prepared(job, reply)
+            case Generate() as generate:
+                return await self._prepared(job, generate)
 
     async def close(self) -> None:
         """End all workers."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import TypeAlias
 
 import msgspec
 
@@ -39,7 +38,12 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
     param: str | None
 
 
-Reply: TypeAlias = Generate | Answer | Refusal
+class Reply(msgspec.Struct, frozen=True):
+    """What came of a body. ``unknown_fields``: names of fields without a meaning that this worker had not seen yet."""
+
+    outcome: Generate | Answer | Refusal
+    unknown_fields: list[str]
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_job = msgspec.msgpack.Decoder(Job).decode

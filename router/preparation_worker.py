@@ -17,6 +17,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.model import load_model
+from router.openai import schemas
 from router.openai.errors import AnswerError
 from router.preparation import Job, Preparation, PreparedRequest
 from router.preparation_wire import LENGTH, Answer, Generate, Refusal, Reply, decode_job, encode, framed
@@ -43,6 +44,7 @@ def main() -> None:
     settings = _read(source)
     if settings is None:
         return
+    schemas.unknown_fields.collect()
     preparation = Preparation(load_model(ClusterConfig.model_validate_json(settings)))
     while (message := _read(source)) is not None:
         job = decode_job(message)
@@ -82,6 +84,10 @@ def _limit_memory(max_body_bytes: int) -> None:
 
 def reply_to(preparation: Preparation, job: Job) -> Reply:
     """Return what to tell the router about ``job``; whatever happens, it is told something."""
+    return Reply(_outcome(preparation, job), schemas.unknown_fields.take())
+
+
+def _outcome(preparation: Preparation, job: Job) -> Generate | Answer | Refusal:
     try:
         outcome = preparation.prepare(job)
         if isinstance(outcome, bytes):

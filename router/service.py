@@ -11,7 +11,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import ConfigError, InvalidRequestError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
-from kvrelay.protocol.ids import new_incarnation, peer_id
+from kvrelay.protocol.ids import NodeId, new_incarnation, peer_id
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
@@ -134,7 +134,7 @@ class RouterService:
 
     def drain(self, node_id: str) -> None:
         """Give this node nothing new, and tell it to finish what it has and leave."""
-        self._post(DrainRequested(node_id))
+        self._post(DrainRequested(NodeId(node_id)))
 
     def stop(self) -> None:
         """Take nothing new, finish what runs, end."""

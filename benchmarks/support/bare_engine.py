@@ -1,4 +1,4 @@
-"""The engine of a node without the node: steps over sequences that have their own blocks from the start."""
+"""The engine of a node without the node: steps over sequences with preallocated blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV over ZMQ with nothing around it: a process that sends views of P's pool, one that copies what comes into D's."""
+"""KV over bare ZMQ: a process that sends views of P's pool, and one that copies received data to D's pool."""
 
 from __future__ import annotations
 

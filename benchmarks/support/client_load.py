@@ -1,4 +1,4 @@
-"""Sends a load of prompts to a cluster, and looks at its prefill node meanwhile."""
+"""Sends a load of prompts to a cluster and samples its prefill node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long steps of a large model take on one accelerator: four numbers, as the fake engine's config has them.
+"""Step times of a large model on one accelerator: the four numbers of the fake engine's config.
 
 The model is of the 8B class in bfloat16: 8.0e9 parameters, 32 layers, 8 KV heads of 128. The accelerator is a 40 GB
 card of 312 TFLOP/s (dense bfloat16) and 1.56 TB/s, of which a step gets half of the one and 80 % of the other.

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured now, and what a model asks of it."""
+"""Limits of this machine, measured now, and the work of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvrelay.engine.select_kernels import open_onednn
 
 BEYOND_CACHE_BYTES = 256 << 20
 SIZE, NUM_ROWS = 2048, 1024
-"""Of the GEMM that shows oneDNN's best: ``[NUM_ROWS, SIZE] x [SIZE, SIZE]``."""
+"""Size of the GEMM that measures oneDNN's maximum: ``[NUM_ROWS, SIZE] x [SIZE, SIZE]``."""
 
 ROUNDS = 9
 

@@ -1,4 +1,4 @@
-"""How much of a transfer hides behind prefill, and what it costs P: a real 1P1D cluster, one prompt at a time."""
+"""Overlap of transfer and prefill, and its cost on P: a real 1P1D cluster, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCABULARY = 384
 
 
 class Prefilled(NamedTuple):
-    """One prompt's way through P, in seconds. ``moving_s``: while at least one layer was on its way."""
+    """Times of one prompt on P, in seconds. ``moving_s``: while at least one layer was being transferred."""
 
     prefill_s: float
     moving_s: float

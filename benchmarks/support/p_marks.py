@@ -1,4 +1,4 @@
-"""When a prefill node did what with a request, from the router's timelines."""
+"""Times of a request on a prefill node, from the router's timelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients saw of a run, and tables that compare runs."""
+"""Client metrics of a run, and tables that compare runs."""
 
 from __future__ import annotations
 

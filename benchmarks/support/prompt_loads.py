@@ -1,4 +1,4 @@
-"""Loads for a prefill node: who asks what, and when. Lengths in tokens, times in seconds of the model."""
+"""Loads for a prefill node. Lengths in tokens, times in seconds of the model."""
 
 from __future__ import annotations
 

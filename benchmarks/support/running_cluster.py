@@ -29,7 +29,7 @@ Config = dict[str, Any]
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that nobody listens at."""
+    """Return free ports of the loopback address."""
     with_ports = [socket.socket() for _ in range(count)]
     for probe in with_ports:
         probe.bind(("127.0.0.1", 0))

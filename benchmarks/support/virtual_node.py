@@ -1,4 +1,4 @@
-"""One decode or mixed node in virtual time: the real machine, steps that take what a cost model says, closed-loop load.
+"""One decode or mixed node in virtual time: the real state machine, step times of a cost model, a closed-loop load.
 
 The rest of the cluster is played here, and does everything at once but for what is said: a prefill node that is never
 short of anything asks for blocks, asks again when it was refused, and hands over when the prompt's compute and
@@ -21,7 +21,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import step_seconds
 from kvrelay.machine.contract import Received, RunStep, Send, StepDone
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationRefused
 from kvrelay.protocol.messages.engine import NewSequence, SampledTokens, ScheduledTokens, StepPlan, StepResult
@@ -68,7 +68,7 @@ class Measured:
 
 def registration(config: NodeConfig, geometry: KVGeometry) -> Register:
     return Register(
-        node_id=config.name,
+        node_id=NodeId(config.name),
         incarnation="1",
         role=config.role,
         address="",
@@ -101,7 +101,7 @@ class VirtualNode:
 
     def run(self) -> Measured:
         """Serve every request. Raises LocalProtocolError if the node is not at rest in the end."""
-        link = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
+        link = LinkAddress(peer=PeerId("m"), host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
         self._handle(Received(MESSAGER, MessagerReady(link=link)))
         for _ in range(self._num_clients):
             self._send_next()
@@ -160,12 +160,12 @@ class VirtualNode:
             num_tokens=job.num_prompt_tokens,
             max_tokens=job.spec.sampling.max_tokens,
         )
-        return Received(PREFILL_NODE, reserve)
+        return Received(PeerId(PREFILL_NODE), reserve)
 
     def _hand_over(self, job: Job) -> None:
         delay_s = job.num_prompt_tokens * (COSTS.prefill_token_s + TRANSFER_TOKEN_S)
         spec = msgspec.structs.replace(job.spec, output_token_ids=[TOKEN])
-        self._after(delay_s, Received(PREFILL_NODE, HandOff(request=spec, num_cached_tokens=0)))
+        self._after(delay_s, Received(PeerId(PREFILL_NODE), HandOff(request=spec, num_cached_tokens=0)))
         arrived = KVArrived(request_id=spec.request_id, epoch=spec.epoch, num_bytes=0)
         self._after(delay_s, Received(MESSAGER, arrived))
 
@@ -185,7 +185,7 @@ class VirtualNode:
 
     def _run_step(self, plan: StepPlan) -> None:
         self._measured.step_decodes.append(sum(item.samples for item in plan.batch))
-        self._measured.step_kept_free.append(self._machine.scheduler.reserved_blocks())
+        self._measured.step_kept_free.append(self._machine.scheduler.admission.headroom_blocks())
         for new in plan.new:
             self._sequences[new.id] = new
         result = StepResult(step=plan.step, outcomes={item.id: self._sample(item) for item in plan.batch})

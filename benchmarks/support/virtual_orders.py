@@ -23,7 +23,7 @@ from kvrelay.protocol.request import RequestSpec, SamplingParams
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
 OVERTAKE_TOKENS = (4_096, 8_192, 12_288, 16_384, 32_768, 1 << 30)
 BEGUN_WEIGHTS = (0.0, 0.25, 1.0)
-"""What a prompt that has begun weighs: 0 gives way to nobody, 1 to any that is shorter than its rest."""
+"""Weights of a begun prompt: 0 never yields, 1 yields to any prompt shorter than its remaining tokens."""
 
 Figures = dict[str, float]
 

@@ -1,4 +1,4 @@
-"""One prefill node in virtual time: the real machine, steps that take what a cost model says.
+"""One prefill node in virtual time: the real state machine, step times of a cost model.
 
 The rest of the cluster is played here: decode nodes that always have room, transfers that take as long as the KV is,
 and answers whose tokens come at a fixed rate.
@@ -23,7 +23,7 @@ from kvrelay.engine.fake import step_seconds
 from kvrelay.machine.contract import Received, RunStep, Send, StepDone
 from kvrelay.node import prefill_order
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, SequenceId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, SequenceId
 from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
@@ -34,8 +34,8 @@ from kvrelay.protocol.messages.router_to_node import Prefill
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from prefill_node.machine import PrefillMachine
 
-DECODE_NODE = NodeAddress(peer="d0#1", address="")
-LINK = LinkAddress(peer="m", host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
+DECODE_NODE = NodeAddress(peer=PeerId("d0#1"), address="")
+LINK = LinkAddress(peer=PeerId("m"), host_id="h", tcp="tcp://127.0.0.1:1", ipc="")
 OUTPUT_TOKEN_S = 0.02
 """Between two tokens of an answer."""
 

@@ -1,4 +1,4 @@
-"""What vs_vllm.py measures: loads, the clusters that serve them, the ratios aimed at, and what arithmetic expects."""
+"""The cases of vs_vllm.py: loads, the clusters that serve them, aims and predictions."""
 
 from __future__ import annotations
 

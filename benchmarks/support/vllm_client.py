@@ -1,4 +1,4 @@
-"""Runs in vLLM's environment: ``vllm bench serve`` again and again in one process, for its imports take half a minute.
+"""Runs in vLLM's environment: ``vllm bench serve`` repeatedly in one process, because its imports take half a minute.
 
 Each line of the input is the JSON list of the arguments of a run; it is answered by a line with the run's scalars.
 """

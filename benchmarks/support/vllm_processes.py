@@ -1,4 +1,4 @@
-"""vLLM's CPU build in an environment of its own: made, started as a server, and run on a job offline."""
+"""vLLM's CPU build in its own environment: installation, server, and offline jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vs_vllm.py found, as tables and a picture."""
+"""The results of vs_vllm.py as tables and a picture."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from kvrelay.errors import (
     ConfigError,
     KVRelayError,
 )
-from kvrelay.protocol.ids import NodeId
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _ADDRESS = re.compile(r"https?://\S+|(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(?:/v1)?/?")
@@ -152,7 +151,7 @@ def mixed(config: ConfigPath, node: NodeName, overrides: Overrides = None) -> No
     _run_node(Role.MIXED, config, node, overrides)
 
 
-def _run_node(role: Role, path: Path, name: NodeId, overrides: list[str] | None) -> None:
+def _run_node(role: Role, path: Path, name: str, overrides: list[str] | None) -> None:
     from kvrelay.cluster.process import become, bind_to_cpus, require_checkpoint
 
     cluster = _load(path, overrides)

@@ -13,7 +13,7 @@ _CAUSES = {
     signal.SIGBUS: "memory it had mapped could not be provided: too little memory, or a file became shorter",
     signal.SIGFPE: "an arithmetic fault in native code",
     signal.SIGABRT: "native code gave up; what it said is above",
-    signal.SIGKILL: "by the kernel if memory ran out, else by somebody",
+    signal.SIGKILL: "by the kernel if memory ran out, or by a user",
 }
 FAULTS = frozenset({signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT})
 """Signals that are caused by a process's own code."""

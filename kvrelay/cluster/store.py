@@ -14,7 +14,6 @@ from kvrelay.engine.geometry import node_geometry
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import NodeId
 from kvrelay.runtime.logging import progress_log
 from kvstore.storage.factory import make_existing_store
 from kvstore.storage.interface import KVStore, StoreStats, VerifyReport
@@ -23,35 +22,35 @@ T = TypeVar("T")
 
 _NOT_FROM_OUTSIDE = {
     "none": "there is no KV store",
-    "memory": "each node keeps its KV in its own memory, where nobody else can look",
+    "memory": "each node keeps its KV in its own memory, which other processes cannot read",
 }
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def show_stats(config: ClusterConfig, node: NodeId | None, console: Console) -> None:
+def show_stats(config: ClusterConfig, node: str | None, console: Console) -> None:
     """Print the content of the store for the model. Raises KVRelayError if it cannot be read."""
     sections = store_sections(config, node)
     geometry, stats = _ask(sections, lambda store: store.stats())
     console.print(stats_table(stats, geometry))
 
 
-def clear(config: ClusterConfig, node: NodeId | None, console: Console) -> None:
+def clear(config: ClusterConfig, node: str | None, console: Console) -> None:
     """Delete all KV of the model from the store."""
     _, num_blocks = _ask(store_sections(config, node), lambda store: store.clear())
     console.print(f"{num_blocks:,} blocks deleted")
 
 
-def verify(config: ClusterConfig, node: NodeId | None, console: Console) -> bool:
+def verify(config: ClusterConfig, node: str | None, console: Console) -> bool:
     """Read everything and delete corrupt blocks. Return whether there were none."""
     _, report = _ask(store_sections(config, node), lambda store: store.verify())
     console.print(verdict(report))
     return report.num_corrupt == 0
 
 
-def store_sections(config: ClusterConfig, name: NodeId | None) -> Sections:
+def store_sections(config: ClusterConfig, name: str | None) -> Sections:
     """Return the sections of the node ``name``, or those that all nodes share. They describe the store and the model.
 
-    Raises ConfigError if the nodes differ in that and none is named, or if nobody could look into such a store.
+    Raises ConfigError if the nodes differ and ``name`` is None, or if other processes cannot read such a store.
     """
     owners: list[Sections] = [config.node(name)] if name is not None else list(config.nodes) or [config]
     first = owners[0]

@@ -97,14 +97,14 @@ class Supervisor:
         try:
             while (reason := await self._probe()) is not None:
                 if self._now() > deadline_s:
-                    self._give_up(EXIT_ERROR, f"not ready after {self._settings.start_timeout_s:g} s: {reason}")
+                    self._end_cluster(EXIT_ERROR, f"not ready after {self._settings.start_timeout_s:g} s: {reason}")
                     return
                 self._display.waiting_for(self._starting, reason, self._now())
                 await self._sleep(_PROBE_INTERVAL_S)
             self._was_ready = True
             await self._on_ready()
-        except Exception as error:  # the border to whoever started the cluster: it ends, and says why
-            self._give_up(EXIT_ERROR, f"{type(error).__name__}: {error}")
+        except Exception as error:  # last resort: the cluster ends with the reason
+            self._end_cluster(EXIT_ERROR, f"{type(error).__name__}: {error}")
 
     async def _keep(self, spec: ProcessSpec) -> None:
         """Run ``spec`` and restart it until the cluster stops or the process is not restarted any more."""
@@ -119,7 +119,7 @@ class Supervisor:
             delay_s = policy.delay_after(life)
             if delay_s is None:
                 crashes = f"crash {policy.num_crashes} in a row"
-                self._give_up(EXIT_ERROR, f"{spec.name} {life.ending}; {crashes}, not restarting it")
+                self._end_cluster(EXIT_ERROR, f"{spec.name} {life.ending}; {crashes}, not restarting it")
                 return
             self._display.warn(f"{spec.name} {life.ending}; restarting it in {delay_s:g} s")
             await _first_of(self._sleep(delay_s), self._stopping.wait())
@@ -156,11 +156,11 @@ class Supervisor:
         """Handle a process that will not be restarted."""
         self._display.warn(f"{spec.name} {life.ending}; not restarting it")
         if life.code == EXIT_REFUSED and not self._was_ready:
-            self._give_up(EXIT_REFUSED, f"{spec.name} cannot run with this config")
+            self._end_cluster(EXIT_REFUSED, f"{spec.name} cannot run with this config")
         elif spec.role == "router":
-            self._give_up(life.code, "no cluster without its router")
+            self._end_cluster(life.code, "no cluster without its router")
 
-    def _give_up(self, code: int, reason: str) -> None:
+    def _end_cluster(self, code: int, reason: str) -> None:
         self._display.warn(reason)
         self._exit_code = self._exit_code or code
         self._stopping.set()

@@ -39,7 +39,6 @@ from kvrelay.config.sections import (
     TransferConfig,
 )
 from kvrelay.errors import ConfigError
-from kvrelay.protocol.ids import NodeId
 
 __all__ = [
     "CacheConfig",
@@ -105,7 +104,7 @@ class ClusterConfig(Sections):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What in the file is still accepted and should be changed, as lines ``file:line: key: what to do``."""
+        """Deprecated keys in the file, as lines ``file:line: key: what to do``."""
         return self._warnings
 
     @classmethod
@@ -146,7 +145,7 @@ class ClusterConfig(Sections):
         nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
         return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
 
-    def node(self, name: NodeId) -> NodeConfig:
+    def node(self, name: str) -> NodeConfig:
         """Return the node called ``name``. Raises ConfigError if there is none."""
         for node in self.nodes:
             if node.name == name:
@@ -158,7 +157,7 @@ _RENAMED = (
     ("router", "prefill_policy", "prefill_routing"),
     ("router", "decode_policy", "decode_routing"),
 )
-"""(section, earlier name, present name) of each key that has another name now. The earlier one is accepted."""
+"""(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
 def _in_reading_order(problem: str) -> list[str | int]:

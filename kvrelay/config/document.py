@@ -66,16 +66,16 @@ class Document:
                 self._override(path.strip().split("."), value, f"--set {text}")
 
     def rename(self, section: str, old: str, new: str) -> None:
-        """Take key ``old`` of ``section``, the cluster's or a node's, as ``new``. Both at once are a problem."""
+        """Rename key ``old`` of ``section`` to ``new``, in the cluster and in each node. Both names are a problem."""
         for parent in ((section,), *(("nodes", index, section) for index in range(len(self._node_names())))):
             keys = self._find(parent)
             if not isinstance(keys, dict) or old not in keys:
                 continue
             if new in keys:
-                self.problems.append(self.describe((*parent, old), f"is the earlier name of {new}, which is given too"))
+                self.problems.append(self.describe((*parent, old), f"is the old name of {new}, which is given too"))
                 del keys[old]
                 continue
-            self.warnings.append(self.describe((*parent, old), f"is called {new} now"))
+            self.warnings.append(self.describe((*parent, old), f"is deprecated, use {new}"))
             keys[new] = keys.pop(old)
             self._places[*parent, new] = self._places.pop((*parent, old), self.name)
 

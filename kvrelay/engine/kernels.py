@@ -151,7 +151,7 @@ class Kernels(WeightPacking, Protocol):
         """Return the output tokens of each of ``batch``, or its error, as ``kvrelay.engine.sampler`` does on the host.
 
         ``logits`` has, in order of the batch, a row for each one that samples and one more for each of its drafts; None
-        if nobody samples.
+        if no sequence samples.
         """
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:

@@ -41,7 +41,7 @@ def sample_step(logits: Float32 | None, batch: Seq[ScheduledSequence]) -> list[S
     """Return the outcome of each of ``batch``: its output tokens, none if it does not sample, or its error.
 
     ``logits`` [rows, vocab_size] has, in order of the batch, a row for each one that samples, or one more than it has
-    drafts; None if nobody samples.
+    drafts; None if no sequence samples.
     """
     if logits is None:
         return [SampledTokens([], []) for _ in batch]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias, assert_never
+
 import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
-from kvrelay.errors import RemoteProtocolError
-from kvrelay.machine.contract import Announce, CoreAction, Exit, Log, Ready, Send
+from kvrelay.machine.contract import Announce, Exit, Log, Ready
 from kvrelay.machine.liveness import Liveness
+from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import ROUTER, PeerId, peer_name
 from kvrelay.protocol.messages import router_to_node
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
@@ -20,21 +22,25 @@ REFUSED = "registration refused"
 READY, DRAINING = "ready", "draining"
 """States a node announces."""
 
+RegistrationMessage: TypeAlias = Registered | RegisterAgain | RegistrationRefused | Heartbeat
+"""Messages that Membership takes."""
+
 
 class Membership:
-    """Registers until a router answers, then heartbeats. A router that lost track of us is told again.
+    """Registers until a router answers, then sends heartbeats. A router that does not know the node is told again.
 
-    With a static registry there is one router, which the shell has connected to and calls ROUTER: it is never given up,
-    only followed by another. Else the node announces itself and routers reach out to it, as ``router#incarnation``, any
-    number of them; one that falls silent is gone.
+    With a static registry there is one router, to which the shell has connected and which it calls ROUTER: it is never
+    given up, only followed by another. Otherwise the node announces itself and any number of routers connect to it, as
+    ``router#incarnation``; one that is silent for ``peer_timeout_s`` is lost.
     """
 
-    def __init__(self, registration: Register, node: NodeConfig) -> None:
+    def __init__(self, registration: Register, node: NodeConfig, outbox: Outbox) -> None:
         self._registration = registration
+        self._outbox = outbox
         self._is_static = node.registry.kind == "static"
         self._alive = Liveness(node.cluster.peer_timeout_s)
         self._registered: dict[PeerId, str] = {}
-        """Routers we are registered with, and their incarnations."""
+        """Routers this node is registered with, and their incarnations."""
         self._last_incarnation: str | None = None
         self._joined = False
         self._leaving = False
@@ -42,11 +48,11 @@ class Membership:
     # ------------------------------------------------------------ who is there
 
     def is_router(self, peer: PeerId) -> bool:
-        """Tell whether ``peer`` is a router, or says so: anybody can reach our port."""
+        """Return whether ``peer`` is a router, or says so: anybody can reach the node's port."""
         return peer == ROUTER if self._is_static else peer_name(peer) == ROUTER
 
     def is_authorized(self, peer: PeerId, message: Message) -> bool:
-        """Tell whether ``message``, if it is one that only routers send, is to be obeyed when ``peer`` sends it."""
+        """Return whether ``peer`` may send ``message``: anybody may, unless it is one that only routers send."""
         if type(message).__module__ != router_to_node.__name__:
             return True
         about_registration = isinstance(message, Registered | RegisterAgain | RegistrationRefused)
@@ -55,63 +61,69 @@ class Membership:
 
     # ------------------------------------------------------------ coming and staying
 
-    def join(self) -> list[CoreAction]:
+    def join(self) -> None:
         """Ask to be registered: the node can serve."""
         self._joined = True
-        return [Ready(), Send(ROUTER, self._registration) if self._is_static else Announce(READY)]
+        self._outbox.do(Ready())
+        if self._is_static:
+            self._outbox.send(ROUTER, self._registration)
+        else:
+            self._outbox.do(Announce(READY))
 
-    def beat(self, load: Load) -> list[CoreAction]:
+    def beat(self, load: Load) -> None:
         """Send every router a heartbeat, or ask again to be registered."""
         if self._is_static and not self._registered:
-            return self.join()
-        return [Send(router, Heartbeat(load=load)) for router in self._registered]
+            self.join()
+        for router in self._registered:
+            self._outbox.send(router, Heartbeat(load=load))
 
-    def heard(self, peer: PeerId, now: float) -> None:
-        """Note that a router was heard."""
-        self._alive.heard(peer, now)
+    def heard(self, peer: PeerId) -> None:
+        """Note that ``peer`` was heard, if it is a router."""
+        self._alive.heard(peer, self._outbox.now)
 
-    def _on_router_found(self, peer: PeerId) -> list[CoreAction]:
-        """Tell a router that has found us, and does not know us yet, who we are."""
-        if self._is_static or not self._joined or not self.is_router(peer) or peer in self._registered:
-            return []
-        return [Send(peer, self._registration)]
-
-    def receive(self, peer: PeerId, message: Message, now: float) -> tuple[list[CoreAction], bool]:
+    def receive(self, peer: PeerId, message: RegistrationMessage) -> bool:
         """Take one of a router's registration messages, or anybody's heartbeat.
 
-        Returns what to do, and whether the router is another than ``peer`` was before: then nobody waits for what this
-        node still holds for it. Raises RemoteProtocolError on any other message.
+        Returns whether the router is another than ``peer`` was before: then nobody waits for what this node still holds
+        for it.
         """
         match message:
             case Heartbeat():
-                return self._on_router_found(peer), False
+                self._on_router_found(peer)
             case Registered(router_incarnation=incarnation):
-                return self._registered_with(peer, incarnation, now)
+                return self._registered_with(peer, incarnation)
             case RegisterAgain():
                 self._forget(peer)
-                return [Send(peer, self._registration)], False
+                self._outbox.send(peer, self._registration)
             case RegistrationRefused(reason=reason):
-                return [Log("error", REFUSED, {"reason": reason}), Exit(REFUSED)], False
-        raise RemoteProtocolError(f"unexpected {type(message).__name__} from the router")
+                self._outbox.do(Log("error", REFUSED, {"reason": reason}), Exit(REFUSED))
+            case _:
+                assert_never(message)
+        return False
 
-    def _registered_with(self, peer: PeerId, incarnation: str, now: float) -> tuple[list[CoreAction], bool]:
+    def _on_router_found(self, peer: PeerId) -> None:
+        """Tell a router that has found this node, and does not know it yet, what it is."""
+        if not self._is_static and self._joined and self.is_router(peer) and peer not in self._registered:
+            self._outbox.send(peer, self._registration)
+
+    def _registered_with(self, peer: PeerId, incarnation: str) -> bool:
         changed = self._is_static and self._last_incarnation not in (None, incarnation)
         self._registered[peer] = self._last_incarnation = incarnation
-        actions: list[CoreAction] = [Log("info", "registered", {"router": incarnation})]
+        self._outbox.do(Log("info", "registered", {"router": incarnation}))
         if not self._is_static:
-            self._alive.watch(peer, now)
+            self._alive.watch(peer, self._outbox.now)
             if self._leaving:
-                actions.append(Send(peer, Leaving()))
-        return actions, changed
+                self._outbox.send(peer, Leaving())
+        return changed
 
     # ------------------------------------------------------------ losing routers
 
-    def silent(self, now: float) -> list[PeerId]:
-        """Return the routers not heard of for too long."""
-        return self._alive.lost(now)
+    def silent(self) -> list[PeerId]:
+        """Return the routers not heard for ``peer_timeout_s``; each is returned once."""
+        return self._alive.lost(self._outbox.now)
 
     def lost(self, router: PeerId) -> bool:
-        """Give ``router`` up: all it had here is dropped, and if it comes back after all, it is told so.
+        """Forget ``router``, whose requests the caller drops. If it comes back, it is told so by a new session.
 
         Returns whether it was known.
         """
@@ -126,17 +138,20 @@ class Membership:
         self._registered.pop(router, None)
         self._alive.forget(router)
 
-    # ------------------------------------------------------------ going
+    # ------------------------------------------------------------ leaving
 
-    def leave(self) -> list[CoreAction]:
-        """Tell everybody that the node takes nothing new."""
+    def leave(self) -> None:
+        """Tell every router that the node takes nothing new."""
         self._leaving = True
-        announced: list[CoreAction] = [Announce(DRAINING)] if self._joined and not self._is_static else []
-        return [*announced, *(Send(router, Leaving()) for router in self._routers())]
+        if self._joined and not self._is_static:
+            self._outbox.do(Announce(DRAINING))
+        for router in self._routers():
+            self._outbox.send(router, Leaving())
 
-    def drained(self) -> list[CoreAction]:
-        """Tell everybody that the node holds nothing any more."""
-        return [Send(router, Drained()) for router in self._routers()]
+    def drained(self) -> None:
+        """Tell every router that the node holds nothing any more."""
+        for router in self._routers():
+            self._outbox.send(router, Drained())
 
     def _routers(self) -> list[PeerId]:
         return [ROUTER] if self._is_static else list(self._registered)

@@ -41,8 +41,8 @@ class ReservePolicy(Protocol):
     def level(self) -> float:
         """The current reserve ratio, or blocks per decode, for metrics."""
 
-    def reserved_blocks(self, running: Collection[Growing]) -> int:
-        """Return how many blocks stay free for ``running`` when a newcomer is admitted."""
+    def headroom_blocks(self, running: Collection[Growing]) -> int:
+        """Return how many blocks must stay free for ``running`` when a newcomer is admitted."""
 
     def charge_blocks(self, newcomer: Growing) -> int:
         """Return how many blocks beyond its present tokens must be free to admit ``newcomer``."""
@@ -65,7 +65,7 @@ class NoReserve:
 
     level = 0.0
 
-    def reserved_blocks(self, running: Collection[Growing]) -> int:
+    def headroom_blocks(self, running: Collection[Growing]) -> int:
         return 0
 
     def charge_blocks(self, newcomer: Growing) -> int:
@@ -99,8 +99,8 @@ class NewTokenRatio(NoReserve):
         self._block_size = block_size
         self.level = config.init
 
-    def reserved_blocks(self, running: Collection[Growing]) -> int:
-        """Sum over ``running`` of the share, each in whole blocks."""
+    def headroom_blocks(self, running: Collection[Growing]) -> int:
+        """Return the sum of the shares of ``running``, each in whole blocks."""
         clip, ratio, size = self._config.clip_max_new_tokens, self.level, self._block_size
         return sum(_blocks(min(request.remaining_output_tokens, clip) * ratio, size) for request in running)
 
@@ -121,14 +121,14 @@ class NewTokenRatio(NoReserve):
 
 
 class FixedBlocks(NoReserve):
-    """The same number of blocks for every running request, slowly fewer, all of them again after a preemption."""
+    """The same number of blocks for every running request: a little fewer at each step, reset by a preemption."""
 
     def __init__(self, config: FixedBlocksConfig) -> None:
         self._config = config
         self.level = float(config.blocks)
 
-    def reserved_blocks(self, running: Collection[Growing]) -> int:
-        """So many whole blocks for each."""
+    def headroom_blocks(self, running: Collection[Growing]) -> int:
+        """Return ``level``, rounded up, for each."""
         return ceil(self.level) * len(running)
 
     def step_scheduled(self) -> None:
@@ -150,17 +150,17 @@ class SGLangReserve(NoReserve):
         self._decay = (config.init - self._min) / config.decay_steps
         self.level = config.init
 
-    def reserved_blocks(self, running: Collection[Growing]) -> int:
-        """Sum over ``running`` of the share, each in whole blocks."""
+    def headroom_blocks(self, running: Collection[Growing]) -> int:
+        """Return the sum of the shares of ``running``, each in whole blocks."""
         clip, ratio, size = self._config.clip_max_new_tokens, self.level, self._block_size
         return sum(_blocks(min(request.remaining_output_tokens, clip) * ratio, size) for request in running)
 
     def charge_blocks(self, newcomer: Growing) -> int:
-        """All it may generate, clipped."""
+        """Return the blocks for all it may generate, clipped."""
         return ceil(min(newcomer.remaining_output_tokens, self._config.clip_max_new_tokens) / self._block_size)
 
     def room_blocks(self, num_decodes: int) -> int:
-        """Room for ``retract_decode_steps`` steps of each decode."""
+        """Return the blocks for ``retract_decode_steps`` more tokens of each decode."""
         return ceil(self._config.retract_decode_steps / self._block_size) * num_decodes
 
     def step_scheduled(self) -> None:

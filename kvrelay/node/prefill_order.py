@@ -19,7 +19,7 @@ LOOKAHEAD_STEPS = 2
 takes place while others are computed."""
 
 BEGUN_WEIGHT = 0.5
-"""A prompt that has begun gives way only to prompts with less than this share of the tokens it still has to compute."""
+"""Only prompts with less than this share of the tokens that a begun prompt still has to compute go before it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -135,7 +135,7 @@ class PrefillOrder(ABC, Generic[R]):
 
     @abstractmethod
     def merged(self, running: Iterable[R], queued: Iterable[R], now: float) -> list[R]:
-        """Return both in one order, for a node that gives blocks and computes in one go."""
+        """Return both in one order, for a node that gives blocks and computes in the same step."""
 
     def may_wait_for_a_block(self, request: R) -> bool:
         """Return whether a queued request may wait for a block that another computes.
@@ -183,7 +183,7 @@ class PrefillOrder(ABC, Generic[R]):
         )
         return queued.overtaken_tokens + outstanding + num_tokens <= self._overtake_tokens
 
-    # ------------------------------------------------------------ for people and for the router
+    # ------------------------------------------------------------ for metrics and the router
 
     def longest_wait_s(self, now: float) -> float:
         """Return for how many seconds the oldest prompt that has not begun has waited."""
@@ -213,11 +213,11 @@ class Fifo(PrefillOrder[R]):
         return [*self.running(running, now), *self.queued(queued, now)]
 
     def may_overtake(self, request: R) -> bool:
-        """Return True: nobody is asked to but those that wait for blocks which are being computed."""
+        """Return True: only requests that wait for blocks being computed are overtaken."""
         return True
 
     def begins_soon(self, request: R, now: float) -> bool:
-        """Return True: whoever has blocks is computed in the order in which they got them."""
+        """Return True: prompts are computed in the order in which they got blocks."""
         return True
 
     def _by_urgency(self, requests: Iterable[R], now: float) -> list[R]:
@@ -228,7 +228,7 @@ class Fifo(PrefillOrder[R]):
 
 
 class ShortestFirst(PrefillOrder[R]):
-    """The prompt with fewest tokens still to compute goes first, and no prompt is overtaken for ever.
+    """The prompt with fewest tokens still to compute goes first, and how far a prompt is overtaken has a bound.
 
     **The bound.** Before the last token of a prompt is scheduled, at most ``prefill_overtake_tokens`` tokens of prompts
     of its priority that arrived later are. What is computed while its own KV is read from the store does not count. Two
@@ -237,13 +237,14 @@ class ShortestFirst(PrefillOrder[R]):
     - A prompt that has been overtaken by all but one step's worth of these tokens goes before all that arrived later.
       Until then its length counts less and less, in proportion.
     - A queued prompt gets blocks before older queued ones only if the tokens of those with blocks, and its own, are not
-      more than the oldest may still be overtaken by. So whoever waits for blocks waits for requests that are counted.
+      more than the oldest may still be overtaken by. So a prompt that waits for blocks waits for requests that are
+      counted.
 
     Of all queued prompts of one priority the oldest has been overtaken most, so only that one need be looked at.
 
-    **Prompts that have begun** have their KV in blocks that others cannot use. They give way only to prompts that need
-    less than ``begun_weight`` times as many tokens: with 0.5, and but for prompts near their bound, what is left of all
-    that have begun is less than twice what is left of the longest.
+    **Prompts that have begun** have their KV in blocks that others cannot use. Only prompts that need less than
+    ``begun_weight`` times as many tokens go before them: with 0.5, and but for prompts near their bound, what is left
+    of all that have begun is less than twice what is left of the longest.
 
     Priorities come first: the level of a prompt is its priority less one for each ``priority_aging_s`` it has waited.
     """
@@ -255,7 +256,8 @@ class ShortestFirst(PrefillOrder[R]):
 
     def running(self, requests: Iterable[R], now: float) -> list[R]:
         """Return them by rank."""
-        return sorted(requests, key=lambda request: self._rank(self._prompts[request], now))
+        prompts, rank = self._prompts, self._rank
+        return sorted(requests, key=lambda request: rank(prompts[request], now))
 
     def queued(self, requests: Iterable[R], now: float) -> list[R]:
         """Return them by rank."""
@@ -270,11 +272,13 @@ class ShortestFirst(PrefillOrder[R]):
         level = prompt.priority - int((now - prompt.arrival_s) / self._aging_s) if self._by_priority else 0
         if prompt.returns:
             return level, -1.0, 0
-        if prompt.overtaken_tokens > self._fair_tokens or self._fair_tokens <= 0:
+        overtaken_tokens, fair_tokens = prompt.overtaken_tokens, self._fair_tokens
+        if overtaken_tokens > fair_tokens or fair_tokens <= 0:
             return level, 0.0, prompt.number
-        weight = self._begun_weight if prompt.has_begun and prompt.has_blocks else 1.0
-        patience = 1.0 - prompt.overtaken_tokens / self._fair_tokens
-        return level, prompt.num_tokens * weight * patience, prompt.number
+        patience = 1.0 - overtaken_tokens / fair_tokens
+        if prompt.has_begun and prompt.has_blocks:
+            return level, prompt.num_tokens * self._begun_weight * patience, prompt.number
+        return level, prompt.num_tokens * patience, prompt.number
 
     def may_overtake(self, request: R) -> bool:
         """Return whether the bound of the oldest queued prompt allows it."""

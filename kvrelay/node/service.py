@@ -23,7 +23,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Announce, Machine, PeerLost, RunStep
 from kvrelay.machine.membership import REFUSED
 from kvrelay.node.storage import StorageIO
-from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, new_incarnation, peer_id
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
 from kvrelay.runtime.compute_thread import compute_for
@@ -158,7 +158,7 @@ async def _run_with_messager(
 def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Register:
     max_model_len = min(engine.max_model_len, node.model.max_model_len or engine.max_model_len)
     return Register(
-        node_id=node.name,
+        node_id=NodeId(node.name),
         incarnation=incarnation,
         role=node.role,
         address=node.address,

@@ -1,1 +1,1 @@
-"""What processes send each other: ids, requests, KV geometry, every message, and the codec."""
+"""The wire protocol: ids, requests, KV geometry, messages, and the codec."""

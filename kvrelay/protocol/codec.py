@@ -1,4 +1,4 @@
-"""Messages to bytes and back: MessagePack ``[tag, fields]``, checked against the types of ``messages``."""
+"""Encodes and decodes messages: MessagePack ``[tag, fields]``, checked against the types in ``messages``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvrelay.protocol.messages import (
 from kvrelay.protocol.messages.base import Message
 
 MAX_MESSAGE_BYTES = 16 << 20
-"""Longest message that is looked at: a prompt of a million tokens takes 5 MiB."""
+"""Maximum size of a message. A prompt of a million tokens takes 5 MiB."""
 
 _MAX_ITEMS = 2 << 20
 _MAX_DEPTH_ITEMS = {"max_array_len": _MAX_ITEMS, "max_map_len": _MAX_ITEMS, "max_ext_len": 0}
@@ -60,7 +60,7 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes | memoryview) -> Message:
     """Return the message in ``data``.
 
-    Raises RemoteProtocolError that says what is wrong: too long, not MessagePack, unknown tag, or a bad field.
+    Raises RemoteProtocolError with the reason: too long, not MessagePack, unknown tag, or invalid field.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise RemoteProtocolError(f"message of {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}")

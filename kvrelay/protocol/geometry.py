@@ -1,11 +1,11 @@
-"""What must agree between two nodes before one may write into the other's KV cache."""
+"""The KV geometry: what must be equal on two nodes before one may write to the other's KV cache."""
 
 from __future__ import annotations
 
 import msgspec
 
 PROTOCOL_VERSION = 2
-"""Raised whenever a message changes its meaning; fields that are only appended do not raise it."""
+"""Raised when the meaning of a message changes. Appended fields do not raise it (docs/compatibility.md)."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 """Bytes per element of each dtype a KV cache can have."""
@@ -14,7 +14,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 class KVGeometry(msgspec.Struct, frozen=True):
     """Shape and type of a KV cache: per layer, K and V each ``[num_blocks, block_size, num_kv_heads, head_dim]``.
 
-    The number of blocks is each node's own affair and not part of it.
+    The number of blocks may differ between nodes and is not part of it.
     """
 
     num_layers: int

@@ -1,4 +1,4 @@
-"""The names things go by."""
+"""Ids of blocks, sequences, nodes, peers and attempts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ BlockId: TypeAlias = int
 """Index of a KV block in one node's pool."""
 
 SequenceId = NewType("SequenceId", int)
-"""A sequence as a node's engine knows it. A request gets a new one each time it gets blocks on the node and runs."""
+"""Id of a sequence in a node's engine. A request gets a new one each time it gets blocks on the node and runs."""
 
-NodeId: TypeAlias = str
+NodeId = NewType("NodeId", str)
 """Name of a node as the config gives it, e.g. ``d0``."""
 
-PeerId: TypeAlias = str
+PeerId = NewType("PeerId", str)
 """One process on the network: ``name#incarnation``. A restarted process is another peer."""
 
-ROUTER: PeerId = "router"
+ROUTER = PeerId("router")
 """Where a node sends what is for its router: the link, not one incarnation of it."""
 
-MESSAGER: PeerId = "messager"
+MESSAGER = PeerId("messager")
 """Where a node sends what is for its own cache messager."""
 
 
 class Attempt(NamedTuple):
-    """One try at serving a request: the key of every hold, transfer and answer.
+    """One attempt at a request: the key of every reservation, transfer and answer.
 
-    The router raises ``epoch`` each time it tries a request again, so whatever belongs to an earlier try
-    can be told from the present one and dropped.
+    The router raises ``epoch`` for each attempt, so that messages and frames of earlier attempts can be dropped.
     """
 
     request_id: str
@@ -36,15 +35,15 @@ class Attempt(NamedTuple):
 
 
 def new_incarnation() -> str:
-    """Return a name no other start of any process will have."""
+    """Return a random id for one start of a process."""
     return secrets.token_hex(4)
 
 
 def peer_id(name: str, incarnation: str) -> PeerId:
     """Return the network name of one incarnation of ``name``."""
-    return f"{name}#{incarnation}"
+    return PeerId(f"{name}#{incarnation}")
 
 
 def peer_name(peer: PeerId) -> str:
-    """Return the part of ``peer`` that outlives a restart."""
+    """Return the name in ``peer``, without the incarnation."""
     return peer.partition("#")[0]

@@ -1,4 +1,4 @@
-"""How a process tells others of its KV memory; apart from the memory itself, because the router needs no numpy."""
+"""Handles of KV pools. A separate module from the pools, because the router does not import numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class KVMemoryHandle(msgspec.Struct, frozen=True, tag="host"):
-    """How another process finds a KV pool in host memory. Only good on the host it was made on."""
+    """The handle of a KV pool in host memory. Valid only on its host."""
 
     pid: int
     fd: int
@@ -17,4 +17,4 @@ class KVMemoryHandle(msgspec.Struct, frozen=True, tag="host"):
 
 
 KVHandle: TypeAlias = KVMemoryHandle
-"""The handle of a pool, by the kind of its memory."""
+"""The handle of a pool; one type per kind of memory."""

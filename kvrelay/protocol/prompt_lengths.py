@@ -1,16 +1,16 @@
-"""Classes of prompts by length: what nodes report and routers read is per class."""
+"""Classes of prompts by length, for the load reports of nodes."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
 LENGTH_BOUNDS = (128, 512, 2048, 8192)
-"""The longest prompt of each class, in tokens; the last class has no bound."""
+"""Maximum prompt length of each class, in tokens. The last class has no bound."""
 
 NUM_LENGTH_CLASSES = len(LENGTH_BOUNDS) + 1
 
 LENGTH_NAMES = (*(f"<={bound}" for bound in LENGTH_BOUNDS), f">{LENGTH_BOUNDS[-1]}")
-"""How each class is called in metrics."""
+"""Names of the classes in metrics."""
 
 
 def length_class(num_tokens: int) -> int:

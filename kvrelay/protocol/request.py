@@ -1,4 +1,4 @@
-"""A request as nodes see it: token ids in, token ids out."""
+"""A request on a node: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How output tokens are chosen. The router has checked every bound and filled in every default.
+    """Sampling parameters. The router has checked every bound and filled in every default.
 
     ``seed`` is always set: the random number of an output token depends on it and on the token's position in the
-    sequence alone, so no batch, node, preemption or retry changes what is drawn.
+    sequence only, so no batch, node, preemption or retry changes it.
     """
 
     max_tokens: int
@@ -33,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     ignore_eos: bool = False
     num_logprobs: int | None = None
-    """How many alternatives to report with each output token; 0: the token's own logprob only, None: nothing."""
+    """Alternatives to report with each output token; 0: only the token's own logprob; None: no logprobs."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -45,9 +45,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node must know to serve a request. ``output_token_ids``: those delivered by earlier attempts.
+    """A request as the router sends it to nodes. ``output_token_ids``: those delivered by earlier attempts.
 
-    ``router`` is what nodes call the router whose request it is: the node that gets it from there notes it.
+    ``router``: the router that the request belongs to, set by the node that receives it from there.
     """
 
     request_id: str
@@ -61,12 +61,12 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def attempt(self) -> Attempt:
-        """The key of this try."""
+        """The key of this attempt."""
         return Attempt(self.request_id, self.epoch)
 
 
 class FinishReason(StrEnum):
-    """Why a request ended well; the values are OpenAI's."""
+    """Why a request ended without an error. The values are OpenAI's."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -74,7 +74,7 @@ class FinishReason(StrEnum):
 
 
 class TokenSequence:
-    """Tokens, prompt first, and how the next one is chosen: all that sampling looks at."""
+    """Tokens, prompt first, and sampling parameters: the input of the sampler."""
 
     __slots__ = ("num_prompt_tokens", "sampling", "token_ids")
 
@@ -95,11 +95,11 @@ class TokenSequence:
 
 
 class Sequence(TokenSequence):
-    """The tokens and KV blocks of one request, as the node's state machine knows them.
+    """The tokens and KV blocks of one request in the node's state machine.
 
-    The machine alone reads and changes it, whether or not a step runs: the engine has sequences of its own, which
-    plans keep up to date (``kvrelay.node.plans``). ``token_ids`` are those whose results have come in, and the KV of
-    the first ``num_computed_tokens`` is in ``block_table``.
+    Only the machine accesses it. The engine has its own sequences, which plans update (``kvrelay.node.plans``).
+    ``token_ids`` are those whose results have arrived. The KV of the first ``num_computed_tokens`` is in
+    ``block_table``.
     """
 
     __slots__ = ("block_table", "num_computed_tokens", "spec")
@@ -111,26 +111,26 @@ class Sequence(TokenSequence):
         self.take_blocks(())
 
     def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
-        """Have ``block_ids`` for its KV, and none of those it had before."""
+        """Replace the block table by ``block_ids``."""
         self.block_table = array("i", block_ids)
 
     @property
     def attempt(self) -> Attempt:
-        """The key of this try."""
+        """The key of this attempt."""
         return self.spec.attempt
 
     @property
     def max_tokens(self) -> int:
-        """Output tokens it may have at most."""
+        """Maximum number of output tokens."""
         return self.sampling.max_tokens
 
     @property
     def remaining_output_tokens(self) -> int:
-        """Output tokens it may still generate, never negative."""
+        """Maximum number of further output tokens, never negative."""
         return max(0, self.sampling.max_tokens - len(self.token_ids) + self.num_prompt_tokens)
 
     def finish_reason(self) -> tuple[FinishReason, int | None] | None:
-        """Return why this request is over after its newest token, with the stop token if one ended it, or None."""
+        """Return why the request ends after its newest token, with the stop token if any; None: it goes on."""
         sampling, last = self.sampling, self.token_ids[-1]
         num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
         is_full = num_output_tokens >= sampling.max_tokens

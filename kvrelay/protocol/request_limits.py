@@ -1,4 +1,4 @@
-"""What a node checks of a request before it does anything for it, whoever sent it."""
+"""Checks of a request on a node, before any work is done for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kvrelay.protocol.request import RequestSpec
 
 
 class RequestLimits(NamedTuple):
-    """What the node's model takes: token ids from 0 to ``vocab_size - 1``, and ``max_model_len`` tokens in all."""
+    """Limits of the node's model: token ids from 0 to ``vocab_size - 1``, and ``max_model_len`` tokens in total."""
 
     vocab_size: int
     max_model_len: int
 
     def error(self, spec: RequestSpec) -> KVRelayError | None:
-        """Return what is wrong with ``spec``, or None. The cost is that of looking at each token once."""
+        """Return the error of ``spec``, or None. Reads each token once."""
         if not spec.prompt_token_ids:
             return InvalidRequestError("prompt: has no tokens", param="prompt")
         return self._unknown_token(spec) or self._length(spec)
@@ -50,5 +50,5 @@ class RequestLimits(NamedTuple):
 def unknown_token(param: str, token_id: int, vocab_size: int) -> InvalidRequestError:
     """Return the error for a ``token_id`` in field ``param`` that the model does not have."""
     return InvalidRequestError(
-        f"{param}: {token_id} is no token id of this model, whose vocabulary has {vocab_size}", param=param
+        f"{param}: {token_id} is not a token id of this model, whose vocabulary has {vocab_size}", param=param
     )

@@ -1,7 +1,7 @@
 """The entries of all nodes of a cluster, in Redis.
 
-A key per node, which ends with the node's lease unless it is renewed, and a set that names them, so that nobody has to
-search a Redis that may hold millions of other keys. All are in one slot of a Redis Cluster.
+A key per node, which expires with the node's lease unless it is renewed, and a set of their names, so that routers need
+not scan a Redis with many other keys. All are in one slot of a Redis Cluster.
 """
 
 from __future__ import annotations

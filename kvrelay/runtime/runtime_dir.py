@@ -21,7 +21,7 @@ def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
     """Return a context with a directory that only this user can access. It is removed at the end.
 
     If a parent process made one already (``KVRELAY_RUNTIME_DIR``) that is it, and its maker removes it. The name is
-    random, so one that a killed process left behind is in nobody's way.
+    random, so one left behind by a killed process does no harm.
     """
     if given := env.get(VARIABLE):
         yield Path(given)

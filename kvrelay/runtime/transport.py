@@ -195,7 +195,7 @@ class Transport:
 
     def _inbound(self, identity: bytes) -> PeerId | None:
         """Return the peer that connects as ``identity``; None if that is the name of one of our own connections."""
-        name = identity.decode("utf-8", "replace")
+        name = PeerId(identity.decode("utf-8", "replace"))
         taken = name in self._dealers or name in self._aliased
         return None if taken else self._aliases.get(name, name)
 

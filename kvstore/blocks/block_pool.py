@@ -131,13 +131,13 @@ class BlockPool:
         """Return the state of ``block`` as text."""
         refs = self._ref_counts[block]
         if refs == FREE:
-            return "is free: nobody owns it"
+            return "is free"
         if refs == 0:
-            return "has no references: only the prefix cache keeps it"
+            return "has no references and is kept by the prefix cache"
         return f"has {refs} reference{'s' * (refs > 1)}"
 
     def referenced(self) -> list[BlockId]:
-        """Return the blocks with references, by id. Looks at the whole pool."""
+        """Return the blocks with references, by id. Scans the whole pool."""
         return [block for block, refs in enumerate(self._ref_counts) if refs > 0]
 
     def problems(self) -> list[str]:

@@ -84,7 +84,7 @@ class KVCache:
     def num_referenced(self) -> int:
         """Blocks with references: ``num_used`` without unreferenced blocks that a referenced one continues.
 
-        A request that owns all of these is alone: nobody else could give a block up for it.
+        If one request owns all of these, no other request has blocks that could be preempted for it.
         """
         return self._pool.num_referenced
 

@@ -45,7 +45,7 @@ class PrefixCache:
     )
 
     def __init__(self, num_blocks: int) -> None:
-        # The root is the entry after the blocks. It is nobody's child, so as a child it means "none"; it holds itself,
+        # The root is the entry after the blocks. It has no parent, so as a child it means "none"; it holds itself,
         # so every walk towards it ends there.
         self._root = num_blocks
         self._hash_of = [_UNPUBLISHED] * (num_blocks + 1)

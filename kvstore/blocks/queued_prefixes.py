@@ -59,8 +59,9 @@ class QueuedPrefixes(Generic[R]):
         if not self._lacking:
             return
         for block_hash in hashes:
-            for request in list(self._lacking.get(block_hash, ())):
-                self.match(request)
+            if block_hash in self._lacking:
+                for request in list(self._lacking[block_hash]):
+                    self.match(request)
 
     def _note(self, request: R, matched: Sequence[BlockId]) -> int:
         num_matched = self._num_matched[request] = len(matched)

@@ -1,1 +1,1 @@
-"""Copies between a node's pool and its store: what is on its way, and what the store has already."""
+"""Transfers between a node's pool and its store, as the node's state machine knows them."""

@@ -1,11 +1,12 @@
-"""From the pool to the store, without anybody waiting: which blocks are on their way, and which are there already."""
+"""Saves KV blocks of the pool to the store: which blocks are being saved, and which the store has already."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 from kvrelay.config.sections import StorageConfig
 from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
@@ -17,30 +18,37 @@ _MOST_REMEMBERED = 1 << 16
 """Blocks known to be stored that a node remembers, 100 bytes each."""
 
 _REMEMBERED_S = 60.0
-"""For so long: the store may lose them without a word, to its limits or to its end."""
+"""Seconds after which a block is written again: stores evict and lose blocks without telling the node."""
 
 _MOST_SLOTS = 1 << 16
-"""Blocks of staging memory, however small they are."""
+"""Most blocks of staging memory, however small they are."""
 
-OnSaved = Callable[[int], None]
-"""Gets how many of the first blocks given to ``save`` are in the store."""
+T = TypeVar("T")
+
+
+class Saved(NamedTuple, Generic[T]):
+    """A save is over: of the blocks given to ``save`` with ``owner``, the first ``num_blocks`` are in the store."""
+
+    owner: T
+    num_blocks: int
 
 
 @dataclass(slots=True)
-class _Save:
+class _Save(Generic[T]):
     hashes: Sequence[bytes]
     """Those being written; ``first`` blocks before them are stored already."""
     first: int
     blocks: list[BlockId]
     slots: list[int]
-    on_saved: OnSaved
+    owner: T
 
 
-class KVOffloader:
+class KVOffloader(Generic[T]):
     """Copies published blocks to the node's staging memory, then has them written from there.
 
-    A block is held for the copy only, milliseconds; how slow the store is concerns nobody but the staging memory, which
-    is bounded: when it is full, blocks are not saved. One object for each node's machine; ``counters`` only grow.
+    A save is StageKV, its answer KVStaged, StoreKV, its answer KVStored. Blocks are pinned for the copy only,
+    milliseconds. The staging memory is bounded: blocks that find no room in it are not saved. What is saved is for a T
+    of the caller's, which comes back with Saved. One object for each node's machine; ``counters`` only grow.
     """
 
     def __init__(self, config: StorageConfig, block_bytes: int, kv: KVCache, outbox: Outbox) -> None:
@@ -49,10 +57,10 @@ class KVOffloader:
         num_slots = num_staging_slots(config, block_bytes)
         self._saves_nothing = num_slots == 0
         self._free_slots = list(range(num_slots))
-        self._saves: dict[int, _Save] = {}
+        self._saves: dict[int, _Save[T]] = {}
         self._number = 0
         self._stored: OrderedDict[bytes, float] = OrderedDict()
-        """Until when a block need not be written again."""
+        """Hash of each block known to be stored: the time in seconds until which it is not written again."""
         self._block_bytes = block_bytes
         self._num_staging = 0
         self.counters = {"kv_blocks_saved": 0.0, "kv_bytes_saved": 0.0, "kv_blocks_not_saved": 0.0}
@@ -63,48 +71,47 @@ class KVOffloader:
 
     @property
     def is_staging(self) -> bool:
-        """Whether blocks are held for a copy: they will be free in a moment."""
+        """Whether blocks are pinned for a copy: they will be free in milliseconds."""
         return self._num_staging > 0
 
-    def save(self, hashes: Sequence[bytes], on_saved: OnSaved) -> None:
+    def save(self, hashes: Sequence[bytes], owner: T) -> Saved[T] | None:
         """Save the published blocks of ``hashes`` that the store lacks, as far as the staging memory goes.
 
-        ``on_saved`` is called once: at once if there is nothing to write.
+        Returns Saved if there is nothing to write. Otherwise ``staged`` or ``stored`` returns it later, once.
         """
         if self._saves_nothing:
-            on_saved(0)
-            return
+            return Saved(owner, 0)
         blocks = self._kv.match(hashes)
         first = self._num_known(hashes)
         last = min(len(blocks), first + len(self._free_slots))
         self.counters["kv_blocks_not_saved"] += max(0, len(hashes) - max(first, last))
         if last <= first:
-            on_saved(first)
-            return
+            return Saved(owner, first)
         count = last - first
         slots, self._free_slots = self._free_slots[-count:], self._free_slots[:-count]
-        save = _Save(hashes[first:last], first, blocks[first:last], slots, on_saved)
+        save = _Save(hashes[first:last], first, blocks[first:last], slots, owner)
         self._kv.pin(save.blocks)
         self._number += 1
         self._saves[self._number] = save
         self._num_staging += 1
-        for block_hash in save.hashes:  # on its way: nobody else need write it
+        for block_hash in save.hashes:  # so that no other save writes it
             self._remember(block_hash)
         self._outbox.do(StageKV(self._number, save.blocks, save.slots))
+        return None
 
-    def staged(self, event: KVStaged) -> None:
-        """Let the blocks go, and have their copies written."""
+    def staged(self, event: KVStaged) -> Saved[T] | None:
+        """Unpin the blocks and have their copies written; if they were not copied, the save is over."""
         assert isinstance(event.key, int)
         save = self._saves[event.key]
         self._num_staging -= 1
         self._kv.unpin(save.blocks)
-        if event.copied:
-            self._outbox.do(StoreKV(event.key, save.hashes, save.slots))
-        else:
-            self.stored(KVStored(event.key, 0, 0))
+        if not event.copied:
+            return self.stored(KVStored(event.key, 0, 0))
+        self._outbox.do(StoreKV(event.key, save.hashes, save.slots))
+        return None
 
-    def stored(self, event: KVStored) -> None:
-        """Note what became of a save."""
+    def stored(self, event: KVStored) -> Saved[T]:
+        """Note which blocks were written; the save is over."""
         assert isinstance(event.key, int)
         save = self._saves.pop(event.key)
         self._free_slots += save.slots
@@ -112,7 +119,7 @@ class KVOffloader:
         self.counters["kv_blocks_saved"] += event.num_written
         self.counters["kv_bytes_saved"] += event.num_written * self._block_bytes
         self.counters["kv_blocks_not_saved"] += len(save.hashes) - event.num_blocks
-        save.on_saved(save.first + event.num_blocks)
+        return Saved(save.owner, save.first + event.num_blocks)
 
     def remember(self, hashes: Sequence[bytes]) -> None:
         """Note blocks that the store has, because they were just read from it."""

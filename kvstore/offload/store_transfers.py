@@ -1,4 +1,4 @@
-"""What is on its way between a node's pool and its store, in either direction."""
+"""Reads from a node's store into its pool, and the events of reads and saves."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from kvrelay.config.sections import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StoreCounted
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import Attempt, BlockId
-from kvstore.offload.kv_offloader import KVOffloader
+from kvstore.offload.kv_offloader import KVOffloader, Saved
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
-class StoreTransfers(Generic[T]):
-    """Starts reads for attempts at requests, takes the ends of reads and saves, and counts both.
+class StoreTransfers(Generic[T, U]):
+    """Starts reads for attempts at requests, takes the answers of reads and saves, and counts both.
 
-    One object for each node's machine, beside its ``offloader``, which is told what reads say of the store. What is
-    read is for a T of the caller's.
+    One object for each node's machine, beside its ``offloader``, which learns from each read what the store has. What
+    is read is for a T of the caller's, what is saved for a U.
     """
 
-    def __init__(self, config: StorageConfig, block_size: int, offloader: KVOffloader, outbox: Outbox) -> None:
+    def __init__(self, config: StorageConfig, block_size: int, offloader: KVOffloader[U], outbox: Outbox) -> None:
         self.min_blocks = min_read_blocks(config, block_size)
         self._offloader = offloader
         self._outbox = outbox
@@ -31,7 +32,7 @@ class StoreTransfers(Generic[T]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is on its way to or from the store."""
+        """Whether no save and no read is under way."""
         return not len(self._offloader) and not self._reads
 
     @property
@@ -42,13 +43,13 @@ class StoreTransfers(Generic[T]):
     def load(
         self, key: Attempt, owner: T, hashes: Sequence[bytes], blocks: Sequence[BlockId], timeout_s: float
     ) -> None:
-        """Have ``blocks`` filled with the KV of ``hashes``; ``loaded`` must be called when that is over."""
+        """Have the store read the KV of ``hashes`` into ``blocks``; ``loaded`` must be called with the answer."""
         self._reads[key] = owner, hashes, self._outbox.now
         self._counters["kv_loads"] += 1
         self._outbox.do(LoadKV(key, hashes, blocks, self.min_blocks, timeout_s))
 
     def loaded(self, event: KVLoaded) -> tuple[T, float]:
-        """Note what came of a read; return what it was for, and how many seconds it took."""
+        """Note how much was read; return what it was for, and how many seconds it took."""
         owner, hashes, started_s = self._reads.pop(cast(Attempt, event.key))
         self._offloader.remember(hashes[: event.num_blocks])
         self._offloader.forget(hashes[event.num_blocks :])
@@ -56,15 +57,16 @@ class StoreTransfers(Generic[T]):
         self._counters["kv_blocks_not_loaded"] += len(hashes) - event.num_blocks
         return owner, self._outbox.now - started_s
 
-    def take(self, event: KVStaged | KVStored | StoreCounted) -> None:
-        """Take what concerns no single request."""
+    def take(self, event: KVStaged | KVStored | StoreCounted) -> Saved[U] | None:
+        """Take an answer of a save, or the store's counters; return Saved if a save is over with it."""
         match event:
             case KVStaged():
-                self._offloader.staged(event)
+                return self._offloader.staged(event)
             case KVStored():
-                self._offloader.stored(event)
+                return self._offloader.stored(event)
             case StoreCounted(counters=counters):
                 self._store_counters = counters
+                return None
 
 
 def min_read_blocks(config: StorageConfig, block_size: int) -> int:

@@ -50,4 +50,4 @@ class LocalBackend(Backend, Protocol):
     """A backend on this host, whose values can be served to other hosts."""
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Return the values of blocks, checked, each in memory of its own; None for what is not there."""
+        """Return the verified values of blocks, each in its own memory; None for missing blocks."""

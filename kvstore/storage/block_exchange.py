@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 
 
 class HoldsValues(Protocol):
-    """The local store that is served from."""
+    """The local store whose blocks are served."""
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Return good values, each in memory of its own, and None for what is not there."""
+        """Return verified values, each in its own memory, and None for missing blocks."""
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Drop blocks; return how many there were."""
+        """Delete blocks; return how many there were."""
 
 
 class BlockExchange:
-    """One end of all exchanges of this store; peers are named by their addresses."""
+    """The exchange of this store with all others. Peers are named by their addresses."""
 
     def __init__(self, namespace: bytes, local: HoldsValues) -> None:
         self._namespace = namespace
@@ -54,7 +54,7 @@ class BlockExchange:
         self._serving: set[asyncio.Task[None]] = set()
 
     def open(self, host: str) -> str:
-        """Listen at any free port of ``host`` and return the address."""
+        """Bind any free port of ``host`` and return the address."""
         self._transport = Transport(peer_id("kv-store", new_incarnation()), self._deliver)
         [address] = self._transport.bind(tcp_address(host, 0))
         return address
@@ -62,7 +62,7 @@ class BlockExchange:
     async def fetch(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> list[Value | None]:
         """Return the values that the store at ``address`` has. Raises StorageUnavailableError if it does not answer.
 
-        They are as they came: not checked.
+        The values are not verified.
         """
         fetch_id = next(self._ids)
         message = FetchBlocks(fetch_id=fetch_id, namespace=self._namespace, block_hashes=list(block_hashes))
@@ -97,12 +97,12 @@ class BlockExchange:
         if self._transport is None:
             raise StorageUnavailableError("the exchange of blocks is closed")
         if address not in self._peers:
-            self._transport.connect(address, address)
+            self._transport.connect(PeerId(address), address)
             self._peers.add(address)
         future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._answers[fetch_id] = address, future
         try:
-            self._transport.send(address, message)
+            self._transport.send(PeerId(address), message)
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
@@ -115,7 +115,7 @@ class BlockExchange:
         """Drop the connection with its queued messages, and fail the calls that wait for it."""
         if address in self._peers and self._transport is not None:
             self._peers.discard(address)
-            self._transport.disconnect(address)
+            self._transport.disconnect(PeerId(address))
         for asked, future in self._answers.values():
             if asked == address and not future.done():
                 future.set_exception(StorageUnavailableError(f"the store at {address}: {reason}"))

@@ -86,7 +86,7 @@ def namespaces(root: Path) -> list[Path]:
 
 
 def is_laid_out(root: Path, namespace: bytes) -> bool:
-    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if nobody may look."""
+    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if it cannot be read."""
     try:
         return _read_layout(root / namespace.hex()) is not None
     except OSError as error:
@@ -112,7 +112,7 @@ def _join(path: Path, wanted: Layout, timeout_s: float) -> int:
         lock_fd = _open_lock(path)
         if try_lock(lock_fd) and _is_current(lock_fd, path) and _read_layout(path) != wanted:
             _lay_out(path, wanted)
-        # Sharing an exclusive lock gives it up for a moment, in which somebody else may lay out: read it again.
+        # Downgrading an exclusive lock releases it briefly, and another process may re-create the files: read again.
         if try_lock(lock_fd, shared=True) and _is_current(lock_fd, path) and _read_layout(path) is not None:
             return lock_fd
         os.close(lock_fd)

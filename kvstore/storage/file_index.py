@@ -7,7 +7,7 @@ One file: the layout, then ``num_sets`` sets of ``ways`` entries::
 A block's set follows from its hash, so finding it is one read and needs no lock. An entry is
 
 - free: all zero;
-- reserved: no hash, a generation; a writer fills the slot, and nobody can find it;
+- reserved: no hash, a generation; a writer fills the slot, and it cannot be found;
 - published: a hash and the generation of that writer.
 
 Entries change only under the index's lock, one at a time, each by one small write; there is nothing that two of them
@@ -116,7 +116,7 @@ class FileIndex:
     def reserve(self, block_hashes: Sequence[bytes], keep: Set[bytes], now_ns: int) -> list[Place | None]:
         """Take one slot for each block, dropping what was not used for longest; None where there is none to take.
 
-        Blocks in ``keep`` and slots that somebody fills are not taken.
+        Blocks in ``keep`` and slots that are being filled are not taken.
         """
         with self._lock.held():
             return [self._reserve(block_hash, keep, now_ns) for block_hash in block_hashes]
@@ -191,7 +191,7 @@ class FileIndex:
         data, at = self._read_set(first), (place.slot - first) * ENTRY_BYTES
         if data[at : at + _USED_OFFSET] != _identity(_NO_HASH, place.generation):
             return False
-        twin = self._find_in(first, data, block_hash)  # somebody else was faster with the same block
+        twin = self._find_in(first, data, block_hash)  # another process stored the same block first
         published = _FREE_ENTRY if twin else _entry(block_hash, place.generation, used_ns)
         os.pwrite(self._fd, published, self._offset(place.slot))
         return True

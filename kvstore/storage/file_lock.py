@@ -15,7 +15,7 @@ _RETRY_S = 0.0005
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock, or change a held one to this kind, if nobody is in the way."""
+    """Take the lock, or change a held one to this kind, without waiting. Return whether that succeeded."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -37,7 +37,7 @@ class FileLock:
     def held(self) -> Iterator[None]:
         """Hold the lock. Blocks; raises StorageUnavailableError if it is not free in time.
 
-        The kernel has no lock with a timeout, and whoever holds it may have been stopped: hence the retries.
+        The kernel has no lock with a timeout, and the process that holds it may be stopped. Therefore it is retried.
         """
         deadline = time.monotonic() + self._timeout_s
         if not self._mutex.acquire(timeout=self._timeout_s):

@@ -25,13 +25,13 @@ _BATCH_BLOCKS = 16
 """Blocks reserved and published under one lock."""
 
 _RESERVATION_TIMEOUTS = 4
-"""A reservation is a dead writer's after so many times the deadline of a put."""
+"""A reservation expires after this many deadlines of a put: its writer has died."""
 
 logger = logging.getLogger(__name__)
 
 
 class FileBackend:
-    """At most ``capacity_bytes`` per geometry under ``path``, least recently used dropped first.
+    """At most ``capacity_bytes`` per geometry under ``path``, with LRU eviction.
 
     Survives the death of any process at any instant: a block is found only after all of it was written, and delivered
     only if its digest is right (see ``file_index``). ``as_is``: the directory is there and stays as it was laid out.
@@ -60,7 +60,7 @@ class FileBackend:
         self._write_staging = _page_aligned(self._format.value_bytes)
 
     async def open(self) -> None:
-        """Make or join the directory. Raises StorageError if that cannot be done or there is no room on the disk."""
+        """Create or open the directory. Raises StorageError if that fails or the disk has no room."""
         await self._threads.write(self._open)
 
     def _open(self) -> None:
@@ -78,15 +78,15 @@ class FileBackend:
         self._files = files
 
     async def put(self, call: PutCall) -> None:
-        """Fill slots with the blocks that are not there, batch by batch."""
+        """Write the missing blocks to slots, batch by batch."""
         await self._threads.write(lambda: self._put(call))
 
     async def get(self, call: GetCall) -> None:
-        """Read the slots of the blocks that are there."""
+        """Read the slots of the stored blocks."""
         await self._threads.read(lambda: self._get(call))
 
     async def read_values(self, block_hashes: Sequence[bytes]) -> list[Value | None]:
-        """Return the values of blocks, checked, each in memory of its own; None for what is not there."""
+        """Return the verified values of blocks, each in its own memory; None for missing blocks."""
         return await self._threads.read(lambda: [self._value(block_hash) for block_hash in block_hashes])
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
@@ -107,7 +107,7 @@ class FileBackend:
         return await self._threads.read(self._verify)
 
     async def close(self) -> None:
-        """Close the files; what they hold stays."""
+        """Close the files and keep their content."""
         ended = await self._threads.close(self._timeout_s)
         if self._files is not None and ended:  # never take a descriptor from a thread that may still write to it
             self._slabs.close()
@@ -192,7 +192,7 @@ class FileBackend:
             return False
 
     def _drop_corrupt(self, block_hash: bytes, place: Place) -> bool:
-        """Remove a block whose value was bad, unless the slot was only given to another block meanwhile."""
+        """Remove a damaged block, unless its slot was given to another block meanwhile."""
         corrupt = self._index.remove(block_hash, place)
         self.counters.corrupt_blocks += corrupt
         return corrupt
@@ -207,10 +207,10 @@ class FileBackend:
 
 
 def _page_aligned(size_bytes: int) -> Value:
-    """Return memory that the kernel copies to and from a quarter faster than unaligned memory."""
+    """Return aligned memory, to and from which the kernel copies a quarter faster."""
     return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
 
 
 def _used_ns(now_ns: int, block_hashes: Sequence[bytes], index: int) -> int:
-    """Return when block ``index`` counts as used: the first of a sequence last, since the others need it."""
+    """Return the time of use of block ``index``: latest for the first of a sequence, because the others need it."""
     return now_ns + len(block_hashes) - index

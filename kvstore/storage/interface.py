@@ -93,14 +93,14 @@ class KVStore(Protocol):
         """The totals, for heartbeats and metrics. No I/O."""
 
     async def open(self) -> None:
-        """Make the store ready. By a node when it starts, once, before anything else.
+        """Open the store. Called once by a node when it starts, before any other method.
 
         A server that is down is no error: the store starts empty-handed and finds it later. Raises StorageError if the
         store can never work as configured; it is closed then.
         """
 
     async def put(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[PutOutcome]:
-        """Store ``blocks[i]`` as ``block_hashes[i]``. By D on preemption, by P and D when a request has finished.
+        """Store ``blocks[i]`` as ``block_hashes[i]``. Called on preemption and when a request has finished.
 
         Blocks the store has are not written again. They are tried in order, so that what is stored at the deadline is
         the beginning of the sequence. May evict others.
@@ -109,31 +109,31 @@ class KVStore(Protocol):
     async def get(
         self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
     ) -> list[bool]:
-        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. By P on admission, by D on resume.
+        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. Called on admission and on resume.
 
         Where False, ``blocks[i]`` is as it was. Verified before it is delivered. Counts as a use for eviction.
         """
 
     async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
-        """Return how many of the first blocks are in the store. Before ``get``, to know what to make room for.
+        """Return how many of the first blocks are in the store. Called before ``get``.
 
         A hint: they may be gone, or turn out corrupt, when they are read.
         """
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Drop these blocks; return how many there were. By whoever learns that a block is wrong."""
+        """Delete these blocks; return how many there were. Called when a block turns out to be damaged."""
 
     async def clear(self) -> int:
-        """Drop all blocks; return how many there were, as far as the backend knows. ``kvrelay store clear``."""
+        """Delete all blocks; return how many there were, if the backend knows. For ``kvrelay store clear``."""
 
     async def stats(self) -> StoreStats:
-        """Return what the store holds. ``kvrelay store stats``; may look at everything, so not in a loop."""
+        """Return the content of the store, for ``kvrelay store stats``. May scan everything; do not poll it."""
 
     async def verify(self) -> VerifyReport:
-        """Read everything, delete what is corrupt. ``kvrelay store verify``; takes as long as it takes.
+        """Read everything and delete corrupt blocks, for ``kvrelay store verify``. No deadline.
 
         Raises StorageError if the backend cannot list what it holds.
         """
 
     async def close(self) -> None:
-        """Give back threads, files and connections, within ``timeout_s``. Calls under way end as misses. Idempotent."""
+        """Release threads, files and connections within ``timeout_s``. Calls in progress end as misses. Idempotent."""

@@ -17,10 +17,10 @@ from kvstore.storage.threads import BlockingThreads
 
 
 class MemoryBackend:
-    """At most ``capacity_bytes`` of values in slots of one array, which takes memory as it fills.
+    """At most ``capacity_bytes`` of values in slots of one array, which uses memory as it fills.
 
     A slot belongs to the free list, to the index, or to the thread that fills it. The one that is being read is not
-    given to anybody else: dropped meanwhile, it is free when it has been read.
+    reused: if it is evicted meanwhile, it becomes free after the read.
     """
 
     def __init__(self, geometry: KVGeometry, capacity_bytes: int, timeout_s: float) -> None:
@@ -41,7 +41,7 @@ class MemoryBackend:
         self._free = list(range(self._num_slots - 1, -1, -1))
 
     async def put(self, call: PutCall) -> None:
-        """Pack blocks into free slots, or those least recently used."""
+        """Pack blocks into free or least recently used slots."""
         await self._threads.write(lambda: self._put(call))
 
     async def get(self, call: GetCall) -> None:
@@ -106,14 +106,14 @@ class MemoryBackend:
         return VerifyReport(len(block_hashes), num_corrupt)
 
     def _touch(self, block_hashes: Sequence[bytes]) -> None:
-        """Make these the last to be dropped, and the first of them the very last: without it the others are useless."""
+        """Make these most recently used, the first of them last of all: without it the others are useless."""
         with self._mutex:
             for block_hash in reversed(block_hashes):
                 if block_hash in self._index:
                     self._index.move_to_end(block_hash)
 
     def _take_slot(self, keep: Set[bytes]) -> int | None:
-        """Return a slot that is nobody's, dropping what was not used for longest; None if only ``keep`` is left."""
+        """Return a free slot, evicting the least recently used block if needed; None if only ``keep`` is left."""
         with self._mutex:
             if self._free:
                 return self._free.pop()
@@ -127,7 +127,7 @@ class MemoryBackend:
         return None
 
     def _give_slot(self, slot: int, block_hash: bytes | None) -> None:
-        """Let ``slot`` be found as ``block_hash``, or be free."""
+        """Register ``slot`` as ``block_hash``, or free it."""
         with self._mutex:
             if block_hash is None or block_hash in self._index:
                 self._free.append(slot)
@@ -143,7 +143,7 @@ class MemoryBackend:
 
     @contextmanager
     def _reading(self, block_hash: bytes) -> Iterator[Value | None]:
-        """Give the value of ``block_hash``, if it is there, and keep its slot from being used again meanwhile."""
+        """Return a context with the value of ``block_hash``, or None. Its slot is not reused meanwhile."""
         with self._mutex:
             slot = self._slot_read = self._index.get(block_hash)
         try:

@@ -32,7 +32,7 @@ from kvstore.storage.threads import BlockingThreads
 _NOT_FOUND = -704
 _TOO_LARGE = -600
 _NO_ANSWER = range(-999, -899)
-"""Codes of the client library: no such object; larger than the buffer; the master did not answer."""
+"""Codes of the client library: no such object; larger than the buffer; no answer from the master."""
 
 _STAGING_BYTES = 4 << 20
 _LIBRARY_BUFFER_BYTES = 16 << 20
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class MooncakeBackend:
-    """Values in the Mooncake Store of the master at ``master``; ``host`` is where other nodes reach this one."""
+    """Values in the Mooncake Store of ``master``. ``host``: the address of this node for others."""
 
     def __init__(self, geometry: KVGeometry, master: str, host: str, capacity_bytes: int, timeout_s: float) -> None:
         self.counters = StoreCounters()
@@ -61,25 +61,25 @@ class MooncakeBackend:
         self._write_staging = _Staging(num_blocks, self._format.value_bytes)
 
     async def open(self) -> None:
-        """Join the store, now or when the master is there. Raises StorageError if the library cannot be loaded."""
+        """Join the store, now or when the master is available. Raises StorageError if the library cannot be loaded."""
         try:
             await self._threads.write(self._connected)
         except StorageUnavailableError as error:
             logger.warning("%s; trying again later", error.message)
 
     async def put(self, call: PutCall) -> None:
-        """Send the blocks that are not there, batch by batch."""
+        """Send the missing blocks, batch by batch."""
         await self._threads.write(lambda: self._put(call))
 
     async def get(self, call: GetCall) -> None:
-        """Read the blocks that are there, batch by batch."""
+        """Read the stored blocks, batch by batch."""
         await self._threads.read(lambda: self._get(call))
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
         return await self._threads.read(lambda: self._contains(block_hashes))
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Remove the objects, read lately or not."""
+        """Remove the objects, even if they were read recently."""
         return await self._threads.write(lambda: self._delete(block_hashes))
 
     async def clear(self) -> int:
@@ -87,16 +87,16 @@ class MooncakeBackend:
         return await self._threads.write(self._clear)
 
     async def stats(self) -> StoreStats:
-        """Return that nothing is known; raises StorageUnavailableError if the master is not there."""
+        """Return unknown totals. Raises StorageUnavailableError without an answer from the master."""
         await self.contains([bytes(32)])
         return StoreStats("mooncake", None, None, None)
 
     async def verify(self) -> VerifyReport:
-        """Raise StorageError: Mooncake cannot list what it holds."""
-        raise StorageError("mooncake cannot list what it holds; every block is verified when it is read")
+        """Raise StorageError, because Mooncake cannot list its objects."""
+        raise StorageError("mooncake cannot list its objects; every block is verified when it is read")
 
     async def close(self) -> None:
-        """Leave the store, with the memory this node gave to it."""
+        """Leave the store and withdraw this node's memory from it."""
         with contextlib.suppress(TimeoutError):  # without its master the library takes its time
             async with asyncio.timeout(self._timeout_s):
                 await self._threads.write(self._disconnect)
@@ -176,7 +176,7 @@ class MooncakeBackend:
             self._delete(list(bad))
 
     def _deliver(self, call: GetCall, index: int, row: int, sizes: Sequence[int]) -> bool:
-        """Deliver what was read for block ``index``, if anything was; False if it is bad."""
+        """Deliver the value read for block ``index``, if any; False if it is damaged."""
         if sizes[row] == self._format.value_bytes:
             return call.deliver(index, self._read_staging.values[row]) is not Delivery.BAD
         if sizes[row] < 0 and sizes[row] not in (_NOT_FOUND, _TOO_LARGE):
@@ -209,7 +209,7 @@ class MooncakeBackend:
 
 
 class _Staging:
-    """Values where the library may read and write them, one thread's own."""
+    """Buffers for values, registered with the library; each thread has its own."""
 
     def __init__(self, num_blocks: int, value_bytes: int) -> None:
         self.values: npt.NDArray[np.uint8] = np.empty((num_blocks, value_bytes), np.uint8)

@@ -10,7 +10,7 @@ from kvstore.storage.interface import StoreCounters, StoreStats, VerifyReport
 
 
 class NoBackend:
-    """Every put fails and every get misses; nothing is an error. ``name``: the backend that has nothing there yet."""
+    """Every put fails and every get misses, without errors. ``name``: the backend whose store does not exist yet."""
 
     def __init__(self, name: str = "none") -> None:
         self.counters = StoreCounters()
@@ -42,7 +42,7 @@ class NoBackend:
         return StoreStats(self._name, 0, 0, 0)
 
     async def verify(self) -> VerifyReport:
-        """Return that nothing is wrong."""
+        """Return an empty report."""
         return VerifyReport(0, 0)
 
     async def close(self) -> None:

@@ -31,7 +31,7 @@ from kvstore.storage.threads import BlockingThreads
 
 _ANNOUNCE_S = 5.0
 _ADDRESS_TTL_S = 15
-"""An owner whose processes are all gone is no longer asked after this time."""
+"""After this time an owner without processes is not asked any more."""
 
 _FETCH_BYTES = 4 << 20
 _BATCH_KEYS = 64
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class OwnerBackend:
     """Values in ``local``, found by all hosts through ``link``; ``host`` is where other hosts reach this one.
 
-    ``as_is``: only to look at and clear what is there; this process serves nobody.
+    ``as_is``: only to inspect and clear existing blocks; this process serves no others.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class OwnerBackend:
         self._fetch_blocks = max(1, min(_BATCH_KEYS, _FETCH_BYTES // block_format.value_bytes))
 
     async def open(self) -> None:
-        """Open the files, serve them, and tell Redis so from now on. Raises StorageError as FileBackend does."""
+        """Open the files, serve them, and announce this in Redis from now on. Raises StorageError like FileBackend."""
         await self._link.open()
         await self._local.open()
         address = self._exchange.open(self._host)
@@ -100,7 +100,7 @@ class OwnerBackend:
     # ------------------------------------------------------------ blocks
 
     async def put(self, call: PutCall) -> None:
-        """Write the blocks that no host has to the local files, then say where they are."""
+        """Write the blocks that no host has to the local files, then record their location."""
         for batch in batches(range(len(call.block_hashes)), _BATCH_KEYS):
             owners = await self._owners([call.block_hashes[index] for index in batch])
             elsewhere = [index for index, owner in zip(batch, owners, strict=True) if owner not in ("", self._owner)]
@@ -117,7 +117,7 @@ class OwnerBackend:
                 call.outcomes[index] = outcome
 
     async def get(self, call: GetCall) -> None:
-        """Read what is in the local files, then fetch the rest from their owners, all owners at once."""
+        """Read blocks in the local files, then fetch the rest from all owners in parallel."""
         await self._local.get(call)
         for batch in batches([index for index, hit in enumerate(call.hits) if not hit], _BATCH_KEYS):
             by_owner: defaultdict[str, list[int]] = defaultdict(list)
@@ -155,7 +155,7 @@ class OwnerBackend:
         await self._forget([call.block_hashes[index] for index, delivery in done if delivery in (None, Delivery.BAD)])
 
     async def contains(self, block_hashes: Sequence[bytes]) -> list[bool]:
-        """Look into the local files and, for the rest, into Redis."""
+        """Check the local files and, for the rest, Redis."""
         present = await self._local.contains(block_hashes)
         for batch in batches([index for index, here in enumerate(present) if not here], _BATCH_KEYS):
             owners = await self._owners([block_hashes[index] for index in batch])
@@ -164,7 +164,7 @@ class OwnerBackend:
         return present
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Have each block deleted by its owner, and forget where it was."""
+        """Have each block deleted by its owner, and delete its location."""
         num_deleted = 0
         for batch in batches(block_hashes, _BATCH_KEYS):
             by_owner: defaultdict[str, list[bytes]] = defaultdict(list)
@@ -183,7 +183,7 @@ class OwnerBackend:
     # ------------------------------------------------------------ for operators
 
     async def clear(self) -> int:
-        """Delete all blocks of this geometry, here and at all owners that can be reached."""
+        """Delete all blocks of this geometry, here and at all reachable owners."""
         num_deleted = await self.delete([bytes.fromhex(name) for name in await self._names()])
         return num_deleted + await self._local.clear()
 
@@ -197,7 +197,7 @@ class OwnerBackend:
         return await self._local.verify()
 
     async def close(self) -> None:
-        """Stop serving; what the files hold stays, and so does what Redis says about it."""
+        """Stop serving. The files and the locations in Redis are kept."""
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
@@ -218,7 +218,7 @@ class OwnerBackend:
         return ("SET", self._key(block_hash), self._owner, "EX", self._ttl_s)
 
     async def _owners(self, block_hashes: Sequence[bytes]) -> list[str]:
-        """Return the owner of each block, "" where none is known; it is known for longer again."""
+        """Return the owner of each block, "" if unknown, and renew the locations."""
         results = await self._link.run([("GETEX", self._key(one), "EX", self._ttl_s) for one in block_hashes])
         return [result.decode() if isinstance(result, bytes) else "" for result in results]
 
@@ -236,7 +236,7 @@ class OwnerBackend:
 
 
 def _known_owner_id(root: Path) -> str:
-    """Return the name of the directory among all hosts, "" if it has none. Blocks."""
+    """Return the directory's id, "" if it has none. Blocks."""
     try:
         return (root / "owner").read_text()
     except FileNotFoundError:
@@ -246,7 +246,7 @@ def _known_owner_id(root: Path) -> str:
 
 
 def _owner_id(root: Path) -> str:
-    """Return the name of the directory among all hosts, giving it one if it has none. Blocks; any number at once."""
+    """Return the directory's id, created if it has none. Blocks; safe to call concurrently."""
     path, draft = root / "owner", root / f"owner.{secrets.token_hex(8)}"
     try:
         if not path.exists():

@@ -21,25 +21,25 @@ from redis.exceptions import MovedError, RedisError, ResponseError
 from kvrelay.errors import StorageError, StorageUnavailableError
 
 Command: TypeAlias = tuple[bytes | str | int | memoryview, ...]
-"""Name and arguments of a command; the first argument is its one key, a str."""
+"""Name and arguments of a command; the first argument is its only key, a str."""
 
 Address: TypeAlias = tuple[str, int]
 
 T = TypeVar("T")
 
 _LOST = (RedisError, OSError, RuntimeError)
-"""What redis-py raises when a server does not answer; RuntimeError is uvloop's, of a connection just closed."""
+"""Exceptions of redis-py for a server that does not answer; uvloop raises RuntimeError for a closed connection."""
 
 _NUM_SLOTS = 16384
 
 _MAX_PIPELINES = 4
-"""Pipelines under way at a time, each on a connection of its own."""
+"""Maximum concurrent pipelines, each on its own connection."""
 
 _SCAN_COUNT = 1000
 
 
 class RedisLink:
-    """Connections to the Redis at ``url``, made when they are needed and again when they were lost."""
+    """Connections to the Redis at ``url``, opened when needed and reopened when lost."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
@@ -47,17 +47,17 @@ class RedisLink:
         self._seed: Redis | None = None
         self._nodes: dict[Address, Redis] = {}
         self._informants: deque[Redis] = deque()
-        """All clients; the first is asked about the cluster."""
+        """All clients. The first is used for questions about the cluster."""
         self._slots: list[Redis] = []
         """In a cluster, the node of each slot."""
         self._is_known = False
-        """Whether it is clear what is at the URL, and nothing has spoken against it since."""
+        """Whether the kind of server is known, and no error has contradicted it since."""
         self._learning = asyncio.Lock()
         self._pipelines = asyncio.Semaphore(_MAX_PIPELINES)
         self.where = ""
 
     async def open(self) -> None:
-        """Check the URL; connect later. Raises StorageError if it cannot be read."""
+        """Parse the URL; connect later. Raises StorageError if it is invalid."""
         try:
             parts = urlsplit(self._url)
             self._seed = self._client(ConnectionPool.from_url(self._url, **self._options(parts.scheme)))
@@ -69,7 +69,7 @@ class RedisLink:
     async def run(self, commands: Sequence[Command]) -> list[Any]:
         """Send ``commands`` in one pipeline and return a result for each; one that failed alone is its exception.
 
-        In a cluster they go to each key's node, all nodes at once. Raises StorageUnavailableError if nobody answered.
+        In a cluster each goes to its key's node, in parallel. Raises StorageUnavailableError without an answer.
         """
         async with self._pipelines:
             results: list[Any] = [None] * len(commands)
@@ -105,7 +105,7 @@ class RedisLink:
             await self._informants.pop().aclose()
 
     async def _heeding(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await ``work``, and end when cancelled. Raises StorageUnavailableError if nobody answers.
+        """Await ``work``, and end when cancelled. Raises StorageUnavailableError without an answer.
 
         redis-py may swallow a cancellation (on Python 3.11, in ``wait_for``), and a call would go on after its
         deadline. gather does not, whatever became of the work.
@@ -149,7 +149,7 @@ class RedisLink:
         return list(dict.fromkeys(self._slots)) or [self._required_seed()]
 
     async def _learn(self) -> None:
-        """Find out whether this is a cluster, and which node has which slot, if anything may have changed."""
+        """Detect whether this is a cluster and which node has which slot, if that may have changed."""
         async with self._learning:
             if self._is_known:
                 return
@@ -172,7 +172,7 @@ class RedisLink:
         self._is_known = True
 
     async def _slots_by(self, client: Redis) -> list[Redis]:
-        """Return the node of each slot as ``client`` says; of slots that nobody has, itself."""
+        """Return the node of each slot according to ``client``; ``client`` itself for unassigned slots."""
         slots = [client] * _NUM_SLOTS
         for first, last, primary, *_ in await client.execute_command("CLUSTER", "SLOTS"):  # type: ignore[no-untyped-call]
             host, port = primary[0].decode(), primary[1]
@@ -208,5 +208,5 @@ class RedisLink:
 
 
 def _is_lost(result: object) -> bool:
-    """Whether ``result`` says that a server did not answer, rather than what it answered."""
+    """Whether ``result`` means that a server did not answer."""
     return isinstance(result, _LOST) and not isinstance(result, ResponseError)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class RedisBackend:
-    """Values at ``url``. Redis drops what was not used for ``ttl_s``, and when it is full, what its own policy says."""
+    """Values at ``url``. Redis deletes blocks not used for ``ttl_s`` and, when full, by its own policy."""
 
     def __init__(self, geometry: KVGeometry, url: str, ttl_s: int, timeout_s: float) -> None:
         self.counters = StoreCounters()
@@ -44,13 +44,13 @@ class RedisBackend:
         self._num_blocks = max(1, min(_PIPELINE_KEYS, _PIPELINE_BYTES // self._format.value_bytes))
 
     async def open(self) -> None:
-        """Connect, or do so when the server is there. Raises StorageError if the URL is wrong."""
+        """Connect, now or when the server is available. Raises StorageError if the URL is invalid."""
         await self._link.open()
         with contextlib.suppress(StorageUnavailableError):  # said when it is used
             await self._link.run([("EXISTS", self._key(bytes(32)))])
 
     async def put(self, call: PutCall) -> None:
-        """Renew the blocks that are there, then send the others, pipeline by pipeline."""
+        """Renew the stored blocks, then send the others, pipeline by pipeline."""
         for keys in batches(range(len(call.block_hashes)), _PIPELINE_KEYS):
             renewed = await self._link.run([("EXPIRE", self._key(call.block_hashes[i]), self._ttl_s) for i in keys])
             missing = []
@@ -79,7 +79,7 @@ class RedisBackend:
         return [(index, value) for index, value in values if call.pack(index, value)]
 
     async def get(self, call: GetCall) -> None:
-        """Fetch pipeline by pipeline; each is checked while the next is on its way."""
+        """Fetch pipeline by pipeline. Each is verified while the next is transferred."""
         checking: asyncio.Task[None] | None = None
         try:
             for step in batches(range(len(call.block_hashes)), self._num_blocks):

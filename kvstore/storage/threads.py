@@ -61,10 +61,10 @@ class _Worker:
         while (item := self._queue.get()) is not None:
             work, future = item
             if not future.set_running_or_notify_cancel():
-                continue  # nobody waits for it any more
+                continue  # its caller has gone
             try:
                 result = work()
-            except BaseException as error:  # handed on to whoever waits
+            except BaseException as error:  # passed on to the caller
                 future.set_exception(error)
             else:
                 future.set_result(result)

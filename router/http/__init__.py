@@ -1,1 +1,1 @@
-"""HTTP: plain ASGI, nothing between a token and its socket that costs per chunk."""
+"""The HTTP server: plain ASGI, without per-chunk overhead of a framework."""

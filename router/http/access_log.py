@@ -1,4 +1,4 @@
-"""One line per HTTP request, whatever came of it."""
+"""The access log: one line per HTTP request, including failed ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvrelay.runtime.logging import log_event
 from router.openai.choice import Choice, usage
 
 PROBES = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/metrics", "/cluster"})
-"""Paths that are asked again and again: their lines are for debugging only."""
+"""Paths of periodic probes, logged at level debug only."""
 
 CLIENT_LEFT = 499
-"""Status in the log of a request whose client closed the connection before there was an answer, as nginx has it."""
+"""Logged status of a request whose client disconnected before the answer, as in nginx."""
 
 _ENTRY = "kvrelay.access_entry"
 _MAX_PATH_CHARS = 200
@@ -22,7 +22,7 @@ _MAX_PATH_CHARS = 200
 
 @dataclass(slots=True)
 class _Entry:
-    """What is known of one request so far."""
+    """Data of one request for its log line."""
 
     started_s: float
     status: int = CLIENT_LEFT
@@ -30,7 +30,7 @@ class _Entry:
     fields: dict[str, object] = field(default_factory=dict)
 
     def see(self, message: Message) -> None:
-        """Take note of a part of the answer."""
+        """Record a part of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             request_id = dict(message.get("headers", ())).get(b"x-request-id")
@@ -80,7 +80,7 @@ class AccessLog:
 
 
 def note_tokens(scope: Scope, choices: Sequence[Choice]) -> None:
-    """Have the line of this request tell its tokens; nothing happens without an access log."""
+    """Add token counts to the log line of this request, if there is an access log."""
     entry: _Entry | None = scope.get(_ENTRY)
     if entry is not None:
         counts = usage(choices)

@@ -1,4 +1,4 @@
-"""What is not generation: models, tokens, health, metrics, and the state of the cluster."""
+"""Endpoints other than generation: models, tokens, health, metrics, state of the cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from router.service import RouterService
 
 
 class AdminEndpoints:
-    """Small requests that are answered at once."""
+    """Endpoints that are answered immediately."""
 
     def __init__(self, service: RouterService, metrics: Metrics) -> None:
         self._service = service
@@ -73,7 +73,7 @@ class AdminEndpoints:
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def cluster(self, _: Request) -> Response:
-        """``GET /cluster``: nodes with their load, requests by status, what has happened so far."""
+        """``GET /cluster``: nodes with their load, requests by status, counters."""
         machine = self._service.machine
         return JSONResponse(
             {
@@ -91,7 +91,7 @@ class AdminEndpoints:
         )
 
     async def timeline(self, request: Request) -> Response:
-        """``GET /cluster/requests/{request_id}``: when what happened to a request in progress or recently ended."""
+        """``GET /cluster/requests/{request_id}``: timeline of a request in progress or recently ended."""
         request_id = request.path_params["request_id"]
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
@@ -100,7 +100,7 @@ class AdminEndpoints:
         return JSONResponse(timeline)
 
     async def drain(self, request: Request) -> Response:
-        """``POST /cluster/nodes/{node_id}/drain``: the node gets nothing new, finishes what it has and leaves."""
+        """``POST /cluster/nodes/{node_id}/drain``: the node gets no new requests, finishes its requests and leaves."""
         node_id = request.path_params["node_id"]
         if self._service.machine.node_table.named(node_id) is None:
             message = f"no node is called {shown(node_id)}"

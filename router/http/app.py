@@ -1,4 +1,4 @@
-"""All routes of the router."""
+"""The routes of the router's HTTP server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from router.service import RouterService
 
 
 class App(Starlette):
-    """Starlette's application, to which ``/x/`` is ``/x``: clients lose their body when they are redirected."""
+    """Starlette's application with ``/x/`` treated as ``/x``, because clients lose their body on a redirect."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -58,7 +58,7 @@ def make_app(service: RouterService, metrics: Metrics) -> App:
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return what lets web pages of these origins use the API."""
+    """Return the middleware that allows web pages of these origins to use the API."""
     if not origins:
         return []
     return [
@@ -73,7 +73,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
-    """Answer 404 and 405 of the routing in the form of all other errors."""
+    """Answer 404 and 405 of the routing in the format of all other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = AnswerError(ErrorInfo(code=code, message=error.detail, http_status=error.status_code))

@@ -1,4 +1,4 @@
-"""The few things the endpoints need of ASGI: answer, notice that the client is gone."""
+"""ASGI helpers: send answers, detect that the client has disconnected."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _EVENT_STREAM = [
 
 
 async def send_json(send: Send, body: object, status: int = 200, headers: Headers = ()) -> None:
-    """Answer with ``body``."""
+    """Send ``body`` as the answer."""
     await send_body(send, msgspec.json.encode(body), status, headers)
 
 
 async def send_body(send: Send, content: bytes, status: int = 200, headers: Headers = ()) -> None:
-    """Answer with JSON that is encoded already."""
+    """Send encoded JSON as the answer."""
     length = (b"content-length", str(len(content)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
     await send({"type": "http.response.body", "body": content})
@@ -45,12 +45,12 @@ async def send_pieces(send: Send, pieces: Sequence[bytes], headers: Headers = ()
 
 
 async def send_error(send: Send, error: AnswerError, headers: Headers = ()) -> None:
-    """Answer with ``error``."""
+    """Send ``error`` as the answer."""
     await send_json(send, error.body, error.status, [*error.headers, *headers])
 
 
 async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers = ()) -> None:
-    """Answer with a stream of events. Nothing is sent before the first: until then an error may have its own status."""
+    """Send a stream of events. Nothing is sent before the first one, so an error before it can have its own status."""
     first = await anext(events)
     await send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *headers]})
     await send({"type": "http.response.body", "body": first, "more_body": True})
@@ -61,7 +61,7 @@ async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers
 
 @asynccontextmanager
 async def watching(receive: Receive, on_gone: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``on_gone`` if the client closes its connection meanwhile. The body must have been read."""
+    """Call ``on_gone`` if the client disconnects inside the context. The body must have been read."""
     watcher = asyncio.create_task(_watch(receive, on_gone))
     try:
         yield

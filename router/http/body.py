@@ -1,4 +1,4 @@
-"""The body of a request, from the connection to what it asks for."""
+"""Reads and prepares the body of a request."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from router.service import RouterService
 
 
 async def prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
-    """Return what the body of the request in ``scope`` asks for.
+    """Return the prepared body of the request in ``scope``.
 
-    Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if nobody waits for it any more.
+    Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if the client disconnects.
     """
     router = service.config.router
     headers = dict(scope["headers"])
-    with service.body_memory.share() as share:
+    with BodyShare(service.body_memory) as share:
         job = Job(
             task=task,
             gzipped=_is_gzipped(headers),
@@ -36,7 +36,7 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
 
 
 def _is_gzipped(headers: dict[bytes, bytes]) -> bool:
-    """Tell whether the body is. Raises AnswerError (415) if it is encoded in another way."""
+    """Return whether the body is gzip. Raises AnswerError (415) for other encodings."""
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding in (b"gzip", b"x-gzip"):
         return True
@@ -71,7 +71,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
 
 
 async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outcome:
-    """Have a worker prepare ``job``, for as long as the client stays."""
+    """Let a worker prepare ``job`` while the client is connected."""
     task = asyncio.current_task()
     assert task is not None
     left = False

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from starlette.types import Receive, Scope, Send
@@ -29,18 +28,29 @@ from router.service import RouterService
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
 
+_random = random.Random()
+
 logger = logging.getLogger(__name__)
 
 
+def _new_seed() -> int:
+    return _random.getrandbits(63)
+
+
+def _new_name() -> str:
+    """Return a name that no other answer has."""
+    return f"{_random.getrandbits(128):032x}"
+
+
 class GenerateEndpoint:
-    """One API as an ASGI application: a request comes in, one answer, stream or error goes out."""
+    """One API as an ASGI application: each request gets an answer, a stream or an error."""
 
     def __init__(
         self,
         task: Task,
         service: RouterService,
         metrics: Metrics,
-        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        draw_seed: Callable[[], int] = _new_seed,
     ) -> None:
         self._task = task
         self._api: Api = service.preparer.apis[task]
@@ -53,7 +63,7 @@ class GenerateEndpoint:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
-            name = uuid.uuid4().hex
+            name = _new_name()
         headers = [(b"x-request-id", given if 0 < len(given) <= _MAX_ECHOED_BYTES else name.encode())]
         try:
             await self._serve(name, scope, receive, send, headers)
@@ -66,7 +76,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("broken while serving %s", scope["path"])
+            logger.exception("error while serving %s", scope["path"])
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
@@ -93,15 +103,15 @@ class GenerateEndpoint:
             note_tokens(scope, choices)
 
     def _ids(self, name: str, count: int) -> tuple[str, Sequence[str]]:
-        """Return the answer's id and one for each of its requests; made of ``name`` unless one is in progress."""
+        """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""
         answer_id = self._api.id_prefix + name
         request_ids = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
         if any(map(self._service.is_in_progress, request_ids)):
-            return self._ids(uuid.uuid4().hex, count)
+            return self._ids(_new_name(), count)
         return answer_id, request_ids
 
     def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:
-        """Yield one choice per prompt and ``n``, in this order."""
+        """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
         first_seed = self._draw_seed() if request.seed is None else request.seed

@@ -1,4 +1,4 @@
-"""HTTP/1 connections: uvicorn's, with limits on what a client may send and on how long it may take."""
+"""HTTP/1 connections: uvicorn's, with limits on sizes and times."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from router.descriptors import Descriptors
 from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
-"""How long a refused client may go on sending. To close at once would reset the connection, and the answer with it."""
+"""Seconds for which a refused client may still send. Closing immediately would reset the connection."""
 
 FIRST_PROBE_S = 1.0
-"""How long a client that has ended its side of the connection is not asked whether it still reads."""
+"""Seconds before a client that has half-closed the connection is probed."""
 
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -28,7 +28,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What one connection may take: see the ``router`` section of the config."""
+    """Limits of one connection; see the ``router`` section of the config."""
 
     max_header_bytes: int = 64 << 10
     request_read_timeout_s: float = 60.0
@@ -56,7 +56,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Expect a request soon; turn the client away if there are hardly any descriptors left."""
+        """Start the timer for the first request. Refuse the client if there are too few file descriptors."""
         super().connection_made(transport)
         self._expect_request()
         descriptor = transport.get_extra_info("socket").fileno()
@@ -66,7 +66,7 @@ class HttpProtocol(HttpToolsProtocol):
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget all timers."""
+        """Cancel all timers."""
         for timer in (self._deadline, self._probe):
             if timer is not None:
                 timer.cancel()
@@ -74,7 +74,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answer if a whole request is here: the client may have ended its side only."""
+        """Keep the connection if a complete request has arrived, because the client may have only half-closed it."""
         if self._is_refused or self._is_receiving or not self._is_answering:
             return False
         self.cycle.keep_alive = False
@@ -88,7 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ what comes in
 
     def data_received(self, data: bytes) -> None:
-        """Give the parser no more at a time than the headers may have."""
+        """Pass data to the parser in pieces of at most the header limit."""
         while data and not self._is_refused and not self.transport.is_closing():
             room = self._limits.max_header_bytes - self._num_bytes
             if room <= 0:
@@ -101,24 +101,24 @@ class HttpProtocol(HttpToolsProtocol):
             self._watch_progress()
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Called when a request starts."""
         self._is_receiving = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The headers are here."""
+        """Called when the headers are complete."""
         self._num_bytes = 0
         super().on_headers_complete()
         self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
 
     def on_body(self, body: bytes) -> None:
-        """Some of the body is here."""
+        """Called for a part of the body."""
         self._num_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is here."""
+        """Called when a request is complete."""
         self._num_bytes = 0
         self._is_receiving = False
         super().on_message_complete()
@@ -126,7 +126,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ time
 
     def _watch_progress(self) -> None:
-        """Have a deadline while a request is being received, else the time a connection may be idle."""
+        """Set the deadline of a request that is being received, else the idle timeout."""
         if self._is_receiving:
             if self._deadline is None:
                 self._deadline = self.loop.call_later(self._limits.request_read_timeout_s, self._overdue)
@@ -141,7 +141,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _overdue(self) -> None:
-        """The request is not here in time: unless it is the router that does not read on, or answers another first."""
+        """The deadline of a request passed. Ignored if the router has paused reading or is still answering."""
         self._deadline = None
         if self.flow.read_paused or (self._is_answering and not self.cycle.more_body):
             self._watch_progress()
@@ -150,7 +150,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(408, "request_timeout", f"the request was not complete within {limit}")
 
     def _probe_client(self, waited_s: float) -> None:
-        """Ask a client that sends no more whether it reads: if it is gone, its host resets the connection.
+        """Probe a half-closed client. If it has disconnected, its host resets the connection.
 
         The question is an interim answer. Clients of HTTP/1.1 skip those; clients of 1.0 do not, and are not asked.
         """
@@ -172,11 +172,11 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ refusals
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
+        """Answer invalid HTTP."""
         self._refuse(400, "invalid_http", msg)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer in place of the application unless it has begun to, and close the connection."""
+        """Send an answer, unless the application has begun to, and close the connection."""
         self._is_refused = True
         if self._is_answering:
             begun = self.cycle.response_started or not self.cycle.more_body
@@ -217,7 +217,7 @@ class Cycle(RequestResponseCycle):
 
 
 class CycleUntilClose(Cycle):
-    """A request of HTTP/1.0 and its answer: without chunks, which came with 1.1. A stream ends with the connection."""
+    """An HTTP/1.0 request and its answer, without chunked encoding. A stream ends with the connection."""
 
     is_stream = False
 

@@ -1,1 +1,1 @@
-"""The OpenAI API: requests read and checked, answers and streams written. See ``schemas`` for every field."""
+"""The OpenAI API: parses and checks requests, writes answers and streams. ``schemas`` has every field."""

@@ -1,4 +1,4 @@
-"""From deltas to an answer: one JSON object, or a stream of chunks."""
+"""Writes an answer from deltas: one JSON object, or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Style(Protocol):
-    """What completions and chat completions do differently. One object serves one answer."""
+    """The differences between completions and chat completions. One object per answer."""
 
     object_name: str
     chunk_object_name: str
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
-        """Return ``delta`` as an item of a chunk's ``choices``, without what is common to both."""
+        """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
     def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
-        """Return a whole choice as an item of ``choices``, likewise, and without its logprobs."""
+        """Return a complete choice as an item of ``choices``, without the common fields and logprobs."""
 
     def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
-        """Return the logprobs of ``delta``, each token's once; None: they are not wanted."""
+        """Return the logprobs of ``delta``; None if not requested. Call once per delta."""
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return what the answer itself, or its first chunk, tells of the prompt."""
+        """Return the fields about the prompt, for the answer or its first chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What all parts of one answer say alike. ``created_s``: whole seconds since 1970."""
+    """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""
 
     answer_id: str
     created_s: int
@@ -50,7 +50,7 @@ class AnswerHead:
 
 
 class Answer:
-    """Writes one answer in one style, as ``request`` wants it."""
+    """Writes one answer in one style, as ``request`` asks."""
 
     def __init__(self, head: AnswerHead, style: Style, choices: Sequence[Choice], request: GenerationFields) -> None:
         self._head = head
@@ -63,7 +63,7 @@ class Answer:
         self._begun = [False] * len(choices)
 
     async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
-        """Return the whole answer as JSON when it is complete, a piece for each choice."""
+        """Return the answer as JSON when it is complete, in one piece per choice."""
         wholes = [_Whole() for _ in self._choices]
         async for delta in deltas:
             wholes[delta.index].add(delta, self._style.logprobs(self._choices[delta.index], delta))
@@ -79,7 +79,7 @@ class Answer:
         return pieces
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Yield server-sent events as deltas come in, ``[DONE]`` last.
+        """Yield server-sent events for deltas, and ``[DONE]`` at the end.
 
         An error after the first event is an event too, since the status has been sent; before, it is raised.
         """
@@ -134,7 +134,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _Whole:
-    """What has come in of one choice. ``logprobs``: None if they are not wanted."""
+    """The received parts of one choice. ``logprobs``: None if not requested."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -143,7 +143,7 @@ class _Whole:
     stop_reason: str | int | None = None
 
     def add(self, delta: Delta, logprobs: Logprobs | None) -> None:
-        """Take what is new."""
+        """Add a delta."""
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -153,5 +153,5 @@ class _Whole:
 
 
 def event(body: dict[str, object]) -> bytes:
-    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so no text can end it early."""
+    """Return ``body`` as a server-sent event. JSON has no raw line breaks, so text cannot end it early."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"

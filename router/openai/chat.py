@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: messages, through the model's chat template."""
+"""``/v1/chat/completions``: messages, rendered by the model's chat template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
     """
     with reading("messages: the chat template cannot render them", "messages"):
         text = model.tokenizer.render_chat(
-            [message.model_dump() for message in fields.messages],
+            [dict(message) for message in fields.messages],
             add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
             continue_final_message=bool(fields.continue_final_message),
             variables=fields.chat_template_kwargs,
@@ -36,7 +36,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
 
 
 class ChatCompletions:
-    """How chats become prompts, and how their answers look."""
+    """The request and answer style of chat completions."""
 
     name = "chat"
     id_prefix = "chatcmpl-"
@@ -68,12 +68,12 @@ class ChatCompletions:
     def style(
         self, request: ChatCompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
     ) -> ChatStyle:
-        """Return what writes the answer."""
+        """Return the style of the answer."""
         return ChatStyle(self._model.tokenizer.token_bytes, request)
 
 
 class ChatStyle:
-    """A chat completion's choices: a ``message``, or in a stream a ``delta`` whose first also tells the role."""
+    """The choices of a chat completion: a ``message``, or in a stream a ``delta``; the first has the role."""
 
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"

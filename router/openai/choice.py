@@ -1,4 +1,4 @@
-"""One choice of an answer while its tokens come in."""
+"""One choice of an answer in progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.text.token_bytes import TokenBytes
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new in choice ``index``; with a ``finish_reason`` it is the last.
+    """New output of choice ``index``. The last one has a ``finish_reason``.
 
     ``stop_reason``: the stop string, or the client's stop token id, that ended it.
     """
@@ -27,12 +27,12 @@ class Delta:
 
     @property
     def is_news(self) -> bool:
-        """Whether it is worth a chunk: clients count and time chunks, so tokens are, even if they make no text yet."""
+        """Whether it needs a chunk. Tokens do even without text, because clients count and time chunks."""
         return bool(self.token_ids or self.text or self.finish_reason)
 
 
 class Choice:
-    """Makes deltas of what the machine delivers for one request, and counts its tokens."""
+    """Makes deltas of the deliveries for one request, and counts its tokens."""
 
     def __init__(
         self, index: int, prompt_index: int, request: NewRequest, token_bytes: TokenBytes, options: TextOptions
@@ -48,16 +48,16 @@ class Choice:
 
     @property
     def request_id(self) -> str:
-        """The id of its request."""
+        """The id of the request."""
         return self.request.request_id
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How long its prompt is."""
+        """Number of prompt tokens."""
         return len(self.request.prompt_token_ids)
 
     def take(self, tokens: TokensDelivered) -> Delta:
-        """Return what ``tokens`` add. Once finished, a choice must be given no more."""
+        """Return the delta of ``tokens``. Do not call it after the choice has finished."""
         stopped = tokens.finish_reason is FinishReason.STOP
         text, num_tokens, stop = self._text.push(tokens.token_ids, stopped=stopped)
         finish_reason, stop_reason = tokens.finish_reason, tokens.stop_token_id
@@ -80,7 +80,7 @@ class Choice:
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, object]:
-    """Return the ``usage`` of an answer: each prompt counts once, whatever ``n`` is."""
+    """Return the ``usage`` of an answer. Each prompt counts once, for any ``n``."""
     prompts = {choice.prompt_index: choice for choice in reversed(choices)}.values()
     num_prompt_tokens = sum(choice.num_prompt_tokens for choice in prompts)
     num_tokens = sum(choice.num_tokens for choice in choices)

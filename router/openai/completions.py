@@ -1,4 +1,4 @@
-"""``/v1/completions``: prompts as they are."""
+"""``/v1/completions``: prompts without a template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from router.openai.schemas import CompletionRequest
 
 
 class Completions:
-    """How completions become prompts, and how their answers look."""
+    """The request and answer style of completions."""
 
     name = "completions"
     id_prefix = "cmpl-"
@@ -25,7 +25,7 @@ class Completions:
         self._model = model
 
     def num_prompts(self, request: CompletionRequest) -> int:
-        """Return how many prompts there are."""
+        """Return the number of prompts."""
         return len(_each(request.prompt))
 
     def prompts(self, request: CompletionRequest, max_model_len: int) -> list[list[int]]:
@@ -40,13 +40,13 @@ class Completions:
         return prompts
 
     def texts(self, request: CompletionRequest) -> list[str] | None:
-        """Return each prompt as text if the client wants an echo."""
+        """Return each prompt as text for an echo."""
         return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
 
     def style(
         self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
     ) -> CompletionStyle:
-        """Return what writes the answer."""
+        """Return the style of the answer."""
         return CompletionStyle(self._model, request, choices, texts)
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
@@ -64,7 +64,7 @@ class Completions:
 
 
 class CompletionStyle:
-    """A completion's choices: ``text``, behind its prompt's if the client wants an echo."""
+    """The choices of a completion: ``text``, after the prompt's text with ``echo``."""
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"
@@ -98,7 +98,7 @@ class CompletionStyle:
         return self._logprobs[choice.index].of(delta.token_ids, delta.logprobs) if self._logprobs else None
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return nothing: here the choices tell of their prompts."""
+        """Return nothing, because each choice has its prompt's fields."""
         return {}
 
     def _echo(self, choice: Choice) -> str:
@@ -109,7 +109,7 @@ class CompletionStyle:
 
 
 def _each(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """Return the prompts in ``prompt``, which may be one or several."""
+    """Return the prompts in ``prompt``, one or several."""
     if isinstance(prompt, str):
         return [prompt]
     several: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]

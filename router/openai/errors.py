@@ -1,4 +1,4 @@
-"""Errors in the form OpenAI clients know."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from router.events import RequestErrored
 
 
 class AnswerError(Exception):
-    """What a client is told instead of an answer: one error with its HTTP status."""
+    """An error answer with its HTTP status."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class AnswerError(Exception):
 
     @classmethod
     def of(cls, cause: KVRelayError | RequestErrored) -> AnswerError:
-        """Return the answer for an error of our own or one that a request ended with."""
+        """Return the answer for an error."""
         errored = RequestErrored.of(cause) if isinstance(cause, KVRelayError) else cause
         return cls(errored.error, param=errored.param, retry_after_s=errored.retry_after_s)
 
@@ -51,7 +51,7 @@ class AnswerError(Exception):
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """``Retry-After`` in whole seconds, if it makes sense to come back; ``Connection: close`` if it is closed."""
+        """``Retry-After`` in whole seconds, if a retry may help; ``Connection: close`` if the connection is closed."""
         headers = []
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode()))

@@ -1,4 +1,4 @@
-"""Types of request fields: what JSON may hold in them, with bounds. Nothing is converted except whole numbers.
+"""Types of request fields with bounds. Nothing is converted except whole numbers.
 
 A ``null`` never gets here: it is dropped before the fields are read (``schemas.Fields``).
 """
@@ -19,16 +19,16 @@ MAX_IDS = 1024
 INT64 = (1 << 63) - 1
 
 _MAX_KEY_DIGITS = 19
-_MAX_SHOWN_CHARS = 60
+MAX_SHOWN_CHARS = 60
 
 
 def wrong(reason: str) -> PydanticCustomError:
-    """Return the error for a value that is of the right type and still cannot be."""
+    """Return the error for an invalid value of the right type."""
     return PydanticCustomError("wrong", "{reason}", {"reason": reason})
 
 
 def shown(value: object) -> str:
-    """Return a few words for ``value`` of a JSON body, at a cost that does not depend on its size."""
+    """Return a short text for ``value`` of a JSON body, in constant time."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
@@ -39,23 +39,23 @@ def shown(value: object) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 
 def _whole(value: object) -> object:
-    """Turn 16.0 into 16: some clients have only one type of number."""
+    """Convert 16.0 to 16, for clients with only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _whole_items(value: object) -> object:
-    """Turn whole numbers among the items of a list into integers."""
+    """Convert whole numbers in a list to integers."""
     if isinstance(value, list) and float in set(map(type, value)):
         return [_whole(item) for item in value]
     return value
 
 
 def _stops(value: object) -> object:
-    """Take one stop string for a list of one; refuse empty ones, which would match everywhere."""
+    """Convert one stop string to a list. Refuse empty ones, which would match everywhere."""
     stops = [value] if isinstance(value, str) else value
     if isinstance(stops, list) and any(stop == "" for stop in stops[: MAX_STOPS + 1]):
         raise wrong("should not be empty")
@@ -63,7 +63,7 @@ def _stops(value: object) -> object:
 
 
 def _biases(value: object) -> object:
-    """Turn JSON's string keys into token ids."""
+    """Convert JSON's string keys to token ids."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:
@@ -102,7 +102,7 @@ def _are_ids(items: object) -> bool:
 
 
 def _no_tool(value: object) -> object:
-    """Accept what asks for no tool; everything else would need ``tools``, which are refused."""
+    """Accept values that need no tools. Others need ``tools``, which are refused."""
     if value not in ("none", "auto"):
         raise wrong("only 'none' and 'auto' are supported, since there are no tools")
     return value

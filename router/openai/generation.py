@@ -1,4 +1,4 @@
-"""Everything one HTTP request has under way: its choices, from submission to the last delta."""
+"""The choices of one HTTP request, from submission to the last delta."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from router.turns import Turn
 
 
 class ClientLeftError(Exception):
-    """The client closed its connection: nobody is there to answer."""
+    """The client has closed its connection."""
 
 
 class Backend(Protocol):
-    """What serves requests: the router's service."""
+    """Interface of the router's service."""
 
     def submit(self, requests: Sequence[NewRequest], deliver: Callable[[str, Delivery], None]) -> None:
-        """Have ``requests`` served; ``deliver(request_id, delivery)`` is called until each has ended."""
+        """Submit ``requests``. ``deliver(request_id, delivery)`` is called until each has ended."""
 
     def stop_matched(self, request_id: str) -> None:
-        """No more tokens are wanted: the text has come to a stop string."""
+        """End a request whose text has reached a stop string."""
 
     def client_gone(self, request_id: str) -> None:
-        """Nobody waits for this request any more."""
+        """Abort a request whose client has disconnected."""
 
 
 class Observer(Protocol):
-    """Who wants to know when a choice's tokens come: the metrics."""
+    """Observer of tokens, for metrics."""
 
     def tokens(self, choice: Choice, num_tokens: int) -> None:
-        """Some tokens of ``choice`` came in at once."""
+        """Called when tokens of ``choice`` arrive."""
 
     def ended(self, choice: Choice, outcome: str) -> None:
-        """``choice`` is over: ``ok``, ``aborted``, or the code of an error."""
+        """Called when ``choice`` has ended: ``ok``, ``aborted``, or the code of an error."""
 
 
 class Generation:
-    """The choices of one HTTP request. Whatever happens, ``close`` leaves none of them running."""
+    """The choices of one HTTP request. ``close`` aborts those that are still running."""
 
     def __init__(self, choices: Sequence[Choice], backend: Backend, observer: Observer) -> None:
         self._choices = {choice.request_id: choice for choice in choices}
@@ -51,7 +51,7 @@ class Generation:
         self._queue: asyncio.Queue[tuple[str, Delivery] | None] = asyncio.Queue()
 
     def start(self) -> None:
-        """Submit all choices that want tokens. Raises InvalidRequestError if an id is in use."""
+        """Submit all choices with tokens to generate. Raises InvalidRequestError if an id is in use."""
         requests = [choice.request for choice in self._choices.values()]
         wanted = [request for request in requests if request.sampling.max_tokens]
         if wanted:
@@ -64,13 +64,13 @@ class Generation:
         self._queue.put_nowait((request_id, delivery))
 
     def client_left(self) -> None:
-        """Have ``deltas`` raise ClientLeftError."""
+        """Make ``deltas`` raise ClientLeftError."""
         self._queue.put_nowait(None)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Yield what comes in until every choice has finished.
+        """Yield deltas until every choice has finished.
 
-        Raises AnswerError as soon as one choice fails, ClientLeftError if there is nobody to tell.
+        Raises AnswerError when a choice fails, ClientLeftError when the client disconnects.
         """
         turn = Turn()
         while self._running:
@@ -94,7 +94,7 @@ class Generation:
             yield self._take(choice, delivery)
 
     def close(self) -> None:
-        """Give up the choices that are not done."""
+        """Abort the choices that have not finished."""
         for choice in list(self._running.values()):
             self._backend.client_gone(choice.request_id)
             self._end(choice, "aborted")

@@ -1,4 +1,4 @@
-"""Logprobs in the two forms OpenAI's APIs have for them."""
+"""Logprobs in the two formats of OpenAI's APIs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvrelay.protocol.request import TokenLogprobs
 from router.text.token_bytes import TokenBytes
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 Logprobs: TypeAlias = dict[str, list[object]]
@@ -38,7 +38,7 @@ class WholeLogprobs:
 
 
 class CompletionLogprobs:
-    """``logprobs`` of a completion's choice; keeps count of where in the text each token is."""
+    """``logprobs`` of a completion's choice; tracks the text offset of each token."""
 
     def __init__(self, token_bytes: TokenBytes, num_logprobs: int) -> None:
         self._token_bytes = token_bytes
@@ -60,7 +60,7 @@ class CompletionLogprobs:
         }
 
     def _top(self, token: str, item: TokenLogprobs) -> dict[str, float]:
-        """Return the most likely tokens and, if not among them, the one that was chosen."""
+        """Return the most likely tokens and, if not among them, the sampled one."""
         pairs = list(zip(item.top_token_ids, item.top_logprobs, strict=True))[: self._num_logprobs]
         top = {_name(self._token_bytes, token_id): max(logprob, LOWEST) for token_id, logprob in pairs}
         return {**top, token: top.get(token, max(item.logprob, LOWEST))}
@@ -87,7 +87,7 @@ def _entry(token_bytes: TokenBytes, token_id: int, logprob: float) -> dict[str, 
 
 
 def _name(token_bytes: TokenBytes, token_id: int) -> str:
-    r"""Return a token's text, or ``bytes:\xf0\x9f`` if it is but a part of a character, so that no two are alike."""
+    r"""Return a token's text, or ``bytes:\xf0\x9f`` for a part of a character, so that all are distinct."""
     piece = token_bytes.of(token_id)
     try:
         return piece.decode()

@@ -1,4 +1,4 @@
-"""The model list, and whether a client asked for a model that is on it."""
+"""The model list, and the check of a request's model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from router.openai.field_types import shown
 
 
 def model_name(name: str | None, model: ServedModel) -> str:
-    """Return the name the answer gives the model: the one the client used, or the first if it used none.
+    """Return the model name for the answer: the name in the request, or else the first.
 
     Raises ModelNotFoundError if ``name`` is none of the served model's.
     """
@@ -41,6 +41,6 @@ def model_card(name: str, model: ServedModel, *, created_s: int, max_model_len: 
 
 
 def _is_path(name: str, root: str) -> bool:
-    """Tell whether ``name`` is ``root``, or its end as in ``Qwen/Qwen3-0.6B``: directory and parent at least."""
+    """Return whether ``name`` is ``root`` or its end, at least parent and directory, as in ``Qwen/Qwen3-0.6B``."""
     name = name.removeprefix("./").rstrip("/")
     return name == root or ("/" in name and root.endswith(f"/{name}"))

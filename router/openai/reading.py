@@ -1,4 +1,4 @@
-"""Whatever goes wrong while a request is read is answered 400: the same request would fail again."""
+"""Unexpected errors while a request is read become 400, because the same request would fail again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def reading(reason: str, param: str | None = None) -> Iterator[None]:
-    """Turn an exception that nobody expected, a fault of ours, into InvalidRequestError(``reason``), and log it."""
+    """Convert an unexpected exception to InvalidRequestError(``reason``), and log it."""
     try:
         yield
     except KVRelayError:

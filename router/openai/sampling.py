@@ -1,4 +1,4 @@
-"""From what a client asked for to what a node is told: every default filled in, every bound of the model checked."""
+"""Converts a request's fields to SamplingParams: fills in defaults and checks the model's bounds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.text.output_text import TextOptions
-from router.text.stop import StopStrings
+from router.text.stop import NO_STOPS, StopStrings
 
 _LONG_TEXT_CHARS = 64 << 10
-"""Shorter texts are tokenized in less time than it takes to find the longest token of a vocabulary."""
+"""Shorter texts are tokenized faster than the longest token of a vocabulary is found."""
 
 
 class RequestSampling:
-    """The sampling parameters of one request. What all its prompts have in common is checked, and made, once.
+    """The sampling parameters of one request. Parameters that all its prompts share are created once.
 
     Raises InvalidRequestError if a token id is not in the vocabulary.
     """
@@ -42,7 +42,7 @@ class RequestSampling:
         return msgspec.structs.replace(self._common, max_tokens=max_tokens, seed=seed & INT64)
 
     def _max_tokens(self, num_prompt_tokens: int) -> int:
-        """Return how many tokens to generate at most: what was asked for, as far as the model has room for it.
+        """Return the maximum number of tokens to generate: the requested one, limited by the model's length.
 
         Clients ask for their own upper limit, so more than there is room for is no fault, as long as one token fits.
         """
@@ -57,7 +57,7 @@ class RequestSampling:
 
 
 def _common_params(request: GenerationFields, model: ServedModel) -> SamplingParams:
-    """Return the parameters without what differs from prompt to prompt."""
+    """Return the parameters that all prompts share."""
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
     check_token_ids(logit_bias, model.vocab_size, "logit_bias")
@@ -83,9 +83,9 @@ def _common_params(request: GenerationFields, model: ServedModel) -> SamplingPar
 
 
 def text_options(request: GenerationFields) -> TextOptions:
-    """Return how the client wants its text."""
+    """Return the text options of the request."""
     return TextOptions(
-        stop=StopStrings(request.stop or ()),
+        stop=StopStrings(request.stop) if request.stop else NO_STOPS,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         min_tokens=request.min_tokens or 0,
@@ -102,7 +102,7 @@ def num_logprobs(request: GenerationFields) -> int | None:
 
 
 def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
-    """Raise PromptTooLongError if ``text`` is certainly too long. It costs less than to tokenize it and then to see."""
+    """Raise PromptTooLongError if ``text`` is certainly too long, without tokenizing it."""
     if (
         len(text) > max(max_model_len, _LONG_TEXT_CHARS)
         and (fewest := model.tokenizer.fewest_tokens(text)) > max_model_len
@@ -112,9 +112,9 @@ def check_text_length(text: str, model: ServedModel, max_model_len: int, param: 
 
 def check_token_ids(token_ids: list[int] | dict[int, float], vocab_size: int, param: str) -> None:
     """Raise InvalidRequestError if one of ``token_ids`` is not in the vocabulary."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise unknown_token(param, token_id, vocab_size)
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise unknown_token(param, unknown, vocab_size)
 
 
 def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None:
@@ -122,8 +122,8 @@ def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None
 
     Tokenizers may know more tokens than the model has embeddings, for instance a padding token that was added later.
     """
-    unknown = next((token_id for token_id in token_ids if token_id >= model.vocab_size), None)
-    if unknown is not None:
+    if token_ids and max(token_ids) >= model.vocab_size:
+        unknown = next(token_id for token_id in token_ids if token_id >= model.vocab_size)
         [text] = model.tokenizer.tokens_of([unknown])
         raise InvalidRequestError(
             f"{param}: {text!r} is token {unknown} of the tokenizer, but the model's vocabulary has only "
@@ -133,7 +133,7 @@ def check_text_ids(token_ids: list[int], model: ServedModel, param: str) -> None
 
 
 def _asked_tokens(request: GenerationFields) -> int | None:
-    """Return the limit the client set; None: as many as there is room for."""
+    """Return the requested limit; None: limited by the model's length only."""
     if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
         return request.max_completion_tokens
     return request.max_tokens
@@ -142,7 +142,7 @@ def _asked_tokens(request: GenerationFields) -> int | None:
 def too_long(
     num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, prompt: str, *, at_least: bool = False
 ) -> str:
-    """Return OpenAI's own sentence, by which client libraries know that they should shorten the prompt."""
+    """Return OpenAI's message, by which client libraries recognize that the prompt is too long."""
     requested = f"{'at least ' if at_least else ''}{num_prompt_tokens + num_output_tokens} tokens"
     return (
         f"This model's maximum context length is {max_model_len} tokens. However, you requested {requested} "

@@ -1,4 +1,4 @@
-"""What clients may ask for: every field with its type, bounds and default. ``docs/api.md`` says what each does.
+"""Request schemas: every field with its type, bounds and default. ``docs/api.md`` describes them.
 
 Unknown fields are ignored, as clients send many. Fields we know and cannot honour are refused (``REFUSED_FIELDS``):
 an answer that silently lacks what was asked for is worse than none. A ``null`` is as good as an absent field.
@@ -6,6 +6,7 @@ an answer that silently lacks what was asked for is worse than none. A ``null`` 
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -55,7 +56,7 @@ REFUSED_FIELDS = {
     "audio": "only text is supported",
     "prompt_embeds": "prompt_embeds is not supported",
 }
-"""Fields that would change the answer in a way this server cannot, unless they are null, empty, zero or false."""
+"""Unsupported fields that would change the answer, unless they are null, empty, zero or false."""
 
 IGNORED_FIELDS = frozenset(
     {
@@ -67,7 +68,7 @@ IGNORED_FIELDS = frozenset(
         "store",
     }
 )
-"""Fields that need not change the answer. They are ignored like unknown ones, without a line in the log."""
+"""Fields that do not affect the answer. They are ignored without a log line."""
 
 unknown_fields = UnknownFields()
 
@@ -75,33 +76,33 @@ Flag = bool | None
 
 
 class Fields(BaseModel):
-    """Base of all requests and of the objects in them: no silent conversion of types, and no null."""
+    """Base class of requests and of their objects: no conversion of types, no null."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or None not in value.values():
             return value
         return {name: item for name, item in value.items() if item is not None}
 
 
 class StreamOptions(Fields):
-    """What a stream tells besides text: ``usage`` in a last chunk, or in every chunk."""
+    """Options of a stream: ``usage`` in a last chunk, or in every chunk."""
 
     include_usage: Flag = None
     continuous_usage_stats: Flag = None
 
 
 class ResponseFormat(Fields):
-    """Form of the answer."""
+    """Format of the answer."""
 
     type: str = "text"
 
 
 class GenerationFields(Fields):
-    """What completions and chat completions have in common."""
+    """Common fields of completions and chat completions."""
 
     model: str | None = None
     max_tokens: Natural | None = None
@@ -138,12 +139,12 @@ class GenerationFields(Fields):
 
     @property
     def num_choices(self) -> int:
-        """Answers per prompt."""
+        """Choices per prompt."""
         return self.n or 1
 
 
 class CompletionRequest(GenerationFields):
-    """Body of ``/v1/completions``. ``max_tokens`` 0 gives no token: the prompt alone, with ``echo``."""
+    """Body of ``/v1/completions``. ``max_tokens`` 0 generates no tokens; with ``echo`` it returns the prompt."""
 
     prompt: Prompt
     max_tokens: Natural = 16
@@ -180,7 +181,7 @@ def _part_text(part: object) -> str:
 
 
 def _tool_calls(value: object) -> list[dict[str, Any]]:
-    """Return an assistant's calls with their arguments as objects, which chat templates expect."""
+    """Return an assistant's tool calls with arguments as objects, as chat templates expect."""
     if not isinstance(value, list):
         raise wrong("should be a list of calls")
     return [_tool_call(call) for call in value]
@@ -194,7 +195,7 @@ def _tool_call(call: object) -> dict[str, Any]:
 
 
 def _arguments(value: object) -> dict[str, Any]:
-    """Return a call's arguments, which the API spells as JSON in a string. Absent ones are none."""
+    """Return a call's arguments, which the API encodes as JSON in a string. Absent: none."""
     try:
         arguments = msgspec.json.decode(value or "null") if isinstance(value, str) else value
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
@@ -205,7 +206,7 @@ def _arguments(value: object) -> dict[str, Any]:
 
 
 class ChatMessage(Fields):
-    """One message. Further keys (``name``, ``reasoning_content``, ...) go to the chat template as they are."""
+    """One message. Other keys (``name``, ``reasoning_content``, ...) are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -215,7 +216,7 @@ class ChatMessage(Fields):
 
 
 class ChatFields(Fields):
-    """How a chat becomes a prompt."""
+    """Fields for rendering a chat."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     add_generation_prompt: Flag = None
@@ -273,15 +274,24 @@ class DetokenizeRequest(Fields):
 Request = TypeVar("Request", bound=Fields)
 
 
+@functools.cache
+def _names(kind: type[Fields]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of fields that are refused for ``kind``, and of all that are no surprise."""
+    fields = kind.model_fields.keys()
+    return frozenset(REFUSED_FIELDS.keys() - fields), frozenset(fields | REFUSED_FIELDS.keys() | IGNORED_FIELDS)
+
+
 def parse(kind: type[Request], body: dict[str, Any]) -> Request:
     """Return ``body`` as a ``kind``. Raises InvalidRequestError that names the field, the limit and the value."""
-    for name, reason in REFUSED_FIELDS.items():
-        if name not in kind.model_fields and body.get(name) not in (None, False, 0, "", [], {}):
-            raise InvalidRequestError(reason, param=name)
+    refused, known = _names(kind)
+    for name in REFUSED_FIELDS if not refused.isdisjoint(body) else ():
+        if name in refused and body.get(name) not in (None, False, 0, "", [], {}):
+            raise InvalidRequestError(REFUSED_FIELDS[name], param=name)
     with reading("the request cannot be read"):
         try:
             request = kind.model_validate(body)
         except ValidationError as error:
             raise first_problem(error) from None
-    unknown_fields.notice(body.keys() - kind.model_fields.keys() - REFUSED_FIELDS.keys() - IGNORED_FIELDS)
+    if not known.issuperset(body):
+        unknown_fields.notice(body.keys() - known)
     return request

@@ -1,4 +1,4 @@
-"""What a client is told of a field that cannot be: our own words for every kind of error pydantic finds."""
+"""Error messages for invalid fields: one text for every kind of pydantic error."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ REASONS: Mapping[str, str] = {
     "too_short": "should have at least {min_length} items",
     "too_long": "should have at most {max_length} items",
 }
-"""Kind of error to the words for it; what is in braces is the limit that was broken."""
+"""Texts by kind of error; braces contain the violated limit."""
 
 _OTHERWISE = "is not a valid value"
 _WITHOUT_THE_VALUE = frozenset({"missing", "wrong", "string_too_long", "too_short", "too_long"})
 
 
 def first_problem(error: ValidationError) -> InvalidRequestError:
-    """Return the first fault in ``error``: ``field: reason``, with the value where that helps."""
+    """Return the first error in ``error``: ``field: reason``, with the value if useful."""
     item = error.errors(include_url=False)[0]
     limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
     reason = REASONS.get(item["type"], _OTHERWISE).format_map(limits)

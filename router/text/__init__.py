@@ -1,1 +1,1 @@
-"""From text to token ids and back. Pure: no HTTP, no nodes."""
+"""Text to token ids and back. No HTTP, no nodes."""

@@ -1,4 +1,4 @@
-"""Chat messages in the form that a chat template is written for.
+"""Converts chat messages to the form that a chat template expects.
 
 Clients send a message's content as text or as a list of parts, and templates take one of the two, or both. Which ones
 is found out when a template is loaded, by rendering messages that hold a mark.
@@ -21,7 +21,7 @@ _ROLES = ("user", "assistant", "system", "developer", "tool")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MARK = "8046519273"  # digits: upper(), title() and the like leave them as they are
 _PRINTED_PART = re.compile(rf"""text\\*['"]\s*:\s*\\*['"]{_MARK}""")
-"""A part that is printed as an object shows its text too, and yet the template does not take parts."""
+"""Matches a part printed as an object: it contains the text, but the template does not accept parts."""
 
 _USER: Message = {"role": "user", "content": "x"}
 _SYSTEM: Message = {"role": "system", "content": "x"}
@@ -37,24 +37,24 @@ _BEFORE: tuple[list[Message], ...] = (
     [_SYSTEM, _USER, _CALLER],
 )
 _BEHIND: tuple[list[Message], ...] = ([], [_USER], [_ANSWER])
-"""What may have to stand before and behind a message for a template to accept it."""
+"""Messages that some templates require before and after a message."""
 
 
 class ContentForms(NamedTuple):
-    """The forms of content that a template shows for one role."""
+    """The forms of content that a template renders for one role."""
 
     text: bool
     parts: bool
 
 
 class MessageForms:
-    """The forms in which one template takes messages. ``render`` renders it."""
+    """The forms of messages that one template accepts. ``render`` renders the template."""
 
     def __init__(self, render: Render) -> None:
         self._forms = {role: _forms(render, role) for role in _ROLES}
 
     def fit(self, message: Mapping[str, Any]) -> Message:
-        """Return ``message`` as the template takes it.
+        """Return ``message`` in the form that the template accepts.
 
         What is null or empty without meaning is left out, as transformers does. A ``developer`` is a ``system`` for a
         template that does not know it. Raises InvalidRequestError if that is unknown as well.
@@ -84,7 +84,7 @@ class MessageForms:
 
 
 def _with_reasoning(message: Message) -> Message:
-    """Return ``message`` with its reasoning under the names that templates read, as transformers does."""
+    """Return ``message`` with its reasoning under the names that templates use, as in transformers."""
     reasoning = next((message[name] for name in _REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
@@ -97,7 +97,7 @@ def _forms(render: Render, role: str) -> ContentForms:
 
 
 def _shows(render: Render, role: str, content: object) -> bool:
-    """Tell whether the template shows ``content`` in a message of ``role``."""
+    """Return whether the template renders ``content`` in a message of ``role``."""
     message = {"role": role, "content": content, "tool_call_id": "abcdefghi", "name": "f"}
     # A template that takes a developer for an answer has no place for one at the beginning, where they stand.
     places = product([[]] if role == "developer" else _BEFORE, _BEHIND)

@@ -1,4 +1,4 @@
-"""Chat messages to the prompt text a model was trained on."""
+"""Renders chat messages to the prompt text of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-"""What a template raises for messages that it is not made for."""
+"""Exceptions of a template for unsupported messages."""
 
 
 class ChatTemplate:
@@ -74,7 +74,7 @@ class ChatTemplate:
         return _without_the_end(text, _last_text(final)) if continue_final_message else text
 
     def _render_all(self, messages: list[Message], context: Mapping[str, Any]) -> str:
-        """Render ``messages``; those without content have an empty one for a template that cannot do without."""
+        """Render ``messages``. If the template needs content, missing content is replaced by an empty text."""
         try:
             return self._render(messages, context)
         except (jinja2.UndefinedError, TypeError):
@@ -94,12 +94,12 @@ class ChatTemplate:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %}`` marks what a model wrote, for training; here its content is all that matters."""
+    """``{% generation %}`` marks output for training. Here only its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (declared as a plain set by the base class)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Put the block's body in place of the block, with a scope of its own."""
+        """Replace the block by its body in its own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -109,7 +109,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def _left_open(content: str | list[Any] | None) -> str | list[Any]:
-    """Return a message's content with the mark behind its last text."""
+    """Return a message's content with the mark after its last text."""
     if content is None or content == []:
         raise InvalidRequestError(
             "continue_final_message: the last message has no content", param="continue_final_message"

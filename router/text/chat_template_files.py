@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, from the file it is in."""
+"""Loads a checkpoint's chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time."""
+"""Incremental detokenization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from router.text.token_bytes import TokenBytes
 
 
 class Detokenizer:
-    """Makes the text that follows a prompt. The cost per token is constant.
+    """Converts output tokens to text at constant cost per token.
 
     What has been returned never changes: bytes that may yet become a character are held until they are one, or until
     what follows proves that they never will be (then they are U+FFFD, as in any UTF-8 decoder).
@@ -36,7 +36,7 @@ class Detokenizer:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """Return the rest: a replacement character if the last character never became complete."""
+        """Return the rest: a replacement character if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
     def _follows_text(self) -> bool:

@@ -1,4 +1,4 @@
-"""The text of one choice while its tokens come in: detokenized, ended by stop strings."""
+"""The text of one choice in progress: detokenized, ended by stop strings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.text.token_bytes import TokenBytes
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """How a client wants its text. ``min_tokens``: no stop string ends it before the token after that many."""
+    """Text options of a request. ``min_tokens``: a stop string ends the text only after more than this many tokens."""
 
     stop: StopStrings = NO_STOPS
     include_stop: bool = False
@@ -22,7 +22,7 @@ class TextOptions:
 
 
 class TextDelta(NamedTuple):
-    """New text; how many of the tokens it took to get there; the stop string that ended it, if one did."""
+    """New text, the number of tokens used for it, and the stop string that ended it, if any."""
 
     text: str
     num_tokens: int
@@ -39,7 +39,7 @@ class OutputText:
         self._num_tokens = 0
 
     def push(self, token_ids: Sequence[int], *, stopped: bool = False) -> TextDelta:
-        """Take new tokens; tokens after the one that completes a stop string are not looked at.
+        """Add new tokens. Tokens after the one that completes a stop string are ignored.
 
         ``stopped``: the last of them is the token that ended the request, so it is shown only if the client wants that.
         """
@@ -56,6 +56,6 @@ class OutputText:
         return TextDelta("".join(shown), len(token_ids), None)
 
     def finish(self) -> TextDelta:
-        """Return the text still held when the tokens are at their end."""
+        """Return the text that is still held back at the end of the tokens."""
         scan = self._matcher.push(self._detokenizer.finish())
         return TextDelta(scan.text if scan.matched else scan.text + self._matcher.flush(), 0, scan.matched)

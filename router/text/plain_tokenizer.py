@@ -1,4 +1,4 @@
-"""A tokenizer for engines without a model: bytes are tokens, and so is whatever else such an engine makes up."""
+"""A tokenizer for engines without a model: tokens are bytes, and further ids have made-up texts."""
 
 from __future__ import annotations
 

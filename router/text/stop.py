@@ -1,4 +1,4 @@
-"""Stop strings in text that comes piece by piece."""
+"""Finds stop strings in incremental text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class StopScan(NamedTuple):
-    """Text that is safe to show, and the stop string that ended it, if one did."""
+    """Text that can be delivered, and the stop string that ended it, if any."""
 
     text: str
     matched: str | None
@@ -26,7 +26,7 @@ NO_STOPS = StopStrings()
 
 
 class StopMatcher:
-    """Finds the first stop string to become complete, and holds back text that may be the beginning of one.
+    """Finds the first completed stop string, and holds back text that may be the start of one.
 
     Of two that end with the same character the longer one counts. So the result depends on the text alone, not on how
     it was cut into pieces. The search is that of Knuth, Morris and Pratt for each string: constant cost per character.
@@ -39,7 +39,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str, *, armed: bool = True) -> StopScan:
-        """Take more text. While not ``armed`` a complete stop string is passed over (it may end later, though)."""
+        """Add text. While not ``armed``, complete stop strings are ignored."""
         if not self._stops:
             return StopScan(text, None)
         for offset, char in enumerate(text):
@@ -52,12 +52,12 @@ class StopMatcher:
         return StopScan(pending[:shown], None)
 
     def flush(self) -> str:
-        """Return what was held back: no stop string will become of it any more."""
+        """Return the text that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _advance(self, char: str) -> str | None:
-        """Move every search on by ``char``; return the longest stop string that is complete now."""
+        """Advance every search by ``char``; return the longest completed stop string."""
         matched = None
         for index, (stop, failure) in enumerate(self._stops):
             state = self._progress[index]

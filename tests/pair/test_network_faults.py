@@ -236,8 +236,8 @@ def test_a_renewal_of_what_is_over_is_answered_at_once() -> None:
         world.run_until_arrived("BlocksReserved")
         machine = world.nodes["d0"].machine
         assert isinstance(machine, DecodeMachine)
-        [request] = machine.scheduler.receiving
-        machine._requests.close(request)
+        [request] = machine.requests.receiving
+        machine._endings.close(request, "the test says so")
         world.run_until_arrived("ReservationEnded")
         world.settle(60.0)
         assert client.error is None

@@ -11,6 +11,7 @@ from support.world import Client, World
 
 from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeStatus
+from kvrelay.protocol.ids import NodeId
 from kvrelay.protocol.request import FinishReason
 
 SEEDS = range(6)
@@ -57,7 +58,7 @@ def computing(world: World, name: str) -> bool:
     """Tell whether a decode node is in the middle of a prompt."""
     return any(
         request.status is DecodeStatus.RUNNING_PREFILL and request.num_computed_tokens > 0
-        for request in machine(world, name)._requests
+        for request in machine(world, name).requests
     )
 
 
@@ -141,7 +142,7 @@ def test_prompts_that_wait_behind_others_do_not_keep_the_next_away() -> None:
         for _ in range(30):
             clients.append(world.submit(40, 4))
             world.run_for(0.3)
-            node = world.router.machine.node_table.named("d0")
+            node = world.router.machine.node_table.named(NodeId("d0"))
             assert node is not None
             num_waiting.append(node.load.num_waiting)
         lent = [client in on_decode_nodes(clients) for client in clients]

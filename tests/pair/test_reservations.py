@@ -103,7 +103,7 @@ def test_a_reserve_for_decodes_keeps_prompts_out_but_never_an_idle_node() -> Non
             nonlocal most
             machine = world.nodes["d0"].machine
             assert isinstance(machine, DecodeMachine)
-            most = max(most, machine.scheduler.num_holding)
+            most = max(most, machine.requests.num_holding)
             return world.all_ended()
 
         world.run_until(ended, 30.0)

@@ -10,7 +10,8 @@ from support.processes import NodeProcess
 from support.world import Client, World
 
 from decode_node.machine import DecodeMachine
-from decode_node.schedule import Schedule, Scheduler
+from decode_node.preemption import Preemption
+from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import Role
 
 STORE = {"backend": "file", "min_read_tokens": 1, "resume": "storage"}
@@ -22,19 +23,20 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch, every: int = 3) -> None:
 
     It must be able to come back, so one is left alone until it has been preempted and resumed.
     """
-    make_room = Scheduler._make_room
+    make_room = Preemption.make_room
     steps: dict[int, int] = {}
 
-    def with_a_victim(self: Scheduler, schedule: Schedule) -> Any:
+    def with_a_victim(self: Preemption, schedule: Schedule, now: float, *, is_staging: bool) -> Any:
         steps[id(self)] = steps.get(id(self), 0) + 1
-        stalled = make_room(self, schedule)
-        if steps[id(self)] % every == 0 and self.decoding and not schedule.preempted:
-            victim = next(reversed(self.decoding))
-            self._release_victim(victim, schedule)
-            self._requeue(schedule.preempted, "growth")
+        stalled = make_room(self, schedule, now, is_staging=is_staging)
+        decoding = self._requests.decoding
+        if steps[id(self)] % every == 0 and decoding and not schedule.preempted:
+            victim = next(reversed(decoding))
+            self._release_victim(victim)
+            self._requeue([victim], "growth", schedule, now)
         return stalled
 
-    monkeypatch.setattr(Scheduler, "_make_room", with_a_victim)
+    monkeypatch.setattr(Preemption, "make_room", with_a_victim)
 
 
 def shape(role: str, **options: Any) -> World:

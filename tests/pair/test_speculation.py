@@ -14,7 +14,7 @@ from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.machine.contract import CoreEvent, Received, RunStep, Send, Started, StepDone
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, NodeId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams
@@ -43,7 +43,7 @@ class Served:
 def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Served:
     """Run ``requests`` to their ends on a machine of their own."""
     registration = Register(
-        node_id=node.name,
+        node_id=NodeId(node.name),
         incarnation="1",
         role=node.role,
         address=node.address,

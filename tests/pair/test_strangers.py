@@ -15,6 +15,7 @@ from support.world import World
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Exit, Log, PeerLost, Received
 from kvrelay.protocol.codec import MESSAGES
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.node_to_messager import StopMessager
 from kvrelay.protocol.messages.node_to_router import Leaving
@@ -38,8 +39,8 @@ class Silent:
 def test_a_node_survives_every_message_from_everybody(role: Role, peer: str) -> None:
     for message in EXAMPLES:
         harness = NodeHarness(role)
-        harness.receive(peer, message)
-        harness.receive(peer, message)
+        harness.receive(PeerId(peer), message)
+        harness.receive(PeerId(peer), message)
         if peer == "x#1":
             assert harness.did(Exit) == []
 
@@ -51,7 +52,7 @@ def test_a_node_survives_every_message_from_everybody(role: Role, peer: str) -> 
 def test_a_node_counts_what_it_does_not_take_and_logs_it_once(role: Role, peer: str, message: Message) -> None:
     harness = NodeHarness(role)
     for _ in range(3):
-        harness.receive(peer, message)
+        harness.receive(PeerId(peer), message)
     [log] = harness.did(Log)
     assert (log.event, log.fields["peer"]) == ("unexpected message", peer)
     assert harness.machine.load().counters["unexpected_messages"] == 3.0
@@ -64,8 +65,8 @@ def test_a_node_survives_random_messages_of_strangers(role: Role) -> None:
     def check(messages: list[Message]) -> None:
         harness = NodeHarness(role)
         for message in messages:
-            harness.receive("x#1", message)
-        harness.post(PeerLost("x#1", "gone"))
+            harness.receive(PeerId("x#1"), message)
+        harness.post(PeerLost(PeerId("x#1"), "gone"))
         harness.pass_time(100.0)
         if harness.plan is not None:
             harness.run_steps(100_000)
@@ -75,9 +76,9 @@ def test_a_node_survives_random_messages_of_strangers(role: Role) -> None:
 
 def strange(world: World, *addresses: str) -> Process:
     """Let a stranger come who reaches out to everybody."""
-    stranger = Process(world, "x#1", Silent(), ["tcp://x:1"])
+    stranger = Process(world, PeerId("x#1"), Silent(), ["tcp://x:1"])
     for number, address in enumerate(addresses):
-        stranger.connections[f"target {number}"] = address
+        stranger.connections[PeerId(f"target {number}")] = address
     return stranger
 
 
@@ -105,6 +106,6 @@ def test_a_messager_answers_who_has_no_business_with_it() -> None:
         messager = world.nodes["d0"].messager
         assert messager is not None
         for message in EXAMPLES:
-            messager.handle(Received("x#1", message, (memoryview(b"x" * 64),)))
-            messager.handle(PeerLost("x#1", "gone"))
+            messager.handle(Received(PeerId("x#1"), message, (memoryview(b"x" * 64),)))
+            messager.handle(PeerLost(PeerId("x#1"), "gone"))
         world.submit(20, 5)

@@ -15,6 +15,7 @@ from support.loops import Inbox, run
 from support.redis_server import RedisServer
 
 from kvrelay.machine.contract import Received
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
 from kvrelay.runtime.transport import Transport
 from kvstore.storage.interface import KVStore, PutOutcome
@@ -181,7 +182,7 @@ async def liar(values: list[np.ndarray]) -> AsyncIterator[str]:
             fetched = BlocksFetched(fetch_id=event.message.fetch_id, found=[True] * len(event.message.block_hashes))
             transport.send(event.peer, fetched, [value.data for value in values])
 
-    transport = Transport("liar#1", answer)
+    transport = Transport(PeerId("liar#1"), answer)
     [address] = transport.bind("tcp://127.0.0.1:0")
     try:
         yield address
@@ -195,18 +196,18 @@ def test_a_stranger_gets_nothing(hosts: OwnerRoom) -> None:
             await owner.put(HASHES[:3], views(planes(3)))
             namespace = backend_of(owner)._format.namespace
             inbox = Inbox()
-            transport = Transport("stranger#1", inbox)
-            transport.connect("owner", await address_of(owner))
+            transport = Transport(PeerId("stranger#1"), inbox)
+            transport.connect(PeerId("owner"), await address_of(owner))
             for asked, wanted in (
                 (bytes(16), HASHES[:3]),
                 (namespace, HASHES[:300]),
                 (namespace, [b"short", HASHES[900]]),
             ):
-                transport.send("owner", FetchBlocks(fetch_id=5, namespace=asked, block_hashes=wanted))
+                transport.send(PeerId("owner"), FetchBlocks(fetch_id=5, namespace=asked, block_hashes=wanted))
                 answer = await inbox.next()
                 assert isinstance(answer, Received)
                 assert answer.message == BlocksFetched(fetch_id=5, found=[False] * len(wanted))
-            transport.send("owner", DropBlocks(fetch_id=6, namespace=bytes(16), block_hashes=HASHES[:3]))
+            transport.send(PeerId("owner"), DropBlocks(fetch_id=6, namespace=bytes(16), block_hashes=HASHES[:3]))
             answer = await inbox.next()
             assert isinstance(answer, Received)
             assert answer.message == BlocksDropped(fetch_id=6, num_blocks=0)

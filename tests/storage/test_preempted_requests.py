@@ -13,18 +13,19 @@ import uvloop
 from storage_rooms import Room
 
 from decode_node.machine import DecodeMachine
+from decode_node.preemption import Preemption
 from decode_node.request import DecodeRequest
-from decode_node.schedule import Schedule, Scheduler
+from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.clock import Clock
-from kvrelay.machine.contract import Received, RunStep, StopRequested
+from kvrelay.machine.contract import CoreEvent, Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, NodeId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
@@ -102,7 +103,7 @@ class Forgetful:
         assert isinstance(engine.memory, KVMemory)
         self._planes = engine.memory.planes
 
-    def handle(self, event: object, now: float) -> Sequence[object]:
+    def handle(self, event: CoreEvent, now: float) -> Sequence[object]:
         actions = self._machine.handle(event, now)
         kv = self._machine.kv
         kv.clear()
@@ -172,7 +173,7 @@ async def _serve(
     node: NodeConfig, engine: Engine, store: KVStore | None, specs: list[RequestSpec], served: Served
 ) -> None:
     registration = Register(
-        node_id=node.name,
+        node_id=NodeId(node.name),
         incarnation="1",
         role=node.role,
         address=node.address,
@@ -207,25 +208,27 @@ async def _serve(
 
 def preempt_often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have the decode that came last give up its blocks in every third step; return how many full ones, each time."""
-    make_room, give_up = Scheduler._make_room, Scheduler._release_victim
+    make_room, release_victim = Preemption.make_room, Preemption._release_victim
     num_steps = 0
     num_full: list[int] = []
 
-    def with_a_victim(self: Scheduler, schedule: Schedule) -> set[DecodeRequest]:
+    def with_a_victim(self: Preemption, schedule: Schedule, now: float, *, is_staging: bool) -> set[DecodeRequest]:
         nonlocal num_steps
-        stalled = make_room(self, schedule)
+        stalled = make_room(self, schedule, now, is_staging=is_staging)
         num_steps += 1
-        if num_steps % EVERY == 0 and self.decoding and not schedule.preempted:
-            self._release_victim(next(reversed(self.decoding)), schedule)
-            self._requeue(schedule.preempted, "growth")
+        decoding = self._requests.decoding
+        if num_steps % EVERY == 0 and decoding and not schedule.preempted:
+            victim = next(reversed(decoding))
+            self._release_victim(victim)
+            self._requeue([victim], "growth", schedule, now)
         return stalled
 
-    def counted(self: Scheduler, victim: DecodeRequest, schedule: Schedule) -> None:
+    def counted(self: Preemption, victim: DecodeRequest) -> None:
         num_full.append(min(victim.num_computed_tokens, len(victim.token_ids)) // BLOCK_SIZE)
-        give_up(self, victim, schedule)
+        release_victim(self, victim)
 
-    monkeypatch.setattr(Scheduler, "_make_room", with_a_victim)
-    monkeypatch.setattr(Scheduler, "_release_victim", counted)
+    monkeypatch.setattr(Preemption, "make_room", with_a_victim)
+    monkeypatch.setattr(Preemption, "_release_victim", counted)
     return num_full
 
 

@@ -256,7 +256,7 @@ def test_mooncake_tells_what_it_can(tmp_path: Path, mooncake: MooncakeMaster | s
     assert numbers(run("stats", str(config))) == ["mooncake", "-", "-"]
     verified = run("verify", str(config))
     assert verified.code == 1
-    assert "error: mooncake cannot list what it holds" in verified.err
+    assert "error: mooncake cannot list its objects" in verified.err
     assert run("clear", str(config), "--yes").out == "0 blocks deleted\n"
 
 

@@ -20,7 +20,7 @@ from kvrelay.config.cluster_config import (
 )
 from kvrelay.machine.contract import Received, RunStep, Send, Started, StepDone, TimerFired
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
@@ -31,10 +31,10 @@ from prefill_node.machine import PrefillMachine
 
 M = TypeVar("M", bound=Message)
 
-P0, D0, D1 = "p0#1", "d0#1", "d1#1"
+P0, D0, D1 = PeerId("p0#1"), PeerId("d0#1"), PeerId("d1#1")
 D0_ADDRESS = NodeAddress(peer=D0, address="tcp://127.0.0.1:8300")
 D1_ADDRESS = NodeAddress(peer=D1, address="tcp://127.0.0.1:8301")
-LINK = LinkAddress(peer="d0.messager#1", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///d0")
+LINK = LinkAddress(peer=PeerId("d0.messager#1"), host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///d0")
 BLOCK_SIZE = 4
 VOCAB_SIZE = 1 << 20
 LEASE_S, TIMEOUT_S, DRAIN_S = 8.0, 10.0, 20.0
@@ -59,7 +59,7 @@ def node_config(role: Role, **sections: dict[str, Any]) -> NodeConfig:
 def registration(node: NodeConfig) -> Register:
     """Return what a node registers as."""
     return Register(
-        node_id=node.name,
+        node_id=NodeId(node.name),
         incarnation="1",
         role=node.role,
         address=node.address,
@@ -135,9 +135,9 @@ class NodeHarness:
             case CloseTransfer(request_id=request_id, epoch=epoch):
                 self.receive(MESSAGER, TransferClosed(request_id=request_id, epoch=epoch))
 
-    def receive(self, peer: PeerId, message: Message) -> list[Any]:
+    def receive(self, peer: str, message: Message) -> list[Any]:
         """Let a message come in."""
-        return self.post(Received(peer, message))
+        return self.post(Received(PeerId(peer), message))
 
     def pass_time(self, seconds: float) -> list[Any]:
         """Let time pass and a heartbeat be due."""
@@ -176,7 +176,7 @@ class NodeHarness:
 
     # ------------------------------------------------------------ looking
 
-    def sent(self, kind: type[M], to: PeerId | None = None) -> list[M]:
+    def sent(self, kind: type[M], to: str | None = None) -> list[M]:
         """Return all messages of ``kind`` sent so far."""
         return sent(self.actions, kind, to)
 
@@ -197,7 +197,7 @@ def result_of(plan: StepPlan, outcomes: Sequence[SequenceOutcome]) -> StepResult
     return StepResult(step=plan.step, outcomes=by_id)
 
 
-def sent(actions: Sequence[object], kind: type[M], to: PeerId | None = None) -> list[M]:
+def sent(actions: Sequence[object], kind: type[M], to: str | None = None) -> list[M]:
     """Return the messages of ``kind`` in ``actions``, to ``to`` or to anyone."""
     return [
         action.message

@@ -11,7 +11,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import NodeId, PeerId, SequenceId
 from kvrelay.protocol.messages.base import (
     ErrorInfo,
     Heartbeat,
@@ -35,6 +35,7 @@ from kvrelay.protocol.messages.engine import (
     StepResult,
 )
 from kvrelay.protocol.messages.messager_to_messager import (
+    AckStatus,
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -91,15 +92,15 @@ from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
 _ERROR = ErrorInfo(code="transfer_failed", message="gone", http_status=503, retryable=True)
 _GEOMETRY = KVGeometry(4, 2, 8, 16, "bfloat16", "c0ffee")
-_D0 = NodeAddress(peer="d0#0a1b2c3d", address="tcp://127.0.0.1:8300")
-_LINK = LinkAddress(peer="d0-messager#0a1b", host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///run/d0")
+_D0 = NodeAddress(peer=PeerId("d0#0a1b2c3d"), address="tcp://127.0.0.1:8300")
+_LINK = LinkAddress(peer=PeerId("d0-messager#0a1b"), host_id="host", tcp="tcp://127.0.0.1:9000", ipc="ipc:///run/d0")
 _SPEC = RequestSpec(
     **_ID,
     prompt_token_ids=[1, 200, 70000],
     output_token_ids=[5],
     priority=-1,
     arrival_s=1_700_000_000.25,
-    router="router#feed",
+    router=PeerId("router#feed"),
     sampling=SamplingParams(
         max_tokens=64,
         seed=2**63 - 1,
@@ -157,7 +158,7 @@ EXAMPLES: list[Message] = [
     Abort(**_ID),
     Drain(),
     Register(
-        node_id="p0",
+        node_id=NodeId("p0"),
         incarnation="beef",
         role="prefill",
         address="tcp://127.0.0.1:8200",
@@ -174,7 +175,7 @@ EXAMPLES: list[Message] = [
     TokensOut(outputs=[_OUTPUT]),
     RequestFailed(**_ID, error=_ERROR),
     RequestPreempted(**_ID, num_blocks=7),
-    DecodeNeeded(**_ID, refused_by="d0#0a1b2c3d", reason="full", retry_after_s=0.1),
+    DecodeNeeded(**_ID, refused_by=PeerId("d0#0a1b2c3d"), reason="full", retry_after_s=0.1),
     RequestTimeline(**_ID, marks=[Mark("prefill", 1.5, "p0")], layers=[LayerTransfer(0, 1.25, 1.75, 4096)]),
     Leaving(),
     Drained(),
@@ -184,7 +185,7 @@ EXAMPLES: list[Message] = [
         num_tokens=40,
         max_tokens=63,
         priority=3,
-        router="router#feed",
+        router=PeerId("router#feed"),
     ),
     HandOff(request=_SPEC, num_cached_tokens=16),
     RenewReservations(attempts=[("cmpl-1", 2), ("cmpl-2", 1)]),
@@ -221,7 +222,7 @@ EXAMPLES: list[Message] = [
         digest=2**64 - 1,
         num_layers=2,
     ),
-    FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status="written"),
+    FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status=AckStatus.WRITTEN),
     FetchBlocks(fetch_id=7, namespace=b"n" * 16, block_hashes=[b"a" * 32, b"b" * 32]),
     BlocksFetched(fetch_id=7, found=[True, False]),
     DropBlocks(fetch_id=8, namespace=b"n" * 16, block_hashes=[b"a" * 32]),

@@ -33,7 +33,7 @@ from kvrelay.machine.contract import (
     StepFailed,
     TimerFired,
 )
-from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, peer_id
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
@@ -189,7 +189,7 @@ class NodeProcess(Process):
     def _registration(self, incarnation: str) -> Register:
         config = self.config
         return Register(
-            node_id=config.name,
+            node_id=NodeId(config.name),
             incarnation=incarnation,
             role=config.role,
             address=config.address,

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.resume_policy import LoadPolicy
-from decode_node.schedule import Schedule, Scheduler
-from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig, StorageConfig
-from kvrelay.machine.outbox import Outbox
+from decode_node.schedule import Schedule
+from kvrelay.config.cluster_config import Role
+from kvrelay.machine.contract import RunStep, StepDone
+from kvrelay.protocol.messages.engine import SampledTokens
+from kvrelay.protocol.messages.prefill_to_decode import HandOff
 from kvrelay.protocol.request import RequestSpec, SamplingParams
-from kvstore.blocks.block_hash import BlockHasher
-from kvstore.blocks.kv_cache import KVCache
-from kvstore.offload.kv_offloader import KVOffloader
-
-QUIET = {"reserve_policy": "none", "watermark": 0.0}
-"""No reserve: tests of one rule are not disturbed by another."""
+from support.machines import node_config, registration, result_of
 
 
 class Desk:
-    """A scheduler of ``num_blocks`` blocks of ``block_size`` tokens; ``step`` does the part of machine and engine."""
+    """The parts of a mixed node's machine with ``num_blocks`` blocks of ``block_size`` tokens; ``step`` is an engine.
+
+    There is no reserve unless ``config`` says so: tests of one rule are not disturbed by another.
+    """
 
     def __init__(
         self, num_blocks: int = 32, block_size: int = 4, speculative: dict[str, Any] | None = None, **config: Any
     ) -> None:
+        cache = {"num_blocks": num_blocks, "block_size": block_size, "output_caching": False}
+        node = node_config(Role.MIXED, cache=cache, speculative=speculative or {}, scheduler=config)
+        machine = DecodeMachine(node, registration(node))
         self.now = 100.0
-        self.kv = KVCache(num_blocks)
-        self.hasher = BlockHasher("model", block_size)
-        settings = SchedulerConfig(**{**QUIET, **config})
-        storage = StorageConfig()
-        offloader, loads = KVOffloader(storage, 1, self.kv, Outbox()), LoadPolicy(storage, block_size)
-        self.scheduler = Scheduler(
-            settings, SpeculativeConfig(**(speculative or {})), self.kv, self.hasher, offloader, loads
-        )
+        self.kv, self.requests, self.scheduler = machine.kv, machine.requests, machine.scheduler
         self.finished: list[DecodeRequest] = []
+        self._hasher, self._steps, self._outbox = machine._hasher, machine._steps, machine._outbox
+        self._block_size = block_size
         self._next_token = 1000
+
+    @property
+    def num_preempted(self) -> int:
+        """Preemptions so far."""
+        return sum(self.scheduler.preemption.counts.values())
 
     # ------------------------------------------------------------ putting requests somewhere
 
@@ -58,7 +61,7 @@ class Desk:
             priority=priority,
         )
         known = [*spec.prompt_token_ids, *spec.output_token_ids]
-        return DecodeRequest(spec, self.hasher.hashes(known), status, self.now)
+        return DecodeRequest(spec, self._hasher.hashes(known), status, self.now)
 
     def tokens(self, count: int) -> list[int]:
         """Return tokens nobody had before."""
@@ -67,88 +70,77 @@ class Desk:
 
     def decode(self, name: str, prompt: int = 4, output: int = 1, **options: Any) -> DecodeRequest:
         """Let a request decode: all its tokens but the newest have their KV in its blocks."""
-        request = self.request(name, prompt, DecodeStatus.RUNNING_DECODE, output, **options)
-        self._give_blocks(request, len(request.token_ids) - 1)
-        self.scheduler.decoding[request] = None
+        request = self.request(name, prompt, DecodeStatus.RESERVING, output, **options)
+        self._receive(request, len(request.token_ids) - 1)
+        self.requests.move(request, DecodeStatus.RUNNING_DECODE, self.now)
         return request
 
     def prefill(self, name: str, prompt: int | list[int], computed: int = 0, **options: Any) -> DecodeRequest:
-        """Let a request be in the midst of its prefill."""
-        request = self.request(name, prompt, DecodeStatus.RUNNING_PREFILL, **options)
-        self._give_blocks(request, len(request.token_ids))
+        """Let a request be in the midst of its prefill, with blocks of its own for all its tokens."""
+        request = self.wait(name, prompt, **options)
+        self.scheduler.admission._take_blocks(request, self._num_blocks(len(request.token_ids)), [])
         request.num_computed_tokens = computed
-        self.scheduler.prefilling[request] = None
-        self.scheduler.order.arrived(request, request.priority, request.num_tokens, self.now)
-        self.scheduler.order.admitted(request, request.num_tokens)
-        self.scheduler.order.ready(request, request.num_uncomputed_tokens)
+        self.requests.move(request, DecodeStatus.RUNNING_PREFILL, self.now)
         return request
 
     def receive(self, name: str, prompt: int, **options: Any) -> DecodeRequest:
         """Let a request be reserved for a prefill node: its tokens are not known."""
-        request = self.request(name, 0, DecodeStatus.RECEIVING, **options)
-        self._give_blocks(request, prompt)
-        self.scheduler.receiving[request] = None
+        request = self.request(name, 0, DecodeStatus.RESERVING, **options)
+        self._receive(request, prompt)
         return request
 
     def wait(self, name: str, prompt: int | list[int], **options: Any) -> DecodeRequest:
         """Let a request wait for blocks."""
         request = self.request(name, prompt, DecodeStatus.WAITING, **options)
-        self.scheduler.waiting.add(request)
+        self.requests.add(request)
         return request
 
-    def _give_blocks(self, request: DecodeRequest, num_tokens: int) -> None:
-        request.take_blocks(self.kv.allocate(-(-num_tokens // self.hasher.block_size)))
+    def _receive(self, request: DecodeRequest, num_tokens: int) -> None:
+        request.take_blocks(self.kv.allocate(self._num_blocks(num_tokens)))
         request.num_computed_tokens = num_tokens
+        self.requests.add(request)
+        self.requests.move(request, DecodeStatus.RECEIVING, self.now)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
 
     # ------------------------------------------------------------ steps
 
     def schedule(self) -> Schedule:
-        """Decide a step, and move statuses as the machine does."""
+        """Decide a step that is never computed."""
         schedule = self.scheduler.schedule(self.now)
-        for request in schedule.preempted:
-            request.lifecycle.move(DecodeStatus.PREEMPTED, self.now)
-        for request in schedule.admitted:
-            request.lifecycle.move(DecodeStatus.RUNNING_PREFILL, self.now)
         self.kv.check_invariants()
         return schedule
 
     def step(self) -> Schedule:
-        """Decide a step and let it be computed."""
-        schedule = self.schedule()
-        for request, chunk in zip(schedule.requests, schedule.chunks, strict=True):
-            request.num_computed_tokens = chunk.end
-            if request in self.scheduler.prefilling:
-                self.scheduler.publish(request)
-                if chunk.samples:
-                    self.scheduler.leave_prefill(request)
-                    self._to_decode(request)
-            if chunk.samples:
-                request.token_ids += self.tokens(1)
-                self._finish_if_done(request)
+        """Decide a step and let it be computed: what samples gets a token nobody had before."""
+        self._outbox.now = self.now
+        schedule = self._steps.start_one()
+        self.kv.check_invariants()
+        for action in self._outbox.take():
+            if isinstance(action, RunStep):
+                sampled = [SampledTokens(self.tokens(1) if item.samples else [], []) for item in action.plan.batch]
+                self._steps.ended(StepDone(result_of(action.plan, sampled)))
+        self._outbox.take()
+        self.finished += [request for request in schedule.requests if request.status is DecodeStatus.ENDED]
         return schedule
 
     def arrive(self, request: DecodeRequest, num_tokens: int) -> None:
         """Let the KV and the hand-off of a reserved request come in."""
-        request.token_ids = self.tokens(num_tokens + 1)
-        request.num_prompt_tokens = num_tokens
-        request.num_computed_tokens = num_tokens
-        del self.scheduler.receiving[request]
-        self._to_decode(request)
-
-    def _to_decode(self, request: DecodeRequest) -> None:
-        request.lifecycle.move(DecodeStatus.RUNNING_DECODE, self.now)
-        self.scheduler.decoding[request] = None
-
-    def _finish_if_done(self, request: DecodeRequest) -> None:
-        if request.remaining_output_tokens == 0:
-            del self.scheduler.decoding[request]
-            self.kv.unpin(request.block_table)
-            self.finished.append(request)
+        spec = RequestSpec(
+            request_id=request.spec.request_id,
+            epoch=1,
+            prompt_token_ids=self.tokens(num_tokens),
+            output_token_ids=self.tokens(1),
+            sampling=request.sampling,
+        )
+        request.hand_off(HandOff(request=spec, num_cached_tokens=0))
+        self.requests.move(request, DecodeStatus.RUNNING_DECODE, self.now)
 
     def run(self, max_steps: int = 1000) -> int:
         """Take steps until nobody is left; return how many."""
         for number in range(max_steps):
-            if not self.scheduler.num_holding and not self.scheduler.waiting:
+            if not self.requests.num_holding and not self.requests.waiting:
                 return number
             schedule = self.step()
             assert schedule.chunks, "a step with nothing in it while somebody waits"

@@ -30,6 +30,7 @@ from kvrelay.config.cluster_config import (
 from kvrelay.engine.fake import reference_tokens
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import StopRequested
+from kvrelay.node.request_table import RequestTable
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
@@ -305,6 +306,7 @@ class World:
         """Look for broken invariants after an event, if this World is careful."""
         if self.careful and isinstance(process, NodeProcess):
             process.machine.kv.check_invariants()
+            _check_containers(process.machine.requests)
 
     # ------------------------------------------------------------ clients
 
@@ -407,3 +409,12 @@ class World:
                 self.settle()
         finally:
             self.close()
+
+
+def _check_containers(requests: RequestTable[Any, Any]) -> None:
+    """Assert that each request is in the container of its status and in no other."""
+    containers: dict[int, Any] = {id(container): container for container in requests._containers.values()}
+    for request in requests:
+        places = [key for key, container in containers.items() if request in container]
+        assert places == [id(requests._containers[request.status])], f"{request.spec.request_id}: {request.status}"
+    assert sum(len(container) for container in containers.values()) == len(requests)

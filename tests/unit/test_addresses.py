@@ -12,6 +12,7 @@ from support.loops import Inbox, run
 
 from kvrelay.addresses import has_only_ipv6, is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.machine.contract import Received
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.runtime.transport import Transport
 
@@ -85,7 +86,7 @@ def test_listening_at_a_name_that_has_only_an_ipv6_address(monkeypatch: pytest.M
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
     async def check() -> None:
-        server = Transport("d0#1", Inbox())
+        server = Transport(PeerId("d0#1"), Inbox())
         try:
             [address] = server.bind("tcp://six.test:0")
             assert address.startswith("tcp://[::1]:")
@@ -128,18 +129,18 @@ def test_reaching_out_to_a_name_that_has_only_an_ipv6_address(tmp_path: Path) ->
 def test_messages_over_ipv6_and_ipv4_at_once() -> None:
     async def check() -> None:
         at_server, at_clients = Inbox(), [Inbox(), Inbox()]
-        server = Transport("d0#1", at_server)
-        clients = [Transport(f"p{index}#1", inbox) for index, inbox in enumerate(at_clients)]
+        server = Transport(PeerId("d0#1"), at_server)
+        clients = [Transport(PeerId(f"p{index}#1"), inbox) for index, inbox in enumerate(at_clients)]
         try:
             addresses = server.bind("tcp://[::1]:0", "tcp://127.0.0.1:0")
             assert [is_ipv6(address) for address in addresses] == [True, False]
             for client, address in zip(clients, addresses, strict=True):
-                client.connect("d0#1", address)
-                client.send("d0#1", Heartbeat())
+                client.connect(PeerId("d0#1"), address)
+                client.send(PeerId("d0#1"), Heartbeat())
             heard = [await at_server.next() for _ in clients]
             assert {event.peer for event in heard if isinstance(event, Received)} == {"p0#1", "p1#1"}
-            server.send("p0#1", Heartbeat())
-            assert await at_clients[0].next() == Received("d0#1", Heartbeat())
+            server.send(PeerId("p0#1"), Heartbeat())
+            assert await at_clients[0].next() == Received(PeerId("d0#1"), Heartbeat())
         finally:
             for transport in (server, *clients):
                 transport.close()
@@ -153,13 +154,13 @@ def test_a_client_that_reaches_out_before_anybody_listens_at_ipv6_is_heard() -> 
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
             address = tcp_address("::1", probe.getsockname()[1])
         at_server = Inbox()
-        client, server = Transport("p0#1", Inbox()), Transport("d0#1", at_server)
+        client, server = Transport(PeerId("p0#1"), Inbox()), Transport(PeerId("d0#1"), at_server)
         try:
-            client.connect("d0#1", address)
-            client.send("d0#1", Heartbeat())
+            client.connect(PeerId("d0#1"), address)
+            client.send(PeerId("d0#1"), Heartbeat())
             await asyncio.sleep(0)
             server.bind(address)
-            assert await at_server.next() == Received("p0#1", Heartbeat())
+            assert await at_server.next() == Received(PeerId("p0#1"), Heartbeat())
         finally:
             client.close()
             server.close()

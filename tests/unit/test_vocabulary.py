@@ -16,14 +16,14 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.lifecycle import Lifecycle
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import Attempt, new_incarnation, peer_id, peer_name
+from kvrelay.protocol.ids import Attempt, NodeId, PeerId, new_incarnation, peer_id, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, Sequence
 
 GEOMETRY = KVGeometry(4, 2, 8, 16, "bfloat16", "digest")
 REGISTER = Register(
-    node_id="d0",
+    node_id=NodeId("d0"),
     incarnation="1",
     role="decode",
     address="tcp://127.0.0.1:1",
@@ -40,7 +40,7 @@ REGISTER = Register(
 
 def test_peers_are_names_with_an_incarnation() -> None:
     assert peer_id("d0", "abcd") == "d0#abcd"
-    assert peer_name("d0#abcd") == peer_name("d0") == "d0"
+    assert peer_name(PeerId("d0#abcd")) == peer_name(PeerId("d0")) == "d0"
     assert len({new_incarnation() for _ in range(100)}) == 100
 
 
@@ -153,32 +153,32 @@ def test_an_illegal_step_raises_with_the_story_and_changes_nothing() -> None:
 
 def test_a_peer_is_lost_after_the_timeout_and_only_once() -> None:
     liveness = Liveness(peer_timeout_s=5.0)
-    liveness.watch("d0", 0.0)
-    liveness.watch("d1", 3.0)
+    liveness.watch(PeerId("d0"), 0.0)
+    liveness.watch(PeerId("d1"), 3.0)
     assert liveness.lost(4.9) == []
     assert liveness.lost(5.0) == ["d0"]
     assert liveness.lost(7.9) == []
-    assert "d0" not in liveness
+    assert PeerId("d0") not in liveness
     assert liveness.lost(8.0) == ["d1"]
     assert liveness.peers == []
 
 
 def test_signs_of_life_put_the_deadline_off() -> None:
     liveness = Liveness(peer_timeout_s=5.0)
-    liveness.watch("d0", 0.0)
-    liveness.heard("d0", 4.0)
-    liveness.watch("d0", 4.5)  # watching again is not a sign of life
+    liveness.watch(PeerId("d0"), 0.0)
+    liveness.heard(PeerId("d0"), 4.0)
+    liveness.watch(PeerId("d0"), 4.5)  # watching again is not a sign of life
     assert liveness.lost(8.9) == []
     assert liveness.lost(9.0) == ["d0"]
 
 
 def test_a_word_from_somebody_not_watched_changes_nothing() -> None:
     liveness = Liveness(peer_timeout_s=5.0)
-    liveness.heard("stranger", 0.0)
-    assert "stranger" not in liveness
-    liveness.watch("d0", 0.0)
-    liveness.forget("d0")
-    liveness.forget("d0")
+    liveness.heard(PeerId("stranger"), 0.0)
+    assert PeerId("stranger") not in liveness
+    liveness.watch(PeerId("d0"), 0.0)
+    liveness.forget(PeerId("d0"))
+    liveness.forget(PeerId("d0"))
     assert liveness.lost(100.0) == []
 
 

@@ -53,7 +53,7 @@ class LayerEvents:
 
 
 class PlainPool:
-    """A pool with nothing to copy: the node's memory itself, or memory of the device that nobody else reads."""
+    """A pool without copies: the node's memory, or device memory that no other process reads."""
 
     def __init__(self, tensor: Tensor, memory: KVMemory, framework: Framework, stream: Stream) -> None:
         self._framework, self._stream = framework, stream

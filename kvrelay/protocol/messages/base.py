@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvrelay.errors import KVRelayError
+from kvrelay.protocol.ids import PeerId
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,14 +29,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
 class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
     """The address at which a node listens for its peers; ``peer`` is the node's name and incarnation."""
 
-    peer: str
+    peer: PeerId
     address: str
 
 
 class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
     """The addresses at which a messager listens for frames. ``ipc`` is only for senders with the same ``host_id``."""
 
-    peer: str
+    peer: PeerId
     host_id: str
     tcp: str
     ipc: str

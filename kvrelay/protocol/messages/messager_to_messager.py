@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import TypeAlias
+
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
@@ -71,6 +74,14 @@ class KVFrame(Message, frozen=True, kw_only=True):
         return range(self.layer, self.layer + self.num_layers)
 
 
+class AckStatus(StrEnum):
+    """What became of a frame: written, not expected now, or not as it was sent."""
+
+    WRITTEN = "written"
+    STALE = "stale"
+    CORRUPT = "corrupt"
+
+
 class FrameAck(Message, frozen=True, kw_only=True):
     """D's messager -> P's, answers KVFrame. ``status``: ``written``; ``stale``, the attempt is not expected; or
     ``corrupt``, the digest or the frame is wrong or the frame exceeds the credit.
@@ -83,4 +94,7 @@ class FrameAck(Message, frozen=True, kw_only=True):
     layer: int
     first_block: int
     num_bytes: int
-    status: str
+    status: AckStatus
+
+
+MessagerToMessager: TypeAlias = KVFrame | FrameAck | LinkHello | LinkAccepted | LinkRefused

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress, Message
@@ -102,3 +104,10 @@ class MessagerStats(Message, frozen=True, kw_only=True):
 
     counters: dict[str, float]
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+TransferEnding: TypeAlias = TransferDone | TransferFailed | TransferClosed
+"""What ends a transfer on P."""
+
+KVEnding: TypeAlias = KVArrived | KVFailed | KVCancelled
+"""What ends what D expects."""

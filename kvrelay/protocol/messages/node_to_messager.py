@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from kvrelay.protocol.messages.base import LinkAddress, Message
@@ -96,3 +98,8 @@ class StopMessager(Message, frozen=True, kw_only=True):
 
     The reader closes its links and exits.
     """
+
+
+NodeToMessager: TypeAlias = (
+    LayerSignal | CachedSignal | OpenTransfer | CloseTransfer | ExpectKV | CancelKV | StopMessager
+)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
 
@@ -21,7 +22,7 @@ class Register(Message, frozen=True, kw_only=True):
     node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id.
     """
 
-    node_id: str
+    node_id: NodeId
     incarnation: str
     role: str
     address: str
@@ -100,7 +101,7 @@ class DecodeNeeded(Message, frozen=True, kw_only=True):
 
     request_id: str
     epoch: int
-    refused_by: str
+    refused_by: PeerId
     reason: str
     retry_after_s: float
 

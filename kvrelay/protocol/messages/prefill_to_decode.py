@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, PeerId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import RequestSpec
 
@@ -21,7 +21,7 @@ class ReserveBlocks(Message, frozen=True, kw_only=True):
     num_tokens: int
     max_tokens: int
     priority: int = 0
-    router: str = ROUTER
+    router: PeerId = ROUTER
 
 
 class HandOff(Message, frozen=True, kw_only=True):

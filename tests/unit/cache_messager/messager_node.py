@@ -12,7 +12,7 @@ from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.contract import PeerLost, Received
-from kvrelay.protocol.ids import MESSAGER
+from kvrelay.protocol.ids import MESSAGER, PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
 from kvrelay.runtime.transport import Transport
@@ -31,9 +31,9 @@ class MessagerNode:
         self.link: LinkAddress
         self.lost = asyncio.Event()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.transport = Transport(self.me, self._deliver)
+        self.transport = Transport(PeerId(self.me), self._deliver)
         self.transport.bind(self.address)
-        self.transport.alias(MESSAGER, f"{name}.messager#1")
+        self.transport.alias(MESSAGER, PeerId(f"{name}.messager#1"))
 
     def _deliver(self, event: object) -> None:
         match event:
@@ -58,8 +58,8 @@ async def messager_node(name: str, directory: Path, pool: KVMemory, **changes: o
     """Run a node ``name`` with its messager, whose settings are those of a default config but for ``changes``."""
     node = MessagerNode(name, directory, pool)
     settings = MessagerSettings(
-        me=f"{name}.messager#1",
-        node=node.me,
+        me=PeerId(f"{name}.messager#1"),
+        node=PeerId(node.me),
         node_address=node.address,
         geometry=pool.geometry,
         pool=pool.handle,

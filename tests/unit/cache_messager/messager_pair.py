@@ -65,7 +65,9 @@ GEOMETRY = KVGeometry(
 NUM_BLOCKS = 64
 BLOCK_BYTES = GEOMETRY.layer_block_bytes
 
-P_NODE, P, D, D_NODE = "p0#1", "p0.messager#1", "d0.messager#1", "d0#1"
+P_NODE, P, D, D_NODE = (PeerId(name) for name in ("p0#1", "p0.messager#1", "d0.messager#1", "d0#1"))
+SERVICE = PeerId("service")
+"""Where the actions that a messager's service performs come from."""
 NODE_OF = {P: P_NODE, D: D_NODE}
 
 SCRIBBLE = 0xEE
@@ -103,7 +105,7 @@ class _Service:
         self._pair.transmit(self._me, peer, message, tuple(payload))
 
     def post(self, event: object) -> None:
-        self._pair.channels["service", self._me].append(event)
+        self._pair.channels[SERVICE, self._me].append(event)
 
     def call_threadsafe(self, call: Callable[[], None]) -> None:
         raise AssertionError("everything is on one thread here")
@@ -214,7 +216,7 @@ class Pair:
 
     # ------------------------------------------------------------ the network
 
-    def feed(self, me: PeerId, event: object) -> None:
+    def feed(self, me: PeerId, event: Any) -> None:
         end = self.ends[me]
         if end.exit_reason is None:
             for action in end.machine.handle(event, self.now):
@@ -231,7 +233,7 @@ class Pair:
                 self._watch_sent(frame)
                 end.handlers[SendFrame](action)
             case WriteBlocks() | AcceptLink() | DropLink():
-                self.channels["service", me].append(action)
+                self.channels[SERVICE, me].append(action)
             case Connect(peer=peer):
                 assert peer not in self.connections, "connected twice"
                 self.connections.add(peer)
@@ -264,7 +266,7 @@ class Pair:
             return False
         source, me = channel = self.rng.choice(busy)
         item = self.channels[channel].popleft()
-        if source == "service":
+        if source == SERVICE:
             self._serve(me, item)
         elif source in NODE_OF.values():
             assert isinstance(item, Message)

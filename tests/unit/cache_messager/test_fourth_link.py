@@ -24,7 +24,7 @@ from cache_messager.work import FrameSent
 from kvrelay.errors import TransferError
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import BlockId
+from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -52,7 +52,7 @@ class ThreadLink(shm.Link):
         if self.fails:
             self._thread.submit(self._host.post, FrameSent(frame, TransferError("the device is gone")))
         else:
-            self._thread.submit(super().send, peer, frame, source_block_ids)
+            self._thread.submit(super().send, PeerId(peer), frame, source_block_ids)
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
         self._thread.submit(super().write, link_id, frame, payload)
@@ -94,8 +94,8 @@ async def _two_nodes(directory: Path, sources: list[int], targets: list[int]) ->
             node = MessagerNode(name, directory, pool)
             stack.callback(node.transport.close)
             settings = MessagerSettings(
-                me=f"{name}.messager#1",
-                node=node.me,
+                me=PeerId(f"{name}.messager#1"),
+                node=PeerId(node.me),
                 node_address=node.address,
                 geometry=GEOMETRY,
                 pool=pool.handle,

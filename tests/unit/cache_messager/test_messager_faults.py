@@ -7,14 +7,15 @@ import random
 
 import msgspec
 import pytest
-from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, D, P, Pair, one_of_each
+from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, SERVICE, D, P, Pair, one_of_each
 
 from cache_messager.work import FrameSent, SendFrame
 from kvrelay.errors import TransferError
 from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import (
+    AckStatus,
     FrameAck,
     KVFrame,
     LinkAccepted,
@@ -39,7 +40,7 @@ def started(pair: Pair, attempt: Attempt = A, num_blocks: int = 4) -> tuple[list
 
 def failure(pair: Pair, me: str = P) -> TransferFailed | KVFailed:
     """Return the one failure the node was told."""
-    (failed,) = pair.told(me, TransferFailed, KVFailed)
+    (failed,) = pair.told(PeerId(me), TransferFailed, KVFailed)
     assert isinstance(failed, TransferFailed | KVFailed)
     return failed
 
@@ -76,7 +77,7 @@ def test_progress_puts_the_timeout_off() -> None:
         for _ in range(12):  # one frame each 2 s, and always more to send
             pair.now += 2
             pair.feed(P, TimerFired("heartbeat"))
-            for channel in (("service", P), (P, D), ("service", D), (D, P)):
+            for channel in ((SERVICE, P), (P, D), (SERVICE, D), (D, P)):
                 pair.run([channel])
         assert pair.endings(P, A) == ["TransferDone"]
 
@@ -176,7 +177,9 @@ def test_failure_waits_until_no_frame_is_under_way() -> None:
         sources, _ = started(pair)
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
-        stale = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status="stale")
+        stale = FrameAck(
+            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+        )
         pair.feed(P, Received(D, stale))
         assert pair.endings(P, A) == [], "two frames of it may still be read"
         pair.run()
@@ -189,7 +192,9 @@ def test_signals_of_a_failing_transfer_send_nothing_more() -> None:
         pair.signal(A, 0, 0, sources[:2])
         pair.signal(A, 1, 0, sources)
         pair.run([(P_NODE, P)])
-        stale = FrameAck(request_id="a", epoch=1, layer=1, first_block=0, num_bytes=4 * BLOCK_BYTES, status="stale")
+        stale = FrameAck(
+            request_id="a", epoch=1, layer=1, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+        )
         pair.feed(P, Received(D, stale))
         pair.signal(A, 0, 2, sources)
         pair.run([(P_NODE, P)])
@@ -203,10 +208,12 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
         pair.run([(P_NODE, P)])
-        other = LinkAddress(peer="d1.messager#1", host_id="host", tcp="tcp://d1", ipc="ipc://d1")
+        other = LinkAddress(peer=PeerId("d1.messager#1"), host_id="host", tcp="tcp://d1", ipc="ipc://d1")
         pair.say(P, OpenTransfer(request_id="b", epoch=1, link=other, first_block=0, target_block_ids=[1]))
         pair.run([(P_NODE, P)])
-        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status="written")
+        ack = FrameAck(
+            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.WRITTEN
+        )
         pair.feed(P, Received(other.peer, ack))
         assert pair.counter(P, "unexpected_acks") == 1
         assert pair.ends[P].machine.gauges()["inflight_bytes"] == 4 * BLOCK_BYTES
@@ -215,9 +222,9 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
 def test_acknowledgements_of_nothing_are_counted() -> None:
     with Pair() as pair:
         sources, _ = started(pair)
-        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=1, status="written")
+        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=1, status=AckStatus.WRITTEN)
         pair.feed(P, Received(D, ack))
-        pair.feed(P, Received("x#1", msgspec.structs.replace(ack, request_id="b")))
+        pair.feed(P, Received(PeerId("x#1"), msgspec.structs.replace(ack, request_id="b")))
         assert pair.counter(P, "unexpected_acks") == 2
         pair.signal_all(A, sources)
         pair.run()
@@ -413,7 +420,7 @@ def test_frame_on_a_link_nobody_opened_is_answered() -> None:
             num_bytes=BLOCK_BYTES,
             digest=0,
         )
-        actions = pair.ends[D].machine.handle(Received("x#1", frame), 0.0)
+        actions = pair.ends[D].machine.handle(Received(PeerId("x#1"), frame), 0.0)
         assert [action.message for action in actions if isinstance(action, Send)] == [
             LinkRefused(reason="frames need an accepted link")
         ]
@@ -426,7 +433,7 @@ def test_frame_on_a_link_nobody_opened_is_answered() -> None:
 def test_message_no_messager_takes_is_counted_and_logged_once(peer: str, message: Message) -> None:
     with Pair() as pair:
         for _ in range(3):
-            pair.feed(D, Received(peer, message))
+            pair.feed(D, Received(PeerId(peer), message))
         assert [(log.event, log.fields["peer"]) for log in pair.ends[D].logs] == [("unexpected message", peer)]
         pair.advance(1.0)
         [stats] = pair.told(D, MessagerStats)
@@ -517,7 +524,7 @@ def test_lost_link_is_opened_anew_for_the_next_transfer() -> None:
 
 
 @pytest.mark.parametrize("me", [P, D])
-def test_messager_ends_with_its_node(me: str) -> None:
+def test_messager_ends_with_its_node(me: PeerId) -> None:
     with Pair() as pair:
         started(pair)
         pair.feed(me, PeerLost(P_NODE if me == P else D_NODE, "gone"))
@@ -546,14 +553,14 @@ def test_close_is_answered_when_the_link_is_lost() -> None:
         pair.run([(P_NODE, P)])
         pair.feed(P, PeerLost(D, "gone"))
         assert pair.endings(P, A) == [], "the link may still read the blocks"
-        pair.run([("service", P)])
+        pair.run([(SERVICE, P)])
         assert pair.endings(P, A) == ["TransferClosed"]
 
 
 def test_frame_that_the_link_cannot_send_fails_the_transfer_and_returns_its_credit() -> None:
     with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
-        pair.ends[P].handlers[SendFrame] = lambda action: pair.channels["service", P].append(
+        pair.ends[P].handlers[SendFrame] = lambda action: pair.channels[SERVICE, P].append(
             FrameSent(action.frame, TransferError("the device is gone"))
         )
         pair.signal_all(A, sources)
@@ -683,7 +690,7 @@ def test_failed_expectation_waits_for_the_other_writes() -> None:
         pair.step([(P, D)])
         pair.corrupt_payload = False
         pair.run([(P, D)])
-        pair.step([("service", D)])
+        pair.step([(SERVICE, D)])
         assert pair.endings(D, A) == [], "two more frames are being written"
         pair.run()
         assert pair.endings(D, A) == ["KVFailed"]

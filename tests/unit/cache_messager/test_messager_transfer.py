@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from messager_pair import BLOCK_BYTES, GEOMETRY, D, P, Pair, one_of_each
+from messager_pair import BLOCK_BYTES, GEOMETRY, P_NODE, D, P, Pair, one_of_each
 
 from cache_messager import pending
 from cache_messager.transfer import TRANSITIONS, TransferStatus
@@ -91,7 +91,7 @@ def test_layer_times_span_first_frame_to_last_acknowledgement() -> None:
             pair.run()
             pair.now += 0.5
             pair.signal(A, layer, 2, sources)
-            pair.run([("p0#1", P)])
+            pair.run([(P_NODE, P)])
             pair.now += 0.5
             pair.run()
         (done,) = pair.told(P, TransferDone)
@@ -260,7 +260,7 @@ def test_few_small_frames_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch)
         pair.open(A, targets)
         pair.run()
         pair.signal_all(A, sources)
-        pair.run([("p0#1", P)])
+        pair.run([(P_NODE, P)])
         assert len(pair.frames) == 2
         pair.run()
         pair.assert_moved(A)

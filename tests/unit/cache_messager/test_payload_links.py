@@ -17,6 +17,7 @@ from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
@@ -71,7 +72,7 @@ class Host:
 
 def send(kind: type[KVLink], host: Host, frame: KVFrame) -> tuple[KVFrame, list[memoryview]]:
     sources = frame.source_block_ids
-    kind(host).send("d0", msgspec.structs.replace(frame, source_block_ids=[]), sources)
+    kind(host).send(PeerId("d0"), msgspec.structs.replace(frame, source_block_ids=[]), sources)
     return host.sent.pop()
 
 

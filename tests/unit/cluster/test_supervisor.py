@@ -157,7 +157,7 @@ async def test_a_crashed_process_is_started_again_later_and_later() -> None:
     supervisor = supervisor_of(spec("d0", SAY_READY + "raise SystemExit(7)"), screen=screen, time=time)
     running = asyncio.create_task(supervisor.run(os.environ))
 
-    shown = await screen.wait_for("d0 exited with 7; starting it again", count=4)
+    shown = await screen.wait_for("d0 exited with 7; restarting it", count=4)
     supervisor.stop()
 
     assert await running == 0

@@ -65,9 +65,10 @@ def test_earlier_names_of_keys_are_accepted_with_a_warning_each(tmp_path: Path) 
     assert (config.router.prefill_routing, config.router.decode_routing) == ("round_robin", "round_robin")
     assert config.node("d0").router.decode_routing == "least_loaded"
     assert config.warnings == (
-        f"{path}:3: router.prefill_policy: is called prefill_routing now",
-        f"{path}:3: router.decode_policy: is called decode_routing now",
-        "--set nodes.d0.router.decode_policy=least_loaded: nodes.d0.router.decode_policy: is called decode_routing now",
+        f"{path}:3: router.prefill_policy: is deprecated, use prefill_routing",
+        f"{path}:3: router.decode_policy: is deprecated, use decode_routing",
+        "--set nodes.d0.router.decode_policy=least_loaded: nodes.d0.router.decode_policy: is deprecated, use "
+        "decode_routing",
     )
     assert ClusterConfig.from_data({"nodes": [{"name": "m0", "role": "mixed", "port": 1}]}).warnings == ()
 

@@ -50,7 +50,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "earlier and present name of a key": (
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
-        ["7: router.prefill_policy: is the earlier name of prefill_routing, which is given too"],
+        ["7: router.prefill_policy: is the old name of prefill_routing, which is given too"],
     ),
     "no room for one body": (
         GOOD + "router: {max_total_body_bytes: 8MiB}\n",

@@ -141,10 +141,10 @@ def test_blocks_that_a_plan_in_flight_reads_are_exchanged_when_it_is_over() -> N
     tokens = harness.tokens(12)
     one, other = harness.prefill("a", tokens), harness.prefill("b", tokens)
     one.num_computed_tokens = other.num_computed_tokens = 8
-    harness.scheduler.publish(one)
+    harness.scheduler.publisher.publish(one)
     submit(harness, harness.schedule())
     copies = list(other.block_table)
-    harness.scheduler.publish(other)
+    harness.scheduler.publisher.publish(other)
     assert list(other.block_table) == copies
     harness.scheduler.in_flight.end(StepFailed(1, "the test says so"))
     schedule = harness.schedule()

@@ -82,9 +82,9 @@ def test_a_preempted_request_may_fail_when_it_is_resumed() -> None:
     harness = NodeHarness(Role.MIXED, cache={"num_blocks": 6, "prefix_caching": False})
     generate(harness, "a", list(range(8)), max_tokens=9)
     generate(harness, "b", list(range(20, 28)), max_tokens=9)
-    while not harness.machine.scheduler.num_preempted:
+    while not sum(harness.machine.scheduler.preemption.counts.values()):
         harness.finish_step()
-    [victim] = list(harness.machine.scheduler.waiting)
+    [victim] = list(harness.machine.requests.waiting)
     name = victim.spec.request_id
     while name not in harness.planned():
         harness.finish_step()

@@ -364,7 +364,7 @@ def test_prompts_that_arrived_side_by_side_keep_one_copy_of_what_they_share() ->
         arrived(harness, name)
         hand_off(harness, name)
     assert harness.num_used == 4  # two shared, and the last of each
-    tables = [request.block_table for request in harness.machine.scheduler.decoding]
+    tables = [request.block_table for request in harness.machine.requests.decoding]
     assert tables[0][:2] == tables[1][:2]
     harness.run_steps()
     harness.machine.assert_quiescent()
@@ -683,4 +683,4 @@ def test_quiescence_tells_the_story_of_what_is_left() -> None:
     reserve(harness, num_tokens=4)
     with pytest.raises(LocalProtocolError, match=r"quiescent|block"):
         harness.machine.assert_quiescent()
-    assert harness.machine.scheduler.growing()[0].status is DecodeStatus.RESERVING
+    assert harness.machine.requests.growing()[0].status is DecodeStatus.RESERVING

@@ -65,9 +65,9 @@ def test_what_is_published_while_a_prompt_waits_makes_it_shorter() -> None:
     harness.wait("computes", common)
     harness.wait("other", 18)
     harness.wait("shares", [*common, *harness.tokens(5)])
-    assert names(harness.scheduler.waiting.ordered(harness.now)) == ["computes", "other", "shares"]
+    assert names(harness.requests.waiting.ordered(harness.now)) == ["computes", "other", "shares"]
     harness.step()
-    assert names(harness.scheduler.waiting.ordered(harness.now)) == ["shares", "other"]
+    assert names(harness.requests.waiting.ordered(harness.now)) == ["shares", "other"]
 
 
 def test_a_prompt_whose_next_block_is_being_computed_comes_after_others() -> None:
@@ -88,10 +88,10 @@ def test_a_reservation_is_refused_while_a_prompt_waits_that_has_been_overtaken_e
     harness.decode("a", prompt=16)
     harness.wait("long", 28)
     harness.schedule()
-    assert harness.scheduler.may_reserve(0, 12, harness.now) is None
-    harness.scheduler.order.passed(0, 12)
-    assert harness.scheduler.may_reserve(0, 12, harness.now) == "prompts that came earlier wait for blocks"
-    assert harness.scheduler.may_reserve(0, 8, harness.now) is None
+    assert harness.scheduler.admission.may_reserve(0, 12, harness.now) is None
+    harness.requests.order.passed(0, 12)
+    assert harness.scheduler.admission.may_reserve(0, 12, harness.now) == "prompts that came earlier wait for blocks"
+    assert harness.scheduler.admission.may_reserve(0, 8, harness.now) is None
 
 
 def test_what_is_left_of_the_budget_goes_to_the_next_prompt() -> None:
@@ -100,7 +100,7 @@ def test_what_is_left_of_the_budget_goes_to_the_next_prompt() -> None:
         harness.wait(name, 6)
     schedule = harness.schedule()
     assert [chunk.num_tokens for chunk in schedule.chunks] == [6, 4]
-    assert names(harness.scheduler.waiting) == ["z"]
+    assert names(harness.requests.waiting) == ["z"]
 
 
 def test_more_decodes_than_the_budget_take_turns() -> None:
@@ -196,7 +196,7 @@ def test_the_reserve_counts_running_prefills_and_reserved_requests_too() -> None
     for kind in ("decode", "prefill", "receive"):
         harness = Desk(num_blocks=12, reserve_policy="fixed_blocks", fixed_blocks={"blocks": 3})
         getattr(harness, kind)("a", 4)
-        assert harness.scheduler.reserved_blocks() == 3
+        assert harness.scheduler.admission.headroom_blocks() == 3
 
 
 def test_a_running_prefill_goes_on_whatever_the_reserve() -> None:
@@ -314,7 +314,7 @@ def test_shortest_output_first_takes_who_has_least_to_lose_and_of_equals_the_lon
     for name, prompt, output in (("a", 3, 2), ("b", 7, 2), ("c", 4, 9), ("d", 3, 6)):
         harness.decode(name, prompt=prompt, output=output)
     assert harness.kv.num_free == 0
-    assert names(harness.scheduler._order(list(harness.scheduler.decoding))) == ["b", "a", "d", "c"]
+    assert names(harness.scheduler.preemption._order(list(harness.requests.decoding))) == ["b", "a", "d", "c"]
     assert names(harness.schedule().preempted) == ["b", "a"]
 
 
@@ -346,7 +346,7 @@ def test_one_decode_stays_and_sits_out_while_others_hold_what_it_needs() -> None
     assert not schedule.chunks
     assert not schedule.preempted
     assert schedule.exceeds_pool is None
-    assert waiting in harness.scheduler.decoding
+    assert waiting in harness.requests.decoding
     # As soon as the other decodes it can give way.
     harness.arrive(coming, 8)
     schedule = harness.schedule()
@@ -406,15 +406,17 @@ def test_a_step_that_preempted_admits_nobody() -> None:
 
 
 @pytest.mark.parametrize(("requeue", "order"), [("front", ["b", "c", "new"]), ("tail", ["new", "b", "c"])])
-def test_victims_go_back_in_the_order_they_came(requeue: str, order: list[str]) -> None:
+def test_victims_go_back_in_the_order_they_came(
+    requeue: str, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     harness = Desk(num_blocks=6, requeue=requeue)
     for name in "abc":
         harness.decode(name, prompt=8, output=1)
         harness.now += 1
     harness.wait("new", 4)
-    harness.scheduler.reserve = type("Room", (type(harness.scheduler.reserve),), {"room_blocks": lambda self, n: 4})()
+    monkeypatch.setattr(harness.scheduler.reserve, "room_blocks", lambda num_decodes: 4)
     assert names(harness.schedule().preempted) == ["c", "b"]
-    assert names(harness.scheduler.waiting) == order
+    assert names(harness.requests.waiting) == order
 
 
 def test_a_victim_gives_all_its_blocks_back_and_they_stay_matchable() -> None:
@@ -451,7 +453,7 @@ def test_a_single_free_block_does_not_thrash() -> None:
     for name in "abcd":
         harness.decode(name, prompt=8, output=1, max_tokens=24)
     harness.run()
-    assert harness.scheduler.num_preempted <= 4
+    assert harness.num_preempted <= 4
     assert sorted(names(harness.finished)) == ["a", "b", "c", "d"]
 
 
@@ -500,7 +502,7 @@ def test_waiting_makes_urgent() -> None:
     harness.wait("old", 4, priority=1)
     harness.now += 9.9
     harness.wait("new", 4, priority=0)
-    assert names(harness.scheduler.waiting.ordered(harness.now)) == ["new", "old"]
+    assert names(harness.requests.waiting.ordered(harness.now)) == ["new", "old"]
     harness = Desk(num_blocks=64, max_num_seqs=1, priority_aging_s=10.0, **PRIORITY)
     harness.wait("old", 4, priority=1)
     harness.now += 10.1
@@ -567,7 +569,7 @@ def test_an_old_request_is_not_preempted_for_one_that_would_have_to_wait_for_it_
     harness.now += 60.0
     harness.wait("urgent", 8, priority=0, max_tokens=16)
     harness.run()
-    assert harness.scheduler.num_preempted <= 2
+    assert harness.num_preempted <= 2
     assert len(harness.finished) == 3
 
 
@@ -592,9 +594,9 @@ def test_reservations_are_refused_while_preempted_requests_wait() -> None:
     harness = Desk(num_blocks=4)
     for name in "ab":
         harness.decode(name, prompt=8, output=1)
-    assert harness.scheduler.may_reserve(0, 4, harness.now) is None
+    assert harness.scheduler.admission.may_reserve(0, 4, harness.now) is None
     harness.schedule()
-    assert harness.scheduler.may_reserve(0, 4, harness.now) == "preempted requests wait for blocks"
+    assert harness.scheduler.admission.may_reserve(0, 4, harness.now) == "preempted requests wait for blocks"
 
 
 def test_an_urgent_reservation_need_not_wait_for_a_less_urgent_preempted_request() -> None:
@@ -602,17 +604,17 @@ def test_an_urgent_reservation_need_not_wait_for_a_less_urgent_preempted_request
     for name in "ab":
         harness.decode(name, prompt=8, output=1, priority=5)
     harness.schedule()
-    assert harness.scheduler.may_reserve(5, 4, harness.now) is not None
-    assert harness.scheduler.may_reserve(4, 4, harness.now) is None
+    assert harness.scheduler.admission.may_reserve(5, 4, harness.now) is not None
+    assert harness.scheduler.admission.may_reserve(4, 4, harness.now) is None
 
 
 def test_reservations_count_against_max_num_seqs_with_those_that_wait() -> None:
     harness = Desk(max_num_seqs=3)
     harness.decode("a")
     harness.receive("b", 4)
-    assert harness.scheduler.may_reserve(0, 4, harness.now) is None
+    assert harness.scheduler.admission.may_reserve(0, 4, harness.now) is None
     harness.wait("c", 4)
-    assert harness.scheduler.may_reserve(0, 4, harness.now) == "max_num_seqs (3) requests are here"
+    assert harness.scheduler.admission.may_reserve(0, 4, harness.now) == "max_num_seqs (3) requests are here"
 
 
 def test_reserved_requests_that_cannot_be_preempted_leave_a_running_one_room_to_grow() -> None:
@@ -621,7 +623,7 @@ def test_reserved_requests_that_cannot_be_preempted_leave_a_running_one_room_to_
     running = harness.decode("running", prompt=4, output=1, max_tokens=25)
     newcomer = harness.request("newcomer", 0, DecodeStatus.RESERVING, max_tokens=8)
     num_reserved = 0
-    while harness.scheduler.fits(newcomer, 2, []):
+    while harness.scheduler.admission.fits(newcomer, 2, []):
         harness.receive(f"reserved {num_reserved}", 8, max_tokens=8)
         num_reserved += 1
     assert num_reserved == 2
@@ -648,7 +650,7 @@ def test_a_request_beyond_its_limit_reserves_nothing() -> None:
         harness = Desk(reserve_policy=policy)
         over = harness.decode("over", output=9, max_tokens=4)
         assert over.remaining_output_tokens == 0
-        assert harness.scheduler.reserved_blocks() == 0
+        assert harness.scheduler.admission.headroom_blocks() == 0
 
 
 def run_alone(**config: Any) -> list[int]:

@@ -51,17 +51,17 @@ ALL: list[ReservePolicy] = [new_token_ratio(), sglang(), FixedBlocks(FixedBlocks
     ],
 )
 def test_a_share_of_what_may_come_in_whole_blocks(remaining: int, blocks: int) -> None:
-    assert new_token_ratio().reserved_blocks([Grown(0, remaining)]) == blocks
+    assert new_token_ratio().headroom_blocks([Grown(0, remaining)]) == blocks
 
 
 def test_each_request_is_rounded_up_by_itself() -> None:
-    assert new_token_ratio().reserved_blocks([Grown(0, 1), Grown(99, 100), Grown(5, 28)]) == 1 + 1 + 2
+    assert new_token_ratio().headroom_blocks([Grown(0, 1), Grown(99, 100), Grown(5, 28)]) == 1 + 1 + 2
 
 
 @pytest.mark.parametrize("tenths", range(1, 11))
 def test_no_block_more_because_floats_miss_a_whole_number_by_a_little(tenths: int) -> None:
     policy = new_token_ratio(1, init=tenths / 10, min=0.0)
-    assert [policy.reserved_blocks([Grown(0, 10 * blocks)]) for blocks in range(50)] == [
+    assert [policy.headroom_blocks([Grown(0, 10 * blocks)]) for blocks in range(50)] == [
         tenths * blocks for blocks in range(50)
     ]
 
@@ -107,17 +107,17 @@ def test_fixed_blocks_for_everybody_fewer_with_each_step_all_again_after_a_preem
     requests = [Grown(0, 5), Grown(0, 50_000)]
     seen = []
     for _ in range(6):
-        seen.append(policy.reserved_blocks(requests))
+        seen.append(policy.headroom_blocks(requests))
         policy.step_scheduled()
     assert seen == [32, 32, 30, 30, 28, 28]
     policy.preempted(requests)
-    assert policy.reserved_blocks(requests) == 32
+    assert policy.headroom_blocks(requests) == 32
 
 
 def test_fixed_blocks_default_decay_takes_a_block_away_after_forty_steps() -> None:
     policy = FixedBlocks(FixedBlocksConfig())
     steps = 0
-    while policy.reserved_blocks([Grown(0, 1)]) == 16:
+    while policy.headroom_blocks([Grown(0, 1)]) == 16:
         policy.step_scheduled()
         steps += 1
     assert steps == 40
@@ -166,8 +166,8 @@ def test_blocks_are_whole_numbers_and_never_negative() -> None:
     for policy in ALL:
         for _ in range(1000):
             policy.step_scheduled()
-        counts = [policy.reserved_blocks(requests), policy.charge_blocks(requests[2]), policy.room_blocks(2)]
-        counts += [policy.reserved_blocks([]), policy.reserved_blocks(requests[:2])]
+        counts = [policy.headroom_blocks(requests), policy.charge_blocks(requests[2]), policy.room_blocks(2)]
+        counts += [policy.headroom_blocks([]), policy.headroom_blocks(requests[:2])]
         assert all(type(count) is int and count >= 0 for count in counts)
 
 

@@ -30,7 +30,7 @@ def preempted(**config: Any) -> list[str]:
     for name, prompt, output, priority in (("a", 4, 1, 9), ("b", 3, 5, 0), ("c", 4, 1, 0)):
         harness.decode(name, prompt=prompt, output=output, priority=priority)
     harness.wait("new", 4)
-    return [*names(harness.schedule().preempted), "|", *names(harness.scheduler.waiting)]
+    return [*names(harness.schedule().preempted), "|", *names(harness.requests.waiting)]
 
 
 def steps(**config: Any) -> list[int]:
@@ -46,9 +46,9 @@ def queue(**config: Any) -> list[str]:
     harness = Desk(**config)
     for name, length in (("long", 24), ("middle", 20), ("short", 8)):
         harness.wait(name, length)
-    harness.scheduler.order.passed(0, 900)
+    harness.requests.order.passed(0, 900)
     harness.wait("new", 10)
-    return names(harness.scheduler.waiting.ordered(harness.now))
+    return names(harness.requests.waiting.ordered(harness.now))
 
 
 def level(policy: str, num_steps: int, **config: Any) -> float:
@@ -67,7 +67,7 @@ def order(**config: Any) -> list[str]:
     harness.wait("old", 4, priority=1)
     harness.now += 5.0
     harness.wait("new", 4, priority=0)
-    return names(harness.scheduler.waiting.ordered(harness.now))
+    return names(harness.requests.waiting.ordered(harness.now))
 
 
 def victims(**config: Any) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from decode_node.ngram_index import NgramIndex
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.speculate import NgramIndex, proposer
+from decode_node.speculate import proposer
 from kvrelay.config.cluster_config import SpeculativeConfig
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 

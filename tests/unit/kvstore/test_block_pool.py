@@ -55,10 +55,10 @@ def test_more_than_there_is_cannot_be_allocated(num_blocks: int) -> None:
 @pytest.mark.parametrize(
     ("operation", "block_ids", "message"),
     [
-        ("pin", [0, 3], "pin: block 3 is free: nobody owns it"),
-        ("unpin", [0, 3], "unpin: block 3 is free: nobody owns it"),
-        ("unpin", [0, 2], "unpin: block 2 has no references: only the prefix cache keeps it"),
-        ("recycle", [2, 3], "recycle: block 3 is free: nobody owns it"),
+        ("pin", [0, 3], "pin: block 3 is free"),
+        ("unpin", [0, 3], "unpin: block 3 is free"),
+        ("unpin", [0, 2], "unpin: block 2 has no references and is kept by the prefix cache"),
+        ("recycle", [2, 3], "recycle: block 3 is free"),
         ("recycle", [2, 1], "recycle: block 1 has 2 references"),
         ("recycle", [2, 0], "recycle: block 0 has 1 reference$"),
         ("pin", [0, 4], "pin: no such block in a pool of 4: 4"),

@@ -11,7 +11,7 @@ from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
 from kvrelay.machine.outbox import Outbox
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.offload.kv_offloader import KVOffloader, num_staging_slots
+from kvstore.offload.kv_offloader import KVOffloader, Saved, num_staging_slots
 
 BLOCK_BYTES = 1 << 14
 SLOTS = 4
@@ -29,20 +29,26 @@ class Desk:
         self.blocks = blocks
         self.outbox = Outbox()
         storage = StorageConfig(**{"backend": "file", "staging": SLOTS * BLOCK_BYTES, **config})
-        self.offloader = KVOffloader(storage, BLOCK_BYTES, self.kv, self.outbox)
+        self.offloader: KVOffloader[str] = KVOffloader(storage, BLOCK_BYTES, self.kv, self.outbox)
         self.saved: list[int] = []
 
     def save(self, num_blocks: int) -> list[Any]:
-        self.offloader.save(HASHES[:num_blocks], self.saved.append)
+        self.note(self.offloader.save(HASHES[:num_blocks], "whose"))
         return self.outbox.take()
+
+    def note(self, saved: Saved[str] | None) -> None:
+        """Remember how many blocks a save that is over has in the store."""
+        if saved is not None:
+            assert saved.owner == "whose"
+            self.saved.append(saved.num_blocks)
 
     def through(self, stage: StageKV, num_stored: int) -> None:
         """Let a save come to its end."""
-        self.offloader.staged(KVStaged(stage.key))
+        assert self.offloader.staged(KVStaged(stage.key)) is None
         [store] = self.outbox.take()
         assert isinstance(store, StoreKV)
         assert list(store.slots) == list(stage.slots)
-        self.offloader.stored(KVStored(stage.key, num_stored, num_stored))
+        self.note(self.offloader.stored(KVStored(stage.key, num_stored, num_stored)))
 
 
 def test_blocks_are_held_for_the_copy_only_and_slots_until_they_are_written() -> None:
@@ -50,7 +56,7 @@ def test_blocks_are_held_for_the_copy_only_and_slots_until_they_are_written() ->
     [stage] = harness.save(3)
     assert stage.blocks == harness.blocks[:3]
     assert (harness.kv.num_referenced, harness.offloader.is_staging) == (3, True)
-    harness.offloader.staged(KVStaged(stage.key))
+    harness.note(harness.offloader.staged(KVStaged(stage.key)))
     assert harness.kv.num_referenced == 0
     assert not harness.offloader.is_staging
     [store] = harness.outbox.take()
@@ -59,7 +65,7 @@ def test_blocks_are_held_for_the_copy_only_and_slots_until_they_are_written() ->
     assert len(harness.offloader) == 1
     [other] = harness.save(8)
     assert not set(other.slots) & set(store.slots)
-    harness.offloader.stored(KVStored(stage.key, 3, 3))
+    harness.note(harness.offloader.stored(KVStored(stage.key, 3, 3)))
     assert harness.saved == [3]
     assert harness.offloader.counters["kv_bytes_saved"] == 3 * BLOCK_BYTES
 
@@ -130,7 +136,7 @@ def test_what_was_read_from_the_store_is_not_written_to_it() -> None:
 def test_a_copy_that_broke_is_not_written() -> None:
     harness = Desk()
     [stage] = harness.save(3)
-    harness.offloader.staged(KVStaged(stage.key, copied=False))
+    harness.note(harness.offloader.staged(KVStaged(stage.key, copied=False)))
     assert not harness.outbox.take()
     assert harness.saved == [0]
     assert harness.kv.num_referenced == 0

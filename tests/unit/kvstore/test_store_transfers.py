@@ -12,7 +12,7 @@ from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import Attempt
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.offload.kv_offloader import KVOffloader
+from kvstore.offload.kv_offloader import KVOffloader, Saved
 from kvstore.offload.store_transfers import StoreTransfers
 
 HASHES = BlockHasher("model", 1).hashes(range(8))
@@ -26,8 +26,8 @@ class Desk:
         config = StorageConfig(backend="file", min_read_tokens=5)
         self.outbox = Outbox()
         self.kv = KVCache(16)
-        self.offloader = KVOffloader(config, 64, self.kv, self.outbox)
-        self.transfers: StoreTransfers[str] = StoreTransfers(config, 4, self.offloader, self.outbox)
+        self.offloader: KVOffloader[str] = KVOffloader(config, 64, self.kv, self.outbox)
+        self.transfers: StoreTransfers[str, str] = StoreTransfers(config, 4, self.offloader, self.outbox)
 
     def load(self, num_blocks: int) -> LoadKV:
         self.transfers.load(KEY, "what", HASHES[:num_blocks], range(num_blocks), 3.0)
@@ -41,7 +41,7 @@ class Desk:
         self.kv.unpin(blocks)
 
     def save(self, num_blocks: int) -> list[Any]:
-        self.offloader.save(HASHES[:num_blocks], lambda _: None)
+        assert self.offloader.save(HASHES[:num_blocks], "whose") is None
         return self.outbox.take()
 
 
@@ -77,7 +77,7 @@ def test_it_is_not_idle_while_anything_is_on_its_way_to_the_store() -> None:
     harness.publish(2)
     [stage] = harness.save(2)
     was_idle = harness.transfers.is_idle
-    harness.transfers.take(KVStaged(stage.key, copied=False))
+    assert harness.transfers.take(KVStaged(stage.key, copied=False)) == Saved("whose", 0)
     assert (was_idle, harness.transfers.is_idle) == (False, True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvrelay.machine.contract import Log
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.unexpected import LOG_INTERVAL_S, MAX_LOGGED, UnexpectedMessages
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving
 
 
@@ -23,29 +24,29 @@ def logged(outbox: Outbox) -> list[tuple[object, object, object]]:
 def test_each_sender_and_kind_is_logged_once_and_every_message_counted() -> None:
     unexpected, outbox = make()
     for peer, message in [("a", Leaving()), ("a", Leaving()), ("b", Leaving()), ("a", Drained()), ("b", Leaving())]:
-        unexpected.take(peer, message)
+        unexpected.take(PeerId(peer), message)
     assert logged(outbox) == [("a", "Leaving", 1), ("b", "Leaving", 3), ("a", "Drained", 4)]
     assert unexpected.count == 5
 
 
 def test_they_are_logged_again_after_the_interval() -> None:
     unexpected, outbox = make()
-    unexpected.take("a", Leaving())
+    unexpected.take(PeerId("a"), Leaving())
     outbox.now += LOG_INTERVAL_S - 1
-    unexpected.take("a", Leaving())
+    unexpected.take(PeerId("a"), Leaving())
     assert logged(outbox) == [("a", "Leaving", 1)]
     outbox.now += 1
-    unexpected.take("a", Leaving())
-    unexpected.take("a", Leaving())
+    unexpected.take(PeerId("a"), Leaving())
+    unexpected.take(PeerId("a"), Leaving())
     assert logged(outbox) == [("a", "Leaving", 3)]
 
 
 def test_a_sender_with_many_names_fills_neither_log_nor_memory() -> None:
     unexpected, outbox = make()
     for number in range(10 * MAX_LOGGED):
-        unexpected.take(f"x#{number}", Leaving())
+        unexpected.take(PeerId(f"x#{number}"), Leaving())
     assert len(logged(outbox)) == MAX_LOGGED
     assert unexpected.count == 10 * MAX_LOGGED
     outbox.now += LOG_INTERVAL_S
-    unexpected.take("x#last", Leaving())
+    unexpected.take(PeerId("x#last"), Leaving())
     assert len(logged(outbox)) == 1

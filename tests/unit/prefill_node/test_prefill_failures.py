@@ -92,7 +92,7 @@ def test_a_prompt_with_an_unknown_token_fails_before_anything_is_done_for_it(tok
     actions = prefill(harness, spec("bad", [*PROMPT, token]))
     [failed] = sent(actions, RequestFailed, ROUTER)
     assert failed.error.code == "invalid_request_error" and not failed.error.retryable
-    assert f"prompt: {token} is no token id" in failed.error.message
+    assert f"prompt: {token} is not a token id" in failed.error.message
     assert len(actions) == 1
     prefill(harness, spec("fine", PROMPT, max_tokens=1))
     assert harness.plan is not None

@@ -32,7 +32,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, NodeAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
@@ -494,9 +494,9 @@ def test_a_decode_node_that_comes_again_takes_the_place_of_its_earlier_incarnati
     """It may listen at the same address: two connections to it would be taken for one."""
     harness = prefill_harness()
     prefill(harness, "old")
-    again = NodeAddress(peer="d0#2", address=D0_ADDRESS.address)
+    again = NodeAddress(peer=PeerId("d0#2"), address=D0_ADDRESS.address)
     actions = prefill(harness, "new", [1], node=again)
-    assert actions.index(Disconnect(D0)) < actions.index(Connect("d0#2", D0_ADDRESS.address))
+    assert actions.index(Disconnect(D0)) < actions.index(Connect(PeerId("d0#2"), D0_ADDRESS.address))
     assert [needed.request_id for needed in sent(actions, DecodeNeeded)] == ["old"]
 
 

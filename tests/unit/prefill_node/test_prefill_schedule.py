@@ -14,7 +14,7 @@ Sizes = list[tuple[str, int, int, bool]]
 
 def request(name: str, prompt: int, computed: int = 0) -> PrefillRequest:
     made = PrefillRequest(spec(name, prompt), None, [], 0.0)
-    made.sequence.num_computed_tokens = computed
+    made.num_computed_tokens = computed
     return made
 
 
@@ -86,8 +86,8 @@ def test_every_prompt_is_computed_once_from_end_to_end() -> None:
                 assert 0 < sum(chunk.num_tokens for _, chunk in batch) <= budget
                 for made, chunk in batch:
                     computed.setdefault(made.spec.request_id, []).append(chunk)
-                    made.sequence.num_computed_tokens += chunk.num_tokens
-                requests = [made for made in requests if made.sequence.num_computed_tokens < made.sequence.num_tokens]
+                    made.num_computed_tokens += chunk.num_tokens
+                requests = [made for made in requests if made.num_computed_tokens < made.num_tokens]
             for name, chunks in computed.items():
                 assert sum(chunk.num_tokens for chunk in chunks) == int(name)
                 assert [chunk.samples for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

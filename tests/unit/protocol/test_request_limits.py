@@ -33,7 +33,7 @@ def test_a_token_that_the_model_does_not_have_is_named_with_its_field(param: str
     error = LIMITS.error(spec(**{"prompt": [1, 2], **options(bad)}))
     assert isinstance(error, InvalidRequestError)
     assert error.param == param
-    assert error.message == f"{param}: {bad} is no token id of this model, whose vocabulary has 100"
+    assert error.message == f"{param}: {bad} is not a token id of this model, whose vocabulary has 100"
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fake_nodes import register
 
 from kvrelay.machine.contract import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
-from kvrelay.protocol.ids import peer_id
+from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
@@ -81,7 +81,7 @@ class Driver:
         self.receive(peer(name, incarnation), register(name, role, incarnation, **fields))
 
     def receive(self, from_peer: str, message: Message) -> None:
-        self.do(Received(from_peer, message))
+        self.do(Received(PeerId(from_peer), message))
 
     def submit(self, *requests: NewRequest) -> None:
         self.do(Submitted(requests or (new_request(),)))
@@ -117,7 +117,7 @@ class Driver:
 
     def decode_needed(self, name: str, refused_by: str, *, epoch: int = 1, retry_after_s: float = 0.5) -> None:
         needed = DecodeNeeded(
-            request_id="r", epoch=epoch, refused_by=peer(refused_by), reason="full", retry_after_s=retry_after_s
+            request_id="r", epoch=epoch, refused_by=PeerId(peer(refused_by)), reason="full", retry_after_s=retry_after_s
         )
         self.receive(peer(name), needed)
 

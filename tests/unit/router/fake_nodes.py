@@ -15,7 +15,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Received
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import peer_id
+from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, LayerTransfer, Load, Mark, Message
 from kvrelay.protocol.messages.node_to_router import Register, RequestFailed, RequestOutput, RequestTimeline, TokensOut
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -77,14 +77,14 @@ class FakeNode:
 
     def join(self, address: str) -> None:
         self._load = Load()
-        self._transport.connect("router", address)
-        self._transport.send("router", self._registration)
+        self._transport.connect(PeerId("router"), address)
+        self._transport.send(PeerId("router"), self._registration)
 
     def beat(self, **load: Any) -> None:
         """Send a heartbeat with ``load``, or with that of the last one."""
         if load:
             self._load = Load(**load)
-        self._transport.send("router", Heartbeat(load=self._load))
+        self._transport.send(PeerId("router"), Heartbeat(load=self._load))
 
     def close(self) -> None:
         for task in self._tasks.values():
@@ -92,7 +92,7 @@ class FakeNode:
         self._transport.close()
 
     def say(self, message: Message) -> None:
-        self._transport.send("router", message)
+        self._transport.send(PeerId("router"), message)
 
     def _take(self, event: object) -> None:
         if not isinstance(event, Received):

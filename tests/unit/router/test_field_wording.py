@@ -280,7 +280,25 @@ def test_unknown_fields_are_accepted_and_logged_once(
             answer = router.answer("/v1/completions", {**body, "thinking_budget": 5, "metadata": {"a": 1}, "tools": []})
     assert answer == router.answer("/v1/completions", body)
     said = [record.getMessage() for record in caplog.records if record.name == "router.openai.unknown_fields"]
-    assert said == ["requests have a field 'thinking_budget', which is unknown here and ignored"]
+    assert said == ["unknown request field 'thinking_budget' is ignored"]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_unknown_fields_of_long_bodies_are_logged_once_by_the_router(
+    status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each request of this router has a worker of its own, which has seen no name before."""
+    fresh(monkeypatch)
+    name = "y" * 100
+    long = {"prompt": [[7]] * 5000, "n": 1 if status == 200 else 2, "thinking_budget": 5, name: 1}
+    router = InstantRouter(max_queued_requests=5000)
+    for body in (long, long, {"prompt": "a", "thinking_budget": 5}):
+        assert router.post("/v1/completions", body).status_code == (status if body is long else 200)
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "unknown request field 'thinking_budget' is ignored",
+        f"unknown request field '{'y' * 60}...' is ignored",
+    ]
+    assert "unknown request field" not in capfd.readouterr().err
 
 
 def test_names_of_unknown_fields_are_remembered_within_bounds(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
+from kvrelay.protocol.ids import NodeId
 from kvrelay.protocol.messages.base import ErrorInfo
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -382,7 +383,7 @@ def test_error_of_a_node_has_its_own_status_before_the_stream_and_is_an_event_wi
         early = await cluster.client.post("/v1/completions", json=body)
         assert early.status_code == 400
         assert early.json()["error"]["code"] == "kv_cache_too_small"
-        prefill_node = cluster.service.machine.node_table.named("n0")
+        prefill_node = cluster.service.machine.node_table.named(NodeId("n0"))
         assert prefill_node is not None
         cluster.script.fail_at, cluster.script.fail_times = "n1", 1  # the decode node, after the first token
         cluster.script.fail_when = lambda: not any(prefill_node.pending.values())

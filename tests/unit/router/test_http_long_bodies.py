@@ -73,7 +73,7 @@ REFUSED: list[tuple[str, bytes, int, str | None, str]] = [
     (CHAT, body(messages=[{"role": text(4 * MIB)}]), 400, "messages", "messages.0.role"),
     (CHAT, messages(1, chat_template_kwargs={"x": [0] * 500_000}, n=129), 400, "n", "129"),
     ("/detokenize", body(tokens=["a"] * 500_000), 400, "tokens", "integer"),
-    ("/detokenize", body(tokens=[5000] * 500_000), 400, "tokens", "5000 is no token id"),
+    ("/detokenize", body(tokens=[5000] * 500_000), 400, "tokens", "5000 is not a token id"),
 ]
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvrelay.config.cluster_config import ClusterConfig, RouterConfig
 from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import Leaving, RequestPreempted
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -244,7 +245,7 @@ def test_a_pool_that_could_never_hold_the_prompt_comes_last() -> None:
 def test_a_dead_prefill_node_s_prompts_go_to_a_decode_node_at_once() -> None:
     driver = lending("p0 d0", 10 * PROMPT_LEN)
     assert entries(driver, prompt("r")) == ["p0"]
-    driver.do(PeerLost(peer("p0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     assert entry(driver) == "d0"
     assert driver.machine.unready_reason() is None
     driver.tokens("d0", 0, [1], epoch=2, finish=FinishReason.STOP)
@@ -254,7 +255,7 @@ def test_a_dead_prefill_node_s_prompts_go_to_a_decode_node_at_once() -> None:
 def test_a_request_that_waits_for_a_node_goes_to_a_decode_node_that_comes() -> None:
     driver = lending("d0", 0)
     assert entries(driver, prompt("r")) == ["d0"]
-    driver.do(PeerLost(peer("d0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("d0")), "killed"))
     assert driver.take_sent(Generate) == []
     driver.join("d0", "b")
     assert entry(driver) == "d0"
@@ -295,7 +296,7 @@ def test_a_decode_node_dies_while_it_computes_a_prompt() -> None:
     driver = lending("p0 d0 d1")
     assert entries(driver, prompt("a", max_tokens=1), prompt("b")) == ["p0", "d0"]
     driver.tokens("d0", 0, [1], epoch=2, request_id="b")
-    driver.do(PeerLost(peer("d0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("d0")), "killed"))
     [(to, again)] = driver.take_sent(Generate)
     assert (to, again.request.epoch, again.request.output_token_ids) == (peer("d1"), 3, [1])
     driver.tokens("d1", 1, [2], epoch=3, request_id="b", finish=FinishReason.STOP)

@@ -35,14 +35,14 @@ def job(task: Task, body: dict[str, Any], **fields: Any) -> Job:
 def from_worker(work: Job) -> Any:
     """Return what a worker replies, through the wire in both directions, as ``prepare_inline`` returns or raises it."""
     reply = decode_reply(encode(reply_to(PREPARATION, decode_job(encode(work)))))
-    match reply:
+    match reply.outcome:
         case Answer(body=body):
             return body
         case Refusal(error=error, param=param):
             return error.message, param, error.code, error.http_status
-        case Generate():
-            request = PREPARATION.apis[work.task].schema.model_validate_json(reply.request)
-            return PreparedRequest(request, [decode_prompt(prompt) for prompt in reply.prompts], reply.texts)
+        case Generate(request=fields, prompts=prompts, texts=texts):
+            request = PREPARATION.apis[work.task].schema.model_validate_json(fields)
+            return PreparedRequest(request, [decode_prompt(prompt) for prompt in prompts], texts)
 
 
 def inline(work: Job) -> Any:

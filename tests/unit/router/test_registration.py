@@ -8,6 +8,7 @@ from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
 from kvrelay.machine.contract import Log, PeerLost, Received
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.router_to_node import Drain, Prefill, RegisterAgain, Registered, RegistrationRefused
 from router.node_table import Node
@@ -60,7 +61,7 @@ def test_heartbeat_of_a_stranger_is_asked_to_register() -> None:
 
 def test_message_no_router_takes_is_counted_and_logged_once() -> None:
     driver = Driver("p0")
-    actions = [action for _ in range(3) for action in driver.do(Received(peer("p0"), Drain()))]
+    actions = [action for _ in range(3) for action in driver.do(Received(PeerId(peer("p0")), Drain()))]
     assert [(log.event, log.fields["peer"]) for log in actions if isinstance(log, Log)] == [
         ("unexpected message", peer("p0"))
     ]
@@ -102,7 +103,7 @@ def test_name_taken_by_a_live_node_elsewhere_is_refused_once_that_shows_life() -
 def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_lost() -> None:
     driver = Driver("p0")
     driver.join("p0", "b", address="tcp://elsewhere:1")
-    driver.do(PeerLost(peer("p0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     assert names(driver) == [peer("p0", "b")]
 
 
@@ -110,7 +111,7 @@ def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_
 
 
 def node(node_id: str, *, pending: dict[str, int] | None = None, max_num_seqs: int = 8, **load: Any) -> Node:
-    found = Node(peer(node_id), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=pending or {})
+    found = Node(PeerId(peer(node_id)), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=pending or {})
     found.take_load(Load(**load))
     return found
 
@@ -144,7 +145,7 @@ def test_least_loaded_takes_turns_between_equals() -> None:
 
 def shortest_first(node_id: str, pending: dict[str, int] | None = None, role: str = "prefill", **load: Any) -> Node:
     registration = register(node_id, role, prefill_order="shortest_first")
-    found = Node(peer(node_id), registration, pending=pending or {})
+    found = Node(PeerId(peer(node_id)), registration, pending=pending or {})
     found.take_load(Load(**load))
     return found
 
@@ -167,7 +168,7 @@ def test_a_prompt_goes_where_it_waits_least_and_makes_others_wait_least() -> Non
     assert LeastLoaded().choose([long, short], [0] * 1000) is short  # it waits for 300 there; delays the other by 1,000
     many = shortest_first("a", dict.fromkeys("rstuvw", 2000))
     assert LeastLoaded().choose([many, short], [0] * 400) is short
-    in_order = Node("x", register("x", "prefill"), pending={"r": 9000})
+    in_order = Node(PeerId("x"), register("x", "prefill"), pending={"r": 9000})
     assert in_order.added_wait(100) == 9000
     assert long.added_wait(100) == 100
     assert LeastLoaded().choose([in_order, long], [0] * 100) is long

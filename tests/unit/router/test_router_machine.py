@@ -5,6 +5,7 @@ from driver import Driver, new_request, peer
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received, StopRequested
+from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
 from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain
@@ -52,7 +53,7 @@ def test_mixed_nodes_and_pairs_share_the_work() -> None:
     driver = Driver("p0 d0 m0")
     driver.submit(*(new_request(f"r{i}") for i in range(8)))
     entries = {node.node_id: len(node.pending) for node in driver.machine.node_table}
-    assert entries["p0"] == entries["m0"] == 4
+    assert entries == {"p0": 4, "d0": 4, "m0": 4}
 
 
 def test_one_token_needs_no_decode_node() -> None:
@@ -181,7 +182,7 @@ def test_without_nodes_that_can_serve_it_is_503_at_once(nodes: str) -> None:
 @pytest.mark.parametrize("how", ["killed", "leaving", "drained"])
 def test_request_that_comes_while_the_only_node_restarts_waits_for_it(how: str) -> None:
     driver = Driver("m0", limits=Limits(node_wait_s=10.0))
-    driver.do(PeerLost(peer("m0"), "killed") if how == "killed" else Received(peer("m0"), Leaving()))
+    driver.do(PeerLost(PeerId(peer("m0")), "killed") if how == "killed" else Received(PeerId(peer("m0")), Leaving()))
     if how == "drained":
         driver.receive(peer("m0"), Drained())
     driver.wait(3.0)
@@ -193,7 +194,7 @@ def test_request_that_comes_while_the_only_node_restarts_waits_for_it(how: str) 
 
 def test_node_that_does_not_come_back_is_503_and_then_503_at_once() -> None:
     driver = Driver("m0", limits=Limits(node_wait_s=10.0))
-    driver.do(PeerLost(peer("m0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("m0")), "killed"))
     driver.submit()
     driver.wait(10.1)
     assert driver.error_code() == "no_node_available"
@@ -245,7 +246,7 @@ def test_decode_node_that_sends_tokens_is_the_one_that_has_the_request() -> None
     driver.decode_needed("p0", "d0")
     driver.tokens("p0", 0, [1])
     driver.tokens("d0", 1, [2])
-    driver.do(PeerLost(peer("d1"), "killed"))
+    driver.do(PeerLost(PeerId(peer("d1")), "killed"))
     assert driver.machine.requests.counters.retries == 0
     driver.do(ClientGone("r"))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
@@ -315,7 +316,7 @@ def test_lost_decode_node_goes_on_elsewhere_behind_the_delivered_tokens() -> Non
     driver.dispatched()
     driver.tokens("p0", 0, [10])
     driver.tokens("d0", 1, [11])
-    driver.do(PeerLost(peer("d0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("d0")), "killed"))
     _, decode, spec = driver.dispatched()
     assert (decode, spec.epoch, spec.output_token_ids) == (peer("d1"), 2, [10, 11])
     driver.tokens("p0", 2, [12], epoch=2)
@@ -329,7 +330,7 @@ def test_lost_prefill_node_aborts_its_decode_node() -> None:
     driver = Driver("p0 p1 d0")
     driver.submit()
     entry, _, _ = driver.dispatched()
-    driver.do(PeerLost(entry, "killed"))
+    driver.do(PeerLost(PeerId(entry), "killed"))
     assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
     assert driver.dispatched()[0] == peer("p1")
 
@@ -339,7 +340,7 @@ def test_prefill_node_lost_after_decode_began_changes_nothing() -> None:
     driver.submit()
     driver.tokens("p0", 0, [1])
     driver.tokens("d0", 1, [2])
-    driver.do(PeerLost(peer("p0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     driver.tokens("d0", 2, [3], finish=STOP)
     assert driver.output() == [1, 2, 3]
     assert driver.machine.requests.counters.retries == 0
@@ -435,7 +436,7 @@ def test_request_that_lost_its_only_node_waits_for_it_to_come_back() -> None:
     driver.submit()
     driver.dispatched()
     driver.tokens("m0", 0, [1])
-    driver.do(PeerLost(peer("m0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("m0")), "killed"))
     driver.wait(5.0)
     driver.join("m0", "b")
     entry, _, spec = driver.dispatched()
@@ -445,7 +446,7 @@ def test_request_that_lost_its_only_node_waits_for_it_to_come_back() -> None:
 def test_request_that_lost_its_only_node_for_good_ends() -> None:
     driver = Driver("m0", limits=Limits(node_wait_s=10.0))
     driver.submit()
-    driver.do(PeerLost(peer("m0"), "killed"))
+    driver.do(PeerLost(PeerId(peer("m0")), "killed"))
     driver.wait(9.9)
     assert driver.endings() == []
     driver.wait(0.2)
@@ -470,7 +471,7 @@ def test_node_that_leaves_gets_nothing_new_and_finishes_what_it_has(how: str) ->
     driver = Driver("m0 m1")
     driver.submit()
     if how == "operator":
-        driver.do(DrainRequested("m0"))
+        driver.do(DrainRequested(NodeId("m0")))
         assert driver.take_sent(Drain) == [(peer("m0"), Drain())]
     else:
         driver.receive(peer("m0"), Leaving())

@@ -9,6 +9,7 @@ import pytest
 from driver import Driver, new_request, peer
 
 from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded
 from kvrelay.protocol.messages.router_to_node import AssignDecode, Generate, Prefill
@@ -83,7 +84,7 @@ class Life:
             request_id, epoch, entry, decode, _ = self.random.choice(self.attempts)
             if decode is not None:
                 needed = DecodeNeeded(
-                    request_id=request_id, epoch=epoch, refused_by=decode, reason="full", retry_after_s=0.1
+                    request_id=request_id, epoch=epoch, refused_by=PeerId(decode), reason="full", retry_after_s=0.1
                 )
                 self.driver.receive(entry, needed)
                 self.driver.take_sent(AssignDecode)
@@ -91,7 +92,7 @@ class Life:
     def lose(self) -> None:
         name = self.random.choice(NODES)
         if self.random.random() < 0.5:
-            self.driver.do(PeerLost(peer(name, self.incarnation(name)), "killed"))
+            self.driver.do(PeerLost(PeerId(peer(name, self.incarnation(name))), "killed"))
         self.incarnations[name] += 1
         if self.random.random() < 0.8:
             self.driver.join(name, self.incarnation(name))
@@ -121,7 +122,7 @@ def test_every_request_ends_once_with_its_tokens_in_order_and_nothing_is_left(
     driver = life.driver
     assert (driver.machine.requests.counters.local_prefills > 0) is life.may_lend
     for name in NODES:
-        driver.do(PeerLost(peer(name, life.incarnation(name)), "the end"))
+        driver.do(PeerLost(PeerId(peer(name, life.incarnation(name))), "the end"))
     driver.wait(20.0)
     driver.machine.assert_quiescent()
     assert life.submitted > 0

@@ -32,6 +32,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.shell import MAX_TURN_S, Shell
 from kvrelay.runtime.transport import Transport
@@ -64,7 +65,7 @@ def drive(
 ) -> str:
     async def main() -> str:
         shell = Shell(machine, clock=clock or Clock(), handlers=handlers)
-        transport = Transport("me#1", shell.post)
+        transport = Transport(PeerId("me#1"), shell.post)
         try:
             meanwhile(shell)
             return await shell.run(transport)
@@ -219,7 +220,7 @@ def test_what_comes_before_the_run_waits_until_the_machine_has_started() -> None
         await asyncio.sleep(0)  # a turn of the loop
         await asyncio.sleep(0)
         assert not machine.events
-        with closing(Transport("me#1", shell.post)) as transport:
+        with closing(Transport(PeerId("me#1"), shell.post)) as transport:
             await shell.run(transport)
         return machine.events
 
@@ -289,9 +290,9 @@ def test_messages_go_through_the_transport() -> None:
     def answer_client(event: object, now: float) -> list[object]:
         match event:
             case Started():
-                return [Connect("d0#1", address[0]), Send("d0#1", abort)]
+                return [Connect(PeerId("d0#1"), address[0]), Send(PeerId("d0#1"), abort)]
             case Received(peer="d0#1"):
-                return [Disconnect("d0#1"), Send("d0#1", abort)]
+                return [Disconnect(PeerId("d0#1")), Send(PeerId("d0#1"), abort)]
             case PeerLost(peer="d0#1", reason=reason):
                 return [Exit(reason)]
         raise AssertionError(event)
@@ -300,7 +301,7 @@ def test_messages_go_through_the_transport() -> None:
 
     async def main() -> list[str]:
         shells = [Shell(Scripted(answer), clock=Clock()) for answer in (answer_server, answer_client)]
-        server, client = Transport("d0#1", shells[0].post), Transport("p0#1", shells[1].post)
+        server, client = Transport(PeerId("d0#1"), shells[0].post), Transport(PeerId("p0#1"), shells[1].post)
         try:
             address.extend(server.bind("tcp://127.0.0.1:0"))
             return list(await asyncio.gather(shells[0].run(server), shells[1].run(client)))

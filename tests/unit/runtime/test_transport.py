@@ -15,6 +15,7 @@ from support.loops import Inbox, run
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import encode
+from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load, ProtocolViolation
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.transport import MAX_PART_BYTES, Transport
@@ -29,7 +30,7 @@ def abort(number: int) -> Abort:
 @asynccontextmanager
 async def transport(name: str, **options: Any) -> AsyncIterator[tuple[Transport, Inbox]]:
     inbox = Inbox()
-    opened = Transport(name, inbox, **options)
+    opened = Transport(PeerId(name), inbox, **options)
     try:
         yield opened, inbox
     finally:
@@ -41,9 +42,9 @@ async def pair(**options: Any) -> AsyncIterator[tuple[Transport, Inbox, Transpor
     """A server ``d0#1`` and a client ``p0#1`` that reached out to it and was heard once."""
     async with transport("d0#1", **options) as (server, at_server), transport("p0#1", **options) as (client, at_client):
         [address] = server.bind(ANY)
-        client.connect("d0#1", address)
-        client.send("d0#1", Heartbeat())
-        assert await at_server.next() == Received("p0#1", Heartbeat())
+        client.connect(PeerId("d0#1"), address)
+        client.send(PeerId("d0#1"), Heartbeat())
+        assert await at_server.next() == Received(PeerId("p0#1"), Heartbeat())
         yield server, at_server, client, at_client
 
 
@@ -70,10 +71,10 @@ async def received(socket: zmq.Socket[bytes]) -> list[bytes]:
 def test_request_and_reply() -> None:
     async def check() -> None:
         async with pair() as (server, at_server, client, at_client):
-            client.send("d0#1", abort(1))
-            assert await at_server.next() == Received("p0#1", abort(1))
-            server.send("p0#1", abort(2))
-            assert await at_client.next() == Received("d0#1", abort(2))
+            client.send(PeerId("d0#1"), abort(1))
+            assert await at_server.next() == Received(PeerId("p0#1"), abort(1))
+            server.send(PeerId("p0#1"), abort(2))
+            assert await at_client.next() == Received(PeerId("d0#1"), abort(2))
 
     run(check())
 
@@ -82,9 +83,9 @@ def test_messages_to_one_peer_stay_in_order() -> None:
     async def check() -> None:
         async with pair() as (_, at_server, client, _):
             for number in range(500):
-                client.send("d0#1", abort(number))
+                client.send(PeerId("d0#1"), abort(number))
             for number in range(500):
-                assert await at_server.next() == Received("p0#1", abort(number))
+                assert await at_server.next() == Received(PeerId("p0#1"), abort(number))
 
     run(check())
 
@@ -96,9 +97,9 @@ def test_binds_several_addresses_and_tells_which(scheme: str, tmp_path: Any) -> 
             bound = server.bind(ANY, f"ipc://{tmp_path}/d0")
             address = next(address for address in bound if address.startswith(scheme))
             assert not address.endswith(":0")
-            client.connect("d0#1", address)
-            client.send("d0#1", abort(1))
-            assert await at_server.next() == Received("p0#1", abort(1))
+            client.connect(PeerId("d0#1"), address)
+            client.send(PeerId("d0#1"), abort(1))
+            assert await at_server.next() == Received(PeerId("p0#1"), abort(1))
 
     run(check())
 
@@ -109,7 +110,7 @@ def test_payload_parts_arrive_apart_and_are_read_from_the_senders_memory() -> No
             memory = bytearray(1 << 20)
             memory[:4] = memory[-4:] = b"head"
             view = memoryview(memory)
-            client.send("d0#1", abort(1), [view[:4], view[4:], view[:0]])
+            client.send(PeerId("d0#1"), abort(1), [view[:4], view[4:], view[:0]])
             event = await at_server.next()
             assert isinstance(event, Received)
             assert [len(part) for part in event.payload] == [4, (1 << 20) - 4, 0]
@@ -122,10 +123,10 @@ def test_payload_parts_arrive_apart_and_are_read_from_the_senders_memory() -> No
 def test_large_payload_is_not_copied_when_it_is_queued() -> None:
     async def check() -> None:
         async with transport("p0#1") as (client, _):
-            client.connect("d0#1", "ipc:///nonexistent/never")
+            client.connect(PeerId("d0#1"), "ipc:///nonexistent/never")
             memory = bytearray(8)
             view = memoryview(memory)
-            client.send("d0#1", abort(1), [view])
+            client.send(PeerId("d0#1"), abort(1), [view])
             with pytest.raises(BufferError):  # ZMQ itself holds on to it
                 memory.append(0)
 
@@ -137,10 +138,10 @@ def test_what_is_sent_before_the_peer_is_there_waits_for_it() -> None:
         async with transport("d0#1") as (probe, _):
             [address] = probe.bind(ANY)
         async with transport("p0#1") as (client, _), transport("d0#1") as (server, at_server):
-            client.connect("d0#1", address)
-            client.send("d0#1", abort(1))
+            client.connect(PeerId("d0#1"), address)
+            client.send(PeerId("d0#1"), abort(1))
             server.bind(address)
-            assert await at_server.next() == Received("p0#1", abort(1))
+            assert await at_server.next() == Received(PeerId("p0#1"), abort(1))
 
     run(check())
 
@@ -151,7 +152,7 @@ def test_a_peer_that_was_never_there_is_lost(bound: bool) -> None:
         async with transport("d0#1") as (server, at_server):
             if bound:
                 server.bind(ANY)
-            server.send("p9#1", abort(1))
+            server.send(PeerId("p9#1"), abort(1))
             assert at_server.is_empty  # never from within send: the machine is still at work
             event = await at_server.next()
             assert isinstance(event, PeerLost)
@@ -163,9 +164,9 @@ def test_a_peer_that_was_never_there_is_lost(bound: bool) -> None:
 def test_a_peer_that_does_not_read_is_lost_and_nothing_blocks() -> None:
     async def check() -> None:
         async with transport("p0#1", send_queue=5) as (client, at_client):
-            client.connect("d0#1", "ipc:///nonexistent/never")
+            client.connect(PeerId("d0#1"), "ipc:///nonexistent/never")
             for number in range(6):
-                client.send("d0#1", abort(number))
+                client.send(PeerId("d0#1"), abort(number))
             event = await at_client.next()
             assert isinstance(event, PeerLost)
             assert event.peer == "d0#1"
@@ -190,9 +191,9 @@ def test_what_is_sent_before_a_name_is_known_is_held_and_stays_in_order(monkeypa
     async def check() -> None:
         async with transport("d0#1") as (server, at_server), transport("p0#1") as (client, _):
             [address] = server.bind(ANY)
-            client.connect("d0#1", address.replace("127.0.0.1", "localhost"))
+            client.connect(PeerId("d0#1"), address.replace("127.0.0.1", "localhost"))
             for number in range(3):
-                client.send("d0#1", abort(number), [memoryview(b"payload")])
+                client.send(PeerId("d0#1"), abort(number), [memoryview(b"payload")])
             for number in range(3):
                 event = await at_server.next()
                 assert isinstance(event, Received)
@@ -210,15 +211,15 @@ def test_a_peer_whose_name_is_never_known_is_lost_when_too_much_waits_for_it(mon
 
     async def check() -> None:
         async with transport("p0#1", send_queue=10) as (client, at_client):
-            client.connect("d0#1", "tcp://nowhere.test:1")
+            client.connect(PeerId("d0#1"), "tcp://nowhere.test:1")
             for number in range(11):
-                client.send("d0#1", abort(number))
+                client.send(PeerId("d0#1"), abort(number))
             lost = await at_client.next()
             assert isinstance(lost, PeerLost)
             assert lost.peer == "d0#1"
-            client.disconnect("d0#1")
-            client.send("d0#1", abort(0))
-            assert await at_client.next() == PeerLost("d0#1", "not connected")
+            client.disconnect(PeerId("d0#1"))
+            client.send(PeerId("d0#1"), abort(0))
+            assert await at_client.next() == PeerLost(PeerId("d0#1"), "not connected")
 
     run(check())
 
@@ -226,16 +227,16 @@ def test_a_peer_whose_name_is_never_known_is_lost_when_too_much_waits_for_it(mon
 def test_disconnect_drops_the_peer_and_what_is_queued_for_it() -> None:
     async def check() -> None:
         async with pair() as (server, at_server, client, at_client):
-            client.disconnect("d0#1")
-            client.disconnect("d0#1")  # knows nobody of that name any more: no fault
-            client.send("d0#1", abort(1))
-            assert await at_client.next() == PeerLost("d0#1", "not connected")
+            client.disconnect(PeerId("d0#1"))
+            client.disconnect(PeerId("d0#1"))  # knows nobody of that name any more: no fault
+            client.send(PeerId("d0#1"), abort(1))
+            assert await at_client.next() == PeerLost(PeerId("d0#1"), "not connected")
             while not isinstance(event := await lost_by(server, at_server), PeerLost):
                 continue
             assert event.peer == "p0#1"
 
     async def lost_by(server: Transport, inbox: Inbox) -> object:
-        server.send("p0#1", Heartbeat())
+        server.send(PeerId("p0#1"), Heartbeat())
         await asyncio.sleep(0.005)
         return None if inbox.is_empty else await inbox.next()
 
@@ -246,9 +247,9 @@ def test_connecting_twice_or_binding_twice_is_our_fault() -> None:
     async def check() -> None:
         async with transport("d0#1") as (server, _):
             [address] = server.bind(ANY)
-            server.connect("d1#1", address)
+            server.connect(PeerId("d1#1"), address)
             with pytest.raises(LocalProtocolError):
-                server.connect("d1#1", address)
+                server.connect(PeerId("d1#1"), address)
             with pytest.raises(LocalProtocolError):
                 server.bind(ANY)
 
@@ -261,11 +262,11 @@ def test_two_incarnations_are_two_peers() -> None:
             [address] = server.bind(ANY)
             async with transport("p0#old") as (old, _), transport("p0#new") as (new, at_new):
                 for number, client in enumerate((old, new)):
-                    client.connect("d0#1", address)
-                    client.send("d0#1", abort(number))
+                    client.connect(PeerId("d0#1"), address)
+                    client.send(PeerId("d0#1"), abort(number))
                     assert await at_server.next() == Received(client.me, abort(number))
-                server.send("p0#new", abort(7))
-                assert await at_new.next() == Received("d0#1", abort(7))
+                server.send(PeerId("p0#new"), abort(7))
+                assert await at_new.next() == Received(PeerId("d0#1"), abort(7))
 
     run(check())
 
@@ -276,11 +277,11 @@ def test_a_peer_that_comes_back_under_its_name_is_heard() -> None:
             [address] = server.bind(ANY)
             for number in range(3):
                 async with transport("p0#1") as (client, at_client):
-                    client.connect("d0#1", address)
-                    client.send("d0#1", abort(number))
-                    assert await at_server.next() == Received("p0#1", abort(number))
-                    server.send("p0#1", abort(number))
-                    assert await at_client.next() == Received("d0#1", abort(number))
+                    client.connect(PeerId("d0#1"), address)
+                    client.send(PeerId("d0#1"), abort(number))
+                    assert await at_server.next() == Received(PeerId("p0#1"), abort(number))
+                    server.send(PeerId("p0#1"), abort(number))
+                    assert await at_client.next() == Received(PeerId("d0#1"), abort(number))
 
     run(check())
 
@@ -310,10 +311,10 @@ def test_garbage_is_answered_and_its_sender_not_listened_to_again(garbage: list[
                 assert answer == encode(ProtocolViolation(reason=lost.reason))
                 stranger.send_multipart([encode(abort(9))])
                 # Others are served as before; what the stranger sent first never comes.
-                client.send("d0#1", abort(1))
-                assert await at_server.next() == Received("p0#1", abort(1))
-                server.send("p0#1", abort(2))
-                assert await at_client.next() == Received("d0#1", abort(2))
+                client.send(PeerId("d0#1"), abort(1))
+                assert await at_server.next() == Received(PeerId("p0#1"), abort(1))
+                server.send(PeerId("p0#1"), abort(2))
+                assert await at_client.next() == Received(PeerId("d0#1"), abort(2))
                 assert at_server.is_empty
 
     run(check())
@@ -341,9 +342,9 @@ def test_a_part_beyond_the_limit_is_not_read_at_all() -> None:
                 stranger.send_multipart([encode(abort(1)), bytes(MAX_PART_BYTES + 1)], copy=False)
                 # Only the connection is dropped: the stranger may come again with something sensible.
                 stranger.send_multipart([encode(abort(2))])
-                assert await at_server.next() == Received("x#1", abort(2))
-            client.send("d0#1", abort(3))
-            assert await at_server.next() == Received("p0#1", abort(3))
+                assert await at_server.next() == Received(PeerId("x#1"), abort(2))
+            client.send(PeerId("d0#1"), abort(3))
+            assert await at_server.next() == Received(PeerId("p0#1"), abort(3))
 
     run(check())
 
@@ -351,11 +352,11 @@ def test_a_part_beyond_the_limit_is_not_read_at_all() -> None:
 def test_a_violation_from_a_peer_makes_it_lost_and_is_not_answered() -> None:
     async def check() -> None:
         async with pair() as (server, at_server, client, at_client):
-            client.send("d0#1", ProtocolViolation(reason="unknown message 'Future'"))
-            assert await at_server.next() == PeerLost("p0#1", "unknown message 'Future'")
-            client.send("d0#1", abort(1))
-            server.send("p0#1", abort(2))
-            assert await at_client.next() == Received("d0#1", abort(2))  # and no violation before it
+            client.send(PeerId("d0#1"), ProtocolViolation(reason="unknown message 'Future'"))
+            assert await at_server.next() == PeerLost(PeerId("p0#1"), "unknown message 'Future'")
+            client.send(PeerId("d0#1"), abort(1))
+            server.send(PeerId("p0#1"), abort(2))
+            assert await at_client.next() == Received(PeerId("d0#1"), abort(2))  # and no violation before it
             assert at_server.is_empty
 
     run(check())
@@ -365,7 +366,7 @@ def test_the_list_of_muted_peers_does_not_grow_for_ever() -> None:
     async def check() -> None:
         async with transport("d0#1") as (server, at_server):
             for number in range(3000):
-                server._violation(f"x{number}", "garbage")
+                server._violation(PeerId(f"x{number}"), "garbage")
             assert len(server._muted) <= 1024
             assert "x2999" in server._muted
             del at_server
@@ -386,7 +387,7 @@ def test_many_messages_at_once_do_not_starve_the_loop() -> None:
                 asyncio.get_running_loop().call_soon(turn)
 
             for number in range(900):
-                client.send("d0#1", Heartbeat(load=Load(num_waiting=number)))
+                client.send(PeerId("d0#1"), Heartbeat(load=Load(num_waiting=number)))
             turn()
             for _ in range(900):
                 await at_server.next()
@@ -401,12 +402,12 @@ def test_sending_and_receiving_at_once_loses_no_wake_up() -> None:
     async def check() -> None:
         async with pair() as (server, at_server, client, at_client):
             for number in range(300):
-                client.send("d0#1", abort(number))
-                server.send("p0#1", abort(number))
-                client.send("d0#1", abort(number))
-                assert await at_client.next() == Received("d0#1", abort(number))
-                assert await at_server.next() == Received("p0#1", abort(number))
-                assert await at_server.next() == Received("p0#1", abort(number))
+                client.send(PeerId("d0#1"), abort(number))
+                server.send(PeerId("p0#1"), abort(number))
+                client.send(PeerId("d0#1"), abort(number))
+                assert await at_client.next() == Received(PeerId("d0#1"), abort(number))
+                assert await at_server.next() == Received(PeerId("p0#1"), abort(number))
+                assert await at_server.next() == Received(PeerId("p0#1"), abort(number))
 
     run(check())
 
@@ -417,14 +418,14 @@ def test_nobody_who_reaches_out_can_pass_for_a_connection_of_our_own(taken: byte
         async with transport("router") as (router, _), transport("d0#1") as (node, at_node):
             [control] = router.bind(ANY)
             [address] = node.bind(ANY)
-            node.connect("router", control)
-            node.alias("messager", "d0.messager#1")
+            node.connect(PeerId("router"), control)
+            node.alias(PeerId("messager"), PeerId("d0.messager#1"))
             async with raw_dealer(address, taken) as stranger, raw_dealer(address, b"p0#1") as honest:
                 for number in range(100):
                     stranger.send(encode(abort(number)))
                 for number in range(100):
                     honest.send(encode(abort(number)))
                 heard = [await at_node.next() for _ in range(100)]
-            assert heard == [Received("p0#1", abort(number)) for number in range(100)]
+            assert heard == [Received(PeerId("p0#1"), abort(number)) for number in range(100)]
 
     run(main())

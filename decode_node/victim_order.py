@@ -1,4 +1,4 @@
-"""Who gives up its blocks when the pool runs dry. Only a request in RUNNING_DECODE is ever asked."""
+"""In which order decodes are preempted when the pool has no block. Only requests in RUNNING_DECODE are given."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from decode_node.request import DecodeRequest
 from kvrelay.config.cluster_config import SchedulerConfig
 
 VictimOrder: TypeAlias = Callable[[Sequence[DecodeRequest]], list[DecodeRequest]]
-"""Puts decoding requests, given in the order in which they began to decode here, into the order of sacrifice."""
+"""Sorts decoding requests, given in the order in which they began to decode on this node: first victim first."""
 
 
 def latest_first(decoding: Sequence[DecodeRequest]) -> list[DecodeRequest]:
-    """From the back: who came last has lost least."""
+    """The last one first: it has the least computed here."""
     return list(reversed(decoding))
 
 
 def shortest_output_first(decoding: Sequence[DecodeRequest]) -> list[DecodeRequest]:
-    """SGLang's order: fewest output tokens first; of equals, the longest prompt, because it frees most."""
+    """SGLang's order: fewest output tokens first; of equals, the longest prompt, because it frees most blocks."""
     return sorted(decoding, key=lambda request: (request.num_output_tokens, -request.num_prompt_tokens))
 
 

@@ -1,0 +1,123 @@
+"""The links that P's messager opens to D's: offered, accepted or refused, kept alive, lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cache_messager.counters import Counters, links_counter
+from cache_messager.frame_sender import FrameSender
+from cache_messager.sender_link import SenderLink, choose_route
+from cache_messager.transfer import TransferStatus
+from cache_messager.transfers import Transfers
+from cache_messager.work import MessagerOutbox
+from kvrelay.errors import GeometryMismatchError, PeerLostError, TransferError
+from kvrelay.machine.contract import Connect, Disconnect, Log
+from kvrelay.machine.liveness import Liveness
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Heartbeat, LinkAddress
+from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHello, LinkOffer, LinkRefused
+
+
+class SenderLinks:
+    """Opens and drops ``links``, one to each messager of a D. ``offers``: how it may send from the host ``host_id``."""
+
+    def __init__(
+        self,
+        links: dict[PeerId, SenderLink],
+        transfers: Transfers,
+        frames: FrameSender,
+        outbox: MessagerOutbox,
+        counters: Counters,
+        *,
+        geometry: KVGeometry,
+        host_id: str,
+        offers: Sequence[LinkOffer],
+        peer_timeout_s: float,
+    ) -> None:
+        self._links = links
+        self._transfers = transfers
+        self._frames = frames
+        self._outbox = outbox
+        self._counters = counters
+        self._geometry = geometry
+        self._host_id = host_id
+        self._offers = offers
+        self._liveness = Liveness(peer_timeout_s)
+
+    def link_to(self, address: LinkAddress) -> SenderLink:
+        """Return the link to D's messager, opened if there is none. Raises TransferError if there cannot be one."""
+        peer = address.peer
+        if peer in self._links:
+            return self._links[peer]
+        route = choose_route(self._offers, self._host_id, address)
+        link = self._links[peer] = SenderLink(peer, route.offers)
+        self._liveness.watch(peer, self._outbox.now)
+        self._outbox.do(Connect(peer, route.address))
+        self._outbox.send(peer, LinkHello(geometry=self._geometry, offers=route.offers))
+        return link
+
+    def accepted(self, peer: PeerId, message: LinkAccepted) -> None:
+        """D's messager takes frames on this link."""
+        link = self._links.get(peer)
+        if link is None or link.kind:
+            return
+        if message.credit_bytes < self._geometry.layer_block_bytes:
+            self.lose(link, TransferError(f"{peer} has no room for even one block"))
+            return
+        try:
+            link.accept(message.kind, message.credit_bytes)
+        except TransferError as error:
+            self.lose(link, error)
+            return
+        self._counters[links_counter(link.kind)] += 1
+        self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind}))
+        self._frames.pump(link)
+
+    def refused(self, peer: PeerId, message: LinkRefused) -> None:
+        """D's messager takes no frames on this link, or none any more."""
+        link = self._links.get(peer)
+        if link is not None:
+            kind = GeometryMismatchError if message.code == GeometryMismatchError.code else TransferError
+            self.lose(link, kind(f"{peer} refused the link: {message.reason}"))
+
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Nothing reaches ``peer`` any more."""
+        link = self._links.get(peer)
+        if link is not None:
+            self.lose(link, PeerLostError(f"{peer} is lost: {reason}"))
+
+    def lose(self, link: SenderLink, error: TransferError) -> None:
+        """Drop the link with all that is queued on it: nothing reads P's blocks for it from here on."""
+        del self._links[link.peer]
+        self._liveness.forget(link.peer)
+        self._counters["links_lost"] += 1
+        self._outbox.do(Log("warning", "link lost", {"peer": link.peer, "reason": error.message}))
+        self._outbox.do(Disconnect(link.peer))
+        for transfer in list(link.transfers):
+            transfer.inflight.clear()
+            if transfer.status is TransferStatus.SENDING:
+                self._transfers.fail(transfer, error)
+            else:
+                self._transfers.finish(transfer)
+
+    # ------------------------------------------------------------ time
+
+    def heard(self, peer: PeerId) -> None:
+        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        self._liveness.heard(peer, self._outbox.now)
+
+    def lose_silent(self) -> None:
+        """Lose the links to peers that were silent for too long."""
+        for peer in self._liveness.lost(self._outbox.now):
+            self.peer_lost(peer, "no heartbeat")
+
+    def beat(self) -> None:
+        """Send a heartbeat on every link."""
+        for peer in self._links:
+            self._outbox.send(peer, Heartbeat())
+
+    def disconnect(self) -> None:
+        """Drop every connection; the process is about to end."""
+        for peer in self._links:
+            self._outbox.do(Disconnect(peer))

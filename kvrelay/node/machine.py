@@ -1,0 +1,318 @@
+"""What the state machines of prefill, decode and mixed nodes have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any, Generic, TypeAlias, TypeVar, assert_never
+
+import msgspec
+
+from kvrelay.config.cluster_config import NodeConfig, Role
+from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, TransferError
+from kvrelay.machine.contract import (
+    CoreAction,
+    CoreEvent,
+    Exit,
+    KVLoaded,
+    KVStaged,
+    KVStored,
+    LayersComputed,
+    Log,
+    PeerLost,
+    Received,
+    SetTimer,
+    Started,
+    StepDone,
+    StepFailed,
+    StopRequested,
+    StoreCounted,
+    TimerFired,
+)
+from kvrelay.machine.membership import Membership
+from kvrelay.machine.origin import may_send
+from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
+from kvrelay.node.endings import Endings
+from kvrelay.node.request import NodeRequest
+from kvrelay.node.request_table import RequestTable
+from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
+from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
+from kvrelay.protocol.messages.node_to_messager import StopMessager
+from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.messages.router_to_node import (
+    Abort,
+    Drain,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from kvrelay.protocol.request import RequestSpec
+from kvrelay.protocol.request_limits import RequestLimits
+from kvstore.blocks.block_hash import BlockHasher
+from kvstore.blocks.kv_cache import KVCache
+from kvstore.offload.store_transfers import StoreTransfers
+
+R = TypeVar("R", bound=NodeRequest[Any])
+S = TypeVar("S", bound=StrEnum)
+
+HEARTBEAT = "heartbeat"
+DRAIN_DEADLINE = "drain deadline"
+
+CommonMessage: TypeAlias = (
+    Registered | RegisterAgain | RegistrationRefused | Heartbeat | MessagerReady | MessagerStats | Drain | Abort
+)
+"""Messages that every node takes."""
+
+
+class NodeMachine(ABC, Generic[R, S]):
+    """Takes the events that mean the same on every node: it joins, heartbeats, loses peers and leaves.
+
+    A role builds its parts in its constructor, among them ``requests``, ``_endings`` and ``_transfers``, and implements
+    the abstract methods. Actions go into ``_outbox``, which also has the time of the event: parts with the outbox read
+    it there, parts that only decide get it as ``now``.
+    """
+
+    requests: RequestTable[R, S]
+    _endings: Endings[R, S]
+    _transfers: StoreTransfers[Any, Any]
+
+    def __init__(self, node: NodeConfig, registration: Register) -> None:
+        self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
+        self._node = node
+        self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
+        self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
+        self._outbox = Outbox()
+        self._unexpected = UnexpectedMessages(self._outbox)
+        self._membership = Membership(registration, node, self._outbox)
+        self._leaving = False
+        self._messager_stats = MessagerStats(counters={})
+
+    # ------------------------------------------------------------ what a role adds
+
+    @abstractmethod
+    def load(self) -> Load:
+        """Describe how busy the node is, for heartbeats."""
+
+    @abstractmethod
+    def _start_steps(self) -> None:
+        """Plan what can be computed now. Called after every event."""
+
+    @abstractmethod
+    def _step_ended(self, event: StepDone | StepFailed) -> None:
+        """Take the result of the oldest plan in flight."""
+
+    @abstractmethod
+    def _layers_computed(self, event: LayersComputed) -> None:
+        """Take the news that layers of a step are computed. They come only if ``run_node`` is told so."""
+
+    @abstractmethod
+    def _store_answered(self, event: KVStaged | KVStored | StoreCounted) -> None:
+        """Take an answer of the store that is about a save, or its counters."""
+
+    @abstractmethod
+    def _kv_loaded(self, event: KVLoaded) -> None:
+        """Take the answer to a read."""
+
+    @abstractmethod
+    def _take(self, peer: PeerId, message: Message) -> None:
+        """Take a message that is not common to all nodes; ``peer`` may send it."""
+
+    @abstractmethod
+    def _heard(self, peer: PeerId) -> None:
+        """Note that another node was heard, if ``peer`` is one."""
+
+    @abstractmethod
+    def _beat_to_nodes(self) -> None:
+        """Renew what is held on nodes of the other role; find out which of them are silent."""
+
+    @abstractmethod
+    def _node_lost(self, peer: PeerId, reason: str) -> None:
+        """End what depends on another node that is lost."""
+
+    @abstractmethod
+    def _fail(self, request: R, error: ErrorInfo) -> None:
+        """End ``request`` with ``error``, for the router and for the other node that has to do with it."""
+
+    def _deadline_over(self, attempt: Attempt) -> None:
+        """Take the timer of a request, if the role sets any."""
+
+    # ------------------------------------------------------------ events
+
+    def handle(self, event: CoreEvent, now: float) -> list[CoreAction]:
+        """Take ``event``; see ``kvrelay.machine.contract``."""
+        self._outbox.now = now
+        self._on_event(event)
+        self._start_steps()
+        if self._leaving and not self.requests and self._transfers.is_idle:
+            self._leave()
+        return self._outbox.take()
+
+    def _on_event(self, event: CoreEvent) -> None:
+        match event:
+            case StepDone() | StepFailed():
+                self._step_ended(event)
+            case LayersComputed():
+                self._layers_computed(event)
+            case Received(peer=peer, message=message):
+                self._heard(peer)
+                self._membership.heard(peer)
+                self._on_message(peer, message)
+            case KVStaged() | KVStored() | StoreCounted():
+                self._store_answered(event)
+            case KVLoaded():
+                self._kv_loaded(event)
+            case TimerFired(key=key):
+                self._timer_fired(key)
+            case PeerLost(peer=peer, reason=reason):
+                self._peer_lost(peer, reason)
+            case Started():
+                if self._node.role is Role.MIXED:
+                    self._join()
+            case StopRequested():
+                self._stop_requested()
+            case _:
+                assert_never(event)
+
+    def _timer_fired(self, key: Hashable) -> None:
+        match key:
+            case "heartbeat":
+                self._heartbeat()
+            case "drain deadline":
+                self._fail_all("the node is stopping")
+            case Attempt():
+                self._deadline_over(key)
+            case _:
+                raise LocalProtocolError(f"no timer is called {key!r}")
+
+    # ------------------------------------------------------------ messages
+
+    def _on_message(self, peer: PeerId, message: Message) -> None:
+        if not may_send(peer, message, self._membership):
+            self._unexpected.take(peer, message)
+        elif isinstance(message, CommonMessage):
+            self._on_common_message(peer, message)
+        else:
+            self._take(peer, message)
+
+    def _on_common_message(self, peer: PeerId, message: CommonMessage) -> None:
+        match message:
+            case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
+                if self._membership.receive(peer, message):
+                    self._close_all_of(peer)
+            case MessagerReady():
+                self._messager_ready(message)
+                self._join()
+            case MessagerStats():
+                self._messager_stats = message
+            case Drain():
+                if not self._leaving:
+                    self._stop_requested()
+            case Abort(request_id=request_id, epoch=epoch):
+                request = self.requests.find(Attempt(request_id, epoch))
+                if request is not None and not request.is_over:
+                    self._endings.close(request, "aborted")
+            case _:
+                assert_never(message)
+
+    def _messager_ready(self, message: MessagerReady) -> None:
+        """Note where the messager can be reached, if the role wants to know."""
+
+    # ------------------------------------------------------------ requests
+
+    def _inadmissible(self, num_tokens: int) -> ErrorInfo | None:
+        """Return why no request of ``num_tokens`` would be taken now, whatever is free."""
+        if self._leaving:
+            leaving = ErrorInfo.of(QueueFullError(f"{self._node.name} is leaving"))
+            return msgspec.structs.replace(leaving, retryable=True)
+        num_blocks = -(-num_tokens // self._hasher.block_size)
+        if num_blocks > self.kv.num_blocks:
+            message = f"{num_tokens} tokens need {num_blocks} KV blocks, {self._node.name} has {self.kv.num_blocks}"
+            return ErrorInfo.of(NeverFitsError(message))
+        return None
+
+    def _admits(self, spec: RequestSpec, tokens: list[int]) -> bool:
+        """Return whether a request with ``tokens`` is taken from its router; if not, tell the router why."""
+        wrong = self._limits.error(spec)
+        error = ErrorInfo.of(wrong) if wrong else self._inadmissible(len(tokens))
+        if error is not None:
+            self._endings.report(spec, error)
+        return error is None
+
+    def _fail_all(self, reason: str) -> None:
+        for request in self.requests.open():
+            self._fail(request, ErrorInfo.of(TransferError(reason)))
+
+    def _close_all_of(self, router: PeerId) -> None:
+        """End the requests of ``router``, which does not wait for them any more; those of others go on."""
+        for request in self.requests.open():
+            if request.spec.router == router:
+                self._endings.close(request, "the router that sent it is lost")
+
+    # ------------------------------------------------------------ routers and peers
+
+    def _set_timer(self, key: str, delay_s: float) -> None:
+        self._outbox.do(SetTimer(key, self._outbox.now + delay_s))
+
+    def _join(self) -> None:
+        self._membership.join()
+        self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+
+    def _heartbeat(self) -> None:
+        self._set_timer(HEARTBEAT, self._node.cluster.heartbeat_s)
+        for router in self._membership.silent():
+            self._router_lost(router, "no heartbeat")
+        self._membership.beat(self.load())
+        self._beat_to_nodes()
+
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
+        if peer == MESSAGER:
+            self._fail_all(f"the node's cache messager is lost: {reason}")
+            self._outbox.do(Log("error", "messager lost", {"reason": reason}), Exit("messager lost"))
+        elif self._membership.is_router(peer):
+            self._router_lost(peer, reason)
+        else:
+            self._node_lost(peer, reason)
+
+    def _router_lost(self, router: PeerId, reason: str) -> None:
+        if self._membership.lost(router):
+            self._outbox.do(Log("warning", "router lost", {"router": router, "reason": reason}))
+        self._close_all_of(router)
+
+    # ------------------------------------------------------------ leaving
+
+    def _stop_requested(self) -> None:
+        """Take nothing new and finish what runs; if asked again, fail what runs."""
+        if self._leaving:
+            self._fail_all("the node is stopping")
+            return
+        self._leaving = True
+        self._membership.leave()
+        self._set_timer(DRAIN_DEADLINE, self._node.cluster.drain_timeout_s)
+
+    def _leave(self) -> None:
+        self._membership.drained()
+        if self._node.role is not Role.MIXED:
+            self._outbox.send(MESSAGER, StopMessager())
+        self._outbox.do(Exit("drained"))
+
+    # ------------------------------------------------------------ state for metrics and tests
+
+    def _common_counters(self) -> dict[str, float]:
+        """Return what every node counts. They only grow."""
+        return {
+            **self._transfers.counters,
+            **asdict(self.kv.stats),
+            COUNTER: float(self._unexpected.count),
+            **self._messager_stats.counters,
+        }
+
+    def assert_quiescent(self) -> None:
+        """Raise LocalProtocolError unless nothing is running, held or owed."""
+        self._endings.assert_quiescent()
+        if not self._transfers.is_idle:
+            raise LocalProtocolError(f"{self._node.name} is not quiescent: transfers with the store are not over")
+        self.kv.assert_quiescent()
