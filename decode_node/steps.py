@@ -80,8 +80,8 @@ class Steps:
         self._outbox.do(RunStep(plan))
 
     def _fail_exceeds_pool(self, request: DecodeRequest) -> None:
-        num_blocks = self._node.cache.num_blocks
-        message = f"the KV cache of {self._node.name} ({num_blocks} blocks) is full with this request alone"
+        num_blocks = len(request.block_table)
+        message = f"the KV cache of {self._node.name} is full with the {num_blocks} blocks of this request alone"
         self._endings.fail(request, ErrorInfo.of(NeverFitsError(message)))
 
     # ------------------------------------------------------------ results
