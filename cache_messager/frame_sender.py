@@ -102,7 +102,7 @@ class FrameSender:
         link.returned(frame.num_bytes)
         if ack.status is AckStatus.WRITTEN:
             transfer.written(frame, self._outbox.now)
-        elif transfer.status is TransferStatus.SENDING:
+        elif transfer.status is TransferStatus.SENDING or ack.status is AckStatus.CORRUPT:
             self._transfers.fail(transfer, _ack_error(peer, ack))
         self._transfers.finish(transfer)
         self.pump(link)

@@ -1,4 +1,4 @@
-"""Signals that come before their transfer is opened: the race that layer 0 usually wins against the reservation."""
+"""Signals that arrive before their transfer is opened. Layer 0 is usually computed before D has reserved blocks."""
 
 from __future__ import annotations
 

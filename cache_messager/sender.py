@@ -25,7 +25,8 @@ class Sender:
     """All transfers out of this node's pool, and the links they share.
 
     It answers each OpenTransfer with one TransferDone or TransferFailed, unless a CloseTransfer comes first, and each
-    CloseTransfer with one TransferClosed; with none of them while the blocks may still be read.
+    CloseTransfer with one TransferClosed. A failure is reported also if the transfer is being closed. No answer is sent
+    while the blocks may still be read.
     """
 
     def __init__(

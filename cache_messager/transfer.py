@@ -14,7 +14,7 @@ from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.protocol.ids import Attempt, BlockId, PeerId
 from kvrelay.protocol.messages.base import LayerTransfer
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame
-from kvrelay.protocol.messages.messager_to_node import TransferEnding
+from kvrelay.protocol.messages.messager_to_node import TransferEnding, TransferFailed
 from kvrelay.protocol.messages.node_to_messager import KVSpan, OpenTransfer
 
 
@@ -99,7 +99,7 @@ class Transfer:
 
     ``inflight`` are the frames that D has not acknowledged, ``reading`` those whose blocks the link may still read to
     make the frame. ``busy_since_s`` is when it last made progress, or last began to have something to send.
-    ``final_message`` is what its node is told when nothing reads its blocks any more.
+    ``failure`` and ``closed`` are what its node is told when nothing reads its blocks any more.
     """
 
     __slots__ = (
@@ -109,7 +109,8 @@ class Transfer:
         "_tails",
         "attempt",
         "busy_since_s",
-        "final_message",
+        "closed",
+        "failure",
         "first_block",
         "inflight",
         "lifecycle",
@@ -131,7 +132,8 @@ class Transfer:
         self.inflight: dict[FrameKey, KVFrame] = {}
         self.reading: set[FrameKey] = set()
         self.busy_since_s = now
-        self.final_message: TransferEnding | None = None
+        self.failure: TransferFailed | None = None
+        self.closed: TransferEnding | None = None
         self._layers = [_Layer() for _ in range(num_layers)]
         self._tails: dict[int, BlockRange] = {}
         self._num_signalled = 0
@@ -141,6 +143,11 @@ class Transfer:
     def status(self) -> TransferStatus:
         """Where it stands."""
         return self.lifecycle.status
+
+    @property
+    def final_messages(self) -> list[TransferEnding]:
+        """What the node is told at the end, in order."""
+        return [message for message in (self.failure, self.closed) if message is not None]
 
     @property
     def num_bytes(self) -> int:

@@ -19,7 +19,9 @@ from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferD
 class Transfers:
     """Transfers by attempt, and how the last of them ended. ``links`` are those they share, by D's messager.
 
-    A transfer that fails or is closed sends nothing more; ``node`` is told when nothing reads its blocks any more.
+    A transfer that fails or is closed sends nothing more; ``node`` is told when nothing reads its blocks any more. One
+    that fails and is closed is answered with both, the failure first: a corrupt block concerns the requests that share
+    it.
     """
 
     def __init__(
@@ -82,10 +84,13 @@ class Transfers:
 
     def leave(self, transfer: Transfer, final_message: TransferEnding) -> None:
         """Send nothing more of ``transfer``, and send ``final_message`` when nothing reads its blocks any more."""
-        transfer.final_message = final_message
+        if isinstance(final_message, TransferFailed):
+            transfer.failure = transfer.failure or final_message
+        else:
+            transfer.closed = final_message
         if transfer.status is TransferStatus.PENDING:
             self.drop_pending(transfer)
-            self._end(transfer, final_message)
+            self._end(transfer, *transfer.final_messages)
             return
         if transfer.status is TransferStatus.SENDING:
             link = self._links.get(transfer.peer)
@@ -100,16 +105,17 @@ class Transfers:
             return
         if transfer.status is TransferStatus.SENDING and transfer.is_written:
             self._end(transfer, _done(transfer, self._links[transfer.peer].kind))
-        elif transfer.status is TransferStatus.DRAINING and transfer.final_message is not None:
-            self._end(transfer, transfer.final_message)
+        elif transfer.status is TransferStatus.DRAINING:
+            self._end(transfer, *transfer.final_messages)
 
-    def _end(self, transfer: Transfer, final_message: TransferEnding) -> None:
+    def _end(self, transfer: Transfer, *final_messages: TransferEnding) -> None:
         transfer.lifecycle.move(TransferStatus.ENDED, self._outbox.now)
         del self._transfers[transfer.attempt]
         link = self._links.get(transfer.peer)
         if link is not None:
             link.transfers.pop(transfer, None)
-        self.answer(transfer.attempt, final_message)
+        for final_message in final_messages:
+            self.answer(transfer.attempt, final_message)
 
     def answer(self, attempt: Attempt, final_message: TransferEnding) -> None:
         """Tell the node how ``attempt`` ended and remember it: signals may still come that were sent before."""

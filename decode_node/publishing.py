@@ -11,7 +11,7 @@ from kvstore.blocks.kv_cache import KVCache
 
 
 class Publisher:
-    """Publishes blocks of requests, and exchanges copies of published blocks for those."""
+    """Publishes blocks of requests. Blocks whose content is published already are replaced by the published ones."""
 
     def __init__(
         self,

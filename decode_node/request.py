@@ -101,7 +101,7 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
 
     @property
     def is_reserved(self) -> bool:
-        """Whether it is its sender's to cancel."""
+        """Whether the prefill node may still cancel it."""
         return self.lifecycle.status in (DecodeStatus.RESERVING, DecodeStatus.RECEIVING)
 
     def accepts(self, spec: RequestSpec) -> bool:

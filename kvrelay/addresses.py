@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import re
 import socket
@@ -58,7 +59,10 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
     A name that has addresses of both families stands for its IPv4 address. Raises OSError if it has none.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # an empty label, or one of over 63 characters
+        raise OSError(errno.EINVAL, f"{host} is no host name") from error
     family, _, _, _, address = min(found, key=lambda item: item[0] != socket.AF_INET)
     return family, address
 

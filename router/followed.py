@@ -12,10 +12,10 @@ from router.events import RouterOutbox
 
 
 class FollowedNodes:
-    """Connections to nodes, one for each entry; registered or not is ``registry``'s to know.
+    """Connections to the nodes in the registry, one for each entry. ``NodeTable`` knows which of them are registered.
 
-    What a node is and whether it lives, it says itself over its connection: the registry only tells where to look, so
-    nothing that is there is lost with it. ``problem`` says why it cannot be read at present.
+    The registry has only addresses. Role, load and liveness come over the connections, so nothing is lost when the
+    registry is unavailable. ``problem`` says why it cannot be read at present.
     """
 
     def __init__(self, model: str, outbox: RouterOutbox) -> None:

@@ -113,10 +113,10 @@ class Node:
 
     @property
     def prompt_blocks(self) -> int:
-        """KV blocks that are left for one more prompt when those that wait there have theirs: none without a slot.
+        """KV blocks for one more prompt, after all waiting requests have theirs. 0 if all slots are taken.
 
-        Prompts that wait keep nobody away: how much longer it takes because of them, ``pending_tokens`` tells.
-        Preempted requests do: they would wait longer, and the prompt behind them.
+        0 also while preempted requests wait, because another prompt would delay them. Waiting prompts only add to the
+        wait, which ``pending_tokens`` estimates.
         """
         load = self.load
         num_requests = load.num_waiting + load.num_running + load.num_receiving + self.num_given_requests

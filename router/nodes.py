@@ -174,7 +174,7 @@ class Nodes:
         late_s = self._outbox.now - self._liveness_due_s
         if late_s > self._peer_timeout_s / 2:
             self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
-            # Each may say so once for each time: a node that stalls itself, or cannot hear us, costs attempts as ever.
+            # Each node may report it once per pause. A node that pauses itself costs attempts as usual.
             self._may_have_lost_us = {node.peer for node in self._node_table}
         else:
             for peer in self._node_table.silent(self._outbox.now):

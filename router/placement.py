@@ -12,7 +12,7 @@ from router.request import RoutedRequest
 
 
 class Placement:
-    """Gives requests to nodes and takes them back. A request and its nodes always tell the same of each other.
+    """Gives requests to nodes and takes them back. It updates the request and the nodes together.
 
     ``local_prefill_tokens``: a decode node computes a prompt itself when every prefill node has at least so many more
     prompt tokens to compute before it than it has, or there is none; None: never.

@@ -55,7 +55,7 @@ class RoundRobin:
 
 
 def _pressure(node: Node, num_tokens: int) -> float:
-    """Return how loaded ``node`` is for a prompt of ``num_tokens``. A decode node is chosen for no prompt's sake."""
+    """Return the load of ``node`` for a prompt of ``num_tokens``. Decode nodes are compared without that prompt."""
     wait_tokens = node.pending_tokens if node.role is Role.DECODE else node.added_wait(num_tokens)
     return (wait_tokens + REQUEST_TOKENS * node.num_requests) / node.max_num_seqs
 

@@ -1,4 +1,4 @@
-"""When what happened to the last requests. For people: nothing depends on it."""
+"""Timelines of the last requests, for people. No decision depends on them."""
 
 from __future__ import annotations
 

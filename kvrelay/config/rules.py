@@ -144,8 +144,8 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
     """The link copies from device to device, and a node that has none would find out with its first request."""
     link, kind = _get(data, "transfer", "link", "auto"), _get(data, "engine", "kind", "paddle")
     for index, node in nodes:
-        fakes = [_get(level, "engine", "fake", None) for level in (data, node)]
-        is_simulated = any(isinstance(fake, dict) and fake.get("device_pool") is True for fake in fakes)
+        fakes = [fake for level in (data, node) if isinstance(fake := _get(level, "engine", "fake", None), dict)]
+        is_simulated = any([fake["device_pool"] for fake in fakes if "device_pool" in fake][-1:])
         of_node = _get(node, "engine", "kind", kind)
         has_device_pool = of_node == "torch" or (of_node == "fake" and is_simulated)
         if _get(node, "transfer", "link", link) == "cuda" and not has_device_pool:

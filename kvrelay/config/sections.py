@@ -337,7 +337,7 @@ class TransferConfig(Section):
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
     )
-    checksum: bool = Field(True, description="Verify an xxh3 digest of every frame.")
+    checksum: bool = Field(True, description="ipc, tcp: verify a digest of every frame (xxh3); shm and cuda always do.")
     lease_s: float = Field(
         30.0, gt=0, le=3600, description="Seconds after which a reservation expires unless its prefill node renews it."
     )

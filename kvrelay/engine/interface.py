@@ -83,4 +83,4 @@ class PipelinedEngine(Engine, Protocol):
     """An engine whose device may have the next step to compute while it computes one."""
 
     def begin(self, plan: StepPlan) -> EngineStep:
-        """Return the step of ``plan``. ``max_plans_in_flight`` may be begun and not finished."""
+        """Return the step of ``plan``. ``max_plans_in_flight`` may be begun and not finished. Raises nothing."""

@@ -28,7 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class KVMemory:
-    """All KV blocks of one node (see ``kv_pool.KVPool``).
+    """All KV blocks of one node (see ``kv_pool.interface.KVPool``).
 
     Only the engine, the owner, uses ``planes[layer, 0 for K or 1 for V, block]``: the bytes of a block in one layer.
     """

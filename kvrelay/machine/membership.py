@@ -1,4 +1,4 @@
-"""A node's standing with its routers: the part of a node's machine that registers and heartbeats."""
+"""Registration at routers and heartbeats: a part of a node's machine."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Membership:
     """Registers until a router answers, then sends heartbeats. A router that does not know the node is told again.
 
     With a static registry there is one router, to which the shell has connected and which it calls ROUTER: it is never
-    given up, only followed by another. Otherwise the node announces itself and any number of routers connect to it, as
-    ``router#incarnation``; one that is silent for ``peer_timeout_s`` is lost.
+    lost, only replaced by its next incarnation. Otherwise the node announces itself and any number of routers connect
+    to it, as ``router#incarnation``; one that is silent for ``peer_timeout_s`` is lost.
     """
 
     def __init__(self, registration: Register, node: NodeConfig, outbox: Outbox) -> None:

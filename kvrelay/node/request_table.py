@@ -78,12 +78,13 @@ class RequestTable(Generic[R, S]):
 
         Raises LocalProtocolError, having changed nothing, if the table of statuses has no such step.
         """
-        before = self._containers[request.status]
+        before = self._containers.get(request.status)
         request.lifecycle.move(to, now)
         after = self._containers.get(to)
         if after is before:
             return
-        before.remove(request)
+        if before is not None:
+            before.remove(request)
         if after is None:
             del self._by_attempt[request.attempt]
         else:

@@ -12,16 +12,16 @@ SequenceId = NewType("SequenceId", int)
 """Id of a sequence in a node's engine. A request gets a new one each time it gets blocks on the node and runs."""
 
 NodeId = NewType("NodeId", str)
-"""Name of a node as the config gives it, e.g. ``d0``."""
+"""Name of a node in the config, e.g. ``d0``."""
 
 PeerId = NewType("PeerId", str)
-"""One process on the network: ``name#incarnation``. A restarted process is another peer."""
+"""Id of one process: ``name#incarnation``. A restarted process is another peer."""
 
 ROUTER = PeerId("router")
-"""Where a node sends what is for its router: the link, not one incarnation of it."""
+"""Peer id of a node's router with a static registry, for all its incarnations."""
 
 MESSAGER = PeerId("messager")
-"""Where a node sends what is for its own cache messager."""
+"""Peer id of a node's own cache messager."""
 
 
 class Attempt(NamedTuple):
@@ -40,7 +40,7 @@ def new_incarnation() -> str:
 
 
 def peer_id(name: str, incarnation: str) -> PeerId:
-    """Return the network name of one incarnation of ``name``."""
+    """Return the peer id of an incarnation of ``name``."""
     return PeerId(f"{name}#{incarnation}")
 
 

@@ -1,4 +1,4 @@
-"""How a process tells others of its KV memory; apart from the memory itself, because the router needs no numpy."""
+"""Handles of KV pools. A separate module from the pools, because the router does not import numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class KVMemoryHandle(msgspec.Struct, frozen=True, tag="host"):
-    """How another process finds a KV pool in host memory. Only good on the host it was made on."""
+    """The handle of a KV pool in host memory. Valid only on its host."""
 
     pid: int
     fd: int
@@ -17,7 +17,7 @@ class KVMemoryHandle(msgspec.Struct, frozen=True, tag="host"):
 
 
 class KVDeviceHandle(msgspec.Struct, frozen=True, tag="device"):
-    """How another process finds a KV pool on a device. Only good on the host it was made on.
+    """The handle of a KV pool on a device. Valid only on its host.
 
     ``pid``, ``fd`` and ``tag`` are those of the table of its blocks' digests, in host memory. ``memory`` is what
     processes that use the same ``kind`` of device need to reach the blocks: for CUDA the driver's IPC handle.
@@ -32,4 +32,4 @@ class KVDeviceHandle(msgspec.Struct, frozen=True, tag="device"):
 
 
 KVHandle: TypeAlias = KVMemoryHandle | KVDeviceHandle
-"""The handle of a pool, by the kind of its memory."""
+"""The handle of a pool; one type per kind of memory."""

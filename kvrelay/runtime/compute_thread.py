@@ -42,7 +42,7 @@ class BeginsSteps(Protocol):
     max_plans_in_flight: int
 
     def begin(self, plan: StepPlan) -> Step:
-        """Return a step to launch and to finish."""
+        """Return a step to launch and to finish. Raises nothing."""
 
 
 class Compute(Protocol):

@@ -121,7 +121,8 @@ class Shell:
                     self._events.popleft()
             except Exception as error:
                 logger.exception("error while handling %.500r", self._events[0])
-                self._done.set_exception(error)
+                if not self._done.done():
+                    self._done.set_exception(error)
                 return
             if self._events and time.monotonic() >= ends_s:
                 self._loop.call_soon(self._pump)

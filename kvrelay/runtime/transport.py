@@ -96,8 +96,8 @@ class Transport:
     async def _look_up(self, peer: PeerId, address: str, host: str, port: int) -> None:
         """Reach out to ``peer`` once the kind of its address is known; hold back what is sent until then.
 
-        ZMQ looks only for one kind. It gets the name, not what it stands for now: that may be another when the peer
-        comes back.
+        ZMQ looks up either IPv4 or IPv6 addresses. It is given the name, not the address found here, because the
+        address may have changed when it reconnects.
         """
         is_told = False
         while True:

@@ -50,7 +50,16 @@ class KVCache:
     reported by ``can_allocate``, not by an exception. Without ``prefix_caching`` nothing is published or matched.
     """
 
-    __slots__ = ("_evicted", "_hit_tokens", "_pool", "_prefixes", "_queries", "_query_tokens", "prefix_caching")
+    __slots__ = (
+        "_evicted",
+        "_forgotten",
+        "_hit_tokens",
+        "_pool",
+        "_prefixes",
+        "_queries",
+        "_query_tokens",
+        "prefix_caching",
+    )
 
     def __init__(self, num_blocks: int, prefix_caching: bool = True) -> None:
         self.prefix_caching = prefix_caching
@@ -60,6 +69,7 @@ class KVCache:
         self._query_tokens = 0
         self._hit_tokens = 0
         self._evicted = 0
+        self._forgotten: set[BlockId] = set()
 
     @property
     def num_blocks(self) -> int:
@@ -137,7 +147,7 @@ class KVCache:
                 f"allocate {num_blocks} blocks: of {self.num_blocks}, {self.num_free} are free, "
                 f"{self.num_evictable} evictable, {self.num_used} used"
             )
-        self._pool.recycle(self._prefixes.evict(deficit))
+        self._recycle(self._prefixes.evict(deficit))
         self._evicted += deficit
 
     def pin(self, block_ids: Sequence[BlockId]) -> None:
@@ -152,14 +162,14 @@ class KVCache:
 
         Raises LocalProtocolError if a block has no reference, is unknown, or is named twice.
         """
-        self._pool.recycle(self._prefixes.release(self._pool.unpin(block_ids)))
+        self._recycle(self._prefixes.release(self._pool.unpin(block_ids)))
 
     def publish(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
         """Make a sequence's first blocks matchable: ``block_ids[i]``, computed or verified, has hash ``hashes[i]``.
 
         Always from the sequence's first block on; what is published already costs nothing. A hash that another
         block has published keeps that block: the duplicate stays its request's own and is freed with it, and the blocks
-        after it continue the chain of the old one.
+        after it continue the chain of the old one. Blocks that were forgotten, and those after them, are not published.
 
         Raises LocalProtocolError if a block is not referenced, or is published with another hash, or if the
         two lists differ in length.
@@ -168,6 +178,9 @@ class KVCache:
             raise LocalProtocolError(f"publish: {len(hashes)} hashes for {len(block_ids)} blocks")
         if not self.prefix_caching:
             return
+        if self._forgotten:
+            num_sound = next((i for i, block in enumerate(block_ids) if block in self._forgotten), len(block_ids))
+            hashes, block_ids = hashes[:num_sound], block_ids[:num_sound]
         num_settled = self._prefixes.num_settled(hashes, block_ids)
         self._pool.require("publish", block_ids[num_settled:], min_refs=1)
         self._prefixes.insert(hashes, block_ids, num_settled)
@@ -175,15 +188,21 @@ class KVCache:
     def forget(self, hashes: Sequence[bytes]) -> None:
         """Match nothing of this sequence any more, nor of others that begin as it does: one of its blocks is damaged.
 
-        Referenced blocks remain with their requests. Looks at the whole tree.
+        Referenced blocks remain with their requests, and are never published again. Looks at the whole tree.
         """
         if hashes:
             removed = self._prefixes.remove(hashes[0])
-            self._pool.recycle([block for block in removed if not self._pool.ref_count(block)])
+            self._forgotten.update(removed)
+            self._recycle([block for block in removed if not self._pool.ref_count(block)])
+
+    def _recycle(self, blocks: list[BlockId]) -> None:
+        self._pool.recycle(blocks)
+        if self._forgotten:
+            self._forgotten.difference_update(blocks)
 
     def clear(self) -> None:
         """Evict every evictable block."""
-        self._pool.recycle(self._prefixes.evict(self._prefixes.num_evictable))
+        self._recycle(self._prefixes.evict(self._prefixes.num_evictable))
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError with the referenced blocks if there are any."""

@@ -34,7 +34,7 @@ class UnknownFields:
         return taken
 
     def notice(self, names: Iterable[str]) -> None:
-        """Log those of ``names`` that have not been logged yet, as far as there is room to remember them."""
+        """Log those of ``names`` that have not been logged yet, up to the maximum."""
         some = (name[:_MAX_CHARS] for name in islice(names, self._max_names))  # a body may have a million
         new = (name for name in some if name not in self._seen)
         for name in islice(new, self._max_names - len(self._seen)):

@@ -97,6 +97,12 @@ def test_listening_at_a_name_that_has_only_an_ipv6_address(monkeypatch: pytest.M
     run(check())
 
 
+@pytest.mark.parametrize("name", ["a..b", "a" * 64 + ".test"])
+def test_a_name_that_cannot_be_encoded_has_no_address(name: str) -> None:
+    with pytest.raises(OSError, match="is no host name"):
+        resolve(name, 1)
+
+
 PAIR = """
 import asyncio, sys
 from kvrelay.machine.contract import Received

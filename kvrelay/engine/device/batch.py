@@ -89,7 +89,7 @@ class BatchAssembler:
         self._steady: SteadyBatch | None = None
 
     def forget_sequences(self) -> None:
-        """What the device has of sequences, and of their KV, is not known any more."""
+        """Treat the device's block tables and last tokens as unknown."""
         self._rows.clear()
         self._steady = None
 

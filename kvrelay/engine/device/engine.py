@@ -167,15 +167,18 @@ class DeviceStep:
 
     def finish(self, on_layer: OnLayer) -> StepResult:
         """Raises errors that it cannot attribute to one sequence."""
-        self._tell_layers(on_layer)
-        if self._launched is None:
-            with self._steps.launching:
-                try:
+        try:
+            self._tell_layers(on_layer)
+            if self._launched is None:
+                with self._steps.launching:
                     found = self._compute_now(on_layer)
-                finally:
-                    self._steps.deferred.remove(self)
-        else:
-            found = self._outcomes(self._launched)
+            else:
+                found = self._outcomes(self._launched)
+        finally:
+            if self._launched is None:
+                with self._steps.launching:
+                    if self in self._steps.deferred:
+                        self._steps.deferred.remove(self)
         with self._launcher.state:
             return self._steps.sequences.result(self._plan, self._items, found)
 

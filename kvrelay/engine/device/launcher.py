@@ -94,7 +94,7 @@ class StepLauncher:
         self.graphs = StepGraphs(shapes, self.decoder, self.pool.layers, self._framework, self.stream, arena)
 
     def forget_sequences(self) -> None:
-        """What the device has of sequences, and of their KV, is not known any more."""
+        """Treat the device's block tables and last tokens as unknown."""
         with self.state:
             self.assembler.forget_sequences()
 

@@ -70,7 +70,7 @@ class SequenceRows:
         self._blocks: list[int] = []
 
     def clear(self) -> None:
-        """Forget every sequence, and that the device has any of its KV."""
+        """Forget every sequence: their block tables and last tokens are sent again."""
         self._free += [row.index for row in self._rows.values()]
         self._rows.clear()
         self._places, self._blocks = [], []
@@ -93,7 +93,7 @@ class SequenceRows:
 
         Raises EngineError if they are too many.
 
-        Of a sequence whose blocks were replaced by others no KV is known any more.
+        The whole table of a sequence is sent again if blocks of it were replaced.
         """
         if len(batch) > len(self.tables):
             raise EngineError(f"a step of {len(batch)} sequences is more than max_num_seqs {len(self.tables)}")

@@ -53,9 +53,9 @@ class KVFrame(Message, frozen=True, kw_only=True):
     """P's messager -> D's: the same blocks in ``num_layers`` layers from ``layer`` on.
 
     The payload follows as raw message parts, layer by layer, all K and then all V, if the kind of link sends bytes
-    (ipc, tcp). Else the reader copies ``source_block_ids`` from the sender's pool (shm). The reader verifies the digest
-    (xxh3-64 of the payload, 0 if unchecked), writes each block once and answers FrameAck. A repetition of a frame that
-    is being written gets no answer of its own.
+    (ipc, tcp). Else the reader copies ``source_block_ids`` from the sender's pool (shm, cuda). The reader verifies the
+    digest (xxh3-64 of the payload, 0 if unchecked; cuda: of ``kv_pool.block_digest``), writes each block once and
+    answers FrameAck. A repetition of a frame that is being written gets no answer of its own.
     """
 
     request_id: str

@@ -34,8 +34,9 @@ class TransferDone(Message, frozen=True, kw_only=True):
 class TransferFailed(Message, frozen=True, kw_only=True):
     """P's messager -> P: the transfer has failed, and nothing reads P's blocks for it any more.
 
-    The reader releases the messager's hold on the blocks. Unless the request has ended on P, it cancels the reservation
-    and sends the router RequestFailed.
+    The reader releases the messager's hold on the blocks. If a block was corrupt (``corrupt_kv``), it drops the prompts
+    that share the first block from its prefix cache. Unless the request has ended on P, it cancels the reservation and
+    sends the router RequestFailed. TransferClosed may follow.
     """
 
     request_id: str

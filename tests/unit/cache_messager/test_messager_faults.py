@@ -547,6 +547,27 @@ def test_close_waits_for_the_frames_under_way() -> None:
         assert pair.endings(P, A) == ["TransferClosed"]
 
 
+@pytest.mark.parametrize("closed_first", [True, False])
+def test_corrupt_block_is_reported_although_the_transfer_is_closed(closed_first: bool) -> None:
+    with Pair(links=("ipc",)) as pair:
+        sources, _ = started(pair)
+        pair.corrupt_payload = True
+        pair.signal_all(A, sources)
+        pair.run([(P_NODE, P)])
+        pair.step([(P, D)])
+        if closed_first:
+            pair.close_transfer(A)
+            pair.run([(P_NODE, P)])
+        pair.step([(D, P)])
+        if not closed_first:
+            assert pair.endings(P, A) == [], "other frames are not acknowledged"
+            pair.close_transfer(A)
+        pair.run()
+        assert pair.endings(P, A) == ["TransferFailed", "TransferClosed"]
+        assert failure(pair).error.code == "corrupt_kv"
+        pair.assert_quiescent()
+
+
 def test_close_is_answered_when_the_link_is_lost() -> None:
     with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)

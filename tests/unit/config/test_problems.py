@@ -191,6 +191,11 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "transfer: {link: cuda}\n",
         ["4: nodes.p0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
     ),
+    "a link between devices, and one node without": (
+        GOOD.replace("8300}", "8300, engine: {fake: {device_pool: false}}}")
+        + "engine: {kind: fake, fake: {device_pool: true}}\ntransfer: {link: cuda}\n",
+        ["5: nodes.d0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+    ),
     "registry without a place": (
         GOOD + "registry: {kind: redis}\n",
         ["6: registry.url: redis needs a url that begins with redis://, rediss://, unix://"],

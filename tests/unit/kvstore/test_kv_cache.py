@@ -340,6 +340,11 @@ def test_forgotten_prefixes_are_computed_anew_by_whoever_comes_next() -> None:
     assert cache.match(hashes_of("xy")) == other
     again = run(cache, "abc")
     assert not set(again) & set(running)
-    cache.publish(hashes_of("abde"), [*running, *cache.allocate(1)])
-    assert cache.match(hashes_of("abd")) == [*again[:2], running[2]]
+    grown = [*running, *cache.allocate(1)]
+    cache.publish(hashes_of("abde"), grown)
+    assert cache.match(hashes_of("abd")) == again[:2], "a running request publishes no forgotten block again"
+    cache.unpin(grown)
+    renewed = run(cache, "abde")
+    assert set(renewed) & set(running), "the blocks are used again"
+    assert cache.match(hashes_of("abde")) == renewed, "and then published"
     cache.check_invariants()

@@ -25,12 +25,16 @@ def hashes_of(text: str) -> list[bytes]:
 
 @dataclass
 class Model:
-    """``published`` maps a prefix to its block; a prefix is the text from the first token on."""
+    """``published`` maps a prefix to its block; a prefix is the text from the first token on.
+
+    ``forgotten`` are blocks that were published and are not, while somebody has them: they are not published again.
+    """
 
     num_blocks: int
     refs: dict[int, int] = field(default_factory=dict)
     published: dict[str, int] = field(default_factory=dict)
     idle_since: dict[str, int] = field(default_factory=dict)
+    forgotten: set[int] = field(default_factory=set)
     operations: int = 0
 
     def held(self, prefix: str) -> bool:
@@ -56,10 +60,13 @@ class Model:
             self.refs[block] -= 1
             if not self.refs[block]:
                 del self.refs[block]
+                self.forgotten.discard(block)
         self.note_idle()
 
     def publish(self, text: str, blocks: list[int]) -> None:
         for end, block in enumerate(blocks, start=1):
+            if block in self.forgotten:
+                break
             self.published.setdefault(text[:end], block)
         self.note_idle()
 
@@ -162,7 +169,9 @@ class Driver:
         text = self.some_text(10)
         self.cache.forget(hashes_of(text))
         for prefix in [prefix for prefix in self.model.published if prefix[0] == text[0]]:
-            del self.model.published[prefix]
+            block = self.model.published.pop(prefix)
+            if block in self.model.refs:
+                self.model.forgotten.add(block)
         self.model.note_idle()
 
     def misuse(self) -> None:
