@@ -29,6 +29,7 @@ BOTH = set(GenerationFields.model_fields)
 
 NOT_FOR_CLIENTS = {
     "config_error",
+    "device_error",
     "protocol_error",
     "registry_unavailable",
     "storage_error",
