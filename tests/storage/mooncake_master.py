@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.redis_server import free_port
+from support.ports import free_ports
 
 from kvrelay.addresses import netloc
 
@@ -37,7 +37,7 @@ class MooncakeMaster:
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._host = host
-        self.port = free_port()
+        self.port, self._metrics_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +50,7 @@ class MooncakeMaster:
         assert spec is not None
         assert spec.origin is not None
         command = [str(Path(spec.origin).with_name("mooncake_master")), f"--rpc_address={self._host}"]
-        command += [f"--rpc_port={self.port}", f"--metrics_port={free_port()}", "--metrics_host=127.0.0.1"]
+        command += [f"--rpc_port={self.port}", f"--metrics_port={self._metrics_port}", "--metrics_host=127.0.0.1"]
         environment = {**os.environ, "GLOG_minloglevel": "0"}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         assert self._process.stdout is not None

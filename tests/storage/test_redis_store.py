@@ -16,7 +16,8 @@ from pydantic import SecretStr
 from redis.crc import key_slot
 from storage_rooms import GEOMETRY, HASHES, TIMEOUT_S, HandClock, planes, views
 from support.loops import run
-from support.redis_server import NUM_SLOTS, RedisServer, binary, free_port, redis_cluster, redis_server
+from support.ports import free_ports
+from support.redis_server import NUM_SLOTS, RedisServer, binary, redis_cluster, redis_server
 
 from kvrelay.config.sections import StorageConfig
 from kvrelay.errors import StorageError, StorageUnavailableError
@@ -221,7 +222,7 @@ def test_tls(tmp_path: Path) -> None:
     command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run(command, check=True, capture_output=True)
-    port = free_port()
+    [port] = free_ports(1)
 
     async def check(server: RedisServer) -> None:
         url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"

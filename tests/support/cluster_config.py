@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import random
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from support.ports import free_ports
 
 VOCAB_SIZE = 384
 EOS_TOKEN_ID = 2
 
 Config = dict[str, Any]
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports nobody listens at, from below the range that the kernel gives to clients."""
-    ports: list[int] = []
-    number = random.Random(os.getpid() + time.time_ns())
-    while len(ports) < count:
-        port = number.randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if port not in ports and probe.connect_ex(("127.0.0.1", port)) != 0:
-                ports.append(port)
-    return ports
 
 
 def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], **sections: Any) -> Config:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,10 +15,9 @@ from pathlib import Path
 
 import redis
 
-PATIENCE_S = 20.0
-_HIGHEST_PORT = 55535
-"""A cluster node also listens 10000 above its port."""
+from support.ports import free_ports
 
+PATIENCE_S = 20.0
 NUM_SLOTS = 16384
 
 
@@ -34,21 +32,11 @@ def binary() -> str | None:
     return str(inside) if inside.exists() else None
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port <= _HIGHEST_PORT:
-            return port
-
-
 class RedisServer:
     """One server on a loopback port, without persistence, until ``stop``."""
 
     def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
+        [self.port] = free_ports(1)
         self._arguments = arguments
         self._directory = tempfile.TemporaryDirectory(prefix="kvt-redis-")
         self._process: subprocess.Popen[bytes] | None = None

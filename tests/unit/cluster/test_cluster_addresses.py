@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 import pytest
-from support.cluster_config import free_ports
+from support.ports import free_ports
 
 from kvrelay.cluster.addresses import addresses, require_free_addresses, taken_addresses
 from kvrelay.config.cluster_config import ClusterConfig
