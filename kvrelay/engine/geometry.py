@@ -10,7 +10,7 @@ from kvrelay.config.cluster_config import Sections
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.fake import fake_geometry
-from kvrelay.engine.load import longest_sequence
+from kvrelay.errors import CheckpointError
 from kvrelay.protocol.geometry import KVGeometry
 
 
@@ -82,3 +82,14 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     from kvrelay.engine.select_kernels import has_native_bfloat16  # noqa: PLC0415
 
     return "bfloat16" if has_native_bfloat16() else "float32"
+
+
+def longest_sequence(node: Sections, config: DecoderConfig) -> int:
+    """Return the maximum length of a sequence: the configured one, else the model's."""
+    asked, rope = node.model.max_model_len, config.rope
+    longest = config.max_position_embeddings
+    if rope.kind in ("linear", "dynamic", "yarn"):
+        longest = max(longest, int(rope.original_max_position * rope.factor))
+    if asked is not None and asked > longest:
+        raise CheckpointError(f"model.max_model_len {asked} is more than the {longest} the checkpoint is made for")
+    return asked or config.max_position_embeddings

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kvrelay.config.cluster_config import NodeConfig, Sections
+from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
-from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.errors import ConfigError
 from kvrelay.runtime.startup import startup
-
-if TYPE_CHECKING:
-    from kvrelay.engine.decoder_config import DecoderConfig
 
 OnProgress = Callable[[int, int], None]
 
@@ -51,7 +47,7 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     from kvrelay.engine.checkpoint import Checkpoint  # noqa: PLC0415
     from kvrelay.engine.decoder import Decoder, load_weights  # noqa: PLC0415
     from kvrelay.engine.decoder_config import read_decoder_config  # noqa: PLC0415
-    from kvrelay.engine.geometry import checkpoint_geometry  # noqa: PLC0415
+    from kvrelay.engine.geometry import checkpoint_geometry, longest_sequence  # noqa: PLC0415
     from kvrelay.engine.kernels import HeadShape  # noqa: PLC0415
     from kvrelay.engine.paddle_engine import PaddleEngine  # noqa: PLC0415
     from kvrelay.engine.paddle_runtime import set_device, set_num_threads  # noqa: PLC0415
@@ -79,14 +75,3 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
         max_model_len,
         staged=node.engine.device != "cpu",
     )
-
-
-def longest_sequence(node: Sections, config: DecoderConfig) -> int:
-    """Return the maximum length of a sequence: the configured one, else the model's."""
-    asked, rope = node.model.max_model_len, config.rope
-    longest = config.max_position_embeddings
-    if rope.kind in ("linear", "dynamic", "yarn"):
-        longest = max(longest, int(rope.original_max_position * rope.factor))
-    if asked is not None and asked > longest:
-        raise CheckpointError(f"model.max_model_len {asked} is more than the {longest} the checkpoint is made for")
-    return asked or config.max_position_embeddings
