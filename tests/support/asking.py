@@ -126,7 +126,7 @@ class Asker:
         try:
             response = await self._http.post(path, json=body, headers=headers)
         except (httpx.TransportError, AttributeError) as error:
-            # anyio asks a new connection for its peer, and uvloop has no socket for it if the server has closed it already
+            # anyio asks a new connection for its peer: uvloop has no socket if the server has closed it already
             if isinstance(error, AttributeError) and error.name != "getpeername":
                 raise
             return Answer(0, {"error": {"code": CONNECTION_LOST[1], "message": repr(error)}}, httpx.Headers())
