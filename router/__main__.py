@@ -1,4 +1,4 @@
-"""``python -m router CONFIG`` runs the router; the ``kvrelay`` command does the same with more comfort."""
+"""``python -m router CONFIG`` runs the router; the ``kvrelay`` command is the user interface for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.server import serve
 
 
 def run(config: ClusterConfig) -> int:
-    """Run the router of ``config`` until it is told to stop; return the process's exit status."""
+    """Run the router of ``config`` until it is stopped; return the process's exit status."""
     reason = uvloop.run(serve(config))
     log_event("info", "router ended", {"reason": reason})
     return 0

@@ -1,4 +1,4 @@
-"""Attempts at requests: each is given to nodes, and when it fails, the next one is, as long as one is left."""
+"""Attempts: dispatch of requests to nodes, and retries after failures up to ``max_attempts``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from router.request_table import RequestTable
 
 
 class Attempts:
-    """Begins attempts and ends them. Epochs begin after ``first_epoch``."""
+    """Starts, aborts and retries attempts. The first epoch is ``first_epoch`` + 1."""
 
     def __init__(
         self, limits: Limits, table: RequestTable, placement: Placement, outbox: RouterOutbox, first_epoch: int
@@ -30,7 +30,7 @@ class Attempts:
         self._last_epoch = first_epoch
 
     def dispatch(self, request: RoutedRequest) -> None:
-        """Give a waiting request to a node; without one it waits for a node to register."""
+        """Dispatch a waiting request to a node. If there is none, wait for one to register."""
         entry = self._placement.enter(request)
         if entry is None:
             self._wait_for_node(request)
@@ -49,7 +49,7 @@ class Attempts:
         self._outbox.send(entry.peer, Prefill(request=spec, decode_node=decode.address if decode else None))
 
     def begin(self, request: RoutedRequest) -> RequestSpec:
-        """Begin an attempt under a new epoch; return what its node must know."""
+        """Begin an attempt under a new epoch; return the request spec for its node."""
         self._last_epoch += 1
         return request.next_attempt(self._last_epoch)
 
@@ -63,21 +63,21 @@ class Attempts:
     # ------------------------------------------------------------ failures
 
     def failed(self, request: RoutedRequest, error: ErrorInfo, by: PeerId, backoff_s: float | None = None) -> None:
-        """The attempt failed at ``by``: abort it at the partner and begin another after ``backoff_s``, if one is left.
+        """Handle a failure reported by ``by``: abort the attempt on the other node and retry after ``backoff_s``.
 
-        By default that is longer with each attempt.
+        Ends the request if the error is not retryable or no attempt is left. The default backoff grows per attempt.
         """
         if backoff_s is None:
             backoff_s = self._backoff_s(request)
         self.abort_nodes(request, exclude=by)
-        request.avoid.update(request.nodes)  # whoever reports it, the partner may be the cause
+        request.avoid.update(request.nodes)  # the node that did not report it may be the cause
         if not error.retryable or request.attempts >= self._limits.max_attempts:
             self._table.fail(request, error)
             return
         self._begin_again(request, backoff_s)
 
     def forgotten(self, request: RoutedRequest, by: PeerId) -> None:
-        """``by`` dropped the attempt, and nothing failed: begin another at once that does not count."""
+        """``by`` dropped the attempt without a failure: begin another at once, not counted in ``attempts``."""
         self.abort_nodes(request, exclude=by)
         request.attempts -= 1
         self._begin_again(request, 0.0)
@@ -92,10 +92,10 @@ class Attempts:
             self.dispatch(request)
 
     def _backoff_s(self, request: RoutedRequest) -> float:
-        """Return how long to wait before the next attempt.
+        """Return the delay before the next attempt, in seconds.
 
-        When every node has failed it, one of them is probably dead and not yet known to be: the last attempts are for
-        when it is.
+        If every node has failed the request, one is probably dead but not yet declared lost. The delay is then the peer
+        timeout, so that the next attempt starts after the loss is detected.
         """
         if request.attempts > 1 and not self._placement.has_untried(request):
             return self._limits.peer_timeout_s
@@ -104,11 +104,11 @@ class Attempts:
     # ------------------------------------------------------------ aborts
 
     def abort_nodes(self, request: RoutedRequest, *, exclude: PeerId | None = None) -> None:
-        """Have all nodes of the present attempt but ``exclude`` drop it."""
+        """Send Abort to all nodes of the current attempt except ``exclude``."""
         for peer in request.nodes:
             if peer != exclude:
                 self.abort(peer, request.request_id, request.epoch)
 
     def abort(self, peer: PeerId, request_id: str, epoch: int) -> None:
-        """Have ``peer`` drop an attempt."""
+        """Send Abort for one attempt to ``peer``."""
         self._outbox.send(peer, Abort(request_id=request_id, epoch=epoch))

@@ -1,4 +1,4 @@
-"""How much memory the bodies of all requests may take together, from their first byte until they are prompts."""
+"""Limit on the memory of all request bodies together, from the first byte received until they are tokenized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG_INTERVAL_S = 60.0
 
 
 class BodyMemory:
-    """Counts the bytes of long bodies. Short ones are not counted: they get through even when there is no more room."""
+    """Counts the bytes of long bodies. Short ones are not counted and are accepted even at the limit."""
 
     def __init__(self, max_bytes: int, now: Callable[[], float]) -> None:
         self._max_bytes = max_bytes
@@ -24,7 +24,7 @@ class BodyMemory:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> None:
-        """Count ``num_bytes`` more. Raises AnswerError (503) if there is no room for them."""
+        """Add ``num_bytes``. Raises AnswerError (503) if the limit would be exceeded."""
         if self.num_bytes + num_bytes > self._max_bytes:
             self._log()
             reason = f"long bodies take {self._max_bytes} bytes (router.max_total_body_bytes); try again later"
@@ -40,7 +40,7 @@ class BodyMemory:
 
 
 class BodyShare:
-    """What one body takes, as a context: at its end the body is not needed any more."""
+    """Context manager for the bytes counted for one body. They are released on exit."""
 
     __slots__ = ("_memory", "num_bytes")
 
@@ -55,7 +55,7 @@ class BodyShare:
         self._memory.num_bytes -= self.num_bytes
 
     def grow_to(self, num_bytes: int) -> None:
-        """The body has ``num_bytes`` now. Raises AnswerError (503) if there is no room for them."""
+        """Count the body at its new length ``num_bytes``. Raises AnswerError (503) if the limit would be exceeded."""
         if num_bytes > INLINE_BYTES:
             self._memory.take(num_bytes - self.num_bytes)
             self.num_bytes = num_bytes

@@ -1,4 +1,4 @@
-"""What a router has done so far."""
+"""The router's counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """Numbers that only grow while the process lives. All but the last few count requests."""
+    """Monotonic totals since the process started. All but the last few count requests."""
 
     submitted: int = 0
     refused: int = 0
@@ -25,5 +25,5 @@ class Counters:
     kv_bytes_moved: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Return all of them by name."""
+        """Return all counters by name."""
         return asdict(self)

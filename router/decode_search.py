@@ -1,4 +1,4 @@
-"""Decode nodes for requests whose first one refused the reservation or was lost, while P computes the prompt."""
+"""Search for another decode node when the first refused the reservation or was lost, while P computes the prompt."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from router.request import RoutedRequest, Status
 from router.request_table import RequestTable
 
 MIN_SEEK_S = 0.05
-"""A decode node that refused is not asked again sooner, even if it says so."""
+"""Minimum delay in seconds before asking a decode node again that refused, even if its ``retry_after_s`` is shorter."""
 
 
 class DecodeSearch:
-    """Finds them. A request without one is SEEKING_DECODE: it is looked for again when a node registers, and later."""
+    """Assigns decode nodes. A request without one is SEEKING_DECODE; searched again on registrations and by timer."""
 
     def __init__(self, table: RequestTable, node_table: NodeTable, placement: Placement, outbox: RouterOutbox) -> None:
         self._table = table
@@ -25,7 +25,7 @@ class DecodeSearch:
         self._outbox = outbox
 
     def needed(self, request: RoutedRequest, message: DecodeNeeded) -> None:
-        """P asks for another decode node: find one, or ask the same one again when it may have room."""
+        """Handle P's request for another decode node. If none is found, set a timer to ask all nodes again later."""
         if request.decode is not None and request.decode != message.refused_by:
             self._send_assignment(request)  # P asks again: the assignment since then did not arrive
             return
@@ -40,7 +40,7 @@ class DecodeSearch:
             self._outbox.do(SetTimer(request.timer("seek"), at_s))
 
     def seek(self, request: RoutedRequest) -> bool:
-        """Have P ask a decode node that has not refused. If there is none, return False."""
+        """Assign a decode node that has not refused and send it to P. Return False if there is none."""
         if self._placement.assign_decode(request) is None:
             return False
         self.found(request)
@@ -48,12 +48,12 @@ class DecodeSearch:
         return True
 
     def seek_again(self, request: RoutedRequest) -> None:
-        """Have P ask any decode node, also those that refused."""
+        """Search among all decode nodes, including those that refused."""
         request.refused_by.clear()
         self.seek(request)
 
     def found(self, request: RoutedRequest) -> None:
-        """Note that ``request`` has a decode node."""
+        """Record that ``request`` has a decode node."""
         if request.status is Status.SEEKING_DECODE:
             request.lifecycle.move(Status.RUNNING, self._outbox.now)
 

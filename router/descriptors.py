@@ -1,4 +1,4 @@
-"""How many connections a process may have: its limit of file descriptors."""
+"""The limit of file descriptors, which bounds the number of connections of a process."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MAX_SPARE = 64
 
 
 def raise_limit() -> None:
-    """Let this process have as many descriptors as the system allows it."""
+    """Raise the soft limit of file descriptors to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems have a lower limit that they do not tell
+    with suppress(OSError, ValueError):  # some systems have a lower limit that they do not report
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Descriptors:
-    """Tells when hardly any descriptors are left. Some are kept for nodes, and to turn clients away politely.
+    """Detects when few descriptors are left. Some are reserved for nodes and for 503 responses to clients.
 
-    The kernel gives the lowest free number, so a connection's own number says how many there are.
+    The kernel assigns the lowest free number, so a connection's descriptor indicates how many are in use.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Descriptors:
         self._is_full = False
 
     def allow(self, descriptor: int) -> bool:
-        """Tell whether a connection with this descriptor may stay; log when that changes."""
+        """Return whether a connection with this descriptor may stay open; log when that changes."""
         is_full = descriptor >= self._limit - self._spare
         if is_full and not self._is_full:
             log_event("error", "too many connections: new ones are answered 503", {"max_descriptors": self._limit})
@@ -41,5 +41,5 @@ class Descriptors:
         return not is_full
 
     def is_urgent(self, descriptor: int) -> bool:
-        """Tell whether so few are left that a connection turned away must go at once."""
+        """Return whether so few are left that a refused connection must be closed at once."""
         return descriptor >= self._limit - self._spare // 2

@@ -1,4 +1,4 @@
-"""What the HTTP side tells the router's machine, and what it gets back."""
+"""Events from the HTTP side and the registry to the router's machine, and the deliveries it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvrelay.registry.node_entry import NodeEntry
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """One choice a client wants: a prompt and how to go on from it. Its id is free as soon as the request has ended."""
+    """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -27,42 +27,42 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A client asks for all of these or none. Each gets exactly one terminal delivery, refused ones at once."""
+    """Requests to admit all together or not at all. Each gets exactly one terminal delivery, refused ones at once."""
 
     requests: tuple[NewRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """Nobody waits for this request any more."""
+    """The client of this request has disconnected."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatched:
-    """The text of this request has come to a stop string; its further tokens are of no use."""
+    """The text of this request contains a stop string; no further tokens are needed."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator wants this node out."""
+    """An operator drains this node."""
 
     node_id: NodeId
 
 
 @dataclass(frozen=True, slots=True)
 class NodesFound:
-    """The registry was read: these are the nodes in it, all of them."""
+    """The registry was read; ``entries`` are all its nodes."""
 
     entries: tuple[NodeEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryLost:
-    """The registry cannot be read. NodesFound follows when it can."""
+    """The registry cannot be read. NodesFound follows when it can be read again."""
 
     reason: str
 
@@ -72,9 +72,9 @@ class RegistryLost:
 
 @dataclass(frozen=True, slots=True)
 class TokensDelivered:
-    """The next output tokens, in order, each one once. ``num_cached_tokens``: prompt tokens no node had to compute.
+    """The next output tokens, in order, each delivered once. ``num_cached_tokens``: prompt tokens from prefix hits.
 
-    With a ``finish_reason`` they are the last, and the terminal delivery follows.
+    If ``finish_reason`` is set, they are the last and the terminal delivery follows.
     """
 
     token_ids: list[int]
@@ -86,14 +86,14 @@ class TokensDelivered:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """Terminal: all tokens are delivered, or no more are wanted."""
+    """Terminal: all tokens are delivered, or the request was aborted or stopped."""
 
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class RequestErrored:
-    """Terminal: it ends with this error. ``retry_after_s``: when the client may try again."""
+    """Terminal: the request failed. ``retry_after_s``: seconds after which the client may retry."""
 
     error: ErrorInfo
     param: str | None = None
@@ -101,7 +101,7 @@ class RequestErrored:
 
     @classmethod
     def of(cls, error: KVRelayError) -> RequestErrored:
-        """Describe ``error``."""
+        """Return the delivery for ``error``."""
         retry_after_s = error.retry_after_s if isinstance(error, QueueFullError) else None
         return cls(ErrorInfo.of(error), error.param, retry_after_s)
 
@@ -111,11 +111,11 @@ Delivery: TypeAlias = TokensDelivered | RequestEnded | RequestErrored
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand ``delivery`` to whoever waits for this request."""
+    """Pass ``delivery`` to the submitter of this request."""
 
     request_id: str
     delivery: Delivery
 
 
 RouterOutbox: TypeAlias = RoleOutbox[Deliver]
-"""The time of the event that the router handles, and the actions it has led to."""
+"""The time of the event being handled, and the actions produced so far."""

@@ -1,4 +1,4 @@
-"""The nodes that a router has found in the registry and reached out to."""
+"""Connections to the nodes found in the registry."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from router.events import RouterOutbox
 
 
 class FollowedNodes:
-    """Connections to the nodes in the registry, one for each entry. ``NodeTable`` knows which of them are registered.
+    """Connections to the nodes in the registry, one per entry. ``NodeTable`` holds those that have registered.
 
     The registry has only addresses. Role, load and liveness come over the connections, so nothing is lost when the
-    registry is unavailable. ``problem`` says why it cannot be read at present.
+    registry is unavailable. ``problem``: why it cannot be read now, or None.
     """
 
     def __init__(self, model: str, outbox: RouterOutbox) -> None:
@@ -29,10 +29,10 @@ class FollowedNodes:
         return peer in self._entries
 
     def take(self, entries: Iterable[NodeEntry], *, registered: Callable[[PeerId], bool]) -> list[PeerId]:
-        """Reach out to those that are new in ``entries``; return the peers that a later start has replaced.
+        """Connect to the new nodes in ``entries``; return the peers replaced by a later start at the same address.
 
-        A node whose entry has vanished is let go unless it is ``registered``: that one is alive, and only the registry
-        has lost it.
+        Nodes without an entry are disconnected unless ``registered``: a registered node is alive, and only its registry
+        entry is lost.
         """
         wanted = {entry.peer: entry for entry in present(self._ours(entries))}
         addresses = {entry.address: entry.peer for entry in wanted.values()}
@@ -50,22 +50,22 @@ class FollowedNodes:
         return replaced
 
     def forget(self, peer: PeerId) -> None:
-        """Drop the connection to ``peer``. If its entry is there when the registry is read again, so is the node."""
+        """Drop the connection to ``peer``. It is made again if the next read of the registry has its entry."""
         if self._entries.pop(peer, None) is not None:
             self._outbox.do(Disconnect(peer))
 
     def is_draining(self, peer: PeerId) -> bool:
-        """Tell whether the registry says that ``peer`` takes nothing new."""
+        """Return whether the registry marks ``peer`` as draining."""
         entry = self._entries.get(peer)
         return entry is not None and entry.is_draining
 
     def beat(self) -> None:
-        """Send every node a heartbeat; those that do not know this router answer with a Register."""
+        """Send every node a heartbeat. Nodes that do not know this router answer with Register."""
         for peer in self._entries:
             self._outbox.send(peer, Heartbeat())
 
     def _ours(self, entries: Iterable[NodeEntry]) -> list[NodeEntry]:
-        """Leave out the nodes of other clusters that are in the same registry by mistake."""
+        """Return the entries for this model; log each node of another model once."""
         ours = []
         for entry in entries:
             if entry.registration.model == self._model:

@@ -1,4 +1,4 @@
-"""Reads the registry again and again, for the router's machine."""
+"""Polls the registry for the router's machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Follower:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Read until told to stop."""
+        """Read the registry every ``interval_s`` until ``stop``."""
         while not self._stopping.is_set():
             await self._read()
             with contextlib.suppress(TimeoutError):
@@ -34,7 +34,7 @@ class Follower:
                     await self._stopping.wait()
 
     def stop(self) -> None:
-        """Read no more. To cancel is not enough: redis-py may swallow it."""
+        """Stop reading. Cancelling is not enough because redis-py may swallow the cancellation."""
         self._stopping.set()
 
     async def _read(self) -> None:
@@ -54,7 +54,7 @@ class Follower:
 
 @contextlib.asynccontextmanager
 async def following(config: RegistryConfig, post: Callable[[object], None], interval_s: float) -> AsyncIterator[None]:
-    """Follow the registry until the end. Raises ConfigError for a bad URL."""
+    """Follow the registry until the context ends. Raises ConfigError for an invalid URL."""
     registry = open_registry(config)
     follower = Follower(registry, post, interval_s)
     task = asyncio.create_task(follower.run())

@@ -1,4 +1,4 @@
-"""What a router takes on, and for how long."""
+"""Limits of the router's requests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much the router takes on and how long it tries.
+    """Limits of queueing, attempts and time, in seconds.
 
-    ``node_wait_s``: how long a request waits for a node to come back when none could take it. ``peer_timeout_s``: how
-    long a dead node may look alive.
+    ``node_wait_s``: how long a request waits for a node when none is available. ``peer_timeout_s``: longest time before
+    a dead node is declared lost.
     """
 
     max_queued_requests: int = 512

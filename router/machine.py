@@ -65,18 +65,18 @@ RouterEvent: TypeAlias = (
     | RegistryLost
 )
 RouterMessage: TypeAlias = NodeToRouter | Heartbeat
-"""What a router takes from nodes."""
+"""Messages a router accepts from nodes."""
 
 DRAIN = "drain"
-"""Key of the timer that ends the router's draining."""
+"""Key of the drain timer: when it fires, all remaining requests fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """All the machine must know. ``model`` is the name nodes must serve.
+    """Settings of the machine. ``model``: the model name that nodes must serve.
 
-    Epochs begin after ``first_epoch``, so that those of several routers differ: clients may give equal request ids to
-    two of them. ``local_prefill_tokens``: see ``Placement``.
+    Epochs start at ``first_epoch`` + 1. It differs between routers because clients may send equal request ids to two of
+    them. ``local_prefill_tokens``: see ``Placement``.
     """
 
     model: str
@@ -92,9 +92,9 @@ class RouterSettings:
 
 
 class RouterMachine:
-    """Events in, actions out: nodes' messages, clients' requests and departures, timers.
+    """Handles node messages, client requests and disconnects, and timers; returns actions.
 
-    Every admitted request gets exactly one terminal delivery. At rest nothing is left of any: ``assert_quiescent``.
+    Every admitted request gets exactly one terminal delivery. At rest nothing remains: ``assert_quiescent``.
     """
 
     def __init__(self, settings: RouterSettings) -> None:
@@ -123,7 +123,7 @@ class RouterMachine:
         )
 
     def handle(self, event: RouterEvent, now: float) -> list[CoreAction | Deliver]:
-        """Take ``event`` at time ``now`` (seconds); return what must be done, in order."""
+        """Handle ``event`` at time ``now`` (seconds); return the actions to perform, in order."""
         self._outbox.now = now
         self._on_event(event)
         if self._stopping and not self.requests:
@@ -131,16 +131,16 @@ class RouterMachine:
         return self._outbox.take()
 
     def unready_reason(self) -> str | None:
-        """Return why a request that came now would be refused, or None."""
+        """Return why a new request would be refused now, or None."""
         return "the router is stopping" if self._stopping else self.node_table.unready_reason()
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError if anything is left of any request."""
+        """Raise LocalProtocolError unless no request is held."""
         self.requests.assert_quiescent()
 
     @property
     def counters(self) -> dict[str, int]:
-        """What this router has done so far, by name."""
+        """All counters by name."""
         return {**self.requests.counters.as_dict(), COUNTER: self._unexpected.count}
 
     # ------------------------------------------------------------ events

@@ -1,4 +1,4 @@
-"""What Prometheus gets to see: latencies as clients feel them, tokens, requests, and every node's load."""
+"""Prometheus metrics: client-side latencies, tokens, requests, and the load of every node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
 class Metrics:
-    """All metrics of one router. ``clock`` gives the time in seconds."""
+    """All metrics of one router. ``clock`` returns the time in seconds."""
 
     def __init__(self, machine: RouterMachine, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -40,11 +40,11 @@ class Metrics:
         self.registry.register(_MachineCollector(machine))
 
     def observer(self, api: str, arrival_s: float) -> RequestObserver:
-        """Return what takes the times of a request that arrived at ``arrival_s``."""
+        """Return the observer of an HTTP request that arrived at ``arrival_s``."""
         return RequestObserver(self, api, arrival_s, self._clock)
 
     def refused(self, api: str, code: str) -> None:
-        """A request was answered with an error before it came to a choice."""
+        """Count an HTTP request answered with an error before any choice was submitted."""
         self.requests.labels(api, code).inc()
 
     def exposition(self) -> bytes:
@@ -59,7 +59,7 @@ class Metrics:
 
 
 class RequestObserver:
-    """Takes the times of one HTTP request's choices."""
+    """Records the latencies of one HTTP request's choices."""
 
     def __init__(self, metrics: Metrics, api: str, arrival_s: float, clock: Callable[[], float]) -> None:
         self._metrics = metrics
@@ -70,7 +70,7 @@ class RequestObserver:
         self._last_s: dict[int, float] = {}
 
     def tokens(self, choice: Choice, num_tokens: int) -> None:
-        """Some tokens of ``choice`` came in at once."""
+        """Record ``num_tokens`` tokens of ``choice`` delivered together."""
         now = self._clock()
         self._metrics.output_tokens.inc(num_tokens)
         if choice.index in self._last_s:
@@ -83,7 +83,7 @@ class RequestObserver:
         self._last_s[choice.index] = now
 
     def ended(self, choice: Choice, outcome: str) -> None:
-        """``choice`` is over: ``ok``, ``aborted``, or the code of an error."""
+        """Record the end of ``choice``. ``outcome``: ``ok``, ``aborted``, or an error code."""
         self._metrics.requests.labels(self._api, outcome).inc()
         if outcome != "ok":
             return
@@ -94,17 +94,17 @@ class RequestObserver:
 
 
 class _MachineCollector(Collector):
-    """Reads the machine when Prometheus asks: its counters, its requests, its nodes and what they last said."""
+    """Reads the machine at each scrape: counters, requests, nodes and their last reported load."""
 
     def __init__(self, machine: RouterMachine) -> None:
         self._machine = machine
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: what there is depends on the nodes."""
+        """Return nothing, because the metrics depend on the nodes."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all of it."""
+        """Yield all metrics of the machine."""
         for name, value in self._machine.counters.items():
             yield CounterMetricFamily(f"kvrelay_router_{name}", _words(name), value)
         by_status = GaugeMetricFamily("kvrelay_requests_in_progress", "Requests, by status.", labels=["status"])
@@ -132,7 +132,7 @@ class _MachineCollector(Collector):
         yield from self._prompts()
 
     def _prompts(self) -> Iterator[Metric]:
-        """Yield what nodes tell of prompts by length."""
+        """Yield the nodes' prompt metrics by prompt length."""
         labels = ["node", "role", "prompt_tokens"]
         tokens = GaugeMetricFamily(
             "kvrelay_node_queued_prompt_tokens", "Prompt tokens still to compute.", labels=labels

@@ -1,4 +1,4 @@
-"""What the router knows of the model it serves, from the small files of its checkpoint."""
+"""The router's description of the served model, read from the tokenizer and JSON files of its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class ServedModel:
     """The one model of this cluster.
 
-    ``default_sampling``: what requests get that do not say otherwise. ``tokenizer_config``: ``tokenizer_config.json``.
+    ``default_sampling``: defaults for requests. ``tokenizer_config``: content of ``tokenizer_config.json``.
     """
 
     name: str
@@ -36,10 +36,10 @@ class ServedModel:
 
 
 def load_model(config: ClusterConfig) -> ServedModel:
-    """Read tokenizer, ``config.json`` and ``generation_config.json`` of the configured checkpoint.
+    """Read the tokenizer, ``config.json`` and ``generation_config.json`` of the configured checkpoint.
 
-    An engine of kind fake needs no checkpoint; without one its tokens are bytes. Raises CheckpointError if a file is
-    missing or damaged, or if no text could be given to the model.
+    The fake engine needs no checkpoint; without one its tokens are bytes. Raises CheckpointError if a file is missing
+    or damaged, or if the tokenizer adds tokens outside the model's vocabulary to every text.
     """
     model_dir = Path(config.model.path)
     fake = config.engine.fake if config.engine.kind == "fake" else None
@@ -72,7 +72,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
 
 
 def _require_known(tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Raise CheckpointError if the tokenizer puts a token around every text that the model does not have."""
+    """Raise CheckpointError if the tokenizer adds a token outside the model's vocabulary to every text."""
     unknown = [token_id for token_id in tokenizer.encode("") if token_id >= vocab_size]
     if unknown:
         raise CheckpointError(
@@ -84,10 +84,10 @@ def _require_known(tokenizer: TextTokenizer, vocab_size: int) -> None:
 def _eos_token_ids(
     generation: dict[str, Any], settings: dict[str, Any], of_tokenizer: int | None, vocab_size: int
 ) -> tuple[int, ...]:
-    """Return all ids that end a text, without those that the model does not have.
+    """Return all end-of-text ids within the model's vocabulary.
 
-    Such an id is no reason to refuse a checkpoint: it is never sampled, so it ends no text. But it must not get to
-    where ids are indices (``min_tokens``), and that texts do not end as the file says is worth a warning.
+    Ids beyond the vocabulary are never sampled, so the checkpoint is accepted with a warning. They are dropped because
+    ``min_tokens`` uses ids as indices.
     """
     named = [*_ids(generation, "generation_config.json"), *_ids(settings, "config.json")]
     named += [] if of_tokenizer is None else [of_tokenizer]
@@ -98,7 +98,7 @@ def _eos_token_ids(
 
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
-    """Return what ``generation_config.json`` says of sampling. Raises CheckpointError if one of it is no number."""
+    """Return the sampling defaults in ``generation_config.json``. Raises CheckpointError if one is not a number."""
     given = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
     for name, value in given.items():
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -107,7 +107,7 @@ def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
 
 
 def _ids(settings: dict[str, Any], file: str) -> list[int]:
-    """Return the end-of-text ids of a config file, which has one, a list or none. Raises CheckpointError."""
+    """Return the end-of-text ids of a config file: one, a list or none. Raises CheckpointError if not integers."""
     value = settings.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token_id) is int for token_id in ids):

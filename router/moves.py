@@ -1,4 +1,4 @@
-"""Moves of preempted requests to nodes that have room for them now."""
+"""Moves preempted requests to nodes with room."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from router.request_table import RequestTable
 
 
 class Moves:
-    """Moves requests. What was generated so far goes along; the other node reads the KV from the store if it can.
+    """Moves requests with their output tokens so far. The new node reloads the KV from the store if possible.
 
-    The first node may be resuming the request just then: what it still sends is of an epoch that is over.
+    The old node may be resuming the request at that moment; its later messages have a stale epoch and are dropped.
     """
 
     def __init__(self, table: RequestTable, attempts: Attempts, placement: Placement, outbox: RouterOutbox) -> None:
@@ -23,14 +23,14 @@ class Moves:
         self._outbox = outbox
 
     def preempted(self, request: RoutedRequest, num_blocks: int) -> None:
-        """Note that ``request`` waits for ``num_blocks`` blocks at its decode node, and move it if there is room."""
+        """Record that ``request`` waits for ``num_blocks`` blocks on its decode node; move it if another has room."""
         request.num_preempted_blocks = num_blocks
         self._table.mark(request, "preempted")
         self._table.preempted[request.request_id] = request
         self.move_all()
 
     def move_all(self) -> None:
-        """Move the requests that still wait to nodes that have room, the longest waiting first."""
+        """Move the requests still preempted to nodes with room, longest waiting first."""
         for request in list(self._table.preempted.values()):
             num_blocks = request.num_preempted_blocks
             if num_blocks is None or request.decode is None or request.status is not Status.RUNNING:

@@ -1,4 +1,4 @@
-"""How nodes come to the router, report, leave and are lost."""
+"""Registration, heartbeats, draining and loss of nodes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from router.node_table import NodeTable
 from router.requests import Requests
 
 AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
-"""Messages in which a node reports about itself."""
+"""Messages in which a node reports its own state."""
 
 LIVENESS = "liveness"
-"""Key of the timer that asks for ``check_liveness``."""
+"""Key of the timer that calls ``check_liveness``."""
 
 
 class Nodes:
-    """Keeps the node table up to date and takes the requests of lost nodes away from them.
+    """Keeps the node table up to date and retries the requests of lost nodes.
 
-    ``incarnation`` is this start of the router. It sends heartbeats, and looks for silent nodes, every ``heartbeat_s``;
-    a node is lost when it was silent for ``peer_timeout_s``.
+    ``incarnation`` identifies this start of the router. Every ``heartbeat_s`` it sends heartbeats and checks liveness.
+    A node is lost when it sent nothing for ``peer_timeout_s``.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Nodes:
         self._may_have_lost_us: set[PeerId] = set()
 
     def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        """Record a message from ``peer``: any message counts as a heartbeat."""
         self._node_table.heard(peer, self._outbox.now)
 
     def take(self, peer: PeerId, message: AboutNode) -> None:
-        """Handle what ``peer`` reports about itself."""
+        """Handle a message in which ``peer`` reports its own state."""
         match message:
             case Heartbeat(load=load):
                 self._heartbeat(peer, load)
@@ -68,10 +68,10 @@ class Nodes:
             case _:
                 assert_never(message)
 
-    # ------------------------------------------------------------ come
+    # ------------------------------------------------------------ registration
 
     def follow(self, event: NodesFound | RegistryLost) -> None:
-        """Be connected with the nodes in the registry; without it, with those that are known."""
+        """Connect to the nodes in the registry. If the registry is lost, keep the known nodes."""
         if isinstance(event, RegistryLost):
             self._followed.problem = event.reason
             return
@@ -118,7 +118,7 @@ class Nodes:
         self._log("error", "registration refused", peer=peer, reason=reason)
         self._outbox.send(peer, RegistrationRefused(reason=reason))
 
-    # ------------------------------------------------------------ stay
+    # ------------------------------------------------------------ heartbeats
 
     def _heartbeat(self, peer: PeerId, load: Load | None) -> None:
         node = self._node_table.get(peer)
@@ -132,16 +132,16 @@ class Nodes:
         self._refuse_rival_of(peer)
 
     def _refuse_rival_of(self, peer: PeerId) -> None:
-        """Refuse a node that came with the name of ``peer``, which is alive."""
+        """Refuse the waiting registration with the same name as ``peer``, which is alive."""
         waiting = self._node_table.settle(peer)
         if waiting is not None:
             other, message = waiting
             self._refuse(other, f"another live node is called {message.node_id}")
 
-    # ------------------------------------------------------------ go
+    # ------------------------------------------------------------ draining and loss
 
     def drain(self, node_id: NodeId) -> None:
-        """Give a node nothing new, and have it leave."""
+        """Send the node nothing new and tell it to drain."""
         node = self._node_table.named(node_id)
         if node is not None and not node.leaving:
             node.leaving = True
@@ -153,7 +153,7 @@ class Nodes:
             node.leaving = True
 
     def lose(self, peer: PeerId, reason: str) -> None:
-        """Forget a node that is gone; its requests are tried elsewhere."""
+        """Remove a node and retry its requests on other nodes."""
         self._followed.forget(peer)
         node = self._node_table.remove(peer, self._outbox.now)
         if node is None:
@@ -167,14 +167,15 @@ class Nodes:
             self._register(*waiting)
 
     def check_liveness(self) -> None:
-        """Lose the nodes that are silent, unless it was this process that did not listen.
+        """Declare silent nodes lost, unless this process itself was paused.
 
-        After a pause timers fire before sockets are read, so what nodes said meanwhile is heard first.
+        After a pause timers fire before sockets are read. The check is then skipped once, so that the messages received
+        meanwhile are read first.
         """
         late_s = self._outbox.now - self._liveness_due_s
         if late_s > self._peer_timeout_s / 2:
             self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
-            # Each node may report it once per pause. A node that pauses itself costs attempts as usual.
+            # Each node may lose this router once per pause. A node that was paused itself costs attempts as usual.
             self._may_have_lost_us = {node.peer for node in self._node_table}
         else:
             for peer in self._node_table.silent(self._outbox.now):

@@ -1,4 +1,4 @@
-"""The output tokens of one request, put in order."""
+"""Reordering of one request's output tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from kvrelay.protocol.messages.node_to_router import RequestOutput
 
 
 class OutputOrder:
-    """Takes what nodes send in any order and gives it back in order, each token once.
+    """Accepts outputs in any order and returns them in index order, each token once.
 
-    The first token comes from P and the others from D, over different connections, so the second may be here first.
+    The first token comes from P and the others from D, over different connections, so the second may arrive first.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class OutputOrder:
         self._early: dict[int, RequestOutput] = {}
 
     def take(self, output: RequestOutput) -> list[RequestOutput]:
-        """Return what can be delivered now that ``output`` is here: it, what waited for it, or nothing."""
+        """Add ``output``; return the outputs that can be delivered now."""
         self._early[output.index] = output
         ready = []
         while self._early and (first := min(self._early)) <= len(self.token_ids):
@@ -29,11 +29,11 @@ class OutputOrder:
         return ready
 
     def forget_early(self) -> None:
-        """Drop what waits for a token that will never come: the attempt that made it is over."""
+        """Drop buffered outputs, because the attempt they belong to has ended."""
         self._early.clear()
 
     def _without_known(self, output: RequestOutput) -> RequestOutput | None:
-        """Return ``output`` less the tokens already delivered, or None if nothing of it is new."""
+        """Return ``output`` without the tokens already delivered, or None if none is new."""
         known = len(self.token_ids) - output.index
         if known <= 0:
             return output

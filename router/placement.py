@@ -1,4 +1,4 @@
-"""Which nodes have which request: chosen by the policies, written down at the nodes, taken back again."""
+"""Assignment of requests to nodes, chosen by the routing policies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from router.request import RoutedRequest
 
 
 class Placement:
-    """Gives requests to nodes and takes them back. It updates the request and the nodes together.
+    """Assigns requests to nodes and releases them. Updates the request and its nodes together.
 
-    ``local_prefill_tokens``: a decode node computes a prompt itself when every prefill node has at least so many more
-    prompt tokens to compute before it than it has, or there is none; None: never.
+    ``local_prefill_tokens`` is the threshold of conditional disaggregation: a decode node computes a prompt itself if
+    every prefill node has at least this many more prompt tokens queued before it, or if there is none. None: never.
     """
 
     def __init__(
@@ -31,9 +31,10 @@ class Placement:
         self._local_prefill_tokens = local_prefill_tokens
 
     def enter(self, request: RoutedRequest) -> Node | None:
-        """Choose the node that begins ``request``: a mixed one, or a prefill node if there is a decode node for it.
+        """Choose the node that begins ``request``; None if there is none.
 
-        Or a decode node, for the prompt too. Nodes that failed it come last. Without any, return None.
+        It is a mixed node, a prefill node if a decode node is available, or a decode node that also computes the
+        prompt. Nodes that failed the request come last.
         """
         chosen = self._entry(request)
         if chosen is None:
@@ -75,7 +76,7 @@ class Placement:
         ]
 
     def assign_decode(self, request: RoutedRequest) -> Node | None:
-        """Choose a decode node among those that have not refused. Without any, return None."""
+        """Choose a decode node that has not refused the request; None if there is none."""
         nodes = [node for node in self._node_table.available(Role.DECODE) if node.peer not in request.refused_by]
         nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
         if not nodes:
@@ -86,7 +87,7 @@ class Placement:
         return chosen
 
     def move_decode(self, request: RoutedRequest, num_blocks: int) -> Node | None:
-        """Take a preempted request to the node with most room beyond ``num_blocks``. Without any, return None."""
+        """Move a preempted request to the node with most spare blocks; None if none has at least ``num_blocks``."""
         others = [
             node
             for node in self._node_table.available(Role.DECODE, Role.MIXED)
@@ -102,9 +103,9 @@ class Placement:
         return chosen
 
     def adopt_decode(self, request: RoutedRequest, peer: PeerId) -> bool:
-        """A node sends tokens of the present attempt: if that is a decode node, it is the one that has the request.
+        """Make ``peer``, which sent tokens of the current attempt, the request's decode node; False if it is not one.
 
-        Only assignments that crossed on their way make it another than the one assigned last. Return whether it is one.
+        It differs from the node assigned last only if two assignments crossed.
         """
         node = self._node_table.get(peer)
         if node is None or node.role is not Role.DECODE:
@@ -115,33 +116,33 @@ class Placement:
         return True
 
     def has_untried(self, request: RoutedRequest) -> bool:
-        """Tell whether ``request`` could be served by nodes that have neither failed it nor have it now."""
+        """Return whether ``request`` could be served by nodes that have neither failed it nor hold it now."""
         tried = request.avoid.union(request.nodes)
         roles = {node.role for node in self._node_table if node.peer not in tried and not node.leaving}
         return self._node_table.can_serve(roles)
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
-        """The prompt is no more work for its nodes."""
+        """Record that no prompt tokens are left to compute."""
         for node in self._nodes(request):
             node.pending[request.request_id] = 0
 
     def release_prefill(self, request: RoutedRequest) -> None:
-        """The prefill node has nothing of ``request`` any more that others depend on."""
+        """Release the prefill node: nothing depends on its part of ``request`` any more."""
         self._release(request, request.prefill)
         request.prefill = None
 
     def release_decode(self, request: RoutedRequest) -> None:
-        """The decode node has nothing of ``request``."""
+        """Release the decode node."""
         self._release(request, request.decode)
         request.decode = None
 
     def release(self, request: RoutedRequest) -> None:
-        """No node has ``request`` any more."""
+        """Release all nodes of ``request``."""
         self.release_prefill(request)
         self.release_decode(request)
 
     def held(self) -> dict[str, list[str]]:
-        """Return the requests of each node that has any."""
+        """Return the request ids by node, for nodes that have any."""
         return {node.node_id: list(node.pending) for node in self._node_table if node.pending}
 
     def _release(self, request: RoutedRequest, peer: PeerId | None) -> None:
@@ -158,14 +159,14 @@ def _untried(request: RoutedRequest, nodes: list[Node]) -> list[Node]:
 
 
 def _num_blocks(request: RoutedRequest, node: Node) -> int:
-    """Return how many KV blocks ``request`` needs to be computed on ``node``, and to grow a little."""
+    """Return the KV blocks ``request`` needs on ``node``, plus one for growth."""
     return -(-request.num_tokens // node.block_size) + 1
 
 
 def _helpfulness(request: RoutedRequest, node: Node) -> tuple[bool, bool, int, int]:
-    """Order decode nodes that could compute the prompt of ``request``, the best first.
+    """Sort key of decode nodes that could compute the prompt of ``request``, best first.
 
-    Those with room go before those that will have it, and these before those that never can; then who has less to do.
+    Nodes with room come first, then nodes that will have room, then nodes too small for it. Ties: fewer queued tokens.
     """
     num_blocks = _num_blocks(request, node)
     never_fits = node.registration.num_blocks < num_blocks - 1

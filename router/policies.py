@@ -1,4 +1,4 @@
-"""Which of several nodes gets a request. A further policy is a further class here and a name in ``POLICIES``."""
+"""Routing policies. To add one, add a class here and its name to ``POLICIES``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from kvrelay.protocol.ids import NodeId
 from router.node_table import Node
 
 REQUEST_TOKENS = 64
-"""What each request counts for beside the prompt tokens that a node must yet compute."""
+"""Load of each request, in tokens, added to the prompt tokens a node has still to compute."""
 
 
 class Policy(Protocol):
-    """Chooses one node at a time; may remember what it chose."""
+    """Chooses one node per call; may keep state."""
 
     def choose(self, candidates: Sequence[Node], prompt_token_ids: Sequence[int]) -> Node:
         """Return one of ``candidates`` (at least one, in the order they registered) for this prompt."""
 
 
 class LeastLoaded:
-    """The node where a prompt adds least waiting per request that the node may run at once.
+    """Chooses the node with the least added wait, divided by ``max_num_seqs``.
 
-    Waiting is for the prompts before it, and of those behind it (``Node.added_wait``): what this router has given the
-    node, and what its last heartbeat told of others'. Of equals the one that was not chosen for longest.
+    The added wait is that of the prompt and of the prompts behind it (``Node.added_wait``). It counts requests of this
+    router and those of others in the last heartbeat. Ties: the least recently chosen node.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class LeastLoaded:
 
 
 class RoundRobin:
-    """One node after the other, by name."""
+    """Chooses nodes in turn, ordered by name."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -55,10 +55,10 @@ class RoundRobin:
 
 
 def _pressure(node: Node, num_tokens: int) -> float:
-    """Return the load of ``node`` for a prompt of ``num_tokens``. Decode nodes are compared without that prompt."""
+    """Return the load of ``node`` for a prompt of ``num_tokens``. For decode nodes the prompt is not counted."""
     wait_tokens = node.pending_tokens if node.role is Role.DECODE else node.added_wait(num_tokens)
     return (wait_tokens + REQUEST_TOKENS * node.num_requests) / node.max_num_seqs
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded, "round_robin": RoundRobin}
-"""Every policy by the name the config gives it."""
+"""Policies by their name in the config."""

@@ -1,7 +1,7 @@
-"""From the body of an HTTP request to prompts of token ids: everything whose cost grows with the body.
+"""Converts the body of an HTTP request to prompts of token ids: all steps whose cost grows with the body.
 
-The same code runs in two places. Short bodies are prepared on the event loop, since a hop to another process would cost
-more than the work; all others in a worker process (``preparation_pool``), where they hold up no stream.
+Short bodies are prepared on the event loop, because a round trip to another process would cost more than the work. All
+others are prepared in a worker process (``preparation_pool``), where they do not delay streams.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ INLINE_BYTES = 16 << 10
 """Bodies up to this length may be prepared on the event loop: some milliseconds at most."""
 
 INLINE_MESSAGES = 64
-"""Chats with more messages are rendered in a worker: a template may take time that grows with their square."""
+"""Chats with more messages are rendered in a worker: rendering may take time quadratic in their number."""
 
 Task: TypeAlias = Literal["completions", "chat", "tokenize", "detokenize"]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One body, what it is for, and the limits it must keep.
+    """One body to prepare, its task and its limits.
 
-    ``max_body_bytes`` holds for the body once decompressed. ``max_requests``: prompts times ``n``.
+    ``max_body_bytes`` limits the decompressed body. ``max_requests`` limits prompts times ``n``.
     """
 
     task: Task
@@ -51,9 +51,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that generates. From a worker ``request`` comes without its content, which is in the prompts.
+    """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client wants an echo.
+    ``texts``: each prompt as text, if the client requested an echo.
     """
 
     request: GenerationFields
@@ -62,9 +62,9 @@ class PreparedRequest:
 
 
 class Api(Protocol):
-    """What one of OpenAI's APIs needs beyond the common: ``completions`` or ``chat``.
+    """The parts specific to one OpenAI API, ``completions`` or ``chat``.
 
-    ``without_content``: what to put in place of a request's prompt or messages once they have been read.
+    ``without_content``: fields that replace a request's prompt or messages after tokenization.
     """
 
     name: str
@@ -73,27 +73,27 @@ class Api(Protocol):
 
     @property
     def schema(self) -> type[GenerationFields]:
-        """The form of its requests."""
+        """The schema of its requests."""
 
     def num_prompts(self, request: Any) -> int:
-        """Return how many prompts there are."""
+        """Return the number of prompts."""
 
     def prompts(self, request: Any, max_model_len: int) -> list[list[int]]:
         """Return the token ids of each prompt."""
 
     def texts(self, request: Any) -> list[str] | None:
-        """Return each prompt as text if the client wants an echo."""
+        """Return each prompt as text if the client requested an echo, else None."""
 
     def style(self, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None) -> Style:
-        """Return what writes the answer."""
+        """Return the formatter of the response."""
 
 
 Outcome: TypeAlias = PreparedRequest | bytes
-"""A request that generates, or the JSON of an answer that is complete already."""
+"""A generation request, or the JSON of a complete response."""
 
 
 class TooLongForLoopError(Exception):
-    """Preparing this body takes more work than the event loop may do at a time."""
+    """Preparing this body would block the event loop for too long."""
 
 
 class Preparation:
@@ -104,7 +104,7 @@ class Preparation:
         self.apis: dict[str, Api] = {"completions": Completions(model), "chat": ChatCompletions(model)}
 
     def prepare_inline(self, job: Job) -> Outcome:
-        """Prepare a short body. Raises TooLongForLoopError if it is not short, and what ``prepare`` raises."""
+        """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
         if len(job.body) > INLINE_BYTES:
             raise TooLongForLoopError
         return self._prepare(job, _inflate_inline, _check_inline)
@@ -139,9 +139,9 @@ class Preparation:
         return PreparedRequest(request, prompts, api.texts(request))
 
     def without_content(self, job: Job, prepared: PreparedRequest) -> PreparedRequest:
-        """Return what the router needs of a long request: its own prompt and messages would be sent in vain.
+        """Return ``prepared`` without prompt and messages, which the router does not need.
 
-        Raises what the router would raise for these prompts, so that those it refuses need not be sent either.
+        Raises the errors the router would raise for these prompts, so that refused prompts are not sent.
         """
         sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
         for prompt in prepared.prompts:
@@ -151,7 +151,7 @@ class Preparation:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``body``. Raises InvalidRequestError if there is none."""
+    """Return the JSON object in ``body``. Raises InvalidRequestError if it is not one."""
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -162,9 +162,9 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def inflate(body: bytes, max_body_bytes: int) -> bytes:
-    """Return what gzip made ``body`` of, without ever holding more than ``max_body_bytes`` of it.
+    """Return the decompressed ``body``, never holding more than ``max_body_bytes`` + 1 bytes of it.
 
-    Raises AnswerError (413) if there is more, InvalidRequestError if it is not one whole gzip member.
+    Raises AnswerError (413) if it is longer, InvalidRequestError if it is not one whole gzip member.
     """
     decompressor = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     try:
@@ -179,7 +179,7 @@ def inflate(body: bytes, max_body_bytes: int) -> bytes:
 
 
 def too_large(max_body_bytes: int) -> AnswerError:
-    """Return the answer to a body longer than that."""
+    """Return the error (413) for a body longer than ``max_body_bytes``."""
     reason = f"the body is longer than {max_body_bytes} bytes (router.max_body_bytes)"
     return AnswerError(ErrorInfo(code="request_too_large", message=reason, http_status=413))
 
@@ -197,17 +197,17 @@ def _check_inline(request: object) -> None:
 
 
 def _renders_fast(chat: ChatFields) -> bool:
-    """Tell whether the template has little to do: few messages, and no variables to compute with."""
+    """Return whether rendering is fast: few messages, and only bool, str or None variables."""
     variables = (chat.chat_template_kwargs or {}).values()
     return len(chat.messages) <= INLINE_MESSAGES and all(isinstance(value, bool | str | None) for value in variables)
 
 
 def _accept(request: object) -> None:
-    """Let any request through: a worker has time."""
+    """Accept any request: a worker may take long."""
 
 
 def _check_num_messages(messages: object, max_model_len: int) -> None:
-    """Refuse a chat with more messages than tokens fit before anything is done for each of them."""
+    """Raise PromptTooLongError for more messages than ``max_model_len``, before any work per message."""
     if isinstance(messages, list) and len(messages) > max_model_len:
         raise PromptTooLongError(too_long(len(messages), 1, max_model_len, "messages", at_least=True), param="messages")
 

@@ -1,4 +1,4 @@
-"""Worker processes that prepare long bodies, so that these hold up neither the event loop nor the GIL."""
+"""Worker processes that prepare long bodies without blocking the event loop or holding the router's GIL."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from router.preparation import Job, Outcome, Preparation, PreparedRequest, TooLo
 from router.preparation_wire import LENGTH, Answer, Generate, Refusal, decode_prompt, decode_reply, encode, framed
 
 _IDLE_S = 60.0
-"""How long a worker without work is kept."""
+"""Seconds an idle worker is kept."""
 
 _REUSE_BYTES = 1 << 20
-"""After a longer body a worker ends: its memory goes back to the system, which no allocator promises otherwise."""
+"""A worker exits after a job with more bytes, because no allocator guarantees to return the memory otherwise."""
 
 _WAITING_PER_WORKER = 8
-"""Bodies that may wait for each worker; more are answered 429."""
+"""Maximum bodies waiting per worker; further ones are answered 429."""
 
 _PIECE_BYTES = 256 << 10
 
 
 class Worker:
-    """One process. It has one job at a time; whoever gives it up before the reply must kill it."""
+    """One worker process with one job at a time. A caller that gives up before the reply must kill it."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
     async def start(cls, settings: bytes) -> Worker:
-        """Start a worker for the model of ``settings``, JSON of the config's sections ``model`` and ``engine``."""
+        """Start a worker. ``settings``: JSON of the config's sections ``model`` and ``engine``."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # the working directory may have a package of the same name
@@ -53,7 +53,7 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process has not been seen to end."""
+        """Whether the process is not known to have ended."""
         return self._process.returncode is None
 
     async def exchange(self, message: bytes) -> bytes:
@@ -64,12 +64,12 @@ class Worker:
         return await self._process.stdout.readexactly(*LENGTH.unpack(head))
 
     def kill(self) -> None:
-        """Have the process end at once."""
+        """Kill the process."""
         if self.is_alive:
             self._process.kill()
 
     async def end(self, *, kill: bool) -> None:
-        """Return when the process is gone: at once, or as soon as it sees that there is no more work."""
+        """Close its input and wait until the process has ended, with ``kill`` at once, else after its current job."""
         if kill:
             self.kill()
         assert self._process.stdin is not None
@@ -77,7 +77,7 @@ class Worker:
         await self._process.communicate()
 
     async def _send(self, message: bytes) -> None:
-        """Send ``message`` piece by piece: a pipe takes 64 KiB at a time, and what it does not take is copied."""
+        """Send ``message`` in pieces: a pipe holds 64 KiB, and asyncio copies what does not fit."""
         assert self._process.stdin is not None
         whole = memoryview(framed(message))
         for start in range(0, len(whole), _PIECE_BYTES):
@@ -90,7 +90,7 @@ class WorkerDiedError(PreparationError):
 
 
 class PreparationPool:
-    """At most so many workers, started when they are needed, ended when they are not."""
+    """At most ``router.preparation_workers`` workers, started on demand and ended when idle."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._settings = config.model_dump_json(include={"model", "engine"}).encode()
@@ -107,7 +107,7 @@ class PreparationPool:
     async def run(self, message: bytes) -> bytes:
         """Return a worker's reply to ``message``.
 
-        Raises QueueFullError if too many wait already, PreparationError if the worker died or took too long. Cancelling
+        Raises QueueFullError if too many jobs wait, PreparationError if the worker died or timed out. Cancellation
         ends the worker.
         """
         if self._num_jobs >= self._num_workers * (1 + _WAITING_PER_WORKER):
@@ -120,7 +120,7 @@ class PreparationPool:
             self._num_jobs -= 1
 
     async def close(self) -> None:
-        """End all workers; the jobs they have end with a PreparationError, and so do later ones."""
+        """End all workers. Running and later jobs fail with PreparationError."""
         self._is_closed = True
         self._end_idle()
         for worker in list(self._busy):
@@ -133,19 +133,19 @@ class PreparationPool:
         if kept is not None:
             try:
                 return await self._exchange(kept, message)
-            except WorkerDiedError:  # it may have died while it had nothing to do, which is not this job's fault
+            except WorkerDiedError:  # it may have died while idle, which this job did not cause
                 pass
         return await self._exchange(await Worker.start(self._settings), message)
 
     async def _exchange(self, worker: Worker, message: bytes) -> bytes:
-        """Return the reply of ``worker``, which then has no job any more, or is ended."""
+        """Return the reply of ``worker``, which is idle or ended afterwards."""
         self._busy.add(worker)
         if self._is_closed:
             worker.kill()
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await worker.exchange(message)
-        except BaseException as error:  # cancelled, too: whoever waited for the reply is gone
+        except BaseException as error:  # includes cancellation: nothing waits for the reply any more
             self._end(worker, kill=True)
             if isinstance(error, TimeoutError):
                 raise PreparationError(f"the request was not prepared within {self._timeout_s:g} s") from None
@@ -188,7 +188,7 @@ class PreparationPool:
 
 
 class Preparer:
-    """Prepares bodies wherever it is best: on the loop if they are short, else in a worker."""
+    """Prepares short bodies on the event loop and others in a worker."""
 
     def __init__(self, config: ClusterConfig, model: ServedModel) -> None:
         self._preparation = Preparation(model)
@@ -196,14 +196,14 @@ class Preparer:
         self.apis = self._preparation.apis
 
     def prepare_now(self, job: Job) -> Outcome | None:
-        """Return the outcome if that is soon done, else None. Raises what ``Preparation.prepare`` raises."""
+        """Return the outcome of a short body, None for others. Raises as ``Preparation.prepare``."""
         try:
             return self._preparation.prepare_inline(job)
         except TooLongForLoopError:
             return None
 
     async def prepare_in_worker(self, job: Job) -> Outcome:
-        """Return the outcome. Raises what ``PreparationPool.run`` raises, and AnswerError if the body is refused."""
+        """Return the outcome. Raises as ``PreparationPool.run``, and AnswerError if the body is refused."""
         reply = decode_reply(await self._pool.run(encode(job)))
         schemas.unknown_fields.notice(reply.unknown_fields)
         match reply.outcome:
@@ -225,6 +225,6 @@ class Preparer:
 
 
 async def _decoded(prompt: bytes) -> list[int]:
-    """Return one prompt; let others have the loop after each, since together they may be as long as the body."""
+    """Decode one prompt, after yielding to the loop, because all prompts together may be as long as the body."""
     await asyncio.sleep(0)
     return decode_prompt(prompt)

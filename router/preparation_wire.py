@@ -1,6 +1,6 @@
-"""What the router and its preparation workers say to each other, over a worker's standard input and output.
+"""Protocol between the router and its preparation workers, over a worker's standard input and output.
 
-Each message is its length in four bytes and then itself. The first tells the worker what to serve: the ``model`` and
+Each message is preceded by its length in four bytes, little-endian. The first message to a worker is the ``model`` and
 ``engine`` sections of the config, as JSON. Each ``Job`` after it is answered by one ``Reply``.
 """
 
@@ -18,7 +18,7 @@ LENGTH = struct.Struct("<I")
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
-    """The request generates. ``request`` is JSON; ``prompts`` are lists of integers, each to be decoded on its own."""
+    """A generation request. ``request`` is JSON; ``prompts`` are lists of integers, decoded one by one."""
 
     request: bytes
     prompts: list[msgspec.Raw]
@@ -26,7 +26,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
-    """The JSON of a complete answer."""
+    """The JSON of a complete response."""
 
     body: bytes
 
@@ -39,7 +39,7 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What came of a body. ``unknown_fields``: names of fields without a meaning that this worker had not seen yet."""
+    """Result of a job. ``unknown_fields``: names of unknown fields that this worker has not reported before."""
 
     outcome: Generate | Answer | Refusal
     unknown_fields: list[str]
@@ -52,5 +52,5 @@ decode_prompt = msgspec.msgpack.Decoder(list[int]).decode
 
 
 def framed(message: bytes) -> bytes:
-    """Return ``message`` as it is sent."""
+    """Return ``message`` preceded by its length."""
     return LENGTH.pack(len(message)) + message

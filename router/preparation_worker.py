@@ -1,4 +1,4 @@
-"""A process that prepares long bodies for the router, one at a time, until its standard input ends."""
+"""Worker process that prepares long bodies for the router, one at a time, until its standard input ends."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from router.preparation import Job, Preparation, PreparedRequest
 from router.preparation_wire import LENGTH, Answer, Generate, Refusal, Reply, decode_job, encode, framed
 
 NICENESS = 5
-"""Streams and model steps go first when cores are short."""
+"""Streams and model steps have priority when cores are short."""
 
 _MEMORY_BYTES, _MEMORY_PER_BODY_BYTE = 4 << 30, 256
-"""Address space a worker may use: so much and so many times the longest body. Beyond, it ends, and its job fails."""
+"""Address space limit of a worker: a constant plus a multiple of ``max_body_bytes``. Beyond it the job fails."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Serve the parent process. It ends this process by closing its input, so SIGINT and SIGTERM mean nothing here."""
+    """Serve the parent process. The parent ends it by closing its input, so SIGINT and SIGTERM are ignored."""
     _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -55,12 +55,12 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process when the router dies, even in the middle of a job."""
+    """Have the kernel kill this process when the router dies, even during a job."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _claim_stdout() -> BinaryIO:
-    """Return standard output for the messages alone: what else is printed goes to standard error."""
+    """Return standard output, used only for messages; redirect other prints to standard error."""
     target = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return target
@@ -83,7 +83,7 @@ def _limit_memory(max_body_bytes: int) -> None:
 
 
 def reply_to(preparation: Preparation, job: Job) -> Reply:
-    """Return what to tell the router about ``job``; whatever happens, it is told something."""
+    """Return the reply to ``job``; any exception becomes a Refusal."""
     return Reply(_outcome(preparation, job), schemas.unknown_fields.take())
 
 
@@ -97,7 +97,7 @@ def _outcome(preparation: Preparation, job: Job) -> Generate | Answer | Refusal:
         return Refusal(error.error, error.param)
     except KVRelayError as error:
         return Refusal(ErrorInfo.of(error), error.param)
-    except Exception:  # the border of the process
+    except Exception:  # process boundary: reported as internal_error
         logger.exception("broken while preparing a body for %s", job.task)
         return Refusal(ErrorInfo(code="internal_error", message="internal error, see the router's log"), None)
 

@@ -1,4 +1,4 @@
-"""A request as the router keeps it, from admission to its terminal delivery."""
+"""The router's state of one request, from admission to its terminal delivery."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
 
 
 class RequestTimer(NamedTuple):
-    """Key of a request's timers: its last moment, its next attempt, its next search for a decode node."""
+    """Key of a request's timers: its deadline, its next attempt, its next search for a decode node."""
 
     request_id: str
     kind: TimerKind
 
 
 class Status(StrEnum):
-    """Where a request stands."""
+    """Status of a request."""
 
     WAITING = "waiting"
-    """Admitted, and no node has it: about to be dispatched, or a node was lost."""
+    """Admitted and on no node: before dispatch, or before the next attempt."""
     RUNNING = "running"
-    """Its nodes work on it."""
+    """Assigned to its nodes."""
     SEEKING_DECODE = "seeking_decode"
-    """P works on it or is done, and no decode node has had room for it yet."""
+    """On P, computing or computed, without a decode node."""
     FINISHED = "finished"
     FAILED = "failed"
     ABORTED = "aborted"
@@ -50,11 +50,11 @@ TRANSITIONS: Table[Status] = {
 
 
 class RoutedRequest:
-    """One request and its present attempt.
+    """One request and its current attempt.
 
-    ``prefill`` and ``decode``: nodes that may hold something of the attempt (a mixed node is ``decode``). ``avoid``:
-    nodes that failed it. ``refused_by``: decode nodes that had no room for the present attempt.
-    ``num_preempted_blocks``: what it waits for after a preemption, None while it is not known to wait.
+    ``prefill`` and ``decode``: nodes that may hold state of the attempt (a mixed node is ``decode``). ``avoid``: nodes
+    that failed it. ``refused_by``: decode nodes that refused the current attempt. ``num_preempted_blocks``: blocks it
+    waits for after a preemption, None if it is not known to wait.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class RoutedRequest:
 
     @property
     def request_id(self) -> str:
-        """The id that client, router and nodes know it by."""
+        """The id used by client, router and nodes."""
         return self.new.request_id
 
     def timer(self, kind: TimerKind) -> RequestTimer:
@@ -97,17 +97,17 @@ class RoutedRequest:
 
     @property
     def status(self) -> Status:
-        """Where it stands."""
+        """Its current status."""
         return self.lifecycle.status
 
     @property
     def nodes(self) -> list[PeerId]:
-        """The nodes that may hold something of the present attempt."""
+        """The nodes that may hold state of the current attempt."""
         return [peer for peer in (self.prefill, self.decode) if peer is not None]
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and delivered output tokens: what the next attempt has to compute."""
+        """Prompt and delivered output tokens: the tokens the next attempt has to compute."""
         return len(self.new.prompt_token_ids) + len(self.output.token_ids)
 
     @property
@@ -116,7 +116,7 @@ class RoutedRequest:
         return self.new.sampling.max_tokens - len(self.output.token_ids) == 1
 
     def next_attempt(self, epoch: int) -> RequestSpec:
-        """Begin a new attempt, which goes on behind the tokens already delivered; return what its node must know."""
+        """Begin an attempt that continues after the tokens already delivered; return the request spec for its node."""
         self.attempts += 1
         self.epoch = epoch
         self.num_preempted_blocks = None
@@ -133,7 +133,7 @@ class RoutedRequest:
         )
 
     def overdue(self, timeout_s: float) -> KVRelayError:
-        """Return the error of a request that was not done in time."""
+        """Return the error of a request that exceeded ``timeout_s``."""
         if self.status is Status.SEEKING_DECODE:
             return NoNodeError(f"no decode node had room within {timeout_s:g} s")
         if self.status is Status.WAITING:

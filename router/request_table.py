@@ -16,9 +16,9 @@ from router.timeline import Timelines
 
 
 class RequestTable:
-    """Requests by id, with their timelines and what is counted of them. Each ends here, once.
+    """Requests by id, with their timelines and counters. Each is ended here, once.
 
-    ``preempted``: those of them that wait for KV blocks after a preemption, the longest waiting first.
+    ``preempted``: the requests that wait for KV blocks after a preemption, longest waiting first.
     """
 
     def __init__(self, placement: Placement, outbox: RouterOutbox) -> None:
@@ -33,7 +33,7 @@ class RequestTable:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[RoutedRequest]:
-        """Iterate over the requests of now: they may end meanwhile."""
+        """Iterate over a snapshot: requests may end during the iteration."""
         return iter(list(self._requests.values()))
 
     def __contains__(self, request_id: str) -> bool:
@@ -41,7 +41,7 @@ class RequestTable:
 
     @property
     def by_status(self) -> dict[Status, int]:
-        """How many requests are in each status that is not an end."""
+        """Number of requests in each non-terminal status."""
         counts = dict.fromkeys((Status.WAITING, Status.RUNNING, Status.SEEKING_DECODE), 0)
         for request in self._requests.values():
             counts[request.status] += 1
@@ -55,7 +55,7 @@ class RequestTable:
         return self._requests.get(request_id)
 
     def current(self, request_id: str, epoch: int) -> RoutedRequest | None:
-        """Return the request if ``epoch`` is its present attempt; else count a stale message and return None."""
+        """Return the request if ``epoch`` is its current attempt; else count a stale message and return None."""
         request = self._requests.get(request_id)
         if request is not None and request.epoch == epoch and request.status is not Status.WAITING:
             return request
@@ -63,7 +63,7 @@ class RequestTable:
         return None
 
     def mark(self, request: RoutedRequest, name: str) -> None:
-        """Note a moment in the request's timeline."""
+        """Add a mark to the request's timeline."""
         self.timelines.mark(request.request_id, name, self._outbox.now)
 
     # ------------------------------------------------------------ begin and end
@@ -78,7 +78,7 @@ class RequestTable:
         return request
 
     def finish(self, request: RoutedRequest, reason: FinishReason) -> None:
-        """End ``request`` well."""
+        """End ``request`` successfully."""
         self.counters.finished += 1
         self._end(request, Status.FINISHED, RequestEnded(reason))
 
@@ -104,7 +104,7 @@ class RequestTable:
         self._outbox.do(Deliver(request.request_id, delivery))
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError if anything is left of any request."""
+        """Raise LocalProtocolError unless no request is held."""
         held = self._placement.held()
         if self._requests or self.preempted or held or self.timelines.num_open:
             raise LocalProtocolError(f"not quiescent: requests {list(self._requests)}, held by nodes {held}")

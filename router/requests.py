@@ -1,4 +1,4 @@
-"""What becomes of the router's requests as clients, timers and nodes report."""
+"""Handles the events of clients, timers and nodes for the router's requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from router.timeline import Timelines
 
 
 class Requests:
-    """All requests. Each that is admitted gets exactly one terminal delivery."""
+    """All requests. Each admitted request gets exactly one terminal delivery."""
 
     def __init__(
         self, limits: Limits, node_table: NodeTable, placement: Placement, outbox: RouterOutbox, first_epoch: int = 0
@@ -49,32 +49,32 @@ class Requests:
 
     @property
     def counters(self) -> Counters:
-        """What has happened so far."""
+        """The router's counters."""
         return self._table.counters
 
     @property
     def timelines(self) -> Timelines:
-        """The timelines of requests in progress and of the last that ended."""
+        """The timelines of requests in progress and of recently ended ones."""
         return self._table.timelines
 
     @property
     def by_status(self) -> dict[Status, int]:
-        """How many requests are in each status that is not an end."""
+        """Number of requests in each non-terminal status."""
         return self._table.by_status
 
     def nodes_of(self, request_id: str) -> list[PeerId]:
-        """Return the nodes that may hold something of this request's present attempt."""
+        """Return the nodes that may hold state of this request's current attempt."""
         request = self._table.get(request_id)
         return request.nodes if request is not None else []
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError if anything is left of any request."""
+        """Raise LocalProtocolError unless no request is held."""
         self._table.assert_quiescent()
 
     # ------------------------------------------------------------ admission
 
     def submit(self, requests: Sequence[NewRequest]) -> None:
-        """Admit ``requests`` and send them off, or refuse them all. Raises LocalProtocolError if an id is in use."""
+        """Admit and dispatch ``requests``, or refuse them all. Raises LocalProtocolError if an id is in use."""
         for new in requests:
             if new.request_id in self._table:
                 raise LocalProtocolError(f"request id {new.request_id} is in use")
@@ -86,7 +86,7 @@ class Requests:
             self._attempts.dispatch(self._table.open(new, self._limits.request_timeout_s))
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
-        """End ``requests``, which are not admitted, with ``error``."""
+        """Refuse ``requests`` with ``error``."""
         self.counters.refused += len(requests)
         for new in requests:
             self._outbox.do(Deliver(new.request_id, RequestErrored.of(error)))
@@ -103,7 +103,7 @@ class Requests:
     # ------------------------------------------------------------ messages of nodes
 
     def take_output(self, peer: PeerId, output: RequestOutput) -> None:
-        """Deliver new tokens. A node that sends tokens of an attempt that is over is told so."""
+        """Deliver new tokens. A node that sends tokens of an ended attempt gets an Abort."""
         request = self._table.current(output.request_id, output.epoch)
         if request is None:
             if output.finish_reason is None:
@@ -121,7 +121,7 @@ class Requests:
     def _deliver(self, request: RoutedRequest, output: RequestOutput) -> None:
         if output.index == 0:
             self._table.mark(request, "first_token")
-            # Later attempts hit what the first one computed, which does not count.
+            # Prefix hits of later attempts on KV computed by the first one are not counted.
             request.num_cached_tokens = min(output.num_cached_tokens, len(request.new.prompt_token_ids))
         self._placement.prompt_is_computed(request)
         if output.token_ids:
@@ -137,13 +137,13 @@ class Requests:
             self._table.finish(request, output.finish_reason)
 
     def take_failure(self, peer: PeerId, failure: RequestFailed) -> None:
-        """Try again elsewhere, or end the request with the node's error."""
+        """Retry on other nodes, or end the request with the node's error."""
         request = self._table.current(failure.request_id, failure.epoch)
         if request is not None and peer in request.nodes:
             self._attempts.failed(request, failure.error, peer)
 
     def take_decode_needed(self, peer: PeerId, needed: DecodeNeeded) -> None:
-        """Find another decode node, unless the request is decoding already."""
+        """Find another decode node, unless the request is already decoding."""
         request = self._table.current(needed.request_id, needed.epoch)
         if request is None:
             self._attempts.abort(peer, needed.request_id, needed.epoch)
@@ -159,13 +159,13 @@ class Requests:
             self._moves.preempted(request, preempted.num_blocks)
 
     def take_timeline(self, report: RequestTimeline) -> None:
-        """Keep a node's part of a timeline."""
+        """Add a node's part to a timeline."""
         self.counters.kv_bytes_moved += self.timelines.merge(report)
 
-    # ------------------------------------------------------------ nodes come and go
+    # ------------------------------------------------------------ node changes
 
     def node_joined(self) -> None:
-        """A node registered: requests that wait for one may go on."""
+        """Dispatch the requests that wait for a node, after one has registered."""
         for request in self._table:
             if request.status is Status.WAITING:
                 self._attempts.dispatch(request)
@@ -173,18 +173,18 @@ class Requests:
                 self._search.seek(request)
 
     def node_reported(self) -> None:
-        """A node reported its load: there may be room for preempted requests."""
+        """Move preempted requests if the newly reported load leaves room."""
         self._moves.move_all()
 
     def node_lost(self, node: Node, reason: str) -> None:
-        """Take every request away from a node that disconnected."""
+        """Fail the current attempts of all requests on a lost node."""
         for request in self._requests_of(node):
             message = f"node {node.node_id} disconnected: {reason}"
             error = ErrorInfo.of(PeerLostError(message, request_id=request.request_id))
             self._attempts.failed(request, error, node.peer, backoff_s=0.0)
 
     def node_forgot(self, node: Node) -> None:
-        """Begin every request of a node again: it dropped them because this router was held up. Nothing failed."""
+        """Restart all requests of a node that dropped them because this router was paused. Not counted as failures."""
         for request in self._requests_of(node):
             self._attempts.forgotten(request, node.peer)
 
@@ -201,14 +201,14 @@ class Requests:
             self._table.abort(request)
 
     def stop_matched(self, request_id: str) -> None:
-        """End a request whose text has come to a stop string."""
+        """End a request whose text contains a stop string."""
         request = self._table.get(request_id)
         if request is not None:
             self._attempts.abort_nodes(request)
             self._table.finish(request, FinishReason.STOP)
 
     def take_timer(self, timer: RequestTimer) -> None:
-        """Do what was put off, unless it has been done meanwhile."""
+        """Handle a timer, unless the request has ended or its status has changed."""
         request = self._table.get(timer.request_id)
         if request is None:
             return

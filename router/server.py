@@ -1,4 +1,4 @@
-"""One router process: HTTP server, machine and sockets on one loop."""
+"""One router process: HTTP server, machine and sockets on one event loop."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from router.service import RouterService
 logger = logging.getLogger(__name__)
 
 CONNECTION_BACKLOG = 2048
-"""Connections the kernel takes for us before we do."""
+"""Length of the kernel's queue of connections not yet accepted."""
 
 FLUSH_TIMEOUT_S = 5
-"""How long clients may take to read the last of their answers when the router ends."""
+"""Seconds clients may take to read the rest of their responses when the router stops."""
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the shell has them."""
+    """uvicorn without its signal handlers; the shell installs its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
+        """Install no signal handlers."""
         yield
 
 
 def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None) -> HttpServer:
     """Return a server for ``app`` that is not running yet."""
-    # uvicorn calls what it is given as a class.
+    # uvicorn only calls the protocol class, so a partial works.
     protocol = cast(type[asyncio.Protocol], partial(HttpProtocol, limits=limits or HttpLimits()))
     settings = uvicorn.Config(
         app,
@@ -69,7 +69,7 @@ def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = 
 
 
 def http_limits(config: RouterConfig) -> HttpLimits:
-    """Return what a connection may take, by ``config`` and the process's limit of descriptors."""
+    """Return the limits of one HTTP connection set in ``config``."""
     return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
 
 
@@ -81,9 +81,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(config: ClusterConfig) -> str:
-    """Serve until told to stop; return why it ended.
+    """Serve until stopped; return the reason.
 
-    Raises CheckpointError if the tokenizer cannot be read, ConfigError if an address is taken.
+    Raises CheckpointError if the tokenizer cannot be read, ConfigError if an address is in use.
     """
     for warning in config.warnings:
         logger.warning("%s", warning)

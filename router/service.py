@@ -1,4 +1,4 @@
-"""The router's shell: the machine on real sockets, and a place for each client to wait."""
+"""Runs the router's machine on sockets and passes deliveries to the HTTP handlers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from router.preparation_pool import Preparer
 Sink = Callable[[str, Delivery], None]
 
 _EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
-"""Bits of an epoch: each start of a router draws its share of them, and counts on from there."""
+"""Bits of an epoch: each router start draws its high bits at random and counts up in the low bits."""
 
 
 def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
-    """Return what the machine must know of ``config``."""
+    """Return the machine's settings from ``config``."""
     router, cluster = config.router, config.cluster
     return RouterSettings(
         model=config.model.name,
@@ -61,7 +61,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
 
 
 class RouterService:
-    """The machine, its shell, and who waits for which request. All calls come from the loop's thread."""
+    """The machine, its shell, and the sink of each request. All methods are called from the loop's thread."""
 
     def __init__(self, config: ClusterConfig, model: ServedModel, clock: Clock) -> None:
         self.config = config
@@ -76,9 +76,9 @@ class RouterService:
         self.control_addresses: list[str] = []
 
     async def run(self) -> str:
-        """Serve until told to stop and done; return why it ended.
+        """Serve until stopped and drained; return the reason.
 
-        Raises ConfigError if it cannot listen for nodes, or the registry's URL cannot be read.
+        Raises ConfigError if it cannot listen for nodes, or the registry's URL is invalid.
         """
         shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
         transport = Transport(peer_id("router", self._incarnation), shell.post)
@@ -107,7 +107,7 @@ class RouterService:
         return min(self.model.max_model_len, self.machine.node_table.max_model_len or self.model.max_model_len)
 
     def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
-        """Have ``requests`` served; ``deliver(request_id, delivery)`` is called until each has ended.
+        """Submit ``requests``; ``deliver(request_id, delivery)`` is called for each delivery until all have ended.
 
         Raises InvalidRequestError if one of the ids is in use.
         """
@@ -121,23 +121,23 @@ class RouterService:
         self._post(Submitted(tuple(requests)))
 
     def is_in_progress(self, request_id: str) -> bool:
-        """Tell whether a request with this id has been submitted and has not ended."""
+        """Return whether a request with this id has been submitted and has not ended."""
         return request_id in self._sinks
 
     def stop_matched(self, request_id: str) -> None:
-        """No more tokens are wanted: the text has come to a stop string."""
+        """Report that the text contains a stop string, so that no more tokens are needed."""
         self._post(StopMatched(request_id))
 
     def client_gone(self, request_id: str) -> None:
-        """Nobody waits for this request any more."""
+        """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
 
     def drain(self, node_id: str) -> None:
-        """Give this node nothing new, and tell it to finish what it has and leave."""
+        """Drain this node: send it nothing new and let it finish its requests and leave."""
         self._post(DrainRequested(NodeId(node_id)))
 
     def stop(self) -> None:
-        """Take nothing new, finish what runs, end."""
+        """Accept nothing new, finish the running requests, then exit."""
         self._post(StopRequested())
 
     def _post(self, event: object) -> None:

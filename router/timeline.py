@@ -1,4 +1,4 @@
-"""Timelines of the last requests, for people. No decision depends on them."""
+"""Timelines of recent requests, for operators. No decision depends on them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import RequestTimeline
 
 MAX_KEPT = 256
-"""How many ended requests are remembered."""
+"""Maximum timelines of ended requests kept."""
 
 MAX_PARTS = 64
-"""How many reports of nodes are kept per request: each attempt brings two."""
+"""Maximum node reports kept per request; each attempt adds up to two."""
 
 
 class Timeline:
-    """Marks and layer transfers of one request, all attempts together."""
+    """Marks and layer transfers of one request, over all attempts."""
 
     __slots__ = ("layers", "marks", "num_parts")
 
@@ -25,7 +25,7 @@ class Timeline:
         self.num_parts = 0
 
     def as_dict(self, request_id: str) -> dict[str, object]:
-        """Return it in the form of ``/cluster/requests/{request_id}``: marks by time, layers by number."""
+        """Return the response of ``/cluster/requests/{request_id}``: marks sorted by time, layers by number."""
         return {
             "request_id": request_id,
             "marks": [
@@ -46,7 +46,7 @@ class Timeline:
 
 
 class Timelines:
-    """Timelines of the requests in flight and of the last that ended, whose nodes may still report."""
+    """Timelines of requests in progress and of recently ended ones, whose nodes may still report."""
 
     def __init__(self) -> None:
         self._open: dict[str, Timeline] = {}
@@ -58,17 +58,17 @@ class Timelines:
         self._open[request_id] = Timeline()
 
     def mark(self, request_id: str, name: str, now: float) -> None:
-        """Note what the router did."""
+        """Add a mark of the router at time ``now``."""
         self._open[request_id].marks.append(Mark(name, now, "router"))
 
     def close(self, request_id: str) -> None:
-        """The request has ended; forget the oldest if there are too many."""
+        """Mark the request as ended; drop the oldest ended timeline beyond ``MAX_KEPT``."""
         self._ended[request_id] = self._open.pop(request_id)
         if len(self._ended) > MAX_KEPT:
             self._ended.popitem(last=False)
 
     def merge(self, report: RequestTimeline) -> int:
-        """Add a node's part, if the request is known; return the KV bytes it tells of that were not known yet."""
+        """Add a node's report if the request is known; return the KV bytes it reports."""
         timeline = self._find(report.request_id)
         if timeline is None or timeline.num_parts >= MAX_PARTS:
             return 0
@@ -78,13 +78,13 @@ class Timelines:
         return sum(layer.num_bytes for layer in report.layers)
 
     def get(self, request_id: str) -> dict[str, object] | None:
-        """Return one request's timeline, or None if it is not known (any more)."""
+        """Return one request's timeline, or None if it is not kept."""
         timeline = self._find(request_id)
         return timeline.as_dict(request_id) if timeline else None
 
     @property
     def num_open(self) -> int:
-        """How many requests are in flight."""
+        """Number of requests in progress."""
         return len(self._open)
 
     def _find(self, request_id: str) -> Timeline | None:

@@ -1,4 +1,4 @@
-"""Turns on the event loop, for work that may be long: others have the loop in between."""
+"""Time slices on the event loop for long work, so that other tasks run in between."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ MAX_TURN_S = 0.005
 
 
 class Turn:
-    """One task's turn on the loop. A task that waited for something begins a new one."""
+    """One task's time slice on the loop. A task begins a new one after it has awaited something."""
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a turn: others have just had the loop."""
+        """Begin a new time slice."""
         self._ends_s = time.monotonic() + MAX_TURN_S
 
     async def pause(self) -> None:
-        """Let others have the loop if this turn has lasted as long as it may."""
+        """Yield to the loop if the time slice of ``MAX_TURN_S`` is over."""
         if time.monotonic() >= self._ends_s:
             await asyncio.sleep(0)
             self.begin()
