@@ -1,4 +1,4 @@
-"""Splits long lists."""
+"""Splitting of sequences into batches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ T = TypeVar("T")
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield ``items`` in order, ``size`` at a time and the rest at last."""
+    """Yield ``items`` in order, in batches of ``size``; the last may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

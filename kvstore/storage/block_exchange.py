@@ -1,4 +1,4 @@
-"""Exchange of blocks between hosts: each store serves its blocks and fetches others, over one Transport."""
+"""Exchange of blocks between hosts: each store serves its own blocks and fetches others over one Transport."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kvstore.storage.block_format import Value
 T = TypeVar("T")
 
 _MAX_SERVING = 8
-"""Maximum requests of other hosts served at once; for further ones nothing is found."""
+"""Maximum concurrent requests from other hosts; further ones are answered with misses."""
 
 _MAX_BLOCKS = 256
-"""Maximum blocks per request; for larger ones nothing is found."""
+"""Maximum blocks per request; larger requests are answered with misses."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class HoldsValues(Protocol):
         """Return verified values, each in its own memory, and None for missing blocks."""
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Delete blocks; return how many there were."""
+        """Delete blocks; return the number deleted."""
 
 
 class BlockExchange:
-    """The exchange of this store with all others. Peers are named by their addresses."""
+    """The exchange of this store with all others. Peers are identified by their addresses."""
 
     def __init__(self, namespace: bytes, local: HoldsValues) -> None:
         self._namespace = namespace
@@ -54,13 +54,13 @@ class BlockExchange:
         self._serving: set[asyncio.Task[None]] = set()
 
     def open(self, host: str) -> str:
-        """Bind any free port of ``host`` and return the address."""
+        """Bind a free port of ``host``; return the address."""
         self._transport = Transport(peer_id("kv-store", new_incarnation()), self._deliver)
         [address] = self._transport.bind(tcp_address(host, 0))
         return address
 
     async def fetch(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> list[Value | None]:
-        """Return the values that the store at ``address`` has. Raises StorageUnavailableError if it does not answer.
+        """Return the values from the store at ``address``. Raises StorageUnavailableError if it does not answer.
 
         The values are not verified.
         """
@@ -74,7 +74,7 @@ class BlockExchange:
         return [None if value is None else np.frombuffer(value, np.uint8) for value in values]
 
     async def drop(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> int:
-        """Have the store at ``address`` delete blocks; return how many there were. Raises as ``fetch``."""
+        """Have the store at ``address`` delete blocks; return the number deleted. Raises as ``fetch``."""
         fetch_id = next(self._ids)
         message = DropBlocks(fetch_id=fetch_id, namespace=self._namespace, block_hashes=list(block_hashes))
         answer = await self._ask(address, fetch_id, message, timeout_s)
@@ -91,7 +91,7 @@ class BlockExchange:
             self._transport.close()
             self._transport = None
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ requests to peers
 
     async def _ask(self, address: str, fetch_id: int, message: Message, timeout_s: float) -> Received:
         if self._transport is None:
@@ -112,7 +112,7 @@ class BlockExchange:
             del self._answers[fetch_id]
 
     def _lose(self, address: str, reason: str) -> None:
-        """Drop the connection with its queued messages, and fail the calls that wait for it."""
+        """Drop the connection with its queued messages; fail the calls that wait for it."""
         if address in self._peers and self._transport is not None:
             self._peers.discard(address)
             self._transport.disconnect(PeerId(address))
@@ -120,7 +120,7 @@ class BlockExchange:
             if asked == address and not future.done():
                 future.set_exception(StorageUnavailableError(f"the store at {address}: {reason}"))
 
-    # ------------------------------------------------------------ hearing
+    # ------------------------------------------------------------ requests of peers
 
     def _deliver(self, event: object) -> None:
         match event:

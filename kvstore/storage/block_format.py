@@ -4,7 +4,7 @@
 
     magic 4s | version u32 | namespace 16s | block hash 32s | payload bytes u64 | digest 16s | payload
 
-``namespace`` is a hash of the geometry, which includes the digest of the model: the same on every role and host.
+``namespace`` is a hash of the geometry, which includes the digest of the model. It is the same on every role and host.
 ``digest`` is the xxh3_128 of everything before it and of the payload after it. It detects values that are torn,
 truncated, mixed up or of another geometry. The payload is ``[num_layers, 2, plane_block_bytes]``.
 """

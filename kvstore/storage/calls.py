@@ -33,7 +33,7 @@ class Delivery(Enum):
 
 
 class Loan:
-    """Guards borrowed memory: whether it may still be accessed. Created on the loop."""
+    """Guards access to borrowed memory. Created on the loop."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -44,7 +44,7 @@ class Loan:
 
     @contextmanager
     def use(self) -> Iterator[bool]:
-        """``with loan.use() as lent:`` access the memory only if ``lent``. From any thread."""
+        """``with loan.use() as lent:`` access the memory only if ``lent``. Called from any thread."""
         with self._mutex:
             lent = not self.ended
             self._num_users += lent
@@ -82,7 +82,7 @@ class PutCall:
         self._blocks = blocks
 
     def pack(self, index: int, value: Value) -> bool:
-        """Fill ``value`` with the stored form of block ``index``; False if the call has ended. By any thread."""
+        """Fill ``value`` with the stored form of block ``index``; False if the call ended. Called from any thread."""
         with self.loan.use() as lent:
             if lent:
                 self._format.payload(value)[...] = self._blocks[index]
@@ -91,7 +91,7 @@ class PutCall:
         return lent
 
     def part(self, indices: Sequence[int]) -> PutCall:
-        """Return the call for some of the blocks alone; it borrows their memory on the same terms."""
+        """Return a call for the blocks at ``indices`` only. It shares this call's loan."""
         part = PutCall(self._format, [self.block_hashes[i] for i in indices], [self._blocks[i] for i in indices])
         part.loan = self.loan
         return part
@@ -109,7 +109,7 @@ class GetCall:
         self._blocks = blocks
 
     def deliver(self, index: int, value: Value) -> Delivery:
-        """Check ``value`` and copy its KV to the caller's block ``index``. By any thread."""
+        """Check ``value`` and copy its KV to the caller's block ``index``. Called from any thread."""
         if not self._format.is_good(value, self.block_hashes[index]):
             return Delivery.BAD
         with self.loan.use() as lent:
@@ -120,14 +120,14 @@ class GetCall:
         return Delivery.DONE
 
     def part(self, indices: Sequence[int]) -> GetCall:
-        """Return the call for some of the blocks alone; it borrows their memory on the same terms."""
+        """Return a call for the blocks at ``indices`` only. It shares this call's loan."""
         part = GetCall(self._format, [self.block_hashes[i] for i in indices], [self._blocks[i] for i in indices])
         part.loan = self.loan
         return part
 
 
 def require_hashes(block_hashes: Sequence[bytes]) -> None:
-    """Raise LocalProtocolError unless all are block hashes."""
+    """Raise LocalProtocolError unless all items are block hashes."""
     for block_hash in block_hashes:
         if len(block_hash) != HASH_BYTES:
             raise LocalProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(block_hash)}")

@@ -18,7 +18,7 @@ from kvstore.storage.store import Store
 def make_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str = "127.0.0.1") -> KVStore:
     """Return the store that ``config`` describes, for the blocks of ``geometry``. Not open yet.
 
-    ``host`` is where other nodes reach this one.
+    ``host``: the address of this node for other nodes.
     """
     return Store(_make_backend(config, geometry, clock, host), geometry, config.timeout_s, clock)
 

@@ -38,7 +38,7 @@ class FileDirectory:
     def open(cls, root: Path, wanted: Layout, timeout_s: float) -> FileDirectory:
         """Create the subdirectory of ``wanted`` in ``root``, or use the existing one with its layout.
 
-        Blocks. Raises StorageError if it cannot be made, StorageUnavailableError if others hold it for too long.
+        Blocks. Raises StorageError if it cannot be created, StorageUnavailableError if locked for ``timeout_s``.
         """
         path = root / wanted.namespace.hex()
         try:
@@ -51,9 +51,9 @@ class FileDirectory:
 
     @classmethod
     def join(cls, root: Path, wanted: Layout, timeout_s: float) -> FileDirectory:
-        """Join those who use the subdirectory of the geometry of ``wanted``, on their terms; make and remove nothing.
+        """Use the existing subdirectory of ``wanted``'s geometry with its layout; create and remove nothing.
 
-        Blocks. Raises as ``open`` does.
+        Blocks. Raises as ``open``.
         """
         path = root / wanted.namespace.hex()
         try:
@@ -73,7 +73,7 @@ class FileDirectory:
         return cls(path, layout, index_fd, lock_fd)
 
     def close(self) -> None:
-        """Leave."""
+        """Close the files and release the shared lock."""
         os.close(self.index_fd)
         os.close(self._lock_fd)
 
@@ -86,7 +86,7 @@ def namespaces(root: Path) -> list[Path]:
 
 
 def is_laid_out(root: Path, namespace: bytes) -> bool:
-    """Return whether there is a subdirectory of this geometry in ``root``. Raises StorageError if it cannot be read."""
+    """Return whether ``root`` has a subdirectory of this geometry. Raises StorageError if it cannot be read."""
     try:
         return _read_layout(root / namespace.hex()) is not None
     except OSError as error:
@@ -94,7 +94,7 @@ def is_laid_out(root: Path, namespace: bytes) -> bool:
 
 
 def _share(path: Path, timeout_s: float) -> int:
-    """Return a descriptor with a shared lock on a subdirectory that is there."""
+    """Return a descriptor with a shared lock on an existing subdirectory."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
@@ -106,7 +106,7 @@ def _share(path: Path, timeout_s: float) -> int:
 
 
 def _join(path: Path, wanted: Layout, timeout_s: float) -> int:
-    """Return a descriptor with a shared lock on a subdirectory that has a layout."""
+    """Return a descriptor with a shared lock on a subdirectory; create its layout if needed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         lock_fd = _open_lock(path)
@@ -126,7 +126,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _is_current(lock_fd: int, path: Path) -> bool:
-    """Whether the file locked is still the one in the directory, and not one that was removed meanwhile."""
+    """Whether the locked file is still the one in the directory and was not removed meanwhile."""
     try:
         return os.path.samestat(os.fstat(lock_fd), (path / "lock").stat())
     except FileNotFoundError:
@@ -143,7 +143,7 @@ def _read_layout(path: Path) -> Layout | None:
 
 
 def _lay_out(path: Path, layout: Layout) -> None:
-    """Make an empty index of ``layout``; it is complete as soon as it has its name."""
+    """Create an empty index of ``layout``. It is renamed to its name when complete."""
     _remove_files(path)
     draft = path / "index.draft"
     with draft.open("wb") as index:
@@ -165,7 +165,7 @@ def _remove_unused(root: Path, used: Path) -> None:
 
 
 def _remove_files(path: Path) -> None:
-    """Remove what this backend keeps in ``path``, and nothing else."""
+    """Remove only the files of this backend from ``path``."""
     for name in ("index", "index.draft"):
         (path / name).unlink(missing_ok=True)
     number = 0

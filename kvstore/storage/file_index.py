@@ -1,19 +1,19 @@
-"""The index of the ``file`` backend: which block is in which slot. Shared by all processes, correct at any instant.
+"""The index of the ``file`` backend: maps blocks to slots. Shared by all processes, consistent at any instant.
 
-One file: the layout, then ``num_sets`` sets of ``ways`` entries::
+The file contains the layout, then ``num_sets`` sets of ``ways`` entries::
 
     entry = block hash 32s | generation u64 | last used, ns since 1970, u64 | 16 spare      slot = set * ways + way
 
-A block's set follows from its hash, so finding it is one read and needs no lock. An entry is
+A block's set is computed from its hash, so a lookup is one read without a lock. An entry is
 
 - free: all zero;
-- reserved: no hash, a generation; a writer fills the slot, and it cannot be found;
+- reserved: no hash, a generation; a writer fills the slot, and lookups do not find it;
 - published: a hash and the generation of that writer.
 
-Entries change only under the index's lock, one at a time, each by one small write; there is nothing that two of them
-must agree on. So a process may die anywhere: the kernel drops its lock, and what it reserved is free again after
-``reservation_s``. What a torn entry could still do, name a slot whose content is something else, the digest in every
-value catches. ``last used`` alone is written without the lock, since no value of it does harm.
+Entries change only under the index's lock, one at a time, each by one small write. No invariant spans two entries.
+Therefore a process may die at any point: the kernel releases its lock, and its reservations expire after
+``reservation_s``. A torn entry may point to a slot with other content; the digest in every value detects that. Only
+``last used`` is written without the lock, because any value of it is harmless.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _WORD = np.dtype("<u8")
 _NEVER = np.iinfo(np.uint64).max
 
 MAX_CLOCK_STEP_NS = 3_600_000_000_000
-"""An entry last used later than this from now has a broken time and is the first to go."""
+"""An entry with a time of use further in the future than this is invalid and is evicted first."""
 
 Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a block is, or is going to be: slot and entry, and which filling of the slot is meant."""
+    """Location of a block: the slot with its entry, and the generation of its content."""
 
     slot: int
     generation: int
 
 
 class FileIndex:
-    """The index in the file ``fd``. Methods block, for microseconds per block; any thread may call them."""
+    """The index in the file ``fd``. Methods block for microseconds per block. Called from any thread."""
 
     def __init__(
         self, fd: int, layout: Layout, counters: StoreCounters, lock_timeout_s: float, reservation_s: float
@@ -67,12 +67,12 @@ class FileIndex:
         self._lock = FileLock(fd, lock_timeout_s)
         self._reservation_ns = int(reservation_s * 1e9)
         self._generations = itertools.count(secrets.randbits(62) + 1)
-        """From a random number on, so that no two writers on a host give out the same."""
+        """Starts at a random number, so that writers on a host use different generations."""
 
     # ------------------------------------------------------------ without the lock
 
     def find(self, block_hash: bytes) -> Place | None:
-        """Return where ``block_hash`` is published."""
+        """Return the place where ``block_hash`` is published, or None."""
         first = self._first_slot(block_hash)
         return self._find_in(first, self._read_set(first), block_hash)
 
@@ -88,16 +88,16 @@ class FileIndex:
         return None
 
     def still(self, block_hash: bytes, place: Place) -> bool:
-        """Whether ``place`` holds ``block_hash`` as it did."""
+        """Whether ``place`` still holds ``block_hash`` in the same generation."""
         offset = self._offset(place.slot)
         return os.pread(self._fd, _USED_OFFSET, offset) == _identity(block_hash, place.generation)
 
     def touch(self, place: Place, used_ns: int) -> None:
-        """Note a use, for eviction."""
+        """Set the time of last use, for eviction."""
         os.pwrite(self._fd, used_ns.to_bytes(8, "little"), self._offset(place.slot) + _USED_OFFSET)
 
     def published(self) -> Iterator[tuple[bytes, Place]]:
-        """Look at all sets; yield each block and where it is."""
+        """Scan all sets; yield each block and its place."""
         for number in range(self.layout.num_sets):
             first = number * self.layout.ways
             data = self._read_set(first)
@@ -108,21 +108,21 @@ class FileIndex:
                     yield block_hash, Place(first + at // ENTRY_BYTES, generation)
 
     def count(self) -> int:
-        """Return how many blocks are published."""
+        """Return the number of published blocks."""
         return sum(1 for _ in self.published())
 
     # ------------------------------------------------------------ under the lock
 
     def reserve(self, block_hashes: Sequence[bytes], keep: Set[bytes], now_ns: int) -> list[Place | None]:
-        """Take one slot for each block, dropping what was not used for longest; None where there is none to take.
+        """Reserve one slot per block, evicting the least recently used; None where no slot can be reserved.
 
-        Blocks in ``keep`` and slots that are being filled are not taken.
+        Blocks in ``keep`` and slots being filled are not evicted.
         """
         with self._lock.held():
             return [self._reserve(block_hash, keep, now_ns) for block_hash in block_hashes]
 
     def publish(self, filled: Sequence[tuple[bytes, Place]], used_ns: Sequence[int]) -> list[bool]:
-        """Let these blocks be found, now that their slots are filled; False where the reservation was lost."""
+        """Publish blocks whose slots are filled; False where the reservation was lost."""
         with self._lock.held():
             return [
                 self._publish(block_hash, place, used)
@@ -130,7 +130,7 @@ class FileIndex:
             ]
 
     def release(self, places: Sequence[Place]) -> None:
-        """Give up reservations."""
+        """Free these reservations."""
         if not places:
             return
         with self._lock.held():
@@ -139,7 +139,7 @@ class FileIndex:
                     os.pwrite(self._fd, _FREE_ENTRY, self._offset(place.slot))
 
     def remove(self, block_hash: bytes, place: Place) -> bool:
-        """Drop ``block_hash`` if it still is at ``place``."""
+        """Remove ``block_hash`` if it is still at ``place``; return whether it was."""
         with self._lock.held():
             found = self.still(block_hash, place)
             if found:
@@ -147,7 +147,7 @@ class FileIndex:
             return found
 
     def clear(self) -> int:
-        """Drop everything, reservations too; return how many blocks there were."""
+        """Remove all blocks and reservations; return the number of blocks."""
         with self._lock.held():
             num_blocks = self.count()
             for number in range(self.layout.num_sets):
@@ -166,7 +166,7 @@ class FileIndex:
         return place
 
     def _victim(self, words: Words, keep: Set[bytes], now_ns: int) -> int | None:
-        """Return the way to use next: a free one, a dead writer's, or the least recently used."""
+        """Return the way to use next: a free one, a dead writer's, or the least recently used; None if there is none."""
         used = words[:, _USED_WORD]
         way = int(used.argmin())
         if not used[way]:  # free
@@ -196,14 +196,14 @@ class FileIndex:
         os.pwrite(self._fd, published, self._offset(place.slot))
         return True
 
-    # ------------------------------------------------------------ bytes
+    # ------------------------------------------------------------ encoding
 
     def _first_slot(self, block_hash: bytes) -> int:
         """Return the first slot of the set ``block_hash`` belongs to."""
         return int.from_bytes(block_hash[:8], "little") % self.layout.num_sets * self.layout.ways
 
     def _read_set(self, first: int) -> bytes:
-        """Return the entries of the set whose first slot is ``first``; what a cut file lacks is free."""
+        """Return the entries of the set whose first slot is ``first``; entries missing in a truncated file are free."""
         return os.pread(self._fd, self.layout.set_bytes, self._offset(first)).ljust(self.layout.set_bytes, b"\0")
 
     @staticmethod

@@ -15,7 +15,7 @@ MAX_WAYS = 64
 """Slots per set. With this many, a set overflows only when nearly all are full, close to a global LRU."""
 
 SETS_OFFSET = _PAGE_BYTES
-"""Where the entries begin in the index."""
+"""Offset of the entries in the index."""
 
 _MIN_SLAB_BYTES = 1 << 30
 _MAX_SLABS = 64
@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def plan(cls, namespace: bytes, value_bytes: int, capacity_bytes: int) -> Self:
-        """Lay out slots for values of ``value_bytes`` within ``capacity_bytes``; there may be none."""
+        """Return the layout for values of ``value_bytes`` within ``capacity_bytes``; it may have no slots."""
         slot_bytes = -(-value_bytes // _PAGE_BYTES) * _PAGE_BYTES
         num_slots = max(0, capacity_bytes - SETS_OFFSET) // (slot_bytes + ENTRY_BYTES)
         ways = min(MAX_WAYS, num_slots)
@@ -42,7 +42,7 @@ class Layout:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self | None:
-        """Return the layout that an index begins with, or None if it does not begin with one."""
+        """Return the layout at the beginning of an index, or None if there is none."""
         if len(data) < _STRUCT.size:
             return None
         magic, *fields = _STRUCT.unpack_from(data)
@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def num_slots(self) -> int:
-        """Blocks there is room for."""
+        """Maximum number of blocks."""
         return self.num_sets * self.ways
 
     @property

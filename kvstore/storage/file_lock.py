@@ -37,7 +37,7 @@ class FileLock:
     def held(self) -> Iterator[None]:
         """Hold the lock. Blocks; raises StorageUnavailableError if it is not free in time.
 
-        The kernel has no lock with a timeout, and the process that holds it may be stopped. Therefore it is retried.
+        The kernel has no lock with a timeout, and the process that holds it may be stopped. Hence the retries.
         """
         deadline = time.monotonic() + self._timeout_s
         if not self._mutex.acquire(timeout=self._timeout_s):

@@ -12,7 +12,7 @@ from kvstore.storage.file_layout import Layout
 
 
 class FileSlabs:
-    """All slots of a layout. Methods block for one read or write; any thread may call them."""
+    """All slots of a layout. Methods block for one read or write. Called from any thread."""
 
     def __init__(self, layout: Layout, fds: list[int]) -> None:
         self._slot_bytes = layout.slot_bytes
@@ -21,7 +21,7 @@ class FileSlabs:
 
     @classmethod
     def open(cls, directory: Path, layout: Layout) -> Self:
-        """Open the slabs in ``directory``; those that are missing or cut are preallocated.
+        """Open the slabs in ``directory``; missing or truncated ones are preallocated.
 
         Raises OSError, for example if the disk is too small.
         """
@@ -43,12 +43,12 @@ class FileSlabs:
             os.posix_fallocate(self._fds[-1], 0, size_bytes)
 
     def read(self, slot: int, value: Value) -> bool:
-        """Fill ``value`` from ``slot``; False if there is less."""
+        """Fill ``value`` from ``slot``; False if the file is too short."""
         fd, offset = self._place(slot)
         return os.preadv(fd, [value.data], offset) == len(value)
 
     def write(self, slot: int, value: Value) -> bool:
-        """Write ``value`` to ``slot``; False if it did not all fit on the disk."""
+        """Write ``value`` to ``slot``; False if the disk has no room for all of it."""
         fd, offset = self._place(slot)
         return os.pwrite(fd, value.data, offset) == len(value)
 
@@ -64,12 +64,12 @@ class FileSlabs:
 
 
 def _require_space(directory: Path, size_bytes: int) -> None:
-    """Raise OSError if so much more does not fit; the kernel would fill the disk before it says so."""
+    """Raise OSError if ``size_bytes`` do not fit; otherwise the kernel would fill the disk before it fails."""
     disk = os.statvfs(directory)
     if disk.f_bavail * disk.f_frsize < size_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def slab_path(directory: Path, number: int) -> Path:
-    """Return where slab ``number`` is."""
+    """Return the path of slab ``number``."""
     return directory / f"slab-{number:04d}"

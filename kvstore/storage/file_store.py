@@ -1,4 +1,4 @@
-"""Backend ``file``: values in preallocated slabs of a directory that all processes of a host share."""
+"""Backend ``file``: values in preallocated slabs in a directory shared by all processes of a host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BATCH_BLOCKS = 16
 """Blocks reserved and published under one lock."""
 
 _RESERVATION_TIMEOUTS = 4
-"""A reservation expires after this many deadlines of a put: its writer has died."""
+"""A reservation expires after this many put timeouts, because its writer must have died."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class FileBackend:
     """At most ``capacity_bytes`` per geometry under ``path``, with LRU eviction.
 
-    Survives the death of any process at any instant: a block is found only after all of it was written, and delivered
-    only if its digest is right (see ``file_index``). ``as_is``: the directory is there and stays as it was laid out.
+    Safe if a process dies at any instant: a block is found only after it was written completely, and delivered only if
+    its digest matches (see ``file_index``). ``as_is``: use the existing directory with its layout.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FileBackend:
     async def close(self) -> None:
         """Close the files and keep their content."""
         ended = await self._threads.close(self._timeout_s)
-        if self._files is not None and ended:  # never take a descriptor from a thread that may still write to it
+        if self._files is not None and ended:  # never close a descriptor that a thread may still write to
             self._slabs.close()
             self._files.close()
         self._files = None
@@ -192,7 +192,7 @@ class FileBackend:
             return False
 
     def _drop_corrupt(self, block_hash: bytes, place: Place) -> bool:
-        """Remove a damaged block, unless its slot was given to another block meanwhile."""
+        """Remove a damaged block, unless its slot was reused for another block meanwhile."""
         corrupt = self._index.remove(block_hash, place)
         self.counters.corrupt_blocks += corrupt
         return corrupt
@@ -207,7 +207,7 @@ class FileBackend:
 
 
 def _page_aligned(size_bytes: int) -> Value:
-    """Return aligned memory, to and from which the kernel copies a quarter faster."""
+    """Return page-aligned memory; the kernel copies to and from it a quarter faster."""
     return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
 
 

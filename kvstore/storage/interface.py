@@ -28,18 +28,18 @@ class PutOutcome(StrEnum):
     PRESENT = "present"
     """The store already had it; nothing was written."""
     FAILED = "failed"
-    """Not stored: the store is full or down, or the deadline passed."""
+    """Not stored: the store is full or unavailable, or the deadline passed."""
 
 
 @dataclass(slots=True)
 class StoreCounters:
-    """Totals of one store object; they never decrease."""
+    """Monotonic totals of one store object."""
 
     hit_blocks: int = 0
     missed_blocks: int = 0
     """Requested by ``get`` and not delivered, for any reason."""
     corrupt_blocks: int = 0
-    """Found but damaged; deleted, and counted as missed too."""
+    """Found but damaged; deleted, and also counted as missed."""
     read_bytes: int = 0
     """KV bytes of the hits."""
     written_blocks: int = 0
@@ -48,20 +48,20 @@ class StoreCounters:
     written_bytes: int = 0
     """KV bytes of the written blocks."""
     evicted_blocks: int = 0
-    """Evicted by this object. Backends that evict themselves do not report it."""
+    """Evicted by this object. Not reported by backends whose server evicts."""
     timeouts: int = 0
     """Calls that reached their deadline."""
     errors: int = 0
     """Calls in which the backend failed."""
     skipped: int = 0
-    """Calls not passed to the backend because it has just failed."""
+    """Calls not passed to the backend during the pause after a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
     """Content of a backend for this geometry, over all processes that use it.
 
-    ``used_bytes`` and ``capacity_bytes`` include the backend's own overhead; ``None``: the backend does not tell.
+    ``used_bytes`` and ``capacity_bytes`` include the backend's own overhead; ``None``: not reported by the backend.
     """
 
     backend: str
@@ -79,13 +79,13 @@ class VerifyReport:
 
 
 class KVStore(Protocol):
-    """Blocks by block hash, for one ``KVGeometry``: other models and shapes are not seen and not touched.
+    """Blocks by block hash, for one ``KVGeometry``. Blocks of other models and shapes are neither seen nor changed.
 
     All methods are called from one event loop, any number at a time, and never block it. ``put``, ``get``,
-    ``longest_prefix`` and ``delete`` end within the configured ``timeout_s``, or a shorter one that is given, and raise
-    nothing because of the backend: what it cannot do is a miss or a failed put, and counted. They raise
-    LocalProtocolError for arguments that do not fit. The others are for operators and raise StorageUnavailableError if
-    the backend cannot be reached or is not in time.
+    ``longest_prefix`` and ``delete`` end within the configured ``timeout_s``, or the given one if shorter. Failures of
+    the backend do not raise: they are misses or failed puts, and are counted. Invalid arguments raise
+    LocalProtocolError. The other methods are for operators and raise StorageUnavailableError if the backend cannot be
+    reached or does not answer in time.
     """
 
     @property
@@ -95,36 +95,37 @@ class KVStore(Protocol):
     async def open(self) -> None:
         """Open the store. Called once by a node when it starts, before any other method.
 
-        A server that is down is no error: the store starts empty-handed and finds it later. Raises StorageError if the
-        store can never work as configured; it is closed then.
+        An unavailable server is not an error: the store misses until the server is reachable. Raises StorageError if
+        the store can never work as configured; the store is then closed.
         """
 
     async def put(self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView]) -> list[PutOutcome]:
         """Store ``blocks[i]`` as ``block_hashes[i]``. Called on preemption and when a request has finished.
 
-        Blocks the store has are not written again. They are tried in order, so that what is stored at the deadline is
-        the beginning of the sequence. May evict others.
+        Blocks already stored are not written again. Blocks are stored in order, so that at the deadline the beginning
+        of the sequence is stored. May evict others.
         """
 
     async def get(
         self, block_hashes: Sequence[bytes], blocks: Sequence[BlockView], timeout_s: float | None = None
     ) -> list[bool]:
-        """Read ``block_hashes[i]`` into ``blocks[i]``; True where its KV now is. Called on admission and on resume.
+        """Read ``block_hashes[i]`` into ``blocks[i]``; True for each hit. Called on admission and on resume.
 
-        Where False, ``blocks[i]`` is as it was. Verified before it is delivered. Counts as a use for eviction.
+        On a miss ``blocks[i]`` is unchanged. Values are verified before they are delivered. A hit counts as a use for
+        eviction.
         """
 
     async def longest_prefix(self, block_hashes: Sequence[bytes], timeout_s: float | None = None) -> int:
-        """Return how many of the first blocks are in the store. Called before ``get``.
+        """Return the number of leading blocks that are in the store. Called before ``get``.
 
-        A hint: they may be gone, or turn out corrupt, when they are read.
+        A hint: blocks may be evicted or found corrupt before they are read.
         """
 
     async def delete(self, block_hashes: Sequence[bytes]) -> int:
-        """Delete these blocks; return how many there were. Called when a block turns out to be damaged."""
+        """Delete these blocks; return the number deleted. Called when a block is found to be damaged."""
 
     async def clear(self) -> int:
-        """Delete all blocks; return how many there were, if the backend knows. For ``kvrelay store clear``."""
+        """Delete all blocks; return the number deleted, if the backend knows it. For ``kvrelay store clear``."""
 
     async def stats(self) -> StoreStats:
         """Return the content of the store, for ``kvrelay store stats``. May scan everything; do not poll it."""
@@ -132,7 +133,7 @@ class KVStore(Protocol):
     async def verify(self) -> VerifyReport:
         """Read everything and delete corrupt blocks, for ``kvrelay store verify``. No deadline.
 
-        Raises StorageError if the backend cannot list what it holds.
+        Raises StorageError if the backend cannot list its blocks.
         """
 
     async def close(self) -> None:

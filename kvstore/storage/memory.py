@@ -17,10 +17,10 @@ from kvstore.storage.threads import BlockingThreads
 
 
 class MemoryBackend:
-    """At most ``capacity_bytes`` of values in slots of one array, which uses memory as it fills.
+    """At most ``capacity_bytes`` of values in slots of one array. The system allocates its memory on first write.
 
-    A slot belongs to the free list, to the index, or to the thread that fills it. The one that is being read is not
-    reused: if it is evicted meanwhile, it becomes free after the read.
+    A slot belongs to the free list, to the index, or to the thread that fills it. A slot being read is not reused: if
+    it is evicted meanwhile, it becomes free after the read.
     """
 
     def __init__(self, geometry: KVGeometry, capacity_bytes: int, timeout_s: float) -> None:
@@ -106,14 +106,14 @@ class MemoryBackend:
         return VerifyReport(len(block_hashes), num_corrupt)
 
     def _touch(self, block_hashes: Sequence[bytes]) -> None:
-        """Make these most recently used, the first of them last of all: without it the others are useless."""
+        """Make these most recently used, the first block most of all, because the others need it."""
         with self._mutex:
             for block_hash in reversed(block_hashes):
                 if block_hash in self._index:
                     self._index.move_to_end(block_hash)
 
     def _take_slot(self, keep: Set[bytes]) -> int | None:
-        """Return a free slot, evicting the least recently used block if needed; None if only ``keep`` is left."""
+        """Return a free slot; if needed, evict the least recently used block. None if only blocks in ``keep`` are left."""
         with self._mutex:
             if self._free:
                 return self._free.pop()

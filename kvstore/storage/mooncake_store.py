@@ -1,8 +1,8 @@
 """Backend ``mooncake``: values in the pooled memory of Mooncake Store, over TCP.
 
-Needs the extra ``kvrelay[mooncake]`` and a running ``mooncake_master``. Every node that opens the store gives
-``capacity`` bytes of its memory; the master decides where values go, and evicts. The client library logs to standard
-error (``GLOG_minloglevel=2`` quiets it) and cannot list keys.
+Needs the extra ``kvrelay[mooncake]`` and a running ``mooncake_master``. Every node that opens the store
+contributes ``capacity`` bytes of its memory. The master places values and evicts them. The client library logs to
+standard error (``GLOG_minloglevel=2`` quiets it) and cannot list keys.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class MooncakeBackend:
 
     async def close(self) -> None:
         """Leave the store and withdraw this node's memory from it."""
-        with contextlib.suppress(TimeoutError):  # without its master the library takes its time
+        with contextlib.suppress(TimeoutError):  # slow if the master is unavailable
             async with asyncio.timeout(self._timeout_s):
                 await self._threads.write(self._disconnect)
         await self._threads.close(self._timeout_s)
@@ -112,13 +112,13 @@ class MooncakeBackend:
 
     def _connect(self) -> Any:
         if _is_ipv6(self._host):
-            os.environ["MC_USE_IPV6"] = "1"  # read when the library is loaded; without it nodes join and cannot read
+            os.environ["MC_USE_IPV6"] = "1"  # read when the library is loaded; without it nodes join but cannot read
         try:
             library = importlib.import_module("mooncake.store")
-        except ImportError as error:  # not installed, or one of its system libraries is not
+        except ImportError as error:  # the package or one of its system libraries is not installed
             raise StorageError(f"storage.backend mooncake cannot be loaded: {error}") from error
         host, _, port = self._master.rpartition(":")
-        try:  # the library tries for a minute and a half
+        try:  # the library itself would retry for 90 seconds
             socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
         except OSError as error:
             raise StorageUnavailableError(f"Mooncake master at {self._master}: {error}") from error
@@ -161,7 +161,7 @@ class MooncakeBackend:
         for batch in batches(range(len(call.block_hashes)), len(staging.values)):
             if call.loan.ended:
                 return
-            # A key named twice is read once by the library.
+            # The library reads a repeated key only once.
             rows = {
                 block_hash: row for row, block_hash in enumerate({call.block_hashes[index]: None for index in batch})
             }

@@ -38,7 +38,7 @@ class NoBackend:
         return 0
 
     async def stats(self) -> StoreStats:
-        """Return an empty store without room."""
+        """Return zero blocks and zero capacity."""
         return StoreStats(self._name, 0, 0, 0)
 
     async def verify(self) -> VerifyReport:

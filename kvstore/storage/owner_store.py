@@ -6,7 +6,7 @@ Each host keeps its values in a ``file`` store, and its processes serve them to 
     kvrelay:owner:<id>:<namespace>       ->  address of a process that serves what the owner holds, for a few seconds
 
 The id belongs to the directory, so locations stay valid when a host's processes restart at other addresses. A location
-in Redis is a hint. A block that is not found there is a miss, and the location is deleted.
+in Redis is a hint: if the owner does not have the block, it is a miss and the location is deleted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvstore.storage.threads import BlockingThreads
 
 _ANNOUNCE_S = 5.0
 _ADDRESS_TTL_S = 15
-"""After this time an owner without processes is not asked any more."""
+"""Seconds until the address of an owner without running processes expires."""
 
 _FETCH_BYTES = 4 << 20
 _BATCH_KEYS = 64
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class OwnerBackend:
-    """Values in ``local``, found by all hosts through ``link``; ``host`` is where other hosts reach this one.
+    """Values in ``local``, found by all hosts through ``link``. ``host``: the address of this host for others.
 
     ``as_is``: only to inspect and clear existing blocks; this process serves no others.
     """
@@ -82,7 +82,7 @@ class OwnerBackend:
             self._owner = await self._threads.write(lambda: _known_owner_id(self._root))
             return
         self._owner = await self._threads.write(lambda: _owner_id(self._root))
-        with contextlib.suppress(StorageUnavailableError):  # said when it is used
+        with contextlib.suppress(StorageUnavailableError):  # reported when the store is used
             await self._announce(address)
         self._announcing = asyncio.create_task(self._keep_announcing(address))
 
@@ -128,11 +128,11 @@ class OwnerBackend:
             await asyncio.gather(*(self._get_from(owner, call, indices) for owner, indices in by_owner.items()))
 
     async def _get_from(self, owner: str, call: GetCall, indices: list[int]) -> None:
-        if owner == self._owner:  # no longer: what is here was found before
+        if owner == self._owner:  # stale location: local blocks were already found
             await self._forget([call.block_hashes[index] for index in indices])
             return
         address = await self._address(owner)
-        if address is None:  # for now; its files may be back
+        if address is None:  # keep the locations: the owner may come back with its files
             return
         for batch in batches(indices, self._fetch_blocks):
             block_hashes = [call.block_hashes[index] for index in batch]
@@ -206,7 +206,7 @@ class OwnerBackend:
         await self._local.close()
         await self._threads.close(self._timeout_s)
 
-    # ------------------------------------------------------------ what Redis knows
+    # ------------------------------------------------------------ locations in Redis
 
     def _key(self, block_hash: bytes) -> str:
         return f"kvrelay:at:{self._format.namespace.hex()}:{block_hash.hex()}"

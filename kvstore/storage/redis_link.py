@@ -1,7 +1,7 @@
 """Redis access of the storage backends: pipelines of commands with one key each, to one server or a cluster.
 
-redis-py makes the connections and speaks the protocol. Which node of a cluster has which key is looked after here,
-because a store wants of a cluster with a dead node what the other nodes have, and at once.
+redis-py handles connections and the protocol. The mapping of keys to cluster nodes is handled here, because with a dead
+node the store must get the blocks of the other nodes without delay.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RedisLink:
         self._seed: Redis | None = None
         self._nodes: dict[Address, Redis] = {}
         self._informants: deque[Redis] = deque()
-        """All clients. The first is used for questions about the cluster."""
+        """All clients. The first is asked about the cluster."""
         self._slots: list[Redis] = []
         """In a cluster, the node of each slot."""
         self._is_known = False
@@ -62,14 +62,14 @@ class RedisLink:
             parts = urlsplit(self._url)
             self._seed = self._client(ConnectionPool.from_url(self._url, **self._options(parts.scheme)))
         except ValueError as error:
-            # Its text may quote the URL, and the URL the password.
+            # The error text may contain the URL with its password.
             raise StorageError(f"storage.url cannot be read: {type(error).__name__}") from None
         self.where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     async def run(self, commands: Sequence[Command]) -> list[Any]:
-        """Send ``commands`` in one pipeline and return a result for each; one that failed alone is its exception.
+        """Send ``commands`` in one pipeline and return a result for each; for a failed command, its exception.
 
-        In a cluster each goes to its key's node, in parallel. Raises StorageUnavailableError without an answer.
+        In a cluster each command goes to its key's node, in parallel. Raises StorageUnavailableError without an answer.
         """
         async with self._pipelines:
             results: list[Any] = [None] * len(commands)
@@ -91,7 +91,7 @@ class RedisLink:
         return await self._heeding(scan())
 
     async def max_memory_bytes(self) -> int | None:
-        """Return how much memory Redis may use, over all nodes; None if it has no limit. Raises as ``keys``."""
+        """Return Redis's memory limit in bytes, summed over all nodes; None without a limit. Raises as ``keys``."""
 
         async def ask() -> int:
             return sum([(await node.info("memory"))["maxmemory"] for node in await self._all_nodes()])
@@ -105,10 +105,10 @@ class RedisLink:
             await self._informants.pop().aclose()
 
     async def _heeding(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await ``work``, and end when cancelled. Raises StorageUnavailableError without an answer.
+        """Await ``work`` and honour cancellation. Raises StorageUnavailableError if no server answers.
 
-        redis-py may swallow a cancellation (on Python 3.11, in ``wait_for``), and a call would go on after its
-        deadline. gather does not, whatever became of the work.
+        redis-py may swallow a cancellation (on Python 3.11, in ``wait_for``), and the call would continue after its
+        deadline. gather raises it regardless of the result of ``work``.
         """
         try:
             [result] = await asyncio.gather(work)
@@ -155,7 +155,7 @@ class RedisLink:
                 return
             for attempt in range(1, len(self._informants) + 1):
                 client = self._informants[0]
-                self._informants.rotate(-1)  # before it is asked: if it hangs and the call ends, another is next
+                self._informants.rotate(-1)  # first, so that the next call asks another if this one hangs
                 try:
                     await self._learn_from(client)
                 except _LOST:
@@ -198,7 +198,7 @@ class RedisLink:
         return client
 
     def _options(self, scheme: str) -> dict[str, Any]:
-        # Well before the call's deadline, so that what the other nodes answered still counts.
+        # Well before the call's deadline, so that the answers of the other nodes are still used.
         limits = {"socket_timeout": self._timeout_s / 3, "socket_connect_timeout": self._timeout_s / 3}
         keepalive = {} if scheme == "unix" else {"socket_keepalive": True}
         return {"protocol": 3, "retry": Retry(NoBackoff(), 0), **limits, **keepalive}

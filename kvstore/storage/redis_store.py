@@ -19,12 +19,12 @@ from kvstore.storage.redis_link import RedisLink
 from kvstore.storage.threads import BlockingThreads
 
 KEY_PREFIX = "kvrelay:kv:"
-"""Begins all keys; then the namespace and, after a colon, the block hash, in hex. In a cluster they spread over all
-slots, since a command names one block."""
+"""Prefix of all keys, followed by the namespace, a colon and the block hash, in hex. In a cluster the keys spread over
+all slots, because each command has one key."""
 
 _PIPELINE_BYTES = 4 << 20
 _PIPELINE_KEYS = 64
-"""At most so much goes into one pipeline, which the loop puts together and hands to a socket within a millisecond."""
+"""Maximum bytes and keys per pipeline, so that building and sending one takes the loop at most a millisecond."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RedisBackend:
     async def open(self) -> None:
         """Connect, now or when the server is available. Raises StorageError if the URL is invalid."""
         await self._link.open()
-        with contextlib.suppress(StorageUnavailableError):  # said when it is used
+        with contextlib.suppress(StorageUnavailableError):  # reported when the store is used
             await self._link.run([("EXISTS", self._key(bytes(32)))])
 
     async def put(self, call: PutCall) -> None:
@@ -74,7 +74,7 @@ class RedisBackend:
         self._complain([result for result in results if isinstance(result, Exception)])
 
     def _pack(self, call: PutCall, step: Sequence[int]) -> list[tuple[int, Value]]:
-        # New memory for each: a connection that is dropped may still hold the old.
+        # New memory for each value: a dropped connection may still reference the old.
         values = [(index, np.empty(self._format.value_bytes, np.uint8)) for index in step]
         return [(index, value) for index, value in values if call.pack(index, value)]
 
@@ -141,7 +141,7 @@ class RedisBackend:
         return VerifyReport(len(block_hashes), await self._drop_corrupt(corrupt))
 
     async def close(self) -> None:
-        """Close the connections; what Redis holds stays."""
+        """Close the connections; the blocks in Redis are kept."""
         await self._link.close()
         await self._threads.close(self._timeout_s)
 
@@ -149,12 +149,12 @@ class RedisBackend:
         return self._prefix + block_hash.hex()
 
     async def _block_hashes(self) -> list[bytes]:
-        """Return all blocks of this geometry. Looks at every key there is."""
+        """Return all blocks of this geometry. Scans every key of the server."""
         names = [key.decode()[len(self._prefix) :] for key in await self._link.keys(self._prefix + "*")]
         return [bytes.fromhex(name) for name in names]
 
     def _complain(self, errors: Sequence[Exception]) -> None:
-        """Count blocks that Redis does not take; say so once, until it takes all of some pipeline again."""
+        """Count blocks that Redis rejects; log only the first time until a pipeline succeeds completely."""
         self.counters.errors += len(errors)
         if errors and not self._refusing:
             logger.warning("Redis at %s cannot store KV: %s", self._link.where, errors[0])

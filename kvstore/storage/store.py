@@ -1,4 +1,4 @@
-"""The store that nodes use: a backend with deadlines, counters, and a short memory for failures."""
+"""The store used by nodes: a backend with deadlines, counters, and a pause after failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvstore.storage.interface import BlockView, PutOutcome, StoreCounters, Stor
 T = TypeVar("T")
 
 PAUSE_S = 1.0
-"""After a failure the backend is left alone this long, so that requests do not wait one by one for a dead server."""
+"""Seconds without calls to the backend after a failure, so that not every request waits for a dead server."""
 
 _PREFIX_STEP = 256
 
@@ -126,7 +126,7 @@ class Store:
         made_progress: Callable[[], bool],
         timeout_s: float | None = None,
     ) -> T | None:
-        """Await ``operation`` until the deadline; None if it did not end well. What it noted until then stands."""
+        """Await ``operation`` until the deadline; None if it failed or timed out. Results recorded so far are kept."""
         timeout_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -144,7 +144,7 @@ class Store:
 
     def _pause(self, reason: str) -> None:
         self._paused_until = self._clock.now() + PAUSE_S
-        # Said once: it is tried again and again.
+        # Logged as a warning once, because calls are retried after each pause.
         logger.log(
             logging.DEBUG if self._failing else logging.WARNING, "KV storage fails, going on without: %s", reason
         )

@@ -1,4 +1,4 @@
-"""The threads in which a backend blocks, so that the loop does not."""
+"""Threads for a backend's blocking calls."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ T = TypeVar("T")
 
 
 class BlockingThreads:
-    """One thread for what ``get`` waits for and one for the rest, so that no resume queues behind a preemption."""
+    """One thread for reads of ``get`` and one for the rest, so that a resume does not queue behind a preemption."""
 
     def __init__(self, name: str) -> None:
         self._reader = _Worker(f"{name}-read")
         self._writer = _Worker(f"{name}-write")
 
     async def read(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the reading thread, after what was given to it before."""
+        """Run ``work`` in the reading thread, in order of submission."""
         return await self._reader.run(work)
 
     async def write(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the other thread, after what was given to it before."""
+        """Run ``work`` in the other thread, in order of submission."""
         return await self._writer.run(work)
 
     async def close(self, timeout_s: float) -> bool:
-        """End the threads when they are done; False if one hangs for more than ``timeout_s`` and is left behind."""
+        """End the threads when their work is done; False if one hangs for more than ``timeout_s`` and is abandoned."""
         ends = [asyncio.ensure_future(worker.end()) for worker in (self._reader, self._writer)]
         _, hanging = await asyncio.wait(ends, timeout=timeout_s)
         for end in hanging:
@@ -37,7 +37,7 @@ class BlockingThreads:
 
 
 class _Worker:
-    """A thread that works off a queue. A daemon: a process can end though a disk or a peer never answers."""
+    """A daemon thread that processes a queue. The process can exit even if a disk or a peer never answers."""
 
     def __init__(self, name: str) -> None:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
@@ -61,12 +61,12 @@ class _Worker:
         while (item := self._queue.get()) is not None:
             work, future = item
             if not future.set_running_or_notify_cancel():
-                continue  # its caller has gone
+                continue  # its caller was cancelled
             try:
                 result = work()
             except BaseException as error:  # passed on to the caller
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del item, work, future  # an idle thread keeps no call's memory alive
+            del item, work, future  # so that an idle thread keeps no call's memory alive
         self._ended.set_result(None)
