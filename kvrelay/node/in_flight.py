@@ -1,4 +1,4 @@
-"""The plans that a node's engine has and has not answered yet."""
+"""The plans submitted to a node's engine and not yet answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlanInFlight(Generic[R]):
     submitted_s: float
 
     def outcomes(self, event: StepDone | StepFailed) -> list[SequenceOutcome]:
-        """Return what came of each request, in their order; if the step failed, they all have."""
+        """Return the outcome of each request, in the order of ``requests``. If the step failed, all failed."""
         if isinstance(event, StepFailed):
             return [SequenceFailed(event.reason, retryable=True)] * len(self.requests)
         by_id = event.result.outcomes
@@ -32,7 +32,7 @@ class PlanInFlight(Generic[R]):
 
 
 class PlansInFlight(Generic[R]):
-    """At most ``limit`` plans, oldest first. Each uses the blocks of its requests until it is over."""
+    """At most ``limit`` plans, oldest first. Each uses the blocks of its requests until it has ended."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -46,17 +46,17 @@ class PlansInFlight(Generic[R]):
 
     @property
     def has_room(self) -> bool:
-        """Whether the engine takes another plan now."""
+        """Whether another plan may be submitted now."""
         return len(self._plans) < self._limit
 
     def chunks(self) -> dict[R, Chunk]:
-        """Return the last chunk of each request that has any in flight."""
+        """Return the last chunk in flight of each request."""
         return {
             request: chunk for plan in self._plans for request, chunk in zip(plan.requests, plan.chunks, strict=True)
         }
 
     def begin(self, plan: PlanInFlight[R]) -> None:
-        """Note that ``plan`` is submitted."""
+        """Add a submitted plan."""
         self._plans.append(plan)
 
     def _find(self, step: int) -> PlanInFlight[R]:
@@ -67,7 +67,7 @@ class PlansInFlight(Generic[R]):
         raise LocalProtocolError(f"step {step} is not in flight: it has ended, or was never planned")
 
     def end(self, event: StepDone | StepFailed) -> PlanInFlight[R]:
-        """Take out the plan that is answered, which is the oldest. Raises LocalProtocolError if it is not."""
+        """Remove and return the answered plan. Raises LocalProtocolError if it is not the oldest."""
         step = event.result.step if isinstance(event, StepDone) else event.step
         plan = self._find(step)
         if plan is not self._plans[0]:

@@ -1,4 +1,4 @@
-"""Writes a node's plans: what its engine must compute, and what the engine must know for that."""
+"""Builds a node's step plans: the tokens to compute, and the changes of sequence state the engine needs for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvrelay.protocol.request import Sequence
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one sequence that a scheduler wants computed. The fields are those of ScheduledTokens."""
+    """Scheduled tokens of one sequence. The fields are those of ScheduledTokens."""
 
     start: int
     num_tokens: int
@@ -23,12 +23,12 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def end(self) -> int:
-        """The position after the last of them, drafts included."""
+        """The position after the last token, including drafts."""
         return self.start + self.num_tokens
 
 
 class _Told:
-    """What the engine knows of one sequence, once it has computed all plans so far."""
+    """The engine's state of one sequence after all plans written so far."""
 
     __slots__ = ("id", "num_blocks", "num_tokens", "replaced")
 
@@ -40,10 +40,10 @@ class _Told:
 
 
 class PlanWriter:
-    """Turns what a scheduler has decided into plans for one engine, and remembers what each plan told it.
+    """Turns scheduling decisions into plans for one engine, and tracks the state sent in each plan.
 
-    The caller reports blocks that are exchanged (``replaced``), drafts that were accepted (``accepted``) and sequences
-    that the engine may forget (``leave``). All else is found by comparing.
+    The caller reports replaced blocks (``replaced``), accepted drafts (``accepted``) and ended sequences (``leave``).
+    All other changes are found by comparison with the tracked state.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class PlanWriter:
         self._ids: Iterator[int] = itertools.count(1)
 
     def __len__(self) -> int:
-        """Return how many sequences the engine knows that have not left."""
+        """Return the number of sequences the engine holds."""
         return len(self._told)
 
     def write(self, step: int, sequences: Iterable[Sequence], chunks: Iterable[Chunk]) -> StepPlan:
         """Return the plan that computes ``chunks[i]`` of ``sequences[i]``. Every plan must be submitted, in order.
 
-        Raises ValueError if there are not as many of the one as of the other.
+        Raises ValueError if their numbers differ.
         """
         batch: list[ScheduledTokens] = []
         new: list[NewSequence] = []
@@ -86,17 +86,17 @@ class PlanWriter:
         return StepPlan(step=step, batch=batch, new=new, changed=changed, left=left)
 
     def replaced(self, sequence: Sequence, blocks: Iterable[tuple[int, BlockId]]) -> None:
-        """Note that ``blocks`` [(place in the table, block)] took the place of others in the table of ``sequence``."""
+        """Record that ``blocks`` [(index in the table, block)] replaced others in the block table of ``sequence``."""
         told = self._told.get(sequence)
         if told is not None:
             told.replaced += [(place, block) for place, block in blocks if place < told.num_blocks]
 
     def accepted(self, sequence: Sequence, num_drafts: int) -> None:
-        """Note that the engine has appended ``num_drafts`` drafts to ``sequence``, and what it sampled after them."""
+        """Record that the engine appended ``num_drafts`` drafts to ``sequence``, and the token sampled after them."""
         self._told[sequence].num_tokens += num_drafts
 
     def leave(self, sequence: Sequence) -> None:
-        """Have the engine forget ``sequence``, with the next plan, if it knows it."""
+        """Have the engine drop ``sequence`` with the next plan, if it holds it."""
         told = self._told.pop(sequence, None)
         if told is not None:
             self._left.append(told.id)

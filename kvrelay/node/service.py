@@ -1,4 +1,4 @@
-"""Runs one node: loads the engine, starts the messager, drives the machine until it exits."""
+"""Runs one node: loads the engine, starts the messager, runs the machine until it exits."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 
 MakeMachine: TypeAlias = Callable[[Register, int], Machine]
-"""Builds a role's machine from what it registers as, and how many plans its engine takes ahead."""
+"""Builds a role's machine from its registration and the engine's maximum plans in flight."""
 
 
 def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool) -> int:
-    """Serve as ``node`` until told to stop; return the process's exit status: 0 stopped, 1 broken, 2 refused.
+    """Serve as ``node`` until stopped; return the exit status: 0 drained, 1 failed, 2 registration refused.
 
-    ``layer_events``: the machine wants to know of each layer computed. Raises ConfigError or CheckpointError if this
-    node can never run as it is configured.
+    ``layer_events``: report each computed layer to the machine. Raises ConfigError or CheckpointError if this node can
+    never run as configured.
     """
     _require_free_port(node)
     engine = load_engine(node, progress_log(f"{node.name} checkpoint"))
@@ -84,14 +84,14 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
 
 
 def _require_free_port(node: NodeConfig) -> None:
-    """Raise ConfigError if the node's port is taken: before its checkpoint is read, which may take minutes."""
+    """Raise ConfigError if the node's port is in use. Checked before loading the checkpoint, which may take minutes."""
     problem = listen_problem(node.host, node.port)
     if problem is not None:
         raise ConfigError([f"nodes.{node.name}.port: {problem}"])
 
 
 def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
-    """Listen for routers, peers and the messager. Raises ConfigError if the port has been taken meanwhile."""
+    """Listen for routers, peers and the messager. Raises ConfigError if the port is in use by now."""
     try:
         transport.bind(node.address, ipc_address)
     except zmq.ZMQError as error:
@@ -100,9 +100,9 @@ def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
 
 @asynccontextmanager
 async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
-    """Keep the node's store open, if it has one: without, its machine never asks for it.
+    """Open the node's store for the context, if one is configured. Without one the machine emits no storage actions.
 
-    Raises ConfigError if the store cannot be used as it is configured, StorageUnavailableError if not now.
+    Raises ConfigError if the store cannot work as configured, StorageUnavailableError if it cannot be opened now.
     """
     if node.storage.backend == "none":
         yield
@@ -125,7 +125,7 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncItera
 async def _registry(
     node: NodeConfig, registration: Register, shell: Shell, transport: Transport
 ) -> AsyncIterator[None]:
-    """Reach out to the one router there is, or have routers find this node."""
+    """Connect to the configured router, or announce this node in the registry."""
     if node.registry.kind == "static":
         transport.connect(ROUTER, node.router.control)
         yield
@@ -174,6 +174,6 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
 
 
 async def _watch(messager: Process, shell: Shell) -> None:
-    """Tell the machine at once when the messager dies."""
+    """Post PeerLost to the machine when the messager's process exits."""
     status = await messager.wait()
     shell.post(PeerLost(MESSAGER, f"it exited with status {status}"))

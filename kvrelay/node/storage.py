@@ -1,4 +1,4 @@
-"""Performs what a node's machine wants of its store: copies to staging memory, writes, reads."""
+"""Performs the KV storage actions of a node's machine: copies to staging memory, store writes, store reads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class StorageIO:
-    """Between one node's ``pool`` and its ``store``, with staging memory of ``num_slots`` blocks in between.
+    """Moves blocks between one node's ``pool`` and its ``store``, with staging memory of ``num_slots`` blocks.
 
-    ``async with`` opens the store and, at the end, waits for the calls under way and closes it. Every action gets its
-    event, whatever happens. All of it runs on the loop or in threads of its own, none of it in the way of a step.
+    ``async with`` opens the store; on exit it waits for pending calls and closes it. Every action is answered by its
+    event, even on failure. All work runs on the loop or in its own threads and does not delay steps.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StorageIO:
         self._pool = pool
         self._post = post
         self._clock = clock
-        # Pages that are never used are never made: an idle node pays nothing for it.
+        # The system allocates these pages on first write, so an idle node uses no memory for them.
         geometry = pool.geometry
         self._staging = np.empty((num_slots, geometry.num_layers, 2, geometry.plane_block_bytes), np.uint8)
         self._copying = ThreadPoolExecutor(1, "kv-staging")
@@ -55,12 +55,12 @@ class StorageIO:
         self._copying.shutdown()
 
     def handle_with(self, shell: Shell) -> None:
-        """Let ``shell`` have its actions performed here."""
+        """Register this object as the handler of the KV storage actions of ``shell``."""
         for kind in (StageKV, StoreKV, LoadKV):
             shell.handle_with(kind, self.perform)
 
     def perform(self, action: StageKV | StoreKV | LoadKV) -> None:
-        """Begin what ``action`` asks for; call from the loop's thread."""
+        """Start ``action``. Called from the loop's thread."""
         match action:
             case StageKV():
                 self._start(self._stage(action), KVStaged(action.key, copied=False))
@@ -73,7 +73,7 @@ class StorageIO:
         async def run() -> None:
             try:
                 event = await work
-            except Exception:  # a store that misbehaves costs what it holds, not the node
+            except Exception:  # a store error costs only the stored blocks, not the node
                 logger.exception("KV storage broke")
                 event = if_it_breaks
             self._post(StoreCounted({f"store_{name}": float(n) for name, n in asdict(self._store.counters).items()}))
@@ -105,6 +105,6 @@ class StorageIO:
         blocks = loan.enter_context(self._pool.lend(action.blocks[:num_there]))
         try:
             hits = await self._store.get(action.hashes[:num_there], blocks, left_s)
-        finally:  # a pool on a device copies them there
+        finally:  # for a pool on a device, closing the loan copies the blocks to it
             await asyncio.get_running_loop().run_in_executor(self._copying, loan.close)
         return KVLoaded(action.key, sum(1 for _ in takewhile(bool, hits)))
