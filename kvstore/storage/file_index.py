@@ -166,7 +166,7 @@ class FileIndex:
         return place
 
     def _victim(self, words: Words, keep: Set[bytes], now_ns: int) -> int | None:
-        """Return the way to use next: a free one, a dead writer's, or the least recently used; None if there is none."""
+        """Return the way to use next: a free one, a dead writer's, or the least recently used; None if all are kept."""
         used = words[:, _USED_WORD]
         way = int(used.argmin())
         if not used[way]:  # free

@@ -113,7 +113,7 @@ class MemoryBackend:
                     self._index.move_to_end(block_hash)
 
     def _take_slot(self, keep: Set[bytes]) -> int | None:
-        """Return a free slot; if needed, evict the least recently used block. None if only blocks in ``keep`` are left."""
+        """Return a free slot, evicting the least recently used block if needed; None if all blocks are in ``keep``."""
         with self._mutex:
             if self._free:
                 return self._free.pop()
