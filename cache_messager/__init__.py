@@ -1,4 +1,4 @@
-"""Life of a KV transfer in the cache messager.
+"""Lifecycle of a KV transfer in the cache messager.
 
 Every prefill and decode node has one messager: a process of its own, without Paddle, that maps the node's KV pool and
 moves blocks from P's pool to D's while both nodes compute::
@@ -14,10 +14,10 @@ moves blocks from P's pool to D's while both nodes compute::
 
 A transfer on the sending side is PENDING (signals, no OpenTransfer yet), SENDING, DRAINING (failed or closed, frames
 still unacknowledged: P's blocks may still be read), ENDED. An expectation on the receiving side is RECEIVING, DRAINING
-(failed or cancelled, with a write still under way), ENDED. Nobody is told that blocks are free before draining is over.
+(failed or cancelled, with a write still under way), ENDED. Blocks are reported free only after draining.
 
 ``machine`` composes ``sender`` and ``receiver`` into the machine. The sender's parts are ``transfers``,
-``frame_sender`` and ``sender_links``, the receiver's ``expectations`` and ``receiver_links``. ``links`` are the ways
-the bytes travel, and ``mover`` performs the machine's actions with them. ``service`` is the shell of the process,
-``launch`` starts it from a node.
+``frame_sender`` and ``sender_links``, the receiver's ``expectations`` and ``receiver_links``. ``links`` implement
+the ways to move the bytes, and ``mover`` performs the machine's actions with them. ``service`` is the shell of the
+process, ``launch`` starts it from a node.
 """

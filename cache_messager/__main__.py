@@ -1,7 +1,7 @@
-"""The process of one cache messager: settings come as one line of JSON on standard input, which stays open.
+"""The process of one cache messager. It reads its settings as one line of JSON from standard input, which stays open.
 
-Only nodes start it (``cache_messager.launch``). Its life is its node's: it ignores SIGINT and SIGTERM, which often
-reach all processes of a cluster at once while the node needs it to drain, and ends when standard input does.
+Only nodes start it (``cache_messager.launch``). It exits when standard input is closed, because its node has ended. It
+ignores SIGINT and SIGTERM, which often reach all processes of a cluster while the node still needs it to drain.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""malloc settings for freed memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _MOST_KEPT_BYTES = 256 << 20
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next frame, instead of giving it back and having it made and zeroed anew each time.
+    """Keep freed memory for the next frame instead of returning it to the system.
 
-    That would cost as much as the copy itself. Kept is at most what was in use at once, which credits bound. A C
-    library without ``mallopt`` does as it likes.
+    Allocating and zeroing it again would cost as much as the copy itself. At most the peak use is kept, which credits
+    bound. Has no effect with a C library without ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)  # what ZMQ's thread takes and this one frees goes back to where it came from
+        mallopt(_M_ARENA_MAX, 1)  # so that memory allocated by ZMQ's thread and freed here can be reused there
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)

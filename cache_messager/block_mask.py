@@ -1,7 +1,7 @@
 """Sets of a request's block positions as bits of an integer: position ``p`` is in the set if bit ``p`` is set.
 
-Signals and frames cover consecutive positions, so a set is made, compared and joined in one operation however long the
-prompt is.
+Signals and frames cover consecutive positions, so creation, comparison and union of sets are one operation each for any
+prompt length.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from kvrelay.protocol.ids import BlockId
 
 
 def all_within(block_ids: list[BlockId], num_blocks: int) -> bool:
-    """Tell whether a pool of ``num_blocks`` has all of ``block_ids``."""
+    """Return whether all of ``block_ids`` are in a pool of ``num_blocks``."""
     return not block_ids or (min(block_ids) >= 0 and max(block_ids) < num_blocks)
 
 

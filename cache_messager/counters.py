@@ -1,4 +1,4 @@
-"""What a messager counts; the names are those its node shows in its metrics."""
+"""Counters of a messager; the names are used in its node's metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 Counters: TypeAlias = dict[str, float]
-"""Totals by name; they only grow."""
+"""Monotonic totals by name."""
 
 _NAMES = (
     "frames_sent",
@@ -26,10 +26,10 @@ _NAMES = (
 
 
 def new_counters(link_kinds: Iterable[str]) -> Counters:
-    """Return every counter at zero, so that each is there from the first report on."""
+    """Return every counter at zero, so that each is in the first report."""
     return dict.fromkeys([*_NAMES, *map(links_counter, link_kinds)], 0.0)
 
 
 def links_counter(kind: str) -> str:
-    """Return the name of the counter of links of ``kind``."""
+    """Return the name of the counter for links of ``kind``."""
     return f"links_{kind}"

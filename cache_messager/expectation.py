@@ -14,7 +14,7 @@ from kvrelay.protocol.messages.node_to_messager import ExpectKV
 
 
 class ExpectationStatus(StrEnum):
-    """Where an expectation stands; see the package's picture."""
+    """Status of an expectation; see the package docstring."""
 
     RECEIVING = "receiving"
     DRAINING = "draining"
@@ -29,10 +29,10 @@ TRANSITIONS: Table[ExpectationStatus] = {
 
 
 class Expectation:
-    """One attempt's KV on its way in. A frame claims its blocks, is written, and they are never written again.
+    """The incoming KV of one attempt. A frame claims its blocks and is written once.
 
-    ``link_id`` is the link its first frame came by. ``num_writing`` writes are under way. ``final_message`` is what
-    the node is told when nothing writes to the blocks any more.
+    ``link_id``: the link of its latest frame. ``num_writing``: writes in progress. ``final_message``: sent to the node
+    when no write to the blocks is in progress any more.
     """
 
     __slots__ = (
@@ -64,16 +64,16 @@ class Expectation:
 
     @property
     def status(self) -> ExpectationStatus:
-        """Where it stands."""
+        """Its current status."""
         return self.lifecycle.status
 
     @property
     def is_written(self) -> bool:
-        """Whether every layer of every block is in the pool."""
+        """Whether all blocks of all layers are in the pool."""
         return self._num_written == self._num_layers * len(self.message.target_block_ids)
 
     def problem_with(self, frame: KVFrame, geometry: KVGeometry) -> str | None:
-        """Return how ``frame`` differs from what is expected, or None."""
+        """Return how ``frame`` violates the expectation, or None."""
         offset, count = frame.first_block - self.message.first_block, len(frame.target_block_ids)
         if not 0 <= frame.layer < frame.layer + frame.num_layers <= self._num_layers:
             return f"{frame.num_layers} layers from layer {frame.layer} of {self._num_layers} on"
@@ -88,23 +88,23 @@ class Expectation:
         return None
 
     def is_claimed(self, frame: KVFrame) -> bool:
-        """Tell whether the frame's blocks are written or being written already."""
+        """Return whether the frame's blocks are written or being written."""
         return self._claimed[frame.layer] & _mask(frame) != 0
 
     def has_written(self, frame: KVFrame) -> bool:
-        """Tell whether the frame's blocks are written already."""
+        """Return whether the frame's blocks are written."""
         mask = _mask(frame)
         return all(self._written[layer] & mask == mask for layer in frame.layers)
 
     def claim(self, frame: KVFrame) -> None:
-        """Note that the frame's blocks are being written."""
+        """Mark the frame's blocks as being written."""
         mask = _mask(frame)
         for layer in frame.layers:
             self._claimed[layer] |= mask
         self.num_writing += 1
 
     def wrote(self, frame: KVFrame) -> None:
-        """Note that the frame's blocks are in the pool."""
+        """Mark the frame's blocks as written to the pool."""
         mask = _mask(frame)
         for layer in frame.layers:
             self._written[layer] |= mask

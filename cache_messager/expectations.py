@@ -16,10 +16,10 @@ from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV
 
 
 class Expectations:
-    """Expectations by attempt, and the attempts whose KV has arrived lately.
+    """Expectations by attempt, and the attempts whose KV has recently arrived.
 
-    ``node`` is told how an expectation ended when nothing writes to its blocks any more. They are in a pool of
-    ``num_blocks`` blocks in each of ``num_layers`` layers.
+    When no write to an expectation's blocks is in progress any more, its final message is sent to ``node``. The pool
+    has ``num_blocks`` blocks in each of ``num_layers`` layers.
     """
 
     def __init__(self, outbox: MessagerOutbox, node: PeerId, *, num_layers: int, num_blocks: int) -> None:
@@ -31,7 +31,7 @@ class Expectations:
         self._arrived: Recent[bool] = Recent()
 
     def __iter__(self) -> Iterator[Expectation]:
-        """Iterate over the expectations of now: they may end meanwhile."""
+        """Iterate over a snapshot: expectations may end during the iteration."""
         return iter(list(self._expectations.values()))
 
     def __getitem__(self, attempt: Attempt) -> Expectation:
@@ -42,16 +42,16 @@ class Expectations:
         return self._expectations.get(attempt)
 
     def has_arrived(self, attempt: Attempt) -> bool:
-        """Tell whether all KV of ``attempt`` has arrived, as far as that is remembered."""
+        """Return whether all KV of ``attempt`` has arrived, if it is one of the attempts remembered."""
         return self._arrived.get(attempt) is not None
 
     # ------------------------------------------------------------ from the node
 
     def expect(self, message: ExpectKV) -> None:
-        """Take frames for these blocks from now on."""
+        """Accept frames for these blocks from now on."""
         attempt = Attempt(message.request_id, message.epoch)
         if attempt in self._expectations:
-            return  # said twice: what follows answers both
+            return  # repeated: the answers to the first also answer this one
         self._arrived.forget(attempt)
         expectation = self._expectations[attempt] = Expectation(message, self._num_layers, self._outbox.now)
         self._outbox.send(self._node, KVExpected(request_id=message.request_id, epoch=message.epoch))
@@ -64,7 +64,7 @@ class Expectations:
         self.finish(expectation)
 
     def cancel(self, message: CancelKV) -> None:
-        """Let nothing more into the blocks."""
+        """Start no further writes to the blocks; send KVCancelled when none is in progress."""
         attempt = Attempt(message.request_id, message.epoch)
         cancelled = KVCancelled(request_id=message.request_id, epoch=message.epoch)
         self._arrived.forget(attempt)
@@ -77,12 +77,12 @@ class Expectations:
     # ------------------------------------------------------------ endings
 
     def fail(self, expectation: Expectation, error: KVRelayError) -> None:
-        """Write nothing more, and end ``expectation`` with ``error``."""
+        """Start no further writes, and end ``expectation`` with ``error``."""
         request_id, epoch = expectation.attempt
         self._leave(expectation, KVFailed(request_id=request_id, epoch=epoch, error=ErrorInfo.of(error)))
 
     def _leave(self, expectation: Expectation, final_message: KVEnding) -> None:
-        """Write nothing more, and send ``final_message`` when no write is under way any more."""
+        """Start no further writes, and send ``final_message`` when none is in progress."""
         expectation.final_message = final_message
         if expectation.status is ExpectationStatus.RECEIVING:
             expectation.lifecycle.move(ExpectationStatus.DRAINING, self._outbox.now)
@@ -104,7 +104,7 @@ class Expectations:
             self._outbox.send(self._node, expectation.final_message)
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError if anything is expected."""
+        """Raise LocalProtocolError unless no expectation is held."""
         if self._expectations:
             histories = {attempt: expectation.lifecycle.history for attempt, expectation in self._expectations.items()}
             raise LocalProtocolError(f"receiver not quiescent: {histories}")

@@ -1,4 +1,4 @@
-"""Frames of P's messager: sent in turn within each link's credit, acknowledged by D's messager."""
+"""Frames of P's messager: sent round-robin within each link's credit, acknowledged by D's messager."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvrelay.protocol.messages.node_to_messager import KVSpan
 
 
 class FrameSender:
-    """Sends the blocks that are queued. With ``layerwise`` as soon as they are, else when all of a transfer are."""
+    """Sends queued blocks: with ``layerwise`` at once, else when all blocks of the transfer are queued."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class FrameSender:
         self._layerwise = layerwise
 
     def queue(self, transfer: Transfer, layers: range, span: KVSpan) -> None:
-        """Queue blocks that are complete in ``layers``; fail the transfer if D has not reserved them all."""
+        """Queue blocks computed in ``layers``; fail the transfer if D has not reserved them all."""
         try:
             for layer in layers:
                 transfer.signal(layer, span, self._outbox.now)
@@ -47,14 +47,14 @@ class FrameSender:
             self._links[transfer.peer].enqueue(transfer)
 
     def is_waiting(self, transfer: Transfer) -> bool:
-        """Tell whether ``transfer`` waits for its peer: for an acknowledgement, or for credit."""
+        """Return whether ``transfer`` waits for its peer: for an acknowledgement, or for credit."""
         return bool(transfer.inflight or (transfer.queue and self._may_send(transfer)))
 
     def _may_send(self, transfer: Transfer) -> bool:
         return self._layerwise or transfer.is_signalled
 
     def pump(self, link: SenderLink) -> None:
-        """Send as much as the credit allows, one frame of each transfer in turn."""
+        """Send as much as the credit allows, one frame per transfer in turn."""
         max_blocks = link.blocks_per_frame(self._block_bytes)
         while link.ready:
             transfer = link.ready[0]
@@ -75,7 +75,7 @@ class FrameSender:
         self._outbox.do(SendFrame(link.peer, link.kind, frame, blocks.block_ids))
 
     def sent(self, event: FrameSent) -> None:
-        """The link has read what it needed of the blocks, or it cannot send them: then the transfer fails."""
+        """The link has finished reading the blocks of a frame, or could not send it: then the transfer fails."""
         transfer = self._transfers[Attempt(event.frame.request_id, event.frame.epoch)]
         key = FrameKey.of(event.frame)
         transfer.reading.remove(key)
@@ -90,7 +90,7 @@ class FrameSender:
             self.pump(link)
 
     def acked(self, peer: PeerId, ack: FrameAck) -> None:
-        """D's messager is done with a frame: its credit is back, and it is written or the transfer fails."""
+        """Handle an acknowledgement: return the credit; record the frame as written, or fail the transfer."""
         link = self._links.get(peer)
         transfer = self._transfers.get(Attempt(ack.request_id, ack.epoch))
         frame = None

@@ -13,15 +13,15 @@ import msgspec
 from cache_messager.settings import MessagerSettings
 
 STOP_TIMEOUT_S = 5.0
-"""How long a messager may take to end once its node lets go of it."""
+"""Seconds a messager may take to exit after its node has closed its standard input."""
 
 
 @asynccontextmanager
 async def launched(settings: MessagerSettings) -> AsyncIterator[Process]:
-    """Run a messager in a process of its own that does not outlive this one, and have it ended afterwards.
+    """Run a messager as a child process for the context. It does not outlive this process.
 
-    It reports with MessagerReady when it can be used. Its standard input is its lifeline: when nobody holds the other
-    end any more, however this process ended, the messager ends too.
+    It sends MessagerReady when it can be used. It exits when its standard input is closed, which also happens whenever
+    this process ends.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cache_messager", stdin=asyncio.subprocess.PIPE

@@ -52,14 +52,14 @@ MessagerEvent: TypeAlias = (
     Received | PeerLost | TimerFired | Started | StopRequested | BlocksWritten | DeviceLost | FrameSent | LinkReady
 )
 LinkMessage: TypeAlias = MessagerToMessager | Heartbeat
-"""What a messager takes from other messagers."""
+"""Messages a messager accepts from other messagers."""
 
 
 class MessagerMachine:
     """Moves KV blocks between its node's pool and those of other nodes.
 
-    Events and actions: the core ones and those of ``cache_messager.work``. ``link`` is where other messagers reach this
-    one; it is bound, and the pool open, before Started. ``offers``: how it may send, the best first.
+    Events and actions: the core ones and those of ``cache_messager.work``. ``link``: the address of this messager for
+    others. It is bound, and the pool open, before Started. ``offers``: links for sending, best first.
     """
 
     def __init__(self, settings: MessagerSettings, link: LinkAddress, offers: Sequence[LinkOffer]) -> None:
@@ -74,7 +74,7 @@ class MessagerMachine:
         self._receiver = Receiver(settings, self._outbox, self._counters)
 
     def handle(self, event: MessagerEvent, now: float) -> list[CoreAction | Work]:
-        """Take ``event``; see ``kvrelay.machine.contract``."""
+        """Handle ``event``; see ``kvrelay.machine.contract``."""
         self._outbox.now = now
         self._on_event(event)
         return self._outbox.take()
@@ -151,7 +151,7 @@ class MessagerMachine:
             case LinkRefused():
                 self._sender.refused(peer, message)
             case Heartbeat():
-                pass  # any message counts as one
+                pass  # any message counts as a heartbeat
             case _:
                 assert_never(message)
 
@@ -178,11 +178,11 @@ class MessagerMachine:
 
     @property
     def counters(self) -> dict[str, float]:
-        """What the messager has done so far, by the name that its node gives it in its metrics."""
+        """Totals by their names in the node's metrics."""
         return {**self._counters, f"messager_{COUNTER}": float(self._unexpected.count)}
 
     def gauges(self) -> dict[str, float]:
-        """Return how much is going on now."""
+        """Return the current values by their names in the node's metrics."""
         return {
             "pending_signals": self._sender.num_pending_signals,
             "inflight_bytes": self._sender.inflight_bytes,

@@ -1,4 +1,4 @@
-"""Performs what the messager's machine asks for beyond the core actions, by means of the links."""
+"""Performs the messager-specific actions of the machine with the links."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Sends(Protocol):
     """The part of Transport used here."""
 
     def send(self, peer: PeerId, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """Send ``message``; on the loop's thread."""
+        """Send ``message``. Called on the loop's thread."""
 
 
 class Posts(Protocol):
     """The part of Shell used here."""
 
     def handle_with(self, kind: type, handler: Callable[[Any], None]) -> None:
-        """Have ``handler`` perform actions of type ``kind``."""
+        """Register ``handler`` for actions of type ``kind``."""
 
     def post(self, event: object) -> None:
-        """Queue ``event``; on the loop's thread."""
+        """Queue ``event``. Called on the loop's thread."""
 
     def call_threadsafe(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called on the loop's thread; from any."""
+        """Run ``call`` on the loop's thread. Called from any thread."""
 
 
 class BlockMover:
-    """The links of one messager, and what they may use of it (see ``links.interface.LinkHost``).
+    """The links of one messager, and their ``links.interface.LinkHost``.
 
-    Made and used on the loop's thread, but for ``send`` and ``post``.
+    Created and used on the loop's thread, except ``send`` and ``post``, which are called from any thread.
     """
 
     def __init__(self, settings: MessagerSettings, pool: KVPool) -> None:
@@ -57,12 +57,12 @@ class BlockMover:
 
     @property
     def offers(self) -> list[LinkOffer]:
-        """What a sender offers: the kinds that are possible in this process, fastest first."""
+        """The offers of this sender: the kinds of link possible in this process, fastest first."""
         offers = ((kind, link.offer()) for kind, link in self._links.items())
         return [LinkOffer(kind, handle) for kind, handle in offers if handle is not None]
 
     def serve(self, transport: Sends, shell: Posts) -> None:
-        """Perform the actions of ``shell``'s machine from now on."""
+        """Register the handlers of the messager-specific actions with ``shell``."""
         self._transport, self._shell = transport, shell
         shell.handle_with(SendFrame, self._unless_lost(self._send_frame))
         shell.handle_with(AcceptLink, self._unless_lost(self._accept))
@@ -70,7 +70,7 @@ class BlockMover:
         shell.handle_with(DropLink, self._drop)
 
     def _unless_lost(self, perform: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return ``perform`` with a broken device told to the machine, which ends: there is no other answer then."""
+        """Wrap ``perform``: a DeviceError posts DeviceLost, which ends the machine without another answer."""
 
         def handler(action: Any) -> None:
             try:
@@ -109,7 +109,7 @@ class BlockMover:
         self._accepted.pop(action.link_id).drop(action.link_id)
 
     def _link(self, kind: str) -> KVLink:
-        """Return the links of ``kind``. A receiver accepts kinds that its own config would not offer."""
+        """Return the links of ``kind``. A receiver also accepts kinds that its own config does not offer."""
         if kind not in self._links:
             self._links[kind] = link_class(kind)(self)
         return self._links[kind]
@@ -130,6 +130,6 @@ class BlockMover:
             self._shell.call_threadsafe(lambda: self._shell.post(event))
 
     def close(self) -> None:
-        """Give back what the links hold."""
+        """Release the resources of all links."""
         for link in self._links.values():
             link.close()

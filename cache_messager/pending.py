@@ -7,33 +7,33 @@ from typing import NamedTuple
 from kvrelay.protocol.messages.node_to_messager import KVSpan
 
 MAX_PENDING_BLOCKS = 1 << 21
-"""Block ids kept in such signals, over all requests (some 80 MB)."""
+"""Maximum block ids in pending signals over all requests (about 80 MB)."""
 
 
 class PendingSignal(NamedTuple):
-    """A span that is complete in ``layers``."""
+    """A span whose KV is computed in ``layers``."""
 
     layers: range
     span: KVSpan
 
 
 class PendingCount:
-    """How much is kept over all transfers, so that it stays bounded."""
+    """Counts the pending signals of all transfers, to bound their memory."""
 
     def __init__(self) -> None:
         self.num_signals = 0
         self.num_blocks = 0
 
     def has_room(self, signal: PendingSignal) -> bool:
-        """Tell whether ``signal`` may be kept too."""
+        """Return whether there is room for ``signal``."""
         return self.num_blocks + len(signal.span.source_block_ids) <= MAX_PENDING_BLOCKS
 
     def add(self, signal: PendingSignal) -> None:
-        """Note that ``signal`` is kept."""
+        """Count ``signal``."""
         self.num_signals += 1
         self.num_blocks += len(signal.span.source_block_ids)
 
     def remove(self, signals: list[PendingSignal]) -> None:
-        """Note that ``signals`` are kept no longer."""
+        """Remove ``signals`` from the count."""
         self.num_signals -= len(signals)
         self.num_blocks -= sum(len(signal.span.source_block_ids) for signal in signals)

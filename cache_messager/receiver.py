@@ -1,4 +1,4 @@
-"""D's half of the messager: frames in, blocks written."""
+"""The receiving half of a messager, used on D: writes incoming frames to the pool."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV
 
 
 class Receiver:
-    """All transfers into this node's pool, and the links they come by.
+    """All transfers into this node's pool, and their links.
 
     It answers each ExpectKV with one KVExpected and then one KVArrived or KVFailed, unless a CancelKV comes first, and
-    each CancelKV with one KVCancelled; with none of them but KVExpected while a block may still be written. It answers
-    each frame with one FrameAck, but not copies of a frame that is being written.
+    each CancelKV with one KVCancelled. Except for KVExpected, no answer is sent while a block may still be written. It
+    answers each frame with one FrameAck, except for duplicates of a frame that is being written.
     """
 
     def __init__(self, settings: MessagerSettings, outbox: MessagerOutbox, counters: Counters) -> None:
@@ -42,17 +42,17 @@ class Receiver:
     # ------------------------------------------------------------ from the node
 
     def expect(self, message: ExpectKV) -> None:
-        """Take frames for these blocks from now on."""
+        """Accept frames for these blocks from now on."""
         self._expectations.expect(message)
 
     def cancel(self, message: CancelKV) -> None:
-        """Let nothing more into the blocks."""
+        """Start no further writes to the blocks; send KVCancelled when none is in progress."""
         self._expectations.cancel(message)
 
     # ------------------------------------------------------------ links
 
     def hello(self, peer: PeerId, message: LinkHello) -> None:
-        """A sender opens a link, or says so again."""
+        """A sender opens a link, or repeats its LinkHello."""
         self._links.hello(peer, message)
 
     def link_ready(self, event: LinkReady) -> None:
@@ -60,7 +60,7 @@ class Receiver:
         self._links.ready(event)
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Nothing comes from ``peer`` any more."""
+        """The connection to ``peer`` is lost."""
         self._links.peer_lost(peer, reason)
 
     # ------------------------------------------------------------ frames
@@ -100,13 +100,13 @@ class Receiver:
             self._outbox.do(WriteBlocks(link.link_id, frame, payload))
 
     def _beyond_credit(self, link: ReceiverLink, frame: KVFrame) -> str | None:
-        """Return what is wrong if ``frame`` exceeds the sender's credit, or None."""
+        """Return the problem if ``frame`` exceeds the sender's credit, or None."""
         if link.unacked_bytes + frame.num_bytes > self._credit_bytes:
             return f"more than {self._credit_bytes} bytes under way"
         return None
 
     def blocks_written(self, event: BlocksWritten) -> None:
-        """A write is over: acknowledge it, and tell the node if that was the last, or if it went wrong."""
+        """A write has ended: acknowledge the frame; end the expectation if it was the last write or failed."""
         frame, link = event.frame, self._links.get_by_id(event.link_id)
         status = AckStatus.WRITTEN if event.error is None else AckStatus.CORRUPT
         self._counters["frames_written" if event.error is None else "corrupt_frames"] += 1
@@ -136,15 +136,15 @@ class Receiver:
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        """Record a message from ``peer``: any message counts as a heartbeat."""
         self._links.heard(peer)
 
     def beat(self) -> None:
-        """Send a heartbeat on every link; give up silent senders."""
+        """Send a heartbeat on every link; drop the links of silent senders."""
         self._links.beat()
 
     def leave(self) -> None:
-        """Tell every sender that nothing is taken any more; the process is about to end."""
+        """Refuse further frames of every sender, before the process exits."""
         self._links.leave()
 
     # ------------------------------------------------------------ for metrics and tests
@@ -155,7 +155,7 @@ class Receiver:
         return len(self._links)
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless nothing is expected and nothing is being written."""
+        """Raise LocalProtocolError unless no expectation or write is held."""
         self._expectations.assert_quiescent()
         if self._links.unacked_bytes:
             raise LocalProtocolError(f"receiver not quiescent: {self._links.unacked_bytes} bytes being written")

@@ -1,4 +1,4 @@
-"""The links that P's messagers open to D's: accepted or refused, kept alive, lost."""
+"""The receiving ends of links: accepting, refusing, liveness and loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHel
 
 @dataclass(slots=True)
 class ReceiverLink:
-    """The receiving end of a link. ``kind`` is None until one of the offers has been accepted."""
+    """The receiving end of a link. ``kind`` is None until an offer has been accepted."""
 
     link_id: int
     peer: PeerId
@@ -29,9 +29,9 @@ class ReceiverLink:
 
 
 class ReceiverLinks:
-    """Accepts and drops links, one of each sender, by the sender and by a number of this messager.
+    """Accepts and drops links, one per sender, indexed by sender and by ``link_id``.
 
-    A sender may have ``credit_bytes`` of KV under way.
+    A sender may have at most ``credit_bytes`` of KV unacknowledged.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class ReceiverLinks:
         return self._links.get(peer)
 
     def get_by_id(self, link_id: int) -> ReceiverLink | None:
-        """Return the link with this number, or None."""
+        """Return the link with this ``link_id``, or None."""
         return self._links_by_id.get(link_id)
 
     def hello(self, peer: PeerId, message: LinkHello) -> None:
-        """A sender opens a link, or says so again."""
+        """A sender opens a link, or repeats its LinkHello."""
         known = self._links.get(peer)
         if known is not None and known.hello == message:
             if known.kind is not None:
@@ -101,20 +101,20 @@ class ReceiverLinks:
         self._outbox.send(link.peer, LinkAccepted(kind=kind, credit_bytes=self._credit_bytes))
 
     def refuse(self, peer: PeerId, reason: str, code: str = TransferError.code) -> None:
-        """Tell ``peer`` that it cannot send here."""
+        """Send LinkRefused to ``peer``."""
         self._counters["links_refused"] += 1
         self._outbox.do(Log("warning", "link refused", {"peer": peer, "reason": reason}))
         self._outbox.send(peer, LinkRefused(reason=reason, code=code))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Nothing comes from ``peer`` any more."""
+        """The connection to ``peer`` is lost."""
         link = self._links.get(peer)
         if link is not None:
             self._outbox.do(Log("warning", "sender lost", {"peer": peer, "reason": reason}))
             self._drop(link, PeerLostError(f"{peer} is lost: {reason}"))
 
     def _drop(self, link: ReceiverLink, error: TransferError) -> None:
-        """Forget ``link`` and fail what came by it."""
+        """Remove ``link`` and fail the expectations that receive over it."""
         del self._links[link.peer], self._links_by_id[link.link_id]
         self._liveness.forget(link.peer)
         self._counters["links_lost"] += 1
@@ -130,7 +130,7 @@ class ReceiverLinks:
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, self._outbox.now)
 
     def beat(self) -> None:
@@ -141,12 +141,12 @@ class ReceiverLinks:
             self._outbox.send(peer, Heartbeat())
 
     def leave(self) -> None:
-        """Tell every sender that nothing is taken any more; the process is about to end."""
+        """Refuse further frames of every sender, before the process exits."""
         for link in self._links.values():
             self._outbox.send(link.peer, LinkRefused(reason="its node is leaving"))
             self._release(link.link_id, link.kind)
 
     @property
     def unacked_bytes(self) -> int:
-        """Bytes that are being written, over all links."""
+        """Bytes being written, over all links."""
         return sum(link.unacked_bytes for link in self._links.values())

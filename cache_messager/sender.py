@@ -1,4 +1,4 @@
-"""P's half of the messager: layer signals in, frames out."""
+"""The sending half of a messager, used on P: turns layer signals into frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sender:
     """All transfers out of this node's pool, and the links they share.
 
     It answers each OpenTransfer with one TransferDone or TransferFailed, unless a CloseTransfer comes first, and each
-    CloseTransfer with one TransferClosed. A failure is reported also if the transfer is being closed. No answer is sent
+    CloseTransfer with one TransferClosed. A failure is also reported if the transfer is being closed. No answer is sent
     while the blocks may still be read.
     """
 
@@ -66,10 +66,10 @@ class Sender:
     # ------------------------------------------------------------ from the node
 
     def signal(self, layers: range, span: KVSpan) -> None:
-        """Blocks are complete in ``layers``: send them, or keep the signal until the transfer is opened."""
+        """Blocks are computed in ``layers``: queue them, or keep the signal until the transfer is opened."""
         attempt = Attempt(span.request_id, span.epoch)
         if self._transfers.ending(attempt) is not None:
-            return  # sent before the node knew
+            return  # sent before the node received the final message
         transfer = self._transfers.get_or_begin(attempt, self._num_layers)
         if transfer.status is TransferStatus.DRAINING:
             return
@@ -83,16 +83,16 @@ class Sender:
             self._frames.pump(self._links[transfer.peer])
 
     def open(self, message: OpenTransfer) -> None:
-        """D has reserved blocks: send what was signalled so far."""
+        """D has reserved blocks: queue those signalled so far."""
         attempt = Attempt(message.request_id, message.epoch)
         ending = self._transfers.ending(attempt)
         if ending is TransferClosed:
             error = TransferError("the transfer was closed before it was opened")
             self._transfers.answer(attempt, failed(attempt, error))
         if ending is not None:
-            return  # answered before it came, or just now
+            return  # already answered
         transfer = self._transfers.get_or_begin(attempt, self._num_layers)
-        if transfer.status is TransferStatus.PENDING:  # else said twice: the transfer under way is its answer
+        if transfer.status is TransferStatus.PENDING:  # else repeated: the running transfer answers both
             self._begin(transfer, message)
 
     def _begin(self, transfer: Transfer, message: OpenTransfer) -> None:
@@ -111,7 +111,7 @@ class Sender:
         self._transfers.finish(transfer)
 
     def close(self, message: CloseTransfer) -> None:
-        """The node is done with the request: forget it as soon as nothing reads its blocks."""
+        """The node closes the transfer: end it as soon as nothing reads its blocks."""
         attempt = Attempt(message.request_id, message.epoch)
         transfer = self._transfers.get(attempt)
         if transfer is None:
@@ -120,7 +120,7 @@ class Sender:
             self._transfers.leave(transfer, closed(attempt))
 
     def _problem_with(self, layers: range, span: KVSpan) -> str | None:
-        """Return what makes a signal impossible, or None."""
+        """Return why a signal is invalid, or None."""
         if not 0 <= layers.start <= layers.stop <= self._num_layers:
             return f"layers {layers.start} to {layers.stop - 1} of {self._num_layers} were signalled"
         if not all_within(span.source_block_ids, self._num_blocks):
@@ -132,33 +132,33 @@ class Sender:
     # ------------------------------------------------------------ from links and from D's messagers
 
     def frame_sent(self, event: FrameSent) -> None:
-        """A link has read what it needed for a frame, or cannot send it."""
+        """A link has finished reading the blocks of a frame, or could not send it."""
         self._frames.sent(event)
 
     def acked(self, peer: PeerId, ack: FrameAck) -> None:
-        """D's messager is done with a frame."""
+        """D's messager acknowledged a frame."""
         self._frames.acked(peer, ack)
 
     def accepted(self, peer: PeerId, message: LinkAccepted) -> None:
-        """D's messager takes frames on its link."""
+        """D's messager accepted the link."""
         self._link_table.accepted(peer, message)
 
     def refused(self, peer: PeerId, message: LinkRefused) -> None:
-        """D's messager takes no frames on its link, or none any more."""
+        """D's messager refused the link, or closed it."""
         self._link_table.refused(peer, message)
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Nothing reaches ``peer`` any more."""
+        """The connection to ``peer`` is lost."""
         self._link_table.peer_lost(peer, reason)
 
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        """Record a message from ``peer``: any message counts as a heartbeat."""
         self._link_table.heard(peer)
 
     def beat(self) -> None:
-        """Send a heartbeat on every link; give up silent peers and transfers without progress."""
+        """Send a heartbeat on every link; drop links to silent peers and fail transfers without progress."""
         self._link_table.lose_silent()
         for transfer in self._transfers:
             overdue = self._outbox.now - transfer.busy_since_s >= self._timeout_s
@@ -167,7 +167,7 @@ class Sender:
         self._link_table.beat()
 
     def _timed_out(self, transfer: Transfer) -> None:
-        """Fail ``transfer``; if frames of it are under way their link goes too, or its blocks would not be safe."""
+        """Fail ``transfer``. If it has unacknowledged frames, drop the link, because its blocks may still be read."""
         error = TransferTimeoutError(f"no progress for {self._timeout_s} s")
         if transfer.status is TransferStatus.SENDING:
             self._transfers.fail(transfer, error)
@@ -176,7 +176,7 @@ class Sender:
             self._link_table.lose(link, error)
 
     def leave(self) -> None:
-        """Drop every link; the process is about to end."""
+        """Drop every link, before the process exits."""
         self._link_table.disconnect()
 
     # ------------------------------------------------------------ for metrics and tests
@@ -188,7 +188,7 @@ class Sender:
 
     @property
     def inflight_bytes(self) -> int:
-        """Bytes sent and not yet acknowledged, over all links."""
+        """Bytes sent and not acknowledged, over all links."""
         return sum(link.inflight_bytes for link in self._links.values())
 
     @property

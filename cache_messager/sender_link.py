@@ -1,4 +1,4 @@
-"""The sending end of a link: of which kinds it may be, and how much may be under way."""
+"""The sending end of a link: its possible kinds and its credit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import LinkOffer
 
 MAX_FRAME_BYTES = 4 << 20
-"""Payload of the largest frame: long enough to run at full speed, short enough that two transfers share a link well."""
+"""Maximum payload of a frame: large enough for full throughput, small enough for fair sharing between transfers."""
 
 MAX_INFLIGHT_FRAMES = 256
-"""Frames without acknowledgement per link, however small: well below what a socket queues for a peer."""
+"""Maximum unacknowledged frames per link of any size: well below the send queue of a socket."""
 
 
 class Route(NamedTuple):
-    """Where to reach a messager, and the kinds of link that are possible there, the best first."""
+    """Address of a messager, and the offers possible at that address, best first."""
 
     address: str
     offers: list[LinkOffer]
@@ -30,7 +30,7 @@ class Route(NamedTuple):
 def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress) -> Route:
     """Return the route from the host ``here`` to ``peer`` for the best of ``offers`` that reaches it.
 
-    The others that use the same address are offered with it: the peer may not be able to accept the first. Raises
+    It includes all offers for the same address, because the peer may not be able to accept the best one. Raises
     TransferError if none reaches ``peer``.
     """
     reached = [(address, offer) for offer in offers if (address := link_class(offer.kind).address(here, peer))]
@@ -45,8 +45,8 @@ def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress) -> R
 class SenderLink:
     """One connection to D's messager, shared by all transfers to that D.
 
-    ``ready`` holds the transfers that have something to send, in the order of their turns. Until D's messager has
-    accepted the link it has no ``kind`` and no credit.
+    ``ready`` holds the transfers with queued blocks, in round-robin order. Until D's messager has accepted the link, it
+    has no ``kind`` and no credit.
     """
 
     __slots__ = ("credit_bytes", "inflight_bytes", "inflight_frames", "kind", "offers", "peer", "ready", "transfers")
@@ -62,14 +62,14 @@ class SenderLink:
         self.transfers: dict[Transfer, None] = {}
 
     def accept(self, kind: str, credit_bytes: int) -> None:
-        """Take the peer's answer. Raises TransferError if ``kind`` was not offered."""
+        """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
         if kind not in [offer.kind for offer in self.offers]:
             raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
         self.credit_bytes = credit_bytes
 
     def blocks_per_frame(self, layer_block_bytes: int) -> int:
-        """Return how many blocks a frame may hold: several frames fit into the credit, so that the link never idles."""
+        """Return the maximum blocks per frame. Several frames fit into the credit, so that the link does not idle."""
         return max(1, min(MAX_FRAME_BYTES, self.credit_bytes // 4) // layer_block_bytes)
 
     @property
@@ -78,26 +78,26 @@ class SenderLink:
         return self.credit_bytes - self.inflight_bytes
 
     def has_room(self, num_bytes: int) -> bool:
-        """Tell whether a frame of ``num_bytes`` may be sent now."""
+        """Return whether a frame of ``num_bytes`` may be sent now."""
         return num_bytes <= self.room_bytes and self.inflight_frames < MAX_INFLIGHT_FRAMES
 
     def enqueue(self, transfer: Transfer) -> None:
-        """Give ``transfer`` a turn if it has something to send and waits for none yet."""
+        """Add ``transfer`` to ``ready`` if it has queued blocks and is not there yet."""
         if transfer.queue and transfer not in self.ready:
             self.ready.append(transfer)
 
     def drop(self, transfer: Transfer) -> None:
-        """Send nothing more of ``transfer``."""
+        """Drop the queued blocks of ``transfer`` and its place in ``ready``."""
         transfer.drop_queue()
         if transfer in self.ready:
             self.ready.remove(transfer)
 
     def took(self, num_bytes: int) -> None:
-        """Note a frame under way."""
+        """Take credit for a sent frame."""
         self.inflight_bytes += num_bytes
         self.inflight_frames += 1
 
     def returned(self, num_bytes: int) -> None:
-        """Note that a frame was acknowledged."""
+        """Return the credit of an acknowledged frame."""
         self.inflight_bytes -= num_bytes
         self.inflight_frames -= 1

@@ -1,4 +1,4 @@
-"""The links that P's messager opens to D's: offered, accepted or refused, kept alive, lost."""
+"""The sending ends of links: opening, acceptance, refusal, liveness and loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHel
 
 
 class SenderLinks:
-    """Opens and drops ``links``, one to each messager of a D. ``offers``: how it may send from the host ``host_id``."""
+    """Opens and drops ``links``, one per D's messager. ``offers``: links possible from host ``host_id``, best first."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class SenderLinks:
         self._liveness = Liveness(peer_timeout_s)
 
     def link_to(self, address: LinkAddress) -> SenderLink:
-        """Return the link to D's messager, opened if there is none. Raises TransferError if there cannot be one."""
+        """Return the link to D's messager, opened if there is none. Raises TransferError if no offer reaches it."""
         peer = address.peer
         if peer in self._links:
             return self._links[peer]
@@ -58,7 +58,7 @@ class SenderLinks:
         return link
 
     def accepted(self, peer: PeerId, message: LinkAccepted) -> None:
-        """D's messager takes frames on this link."""
+        """D's messager accepted the link."""
         link = self._links.get(peer)
         if link is None or link.kind:
             return
@@ -75,20 +75,20 @@ class SenderLinks:
         self._frames.pump(link)
 
     def refused(self, peer: PeerId, message: LinkRefused) -> None:
-        """D's messager takes no frames on this link, or none any more."""
+        """D's messager refused the link, or closed it."""
         link = self._links.get(peer)
         if link is not None:
             kind = GeometryMismatchError if message.code == GeometryMismatchError.code else TransferError
             self.lose(link, kind(f"{peer} refused the link: {message.reason}"))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Nothing reaches ``peer`` any more."""
+        """The connection to ``peer`` is lost."""
         link = self._links.get(peer)
         if link is not None:
             self.lose(link, PeerLostError(f"{peer} is lost: {reason}"))
 
     def lose(self, link: SenderLink, error: TransferError) -> None:
-        """Drop the link with all that is queued on it: nothing reads P's blocks for it from here on."""
+        """Drop the link with its queued frames. From here on nothing reads P's blocks for it."""
         del self._links[link.peer]
         self._liveness.forget(link.peer)
         self._counters["links_lost"] += 1
@@ -104,11 +104,11 @@ class SenderLinks:
     # ------------------------------------------------------------ time
 
     def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` sent something: any message counts as a heartbeat."""
+        """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, self._outbox.now)
 
     def lose_silent(self) -> None:
-        """Lose the links to peers that were silent for too long."""
+        """Drop the links to peers that sent nothing for ``peer_timeout_s``."""
         for peer in self._liveness.lost(self._outbox.now):
             self.peer_lost(peer, "no heartbeat")
 
@@ -118,6 +118,6 @@ class SenderLinks:
             self._outbox.send(peer, Heartbeat())
 
     def disconnect(self) -> None:
-        """Drop every connection; the process is about to end."""
+        """Drop every connection, before the process exits."""
         for peer in self._links:
             self._outbox.do(Disconnect(peer))

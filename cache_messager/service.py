@@ -20,14 +20,14 @@ from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 
 _QUEUE = 4000
-"""Messages that may wait for one peer: more than a link's credit lets be under way, and a node's pile of signals."""
+"""Maximum messages queued per peer: more than a link's unacknowledged frames, and than a node's queued signals."""
 
 
 async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
-    """Move blocks until the node says stop or has ended; return which. Nothing is left behind.
+    """Move blocks until the node stops the messager or has ended; return the reason. All resources are released.
 
-    ``lifeline_fd`` is a pipe whose other end only the node holds: it ends when the node does. Raises PeerLostError or
-    GeometryMismatchError if the node's pool cannot be opened.
+    ``lifeline_fd`` is a pipe whose other end only the node holds: at end of file the node has ended. Raises
+    PeerLostError or GeometryMismatchError if the node's pool cannot be opened.
     """
     ipc_file = Path(settings.runtime_dir) / settings.me
     loop = asyncio.get_running_loop()
@@ -51,7 +51,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
 
 
 def _log_offers(settings: MessagerSettings, mover: BlockMover) -> None:
-    """Say by which kinds of link this messager may send; which of them a receiver cannot accept, that one says."""
+    """Log the kinds of link this messager can offer. A receiver logs the kinds it cannot accept."""
     offered = [offer.kind for offer in mover.offers]
     left_out = [kind for kind in settings.links if kind not in offered]
     log_event("info", "links", {"offered": ", ".join(offered), "not_possible": ", ".join(left_out) or "none"})

@@ -1,4 +1,4 @@
-"""What a messager is told when it starts."""
+"""Settings passed to a messager at its start."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, peer_id
 from kvrelay.protocol.kv_handle import KVHandle
 
-if TYPE_CHECKING:  # the messager's process has no use for pydantic and starts faster without it
+if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
     from kvrelay.config.cluster_config import NodeConfig
 
 
 class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a messager needs to know.
+    """Settings of a messager.
 
-    ``me`` is its name among messagers, ``node`` the incarnation it works for, listening at ``node_address``. ``pool``
-    is the node's KV memory, ``links`` the kinds of link it may send
-    by, the best first. Link files are made in ``runtime_dir``. ``cpus`` are those it may run on, all by default:
-    a node may be pinned, and its messager must not stand in its way. The rest is from the config's sections
-    ``transfer`` and ``cluster``.
+    ``me``: its peer id. ``node``: the peer id of its node, which listens at ``node_address``. ``pool``: handle of the
+    node's KV memory. ``links``: kinds of link for sending, best first. ``runtime_dir``: directory of link files.
+    ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
+    from the config's sections ``transfer`` and ``cluster``.
     """
 
     me: PeerId
@@ -55,7 +54,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
         pool: KVHandle,
         runtime_dir: str,
     ) -> MessagerSettings:
-        """Return the settings of the messager of the node that ``config`` describes and ``node`` is a start of."""
+        """Return the settings of the messager of ``node``, an incarnation of the node in ``config``."""
         name, _, incarnation = node.partition("#")
         return cls(
             me=peer_id(f"{name}.messager", incarnation),
@@ -77,9 +76,9 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def host_id() -> str:
-    """Return a name that two processes share only if they see the same files, processes and memory.
+    """Return an id that two processes share only if they see the same files, processes and memory.
 
-    Containers have a host name and namespaces of their own: messagers in two of them reach each other by tcp.
+    Containers have their own host names and namespaces, so messagers in different containers use tcp.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     namespaces = [str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("mnt", "pid")]

@@ -1,4 +1,4 @@
-"""One transfer as P's messager sees it: what was signalled, what waits, what is under way, what D has."""
+"""State of one transfer in P's messager: blocks signalled, queued, in flight and written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvrelay.protocol.messages.node_to_messager import KVSpan, OpenTransfer
 
 
 class TransferStatus(StrEnum):
-    """Where a transfer stands; see the package's picture."""
+    """Status of a transfer; see the package docstring."""
 
     PENDING = "pending"
     SENDING = "sending"
@@ -37,7 +37,7 @@ TRANSITIONS: Table[TransferStatus] = {
 
 @dataclass(slots=True)
 class BlockRange:
-    """Consecutive blocks that wait to be sent, the same in ``num_layers`` layers from ``layer`` on.
+    """Consecutive blocks to send, the same in ``num_layers`` layers from ``layer`` on.
 
     ``block_ids[i]`` holds block ``first_block + i``.
     """
@@ -58,12 +58,12 @@ class BlockRange:
         return len(self.block_ids) * self.num_layers
 
     def is_followed_by(self, other: BlockRange) -> bool:
-        """Tell whether ``other`` is the same blocks in the next layer."""
+        """Return whether ``other`` is the same blocks in the next layer."""
         is_next = other.layer == self.layer + self.num_layers and other.first_block == self.first_block
         return is_next and other.block_ids == self.block_ids
 
     def split(self, num_blocks: int) -> BlockRange:
-        """Take the first ``num_blocks`` blocks off this range and return them."""
+        """Remove and return the first ``num_blocks`` blocks of this range."""
         head = BlockRange(self.layer, self.first_block, self.block_ids[:num_blocks])
         self.first_block += len(head.block_ids)
         self.block_ids = self.block_ids[num_blocks:]
@@ -71,19 +71,19 @@ class BlockRange:
 
 
 class FrameKey(NamedTuple):
-    """What tells a transfer's frames apart."""
+    """Key of a frame within its transfer."""
 
     layer: int
     first_block: int
 
     @classmethod
     def of(cls, message: KVFrame | FrameAck) -> FrameKey:
-        """Return the key of the frame that ``message`` is or answers."""
+        """Return the key of a frame, or of the frame that an acknowledgement answers."""
         return cls(message.layer, message.first_block)
 
 
 class _Layer:
-    """How far one layer is: ``signalled`` as a block mask, times in seconds since 1970."""
+    """Progress of one layer: ``signalled`` is a block mask, times are in seconds since 1970."""
 
     __slots__ = ("first_sent_s", "last_written_s", "num_bytes", "signalled")
 
@@ -95,11 +95,11 @@ class _Layer:
 
 
 class Transfer:
-    """One attempt's KV on its way. Each block of each layer is queued, sent and acknowledged once.
+    """The outgoing KV of one attempt. Each block of each layer is queued, sent and acknowledged once.
 
-    ``inflight`` are the frames that D has not acknowledged, ``reading`` those whose blocks the link may still read to
-    make the frame. ``busy_since_s`` is when it last made progress, or last began to have something to send.
-    ``failure`` and ``closed`` are what its node is told when nothing reads its blocks any more.
+    ``inflight``: frames not acknowledged by D. ``reading``: frames whose blocks the link may still read to make the
+    frame. ``busy_since_s``: time of its last progress, or of the first block queued while idle. ``failure`` and
+    ``closed``: messages sent to the node when nothing reads its blocks any more.
     """
 
     __slots__ = (
@@ -141,31 +141,31 @@ class Transfer:
 
     @property
     def status(self) -> TransferStatus:
-        """Where it stands."""
+        """Its current status."""
         return self.lifecycle.status
 
     @property
     def final_messages(self) -> list[TransferEnding]:
-        """What the node is told at the end, in order."""
+        """The messages sent to the node at the end, in order."""
         return [message for message in (self.failure, self.closed) if message is not None]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that D has."""
+        """Bytes written at D."""
         return sum(layer.num_bytes for layer in self._layers)
 
     @property
     def is_signalled(self) -> bool:
-        """Whether every layer of every block is computed."""
+        """Whether all blocks of all layers are computed."""
         return self._num_signalled == len(self._layers) * len(self.target_block_ids)
 
     @property
     def is_written(self) -> bool:
-        """Whether D has every layer of every block."""
+        """Whether all blocks of all layers are written at D."""
         return self._num_written == len(self._layers) * len(self.target_block_ids)
 
     def open(self, message: OpenTransfer, now: float) -> list[PendingSignal]:
-        """Learn where the blocks go; return what was signalled before, in order."""
+        """Set the target blocks at D; return the pending signals, in order."""
         self.lifecycle.move(TransferStatus.SENDING, now)
         self.peer = message.link.peer
         self.first_block = message.first_block
@@ -174,7 +174,7 @@ class Transfer:
         return pending
 
     def signal(self, layer: int, span: KVSpan, now: float) -> None:
-        """Queue the blocks of ``span`` that D wants and that were not queued before, in ``layer``.
+        """Queue the blocks of ``span`` in ``layer`` that D reserved and that were not queued before.
 
         Raises LocalProtocolError if the span goes beyond the blocks D has reserved.
         """
@@ -195,7 +195,7 @@ class Transfer:
             self._num_signalled += count
 
     def _queue(self, layer: int, first_block: int, block_ids: list[BlockId]) -> None:
-        """Queue a range, or lengthen the one of this layer that still waits."""
+        """Queue a range, or extend the last queued range of this layer."""
         tail = self._tails.get(layer)
         if tail is not None and tail.end_block == first_block:
             tail.block_ids.extend(block_ids)
@@ -204,7 +204,7 @@ class Transfer:
             self.queue.append(self._tails[layer])
 
     def next_frame(self, max_blocks: int) -> BlockRange:
-        """Take at most ``max_blocks`` blocks off the queue: consecutive, of one layer or the same of several."""
+        """Dequeue at most ``max_blocks`` blocks: consecutive, of one layer or the same in several layers."""
         head = self.queue[0]
         if len(head.block_ids) > max_blocks:
             return head.split(max_blocks)
@@ -220,7 +220,7 @@ class Transfer:
             del self._tails[head.layer]
 
     def send(self, blocks: BlockRange, num_bytes: int, *, now: float) -> KVFrame:
-        """Return the frame for ``blocks``, which is under way from here on; its link fills in digest and sources."""
+        """Return the frame for ``blocks`` and record it as in flight. The link sets its digest and source blocks."""
         first, end = blocks.first_block - self.first_block, blocks.end_block - self.first_block
         frame = KVFrame(
             request_id=self.attempt.request_id,
@@ -241,7 +241,7 @@ class Transfer:
         return frame
 
     def written(self, frame: KVFrame, now: float) -> None:
-        """Note that D has ``frame``."""
+        """Record that D has written ``frame``."""
         for layer in self._layers[frame.layer : frame.layer + frame.num_layers]:
             layer.last_written_s = now
             layer.num_bytes += frame.num_bytes // frame.num_layers
@@ -249,12 +249,12 @@ class Transfer:
         self.busy_since_s = now
 
     def drop_queue(self) -> None:
-        """Send nothing more."""
+        """Drop all queued blocks."""
         self.queue.clear()
         self._tails.clear()
 
     def timeline(self) -> list[LayerTransfer]:
-        """Return how each layer went, by layer."""
+        """Return the layer transfers, in the order of layers."""
         return [
             LayerTransfer(index, layer.first_sent_s, layer.last_written_s, layer.num_bytes)
             for index, layer in enumerate(self._layers)

@@ -17,11 +17,11 @@ from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferD
 
 
 class Transfers:
-    """Transfers by attempt, and how the last of them ended. ``links`` are those they share, by D's messager.
+    """Transfers by attempt, and the endings of recent ones. ``links``: the shared links, by D's messager.
 
-    A transfer that fails or is closed sends nothing more; ``node`` is told when nothing reads its blocks any more. One
-    that fails and is closed is answered with both, the failure first: a corrupt block concerns the requests that share
-    it.
+    A transfer that fails or is closed sends nothing more; ``node`` gets its final messages when nothing reads its
+    blocks any more. If it fails and is closed, both are sent, the failure first, because a corrupt block also affects
+    the requests that share it.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Transfers:
         self._pending = PendingCount()
 
     def __iter__(self) -> Iterator[Transfer]:
-        """Iterate over the transfers of now: they may end meanwhile."""
+        """Iterate over a snapshot: transfers may end during the iteration."""
         return iter(list(self._transfers.values()))
 
     def __getitem__(self, attempt: Attempt) -> Transfer:
@@ -47,11 +47,11 @@ class Transfers:
         return self._transfers.get(attempt)
 
     def ending(self, attempt: Attempt) -> type[TransferEnding] | None:
-        """Return by which message the last transfer of ``attempt`` ended, or None."""
+        """Return the type of the message that ended the last transfer of ``attempt``, or None."""
         return self._endings.get(attempt)
 
     def get_or_begin(self, attempt: Attempt, num_layers: int) -> Transfer:
-        """Return the transfer of ``attempt``, a new one if there is none."""
+        """Return the transfer of ``attempt``, created if there is none."""
         if attempt not in self._transfers:
             self._transfers[attempt] = Transfer(attempt, num_layers, self._outbox.now)
         return self._transfers[attempt]
@@ -68,22 +68,22 @@ class Transfers:
         self._counters["pending_signals_total"] += 1
 
     def drop_pending(self, transfer: Transfer) -> None:
-        """Count the signals of ``transfer`` no longer: it is opened, or ends."""
+        """Remove the signals of ``transfer`` from the count when it is opened or ends."""
         self._pending.remove(transfer.pending)
 
     @property
     def num_pending_signals(self) -> int:
-        """Signals that are kept, over all transfers."""
+        """Pending signals of all transfers."""
         return self._pending.num_signals
 
     # ------------------------------------------------------------ endings
 
     def fail(self, transfer: Transfer, error: KVRelayError) -> None:
-        """Send nothing more of ``transfer``, and end it with ``error``."""
+        """Stop sending ``transfer``, and end it with ``error``."""
         self.leave(transfer, failed(transfer.attempt, error))
 
     def leave(self, transfer: Transfer, final_message: TransferEnding) -> None:
-        """Send nothing more of ``transfer``, and send ``final_message`` when nothing reads its blocks any more."""
+        """Stop sending ``transfer``; send ``final_message`` when nothing reads its blocks any more."""
         if isinstance(final_message, TransferFailed):
             transfer.failure = transfer.failure or final_message
         else:
@@ -118,21 +118,21 @@ class Transfers:
             self.answer(transfer.attempt, final_message)
 
     def answer(self, attempt: Attempt, final_message: TransferEnding) -> None:
-        """Tell the node how ``attempt`` ended and remember it: signals may still come that were sent before."""
+        """Send ``final_message`` to the node and remember the ending, because late signals may still arrive."""
         self._counters["transfers_done"] += isinstance(final_message, TransferDone)
         self._counters["transfers_failed"] += isinstance(final_message, TransferFailed)
         self._endings.note(attempt, type(final_message))
         self._outbox.send(self._node, final_message)
 
     def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError if a transfer or a signal is held."""
+        """Raise LocalProtocolError unless no transfer or signal is held."""
         if self._transfers or self._pending.num_signals or self._pending.num_blocks:
             histories = {attempt: transfer.lifecycle.history for attempt, transfer in self._transfers.items()}
             raise LocalProtocolError(f"sender not quiescent: {histories}, {self._pending.num_signals} pending signals")
 
 
 def closed(attempt: Attempt) -> TransferClosed:
-    """Return the message that ends a transfer which its node has closed."""
+    """Return the message that ends a transfer closed by its node."""
     return TransferClosed(request_id=attempt.request_id, epoch=attempt.epoch)
 
 

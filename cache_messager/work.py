@@ -1,4 +1,4 @@
-"""What the messager's machine asks of its service beyond the core actions, and the events that answer."""
+"""Actions of the messager's machine beyond the core ones, and the events that answer them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Send these blocks as ``frame`` by a link of ``kind``; FrameSent follows.
+    """Send these blocks as ``frame`` over a link of ``kind``; answered by FrameSent.
 
-    The blocks may be read until then, and until the peer's FrameAck. If the frame cannot be queued at once, a PeerLost
-    follows too.
+    The blocks may be read until both FrameSent and the peer's FrameAck. If the frame cannot be queued at once, PeerLost
+    also follows.
     """
 
     peer: PeerId
@@ -29,7 +29,7 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class AcceptLink:
-    """Accept the first of ``offers`` that is possible here; LinkReady follows."""
+    """Accept the first of ``offers`` that is possible here; answered by LinkReady."""
 
     link_id: int
     offers: list[LinkOffer]
@@ -37,14 +37,14 @@ class AcceptLink:
 
 @dataclass(frozen=True, slots=True)
 class DropLink:
-    """Give back what the link holds, when the writes under way are over. Nothing more comes by it."""
+    """Release the link's resources after its writes in progress. No more frames arrive on it."""
 
     link_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBlocks:
-    """Verify the blocks of ``frame`` and put them into the pool, as this kind of link does; BlocksWritten follows."""
+    """Verify the blocks of ``frame`` and write them to the pool over its link; answered by BlocksWritten."""
 
     link_id: int
     frame: KVFrame
@@ -52,17 +52,17 @@ class WriteBlocks:
 
 
 Work: TypeAlias = SendFrame | AcceptLink | DropLink | WriteBlocks
-"""The actions that a messager adds to the core ones."""
+"""The messager-specific actions."""
 
 MessagerOutbox: TypeAlias = RoleOutbox[Work]
-"""The time of the event that the messager handles, and the actions it has led to."""
+"""The time of the event being handled, and the actions produced so far."""
 
 # ---------------------------------------------------------------- events
 
 
 @dataclass(frozen=True, slots=True)
 class FrameSent:
-    """Answers SendFrame: the frame is queued for the peer, or could not be made, with ``error``."""
+    """Answers SendFrame: the frame is queued for the peer, or ``error`` says why it could not be made."""
 
     frame: KVFrame
     error: TransferError | None = None
@@ -79,7 +79,7 @@ class LinkReady:
 
 @dataclass(frozen=True, slots=True)
 class BlocksWritten:
-    """Answers WriteBlocks. With an ``error`` the blocks hold nothing of use."""
+    """Answers WriteBlocks. With an ``error``, the content of the blocks is invalid."""
 
     link_id: int
     frame: KVFrame
@@ -88,13 +88,13 @@ class BlocksWritten:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLost:
-    """The device is broken: no block on it can be read or written any more, and nothing under way is answered."""
+    """The device has failed: its blocks cannot be accessed, and actions in progress get no answer."""
 
     reason: str
 
 
 def corrupt(frame: KVFrame) -> CorruptKVError:
-    """Return the error of a frame whose bytes are not those that the sender read."""
+    """Return the error of a frame whose bytes differ from those the sender read."""
     return CorruptKVError(f"layer {frame.layer} from block {frame.first_block} arrived corrupt")
 
 

@@ -1,7 +1,7 @@
-"""The ways KV blocks get from P's pool to D's: one file per kind of link, named as in ``transfer.link``.
+"""Kinds of link that move KV blocks from P's pool to D's: one file per kind, named as in ``transfer.link``.
 
-``interface`` says what a link is. To add a kind, add a file with a class ``Link`` here, and its name to ``LinkKind``
-in ``kvrelay.config.sections``. ``payload`` is what the kinds share that send the bytes over ZMQ.
+``interface`` defines the link protocol. To add a kind, add a file with a class ``Link`` here, and its name to
+``LinkKind`` in ``kvrelay.config.sections``. ``payload`` is shared by the kinds that send the bytes over ZMQ.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cache_messager.links.interface import KVLink
 
 
 def link_class(kind: str) -> type[KVLink]:
-    """Return the class of the links of ``kind``, which may be a peer's word. Raises ValueError if there is none."""
+    """Return the link class of ``kind``, which may come from a peer. Raises ValueError if there is none."""
     try:
         link: type[KVLink] = import_module(f"{__name__}.{kind}").Link
     except (ImportError, AttributeError) as error:

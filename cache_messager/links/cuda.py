@@ -1,8 +1,8 @@
-"""Within one host, from device to device: D's messager opens P's pool and copies the blocks itself.
+"""Device-to-device copies within one host: D's messager opens P's pool and copies the blocks itself.
 
-P's messager sends a frame with the digest that P's engine made of the blocks when it had computed them. The kernel that
-copies digests what it reads, and the two must be equal. A frame is written when the device says so; a thread waits for
-that. A device that fails ends the messager: its frames are not corrupt, they are not there at all.
+P's messager sends a frame with the digest of the blocks that P's engine computed after writing them. The copy kernel
+digests the bytes it reads, and the two must be equal. A thread waits for the device to complete the copy. A device
+failure ends the messager instead of failing frames as corrupt.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ class Link:
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:
-        """Within one host."""
+        """Return the IPC address of a peer on this host."""
         return peer.ipc if peer.host_id == here else None
 
     def offer(self) -> bytes | None:
-        """Return how to open the pool, if it is on a device."""
+        """Return the handle of the pool if it is on a device, else None."""
         handle = self._host.pool.handle
         return msgspec.json.encode(handle) if isinstance(handle, KVDeviceHandle) else None
 
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
-        """Name the blocks, with the digests of when they were written."""
+        """Send the block ids with the digest computed when the blocks were written."""
         digest = self._host.pool.digest(frame.layers, source_block_ids)
         self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
 
     def accept(self, link_id: int, offer: bytes) -> None:
-        """Open the sender's pool, which must be on a device of the same kind as this node's."""
+        """Open the sender's pool. Raises TransferError unless it is on a device of the same kind as this node's."""
         own, handle = self._host.pool.handle, msgspec.json.decode(offer, type=KVDeviceHandle)
         if not isinstance(own, KVDeviceHandle) or own.kind != handle.kind:
             raise TransferError(f"this node's pool is not on a device of the kind {handle.kind}")
         source = open_pool(self._host.pool.geometry, handle)
-        assert isinstance(source, DeviceMemory)  # as its handle says
+        assert isinstance(source, DeviceMemory)  # because of its handle
         self._sources[link_id] = source
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
-        """Have the device copy the blocks and digest what it reads."""
+        """Start a device copy that also digests the bytes it reads."""
         source, pool, blocks = self._sources[link_id], self._host.pool, frame.source_block_ids
         assert isinstance(pool, DeviceMemory)  # else the link was not accepted
         problem = _problem_with(source, frame, payload)
@@ -69,7 +69,7 @@ class Link:
         self._in_order.do(lambda: self._finish(link_id, frame, copy), wait=not copy.is_done)
 
     def _finish(self, link_id: int, frame: KVFrame, copy: BlockCopy) -> None:
-        """Wait for ``copy`` and tell of it; from any thread."""
+        """Wait for ``copy`` and post its result. Called from any thread."""
         try:
             error = None if copy.wait() == frame.digest else corrupt(frame)
         except DeviceError as broken:
@@ -78,18 +78,18 @@ class Link:
         self._host.post(BlocksWritten(link_id, frame, error))
 
     def drop(self, link_id: int) -> None:
-        """Give the sender's pool back after the copies from it."""
+        """Close the sender's pool after the copies from it."""
         self._in_order.do(self._sources.pop(link_id).close)
 
     def close(self) -> None:
-        """Give all pools back."""
+        """Close all pools."""
         self._in_order.end()
         while self._sources:
             self._sources.popitem()[1].close()
 
 
 def _problem_with(source: DeviceMemory, frame: KVFrame, payload: tuple[memoryview, ...]) -> str | None:
-    """Return how ``frame`` is not one of this kind of link, or None."""
+    """Return why ``frame`` is invalid for this kind of link, or None."""
     blocks = frame.source_block_ids
     if payload or len(blocks) != len(frame.target_block_ids):
         num_bytes = sum(part.nbytes for part in payload)
@@ -98,14 +98,14 @@ def _problem_with(source: DeviceMemory, frame: KVFrame, payload: tuple[memoryvie
 
 
 class _InOrder:
-    """Does things at once, or in a thread one after the other as long as anything waits there."""
+    """Runs calls in order: in the caller until the first one that waits, then in a thread."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def do(self, work: Callable[[], None], *, wait: bool = False) -> None:
-        """Do ``work``. Once something had to ``wait``, all that follows is done in the thread."""
+        """Run ``work``. From the first call with ``wait`` on, all work runs in the thread."""
         if self._thread is None and not wait:
             work()
             return
@@ -119,7 +119,7 @@ class _InOrder:
             work()
 
     def end(self) -> None:
-        """Wait until all is done."""
+        """Wait until all work is done, and end the thread."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()

@@ -1,4 +1,4 @@
-"""Payload over a ZMQ socket of one host."""
+"""Payload over a ZMQ IPC socket within one host."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ class Link(PayloadLink):
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:
-        """Within one host."""
+        """Return the IPC address of a peer on this host."""
         return peer.ipc if peer.host_id == here else None

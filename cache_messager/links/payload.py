@@ -1,4 +1,4 @@
-"""What links do that send the blocks' bytes as payload of the frame: layer by layer, all K and then all V."""
+"""Links that send the blocks' bytes as payload of the frame: layer by layer, all K and then all V."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 
 class PayloadLink:
-    """A ``KVLink`` but for ``address``, which each kind adds."""
+    """A ``KVLink`` without ``address``, which each kind defines."""
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
 
     def offer(self) -> bytes | None:
-        """Nothing is needed."""
+        """Return an empty offer: a receiver needs no data."""
         return b""
 
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
-        """Send views of the blocks, or copies where views would be many and small."""
+        """Send views of the blocks, or copies if the views would be many and small."""
         parts = self._host.pool.read(frame.layers, source_block_ids)
         digest = _digest(parts) if self._host.checksum else UNCHECKED
         self._host.send(peer, replace(frame, digest=digest), parts)
 
     def accept(self, link_id: int, offer: bytes) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
-        """Verify the payload before a byte of it is written."""
+        """Verify the payload, then write it to the pool."""
         self._host.post(BlocksWritten(link_id, frame, self._write(frame, payload)))
 
     def _write(self, frame: KVFrame, payload: tuple[memoryview, ...]) -> TransferError | None:
@@ -45,10 +45,10 @@ class PayloadLink:
         return None
 
     def drop(self, link_id: int) -> None:
-        """Nothing was taken."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing was taken."""
+        """Do nothing."""
 
 
 def _digest(parts: list[memoryview] | tuple[memoryview, ...]) -> int:

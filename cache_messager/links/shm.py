@@ -1,7 +1,7 @@
-"""Within one host: D's messager maps P's pool and copies the blocks itself. Only the frame travels, over a ZMQ socket.
+"""Shared memory within one host: D's messager maps P's pool and copies the blocks. Only the frame uses a ZMQ socket.
 
-The digest is always verified, and on the copy: a sender that has given up on the link may change its blocks while they
-are read, and nothing else would tell.
+The digest is always verified, on the copy, because a sender that has dropped the link may change its blocks while they
+are read, which nothing else detects.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Link:
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:
-        """Within one host."""
+        """Return the IPC address of a peer on this host."""
         return peer.ipc if peer.host_id == here else None
 
     def offer(self) -> bytes | None:
-        """Return how to open the pool, if it is in host memory."""
+        """Return the handle of the pool if it is in host memory, else None."""
         handle = self._host.pool.handle
         return msgspec.json.encode(handle) if isinstance(handle, KVMemoryHandle) else None
 
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
-        """Name the blocks and digest them."""
+        """Send the block ids with the digest of the blocks."""
         digest = self._host.pool.digest(frame.layers, source_block_ids)
         self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
 
     def accept(self, link_id: int, offer: bytes) -> None:
-        """Open the sender's pool, which must be in host memory like this node's."""
+        """Open the sender's pool, which must be in host memory like this node's pool."""
         if not isinstance(self._host.pool.handle, KVMemoryHandle):
             raise TransferError("this node's pool is not in host memory")
         handle = msgspec.json.decode(offer, type=KVMemoryHandle)
@@ -65,10 +65,10 @@ class Link:
         return None if digest == frame.digest else corrupt(frame)
 
     def drop(self, link_id: int) -> None:
-        """Give the sender's pool back."""
+        """Close the sender's pool."""
         self._sources.pop(link_id).close()
 
     def close(self) -> None:
-        """Give all pools back."""
+        """Close all pools."""
         while self._sources:
             self._sources.popitem()[1].close()

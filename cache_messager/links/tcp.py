@@ -11,5 +11,5 @@ class Link(PayloadLink):
 
     @staticmethod
     def address(here: str, peer: LinkAddress) -> str | None:
-        """From anywhere."""
+        """Return the TCP address of the peer."""
         return peer.tcp
