@@ -93,7 +93,7 @@ class RequestEnded:
 
 @dataclass(frozen=True, slots=True)
 class RequestErrored:
-    """Terminal: the request failed. ``retry_after_s``: seconds after which the client may retry."""
+    """Terminal: the request failed or was refused. ``retry_after_s``: seconds after which the client may retry."""
 
     error: ErrorInfo
     param: str | None = None

@@ -78,7 +78,7 @@ class Node:
         return sum(self.pending.values()) + self._foreign_tokens
 
     def tokens_before(self, num_tokens: int) -> int:
-        """Return the prompt tokens it would compute before one more prompt of ``num_tokens``.
+        """Return the number of prompt tokens it would compute before one more prompt of ``num_tokens``.
 
         These are all pending tokens, or with ``shortest_first`` those of prompts that are not longer. Later arrivals
         are not counted.

@@ -15,7 +15,8 @@ class Placement:
     """Assigns requests to nodes and releases them. Updates the request and its nodes together.
 
     ``local_prefill_tokens`` is the threshold of conditional disaggregation: a decode node computes a prompt itself if
-    every prefill node has at least this many more prompt tokens queued before it, or if there is none. None: never.
+    every prefill node has at least this many more prompt tokens to compute first than the decode node, or if there is
+    no prefill node. None: never.
     """
 
     def __init__(
