@@ -20,7 +20,6 @@ from kvrelay.engine.device.pool_size import num_blocks_that_fit
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
-from kvrelay.engine.geometry import checkpoint_geometry, device_dtype, dummy_geometry, longest_sequence
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
 from kvrelay.errors import CheckpointError, ConfigError
@@ -58,6 +57,14 @@ class DeviceOptions:
 
 def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]) -> DeviceEngine:
     """Return the engine of ``node`` with its checkpoint loaded, ready to run. Raises CheckpointError or ConfigError."""
+    # scripts/gpu-check uses the rest of this module where the config's packages are not installed
+    from kvrelay.engine.geometry import (  # noqa: PLC0415
+        checkpoint_geometry,
+        device_dtype,
+        dummy_geometry,
+        longest_sequence,
+    )
+
     if node.engine.quantization != "none":
         raise ConfigError([f"engine.quantization: {node.engine.quantization} is not for engine.kind: torch"])
     model_dir = Path(node.model.path)
