@@ -9,7 +9,7 @@ from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkReady, MessagerOutbox, Work
+from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost, LinkReady, MessagerOutbox, Work
 from kvrelay.machine.contract import (
     CoreAction,
     Exit,
@@ -49,7 +49,16 @@ HEARTBEAT = "heartbeat"
 """Key of the messager's only timer."""
 
 MessagerEvent: TypeAlias = (
-    Received | PeerLost | TimerFired | Started | StopRequested | BlocksWritten | DeviceLost | FrameSent | LinkReady
+    Received
+    | PeerLost
+    | TimerFired
+    | Started
+    | StopRequested
+    | BlocksWritten
+    | DeviceLost
+    | FrameSent
+    | LinkLost
+    | LinkReady
 )
 LinkMessage: TypeAlias = MessagerToMessager | Heartbeat
 """Messages a messager accepts from other messagers."""
@@ -89,6 +98,8 @@ class MessagerMachine:
                 self._sender.frame_sent(event)
             case LinkReady():
                 self._receiver.link_ready(event)
+            case LinkLost(peer=peer, reason=reason):
+                self._sender.link_lost(peer, reason)
             case DeviceLost(reason=reason):
                 self._outbox.do(Log("error", "device lost", {"reason": reason}))
                 self._leave(f"the device is lost: {reason}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import xxhash
 from msgspec.structs import replace
 
@@ -9,11 +11,13 @@ from cache_messager.links.interface import UNCHECKED, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
-from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
 
 
 class PayloadLink:
     """A ``KVLink`` without ``address``, which each kind defines."""
+
+    max_frames: ClassVar[int] = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
@@ -22,14 +26,21 @@ class PayloadLink:
         """Return an empty offer: a receiver needs no data."""
         return b""
 
+    def open(self, peer: PeerId, handle: bytes) -> None:
+        """Do nothing."""
+
+    def leave(self, peer: PeerId) -> None:
+        """Do nothing."""
+
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Send views of the blocks, or copies if the views would be many and small."""
         parts = self._host.pool.read(frame.layers, source_block_ids)
         digest = _digest(parts) if self._host.checksum else UNCHECKED
         self._host.send(peer, replace(frame, digest=digest), parts)
 
-    def accept(self, link_id: int, offer: bytes) -> None:
-        """Do nothing."""
+    def accept(self, link_id: int, offer: bytes) -> bytes:
+        """Return an empty handle: a sender needs no data."""
+        return b""
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
         """Verify the payload, then write it to the pool."""

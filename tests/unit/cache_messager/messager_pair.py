@@ -21,7 +21,7 @@ from pools import Pool, fastest, make_pool, wrote
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import AcceptLink, DropLink, SendFrame, WriteBlocks
+from cache_messager.work import AcceptLink, DropLink, LeaveLink, OpenLink, SendFrame, WriteBlocks
 from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
@@ -243,6 +243,8 @@ class Pair:
                 end.handlers[SendFrame](action)
             case WriteBlocks() | AcceptLink() | DropLink():
                 self.channels[SERVICE, me].append(action)
+            case OpenLink() | LeaveLink():
+                end.handlers[type(action)](action)
             case Connect(peer=peer):
                 assert peer not in self.connections, "connected twice"
                 self.connections.add(peer)

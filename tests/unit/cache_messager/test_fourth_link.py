@@ -83,7 +83,9 @@ async def _transfer(p: MessagerNode, d: MessagerNode, sources: list[int], target
     return (await p.hears(TransferDone)).link
 
 
-async def _two_nodes(directory: Path, sources: list[int], targets: list[int]) -> str:
+async def two_nodes(
+    directory: Path, sources: list[int], targets: list[int], links: tuple[str, ...] = ("threads", "ipc")
+) -> str:
     """Run two messagers in this process; return how the transfer went."""
     async with AsyncExitStack() as stack:
         nodes, tasks, writers = [], [], []
@@ -101,7 +103,7 @@ async def _two_nodes(directory: Path, sources: list[int], targets: list[int]) ->
                 pool=pool.handle,
                 host="127.0.0.1",
                 runtime_dir=str(directory),
-                links=("threads", "ipc"),
+                links=links,
             )
             reader, writer = os.pipe()
             stack.callback(os.close, reader)
@@ -123,9 +125,9 @@ async def _two_nodes(directory: Path, sources: list[int], targets: list[int]) ->
 
 def test_blocks_move_by_a_link_with_a_thread_of_its_own(tmp_path: Path) -> None:
     blocks = np.random.default_rng(7).permutation(NUM_BLOCKS).tolist()
-    assert uvloop.run(_two_nodes(tmp_path, blocks[:40], blocks[20:60])) == "threads"
+    assert uvloop.run(two_nodes(tmp_path, blocks[:40], blocks[20:60])) == "threads"
 
 
 def test_error_in_the_thread_of_a_link_fails_the_transfer(tmp_path: Path) -> None:
     ThreadLink.fails = True
-    assert uvloop.run(_two_nodes(tmp_path, [1, 2], [3, 4])) == "the device is gone"
+    assert uvloop.run(two_nodes(tmp_path, [1, 2], [3, 4])) == "the device is gone"

@@ -100,6 +100,9 @@ def test_every_way_of_writing_notes_the_digests(memory: DeviceMemory) -> None:
     payload = other.read(range(1, 3), [7, 1])
     memory.write(range(1, 3), [0, 5], [payload[0][:100], payload[0][100:]])
     assert memory.digest(range(1, 3), [0, 5]) == other.digest(range(1, 3), [7, 1])
+    gathered = bytearray(payload[0].nbytes)
+    assert other.gather(range(1, 3), [7, 1], memoryview(gathered)) == other.digest(range(1, 3), [7, 1])
+    assert gathered == payload[0]
     copied = memory.copy_from(other, EVERY, [9, 2, 3], [4, 8, 0])
     assert copied == memory.digest(EVERY, [9, 2, 3]) == other.digest(EVERY, [4, 8, 0])
     assert memory.read(EVERY, [9, 2, 3]) == other.read(EVERY, [4, 8, 0])
