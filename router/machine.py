@@ -12,6 +12,7 @@ from kvrelay.machine.contract import (
     Exit,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StopRequested,
@@ -56,6 +57,7 @@ RouterEvent: TypeAlias = (
     | PeerLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | Submitted
     | ClientGone
@@ -165,6 +167,8 @@ class RouterMachine:
                 self._nodes.drain(node_id)
             case Started():
                 self._nodes.check_liveness()
+            case Resumed(paused_s=paused_s):
+                self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
             case _:

@@ -239,6 +239,10 @@ class NodeTable:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, now)
 
+    def resumed(self, paused_s: float, now: float) -> None:
+        """This process did not run for ``paused_s``: no node is to blame for its silence."""
+        self._liveness.resumed(paused_s, now)
+
     def silent(self, now: float) -> list[PeerId]:
         """Return the nodes that sent nothing for ``peer_timeout_s``."""
         return self._liveness.lost(now)

@@ -189,7 +189,9 @@ class Requests:
             self._attempts.forgotten(request, node.peer)
 
     def _requests_of(self, node: Node) -> list[RoutedRequest]:
-        return [self._table[request_id] for request_id in node.pending]
+        """Return the requests on ``node``, without those that have left it since it was removed from the table."""
+        pending = [self._table.get(request_id) for request_id in node.pending]
+        return [request for request in pending if request is not None and node.peer in request.nodes]
 
     # ------------------------------------------------------------ clients and timers
 

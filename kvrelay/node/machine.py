@@ -23,6 +23,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StepDone,
@@ -130,6 +131,10 @@ class NodeMachine(ABC, Generic[R, S]):
         """Renew what is held on nodes of the other role; find out which of them are silent."""
 
     @abstractmethod
+    def _resumed(self, paused_s: float) -> None:
+        """Blame no other node for the last ``paused_s``, in which this process did not run."""
+
+    @abstractmethod
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         """End what depends on another node that is lost."""
 
@@ -172,6 +177,9 @@ class NodeMachine(ABC, Generic[R, S]):
             case Started():
                 if self._node.role is Role.MIXED:
                     self._join()
+            case Resumed(paused_s=paused_s):
+                self._membership.resumed(paused_s)
+                self._resumed(paused_s)
             case StopRequested():
                 self._stop_requested()
             case _:
