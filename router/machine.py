@@ -166,6 +166,7 @@ class RouterMachine:
             case DrainRequested(node_id=node_id):
                 self._nodes.drain(node_id)
             case Started():
+                self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
             case Resumed(paused_s=paused_s):
                 self._nodes.resumed(paused_s)

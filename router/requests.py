@@ -96,7 +96,7 @@ class Requests:
         if len(self) + len(requests) > most:
             return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
         reason = self._node_table.unready_reason()
-        if reason is None or self._node_table.may_come_back(self._outbox.now, self._limits.node_wait_s):
+        if reason is None or self._node_table.may_come(self._outbox.now, self._limits.node_wait_s):
             return None
         return NoNodeError(reason)
 

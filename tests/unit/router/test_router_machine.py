@@ -173,10 +173,32 @@ def test_too_many_requests_are_refused_all_together() -> None:
 
 @pytest.mark.parametrize("nodes", ["", "p0", "d0", "p0 p1"])
 def test_without_nodes_that_can_serve_it_is_503_at_once(nodes: str) -> None:
-    driver = Driver(nodes)
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    assert driver.machine.unready_reason() is not None
+    driver.now += 10.1  # a router that has just started waits for nodes
     driver.submit()
     assert driver.error_code() == "no_node_available"
-    assert driver.machine.unready_reason() is not None
+
+
+@pytest.mark.parametrize("nodes", ["", "p0", "d0"])
+def test_router_that_has_just_started_waits_for_nodes(nodes: str) -> None:
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    driver.now += 3.0
+    driver.submit()
+    assert driver.endings() == []
+    driver.join("m0")
+    assert driver.dispatched()[0] == peer("m0")
+
+
+def test_router_that_has_just_started_does_not_wait_for_ever() -> None:
+    driver = Driver(limits=Limits(node_wait_s=10.0))
+    driver.wait(3.0)
+    driver.submit()
+    driver.wait(9.9)
+    assert driver.endings() == []
+    driver.wait(0.2)
+    assert driver.error_code() == "no_node_available"
+    driver.machine.assert_quiescent()
 
 
 @pytest.mark.parametrize("how", ["killed", "leaving", "drained"])
