@@ -362,9 +362,7 @@ class TouchingEvent:
 
 
 @pytest.mark.parametrize("when", ["copied", "recorded", "awaited"])
-def test_a_device_that_breaks_is_no_error_of_sequences(
-    when: str, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_device_that_breaks_is_no_error_of_sequences(when: str, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     framework = BreakingFramework()
     engine = make(framework)
     one, two, runner = sequence(prompt(20), "one"), sequence(prompt(9), "two"), Runner(engine)
