@@ -1,8 +1,9 @@
 """Cost of a step outside the kernels (scheduling, batch, sampling, message) and inside them, by operation.
 
 The state machine of a mixed node with the real engine on a random checkpoint, without processes and network; CPU time
-of the thread. The prompts are computed before the measurement; then the requests decode together. Times of the kernels are measured from entry to
-exit of each operation, so the cost of measuring counts as outside. The second table adds a prompt to the decodes.
+of the thread. The prompts are computed before the measurement; then the requests decode together. Times of the kernels
+are measured from entry to exit of each operation, so the cost of measuring counts as outside. The second table adds a
+prompt to the decodes.
 
 Usage: python benchmarks/step_overhead.py [--steps 40] [--batch-sizes 8 32] [--quantization none|w8a8|w8a16]
 """

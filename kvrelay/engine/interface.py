@@ -17,8 +17,8 @@ class EnginePort(Protocol):
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
-    the pool for every scheduled token, then StepDone, StepFailed or EngineLost (``kvrelay.machine.contract``). Plans are
-    computed and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
+    the pool for every scheduled token, then StepDone, StepFailed or EngineLost (``kvrelay.machine.contract``). It
+    computes and answers plans in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
     ``PipelinedCompute`` of a ``PipelinedEngine``.
     """
 

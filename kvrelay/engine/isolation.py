@@ -22,9 +22,9 @@ def compute_isolated(
 ) -> list[SequenceOutcome]:
     """Return the outcomes of ``compute`` for ``batch``. If it raises, compute the halves of the batch, recursively.
 
-    An exception from a batch of one sequence is the error of that sequence, except for DeviceError, which is raised: it
-    is the error of no sequence. Computing tokens again is safe, because it writes the same KV to the same slots. ``on_layer`` is called once for each layer, in order, when the whole batch has
-    computed it.
+    An exception from a batch of one sequence is the error of that sequence. DeviceError is the error of no sequence and
+    is raised. Computing tokens again is safe, because it writes the same KV to the same slots. ``on_layer`` is called
+    once for each layer, in order, when the whole batch has computed it.
     """
     layers = _Layers(on_layer)
     outcomes = _outcomes(step, batch, compute, layers.tell, layers.note)
