@@ -132,8 +132,8 @@ class RouterConfig(Section):
         30.0,
         gt=0,
         le=3600,
-        description="Seconds a request waits for a node if none can take it and one may come: a node left, or the router "
-        "started, no longer ago.",
+        description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
+        "router started, no longer ago.",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."

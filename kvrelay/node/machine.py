@@ -178,8 +178,7 @@ class NodeMachine(ABC, Generic[R, S]):
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
             case Started():
-                if self._node.role is Role.MIXED:
-                    self._join()
+                self._started()
             case Resumed(paused_s=paused_s):
                 self._membership.resumed(paused_s)
                 self._resumed(paused_s)
@@ -187,6 +186,10 @@ class NodeMachine(ABC, Generic[R, S]):
                 self._stop_requested()
             case _:
                 assert_never(event)
+
+    def _started(self) -> None:
+        if self._node.role is Role.MIXED:  # the others join when their messager is ready
+            self._join()
 
     def _timer_fired(self, key: Hashable) -> None:
         match key:
