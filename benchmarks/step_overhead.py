@@ -128,7 +128,7 @@ def measure(
     for _ in range(steps):
         assert plan is not None
         in_kernels, began = timed.seconds, clock()
-        result = engine.run(plan, lambda layer: None)
+        result = engine.run(plan, lambda layers: None)
         computed = clock()
         actions = machine.handle(StepDone(result), 0.0)
         scheduled = clock()
@@ -153,7 +153,7 @@ def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
         plan = plans.write(0, [sequence], [Chunk(0, PROMPT_TOKENS, True)])
         plans.leave(sequence)
         before = dict(timed.by_operation)
-        engine.run(plan, lambda layer: None)
+        engine.run(plan, lambda layers: None)
         found.append(since(before, timed))
     return min(found, key=lambda spent: sum(spent.values()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -12,6 +12,9 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 UNCHECKED = 0
 """Digest of a frame that is not verified."""
+
+HOST_FRAME_BYTES = 4 << 20
+"""Maximum KV of a frame that the host copies: enough for full throughput, and transfers still share a link fairly."""
 
 
 class LinkHost(Protocol):
@@ -35,7 +38,11 @@ class KVLink(Protocol):
 
     A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager; actions in progress
     then need no other answer. A sender identifies its links by the peer, a receiver by a ``link_id``.
+
+    ``max_frame_bytes``: maximum KV of a frame, of one layer or of several.
     """
+
+    max_frame_bytes: ClassVar[int]
 
     def __init__(self, host: LinkHost) -> None: ...
 

@@ -13,7 +13,7 @@ from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
-OnLayer: TypeAlias = Callable[[int], None]
+OnLayers: TypeAlias = Callable[[range], None]
 
 
 class RunsSteps(Protocol):
@@ -21,7 +21,7 @@ class RunsSteps(Protocol):
 
     max_plans_in_flight: int
 
-    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         """Compute one step."""
 
 
@@ -31,7 +31,7 @@ class Step(Protocol):
     def launch(self) -> None:
         """Have the device compute it."""
 
-    def finish(self, on_layer: OnLayer) -> StepResult:
+    def finish(self, on_layers: OnLayers) -> StepResult:
         """Wait for it."""
 
 
@@ -73,7 +73,7 @@ class ComputeThread:
     One thread runs the steps in order. For each it posts LayersComputed events, then StepDone, or StepFailed if the
     engine raises.
 
-    ``layer_events`` off spares a role that has no use for LayersComputed one wake-up per layer.
+    ``layer_events`` off spares a role that has no use for LayersComputed its wake-ups.
     """
 
     def __init__(self, engine: RunsSteps, post: Callable[[object], None], *, layer_events: bool) -> None:
@@ -102,7 +102,7 @@ class ComputeThread:
             self._post(self._run(plan))
 
     def _run(self, plan: StepPlan) -> StepDone | StepFailed:
-        return _answer(plan.step, lambda on_layer: self._engine.run(plan, on_layer), self._post, self._layer_events)
+        return _answer(plan.step, lambda on_layers: self._engine.run(plan, on_layers), self._post, self._layer_events)
 
 
 class PipelinedCompute:
@@ -152,16 +152,16 @@ class PipelinedCompute:
 
 
 def _answer(
-    step: int, compute: Callable[[OnLayer], StepResult], post: Callable[[object], None], layer_events: bool
+    step: int, compute: Callable[[OnLayers], StepResult], post: Callable[[object], None], layer_events: bool
 ) -> StepDone | StepFailed:
     """Return what comes of ``compute``; post its layers if ``layer_events``."""
 
-    def on_layer(layer: int) -> None:
+    def on_layers(layers: range) -> None:
         if layer_events:
-            post(LayersComputed(step, range(layer, layer + 1)))
+            post(LayersComputed(step, layers))
 
     try:
-        return StepDone(compute(on_layer))
+        return StepDone(compute(on_layers))
     except Exception as error:  # the border of the engine: whatever it raised, the machine gets an answer
         logger.exception("step %d failed", step)
         return StepFailed(step, f"{type(error).__name__}: {error}")

@@ -164,13 +164,17 @@ class RouterProcess(Process):
 
 
 class NodeProcess(Process):
-    """A node with its engine and, unless it is mixed, its messager. ``failing_steps``: those in which it breaks."""
+    """A node with its engine and, unless it is mixed, its messager.
+
+    ``failing_steps``: those in which it breaks. ``layers_at_once``: how many layers its engine announces together.
+    """
 
     machine: PrefillMachine | DecodeMachine
 
     def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
         self.config = config
         self.failing_steps: set[int] = set()
+        self.layers_at_once = world.layers_at_once
         self._plans: deque[StepPlan] = deque()
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
         me = peer_id(config.name, incarnation)
@@ -226,12 +230,13 @@ class NodeProcess(Process):
             if isinstance(done, StepResult):
                 self._end_step(StepDone(done))
                 return
-            if self.config.role == "prefill":
-                self.handle(LayersComputed(plan.step, range(done, done + 1)))
+            last = done == self.engine.geometry.num_layers - 1
+            first = done // self.layers_at_once * self.layers_at_once
+            if self.config.role == "prefill" and (last or done + 1 == first + self.layers_at_once):
+                self.handle(LayersComputed(plan.step, range(first, done + 1)))
             if plan.step in self.failing_steps and done == 0:
                 self._end_step(StepFailed(plan.step, "ValueError: told to"))
                 return
-            last = done == self.engine.geometry.num_layers - 1
             self.world.after(0.0 if last else layer_s, advance)
 
         self.world.after(layer_s, advance)
