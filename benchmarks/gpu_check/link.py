@@ -305,7 +305,7 @@ class Computed(NamedTuple):
 
 
 def _compute(engine: DeviceEngine, driver: Driver, messagers: Messagers, name: str, length: int) -> Computed:
-    """Compute a prompt while its KV travels, with a node's compute threads: layers are told while others are launched."""
+    """Compute a prompt with a node's compute threads while its KV travels."""
     tokens = np.random.default_rng(len(name)).integers(0, engine.vocab_size, length).tolist()
     one = sequence(tokens, name)
     plan = driver.plan([(one, length)])

@@ -39,7 +39,7 @@ class KVLink(Protocol):
     A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager; actions in progress
     then need no other answer. A sender identifies its links by the peer, a receiver by a ``link_id``.
 
-    ``max_frame_bytes``: maximum KV of a frame, of one layer or of several.
+    ``max_frame_bytes``: maximum KV of a frame, which may be of several layers.
     """
 
     max_frame_bytes: ClassVar[int]

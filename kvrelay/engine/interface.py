@@ -54,9 +54,9 @@ class Engine(Protocol):
         """Apply the sequence changes of ``plan``, compute its batch and sample. Return an outcome for each sequence.
 
         Calls ``on_layers(layers)`` as soon as the KV of these layers is in ``memory`` for every scheduled token, each
-        layer once and in order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
-        that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits that are not finite,
-        sampling parameters, an exception) is its own outcome and changes nothing for the others.
+        layer once and in order; not for sequences that break a limit, and not at all if all do. The KV of the new
+        tokens of a sequence that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits
+        that are not finite, sampling parameters, an exception) is its own outcome and changes nothing for the others.
 
         Raises only what it cannot attribute to one sequence. Then the KV of the new tokens of the whole batch is
         undefined.

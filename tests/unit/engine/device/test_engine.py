@@ -181,7 +181,8 @@ class Heard(list[int]):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "ends"), [(1, [1]), (2, [1, 2]), (4, [2, 3, 4]), (6, [4, 5, 6]), (32, [*range(4, 29, 4), 30, 31, 32])]
+    ("num_layers", "ends"),
+    [(1, [1]), (2, [1, 2]), (4, [2, 3, 4]), (6, [4, 5, 6]), (32, [*range(4, 29, 4), 30, 31, 32])],
 )
 def test_the_last_layers_are_announced_in_smaller_groups(num_layers: int, ends: list[int]) -> None:
     assert announced_after(num_layers) == ends
