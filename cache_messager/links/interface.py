@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -42,7 +42,7 @@ class KVLink(Protocol):
     ``max_frame_bytes``: maximum KV of a frame, which may be of several layers.
     """
 
-    max_frame_bytes: ClassVar[int]
+    max_frame_bytes: int
 
     def __init__(self, host: LinkHost) -> None: ...
 

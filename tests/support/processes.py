@@ -18,6 +18,7 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    EngineLost,
     Exit,
     LayersComputed,
     Log,
@@ -166,7 +167,8 @@ class RouterProcess(Process):
 class NodeProcess(Process):
     """A node with its engine and, unless it is mixed, its messager.
 
-    ``failing_steps``: those in which it breaks. ``layers_at_once``: how many layers its engine announces together.
+    ``failing_steps``: those in which the engine breaks. ``device_lost_in``: the step from which on its device is lost.
+    ``layers_at_once``: how many layers it announces together.
     """
 
     machine: PrefillMachine | DecodeMachine
@@ -174,6 +176,7 @@ class NodeProcess(Process):
     def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
         self.config = config
         self.failing_steps: set[int] = set()
+        self.device_lost_in: int | None = None
         self.layers_at_once = world.layers_at_once
         self._plans: deque[StepPlan] = deque()
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
@@ -227,6 +230,9 @@ class NodeProcess(Process):
             if not self.alive:
                 return
             done = next(layers)
+            if self.device_lost_in is not None and plan.step >= self.device_lost_in:
+                self._end_step(EngineLost("told to"))
+                return
             if isinstance(done, StepResult):
                 self._end_step(StepDone(done))
                 return
@@ -241,7 +247,7 @@ class NodeProcess(Process):
 
         self.world.after(layer_s, advance)
 
-    def _end_step(self, event: StepDone | StepFailed) -> None:
+    def _end_step(self, event: StepDone | StepFailed | EngineLost) -> None:
         """Answer the plan, and go on with the next one at once."""
         self._plans.popleft()
         if self._plans:

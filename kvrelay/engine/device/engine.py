@@ -16,7 +16,7 @@ from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLau
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.pool import LayersReady
 from kvrelay.engine.device.step_slot import StepSlot
-from kvrelay.engine.isolation import OnLayers, compute_isolated
+from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
@@ -166,14 +166,15 @@ class DeviceStep:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
 
     def finish(self, on_layers: OnLayers) -> StepResult:
-        """Raises errors that it cannot attribute to one sequence."""
+        """Raises DeviceError, and errors that it cannot attribute to one sequence."""
         try:
-            self._tell_layers(on_layers)
-            if self._launched is None:
-                with self._steps.launching:
-                    found = self._compute_now(on_layers)
-            else:
-                found = self._outcomes(self._launched)
+            with self._launcher.checking_device():
+                self._tell_layers(on_layers)
+                if self._launched is None:
+                    with self._steps.launching:
+                        found = self._compute_now(on_layers)
+                else:
+                    found = self._outcomes(self._launched)
         finally:
             if self._launched is None:
                 with self._steps.launching:
@@ -204,7 +205,11 @@ class DeviceStep:
             if layers.stop > told:
                 on_layers(range(max(told, layers.start), layers.stop))
 
-        return compute_isolated(self._plan.step, self._items, compute, tell_rest)
+        return self._isolated(self._items, compute, tell_rest)
+
+    def _isolated(self, items: list[ScheduledSequence], compute: Compute, on_layers: OnLayers) -> list[SequenceOutcome]:
+        """Do as ``compute_isolated``, and raise DeviceError if the device is what broke."""
+        return compute_isolated(self._plan.step, items, self._launcher.checking_device()(compute), on_layers)
 
     def _tell_layers(self, on_layers: OnLayers) -> None:
         """Tell layers once they are where others read them, until all are launched."""
@@ -239,7 +244,7 @@ class DeviceStep:
             launched.slot.done.synchronize()
             return outcomes(launched)
 
-        return compute_isolated(self._plan.step, [item.without_drafts], compute, lambda layers: None)[0]
+        return self._isolated([item.without_drafts], compute, lambda layers: None)[0]
 
 
 def _is_missing(item: ScheduledSequence) -> bool:

@@ -135,7 +135,7 @@ def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunn
     runner, one = make_runner(), sequence(prompt(8), max_tokens=1)
     runner.give_blocks(one, 8)
     planes = planes_of(runner.engine)
-    heard = []
+    heard: list[int] = []
 
     def on_layers(layers: range) -> None:
         heard.extend(layers)

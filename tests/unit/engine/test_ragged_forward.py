@@ -130,7 +130,7 @@ def test_a_block_exchanged_between_steps_is_read_in_its_new_place(engine: Engine
 def test_layers_are_announced_in_order_with_their_kv_in_the_pool(engine: Engine) -> None:
     one = asked(20)
     one.take_blocks([5, 2])
-    planes, heard = planes_of(engine), []
+    planes, heard = planes_of(engine), list[int]()
 
     def on_layers(layers: range) -> None:
         heard.extend(layers)
