@@ -26,6 +26,7 @@ from kvrelay.machine.contract import (
     PeerLost,
     Ready,
     Received,
+    Resumed,
     RunStep,
     Send,
     SetTimer,
@@ -67,6 +68,7 @@ class Process:
         self.aliases: dict[PeerId, PeerId] = {}
         self.alive = True
         self.paused = False
+        self._paused_since_s = 0.0
         self.exit_reason: str | None = None
         self.log: list[Log] = []
         self._backlog: list[object] = []
@@ -104,11 +106,17 @@ class Process:
             self.handlers[type(action)](action)
         self.world.check(self)
 
+    def pause(self) -> None:
+        """Stand still (SIGSTOP): what happens meanwhile is handled after ``resume``."""
+        self.paused = True
+        self._paused_since_s = self.world.now
+
     def resume(self) -> None:
-        """Go on after a pause (SIGCONT)."""
+        """Go on after a pause (SIGCONT). The machine is told of it first; timers that became due come last."""
         self.paused = False
         backlog, self._backlog = self._backlog, []
-        for event in backlog:
+        backlog.sort(key=lambda event: isinstance(event, TimerFired))
+        for event in [Resumed(self.world.now - self._paused_since_s), *backlog]:
             self.handle(event)
 
     def exit(self, reason: str) -> None:
