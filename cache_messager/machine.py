@@ -16,6 +16,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StopRequested,
@@ -53,6 +54,7 @@ MessagerEvent: TypeAlias = (
     | PeerLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | BlocksWritten
     | DeviceLost
@@ -110,6 +112,9 @@ class MessagerMachine:
             case Started():
                 self._outbox.send(self._node, MessagerReady(link=self._link))
                 self._set_heartbeat()
+            case Resumed(paused_s=paused_s):
+                self._sender.resumed(paused_s)
+                self._receiver.resumed(paused_s)
             case StopRequested():
                 self._outbox.do(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
             case _:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from cache_messager.links import link_class
-from cache_messager.links.interface import MAX_FRAME_BYTES
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import PeerId
@@ -51,6 +50,7 @@ class SenderLink:
         "has_moved",
         "inflight_bytes",
         "kind",
+        "max_frame_bytes",
         "offers",
         "peer",
         "ready",
@@ -61,6 +61,7 @@ class SenderLink:
         self.peer = peer
         self.offers = offers
         self.kind = ""
+        self.max_frame_bytes = 0
         self.credit_bytes = 0
         self.inflight_bytes = 0
         self.has_moved = False
@@ -73,12 +74,13 @@ class SenderLink:
         if kind not in [offer.kind for offer in self.offers]:
             raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
+        self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes
         self._free_slots = list(range(min(max_frames, MAX_INFLIGHT_FRAMES)))
 
     def blocks_per_frame(self, layer_block_bytes: int) -> int:
         """Return the maximum blocks per frame. Several frames fit into the credit, so that the link does not idle."""
-        return max(1, min(MAX_FRAME_BYTES, self.credit_bytes // 4) // layer_block_bytes)
+        return max(1, min(self.max_frame_bytes, self.credit_bytes // 4) // layer_block_bytes)
 
     @property
     def room_bytes(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import ClassVar
 
 import msgspec
 
@@ -27,9 +26,13 @@ from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, 
 
 
 class Link:
-    """Copies from the sender's pool on a device to this one's, for a peer on the same host."""
+    """Copies from the sender's pool on a device to this one's, for a peer on the same host.
 
-    max_frames: ClassVar[int] = MAX_INFLIGHT_FRAMES
+    A frame costs the host the same whatever its size, and the device copies its largest in less time than that.
+    """
+
+    max_frame_bytes = 64 << 20
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

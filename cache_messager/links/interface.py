@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
-MAX_FRAME_BYTES = 4 << 20
-"""Maximum payload of a frame, unless one block of one layer has more: large enough for full throughput, small enough
-for fair sharing between transfers."""
-
 UNCHECKED = 0
 """Digest of a frame that is not verified."""
+
+HOST_FRAME_BYTES = 4 << 20
+"""Maximum KV of a frame that the host copies: enough for full throughput, and transfers still share a link fairly."""
 
 
 class LinkHost(Protocol):
@@ -42,10 +41,12 @@ class KVLink(Protocol):
     A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager; actions in progress
     then need no other answer. A sender identifies its links by the peer, a receiver by a ``link_id``.
 
-    ``max_frames``: how many frames of one link a receiver takes before it has acknowledged one.
+    ``max_frame_bytes``: maximum KV of a frame, which may be of several layers. ``max_frames``: maximum frames of one
+    link that the receiver has not acknowledged.
     """
 
-    max_frames: ClassVar[int]
+    max_frame_bytes: int
+    max_frames: int
 
     def __init__(self, host: LinkHost) -> None: ...
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import xxhash
 from msgspec.structs import replace
 
-from cache_messager.links.interface import UNCHECKED, LinkHost
+from cache_messager.links.interface import HOST_FRAME_BYTES, UNCHECKED, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -17,7 +15,8 @@ from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, 
 class PayloadLink:
     """A ``KVLink`` without ``address``, which each kind defines."""
 
-    max_frames: ClassVar[int] = MAX_INFLIGHT_FRAMES
+    max_frame_bytes = HOST_FRAME_BYTES
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

@@ -6,11 +6,9 @@ are read, which nothing else detects.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import msgspec
 
-from cache_messager.links.interface import LinkHost
+from cache_messager.links.interface import HOST_FRAME_BYTES, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
 from kvrelay.errors import TransferError
 from kvrelay.kv_pool.attach import open_pool
@@ -24,7 +22,8 @@ from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, 
 class Link:
     """Copies from the sender's pool, which the receiver maps; for a peer on the same host."""
 
-    max_frames: ClassVar[int] = MAX_INFLIGHT_FRAMES
+    max_frame_bytes = HOST_FRAME_BYTES
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

@@ -8,15 +8,12 @@ memory too. A thread owns the library; it is loaded with the first link.
 
 from __future__ import annotations
 
-import time
-from typing import ClassVar
-
-from cache_messager.links.interface import MAX_FRAME_BYTES, LinkHost
+from cache_messager.links.interface import HOST_FRAME_BYTES, LinkHost
 from cache_messager.links.nixl.agent import create_agent, reason_against
 from cache_messager.links.nixl.receiver import FrameReader
 from cache_messager.links.nixl.sender import FrameWriter
 from cache_messager.links.nixl.staging import NUM_SLOTS, Areas
-from cache_messager.links.nixl.thread import PollingThread
+from cache_messager.links.nixl.thread import PollingThread, RunningClock
 from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost, violation
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -33,12 +30,14 @@ _IDLE_PAUSE_S = 0.01
 class Link:
     """Writes to staging memory of a peer, for peers on other hosts."""
 
-    max_frames: ClassVar[int] = NUM_SLOTS
+    max_frame_bytes = HOST_FRAME_BYTES
+    max_frames = NUM_SLOTS
     create_agent = staticmethod(create_agent)
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
         self._thread = PollingThread("nixl link", self._poll, self._thread_failed)
+        self._clock = RunningClock()
         self._ends: tuple[FrameWriter, FrameReader] | None = None
 
     @staticmethod
@@ -108,7 +107,7 @@ class Link:
             problem = f"{sum(part.nbytes for part in payload)} bytes of payload on a nixl link"
             self._host.post(BlocksWritten(link_id, frame, violation("the sender", problem)))
             return
-        self._thread.do(lambda: self._reader.write(link_id, frame, time.monotonic()))
+        self._thread.do(lambda: self._reader.write(link_id, frame, self._clock.now()))
 
     def drop(self, link_id: int) -> None:
         """End the waiting for frames of this link, and reuse its memory."""
@@ -133,7 +132,7 @@ class Link:
         """Return both ends, and create them if there are none. Raises TransferError."""
         if self._ends is None:
             agent = self.create_agent()
-            areas = Areas(agent, max(MAX_FRAME_BYTES, self._host.pool.geometry.layer_block_bytes))
+            areas = Areas(agent, max(HOST_FRAME_BYTES, self._host.pool.geometry.layer_block_bytes))
             self._ends = FrameWriter(self._host, agent, areas), FrameReader(self._host, agent, areas)
         return self._ends
 
@@ -146,8 +145,8 @@ class Link:
         if self._ends is None:
             return None
         writer, reader = self._ends
-        writer.advance(time.monotonic())
-        reader.advance(time.monotonic())
+        writer.advance(self._clock.now())
+        reader.advance(self._clock.now())
         if writer.is_busy or reader.is_busy:
             return _BUSY_PAUSE_S
         return _IDLE_PAUSE_S if reader.has_links else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -10,6 +11,24 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
+
+_LONGEST_STEP_S = 0.2
+
+
+class RunningClock:
+    """Seconds that this process has run. A pause of the process, for which no peer is to blame, counts as a moment."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._last_s = monotonic()
+        self._now_s = 0.0
+
+    def now(self) -> float:
+        """Return the time, if it is read often."""
+        read_s = self._monotonic()
+        self._now_s += min(read_s - self._last_s, _LONGEST_STEP_S)
+        self._last_s = read_s
+        return self._now_s
 
 
 class PollingThread:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, SERVICE, D, P, Pair, one_of_each
 
+from cache_messager.links import link_class
 from cache_messager.work import FrameSent, LinkLost, SendFrame
 from kvrelay.errors import TransferError
 from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
@@ -634,8 +635,8 @@ def test_only_kind_of_link_is_used_again_after_it_was_lost() -> None:
 
 
 def test_no_more_frames_are_under_way_than_the_receiver_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache_messager.sender_link.MAX_FRAME_BYTES", BLOCK_BYTES)
     with Pair() as pair:
+        monkeypatch.setattr(link_class(pair.fastest), "max_frame_bytes", BLOCK_BYTES)
         slots: dict[tuple[int, int], int] = {}
 
         def watch(_src: PeerId, _dst: PeerId, message: Message) -> list[Message]:

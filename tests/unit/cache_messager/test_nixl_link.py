@@ -22,6 +22,7 @@ from cache_messager.links.nixl.agent import Agent
 from cache_messager.links.nixl.receiver import FrameReader
 from cache_messager.links.nixl.sender import FrameWriter
 from cache_messager.links.nixl.staging import NUM_SLOTS, Areas
+from cache_messager.links.nixl.thread import RunningClock
 from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost
 from kvrelay.errors import CorruptKVError, PeerLostError, TransferError, TransferTimeoutError
 from kvrelay.kv_pool.interface import KVPool
@@ -386,6 +387,12 @@ def test_a_bug_in_the_links_thread_ends_the_messager(monkeypatch: pytest.MonkeyP
         event = host.events[0]
         assert isinstance(event, DeviceLost)
         assert "ZeroDivisionError" in event.reason
+
+
+def test_a_pause_of_the_process_is_no_time_that_a_peer_took() -> None:
+    times = iter([100.0, 100.1, 100.2, 160.2, 160.3])
+    clock = RunningClock(lambda: next(times))
+    assert [round(clock.now(), 3) for _ in range(4)] == [0.1, 0.2, 0.4, 0.5]
 
 
 def test_pools_of_different_memory_have_no_nixl_link() -> None:
