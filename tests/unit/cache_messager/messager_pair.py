@@ -170,6 +170,7 @@ class Pair:
         pool = make_pool(geometry, NUM_BLOCKS, on_device=self.on_device)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
         links = cast(tuple[str, ...], changes.get("links", ("shm", "ipc", "tcp")))
+        links = tuple(kind for kind in links if kind != "nixl")  # it has a thread of its own
         if "cuda" not in links:
             links = tuple(self.fastest if kind == "shm" else kind for kind in links)
         chosen = settings(me, pool.handle, **{**changes, "links": links})

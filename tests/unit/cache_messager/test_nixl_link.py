@@ -23,11 +23,14 @@ from cache_messager.links.nixl.receiver import FrameReader
 from cache_messager.links.nixl.sender import FrameWriter
 from cache_messager.links.nixl.staging import NUM_SLOTS, Areas
 from cache_messager.links.nixl.thread import RunningClock
+from cache_messager.sender_link import choose_route
 from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost
+from kvrelay.config.sections import TransferConfig
 from kvrelay.errors import CorruptKVError, PeerLostError, TransferError, TransferTimeoutError
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import PeerId
-from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
 D = PeerId("d0.messager#1")
 OTHER = PeerId("d1.messager#1")
@@ -387,6 +390,13 @@ def test_a_bug_in_the_links_thread_ends_the_messager(monkeypatch: pytest.MonkeyP
         event = host.events[0]
         assert isinstance(event, DeviceLost)
         assert "ZeroDivisionError" in event.reason
+
+
+@pytest.mark.parametrize(("host", "kinds"), [("here", ["cuda", "shm", "ipc"]), ("there", ["nixl", "tcp"])])
+def test_auto_offers_nixl_to_other_hosts_and_before_tcp(host: str, kinds: list[str]) -> None:
+    offers = [LinkOffer(kind, b"") for kind in TransferConfig().link_kinds]
+    route = choose_route(offers, "here", LinkAddress(peer=D, host_id=host, tcp="tcp://d0", ipc="ipc://d0"))
+    assert [offer.kind for offer in route.offers] == kinds
 
 
 def test_a_pause_of_the_process_is_no_time_that_a_peer_took() -> None:
