@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from engine_runs import engine_sequence
+from support.ids import block_ids
 
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import ScheduledSequence
@@ -35,7 +36,7 @@ class Model:
 def isolated(model: Model, tokens: list[int]) -> tuple[list[SequenceOutcome], list[int]]:
     """Compute a sequence of each token; return what came of them, and the layers told."""
     layers: list[int] = []
-    batch = [ScheduledSequence(engine_sequence([token], [0]), 0, 1, True, 0) for token in tokens]
+    batch = [ScheduledSequence(engine_sequence([token], block_ids(0)), 0, 1, True, 0) for token in tokens]
     return compute_isolated(3, batch, model.compute, layers.append), layers
 
 
