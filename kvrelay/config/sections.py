@@ -491,6 +491,9 @@ class FakeEngineConfig(Section):
         le=1 << 24,
         description="A sequence with this token fails like one with hidden states that are not finite.",
     )
+    fatal_token: int | None = Field(
+        None, ge=0, le=1 << 24, description="The step that computes this token fails like one that loses its device."
+    )
     max_plans_in_flight: int = Field(
         1, ge=1, le=2, description="Plans in flight; 2: as a device with a queue of steps."
     )

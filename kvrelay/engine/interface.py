@@ -17,8 +17,8 @@ class EnginePort(Protocol):
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
-    the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.machine.contract``). Plans are computed
-    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
+    the pool for every scheduled token, then StepDone, StepFailed or EngineLost (``kvrelay.machine.contract``). It
+    computes and answers plans in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
     ``PipelinedCompute`` of a ``PipelinedEngine``.
     """
 
@@ -59,11 +59,11 @@ class Engine(Protocol):
         sampling parameters, an exception) is its own outcome and changes nothing for the others.
 
         Raises only what it cannot attribute to one sequence. Then the KV of the new tokens of the whole batch is
-        undefined.
+        undefined. DeviceError: the device is broken for good, and so is every later step.
         """
 
     def close(self) -> None:
-        """Release the pool's memory and the weights."""
+        """Release the pool's memory and the weights, also if the device is broken."""
 
 
 class EngineStep(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import DeviceError
 from kvrelay.protocol.messages.engine import SequenceFailed, SequenceOutcome
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,9 @@ def compute_isolated(
 ) -> list[SequenceOutcome]:
     """Return the outcomes of ``compute`` for ``batch``. If it raises, compute the halves of the batch, recursively.
 
-    An exception from a batch of one sequence is the error of that sequence. Computing tokens again is safe, because it
-    writes the same KV to the same slots. ``on_layer`` is called once for each layer, in order, when the whole batch has
-    computed it.
+    An exception from a batch of one sequence is the error of that sequence. DeviceError is the error of no sequence and
+    is raised. Computing tokens again is safe, because it writes the same KV to the same slots. ``on_layer`` is called
+    once for each layer, in order, when the whole batch has computed it.
     """
     layers = _Layers(on_layer)
     outcomes = _outcomes(step, batch, compute, layers.tell, layers.note)
@@ -36,6 +37,8 @@ def _outcomes(
 ) -> list[SequenceOutcome]:
     try:
         return compute(batch, on_layer)
+    except DeviceError:
+        raise
     except Exception as error:  # the border of the step: whatever was raised, each sequence gets an outcome
         logger.exception("step %d failed with %d sequences", step, len(batch))
         reason = f"{type(error).__name__}: {error}"

@@ -62,6 +62,13 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """Answers RunStep: the engine's device is broken for good, and with it every step now and later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """Answers SetTimer."""
 
@@ -116,6 +123,7 @@ CoreEvent: TypeAlias = (
     | LayersComputed
     | StepDone
     | StepFailed
+    | EngineLost
     | TimerFired
     | Started
     | StopRequested
@@ -153,7 +161,10 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one model step after those asked for before. StepDone or StepFailed follows, after LayersComputed events."""
+    """Run one model step after those asked for before.
+
+    StepDone, StepFailed or EngineLost follows, after LayersComputed events.
+    """
 
     plan: StepPlan
 

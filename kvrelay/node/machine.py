@@ -15,6 +15,7 @@ from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, T
 from kvrelay.machine.contract import (
     CoreAction,
     CoreEvent,
+    EngineLost,
     Exit,
     KVLoaded,
     KVStaged,
@@ -155,6 +156,8 @@ class NodeMachine(ABC, Generic[R, S]):
         match event:
             case StepDone() | StepFailed():
                 self._step_ended(event)
+            case EngineLost(reason=reason):
+                self._engine_lost(reason)
             case LayersComputed():
                 self._layers_computed(event)
             case Received(peer=peer, message=message):
@@ -276,6 +279,10 @@ class NodeMachine(ABC, Generic[R, S]):
             self._router_lost(peer, reason)
         else:
             self._node_lost(peer, reason)
+
+    def _engine_lost(self, reason: str) -> None:
+        self._fail_all(f"the node's device is lost: {reason}")
+        self._outbox.do(Log("error", "device lost", {"reason": reason}), Exit("device lost"))
 
     def _router_lost(self, router: PeerId, reason: str) -> None:
         if self._membership.lost(router):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
+from kvrelay.errors import DeviceError
+from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ def compute_for(engine: RunsSteps | BeginsSteps, post: Callable[[object], None],
 class ComputeThread:
     """Gives an engine that computes one step at a time the interface of ``kvrelay.engine.interface.EnginePort``.
 
-    One thread runs the steps in order. For each it posts LayersComputed events, then StepDone, or StepFailed if the
-    engine raises.
+    One thread runs the steps in order. For each it posts LayersComputed events, then StepDone; StepFailed if the engine
+    raises, or EngineLost if it raises DeviceError.
 
     ``layer_events`` off spares a role that has no use for LayersComputed one wake-up per layer.
     """
@@ -101,7 +102,7 @@ class ComputeThread:
         while (plan := self._plans.get()) is not None:
             self._post(self._run(plan))
 
-    def _run(self, plan: StepPlan) -> StepDone | StepFailed:
+    def _run(self, plan: StepPlan) -> StepDone | StepFailed | EngineLost:
         return _answer(plan.step, lambda on_layer: self._engine.run(plan, on_layer), self._post, self._layer_events)
 
 
@@ -153,7 +154,7 @@ class PipelinedCompute:
 
 def _answer(
     step: int, compute: Callable[[OnLayer], StepResult], post: Callable[[object], None], layer_events: bool
-) -> StepDone | StepFailed:
+) -> StepDone | StepFailed | EngineLost:
     """Return what comes of ``compute``; post its layers if ``layer_events``."""
 
     def on_layer(layer: int) -> None:
@@ -162,6 +163,8 @@ def _answer(
 
     try:
         return StepDone(compute(on_layer))
+    except DeviceError as error:
+        return EngineLost(error.message)
     except Exception as error:  # the border of the engine: whatever it raised, the machine gets an answer
         logger.exception("step %d failed", step)
         return StepFailed(step, f"{type(error).__name__}: {error}")

@@ -176,6 +176,18 @@ def test_a_messager_dies_and_its_node_with_it(which: int) -> None:
         assert client.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("name", ["p0", "d0"])
+def test_a_device_is_lost_and_its_node_leaves(name: str, step: int) -> None:
+    with World(prefill=2, decode=2, engine={"eos_every": 0}) as world:
+        node = world.nodes[name]
+        node.device_lost_in = step
+        clients = [world.submit(PROMPT_LEN, MAX_TOKENS, temperature=1.0) for _ in range(12)]
+        world.settle(30.0)
+        assert node.exit_reason == "device lost"
+        assert {client.finish_reason for client in clients} == {FinishReason.LENGTH}
+
+
 def test_abort_and_then_the_prefill_node_dies() -> None:
     """F02: D's blocks come back although nobody is left to say that the reservation is over."""
     with World(engine={"eos_every": 0}) as world:

@@ -18,6 +18,7 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    EngineLost,
     Exit,
     LayersComputed,
     Log,
@@ -164,13 +165,17 @@ class RouterProcess(Process):
 
 
 class NodeProcess(Process):
-    """A node with its engine and, unless it is mixed, its messager. ``failing_steps``: those in which it breaks."""
+    """A node with its engine and, unless it is mixed, its messager.
+
+    ``failing_steps``: those in which the engine breaks. ``device_lost_in``: the step from which on its device is lost.
+    """
 
     machine: PrefillMachine | DecodeMachine
 
     def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
         self.config = config
         self.failing_steps: set[int] = set()
+        self.device_lost_in: int | None = None
         self._plans: deque[StepPlan] = deque()
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
         me = peer_id(config.name, incarnation)
@@ -223,6 +228,9 @@ class NodeProcess(Process):
             if not self.alive:
                 return
             done = next(layers)
+            if self.device_lost_in is not None and plan.step >= self.device_lost_in:
+                self._end_step(EngineLost("told to"))
+                return
             if isinstance(done, StepResult):
                 self._end_step(StepDone(done))
                 return
@@ -236,7 +244,7 @@ class NodeProcess(Process):
 
         self.world.after(layer_s, advance)
 
-    def _end_step(self, event: StepDone | StepFailed) -> None:
+    def _end_step(self, event: StepDone | StepFailed | EngineLost) -> None:
         """Answer the plan, and go on with the next one at once."""
         self._plans.popleft()
         if self._plans:

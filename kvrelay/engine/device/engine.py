@@ -16,7 +16,7 @@ from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLau
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.pool import LayersReady
 from kvrelay.engine.device.step_slot import StepSlot
-from kvrelay.engine.isolation import OnLayer, compute_isolated
+from kvrelay.engine.isolation import Compute, OnLayer, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
@@ -166,14 +166,15 @@ class DeviceStep:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
 
     def finish(self, on_layer: OnLayer) -> StepResult:
-        """Raises errors that it cannot attribute to one sequence."""
+        """Raises DeviceError, and errors that it cannot attribute to one sequence."""
         try:
-            self._tell_layers(on_layer)
-            if self._launched is None:
-                with self._steps.launching:
-                    found = self._compute_now(on_layer)
-            else:
-                found = self._outcomes(self._launched)
+            with self._launcher.checking_device():
+                self._tell_layers(on_layer)
+                if self._launched is None:
+                    with self._steps.launching:
+                        found = self._compute_now(on_layer)
+                else:
+                    found = self._outcomes(self._launched)
         finally:
             if self._launched is None:
                 with self._steps.launching:
@@ -199,9 +200,11 @@ class DeviceStep:
             return self._outcomes(launched)
 
         told = self._num_told
-        return compute_isolated(
-            self._plan.step, self._items, compute, lambda layer: on_layer(layer) if layer >= told else None
-        )
+        return self._isolated(self._items, compute, lambda layer: on_layer(layer) if layer >= told else None)
+
+    def _isolated(self, items: list[ScheduledSequence], compute: Compute, on_layer: OnLayer) -> list[SequenceOutcome]:
+        """Do as ``compute_isolated``, and raise DeviceError if the device is what broke."""
+        return compute_isolated(self._plan.step, items, self._launcher.checking_device()(compute), on_layer)
 
     def _tell_layers(self, on_layer: OnLayer) -> None:
         """Tell each layer once it is where others read it, until all are launched."""
@@ -237,7 +240,7 @@ class DeviceStep:
             launched.slot.done.synchronize()
             return outcomes(launched)
 
-        return compute_isolated(self._plan.step, [item.without_drafts], compute, lambda layer: None)[0]
+        return self._isolated([item.without_drafts], compute, lambda layer: None)[0]
 
 
 def _is_missing(item: ScheduledSequence) -> bool:

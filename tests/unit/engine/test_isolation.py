@@ -10,6 +10,7 @@ from support.ids import block_ids
 
 from kvrelay.engine.isolation import OnLayer, compute_isolated
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import DeviceError
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 
 GOOD, BAD = 1, 2
@@ -53,6 +54,19 @@ def test_the_others_of_a_step_that_breaks_are_computed_without_the_one_that_brea
     model = Model()
     assert isolated(model, tokens)[0] == outcomes
     assert len(model.sizes) <= 2 * 3 + 1  # halves of 7, of 4 or 3, of 2
+
+
+def test_a_lost_device_is_the_error_of_no_sequence() -> None:
+    calls: list[int] = []
+
+    def compute(batch: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+        calls.append(len(batch))
+        raise DeviceError("an illegal address")
+
+    batch = [ScheduledSequence(engine_sequence([token], [0]), 0, 1, True, 0) for token in range(4)]
+    with pytest.raises(DeviceError, match="an illegal address"):
+        compute_isolated(3, batch, compute, lambda layer: None)
+    assert calls == [4]
 
 
 def test_several_that_break_a_step_fail_each_with_an_error_of_its_own() -> None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
+from kvrelay.errors import DeviceError
+from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, ScheduledTokens, StepPlan, StepResult
 from kvrelay.runtime.compute_thread import ComputeThread, compute_for
 
-BROKEN = SequenceId(13)
+BROKEN, FATAL = SequenceId(13), SequenceId(14)
 
 
 @dataclass
 class Engine:
-    """Three layers; a batch with sequence 13 breaks after the first of them."""
+    """Three layers; a batch with sequence 13 breaks after the first of them, and one with 14 breaks the device."""
 
     max_plans_in_flight: int = 2
     steps: list[int] = field(default_factory=list)
@@ -30,6 +31,8 @@ class Engine:
             on_layer(layer)
             if any(item.id == BROKEN for item in plan.batch):
                 raise ValueError("out of memory")
+            if any(item.id == FATAL for item in plan.batch):
+                raise DeviceError("an illegal address")
         return StepResult(step=plan.step, outcomes={item.id: SampledTokens([7], []) for item in plan.batch})
 
 
@@ -66,6 +69,10 @@ def test_an_engine_that_raises_fails_the_step_and_the_next_one_runs(caplog: pyte
     assert events[:2] == [LayersComputed(3, range(1)), StepFailed(3, "ValueError: out of memory")]
     assert events[-1] == done(4, 1)
     assert "step 3 failed" in caplog.text
+
+
+def test_a_lost_device_is_told_from_a_step_that_failed() -> None:
+    assert events_of([plan(3, 1, 14)], layer_events=False) == [EngineLost("an illegal address")]
 
 
 def test_the_thread_takes_as_many_plans_ahead_as_its_engine() -> None:

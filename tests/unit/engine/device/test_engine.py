@@ -22,7 +22,7 @@ from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
-from kvrelay.errors import EngineError
+from kvrelay.errors import DeviceError, EngineError
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.node.plans import Chunk
@@ -39,10 +39,10 @@ def make(tiny_dir: Path) -> Iterator[Make]:
     """Make engines of the tiny checkpoint, closed at the end."""
     made: list[DeviceEngine] = []
 
-    def make_one(**limits: Any) -> DeviceEngine:
+    def make_one(framework: TorchFramework | None = None, **limits: Any) -> DeviceEngine:
         config = read_decoder_config(tiny_dir)
         checkpoint = Checkpoint.open(tiny_dir, config, lambda done, total: None)
-        framework = TorchFramework("cpu")
+        framework = framework or TorchFramework("cpu")
         weights = load_weights(checkpoint, DevicePacking(framework, "float32"))
         geometry = KVGeometry(4, config.num_kv_heads, config.head_dim, 16, "float32", checkpoint.digest())
         sizes = {"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
@@ -327,3 +327,69 @@ def _spoiled(sample: Any) -> Any:
         return sample(logits, step)
 
     return with_nan
+
+
+class BreakingFramework(TorchFramework):
+    """A device that a CUDA error may break: then everything that touches it raises, ``synchronize`` too."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.breaks_when = ""
+        self.is_broken = False
+
+    def touch(self, when: str) -> None:
+        self.is_broken |= self.breaks_when == when
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def copy(self, target: Any, source: Any) -> None:
+        self.touch("copied")
+        super().copy(target, source)
+
+    def event(self) -> Any:
+        return TouchingEvent(self)
+
+    def synchronize(self) -> None:
+        if self.is_broken:
+            raise DeviceError("CUDA: an illegal memory access was encountered")
+
+
+class TouchingEvent:
+    def __init__(self, framework: BreakingFramework) -> None:
+        self._framework = framework
+
+    def record(self, stream: Any) -> None:
+        self._framework.touch("recorded")
+
+    def synchronize(self) -> None:
+        self._framework.touch("awaited")
+
+
+@pytest.mark.parametrize("when", ["copied", "recorded", "awaited"])
+def test_a_device_that_breaks_is_no_error_of_sequences(when: str, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    framework = BreakingFramework()
+    engine = make(framework)
+    one, two, runner = sequence(prompt(20), "one"), sequence(prompt(9), "two"), Runner(engine)
+    for each in (one, two):
+        runner.give_blocks(each, each.num_tokens)
+    framework.breaks_when = when
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="illegal memory access"):
+            run_batch(engine, (one, Chunk(0, 20, True)), (two, Chunk(0, 9, True)))
+    caplog.clear()  # tracebacks hold views of the pool
+
+
+def test_an_error_that_leaves_the_device_whole_is_one_of_sequences(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make()
+    monkeypatch.setattr(engine.launcher.decoder, "compute", _out_of_memory)
+    one, runner = sequence(prompt(20), "one"), Runner(engine)
+    runner.give_blocks(one, 20)
+    (failed,) = outcomes_in_order(run_batch(engine, (one, Chunk(0, 20, True))))
+    assert isinstance(failed, SequenceFailed) and failed.retryable
+    caplog.clear()
+
+
+def _out_of_memory(*arguments: Any) -> Any:
+    raise RuntimeError("CUDA out of memory")
