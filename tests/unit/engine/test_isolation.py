@@ -63,7 +63,7 @@ def test_a_lost_device_is_the_error_of_no_sequence() -> None:
         calls.append(len(batch))
         raise DeviceError("an illegal address")
 
-    batch = [ScheduledSequence(engine_sequence([token], [0]), 0, 1, True, 0) for token in range(4)]
+    batch = [ScheduledSequence(engine_sequence([token], block_ids(0)), 0, 1, True, 0) for token in range(4)]
     with pytest.raises(DeviceError, match="an illegal address"):
         compute_isolated(3, batch, compute, lambda layer: None)
     assert calls == [4]
