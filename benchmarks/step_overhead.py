@@ -123,13 +123,13 @@ def measure(
     for index in range(batch_size):
         plan = plan_in(machine.handle(Received(ROUTER, Generate(request=greedy(index))), 0.0)) or plan
     while plan is not None and (len(plan.batch) < batch_size or plan.num_tokens > batch_size):
-        plan = plan_in(machine.handle(StepDone(engine.run(plan, lambda layer: None)), 0.0))
+        plan = plan_in(machine.handle(StepDone(engine.run(plan, lambda layers: None)), 0.0))
     before = dict(timed.by_operation)
     spent = []
     for _ in range(steps):
         assert plan is not None
         in_kernels, began = timed.seconds, clock()
-        result = engine.run(plan, lambda layer: None)
+        result = engine.run(plan, lambda layers: None)
         computed = clock()
         actions = machine.handle(StepDone(result), 0.0)
         scheduled = clock()
@@ -154,7 +154,7 @@ def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
         plan = plans.write(0, [sequence], [Chunk(0, PROMPT_TOKENS, True)])
         plans.leave(sequence)
         before = dict(timed.by_operation)
-        engine.run(plan, lambda layer: None)
+        engine.run(plan, lambda layers: None)
         found.append(since(before, timed))
     return min(found, key=lambda spent: sum(spent.values()))
 

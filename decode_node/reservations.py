@@ -72,6 +72,12 @@ class Reservations:
         """Note that ``peer`` was heard."""
         self._alive.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: renewals of leases may be unread, and the like."""
+        self._alive.resumed(paused_s, self._outbox.now)
+        for request in self._requests.receiving:
+            request.lease_until_s += paused_s
+
     # ------------------------------------------------------------ reserving
 
     def reserve(self, peer: PeerId, message: ReserveBlocks, inadmissible: ErrorInfo | None) -> None:
