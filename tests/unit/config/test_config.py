@@ -146,7 +146,7 @@ def test_the_shipped_configs_load(name: str) -> None:
 
 
 def test_every_key_is_described_and_every_number_bounded() -> None:
-    sections = [NodeConfig, *Section.__subclasses__()]
+    sections: list[type[Section]] = [NodeConfig, *Section.__subclasses__()]
     for section in sections:
         for name, key in section.model_json_schema(mode="serialization")["properties"].items():
             assert "$ref" in key or key.get("description"), f"{section.__name__}.{name}"
