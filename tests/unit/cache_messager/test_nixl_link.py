@@ -14,6 +14,7 @@ import uvloop
 from fake_nixl import Fabric, FakeAgent, FakeWrite
 from messager_pair import GEOMETRY, NUM_BLOCKS
 from pools import Pool, make_pool, wrote
+from support.ids import block_ids
 from test_fourth_link import two_nodes
 
 from cache_messager.links import nixl
@@ -28,14 +29,14 @@ from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost
 from kvrelay.config.sections import TransferConfig
 from kvrelay.errors import CorruptKVError, PeerLostError, TransferError, TransferTimeoutError
 from kvrelay.kv_pool.interface import KVPool
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
 D = PeerId("d0.messager#1")
 OTHER = PeerId("d1.messager#1")
 TIMEOUT_S = 5.0
-SOURCES, TARGETS = [5, 1, 2], [0, 7, 4]
+SOURCES, TARGETS = block_ids(5, 1, 2), block_ids(0, 7, 4)
 
 
 class Host:
@@ -73,7 +74,7 @@ class End:
     def send(self, peer: PeerId, slot: int = 0, layer: int = 0) -> KVFrame:
         """Send SOURCES of ``layer`` and return the frame as the machine made it."""
         frame = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=layer,
             first_block=0,
@@ -363,7 +364,7 @@ def fabric(monkeypatch: pytest.MonkeyPatch) -> Fabric:
 
 
 def test_two_messagers_move_blocks(tmp_path: Path, fabric: Fabric) -> None:
-    blocks = np.random.default_rng(7).permutation(NUM_BLOCKS).tolist()
+    blocks = block_ids(*np.random.default_rng(7).permutation(NUM_BLOCKS).tolist())
     assert uvloop.run(two_nodes(tmp_path, blocks[:40], blocks[20:60], ("nixl", "tcp"))) == "nixl"
     assert len(fabric.agents) == 2
 
@@ -375,7 +376,7 @@ def test_a_receiver_without_the_library_takes_the_next_offer(
         raise TransferError("the library nixl is not installed")
 
     monkeypatch.setattr(nixl.Link, "create_agent", staticmethod(create_none))
-    assert uvloop.run(two_nodes(tmp_path, [1, 2], [3, 4], ("nixl", "tcp"))) == "tcp"
+    assert uvloop.run(two_nodes(tmp_path, block_ids(1, 2), block_ids(3, 4), ("nixl", "tcp"))) == "tcp"
     assert not fabric.agents
 
 

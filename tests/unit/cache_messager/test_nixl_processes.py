@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from messager_node import MessagerNode
+from support.ids import block_ids
 from test_messager_processes import NUM_BLOCKS, run, transfer
 
 from cache_messager.links.nixl.agent import reason_against
 from cache_messager.links.nixl.staging import NUM_SLOTS
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -43,22 +45,27 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_blocks_move_by_nixl(directory: Path, on_device: bool) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        shuffled = np.random.default_rng(1).permutation(NUM_BLOCKS).tolist()
+        shuffled = block_ids(*np.random.default_rng(1).permutation(NUM_BLOCKS).tolist())
         assert await transfer(p, d, shuffled[:99], shuffled[50:149], request_id="scattered") == "nixl"
         d.pool.planes[:] = 0
-        assert await transfer(p, d, list(range(100)), list(range(100, 200)), request_id="in one piece") == "nixl"
+        assert (
+            await transfer(
+                p, d, block_ids(*range(100)), block_ids(*range(100, 200)), request_id=RequestId("in one piece")
+            )
+            == "nixl"
+        )
 
     run(scenario, directory, links=("nixl", "tcp"), on_device=on_device)
 
 
 async def move_to_both(p: MessagerNode, lost: MessagerNode, other: MessagerNode) -> None:
     """Begin a transfer to each; the one to ``lost`` fails, the other arrives."""
-    for name, d in (("b", lost), ("c", other)):
+    for name, d in ((RequestId("b"), lost), (RequestId("c"), other)):
         if d is other:
-            d.say(ExpectKV(request_id=name, epoch=1, first_block=0, target_block_ids=[5, 6]))
+            d.say(ExpectKV(request_id=name, epoch=1, first_block=0, target_block_ids=block_ids(5, 6)))
             await d.hears(KVExpected)
-        p.say(CachedSignal(span=KVSpan(name, 1, 0, [1, 2])))
-        p.say(OpenTransfer(request_id=name, epoch=1, link=d.link, first_block=0, target_block_ids=[5, 6]))
+        p.say(CachedSignal(span=KVSpan(name, 1, 0, block_ids(1, 2))))
+        p.say(OpenTransfer(request_id=name, epoch=1, link=d.link, first_block=0, target_block_ids=block_ids(5, 6)))
     endings: dict[str, TransferDone | TransferFailed] = {}
     while len(endings) < 2:
         ending = await p.hears(Message)
@@ -74,7 +81,7 @@ async def move_to_both(p: MessagerNode, lost: MessagerNode, other: MessagerNode)
 
 def test_a_killed_receiver_fails_its_transfer_and_no_other(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode, other: MessagerNode) -> None:
-        assert await transfer(p, d, [1, 2], [3, 4]) == "nixl"
+        assert await transfer(p, d, block_ids(1, 2), block_ids(3, 4)) == "nixl"
         d.process.kill()
         await d.process.wait()
         await move_to_both(p, d, other)
@@ -84,69 +91,70 @@ def test_a_killed_receiver_fails_its_transfer_and_no_other(directory: Path) -> N
 
 def test_a_frozen_receiver_fails_its_transfer_and_no_other(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode, other: MessagerNode) -> None:
-        assert await transfer(p, d, [1, 2], [3, 4]) == "nixl"
+        assert await transfer(p, d, block_ids(1, 2), block_ids(3, 4)) == "nixl"
         os.kill(d.process.pid, signal.SIGSTOP)
         try:
             await move_to_both(p, d, other)
-            p.say(CloseTransfer(request_id="b", epoch=1))
+            p.say(CloseTransfer(request_id=RequestId("b"), epoch=1))
             await p.hears(TransferClosed)
         finally:
             os.kill(d.process.pid, signal.SIGCONT)
         d.pool.planes[:] = 0
-        assert await transfer(p, d, [11, 12], [13, 14], request_id="d") == "nixl"
+        assert await transfer(p, d, block_ids(11, 12), block_ids(13, 14), request_id="d") == "nixl"
 
     run(scenario, directory, names=("p0", "d0", "d1"), links=("nixl",), peer_timeout_s=1.5)
 
 
 def test_a_killed_sender_fails_the_expectation_and_the_receiver_serves_others(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode, other: MessagerNode) -> None:
-        for name, targets in (("b", [5, 6]), ("a", [3, 4])):
+        for name, targets in ((RequestId("b"), block_ids(5, 6)), (RequestId("a"), block_ids(3, 4))):
             d.say(ExpectKV(request_id=name, epoch=1, first_block=0, target_block_ids=targets))
             await d.hears(KVExpected)
             p.say(OpenTransfer(request_id=name, epoch=1, link=d.link, first_block=0, target_block_ids=targets))
-        p.say(LayerSignal(step=1, layer=0, spans=[KVSpan("b", 1, 0, [1, 2])]))
-        p.say(CachedSignal(span=KVSpan("a", 1, 0, [1, 2])))
+        p.say(LayerSignal(step=1, layer=0, spans=[KVSpan(RequestId("b"), 1, 0, block_ids(1, 2))]))
+        p.say(CachedSignal(span=KVSpan(RequestId("a"), 1, 0, block_ids(1, 2))))
         await d.hears(KVArrived)
         p.process.kill()
         await p.process.wait()
         assert (await d.hears(KVFailed)).error.code == "peer_lost"
         d.pool.planes[:] = 0
-        assert await transfer(other, d, [7, 8], [5, 6], request_id="c") == "nixl"
+        assert await transfer(other, d, block_ids(7, 8), block_ids(5, 6), request_id="c") == "nixl"
 
     run(scenario, directory, names=("p0", "d0", "p1"), leftovers=1, links=("nixl",), peer_timeout_s=1.0)
 
 
 def test_frames_of_an_epoch_that_is_over_leave_the_blocks_alone(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        d.say(ExpectKV(request_id="a", epoch=1, first_block=0, target_block_ids=[3, 4]))
+        targets = block_ids(3, 4)
+        d.say(ExpectKV(request_id=RequestId("a"), epoch=1, first_block=0, target_block_ids=targets))
         await d.hears(KVExpected)
-        p.say(OpenTransfer(request_id="a", epoch=1, link=d.link, first_block=0, target_block_ids=[3, 4]))
-        d.say(CancelKV(request_id="a", epoch=1))
+        p.say(OpenTransfer(request_id=RequestId("a"), epoch=1, link=d.link, first_block=0, target_block_ids=targets))
+        d.say(CancelKV(request_id=RequestId("a"), epoch=1))
         await d.hears(KVCancelled)
         p.pool.planes[:, :, [1, 2]] = 77
-        p.say(CachedSignal(span=KVSpan("a", 1, 0, [1, 2])))
+        p.say(CachedSignal(span=KVSpan(RequestId("a"), 1, 0, block_ids(1, 2))))
         assert (await p.hears(TransferFailed)).error.code == "transfer_failed"
         assert not d.pool.planes.any()
         # The slots of the refused frames are free again, and the link is still open.
         for number in range(2 * NUM_SLOTS):
             d.pool.planes[:] = 0
-            assert await transfer(p, d, [1, 2], [3, 4], request_id=f"next {number}") == "nixl"
+            assert await transfer(p, d, block_ids(1, 2), block_ids(3, 4), request_id=f"next {number}") == "nixl"
 
     run(scenario, directory, links=("nixl",))
 
 
 def test_a_closed_transfer_gives_its_blocks_back_and_the_link_goes_on(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        many = list(range(100))
-        d.say(ExpectKV(request_id="a", epoch=1, first_block=0, target_block_ids=many))
+        many = block_ids(*range(100))
+        d.say(ExpectKV(request_id=RequestId("a"), epoch=1, first_block=0, target_block_ids=many))
         await d.hears(KVExpected)
-        p.say(CachedSignal(span=KVSpan("a", 1, 0, many)))
-        p.say(OpenTransfer(request_id="a", epoch=1, link=d.link, first_block=0, target_block_ids=many))
-        p.say(CloseTransfer(request_id="a", epoch=1))
+        p.say(CachedSignal(span=KVSpan(RequestId("a"), 1, 0, many)))
+        p.say(OpenTransfer(request_id=RequestId("a"), epoch=1, link=d.link, first_block=0, target_block_ids=many))
+        p.say(CloseTransfer(request_id=RequestId("a"), epoch=1))
         await p.hears(TransferClosed)
-        d.say(CancelKV(request_id="a", epoch=1))
+        d.say(CancelKV(request_id=RequestId("a"), epoch=1))
         await d.hears(KVCancelled)
         d.pool.planes[:] = 0
-        assert await transfer(p, d, [1, 2], [3, 4], request_id="b") == "nixl"
+        assert await transfer(p, d, block_ids(1, 2), block_ids(3, 4), request_id="b") == "nixl"
 
     run(scenario, directory, links=("nixl",))
