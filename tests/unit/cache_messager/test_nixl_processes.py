@@ -48,12 +48,8 @@ def test_blocks_move_by_nixl(directory: Path, on_device: bool) -> None:
         shuffled = block_ids(*np.random.default_rng(1).permutation(NUM_BLOCKS).tolist())
         assert await transfer(p, d, shuffled[:99], shuffled[50:149], request_id="scattered") == "nixl"
         d.pool.planes[:] = 0
-        assert (
-            await transfer(
-                p, d, block_ids(*range(100)), block_ids(*range(100, 200)), request_id=RequestId("in one piece")
-            )
-            == "nixl"
-        )
+        in_one_piece = block_ids(*range(100)), block_ids(*range(100, 200))
+        assert await transfer(p, d, *in_one_piece, request_id="in one piece") == "nixl"
 
     run(scenario, directory, links=("nixl", "tcp"), on_device=on_device)
 
