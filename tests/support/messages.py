@@ -87,7 +87,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, RequestSpec, SamplingParams, TokenLogprobs
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
 _ERROR = ErrorInfo(code="transfer_failed", message="gone", http_status=503, retryable=True)
@@ -117,6 +117,7 @@ _SPEC = RequestSpec(
         stop_token_ids=[11],
         ignore_eos=True,
         num_logprobs=1,
+        grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
     ),
 )
 _OUTPUT = RequestOutput(

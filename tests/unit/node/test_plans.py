@@ -9,6 +9,7 @@ import pytest
 from support.machines import spec
 
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import SequenceId
@@ -22,7 +23,7 @@ class Machine:
 
     rng: random.Random
     writer: PlanWriter = field(default_factory=PlanWriter)
-    engine: EngineSequences = field(default_factory=EngineSequences)
+    engine: EngineSequences = field(default_factory=lambda: EngineSequences(GrammarMasks(32)))
     sequences: list[Sequence] = field(default_factory=list)
     in_flight: list[tuple[StepPlan, dict[Sequence, Chunk], StepResult]] = field(default_factory=list)
     step: int = 0
