@@ -10,7 +10,7 @@ import msgspec
 
 from kvrelay.grammar.constraint import GrammarConstraint, Wanted
 from kvrelay.grammar.masks import GrammarMasks
-from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import (
     NewSequence,
     SampledTokens,
@@ -23,7 +23,7 @@ from kvrelay.protocol.request import SamplingParams, TokenSequence
 
 NOBODY = NewSequence(
     id=SequenceId(0),
-    request_id="",
+    request_id=RequestId(""),
     token_ids=[],
     num_prompt_tokens=0,
     sampling=SamplingParams(max_tokens=0, seed=0),
