@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
@@ -23,6 +24,7 @@ from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
 from router.http.app import make_app
+from router.http.operators import OperatorsOnly, make_operators_app
 from router.http.protocol import HttpLimits, HttpProtocol
 from router.memory import return_large_blocks
 from router.metrics import Metrics
@@ -73,11 +75,11 @@ def http_limits(config: RouterConfig) -> HttpLimits:
     return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(key: str, host: str, port: int) -> socket.socket:
     try:
         return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
+        raise ConfigError([f"{key}: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -92,16 +94,22 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    app: ASGIApp = make_app(service, metrics)
+    apps: list[ASGIApp] = [make_app(service, metrics), OperatorsOnly.of(config.router, make_operators_app(service))]
     if config.router.access_log:
-        app = AccessLog(app, clock.now)
-    server = http_server(app, config.router.host, config.router.port, http_limits(config.router))
+        apps = [AccessLog(app, clock.now) for app in apps]
+    addresses = [(config.router.host, config.router.port), config.router.admin_address]
+    servers = [http_server(app, *address, http_limits(config.router)) for app, address in zip(apps, addresses, strict=True)]
     tune_gc()
-    with _listen(config.router.host, config.router.port) as listener:
-        http = asyncio.create_task(server.serve([listener]))
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(_listen(key, *address))
+            for key, address in zip(("router.port", "router.admin_port"), addresses, strict=True)
+        ]
+        tasks = [asyncio.create_task(server.serve([listener])) for server, listener in zip(servers, listeners, strict=True)]
         startup.report(READY)
         try:
             return await service.run()
         finally:
-            server.should_exit = True
-            await http
+            for server in servers:
+                server.should_exit = True
+            await asyncio.gather(*tasks)
