@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import cast
 
@@ -94,22 +93,28 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    apps: list[ASGIApp] = [make_app(service, metrics), OperatorsOnly.of(config.router, make_operators_app(service))]
+    clients: ASGIApp = make_app(service, metrics)
+    operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
-        apps = [AccessLog(app, clock.now) for app in apps]
-    addresses = [(config.router.host, config.router.port), config.router.admin_address]
-    servers = [http_server(app, *address, http_limits(config.router)) for app, address in zip(apps, addresses, strict=True)]
+        clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
+    limits = http_limits(config.router)
     tune_gc()
-    with ExitStack() as stack:
-        listeners = [
-            stack.enter_context(_listen(key, *address))
-            for key, address in zip(("router.port", "router.admin_port"), addresses, strict=True)
-        ]
-        tasks = [asyncio.create_task(server.serve([listener])) for server, listener in zip(servers, listeners, strict=True)]
+    async with (
+        _serving(clients, "router.port", (config.router.host, config.router.port), limits),
+        _serving(operators, "router.admin_port", config.router.admin_address, limits),
+    ):
         startup.report(READY)
+        return await service.run()
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits) -> AsyncIterator[None]:
+    """Serve ``app`` at ``address`` for the context. Raises ConfigError that names ``key`` if it is in use."""
+    server = http_server(app, *address, limits)
+    with _listen(key, *address) as listener:
+        task = asyncio.create_task(server.serve([listener]))
         try:
-            return await service.run()
+            yield
         finally:
-            for server in servers:
-                server.should_exit = True
-            await asyncio.gather(*tasks)
+            server.should_exit = True
+            await task

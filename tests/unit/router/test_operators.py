@@ -109,7 +109,9 @@ def test_the_key_comes_from_the_file_or_else_from_the_environment(tmp_path: Path
     assert read_admin_key(None, {}) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"two words in a key file", b"\xff" * 20, "ключ-ключ-ключ-ключ".encode()])
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"two words in a key file", b"\xff" * 20, "ключ-ключ-ключ-ключ".encode()]
+)
 def test_a_file_without_a_key_is_refused_without_quoting_it(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "key"
     file.write_bytes(content)
