@@ -18,11 +18,11 @@ from cache_messager.work import BlocksWritten, DeviceLost, FrameSent
 from kvrelay.errors import CorruptKVError, DeviceError, TransferError
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(NUM_THREADS, 8, 64, 16, "float32", "model")
-BLOCKS = [5, 2, 7]
+BLOCKS = [BlockId(block) for block in (5, 2, 7)]
 
 
 class Host:
@@ -45,7 +45,7 @@ def frame_of(layer: int) -> KVFrame:
     num_bytes = len(BLOCKS) * GEOMETRY.layer_block_bytes
     assert num_bytes >= WORTH_A_THREAD_BYTES
     return KVFrame(
-        request_id="a",
+        request_id=RequestId("a"),
         epoch=1,
         layer=layer,
         first_block=0,
