@@ -74,7 +74,7 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     """Return the type ``choice.choose_kernels`` decides on, unless it refuses what is asked for."""
     if node.cache.dtype != "auto":
         return node.cache.dtype
-    if node.engine.kind == "torch" or node.engine.device == "gpu":
+    if node.engine.framework is not None or node.engine.device == "gpu":
         return device_dtype(node)
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":

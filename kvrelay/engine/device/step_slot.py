@@ -80,7 +80,8 @@ class StepSlot:
         self._broken, self._broken_staging = framework.staging(num_rows)
         self._tops, self._top_staging = framework.staging(num_rows * width)
         logprobs, staging = framework.staging(num_rows * width)
-        self._tops, self._top_staging = self._tops.reshape(-1, width), self._top_staging.view(-1, width)
+        self._tops = self._tops.reshape(-1, width)
+        self._top_staging = framework.typed(self._top_staging, "int32", (num_rows, width))
         self._logprobs = logprobs.view(np.float32).reshape(-1, width)
         self._logprob_staging = framework.typed(staging, "float32", (num_rows, width))
 
