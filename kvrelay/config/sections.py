@@ -204,7 +204,9 @@ class CacheConfig(Section):
     def fixed_num_blocks(self) -> int:
         """The blocks of a pool whose size does not depend on the device. Raises ConfigError for auto."""
         if self.num_blocks == "auto":
-            raise ConfigError(["cache.num_blocks: auto needs engine.kind: torch or paddle-device, and engine.device: gpu"])
+            raise ConfigError(
+                ["cache.num_blocks: auto needs engine.kind: torch or paddle-device, and engine.device: gpu"]
+            )
         return self.num_blocks
 
 

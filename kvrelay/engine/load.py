@@ -30,7 +30,7 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
 
 
 def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Load a checkpoint with the device engine. Imports its framework alone. Raises ConfigError if a package is missing."""
+    """Load a checkpoint with the device engine, which imports one framework. Raises ConfigError if it is missing."""
     from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
 
     try:

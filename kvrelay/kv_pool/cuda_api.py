@@ -1,16 +1,21 @@
-"""What a pool on a GPU needs of the framework that this process uses CUDA with; see ``torch_cuda`` and ``paddle_cuda``."""
+"""What a pool on a GPU needs of the framework by which this process uses CUDA: ``torch_cuda`` or ``paddle_cuda``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-FrameworkName: TypeAlias = str
-"""``torch`` or ``paddle``."""
+
+class DeviceWords:
+    """``count`` words of device memory, as frameworks take them up."""
+
+    def __init__(self, address: int, count: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (count,), "typestr": "<i8", "data": (address, False), "version": 3, "strides": None,
+        }  # fmt: skip
 
 
 class CudaApi(Protocol):
@@ -42,22 +47,3 @@ class CudaApi(Protocol):
 
     def tensor(self, memory: DeviceWords) -> Any:
         """Return device memory as the framework's tensor, int64 [count]."""
-
-
-class DeviceWords:
-    """``count`` words of device memory, as frameworks take them up."""
-
-    def __init__(self, address: int, count: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (count,), "typestr": "<i8", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
-
-
-def cuda_api(framework: FrameworkName) -> CudaApi:
-    """Return CUDA by ``framework``, which is imported now. Call before Triton is imported."""
-    make: Callable[[], CudaApi]
-    if framework == "torch":
-        from kvrelay.kv_pool.torch_cuda import TorchCuda as make  # noqa: PLC0415
-    else:
-        from kvrelay.kv_pool.paddle_cuda import PaddleCuda as make  # noqa: PLC0415
-    return make()

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvrelay.errors import ConfigError, GeometryMismatchError
 from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
-from kvrelay.kv_pool.cuda_api import cuda_api
+from kvrelay.kv_pool.cuda_frameworks import cuda_api
 from kvrelay.kv_pool.device_blocks import BlockWork, DeviceBlocks
 from kvrelay.kv_pool.interface import HostBlock, KVPool
 from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
@@ -215,7 +215,9 @@ def _planes(layers: range) -> range:
     return range(2 * layers.start, 2 * layers.stop)
 
 
-def _create_blocks(shape: tuple[int, int, int], kind: str, framework: str) -> DeviceBlocks:
+def _create_blocks(
+    shape: tuple[int, int, int], kind: Literal["cuda", "simulated"], framework: Literal["torch", "paddle"]
+) -> DeviceBlocks:
     if kind == "simulated":
         return SimulatedBlocks.create(shape)
     api = cuda_api(framework)  # before Triton is imported

@@ -1,4 +1,6 @@
-"""CUDA by PaddlePaddle's GPU build. Triton takes it for torch, by Paddle's torch proxy, if imported after PaddleCuda is made.
+"""CUDA by PaddlePaddle's GPU build.
+
+Triton takes Paddle for torch, by Paddle's torch proxy, if it is imported after a PaddleCuda is made.
 
 What is different from torch:
 

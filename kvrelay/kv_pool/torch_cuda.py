@@ -32,7 +32,8 @@ class TorchCuda:
         return torch.cuda.Event(blocking=True)
 
     def on(self, stream: Any) -> AbstractContextManager[object]:
-        return torch.cuda.stream(stream)
+        current: AbstractContextManager[object] = torch.cuda.stream(stream)
+        return current
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
         memory: npt.NDArray[Any] = torch.empty(shape, dtype=_DTYPES[dtype], pin_memory=True).numpy()

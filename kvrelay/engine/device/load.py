@@ -65,7 +65,9 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     )
 
     if node.engine.quantization != "none":
-        raise ConfigError([f"engine.quantization: {node.engine.quantization} is not for engine.kind: {node.engine.kind}"])
+        raise ConfigError(
+            [f"engine.quantization: {node.engine.quantization} is not for engine.kind: {node.engine.kind}"]
+        )
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)

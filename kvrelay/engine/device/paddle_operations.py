@@ -98,7 +98,9 @@ class PaddleOperations:
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         count, width = logits.shape[0], 1 + MOST_LOGPROBS
         sampled = Sampled(
-            paddle.zeros([count], "int32"), paddle.zeros([count, width], "int32"), paddle.zeros([count, width], "float32")
+            paddle.zeros([count], "int32"),
+            paddle.zeros([count, width], "int32"),
+            paddle.zeros([count, width], "float32"),
         )
         for row in range(count):
             self._sample_row(logits[row], row, step, last_tokens, sampled)
