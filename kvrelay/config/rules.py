@@ -152,7 +152,7 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
         if _get(node, "transfer", "link", link) == "cuda" and not has_device_pool:
             yield (
                 ("nodes", index, "transfer", "link"),
-                "cuda copies between pools on devices, which engine.kind torch and paddle-device have",
+                "cuda copies between pools of device engines: engine.kind torch, paddle-device",
             )
 
 

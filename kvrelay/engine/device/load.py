@@ -75,6 +75,8 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     if node.cache.dtype not in ("auto", dtype):
         raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}")
     is_gpu = node.engine.device == "gpu"
+    if node.engine.framework == "paddle" and not is_gpu and dtype != "float32":
+        raise ConfigError([f"model.dtype {dtype}: on a CPU Paddle computes float32 only"])
     limits = DeviceEngineLimits(
         num_blocks=0 if is_gpu and node.cache.num_blocks == "auto" else node.cache.fixed_num_blocks,
         max_model_len=max_model_len,

@@ -84,21 +84,13 @@ class PaddleFramework:
         target.copy_(source, False)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
-        product = self._product(x, weight)
+        product = paddle.matmul(x, weight, transpose_y=True)
         if bias is not None:
-            product = product.add_(bias)
+            product.add_(bias)
         return product if dtype is None else product.astype(dtype)
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if bias is not None:
-            residual.add_(bias)
-        residual.add_(self._product(x, weight))
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.is_gpu:
-            return paddle.matmul(x, weight, transpose_y=True)
-        # Paddle multiplies no 16-bit types on a CPU
-        return paddle.matmul(x.astype("float32"), weight.astype("float32"), transpose_y=True).astype(x.dtype)
+        residual.add_(self.linear(x, weight, bias))
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         paddle.seed(seed)
