@@ -129,7 +129,11 @@ class RouterConfig(Section):
     )
     max_attempts: int = Field(3, ge=1, le=100, description="Maximum attempts at a request before its error is final.")
     node_wait_s: float = Field(
-        30.0, gt=0, le=3600, description="Seconds a request waits for a node if none can take it."
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
+        "router started, no longer ago.",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."

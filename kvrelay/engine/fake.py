@@ -70,14 +70,14 @@ class FakeEngine:
         words = memory.planes if isinstance(memory, KVMemory) else memory.blocks.words
         self._pool = words.reshape(-1).view(np.uint64).reshape(planes)
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         """A step takes the ``step_seconds`` of the config's cost model."""
         layer_s = step_seconds(self._config, plan.batch) / self.geometry.num_layers
         steps = self.layers(plan)
         while not isinstance(done := next(steps), StepResult):
             if layer_s > 0:
                 self._sleep(layer_s)
-            on_layer(done)
+            on_layers(range(done, done + 1))
         return done
 
     def layers(self, plan: StepPlan) -> Iterator[int | StepResult]:

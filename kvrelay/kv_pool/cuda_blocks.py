@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -128,7 +128,7 @@ class CudaBlocks:
         staging = self._api.pinned((len(planes), count, self._shape[2]), np.int64)
         return staging, self._pinned_ids([block_ids, list(range(count))])
 
-    def _pinned_ids(self, block_ids: list[list[BlockId]]) -> BlockIds:
+    def _pinned_ids(self, block_ids: Sequence[Sequence[int]]) -> BlockIds:
         """Return lists of equal length as int32 [lists, blocks] that the device reads where it is."""
         ids = self._api.pinned((len(block_ids), len(block_ids[0])), np.int32)
         ids[:] = np.array(block_ids, np.int32)
@@ -157,7 +157,7 @@ class CudaBlocks:
     def _warm_up(self) -> None:
         """Have the kernel compiled for blocks of this size, on memory that nobody uses."""
         with self._in_stream():
-            staging, ids = self._staging(range(1), [0])
+            staging, ids = self._staging(range(1), [BlockId(0)])
             place = _staged(staging, ids[0])
             works = [self._move(place, target, range(1), ids) for target in (place, None)]
         for work in works:

@@ -81,6 +81,17 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """This process did not run for ``paused_s`` seconds: it was stopped, or got no CPU.
+
+    Comes before every other event handled since. What peers sent meanwhile is still unread, so their silence during
+    that time means nothing. Timers that became due meanwhile fire after what is readable has been read.
+    """
+
+    paused_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """The operator wants this process to end: take nothing new, finish or hand back what runs, then Exit."""
 
@@ -126,6 +137,7 @@ CoreEvent: TypeAlias = (
     | EngineLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | KVStaged
     | KVStored

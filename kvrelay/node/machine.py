@@ -24,6 +24,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StepDone,
@@ -131,6 +132,10 @@ class NodeMachine(ABC, Generic[R, S]):
         """Renew what is held on nodes of the other role; find out which of them are silent."""
 
     @abstractmethod
+    def _resumed(self, paused_s: float) -> None:
+        """Blame no other node for the last ``paused_s``, in which this process did not run."""
+
+    @abstractmethod
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         """End what depends on another node that is lost."""
 
@@ -173,12 +178,18 @@ class NodeMachine(ABC, Generic[R, S]):
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
             case Started():
-                if self._node.role is Role.MIXED:
-                    self._join()
+                self._started()
+            case Resumed(paused_s=paused_s):
+                self._membership.resumed(paused_s)
+                self._resumed(paused_s)
             case StopRequested():
                 self._stop_requested()
             case _:
                 assert_never(event)
+
+    def _started(self) -> None:
+        if self._node.role is Role.MIXED:  # the others join when their messager is ready
+            self._join()
 
     def _timer_fired(self, key: Hashable) -> None:
         match key:

@@ -141,8 +141,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PaddleFramework:
 
 
 def test_the_engine_works_in_the_stream_of_paddles_gemms(gpu: PaddleFramework) -> None:
-    assert gpu.stream() == "paddle's"
-    with gpu.on(gpu.stream()):
+    stream: Any = gpu.stream()
+    assert stream == "paddle's"
+    with gpu.on(stream):
         pass
     assert gpu._cuda.streams == ["paddle's"]  # type: ignore[union-attr]
     array, tensor = gpu.staging(5)
