@@ -34,7 +34,9 @@ def dummy_geometry(node: Sections, config: DecoderConfig, dtype: str, max_model_
     """Return the geometry of the KV that ``node`` computes with random weights, which depend on the kind of device."""
     quantization = node.engine.quantization
     model = ("dummy", node.engine.device, dtype, config, max_model_len if config.rope.kind == "dynamic" else None)
-    more = () if quantization == "none" else (quantization,)
+    more = [quantization] if quantization != "none" else []
+    if node.engine.framework == "paddle":
+        more.append("paddle")  # which draws other numbers
     return KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.errors import DeviceError
 from kvrelay.kv_pool.cuda_api import DeviceWords
 from kvrelay.kv_pool.cuda_driver import CudaDriver
 
@@ -35,7 +38,7 @@ signal.signal(signal.SIGTERM, _on_sigterm)
 
 _HIGH_PRIORITY = 1
 
-_current_stream = threading.RLock()
+_stream_lock = threading.RLock()
 
 
 class PaddleCuda:
@@ -69,7 +72,7 @@ class PaddleCuda:
 
     @contextlib.contextmanager
     def on(self, stream: PaddleStream) -> Iterator[None]:
-        with _current_stream, paddle.device.stream_guard(stream.stream):
+        with _stream_lock, paddle.device.stream_guard(stream.stream):
             yield
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -77,13 +80,11 @@ class PaddleCuda:
 
     def pinned_tensor(self, shape: tuple[int, ...], dtype: type[np.generic]) -> tuple[npt.NDArray[Any], Any]:
         """Return what ``pinned`` does, and the same memory as a tensor."""
-        name = np.dtype(dtype).name
-        tensor = paddle.empty(shape, dtype=name, device=self.place, pin_memory=True)
-        memory: Any = (ctypes.c_byte * (tensor.element_size() * max(1, int(np.prod(shape))))).from_address(
-            tensor.data_ptr()
-        )
+        tensor = paddle.empty(shape, dtype=np.dtype(dtype).name, device=self.place, pin_memory=True)
+        num_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+        memory: Any = (ctypes.c_byte * num_bytes).from_address(tensor.data_ptr())
         memory.tensor = tensor  # lives as long as the array
-        return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape), tensor
+        return np.frombuffer(memory, dtype).reshape(shape), tensor
 
     def tensor(self, memory: DeviceWords) -> Any:
         # Paddle 3.3 gives back one reference more than it takes
@@ -115,6 +116,7 @@ class DriverEvent:
 
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
+        self.address = 0
         self.address = driver.create_event()
 
     def record(self, stream: PaddleStream) -> None:
@@ -130,11 +132,15 @@ class DriverEvent:
         self._driver.wait_for_event(self.address)
 
     def __del__(self) -> None:
-        self._driver.destroy_event(self.address)
+        if self.address:
+            self._driver.destroy_event(self.address)
 
 
+@functools.cache
 def _let_triton_in() -> None:
     """Have Triton's ``import torch`` find Paddle, and give Paddle's types what Triton asks of torch's."""
+    if "triton" in sys.modules:
+        raise DeviceError("Triton was imported before Paddle's torch proxy")
     paddle.compat.enable_torch_proxy(scope={"triton"}, silent=True)
     if not hasattr(core.DataType, "itemsize"):
         core.DataType.itemsize = property(core.size_of_dtype)

@@ -32,15 +32,18 @@ class UploadArena:
         self._framework = framework
         self._used = 0
         self._host, self._staging = framework.staging(padded(num_words))
+        self._outgrown: list[Tensor] = []
 
     def clear(self) -> None:
         """Take all of it back."""
         self._used = 0
+        self._outgrown.clear()
 
     def take(self, num_words: int) -> tuple[Int32, Tensor]:
         """Return memory with undefined content, as an array and as a tensor."""
         begin, end = self._used, self._used + padded(num_words)
-        if end > len(self._host):  # copies that are under way keep the old memory
+        if end > len(self._host):
+            self._outgrown.append(self._staging)  # copies from it are under way
             self._host, self._staging = self._framework.staging(2 * end)
             begin, end = 0, padded(num_words)
         self._used = end
