@@ -34,7 +34,7 @@ def dummy_geometry(node: Sections, config: DecoderConfig, dtype: str, max_model_
     """Return the geometry of the KV that ``node`` computes with random weights, which depend on the kind of device."""
     quantization = node.engine.quantization
     model = ("dummy", node.engine.device, dtype, config, max_model_len if config.rope.kind == "dynamic" else None)
-    more = [quantization] if quantization != "none" else []
+    more: list[str] = [quantization] if quantization != "none" else []
     if node.engine.framework == "paddle":
         more.append("paddle")  # which draws other numbers
     return KVGeometry(

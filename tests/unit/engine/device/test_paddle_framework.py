@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from engine_runs import Runner, open_engine, outcomes_in_order, run_batch, seque
 
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.paddle_framework import PaddleFramework
+from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.errors import ConfigError, DeviceError, EngineError
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.messages.engine import SequenceFailed
@@ -237,6 +239,7 @@ def test_triton_finds_in_paddle_what_it_asks_of_torch() -> None:
     pytest.importorskip("triton", reason="kvrelay[torch] brings triton on Linux x86_64 only")
     code = """
 import sys
+import weakref
 from kvrelay.kv_pool import paddle_cuda
 paddle_cuda._let_triton_in()
 from triton.backends.driver import GPUDriver
@@ -278,3 +281,21 @@ def run_alone(code: str) -> None:
         [sys.executable, "-W", "ignore", "-c", path + code], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_outgrown_staging_memory_lives_until_the_device_has_read_it() -> None:
+    """Paddle gives pinned memory to the next who asks, whatever is still copied from it."""
+    made: list[weakref.ref[np.ndarray]] = []
+
+    class Framework:
+        def staging(self, num_words: int) -> tuple[np.ndarray, np.ndarray]:
+            tensor = np.zeros(num_words, np.int32)
+            made.append(weakref.ref(tensor))
+            return np.zeros(num_words, np.int32), tensor
+
+    arena = UploadArena(cast(Any, Framework()), 8)
+    arena.take(4)
+    arena.take(100)
+    assert made[0]() is not None
+    arena.clear()
+    assert [one() is None for one in made] == [True, False]
