@@ -157,7 +157,7 @@ EXAMPLES: list[Message] = [
     AssignDecode(**_ID, decode_node=_D0),
     Generate(request=_SPEC),
     Abort(**_ID),
-    Drain(),
+    Drain(stay_down=True),
     Register(
         node_id=NodeId("p0"),
         incarnation="beef",

@@ -8,7 +8,7 @@ import pytest
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.resume_policy import LoadPolicy, Speed
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 

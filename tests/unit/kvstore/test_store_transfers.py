@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.ids import block_ids
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, LoadKV, StoreCounted
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import Attempt, RequestId
