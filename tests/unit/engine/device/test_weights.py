@@ -23,8 +23,6 @@ from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors, writ
 from kvrelay.engine.tiny import tiny_config
 from kvrelay.errors import ConfigError
 
-TORCH = {"kind": "torch"}
-
 
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -59,9 +57,9 @@ def test_random_weights_need_a_config_alone_and_are_the_same_each_time(kind: str
         engine.close()
     assert outputs[0] == outputs[1]
     assert len(set(outputs[0])) > 1
-    node = node_config(tmp_path, model=model, engine=TORCH)
+    node = node_config(tmp_path, model=model, engine={"kind": kind})
     assert node_geometry(node, lambda done, total: None) == geometry
-    other = node_config(tmp_path, model={**model, "dtype": "bfloat16"}, engine=TORCH)
+    other = node_config(tmp_path, model={**model, "dtype": "bfloat16"}, engine={"kind": kind})
     assert node_geometry(other, lambda done, total: None).model_digest != geometry.model_digest
 
 
