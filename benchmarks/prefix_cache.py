@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 TREE_SIZES = (10_000, 100_000, 1_000_000)

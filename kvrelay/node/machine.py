@@ -40,6 +40,7 @@ from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.endings import Endings
 from kvrelay.node.request import NodeRequest
 from kvrelay.node.request_table import RequestTable
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
@@ -54,7 +55,6 @@ from kvrelay.protocol.messages.router_to_node import (
 )
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.store_transfers import StoreTransfers
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from kvrelay.errors import LocalProtocolError
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 HASHER = BlockHasher("model", block_size=1)
