@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.request import RequestSpec
 from router.events import NewRequest
 from router.node_table import Node
@@ -24,7 +24,7 @@ TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
 class RequestTimer(NamedTuple):
     """Key of a request's timers: its deadline, its next attempt, its next search for a decode node."""
 
-    request_id: str
+    request_id: RequestId
     kind: TimerKind
 
 
@@ -94,7 +94,7 @@ class RoutedRequest:
         self._prefix_keys: list[bytes] | None = None
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> RequestId:
         """The id used by client, router and nodes."""
         return self.new.request_id
 

@@ -8,8 +8,9 @@ import pytest
 from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
+from kvrelay.config.sections import RoutingPolicy
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered
@@ -35,8 +36,12 @@ def changed(number: int, added: list[bytes], removed: list[bytes] | None = None)
     return PrefixCacheChanged(number=number, added=b"".join(added), removed=b"".join(removed or []))
 
 
+def by_id(pending: dict[str, int] | None) -> dict[RequestId, int]:
+    return {RequestId(name): num_tokens for name, num_tokens in (pending or {}).items()}
+
+
 def node(node_id: str, *, pending: dict[str, int] | None = None, max_num_seqs: int = 8, **load: Any) -> Node:
-    found = Node(PeerId(peer(node_id)), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=pending or {})
+    found = Node(PeerId(peer(node_id)), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=by_id(pending))
     found.take_load(Load(**load))
     return found
 
@@ -54,7 +59,7 @@ def test_least_loaded_heeds_what_heartbeats_tell_of_others_requests() -> None:
 
 def test_a_heartbeat_from_before_the_end_of_a_request_does_not_count_it() -> None:
     served = node("a", pending={"mine": 0, "yours": 0}, num_running=3)
-    del served.pending["mine"]
+    del served.pending[RequestId("mine")]
     assert served.num_requests == 2
 
 
@@ -70,7 +75,7 @@ def test_least_loaded_takes_turns_between_equals() -> None:
 
 def shortest_first(node_id: str, pending: dict[str, int] | None = None, role: str = "prefill", **load: Any) -> Node:
     registration = register(node_id, role, prefill_order="shortest_first")
-    found = Node(PeerId(peer(node_id)), registration, pending=pending or {})
+    found = Node(PeerId(peer(node_id)), registration, pending=by_id(pending))
     found.take_load(Load(**load))
     return found
 
@@ -95,7 +100,7 @@ def test_a_prompt_goes_where_it_waits_least_and_makes_others_wait_least() -> Non
     )  # it waits for 300 there; delays the other by 1,000
     many = shortest_first("a", dict.fromkeys("rstuvw", 2000))
     assert LeastLoaded().choose([many, short], prompt(400)) is short
-    in_order = Node(PeerId("x"), register("x", "prefill"), pending={"r": 9000})
+    in_order = Node(PeerId("x"), register("x", "prefill"), pending=by_id({"r": 9000}))
     assert in_order.added_wait(100) == 9000
     assert long.added_wait(100) == 100
     assert LeastLoaded().choose([in_order, long], prompt(100)) is long
@@ -201,13 +206,13 @@ def test_a_prompt_goes_where_its_prefix_is_unless_the_wait_there_is_longer_than_
     request = prompt(10 * BLOCK)
     has, lacks = with_prefix("a", "prefill", request.new.prompt_token_ids[: 8 * BLOCK]), with_prefix("b", "prefill", [])
     assert CacheAware().choose([lacks, has], request) is has
-    has.pending["other"] = 9 * BLOCK
+    has.pending[RequestId("other")] = 9 * BLOCK
     assert CacheAware().choose([lacks, has], request) is lacks
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_without_prefixes_cache_aware_goes_by_load(role: str) -> None:
-    busy = Node(PeerId("a"), register("a", role), pending={"r": 900})
+    busy = Node(PeerId("a"), register("a", role), pending=by_id({"r": 900}))
     assert CacheAware().choose([busy, idle := Node(PeerId("b"), register("b", role))], prompt(100)) is idle
 
 
@@ -222,7 +227,8 @@ def test_a_decode_node_without_blocks_for_the_rest_of_the_prompt_comes_last() ->
 
 
 def test_the_router_asks_for_prefixes_only_if_a_policy_uses_them() -> None:
-    for policy, wanted in (("least_loaded", False), ("session", False), ("cache_aware", True)):
+    cases: dict[RoutingPolicy, bool] = {"least_loaded": False, "session": False, "cache_aware": True}
+    for policy, wanted in cases.items():
         driver = Driver("p0 d0", policy=policy)
         registered = [message for _, message in driver.sent if isinstance(message, Registered)]
         assert [message.wants_prefixes for message in registered] == [wanted, wanted]
@@ -235,8 +241,9 @@ def test_equal_prompts_go_to_one_node_and_others_elsewhere() -> None:
     driver.submit(new_request("r1", prompt=second))
     driver.submit(new_request("r2", prompt=second))
     driver.submit(new_request("r3", prompt=first))
-    sent = {m.request.request_id: to for to, m in driver.sent if isinstance(m, Prefill)}
-    assert sent["r0"] == sent["r3"] != sent["r1"] == sent["r2"]
+    sent = {str(m.request.request_id): to for to, m in driver.sent if isinstance(m, Prefill)}
+    assert sent == {"r0": sent["r0"], "r3": sent["r0"], "r1": sent["r1"], "r2": sent["r1"]}
+    assert sent["r0"] != sent["r1"]
 
 
 def test_only_uncached_tokens_are_pending_on_the_node() -> None:

@@ -15,7 +15,7 @@ def cluster(seed: int = 0, **options: object) -> World:
 
 def check_prefixes(world: World) -> None:
     """The router knows of every node exactly the blocks that the node has published."""
-    known = {node.node_id: node.prefixes for node in world.router.machine.node_table}
+    known = {str(node.node_id): node.prefixes for node in world.router.machine.node_table}
     for name, process in world.nodes.items():
         published = {block_hash[:PREFIX_KEY_BYTES] for block_hash in process.machine.kv.published()}
         assert known[name].reported == published, f"{name}: the router and the node disagree"
@@ -93,7 +93,7 @@ def test_a_node_that_restarts_begins_with_an_empty_prefix_cache() -> None:
         world.restart("p0")
         world.run_for(10.0)
         check_prefixes(world)
-        assert not {n.node_id: n.prefixes for n in world.router.machine.node_table}["p0"].reported
+        assert not {str(n.node_id): n.prefixes for n in world.router.machine.node_table}["p0"].reported
 
 
 def test_nodes_record_nothing_for_a_router_that_does_not_ask() -> None:
