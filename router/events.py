@@ -17,12 +17,16 @@ from kvrelay.registry.node_entry import NodeEntry
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended."""
+    """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
+
+    ``session``: the client's name for requests that share a prefix, or empty.
+    """
 
     request_id: RequestId
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,10 @@ class StopMatched:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator drains this node."""
+    """An operator drains this node. ``stay_down``: its supervisor is not to start it again."""
 
     node_id: NodeId
+    stay_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,18 @@ configuration reference and ``kvrelay config schema`` are generated from these c
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, model_validator
 
 from kvrelay.addresses import netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
 from kvrelay.errors import ConfigError
+
+_ADMIN_PORT_OFFSET = 90
+"""Two routers on one host, at ports of their own, need not be told of two more."""
+
+_MAX_PORT = 65535
 
 
 class Role(StrEnum):
@@ -51,6 +56,10 @@ class ModelConfig(Section):
         return self.served_name or self.path.rstrip("/").rpartition("/")[2]
 
 
+RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "round_robin", "random", "power_of_two"]
+"""Policies that choose a request's nodes (``router/policies.py``)."""
+
+
 class RouterConfig(Section):
     """The router: its HTTP address for clients, its control address for nodes, and its limits."""
 
@@ -59,16 +68,32 @@ class RouterConfig(Section):
         description="Address of the HTTP server; :: (with IPv6) means all IPv4 and IPv6 addresses.",
     )
     port: Port = Field(8000, description="Port of the HTTP server.")
+    admin_host: Host = Field(
+        "127.0.0.1",
+        description="Address of the operators' HTTP server; other than loopback it needs a key.",
+    )
+    admin_port: Port | None = Field(
+        None, description="Port of the operators' HTTP server; default: 90 above port (below it, beyond 65535)."
+    )
+    admin_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the operators' key; default: the variable KVRELAY_ADMIN_KEY, or no key on loopback.",
+    )
     control: TcpAddress = Field(
         "tcp://127.0.0.1:8100",
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
         "tcp://[::1]:8100).",
     )
-    prefill_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the prefill or mixed node of a request."
+    prefill_routing: RoutingPolicy = Field(
+        "least_loaded",
+        description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
+        "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
+        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
+        "of two random nodes.",
     )
-    decode_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the decode node of a request."
+    decode_routing: RoutingPolicy = Field(
+        "least_loaded", description="Policy that chooses the decode node of a request, as prefill_routing."
     )
     local_prefill_tokens: int | None = Field(
         None,
@@ -139,6 +164,19 @@ class RouterConfig(Section):
     def url(self) -> str:
         """Base URL of the HTTP server."""
         return f"http://{netloc(self.host, self.port)}"
+
+    @property
+    def admin_address(self) -> tuple[str, int]:
+        """Host and port of the operators' HTTP server."""
+        if self.admin_port is not None:
+            return self.admin_host, self.admin_port
+        above = self.port + _ADMIN_PORT_OFFSET
+        return self.admin_host, above if above <= _MAX_PORT else self.port - _ADMIN_PORT_OFFSET
+
+    @property
+    def admin_url(self) -> str:
+        """Base URL of the operators' HTTP server."""
+        return f"http://{netloc(*self.admin_address)}"
 
 
 class CacheConfig(Section):

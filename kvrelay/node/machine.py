@@ -38,8 +38,10 @@ from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.endings import Endings
+from kvrelay.node.prefix_reports import PrefixReports
 from kvrelay.node.request import NodeRequest
 from kvrelay.node.request_table import RequestTable
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
@@ -54,12 +56,17 @@ from kvrelay.protocol.messages.router_to_node import (
 )
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.store_transfers import StoreTransfers
 
 R = TypeVar("R", bound=NodeRequest[Any])
 S = TypeVar("S", bound=StrEnum)
+
+DRAINED = "drained"
+"""Reason of the Exit of a node that has finished its requests: the process ends with status 0."""
+
+STOPPED = "stopped by an operator"
+"""As DRAINED, but the process ends with status 3 and is not started again."""
 
 HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
@@ -90,7 +97,9 @@ class NodeMachine(ABC, Generic[R, S]):
         self._outbox = Outbox()
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
+        self._prefix_reports = PrefixReports(self.kv, self._outbox)
         self._leaving = False
+        self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
 
     # ------------------------------------------------------------ what a role adds
@@ -217,12 +226,15 @@ class NodeMachine(ABC, Generic[R, S]):
             case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
                 if self._membership.receive(peer, message):
                     self._close_all_of(peer)
+                if isinstance(message, Registered):
+                    self._prefix_reports.registered(peer, wanted=message.wants_prefixes)
             case MessagerReady():
                 self._messager_ready(message)
                 self._join()
             case MessagerStats():
                 self._messager_stats = message
-            case Drain():
+            case Drain(stay_down=stay_down):
+                self._stays_down |= stay_down
                 if not self._leaving:
                     self._stop_requested()
             case Abort(request_id=request_id, epoch=epoch):
@@ -280,6 +292,7 @@ class NodeMachine(ABC, Generic[R, S]):
         for router in self._membership.silent():
             self._router_lost(router, "no heartbeat")
         self._membership.beat(self.load())
+        self._prefix_reports.report(self._membership.routers)
         self._beat_to_nodes()
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:
@@ -315,7 +328,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._membership.drained()
         if self._node.role is not Role.MIXED:
             self._outbox.send(MESSAGER, StopMessager())
-        self._outbox.do(Exit("drained"))
+        self._outbox.do(Exit(STOPPED if self._stays_down else DRAINED))
 
     # ------------------------------------------------------------ state for metrics and tests
 

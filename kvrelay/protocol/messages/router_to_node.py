@@ -12,9 +12,12 @@ class Registered(Message, frozen=True, kw_only=True):
 
     The reader sends heartbeats from now on. With a static registry, another ``router_incarnation`` than before means
     that the router was restarted and its clients are disconnected. The reader then ends all its requests.
+
+    ``wants_prefixes``: the reader reports its prefix cache in PrefixCacheChanged.
     """
 
     router_incarnation: str
+    wants_prefixes: bool = False
 
 
 class RegistrationRefused(Message, frozen=True, kw_only=True):
@@ -84,5 +87,8 @@ class Drain(Message, frozen=True, kw_only=True):
     """Router -> node, when an operator drains it over HTTP. The router sends the node no new requests.
 
     The reader sends Leaving, refuses new requests and reservations, finishes its requests, sends Drained and exits.
-    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed.
+    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed. If it is to
+    stay down, its exit status tells ``kvrelay up`` not to start it again.
     """
+
+    stay_down: bool = False
