@@ -25,6 +25,7 @@ from cache_messager.settings import MessagerSettings
 from gpu_check.context import Context
 from gpu_check.driving import Driver, engine_of, sequence
 from gpu_check.messager import Wire
+from kvrelay.engine.compute_thread import compute_for
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
@@ -40,7 +41,6 @@ from kvrelay.protocol.messages.messager_to_node import (
     TransferFailed,
 )
 from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, LayerSignal, OpenTransfer
-from kvrelay.runtime.compute_thread import compute_for
 
 PATIENCE_S = 60.0
 
