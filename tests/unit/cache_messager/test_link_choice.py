@@ -8,10 +8,10 @@ import pytest
 from messager_pair import D, P, Pair, one_of_each
 
 from kvrelay.config.sections import LINK_KINDS
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.messager_to_node import TransferDone
 
-A = Attempt("a", 1)
+A = Attempt(RequestId("a"), 1)
 NO_NIXL = tuple(kind for kind in LINK_KINDS if kind != "nixl")
 """What auto allows where the library NIXL is not installed."""
 
