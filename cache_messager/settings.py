@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
@@ -55,9 +55,8 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
         runtime_dir: str,
     ) -> MessagerSettings:
         """Return the settings of the messager of ``node``, an incarnation of the node in ``config``."""
-        name, _, incarnation = node.partition("#")
         return cls(
-            me=peer_id(f"{name}.messager", incarnation),
+            me=messager_of(node),
             node=node,
             node_address=node_address,
             geometry=geometry,

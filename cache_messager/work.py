@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.machine.outbox import RoleOutbox
-from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, peer_name
 from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
@@ -98,6 +98,6 @@ def corrupt(frame: KVFrame) -> CorruptKVError:
     return CorruptKVError(f"layer {frame.layer} from block {frame.first_block} arrived corrupt")
 
 
-def violation(sender: str, problem: str) -> TransferError:
+def violation(sender: PeerId, problem: str) -> TransferError:
     """Return the error of a frame that ``sender`` should not have sent."""
-    return TransferError(f"{sender} broke the protocol: {problem}")
+    return TransferError(f"{peer_name(sender)} broke the protocol: {problem}")

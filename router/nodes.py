@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TypeAlias, assert_never
 
+from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Disconnect, Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
-from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.protocol.messages.router_to_node import Drain, PrefillNodes, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
 from router.node_table import NodeTable
@@ -92,26 +93,43 @@ class Nodes:
         rival = self._node_table.rival(message)
         if rival is None:
             self._join(peer, message)
-        elif rival.registration.address == message.address:
-            # Two processes cannot listen at one address: the earlier one has ended.
+        elif peer in self._followed and rival.registration.address == message.address:
+            # Two processes cannot listen at one address, and the router itself has connected to it.
             self.lose(rival.peer, "restarted")
             self._join(peer, message)
         else:
             self._node_table.contest(rival, peer, message)
+            # If its process has ended, this cannot be sent: it is lost at once, and the waiting node gets its name.
+            self._outbox.send(rival.peer, Heartbeat())
 
     def _join(self, peer: PeerId, message: Register) -> None:
         known = self._node_table.get(peer)
-        if known is not None and known.registration.session != message.session:
-            if peer in self._may_have_lost_us:
-                self._may_have_lost_us.discard(peer)
-                self._requests.node_forgot(known)
-            else:
-                self._requests.node_lost(known, "it had taken this router for lost")
+        has_dropped_requests = known is not None and known.registration.session != message.session
         self._node_table.add(peer, message, self._outbox.now)
+        # First, because the node takes requests only from a router that has registered it.
         self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
+        if message.role == Role.DECODE:
+            self._outbox.send(peer, self._prefill_nodes())
         if known is None:
+            if message.role == Role.PREFILL:
+                self._name_prefill_nodes()
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self._requests.node_joined()
+        elif has_dropped_requests and peer in self._may_have_lost_us:
+            self._may_have_lost_us.discard(peer)
+            self._requests.node_forgot(known)
+        elif has_dropped_requests:
+            self._requests.node_lost(known, "it had taken this router for lost")
+
+    def _prefill_nodes(self) -> PrefillNodes:
+        return PrefillNodes(peers=[node.peer for node in self._node_table if node.role is Role.PREFILL])
+
+    def _name_prefill_nodes(self) -> None:
+        """Tell every decode node which prefill nodes there are now."""
+        message = self._prefill_nodes()
+        for node in self._node_table:
+            if node.role is Role.DECODE:
+                self._outbox.send(node.peer, message)
 
     def _refuse(self, peer: PeerId, reason: str) -> None:
         self._requests.counters.registrations_refused += 1
@@ -161,6 +179,8 @@ class Nodes:
         self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
         self._requests.counters.nodes_lost += reason != "drained"
         self._outbox.do(Disconnect(peer))
+        if node.role is Role.PREFILL:
+            self._name_prefill_nodes()
         self._requests.node_lost(node, reason)
         waiting = self._node_table.settle(peer)
         if waiting is not None:

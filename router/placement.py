@@ -85,6 +85,7 @@ class Placement:
         chosen = self._decode_routing.choose(nodes, request.new.prompt_token_ids)
         chosen.pending[request.request_id] = 0
         request.decode = chosen.peer
+        request.participants.add(chosen.peer)
         return chosen
 
     def move_decode(self, request: RoutedRequest, num_blocks: int) -> Node | None:

@@ -25,6 +25,7 @@ from router.events import (
     Submitted,
     TokensDelivered,
 )
+from router.expected_nodes import expected_nodes
 from router.follower import following
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
@@ -57,6 +58,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
             node_wait_s=router.node_wait_s,
             peer_timeout_s=cluster.peer_timeout_s,
         ),
+        expected_nodes=expected_nodes(config),
     )
 
 

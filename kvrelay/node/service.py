@@ -30,7 +30,7 @@ from kvrelay.runtime.compute_thread import compute_for
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
-from kvrelay.runtime.runtime_dir import runtime_dir
+from kvrelay.runtime.runtime_dir import new_ipc_address, runtime_dir
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.startup import startup
 from kvrelay.runtime.transport import Transport
@@ -73,7 +73,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     tune_gc()
     try:
         with runtime_dir() as directory:
-            _bind(transport, node, f"ipc://{directory}/{me}")
+            _bind(transport, node)
             async with _storage(node, engine, shell), _registry(node, registration, shell, transport):
                 if node.role == "mixed":
                     return await shell.run(transport)
@@ -90,10 +90,10 @@ def _require_free_port(node: NodeConfig) -> None:
         raise ConfigError([f"nodes.{node.name}.port: {problem}"])
 
 
-def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
-    """Listen for routers, peers and the messager. Raises ConfigError if the port is in use by now."""
+def _bind(transport: Transport, node: NodeConfig) -> None:
+    """Listen for routers and peers. Raises ConfigError if the port is in use by now."""
     try:
-        transport.bind(node.address, ipc_address)
+        transport.bind(node.address)
     except zmq.ZMQError as error:
         raise ConfigError([f"nodes.{node.name}.port: cannot listen at {node.address}: {error.strerror}"]) from error
 
@@ -141,12 +141,12 @@ async def _run_with_messager(
     settings = MessagerSettings.for_node(
         node,
         node=me,
-        node_address=f"ipc://{directory}/{me}",
+        node_address=new_ipc_address(directory, node.name),
         geometry=engine.geometry,
         pool=engine.memory.handle,
         runtime_dir=str(directory),
     )
-    transport.alias(MESSAGER, settings.me)
+    transport.bind_private(MESSAGER, settings.node_address)
     async with launched(settings) as messager:
         watch = asyncio.create_task(_watch(messager, shell))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,14 @@ def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def new_ipc_address(directory: Path, name: str) -> str:
+    """Return an address in ``directory`` for a new socket of the process ``name``.
+
+    It is random and does not contain the incarnation: /proc/net/unix shows it to all users.
+    """
+    return f"ipc://{directory}/{name}.{secrets.token_hex(4)}"
 
 
 def _parent(env: Mapping[str, str]) -> str:

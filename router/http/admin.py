@@ -138,7 +138,6 @@ def _node_status(node: Node) -> dict[str, object]:
         "state": "draining" if node.leaving else "ready",
         "address": registration.address,
         "pid": registration.pid,
-        "incarnation": registration.incarnation,
         "num_requests": len(node.pending),
         "max_num_seqs": registration.max_num_seqs,
         "max_model_len": registration.max_model_len,
