@@ -59,7 +59,7 @@ class SleepingEngine:
 
     max_plans_in_flight = 1
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         time.sleep(STEP_S)
         outcomes: dict[SequenceId, SequenceOutcome] = {
             item.id: SampledTokens([7] if item.samples else [], []) for item in plan.batch

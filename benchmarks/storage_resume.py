@@ -64,7 +64,7 @@ class Bench:
             samples = start + count == sequence.num_tokens
             self._step += 1
             plan = self._plans.write(self._step, [sequence], [Chunk(start, count, samples)])
-            result = self.engine.run(plan, lambda layer: None)
+            result = self.engine.run(plan, lambda layers: None)
             start += count
             sequence.num_computed_tokens = start
             if samples:

@@ -36,7 +36,7 @@ from support.bare_zmq import BareZmq, Chunk, bare_zmq
 from support.cpu_time import cpu_s
 from support.overlap import Prompts, measure_overlap
 
-from cache_messager.sender_link import MAX_FRAME_BYTES
+from cache_messager.links.interface import HOST_FRAME_BYTES
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected, TransferDone
@@ -93,7 +93,7 @@ class Case(NamedTuple):
         """Return the frames a messager sends for blocks in one piece."""
         in_one_piece = self._replace(scattered=False)
         places = list(zip(in_one_piece.places(1), in_one_piece.places(2), strict=True))
-        most_blocks = MAX_FRAME_BYTES // self.geometry.layer_block_bytes
+        most_blocks = HOST_FRAME_BYTES // self.geometry.layer_block_bytes
         num_layers, num_blocks = max(1, most_blocks // self.blocks_each), min(most_blocks, self.blocks_each)
         return [
             Chunk(layer, min(num_layers, self.geometry.num_layers - layer), source[first], target[first], num_blocks)

@@ -146,6 +146,9 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
     def _beat_to_nodes(self) -> None:
         self._reservations.heartbeat()
 
+    def _resumed(self, paused_s: float) -> None:
+        self._reservations.resumed(paused_s)
+
     def _router_lost(self, router: PeerId, reason: str) -> None:
         super()._router_lost(router, reason)
         self._reservations.router_lost(router)

@@ -73,6 +73,12 @@ class Reservations:
         """Note that ``peer`` was heard."""
         self._alive.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: renewals of leases may be unread, and the like."""
+        self._alive.resumed(paused_s, self._outbox.now)
+        for request in self._requests.receiving:
+            request.lease_until_s += paused_s
+
     # ------------------------------------------------------------ who may reserve
 
     def introduce(self, router: PeerId, prefill_nodes: list[PeerId]) -> None:

@@ -43,6 +43,10 @@ class Reservations:
         """Note that ``peer`` was heard."""
         self._alive.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no decode node is to blame for its silence."""
+        self._alive.resumed(paused_s, self._outbox.now)
+
     # ------------------------------------------------------------ asking
 
     def ask(self, request: PrefillRequest) -> None:

@@ -12,6 +12,7 @@ from kvrelay.machine.contract import (
     Exit,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StopRequested,
@@ -57,6 +58,7 @@ RouterEvent: TypeAlias = (
     | PeerLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | Submitted
     | ClientGone
@@ -168,7 +170,10 @@ class RouterMachine:
             case DrainRequested(node_id=node_id):
                 self._nodes.drain(node_id)
             case Started():
+                self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
+            case Resumed(paused_s=paused_s):
+                self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
             case _:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TypeAlias, assert_never
 
 from kvrelay.config.cluster_config import Role
@@ -13,7 +13,7 @@ from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.router_to_node import Drain, PrefillNodes, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
-from router.node_table import NodeTable
+from router.node_table import Node, NodeTable
 from router.requests import Requests
 
 AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
@@ -48,7 +48,6 @@ class Nodes:
         self._incarnation = incarnation
         self._heartbeat_s = heartbeat_s
         self._peer_timeout_s = peer_timeout_s
-        self._liveness_due_s = math.inf
         self._may_have_lost_us: set[PeerId] = set()
 
     def heard(self, peer: PeerId) -> None:
@@ -104,9 +103,9 @@ class Nodes:
 
     def _join(self, peer: PeerId, message: Register) -> None:
         known = self._node_table.get(peer)
-        has_dropped_requests = known is not None and known.registration.session != message.session
-        self._node_table.add(peer, message, self._outbox.now)
-        # First, because the node takes requests only from a router that has registered it.
+        lost_us = known is not None and known.registration.session != message.session
+        node = self._node_table.add(peer, message, self._outbox.now)
+        # Before any request: the node takes none from a router that has not registered it.
         self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
         if message.role == Role.DECODE:
             self._outbox.send(peer, self._prefill_nodes())
@@ -115,11 +114,11 @@ class Nodes:
                 self._name_prefill_nodes()
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self._requests.node_joined()
-        elif has_dropped_requests and peer in self._may_have_lost_us:
+        elif lost_us and peer in self._may_have_lost_us:
             self._may_have_lost_us.discard(peer)
-            self._requests.node_forgot(known)
-        elif has_dropped_requests:
-            self._requests.node_lost(known, "it had taken this router for lost")
+            self._requests.node_forgot(node)
+        elif lost_us:
+            self._requests.node_lost(node, "it had taken this router for lost")
 
     def _prefill_nodes(self) -> PrefillNodes:
         return PrefillNodes(peers=[node.peer for node in self._node_table if node.role is Role.PREFILL])
@@ -172,37 +171,44 @@ class Nodes:
 
     def lose(self, peer: PeerId, reason: str) -> None:
         """Remove a node and retry its requests on other nodes."""
+        self._lose_together([peer], reason)
+
+    def _lose_together(self, peers: Sequence[PeerId], reason: str) -> None:
+        """Remove all of ``peers`` before requests are retried: a retry on a node that is lost too costs an attempt."""
+        lost = [node for peer in peers if (node := self._remove(peer, reason)) is not None]
+        if any(node.role is Role.PREFILL for node in lost):
+            self._name_prefill_nodes()
+        for node in lost:
+            self._requests.node_lost(node, reason)
+        for node in lost:
+            waiting = self._node_table.settle(node.peer)
+            if waiting is not None:
+                self._register(*waiting)
+
+    def _remove(self, peer: PeerId, reason: str) -> Node | None:
         self._followed.forget(peer)
         node = self._node_table.remove(peer, self._outbox.now)
-        if node is None:
-            return
-        self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
-        self._requests.counters.nodes_lost += reason != "drained"
-        self._outbox.do(Disconnect(peer))
-        if node.role is Role.PREFILL:
-            self._name_prefill_nodes()
-        self._requests.node_lost(node, reason)
-        waiting = self._node_table.settle(peer)
-        if waiting is not None:
-            self._register(*waiting)
+        if node is not None:
+            self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
+            self._requests.counters.nodes_lost += reason != "drained"
+            self._outbox.do(Disconnect(peer))
+        return node
+
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no node is to blame for what it did not read meanwhile.
+
+        Nodes may have taken this router for lost. Each may do so once per pause without costing its requests an
+        attempt. A node that was paused itself costs attempts as usual.
+        """
+        self._node_table.resumed(paused_s, self._outbox.now)
+        self._may_have_lost_us = {node.peer for node in self._node_table}
 
     def check_liveness(self) -> None:
-        """Declare silent nodes lost, unless this process itself was paused.
-
-        After a pause timers fire before sockets are read. The check is then skipped once, so that the messages received
-        meanwhile are read first.
-        """
-        late_s = self._outbox.now - self._liveness_due_s
-        if late_s > self._peer_timeout_s / 2:
-            self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
-            # Each node may lose this router once per pause. A node that was paused itself costs attempts as usual.
-            self._may_have_lost_us = {node.peer for node in self._node_table}
-        else:
-            for peer in self._node_table.silent(self._outbox.now):
-                self.lose(peer, f"not heard for {self._peer_timeout_s:g} s")
+        """Declare silent nodes lost."""
+        silent = self._node_table.silent(self._outbox.now)
+        self._lose_together(silent, f"not heard for {self._peer_timeout_s:g} s")
         self._followed.beat()
-        self._liveness_due_s = self._outbox.now + self._heartbeat_s
-        self._outbox.do(SetTimer(LIVENESS, self._liveness_due_s))
+        self._outbox.do(SetTimer(LIVENESS, self._outbox.now + self._heartbeat_s))
 
     def _log(self, level: LogLevel, event: str, **fields: object) -> None:
         self._outbox.do(Log(level, event, fields))

@@ -96,7 +96,7 @@ class Requests:
         if len(self) + len(requests) > most:
             return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
         reason = self._node_table.unready_reason()
-        if reason is None or self._node_table.may_come_back(self._outbox.now, self._limits.node_wait_s):
+        if reason is None or self._node_table.may_come(self._outbox.now, self._limits.node_wait_s):
             return None
         return NoNodeError(reason)
 
@@ -193,7 +193,9 @@ class Requests:
             self._attempts.forgotten(request, node.peer)
 
     def _requests_of(self, node: Node) -> list[RoutedRequest]:
-        return [self._table[request_id] for request_id in node.pending]
+        """Return the requests on ``node``, without those that have left it since it was removed from the table."""
+        pending = [self._table.get(request_id) for request_id in node.pending]
+        return [request for request in pending if request is not None and node.peer in request.nodes]
 
     # ------------------------------------------------------------ clients and timers
 

@@ -47,7 +47,7 @@ class Driver:
 
     def run(self, batch: list[tuple[Sequence, int]]) -> None:
         """Run such a step and append what it samples."""
-        self.finish(self._engine.run(self.plan(batch), lambda layer: None).sampled)
+        self.finish(self._engine.run(self.plan(batch), lambda layers: None).sampled)
 
     def finish(self, sampled: list[Any]) -> None:
         """Take in the results of the last plan."""
@@ -123,7 +123,7 @@ class AheadDriver:
     def finish_one(self) -> None:
         """Wait for the oldest step; take its tokens in."""
         step, batch = self.in_flight.popleft()
-        result = step.finish(lambda layer: None)
+        result = step.finish(lambda layers: None)
         for (one, chunk), sampled in zip(batch, result.sampled, strict=True):
             one.num_computed_tokens = chunk.end
             one.token_ids += sampled.token_ids

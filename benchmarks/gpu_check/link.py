@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,6 +28,7 @@ from gpu_check.messager import Wire
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.machine.contract import LayersComputed, StepDone
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import (
@@ -38,6 +40,7 @@ from kvrelay.protocol.messages.messager_to_node import (
     TransferFailed,
 )
 from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, LayerSignal, OpenTransfer
+from kvrelay.runtime.compute_thread import compute_for
 
 PATIENCE_S = 60.0
 
@@ -106,9 +109,10 @@ class Messagers:
         self.wait(KVExpected, lambda message: message.request_id == name)
         self._wires["p0"].send(OpenTransfer(**request, link=self._address))
 
-    def signal(self, name: str, layer: int, sources: list[int]) -> None:
-        """Tell P's messager that a layer of a prompt is complete."""
-        self._wires["p0"].send(LayerSignal(step=1, layer=layer, spans=[KVSpan(name, 1, 0, sources)]))
+    def signal(self, name: str, layers: range, sources: list[int]) -> None:
+        """Tell P's messager that layers of a prompt are complete."""
+        span = KVSpan(name, 1, 0, sources)
+        self._wires["p0"].send(LayerSignal(step=1, layer=layers.start, num_layers=len(layers), spans=[span]))
 
     def signal_all(self, name: str, sources: list[int]) -> None:
         """Tell P's messager that a prompt is complete."""
@@ -301,15 +305,23 @@ class Computed(NamedTuple):
 
 
 def _compute(engine: DeviceEngine, driver: Driver, messagers: Messagers, name: str, length: int) -> Computed:
-    """Compute a prompt while its KV travels."""
+    """Compute a prompt with a node's compute threads while its KV travels."""
     tokens = np.random.default_rng(len(name)).integers(0, engine.vocab_size, length).tolist()
     one = sequence(tokens, name)
     plan = driver.plan([(one, length)])
     table = list(one.block_table)
     messagers.open(name, _targets(engine.memory, table))
-    result = engine.run(plan, lambda layer: messagers.signal(name, layer, table))
+    events: SimpleQueue[Any] = SimpleQueue()
+    compute = compute_for(engine, events.put, layer_events=True)
+    compute.start()
+    compute.submit(plan)
+    while isinstance(event := events.get(), LayersComputed):
+        messagers.signal(name, event.layers, table)
     at_s = time.perf_counter()
-    driver.finish(result.sampled)
+    compute.stop()
+    if not isinstance(event, StepDone):
+        raise RuntimeError(f"the prompt was not computed: {event}")
+    driver.finish(event.result.sampled)
     return Computed(one, table, at_s)
 
 

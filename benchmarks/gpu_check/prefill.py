@@ -49,7 +49,7 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
             one = sequence(tokens, f"prefill {index}")
             plan = driver.plan([(one, length)])
             began = time.perf_counter()
-            engine.run(plan, lambda layer: None)
+            engine.run(plan, lambda layers: None)
             times.append(time.perf_counter() - began)
             driver.give_back([one])
         seconds = statistics.median(times[2:])
@@ -60,5 +60,5 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")
             plan = driver.plan([(one, length)])
-            report_kernels(context, "prefill", what, partial(engine.run, plan, lambda layer: None))
+            report_kernels(context, "prefill", what, partial(engine.run, plan, lambda layers: None))
     engine.close()

@@ -43,7 +43,7 @@ class BareEngine:
         """Compute a chunk of each sequence. The sequences stay as they are."""
         self._step += 1
         plan = self._plans.write(self._step, [one for one, _ in batch], [chunk for _, chunk in batch])
-        return self.engine.run(plan, lambda layer: None).sampled
+        return self.engine.run(plan, lambda layers: None).sampled
 
     def advance(self, sequences: Seq[Sequence]) -> list[SampledTokens]:
         """Compute all tokens of ``sequences`` that are not computed yet; return what is sampled then.

@@ -129,7 +129,11 @@ class RouterConfig(Section):
     )
     max_attempts: int = Field(3, ge=1, le=100, description="Maximum attempts at a request before its error is final.")
     node_wait_s: float = Field(
-        30.0, gt=0, le=3600, description="Seconds a request waits for a node if none can take it."
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
+        "router started, no longer ago.",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."
@@ -490,6 +494,9 @@ class FakeEngineConfig(Section):
         ge=0,
         le=1 << 24,
         description="A sequence with this token fails like one with hidden states that are not finite.",
+    )
+    fatal_token: int | None = Field(
+        None, ge=0, le=1 << 24, description="The step that computes this token fails like one that loses its device."
     )
     max_plans_in_flight: int = Field(
         1, ge=1, le=2, description="Plans in flight; 2: as a device with a queue of steps."

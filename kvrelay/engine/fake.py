@@ -7,7 +7,8 @@ around it need. The tokens depend on the context alone (and, if they are drawn, 
 chunks.
 
 ``broken_token`` stands for a token whose embedding is not finite: a sequence fails in the step that computes it, and
-what that step writes for the sequence is wrong from its first position on.
+what that step writes for the sequence is wrong from its first position on. In the step that computes ``fatal_token``
+the device is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
 from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
-from kvrelay.errors import EngineError
+from kvrelay.errors import DeviceError, EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -62,20 +63,21 @@ class FakeEngine:
         self._assembler = BatchAssembler(StepLimits(block_size, num_blocks, config.max_model_len, config.vocab_size))
         self._sequences = EngineSequences()
         self._contexts: dict[SequenceId, Context] = {}
+        self._is_lost = False
         slots = num_blocks * block_size
         planes = (config.num_layers * 2, slots, self._words.words_per_token)
         memory = self.memory
         words = memory.planes if isinstance(memory, KVMemory) else memory.blocks.words
         self._pool = words.reshape(-1).view(np.uint64).reshape(planes)
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         """A step takes the ``step_seconds`` of the config's cost model."""
         layer_s = step_seconds(self._config, plan.batch) / self.geometry.num_layers
         steps = self.layers(plan)
         while not isinstance(done := next(steps), StepResult):
             if layer_s > 0:
                 self._sleep(layer_s)
-            on_layer(done)
+            on_layers(range(done, done + 1))
         return done
 
     def layers(self, plan: StepPlan) -> Iterator[int | StepResult]:
@@ -85,6 +87,8 @@ class FakeEngine:
         items = self._sequences.apply(plan)
         for id in plan.left:
             self._contexts.pop(id, None)
+        if self._config.fatal_token is not None:
+            self._require_device(items, self._config.fatal_token)
         batch = self._assembler.assemble(items)
         outcomes = (yield from self._compute(batch)) if batch.items else []
         yield self._sequences.result(plan, items, batch.outcomes(outcomes))
@@ -104,6 +108,14 @@ class FakeEngine:
         for span in batch.spans:
             outcomes[span.index] = self._outcome(span, batch.items[span.index])
         return outcomes
+
+    def _require_device(self, items: list[ScheduledSequence], fatal: int) -> None:
+        """Raise DeviceError from the first step on that computes token ``fatal``."""
+        self._is_lost |= any(
+            fatal in item.sequence.token_ids[item.start : item.start + item.num_tokens] for item in items
+        )
+        if self._is_lost:
+            raise DeviceError(f"the fake device has computed token {fatal}")
 
     def close(self) -> None:
         del self._pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
-from kvrelay.engine.isolation import OnLayer, compute_isolated
+from kvrelay.engine.isolation import OnLayers, compute_isolated
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
@@ -37,25 +37,25 @@ class PaddleEngine:
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
         self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
-    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
-        outcomes = compute_isolated(plan.step, items, self._compute, on_layer)
+        outcomes = compute_isolated(plan.step, items, self._compute, on_layers)
         return self._sequences.result(plan, items, outcomes)
 
-    def _compute(self, items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+    def _compute(self, items: list[ScheduledSequence], on_layers: OnLayers) -> list[SequenceOutcome]:
         """Return the outcome of each of ``items``."""
         batch = self._assembler.assemble(items)
-        return batch.outcomes(self._forward(batch, on_layer) if batch.items else [])
+        return batch.outcomes(self._forward(batch, on_layers) if batch.items else [])
 
-    def _forward(self, batch: RaggedBatch, on_layer: OnLayer) -> list[SequenceOutcome]:
+    def _forward(self, batch: RaggedBatch, on_layers: OnLayers) -> list[SequenceOutcome]:
         """Return the outcome of each of the batch's items."""
         pool = self._pool
 
         def layer_written(layer: int) -> None:
             pool.after_layer(layer, batch)
-            on_layer(layer)
+            on_layers(range(layer, layer + 1))
 
         with paddle.no_grad():
             pool.before_step(batch.items)
@@ -65,7 +65,7 @@ class PaddleEngine:
         for index, item in enumerate(batch.items):
             if item.drafts and isinstance(outcomes[index], SequenceFailed):
                 # Perhaps a guess is what is not finite, and spoils the rows before it (see _fail_broken).
-                [outcomes[index]] = self._compute([item.without_drafts], lambda layer: None)
+                [outcomes[index]] = self._compute([item.without_drafts], lambda layers: None)
         return outcomes
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, T
 from kvrelay.machine.contract import (
     CoreAction,
     CoreEvent,
+    EngineLost,
     Exit,
     KVLoaded,
     KVStaged,
@@ -23,6 +24,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StepDone,
@@ -130,6 +132,10 @@ class NodeMachine(ABC, Generic[R, S]):
         """Renew what is held on nodes of the other role; find out which of them are silent."""
 
     @abstractmethod
+    def _resumed(self, paused_s: float) -> None:
+        """Blame no other node for the last ``paused_s``, in which this process did not run."""
+
+    @abstractmethod
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         """End what depends on another node that is lost."""
 
@@ -155,6 +161,8 @@ class NodeMachine(ABC, Generic[R, S]):
         match event:
             case StepDone() | StepFailed():
                 self._step_ended(event)
+            case EngineLost(reason=reason):
+                self._engine_lost(reason)
             case LayersComputed():
                 self._layers_computed(event)
             case Received(peer=peer, message=message):
@@ -170,12 +178,18 @@ class NodeMachine(ABC, Generic[R, S]):
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
             case Started():
-                if self._node.role is Role.MIXED:
-                    self._join()
+                self._started()
+            case Resumed(paused_s=paused_s):
+                self._membership.resumed(paused_s)
+                self._resumed(paused_s)
             case StopRequested():
                 self._stop_requested()
             case _:
                 assert_never(event)
+
+    def _started(self) -> None:
+        if self._node.role is Role.MIXED:  # the others join when their messager is ready
+            self._join()
 
     def _timer_fired(self, key: Hashable) -> None:
         match key:
@@ -276,6 +290,10 @@ class NodeMachine(ABC, Generic[R, S]):
             self._router_lost(peer, reason)
         else:
             self._node_lost(peer, reason)
+
+    def _engine_lost(self, reason: str) -> None:
+        self._fail_all(f"the node's device is lost: {reason}")
+        self._outbox.do(Log("error", "device lost", {"reason": reason}), Exit("device lost"))
 
     def _router_lost(self, router: PeerId, reason: str) -> None:
         if self._membership.lost(router):

@@ -68,7 +68,7 @@ def test_a_router_that_is_only_silent_is_given_up_in_the_end() -> None:
     with ManyRouters(engine={"decode_token_s": 0.1, "eos_every": 0}) as world:
         client = world.submit_to(0, 20, 100)
         world.run_until_sent("TokensOut", 3)
-        world.routers[0].paused = True
+        world.routers[0].pause()
         world.run_for(PEER_TIMEOUT_S - 1.5)
         assert world.nodes["d0"].machine.load().num_running == 1
         world.run_for(3.0)
@@ -84,7 +84,7 @@ def test_a_router_that_stops_for_a_while_loses_no_request(seed: int, pause_s: fl
     with ManyRouters(seed, prefill=2, decode=2, engine={"decode_token_s": 0.02}) as world:
         submit_some(world, 6, 200)
         world.run_for(world.rng.random())
-        world.routers[0].paused = True
+        world.routers[0].pause()
         world.run_for(pause_s)
         world.routers[0].resume()
         world.settle()

@@ -62,7 +62,7 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
             match action:
                 case RunStep(plan=plan):
                     served.num_steps += 1
-                    events.append(StepDone(engine.run(plan, lambda layer: None)))
+                    events.append(StepDone(engine.run(plan, lambda layers: None)))
                 case Send(message=TokensOut(outputs=outputs)):
                     for output in outputs:
                         served.tokens.setdefault(output.request_id, []).extend(output.token_ids)

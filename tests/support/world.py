@@ -131,6 +131,7 @@ class World:
         router: dict[str, Any] | None = None,
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
+        layers_at_once: int = 1,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 1000.0
@@ -139,6 +140,7 @@ class World:
         self.clients: dict[str, Client] = {}
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
+        self.layers_at_once = layers_at_once
         self.store = FakeStore(random.Random(seed ^ 0x5709))
         self.link = FakeLink(random.Random(~seed), self.after, lambda: self.now, self._arrive)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []

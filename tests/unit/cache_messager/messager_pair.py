@@ -206,8 +206,11 @@ class Pair:
         self.say(P, message)
 
     def signal(self, attempt: Attempt, layer: int, first_block: int, sources: list[int]) -> None:
+        self.signal_layers(attempt, range(layer, layer + 1), sources, first_block)
+
+    def signal_layers(self, attempt: Attempt, layers: range, sources: list[int], first_block: int = 0) -> None:
         span = KVSpan(attempt.request_id, attempt.epoch, first_block, sources[first_block:])
-        self.say(P, LayerSignal(step=1, layer=layer, spans=[span]))
+        self.say(P, LayerSignal(step=1, layer=layers.start, num_layers=len(layers), spans=[span]))
 
     def signal_all(self, attempt: Attempt, sources: list[int]) -> None:
         self.sources[attempt] = sources

@@ -8,6 +8,7 @@ import pytest
 from messager_pair import BLOCK_BYTES, GEOMETRY, P_NODE, D, P, Pair, one_of_each
 
 from cache_messager import pending
+from cache_messager.links import link_class
 from cache_messager.transfer import TRANSITIONS, TransferStatus
 from kvrelay.config.sections import TransferConfig
 from kvrelay.protocol.ids import Attempt
@@ -165,14 +166,17 @@ def test_waiting_chunks_of_a_layer_travel_as_one_frame() -> None:
         assert [len(frame.target_block_ids) for frame in pair.frames] == [6]
 
 
-def test_frame_of_several_layers_is_no_longer_than_a_frame_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache_messager.sender_link.MAX_FRAME_BYTES", 11 * BLOCK_BYTES)
+@pytest.mark.parametrize(("max_blocks", "frames"), [(11, [range(2), range(2, 3)]), (15, [range(3)])])
+def test_layers_signalled_together_share_frames_as_large_as_the_link_allows(
+    monkeypatch: pytest.MonkeyPatch, max_blocks: int, frames: list[range]
+) -> None:
     with Pair() as pair:
+        monkeypatch.setattr(link_class(pair.fastest), "max_frame_bytes", max_blocks * BLOCK_BYTES)
         sources, targets = one_of_each(pair, A, num_blocks=5)
-        pair.signal_all(A, sources)
+        pair.signal_layers(A, range(3), sources)
         pair.open(A, targets)
         pair.run()
-        assert [frame.layers for frame in pair.frames] == [range(2), range(2, 3)]
+        assert [frame.layers for frame in pair.frames] == frames
         pair.assert_moved(A)
 
 

@@ -94,7 +94,12 @@ def plan_of(engine: Engine, *batch: tuple[Sequence, Chunk], step: int = 1) -> St
 def run_batch(engine: Engine, *batch: tuple[Sequence, Chunk], layers: list[int] | None = None) -> StepResult:
     """Compute a chunk of each sequence; the sequences stay as they are."""
     heard: list[int] = [] if layers is None else layers
-    return engine.run(plan_of(engine, *batch), heard.append)
+
+    def on_layers(layers: range) -> None:
+        for layer in layers:
+            heard.append(layer)
+
+    return engine.run(plan_of(engine, *batch), on_layers)
 
 
 def outcomes_in_order(result: StepResult) -> list[SequenceOutcome]:

@@ -63,7 +63,7 @@ def _generated(engine: Engine) -> list[list[int]]:
     planes = engine.memory.planes
     planes[:, :, again.block_table] = planes[:, :, long.block_table]
     again.num_computed_tokens = LONG
-    engine.run(plans.write(1, [again], [Chunk(LONG - 1, 1, True)]), lambda layer: None)
+    engine.run(plans.write(1, [again], [Chunk(LONG - 1, 1, True)]), lambda layers: None)
     return [one.token_ids[one.num_prompt_tokens :] for one in (long, short)]
 
 
@@ -80,7 +80,7 @@ def _step(engine: Engine, plans: PlanWriter, *batch: tuple[Sequence, int]) -> No
     chunks = [
         Chunk(one.num_computed_tokens, count, one.num_computed_tokens + count == one.num_tokens) for one, count in batch
     ]
-    result = engine.run(plans.write(1, sequences, chunks), lambda layer: None)
+    result = engine.run(plans.write(1, sequences, chunks), lambda layers: None)
     for one, chunk, sampled in zip(sequences, chunks, result.sampled, strict=True):
         one.num_computed_tokens += chunk.num_tokens
         one.token_ids += sampled.token_ids

@@ -135,14 +135,14 @@ def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunn
     runner, one = make_runner(), sequence(prompt(8), max_tokens=1)
     runner.give_blocks(one, 8)
     planes = planes_of(runner.engine)
-    heard = []
+    heard: list[int] = []
 
-    def on_layer(layer: int) -> None:
-        heard.append(layer)
-        assert planes[layer][:, one.block_table].any(-1).all()
-        assert not planes[layer + 1 :].any()
+    def on_layers(layers: range) -> None:
+        heard.extend(layers)
+        assert planes[layers.start : layers.stop][:, :, one.block_table].any(-1).all()
+        assert not planes[layers.stop :].any()
 
-    runner.engine.run(plan_of(runner.engine, (one, Chunk(0, 8, True))), on_layer)
+    runner.engine.run(plan_of(runner.engine, (one, Chunk(0, 8, True))), on_layers)
     assert heard == list(range(CONFIG.num_layers))
 
 
@@ -229,7 +229,7 @@ def test_what_is_known_of_a_sequence_is_forgotten_when_it_leaves(make_runner: Ma
 
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
-        make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layer: None)
+        make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layers: None)
 
 
 @pytest.mark.parametrize("chunk", [3, 100])

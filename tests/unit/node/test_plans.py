@@ -181,7 +181,7 @@ def test_a_sequence_that_the_engine_was_not_told_of_fails_in_its_step() -> None:
     one.token_ids.append(50)
     one.block_table.append(9)
     engine = FakeEngine(FakeEngineConfig(), 4, 16)
-    result = engine.run(writer.write(2, [one, other], [Chunk(3, 1, True), Chunk(0, 3, True)]), lambda layer: None)
+    result = engine.run(writer.write(2, [one, other], [Chunk(3, 1, True), Chunk(0, 3, True)]), lambda layers: None)
     engine.close()
     assert isinstance(result.outcomes[SequenceId(1)], SequenceFailed)
     assert isinstance(result.outcomes[SequenceId(2)], SampledTokens)

@@ -223,6 +223,7 @@ def test_decode_nodes_serve_alone() -> None:
 def test_without_decode_nodes_nothing_is_served_all_the_same(nodes: str) -> None:
     driver = Driver(nodes, local_prefill_tokens=0)
     assert "no decode" in (driver.machine.unready_reason() or "")
+    driver.now += 60.0  # a router that has just started waits for nodes
     driver.submit()
     assert driver.error_code() == "no_node_available"
 

@@ -4,11 +4,11 @@ import pytest
 from driver import Driver, new_request, peer
 
 from kvrelay.errors import LocalProtocolError
-from kvrelay.machine.contract import PeerLost, Received, StopRequested
+from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
 from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
-from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain
+from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain, Generate, Registered
 from kvrelay.protocol.request import FinishReason
 from router.events import (
     ClientGone,
@@ -190,10 +190,32 @@ def test_too_many_requests_are_refused_all_together() -> None:
 
 @pytest.mark.parametrize("nodes", ["", "p0", "d0", "p0 p1"])
 def test_without_nodes_that_can_serve_it_is_503_at_once(nodes: str) -> None:
-    driver = Driver(nodes)
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    assert driver.machine.unready_reason() is not None
+    driver.now += 10.1  # a router that has just started waits for nodes
     driver.submit()
     assert driver.error_code() == "no_node_available"
-    assert driver.machine.unready_reason() is not None
+
+
+@pytest.mark.parametrize("nodes", ["", "p0", "d0"])
+def test_router_that_has_just_started_waits_for_nodes(nodes: str) -> None:
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    driver.now += 3.0
+    driver.submit()
+    assert driver.endings() == []
+    driver.join("m0")
+    assert driver.dispatched()[0] == peer("m0")
+
+
+def test_router_that_has_just_started_does_not_wait_for_ever() -> None:
+    driver = Driver(limits=Limits(node_wait_s=10.0))
+    driver.wait(3.0)
+    driver.submit()
+    driver.wait(9.9)
+    assert driver.endings() == []
+    driver.wait(0.2)
+    assert driver.error_code() == "no_node_available"
+    driver.machine.assert_quiescent()
 
 
 @pytest.mark.parametrize("how", ["killed", "leaving", "drained"])
@@ -575,10 +597,17 @@ def test_cached_tokens_are_told_with_the_tokens() -> None:
 # ---------------------------------------------------------------- pauses of the router itself
 
 
-def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> None:
+def pause(driver: Driver, seconds: float) -> None:
+    """Let the router's process stand still: it is told so before it handles anything that came meanwhile."""
+    driver.now += seconds
+    driver.do(Resumed(seconds))
+
+
+def test_a_pause_of_the_router_counts_as_no_nodes_silence() -> None:
     driver = Driver("m0 m1")
-    driver.now += 60.0  # nothing was read meanwhile: timers fire first, and then come the nodes' heartbeats
-    driver.wait(0.0)
+    driver.wait(2.0)
+    pause(driver, 60.0)
+    driver.wait(2.0)
     assert len(list(driver.machine.node_table)) == 2
     driver.receive(peer("m0"), Heartbeat())
     driver.wait(1.5)
@@ -587,13 +616,42 @@ def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> Non
     assert not list(driver.machine.node_table)
 
 
+def test_pauses_do_not_keep_a_dead_node_alive() -> None:
+    driver = Driver("m0")
+    for _ in range(10):
+        driver.wait(1.0)
+        pause(driver, 3.0)
+    assert not list(driver.machine.node_table)
+
+
+def test_silent_nodes_are_all_gone_before_their_requests_are_retried() -> None:
+    driver = Driver("m0 m1 m2", limits=Limits(max_attempts=2))
+    driver.submit()
+    first, _, _ = driver.dispatched()
+    (alive,) = [name for name in ("m0", "m1", "m2") if peer(name) != first][:1]
+    for _ in range(6):
+        driver.wait(1.0)
+        driver.receive(peer(alive), Heartbeat())
+    again, _, spec = driver.dispatched()
+    assert (again, spec.epoch) == (peer(alive), 2)
+
+
+def test_a_node_that_lost_the_router_hears_that_it_is_registered_before_it_gets_requests_again() -> None:
+    """It drops requests of a router that it is not registered with."""
+    driver = Driver("m0")
+    driver.submit()
+    pause(driver, 60.0)
+    driver.sent.clear()
+    driver.join("m0", session=1)
+    assert [type(message) for _, message in driver.sent] == [Registered, Generate]
+
+
 def test_a_node_that_lost_the_router_while_it_was_held_up_costs_no_attempt_but_only_once() -> None:
     driver = Driver("m0", limits=Limits(max_attempts=2))
     driver.submit()
     driver.dispatched()
-    driver.now += 60.0
-    driver.wait(0.0)
-    driver.join("m0", session=1)
+    pause(driver, 60.0)
+    driver.join("m0", session=1)  # read before any timer fires
     _, _, again = driver.dispatched()
     assert again.epoch == 2
     driver.join("m0", session=2)
