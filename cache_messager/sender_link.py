@@ -34,7 +34,9 @@ def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress) -> R
     if not reached:
         kinds = ", ".join(offer.kind for offer in offers) or "none"
         where = "on this host" if peer.host_id == here else "on another host"
-        raise TransferError(f"no link reaches {peer_name(peer.peer)}, which is {where}; possible and allowed here: {kinds}")
+        raise TransferError(
+            f"no link reaches {peer_name(peer.peer)}, which is {where}; possible and allowed here: {kinds}"
+        )
     best = reached[0][0]
     return Route(best, [offer for address, offer in reached if address == best])
 

@@ -17,7 +17,7 @@ from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.ids import peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.runtime.logging import log_event
-from kvrelay.runtime.runtime_dir import new_ipc_address
+from kvrelay.runtime.runtime_dir import new_socket_file
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 
@@ -31,14 +31,14 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
     ``lifeline_fd`` is a pipe whose other end only the node holds: at end of file the node has ended. Raises
     PeerLostError or GeometryMismatchError if the node's pool cannot be opened.
     """
-    ipc_address = new_ipc_address(Path(settings.runtime_dir), peer_name(settings.me))
+    ipc_file = new_socket_file(Path(settings.runtime_dir), peer_name(settings.me))
     loop = asyncio.get_running_loop()
     with (
         closing(open_pool(settings.geometry, settings.pool)) as pool,
         closing(BlockMover(settings, pool)) as mover,
         closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
     ):
-        tcp, ipc = transport.bind(tcp_address(settings.host, 0), ipc_address)
+        tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
         _log_offers(settings, mover)
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
         shell = Shell(MessagerMachine(settings, link, mover.offers), clock=Clock())
@@ -49,7 +49,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
             return await shell.run(transport)
         finally:
             loop.remove_reader(lifeline_fd)
-            Path(ipc_address.removeprefix("ipc://")).unlink(missing_ok=True)
+            ipc_file.unlink(missing_ok=True)
 
 
 def _log_offers(settings: MessagerSettings, mover: BlockMover) -> None:

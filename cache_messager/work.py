@@ -98,6 +98,6 @@ def corrupt(frame: KVFrame) -> CorruptKVError:
     return CorruptKVError(f"layer {frame.layer} from block {frame.first_block} arrived corrupt")
 
 
-def violation(sender: PeerId, problem: str) -> TransferError:
+def violation(sender: str, problem: str) -> TransferError:
     """Return the error of a frame that ``sender`` should not have sent."""
-    return TransferError(f"{peer_name(sender)} broke the protocol: {problem}")
+    return TransferError(f"{peer_name(PeerId(sender))} broke the protocol: {problem}")

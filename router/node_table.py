@@ -216,23 +216,22 @@ class NodeTable:
             return f"protocol version {registration.geometry.protocol_version}, the router's is {PROTOCOL_VERSION}"
         if registration.model != self._model:
             return f"model {registration.model!r}, the cluster serves {self._model!r}"
-        unexpected = self._unexpected(registration)
-        if unexpected is not None:
-            return unexpected
-        for node in self:
-            if node.node_id != registration.node_id:
-                differences = node.registration.geometry.differences(registration.geometry)
-                return f"KV geometry differs from {node.node_id}'s: {'; '.join(differences)}" if differences else None
-        return None
+        return self._difference_from_config(registration) or self._difference_from_others(registration)
 
-    def _unexpected(self, registration: Register) -> str | None:
-        """Return how ``registration`` differs from the router's own config, or None."""
+    def _difference_from_config(self, registration: Register) -> str | None:
         if self._expected is None:
             return None
         expected = self._expected.get(registration.node_id)
         if expected is None:
             return f"the router's config has no node {registration.node_id}"
         return expected.problem_with(registration)
+
+    def _difference_from_others(self, registration: Register) -> str | None:
+        for node in self:
+            if node.node_id != registration.node_id:
+                differences = node.registration.geometry.differences(registration.geometry)
+                return f"KV geometry differs from {node.node_id}'s: {'; '.join(differences)}" if differences else None
+        return None
 
     def rival(self, registration: Register) -> Node | None:
         """Return the registered node with the same name and another incarnation, or None."""

@@ -30,7 +30,7 @@ from kvrelay.runtime.compute_thread import compute_for
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
-from kvrelay.runtime.runtime_dir import new_ipc_address, runtime_dir
+from kvrelay.runtime.runtime_dir import new_socket_file, runtime_dir
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.startup import startup
 from kvrelay.runtime.transport import Transport
@@ -141,7 +141,7 @@ async def _run_with_messager(
     settings = MessagerSettings.for_node(
         node,
         node=me,
-        node_address=new_ipc_address(directory, node.name),
+        node_address=f"ipc://{new_socket_file(directory, node.name)}",
         geometry=engine.geometry,
         pool=engine.memory.handle,
         runtime_dir=str(directory),

@@ -34,12 +34,12 @@ def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def new_ipc_address(directory: Path, name: str) -> str:
-    """Return an address in ``directory`` for a new socket of the process ``name``.
+def new_socket_file(directory: Path, name: str) -> Path:
+    """Return the path of a new ipc socket of the process ``name`` in ``directory``.
 
     It is random and does not contain the incarnation: /proc/net/unix shows it to all users.
     """
-    return f"ipc://{directory}/{name}.{secrets.token_hex(4)}"
+    return directory / f"{name}.{secrets.token_hex(4)}"
 
 
 def _parent(env: Mapping[str, str]) -> str:

@@ -171,7 +171,7 @@ def test_anything_in_the_names_of_live_peers(fake_cluster: Cluster, ports: list[
 def test_rogue_nodes_and_prefill_nodes_that_nobody_knows(
     fake_cluster: Cluster, ports: list[int], files: list[Path]
 ) -> None:
-    """A stranger registers as a mixed node, in the place of d0, and with another geometry; it reserves all blocks of D."""
+    """A stranger registers as a mixed node, in the place of d0 and with another geometry, and reserves all blocks."""
     d0 = fake_cluster.config.node("d0")
     before = fake_cluster.incarnations()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvrelay.machine.contract import Log
-from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.log_limit import INTERVAL_S, MAX_KEYS
+from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.unexpected import UnexpectedMessages
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving
