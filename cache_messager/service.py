@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.ids import peer_name
 from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.runtime_dir import new_socket_file
 from kvrelay.runtime.shell import Shell
@@ -36,7 +38,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
     with (
         closing(open_pool(settings.geometry, settings.pool)) as pool,
         closing(BlockMover(settings, pool)) as mover,
-        closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
+        closing(_transport(settings, lambda event: shell.post(event))) as transport,  # noqa: PLW0108
     ):
         tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
         _log_offers(settings, mover)
@@ -50,6 +52,11 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         finally:
             loop.remove_reader(lifeline_fd)
             ipc_file.unlink(missing_ok=True)
+
+
+def _transport(settings: MessagerSettings, deliver: Callable[[object], None]) -> Transport:
+    keys = None if settings.keys is None else Keys.load(Path(settings.keys), peer_name(settings.node))
+    return Transport(settings.me, deliver, send_queue=_QUEUE, keys=keys)
 
 
 def _log_offers(settings: MessagerSettings, mover: BlockMover) -> None:

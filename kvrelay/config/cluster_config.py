@@ -33,6 +33,7 @@ from kvrelay.config.sections import (
     RouterConfig,
     SchedulerConfig,
     Section,
+    SecurityConfig,
     SGLangReserveConfig,
     SpeculativeConfig,
     StorageConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "RouterConfig",
     "SGLangReserveConfig",
     "SchedulerConfig",
+    "SecurityConfig",
     "SpeculativeConfig",
     "StorageConfig",
     "TransferConfig",
@@ -72,6 +74,7 @@ class Sections(Section):
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
 
@@ -138,12 +141,12 @@ class ClusterConfig(Sections):
         if problems or config is None:
             raise ConfigError(sorted(problems, key=_in_reading_order))
         config._warnings = tuple(document.warnings)
-        return config._with_model_path(config_dir)
+        return config._with_absolute_paths(config_dir)
 
-    def _with_model_path(self, config_dir: Path) -> Self:
-        """Return the config with absolute model paths, so that a process may run in any directory."""
-        nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
-        return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
+    def _with_absolute_paths(self, config_dir: Path) -> Self:
+        """Return the config with absolute paths of model and keys, so that a process may run in any directory."""
+        nodes = tuple(node.model_copy(update=_located_sections(node, config_dir)) for node in self.nodes)
+        return self.model_copy(update={**_located_sections(self, config_dir), "nodes": nodes})
 
     def node(self, name: str) -> NodeConfig:
         """Return the node called ``name``. Raises ConfigError if there is none."""
@@ -198,8 +201,17 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
     return _REASONS.get(kind, otherwise).replace("{shown}", document.shown(key))
 
 
-def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:
-    """Return ``model`` with its path resolved against the current directory or, if missing there, the config file's."""
-    here, there = Path(model.path).absolute(), (config_dir / model.path).absolute()
-    found = there if there.exists() and not here.exists() else here
-    return model.model_copy(update={"path": str(found)})
+def _located_sections(sections: Sections, config_dir: Path) -> dict[str, Section]:
+    """Return the sections that contain paths, with these located."""
+    model, security = sections.model, sections.security
+    keys = security.keys and _located(security.keys, config_dir)
+    return {
+        "model": model.model_copy(update={"path": _located(model.path, config_dir)}),
+        "security": security.model_copy(update={"keys": keys}),
+    }
+
+
+def _located(path: str, config_dir: Path) -> str:
+    """Return ``path`` resolved against the current directory or, if it is missing there, the config file's."""
+    here, there = Path(path).absolute(), (config_dir / path).absolute()
+    return str(there if there.exists() and not here.exists() else here)

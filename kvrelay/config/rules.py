@@ -7,13 +7,14 @@ type, which the type check reports.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvrelay.addresses import netloc
+from kvrelay.addresses import netloc, split_tcp_address
 from kvrelay.config.document import Key
 from kvrelay.config.sections import (
     STORED_BACKENDS,
@@ -49,6 +50,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _budgets,
         _storage_needs_prefix_caching,
         _cuda_needs_pools_on_devices,
+        _other_hosts_need_keys,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     # With a registry the other nodes of the cluster may be in other files.
@@ -153,6 +155,35 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
                 ("nodes", index, "transfer", "link"),
                 "cuda copies between pools on devices, which engine.kind: torch has",
             )
+
+
+def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Without keys whoever reaches a port of a process can act as any other process."""
+    advice = "can be reached from other hosts: set security.keys (kvrelay keys init), or security.insecure: true"
+    keys, insecure = _get(data, "security", "keys", None), _get(data, "security", "insecure", False)
+    control = _get(data, "router", "control", RouterConfig().control)
+    is_static = _get(data, "registry", "kind", "static") == "static"
+    if is_static and not keys and not insecure and isinstance(control, str) and not _is_loopback(control):
+        yield ("router", "control"), f"{control} {advice}"
+    for index, node in nodes:
+        host = node.get("host", "127.0.0.1")
+        is_secured = _get(node, "security", "keys", keys) or _get(node, "security", "insecure", insecure)
+        if isinstance(host, str) and not _is_loopback(host) and not is_secured:
+            yield ("nodes", index, "host"), f"{host} {advice}"
+
+
+def _is_loopback(address: str) -> bool:
+    """Return whether ``address``, a host or ``tcp://host:port``, can only be reached from this host."""
+    host = address
+    if address.startswith("tcp://"):
+        try:
+            host, _ = split_tcp_address(address)
+        except ValueError:
+            return True  # reported by the check of types
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:

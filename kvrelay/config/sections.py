@@ -474,6 +474,20 @@ class RegistryConfig(Section):
         return self
 
 
+class SecurityConfig(Section):
+    """How the processes of a cluster know each other."""
+
+    keys: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of the keys of the processes (kvrelay keys init); default: no keys, and processes "
+        "listen on this host only.",
+    )
+    insecure: bool = Field(
+        False, description="Listen for processes on other hosts without keys: whoever reaches a port is trusted."
+    )
+
+
 class FakeEngineConfig(Section):
     """The engine without a model: tokens from a hash of the context, step times from a cost model."""
 

@@ -28,6 +28,7 @@ from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
 from kvrelay.runtime.compute_thread import compute_for
 from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.keys import Keys, configured_keys
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
 from kvrelay.runtime.runtime_dir import new_socket_file, runtime_dir
@@ -68,13 +69,14 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     startup.report("connecting")
     compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
-    transport = Transport(me, shell.post)
+    keys = configured_keys(node.security, node.name)
+    transport = Transport(me, shell.post, keys=keys)
     compute.start()
     tune_gc()
     try:
         with runtime_dir() as directory:
             _bind(transport, node)
-            async with _storage(node, engine, shell), _registry(node, registration, shell, transport):
+            async with _storage(node, engine, shell, keys), _registry(node, registration, shell, transport):
                 if node.role == "mixed":
                     return await shell.run(transport)
                 return await _run_with_messager(node, engine, me, directory, shell, transport)
@@ -99,7 +101,7 @@ def _bind(transport: Transport, node: NodeConfig) -> None:
 
 
 @asynccontextmanager
-async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
+async def _storage(node: NodeConfig, engine: Engine, shell: Shell, keys: Keys | None) -> AsyncIterator[None]:
     """Open the node's store for the context, if one is configured. Without one the machine emits no storage actions.
 
     Raises ConfigError if the store cannot work as configured, StorageUnavailableError if it cannot be opened now.
@@ -108,7 +110,7 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncItera
         yield
         return
     clock = Clock()
-    store = make_store(node.storage, engine.geometry, clock, node.host)
+    store = make_store(node.storage, engine.geometry, clock, node.host, keys)
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with AsyncExitStack() as stack:
         try:

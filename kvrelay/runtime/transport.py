@@ -23,6 +23,8 @@ from kvrelay.machine.log_limit import LogLimit
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message, ProtocolViolation
+from kvrelay.runtime.authenticator import HANDSHAKE_MS, Authenticator
+from kvrelay.runtime.keys import Keys, key_name
 from kvrelay.runtime.peer_names import PeerNames, claimed_peer
 
 MAX_PART_BYTES = 64 << 20
@@ -44,7 +46,9 @@ class Transport:
     may go on: what was lost with the message is over for both.
     """
 
-    def __init__(self, me: PeerId, deliver: Callable[[object], None], *, send_queue: int = 1000) -> None:
+    def __init__(
+        self, me: PeerId, deliver: Callable[[object], None], *, send_queue: int = 1000, keys: Keys | None = None
+    ) -> None:
         self.me = me
         self._deliver = deliver
         self._send_queue = send_queue
@@ -55,6 +59,8 @@ class Transport:
         self._lookups: dict[PeerId, asyncio.Task[None]] = {}
         self._held: dict[PeerId, deque[tuple[Message, Sequence[memoryview]]]] = {}
         self._names: dict[zmq.Socket[bytes], PeerId] = {}
+        self._keys = keys
+        self._authenticator = Authenticator(self._context, keys) if keys is not None else None
         self._peer_names = PeerNames(me)
         self._log_limit = LogLimit()
 
@@ -67,6 +73,8 @@ class Transport:
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if self._authenticator is not None:
+            self._authenticator.secure_listener(self._router)
         bound = []
         for address in addresses:
             endpoint = listening_address(address)
@@ -92,6 +100,13 @@ class Transport:
         """Connect to ``address`` under the name ``peer``. Messages sent before it answers are queued."""
         dealer = self._outgoing(peer, zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self._peer_names.own_routing_id(peer))
+        if self._authenticator is not None and self._keys is not None:
+            server_key = self._keys.public_of(peer)
+            if server_key is None:
+                self.disconnect(peer)
+                self._lose(peer, f"security.keys has no public key of {key_name(peer)}")
+                return
+            self._authenticator.secure_connection(dealer, server_key)
         named = named_host(address)
         if named is None:
             self._reach(dealer, address, ipv6=is_ipv6(address))
@@ -145,6 +160,8 @@ class Transport:
         if self._router is not None:
             self._close(self._router, linger_ms=200)
             self._router = None
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()
 
     # ------------------------------------------------------------ sending
@@ -196,23 +213,25 @@ class Transport:
                 return
             if socket is not self._router:
                 self._take(self._names[socket], frames)
-            elif (peer := self._inbound(frames[0].bytes)) is not None:
+            elif (peer := self._inbound(frames[0])) is not None:
                 self._take(peer, frames[1:])
             if time.monotonic() >= ends_s:
                 break
         self._loop.call_soon(self._read, socket)
 
-    def _inbound(self, routing_id: bytes) -> PeerId | None:
+    def _inbound(self, frame: zmq.Frame) -> PeerId | None:
         """Return the peer whose message came over an incoming connection; None if it may not use that name.
 
-        It may not use the name of one of our own connections, or that of a peer that has another connection. Whoever it
-        is learns of it, so that nobody waits for an answer.
+        It may not use the name of one of our own connections, or that of a peer that has another connection or another
+        key. Whoever it is learns of it, so that nobody waits for an answer.
         """
-        peer = self._peer_names.peer(routing_id)
+        routing_id = frame.bytes
+        has_key = self._keys is None or frame.get("User-Id") == key_name(claimed_peer(routing_id))
+        peer = self._peer_names.peer(routing_id) if has_key else None
         if peer is not None and peer not in self._sockets:
             return peer
         name = claimed_peer(routing_id)
-        reason = f"the name {name} belongs to another connection"
+        reason = f"the name {name} belongs to another {'connection' if has_key else 'key'}"
         self._log_refused(name, reason)
         if self._router is not None:
             with contextlib.suppress(zmq.ZMQError):
@@ -247,6 +266,7 @@ class Transport:
         socket.setsockopt(zmq.RCVHWM, self._send_queue)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         return socket
 
     def _outgoing(self, peer: PeerId, kind: int) -> zmq.Socket[bytes]:
@@ -264,4 +284,6 @@ class Transport:
     def _close(self, socket: zmq.Socket[bytes], linger_ms: int = 0) -> None:
         self._loop.remove_reader(socket.fileno())
         self._names.pop(socket, None)
+        if self._authenticator is not None:
+            self._authenticator.release(socket)
         socket.close(linger_ms)
