@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias, assert_never
 
 from kvrelay.config.cluster_config import Role
-from kvrelay.machine.contract import Disconnect, Log, LogLevel, SetTimer
+from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
@@ -71,11 +71,10 @@ class Nodes:
     # ------------------------------------------------------------ registration
 
     def follow(self, event: NodesFound | RegistryLost) -> None:
-        """Connect to the nodes in the registry. If the registry is lost, keep the known nodes."""
+        """Connect to the nodes in the registry. If the registry is lost, go on with the nodes that it last had."""
         if isinstance(event, RegistryLost):
-            self._followed.problem = event.reason
+            self._followed.registry_lost(event.reason)
             return
-        self._followed.problem = None
         for peer in self._followed.take(event.entries, registered=lambda peer: self._node_table.get(peer) is not None):
             self.lose(peer, "restarted")
         for node in self._node_table:
@@ -83,6 +82,7 @@ class Nodes:
 
     def _register(self, peer: PeerId, message: Register) -> None:
         if peer in self._followed and peer != peer_id(message.node_id, message.incarnation):
+            self._followed.answered_by_another(peer, message)
             self.lose(peer, f"{message.node_id}#{message.incarnation} is at its address")
             return
         reason = self._node_table.mismatch(peer, message)
@@ -191,7 +191,6 @@ class Nodes:
         if node is not None:
             self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
             self._requests.counters.nodes_lost += reason != "drained"
-            self._outbox.do(Disconnect(peer))
         return node
 
     def resumed(self, paused_s: float) -> None:

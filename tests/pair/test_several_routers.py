@@ -141,6 +141,29 @@ def test_registry_lost_and_back_under_load(seed: int) -> None:
         assert all(client.error is None for client in world.clients.values())
 
 
+@pytest.mark.parametrize("how", ["restarts", "stands still"])
+@pytest.mark.parametrize("name", ["p0", "d0"])
+def test_a_known_node_is_back_although_the_registry_is_lost(name: str, how: str) -> None:
+    """F30: routers call the nodes that the registry last had, until it says otherwise."""
+    with ManyRouters(prefill=2, decode=2) as world:
+        submit_some(world)
+        world.lose_registry()
+        world.run_for(3 * POLL_S)
+        if how == "restarts":
+            world.restart(name)
+        else:
+            world.nodes[name].pause()
+            world.run_until(lambda: not any(name in router.nodes for router in world.routers))
+            world.nodes[name].resume()
+        world.run_until(lambda: not world.registry_is_up and all(name in router.nodes for router in world.routers))
+        peer = world.nodes[name].peer
+        world.run_until(lambda: all(router.machine.node_table.get(peer) for router in world.routers), 10.0)
+        submit_some(world)
+        world.registry_is_up = True
+        world.settle()
+        assert all(client.error is None for client in world.clients.values())
+
+
 def test_a_router_that_comes_while_a_node_drains_gives_it_nothing() -> None:
     with ManyRouters(prefill=1, decode=2, engine={"decode_token_s": 0.02}) as world:
         client = world.submit_to(0, 9, 100)
