@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvrelay.addresses import netloc, split_tcp_address
+from kvrelay.addresses import check_host, netloc, split_tcp_address
 from kvrelay.config.document import Key
 from kvrelay.config.sections import (
     STORED_BACKENDS,
@@ -173,13 +173,15 @@ def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str
 
 
 def _is_loopback(address: str) -> bool:
-    """Return whether ``address``, a host or ``tcp://host:port``, can only be reached from this host."""
-    host = address
-    if address.startswith("tcp://"):
-        try:
-            host, _ = split_tcp_address(address)
-        except ValueError:
-            return True  # reported by the check of types
+    """Return whether ``address``, a host or ``tcp://host:port``, can only be reached from this host.
+
+    True also for an invalid address, which the check of types reports.
+    """
+    try:
+        host = split_tcp_address(address)[0] if address.startswith("tcp://") else address
+        check_host(host)
+    except ValueError:
+        return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -47,6 +47,8 @@ class Keys:
             raise ConfigError([f"security.keys: others may read {secret_file}; run chmod 600 {secret_file}"])
         if public.get(name) != zmq.curve_public(secret):
             raise ConfigError([f"security.keys: {directory} has no public key that fits {secret_file}"])
+        if ROUTER not in public:
+            raise ConfigError([f"security.keys: {directory} has no public key of the router"])
         return cls(name, secret, public)
 
     @classmethod

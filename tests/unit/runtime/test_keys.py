@@ -117,7 +117,11 @@ def test_processes_with_keys_talk(directory: Path, peer: str) -> None:
             client.send(PeerId("d0#1"), abort(1), [memoryview(b"payload")])
             event = await at_server.next()
             assert isinstance(event, Received)
-            assert (event.peer, event.message, [bytes(part) for part in event.payload]) == (peer, abort(1), [b"payload"])
+            assert (event.peer, event.message, [bytes(part) for part in event.payload]) == (
+                peer,
+                abort(1),
+                [b"payload"],
+            )
             server.send(PeerId(peer), abort(2))
             assert await at_client.next() == Received(PeerId("d0#1"), abort(2))
 
