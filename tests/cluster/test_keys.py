@@ -93,7 +93,7 @@ def _say(cluster: Cluster, own: Keys | None, server: Keys, name: str) -> None:
 
 
 def test_no_key_a_wrong_key_and_the_name_of_another(keyed_cluster: Cluster, keys: Path, tmp_path: Path) -> None:
-    make_keys(tmp_path, ["d1"])
+    make_keys(tmp_path, ["router", "d1"])
     nodes = sorted(set(re.findall(r"node registered.*node=(\w+#[0-9a-f]+)", keyed_cluster.log())))
     servers = [Keys.load(keys, name) for name in ("router", "p0", "d0")]
     unknown, d1 = Keys.load(tmp_path, "d1"), Keys.load(keys, "d1")

@@ -28,7 +28,7 @@ from router.model import ServedModel, load_model
 from router.server import HttpServer, http_limits, http_server
 from router.service import RouterService
 
-GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
+GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="fake-1024")
 ANSWER = "The fox says: 🦊! Twice: 🦊. END of it, and then some more words follow."
 
 
@@ -197,13 +197,17 @@ class FakeCluster:
         return [cast(HttpProtocol, connection) for connection in self.http.server_state.connections]
 
 
-def config(**router: object) -> ClusterConfig:
+def config(roles: str = "", **router: object) -> ClusterConfig:
+    """Return a config with a node ``n0``, ``n1``, ... for each of ``roles``, and nodes that are never there."""
+    names = {f"n{number}": role for number, role in enumerate(roles.split())}
+    names |= {"p": "prefill", "d": "decode", "m": "mixed"}
     return ClusterConfig.from_data(
         {
             "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
             "router": {"control": "tcp://127.0.0.1:0", **router},
-            "engine": {"kind": "fake"},
-            "nodes": [{"name": "m0", "role": "mixed", "port": 1}],
+            "engine": {"kind": "fake", "fake": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}},
+            "security": {"insecure": True},
+            "nodes": [{"name": name, "role": role, "host": name, "port": 1} for name, role in names.items()],
         }
     )
 
@@ -213,7 +217,7 @@ async def fake_cluster(
     script: Script | None = None, roles: str = "prefill decode", **router: object
 ) -> AsyncIterator[FakeCluster]:
     script = script or Script()
-    settings, clock = config(**router), Clock()
+    settings, clock = config(roles, **router), Clock()
     model = load_model(settings)
     service = RouterService(settings, model, clock)
     running = asyncio.create_task(service.run())
