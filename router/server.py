@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -22,6 +23,7 @@ from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
+from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.protocol import HttpLimits, HttpProtocol
 from router.memory import return_large_blocks
@@ -47,8 +49,11 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None) -> HttpServer:
-    """Return a server for ``app`` that is not running yet."""
+def http_server(
+    app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None, tls: tuple[str, str] | None = None
+) -> HttpServer:
+    """Return a server for ``app`` that is not running yet. ``tls``: files of its certificate chain and private key."""
+    certificate, private_key = tls or (None, None)
     # uvicorn only calls the protocol class, so a partial works.
     protocol = cast(type[asyncio.Protocol], partial(HttpProtocol, limits=limits or HttpLimits()))
     settings = uvicorn.Config(
@@ -64,6 +69,8 @@ def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = 
         date_header=False,
         server_header=False,
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
     )
     return HttpServer(settings)
 
@@ -71,6 +78,17 @@ def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = 
 def http_limits(config: RouterConfig) -> HttpLimits:
     """Return the limits of one HTTP connection set in ``config``."""
     return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
+
+
+def tls_files(config: RouterConfig) -> tuple[str, str] | None:
+    """Return the files of certificate and private key, or None without TLS. Raises ConfigError if they do not fit."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_certificate, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError([f"router.tls_certificate, tls_key: {error}"]) from error
+    return config.tls_certificate, config.tls_key
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -92,10 +110,11 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    app: ASGIApp = make_app(service, metrics)
+    app: ASGIApp = make_app(service, metrics, ApiKeys.of(config.router, clock.now))
     if config.router.access_log:
         app = AccessLog(app, clock.now)
-    server = http_server(app, config.router.host, config.router.port, http_limits(config.router))
+    tls = tls_files(config.router)
+    server = http_server(app, config.router.host, config.router.port, http_limits(config.router), tls)
     tune_gc()
     with _listen(config.router.host, config.router.port) as listener:
         http = asyncio.create_task(server.serve([listener]))

@@ -203,11 +203,13 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
 
 def _located_sections(sections: Sections, config_dir: Path) -> dict[str, Section]:
     """Return the sections that contain paths, with these located."""
-    model, security = sections.model, sections.security
-    keys = security.keys and _located(security.keys, config_dir)
+    names = {"model": ("path",), "security": ("keys",), "router": ("api_keys_file", "tls_certificate", "tls_key")}
     return {
-        "model": model.model_copy(update={"path": _located(model.path, config_dir)}),
-        "security": security.model_copy(update={"keys": keys}),
+        name: section.model_copy(
+            update={key: _located(path, config_dir) for key in keys if (path := getattr(section, key))}
+        )
+        for name, keys in names.items()
+        if (section := getattr(sections, name))
     }
 
 

@@ -7,14 +7,13 @@ type, which the type check reports.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvrelay.addresses import check_host, netloc, split_tcp_address
+from kvrelay.addresses import check_host, is_loopback, netloc, split_tcp_address
 from kvrelay.config.document import Key
 from kvrelay.config.sections import (
     STORED_BACKENDS,
@@ -163,16 +162,16 @@ def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str
     keys, insecure = _get(data, "security", "keys", None), _get(data, "security", "insecure", False)
     control = _get(data, "router", "control", RouterConfig().control)
     is_static = _get(data, "registry", "kind", "static") == "static"
-    if is_static and not keys and not insecure and isinstance(control, str) and not _is_loopback(control):
+    if is_static and not keys and not insecure and isinstance(control, str) and not _is_local(control):
         yield ("router", "control"), f"{control} {advice}"
     for index, node in nodes:
         host = node.get("host", "127.0.0.1")
         is_secured = _get(node, "security", "keys", keys) or _get(node, "security", "insecure", insecure)
-        if isinstance(host, str) and not _is_loopback(host) and not is_secured:
+        if isinstance(host, str) and not _is_local(host) and not is_secured:
             yield ("nodes", index, "host"), f"{host} {advice}"
 
 
-def _is_loopback(address: str) -> bool:
+def _is_local(address: str) -> bool:
     """Return whether ``address``, a host or ``tcp://host:port``, can only be reached from this host.
 
     True also for an invalid address, which the check of types reports.
@@ -182,10 +181,7 @@ def _is_loopback(address: str) -> bool:
         check_host(host)
     except ValueError:
         return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(host)
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:
