@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvrelay.machine.contract import Received
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import Drained, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Abort
@@ -34,7 +34,10 @@ from kvrelay.runtime.transport import Transport
 
 ROUTER, NODE = PeerId("router"), PeerId("d0#1")
 STEP = TokensOut(
-    outputs=[RequestOutput(request_id=f"cmpl-{number:032x}", epoch=1, index=100, token_ids=[1]) for number in range(64)]
+    outputs=[
+        RequestOutput(request_id=RequestId(f"cmpl-{number:032x}"), epoch=1, index=100, token_ids=[1])
+        for number in range(64)
+    ]
 )
 FRAME_BYTES, WINDOW = 1 << 20, 64
 NUM_STEPS, NUM_FRAMES, NUM_TRIPS = 5000, 1000, 2000
@@ -50,7 +53,7 @@ def serve(pipe: Connection, keys: Keys | None) -> None:
             if not isinstance(event, Received):
                 return
             if event.payload:
-                transport.send(event.peer, Abort(request_id="", epoch=0))
+                transport.send(event.peer, Abort(request_id=RequestId(""), epoch=0))
             elif isinstance(event.message, Heartbeat | Drained):
                 transport.send(event.peer, Heartbeat())
 

@@ -35,7 +35,7 @@ from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.machine.contract import Received, Send, StepDone
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.codec import encode
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, BlockId
 from kvrelay.protocol.messages.node_to_router import TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
@@ -147,7 +147,7 @@ def measure(
 def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
     """Return the seconds of each operation of a prompt, the best of some in all."""
     sequence = Sequence(greedy(0))
-    sequence.take_blocks(range(PROMPT_TOKENS // engine.geometry.block_size))
+    sequence.take_blocks(list(map(BlockId, range(PROMPT_TOKENS // engine.geometry.block_size))))
     plans = PlanWriter()
     found = []
     for _ in range(PROMPTS):

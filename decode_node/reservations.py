@@ -152,7 +152,7 @@ class Reservations:
             request_id=message.request_id,
             epoch=message.epoch,
             first_block=len(matched),
-            target_block_ids=request.block_table[len(matched) :].tolist(),
+            target_block_ids=request.block_table[len(matched) :],
             sender=messager_of(peer),
         )
         self._outbox.send(MESSAGER, expect)
@@ -176,7 +176,7 @@ class Reservations:
         reserved = BlocksReserved(
             request_id=request.spec.request_id,
             epoch=request.spec.epoch,
-            block_ids=request.block_table[request.num_cached_blocks :].tolist(),
+            block_ids=request.block_table[request.num_cached_blocks :],
             num_cached_blocks=request.num_cached_blocks,
             link=self.link,
             lease_s=self._lease_s,
@@ -236,10 +236,9 @@ class Reservations:
             self._outbox.send(request.sender, _ended(request.attempt, error.message))
         self._endings.fail(request, error)
 
-    def renew(self, peer: PeerId, attempts: list[tuple[str, int]]) -> None:
+    def renew(self, peer: PeerId, attempts: list[Attempt]) -> None:
         """Renew the leases that ``peer`` names; tell it which of those reservations do not exist."""
-        for request_id, epoch in attempts:
-            attempt = Attempt(request_id, epoch)
+        for attempt in attempts:
             request = self._requests.find(attempt)
             if request is None:
                 self._outbox.send(peer, _ended(attempt, "no such reservation"))

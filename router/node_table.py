@@ -12,7 +12,7 @@ import msgspec
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import PROTOCOL_VERSION
-from kvrelay.protocol.ids import NodeId, PeerId, peer_id
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.prompt_lengths import length_class
@@ -34,7 +34,7 @@ class Node:
     num_given_requests: int = 0
     num_given_blocks: int = 0
     leaving: bool = False
-    pending: dict[str, int] = field(default_factory=dict)
+    pending: dict[RequestId, int] = field(default_factory=dict)
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from kvrelay.errors import KVRelayError, LocalProtocolError, NoNodeError, PeerLostError, QueueFullError
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
@@ -62,7 +62,7 @@ class Requests:
         """Number of requests in each non-terminal status."""
         return self._table.by_status
 
-    def nodes_of(self, request_id: str) -> list[PeerId]:
+    def nodes_of(self, request_id: RequestId) -> list[PeerId]:
         """Return the nodes that may hold state of this request's current attempt."""
         request = self._table.get(request_id)
         return request.nodes if request is not None else []
@@ -199,14 +199,14 @@ class Requests:
 
     # ------------------------------------------------------------ clients and timers
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """End a request whose client disconnected."""
         request = self._table.get(request_id)
         if request is not None:
             self._attempts.abort_nodes(request)
             self._table.abort(request)
 
-    def stop_matched(self, request_id: str) -> None:
+    def stop_matched(self, request_id: RequestId) -> None:
         """End a request whose text contains a stop string."""
         request = self._table.get(request_id)
         if request is not None:

@@ -14,16 +14,11 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from kvrelay.addresses import check_host, is_loopback, netloc, split_tcp_address
+from kvrelay.config.base import Section
 from kvrelay.config.document import Key
-from kvrelay.config.sections import (
-    STORED_BACKENDS,
-    CacheConfig,
-    ModelConfig,
-    Role,
-    RouterConfig,
-    SchedulerConfig,
-    Section,
-)
+from kvrelay.config.scheduling import SchedulerConfig
+from kvrelay.config.sections import CacheConfig, ModelConfig, Role, RouterConfig
+from kvrelay.config.storage import STORED_BACKENDS
 
 Problem: TypeAlias = tuple[Key, str]
 

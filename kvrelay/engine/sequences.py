@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import (
     NewSequence,
     SampledTokens,
@@ -21,7 +21,7 @@ from kvrelay.protocol.request import SamplingParams, TokenSequence
 
 NOBODY = NewSequence(
     id=SequenceId(0),
-    request_id="",
+    request_id=RequestId(""),
     token_ids=[],
     num_prompt_tokens=0,
     sampling=SamplingParams(max_tokens=0, seed=0),

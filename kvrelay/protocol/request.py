@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
 
-from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId
+from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId, RequestId
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +49,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``router``: the router that the request belongs to, set by the node that receives it from there.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
@@ -112,7 +111,7 @@ class Sequence(TokenSequence):
 
     def take_blocks(self, block_ids: Iterable[BlockId]) -> None:
         """Replace the block table by ``block_ids``."""
-        self.block_table = array("i", block_ids)
+        self.block_table = list(block_ids)
 
     @property
     def attempt(self) -> Attempt:

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 import kvrelay
 from kvrelay.errors import KVRelayError, ModelNotFoundError
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.asgi import send_body, send_error
 from router.http.body import prepared
@@ -92,7 +93,7 @@ class AdminEndpoints:
 
     async def timeline(self, request: Request) -> Response:
         """``GET /cluster/requests/{request_id}``: timeline of a request in progress or recently ended."""
-        request_id = request.path_params["request_id"]
+        request_id = RequestId(request.path_params["request_id"])
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
             message = f"no request {shown(request_id)} is in progress or among the last that ended"

@@ -19,7 +19,7 @@ from support.messages import EXAMPLES
 
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, ProtocolViolation
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
@@ -156,7 +156,7 @@ def test_anything_in_the_names_of_live_peers(fake_cluster: Cluster, ports: list[
         [encode(Heartbeat())],
         [encode(Leaving())],
         [encode(Drained())],
-        [encode(Abort(request_id="x", epoch=1))],
+        [encode(Abort(request_id=RequestId("x"), epoch=1))],
     ]
 
     def disturb() -> None:
@@ -197,7 +197,13 @@ def test_rogue_nodes_and_prefill_nodes_that_nobody_knows(
             )
             say_all([fake_cluster.config.router.control], [[encode(register)]] * 5, f"{name}#bad")
         reserve = [
-            [encode(ReserveBlocks(request_id=f"x{number}", epoch=1, block_hashes=[], num_tokens=8000, max_tokens=100))]
+            [
+                encode(
+                    ReserveBlocks(
+                        request_id=RequestId(f"x{number}"), epoch=1, block_hashes=[], num_tokens=8000, max_tokens=100
+                    )
+                )
+            ]
             for number in range(20)
         ]
         say_all([node.address for node in fake_cluster.config.nodes], reserve)

@@ -22,7 +22,7 @@ from kvrelay.errors import EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.request import SamplingParams
 
@@ -256,10 +256,10 @@ def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:
     """Return a sequence whose keys and values count as there already, so that its step writes none."""
     new = NewSequence(
         id=SequenceId(0),
-        request_id="warm-up",
+        request_id=RequestId("warm-up"),
         token_ids=[0] * num_tokens,
         num_prompt_tokens=num_tokens,
         sampling=SamplingParams(max_tokens=1, seed=0, temperature=1.0, top_p=0.9, top_k=5, num_logprobs=1),
-        block_table=list(range(geometry.blocks_for(num_tokens))),
+        block_table=[BlockId(index) for index in range(geometry.blocks_for(num_tokens))],
     )
     return ScheduledSequence(EngineSequence(new), 0, num_tokens, samples=True, writes_from=num_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Message, NodeAddress
 from kvrelay.protocol.request import RequestSpec
 
@@ -61,7 +61,7 @@ class AssignDecode(Message, frozen=True, kw_only=True):
     The reader asks ``decode_node`` for a reservation. KV that it has already computed stays valid.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     decode_node: NodeAddress
 
@@ -86,7 +86,7 @@ class Abort(Message, frozen=True, kw_only=True):
     them. P also sends D CancelReservation. D sends P nothing, because the router sends an Abort to both.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 

@@ -11,7 +11,7 @@ from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
 from kvrelay.errors import ConfigError, EngineError
 from kvrelay.node.plans import Chunk
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, SequenceId
 from kvrelay.protocol.messages.engine import ScheduledTokens, SequenceFailed, StepPlan
 
 CONFIG = FakeEngineConfig()
@@ -197,7 +197,7 @@ def test_a_step_takes_what_the_cost_model_says(make_runner: MakeRunner) -> None:
     ],
 )
 def test_a_sequence_beside_the_pool_fails_alone(
-    make_runner: MakeRunner, start: int, count: int, table: list[int], fault: str
+    make_runner: MakeRunner, start: int, count: int, table: list[BlockId], fault: str
 ) -> None:
     runner, one, other = make_runner(), sequence(prompt(8), "bad"), sequence(prompt(9))
     one.take_blocks(table)

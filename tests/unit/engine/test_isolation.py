@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from engine_runs import engine_sequence
+from support.ids import block_ids
 
 from kvrelay.engine.isolation import OnLayers, compute_isolated
 from kvrelay.engine.sequences import ScheduledSequence
@@ -36,7 +37,7 @@ class Model:
 def isolated(model: Model, tokens: list[int]) -> tuple[list[SequenceOutcome], list[int]]:
     """Compute a sequence of each token; return what came of them, and the layers told."""
     layers: list[int] = []
-    batch = [ScheduledSequence(engine_sequence([token], [0]), 0, 1, True, 0) for token in tokens]
+    batch = [ScheduledSequence(engine_sequence([token], block_ids(0)), 0, 1, True, 0) for token in tokens]
     return compute_isolated(3, batch, model.compute, layers.extend), layers
 
 
@@ -62,7 +63,7 @@ def test_a_lost_device_is_the_error_of_no_sequence() -> None:
         calls.append(len(batch))
         raise DeviceError("an illegal address")
 
-    batch = [ScheduledSequence(engine_sequence([token], [0]), 0, 1, True, 0) for token in range(4)]
+    batch = [ScheduledSequence(engine_sequence([token], block_ids(0)), 0, 1, True, 0) for token in range(4)]
     with pytest.raises(DeviceError, match="an illegal address"):
         compute_isolated(3, batch, compute, lambda layers: None)
     assert calls == [4]

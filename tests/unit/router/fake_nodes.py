@@ -201,7 +201,7 @@ class FakeCluster:
         return [cast(HttpProtocol, connection) for connection in self.http.server_state.connections]
 
 
-def config(roles: str = "", **router: object) -> ClusterConfig:
+def config(roles: str = "", /, **router: object) -> ClusterConfig:
     """Return a config with a node ``n0``, ``n1``, ... for each of ``roles``, and nodes that are never there."""
     names = {f"n{number}": role for number, role in enumerate(roles.split())}
     names |= {"p": "prefill", "d": "decode", "m": "mixed"}

@@ -5,7 +5,7 @@ from driver import Driver, new_request, peer
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
-from kvrelay.protocol.ids import NodeId, PeerId
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
 from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain, Generate, Registered
@@ -94,7 +94,7 @@ def test_second_token_before_the_first_is_held() -> None:
     assert driver.output() == [10, 11, 12]
     told = [item.num_cached_tokens for item in driver.delivered["r"] if isinstance(item, TokensDelivered)]
     assert told == [2, 2, 2]
-    timeline = driver.machine.requests.timelines.get("r")
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
     assert timeline is not None
     assert "first_token" in str(timeline["marks"])
     assert driver.endings() == [RequestEnded(LENGTH)]
@@ -113,21 +113,21 @@ def test_tokens_said_twice_are_delivered_once() -> None:
 def test_tokens_of_an_ended_request_are_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert driver.take_sent(Abort) == [
-        (peer("p0"), Abort(request_id="r", epoch=1)),
-        (peer("d0"), Abort(request_id="r", epoch=1)),
+        (peer("p0"), Abort(request_id=RequestId("r"), epoch=1)),
+        (peer("d0"), Abort(request_id=RequestId("r"), epoch=1)),
     ]
     driver.tokens("d0", 1, [4])
     driver.tokens("d0", 2, [4], finish=LENGTH)
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     assert driver.machine.requests.counters.stale_messages == 2
 
 
 def test_an_id_used_again_is_not_taken_for_its_earlier_use() -> None:
     driver = Driver("m0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     driver.submit()
     driver.tokens("m0", 0, [99], epoch=1)
     driver.tokens("m0", 0, [1], epoch=2)
@@ -149,7 +149,7 @@ def test_client_gone_after_the_first_decode_token_aborts_decode_alone() -> None:
     driver.submit()
     driver.tokens("p0", 0, [1])
     driver.tokens("d0", 1, [2])
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
     assert driver.endings() == [RequestEnded(FinishReason.ABORT)]
     driver.machine.assert_quiescent()
@@ -159,7 +159,7 @@ def test_stop_string_aborts_and_finishes() -> None:
     driver = Driver("m0")
     driver.submit()
     driver.tokens("m0", 0, [1])
-    driver.do(StopMatched("r"))
+    driver.do(StopMatched(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("m0")]
     assert driver.endings() == [RequestEnded(STOP)]
     driver.machine.assert_quiescent()
@@ -169,7 +169,7 @@ def test_the_word_of_a_client_whose_request_has_ended_changes_nothing() -> None:
     driver = Driver("m0")
     driver.submit()
     driver.tokens("m0", 0, [1], finish=STOP)
-    assert driver.do(ClientGone("r")) == driver.do(StopMatched("r")) == []
+    assert driver.do(ClientGone(RequestId("r"))) == driver.do(StopMatched(RequestId("r"))) == []
     assert len(driver.endings()) == 1
 
 
@@ -289,7 +289,7 @@ def test_decode_node_that_sends_tokens_is_the_one_that_has_the_request() -> None
     driver.tokens("d0", 1, [2])
     driver.do(PeerLost(PeerId(peer("d1")), "killed"))
     assert driver.machine.requests.counters.retries == 0
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
     driver.machine.assert_quiescent()
 
@@ -342,10 +342,10 @@ def test_decode_nodes_that_stay_full_end_the_request_at_its_deadline() -> None:
 def test_decode_needed_for_an_ended_request_is_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     driver.take_sent(Abort)
     driver.decode_needed("p0", "d0")
-    assert driver.take_sent(Abort) == [(peer("p0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("p0"), Abort(request_id=RequestId("r"), epoch=1))]
 
 
 # ---------------------------------------------------------------- failover
@@ -372,7 +372,7 @@ def test_lost_prefill_node_aborts_its_decode_node() -> None:
     driver.submit()
     entry, _, _ = driver.dispatched()
     driver.do(PeerLost(PeerId(entry), "killed"))
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     assert driver.dispatched()[0] == peer("p1")
 
 
@@ -428,7 +428,7 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
     driver.submit()
     driver.fail("p0", retryable=False)
     assert driver.error_code() == "engine_error"
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     driver.machine.assert_quiescent()
 
 
@@ -561,9 +561,9 @@ def test_timeline_merges_what_nodes_tell_with_the_routers_own_marks() -> None:
     driver.submit()
     driver.tokens("p0", 0, [1], finish=STOP)
     layers = [LayerTransfer(1, 1.0, 2.0, 100), LayerTransfer(0, 1.0, 2.0, 100)]
-    report = RequestTimeline(request_id="r", epoch=1, marks=[Mark("prefill", 999.0, "p0")], layers=layers)
+    report = RequestTimeline(request_id=RequestId("r"), epoch=1, marks=[Mark("prefill", 999.0, "p0")], layers=layers)
     driver.receive(peer("p0"), report)
-    timeline = driver.machine.requests.timelines.get("r")
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
     assert timeline is not None
     marks = timeline["marks"]
     assert isinstance(marks, list)
@@ -577,12 +577,12 @@ def test_timelines_are_forgotten_in_the_end() -> None:
     driver = Driver("m0")
     for i in range(300):
         driver.submit(new_request(f"r{i}"))
-        driver.do(ClientGone(f"r{i}"))
+        driver.do(ClientGone(RequestId(f"r{i}")))
     timelines = driver.machine.requests.timelines
-    assert timelines.get("r0") is None
-    assert timelines.get("r299") is not None
-    driver.receive(peer("m0"), RequestTimeline(request_id="r0", epoch=1, marks=[]))
-    assert timelines.get("r0") is None
+    assert timelines.get(RequestId("r0")) is None
+    assert timelines.get(RequestId("r299")) is not None
+    driver.receive(peer("m0"), RequestTimeline(request_id=RequestId("r0"), epoch=1, marks=[]))
+    assert timelines.get(RequestId("r0")) is None
 
 
 def test_cached_tokens_are_told_with_the_tokens() -> None:

@@ -15,7 +15,7 @@ from support.loops import Inbox, run
 from kvrelay.errors import ConfigError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import encode
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ProtocolViolation
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.keys import Keys, key_name, make_keys
@@ -25,7 +25,7 @@ ANY = "tcp://127.0.0.1:0"
 
 
 def abort(number: int) -> Abort:
-    return Abort(request_id="r", epoch=number)
+    return Abort(request_id=RequestId("r"), epoch=number)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.shell import MAX_TURN_S, Shell
 from kvrelay.runtime.transport import Transport
@@ -320,7 +320,7 @@ def test_log_actions_become_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_messages_go_through_the_transport() -> None:
     """Two machines on two shells: connect, send, answer, disconnect."""
-    abort = Abort(request_id="r", epoch=1)
+    abort = Abort(request_id=RequestId("r"), epoch=1)
 
     def answer_server(event: object, now: float) -> list[object]:
         return [Send(event.peer, abort), Exit("answered")] if isinstance(event, Received) else []

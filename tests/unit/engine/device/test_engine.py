@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, take
+from support.ids import block_ids
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -31,6 +32,7 @@ from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.machine.contract import LayersComputed, StepDone
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
 from kvrelay.runtime.compute_thread import compute_for
@@ -170,7 +172,7 @@ def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
 class Heard(list[int]):
     """Notes at each announcement of a layer whether its KV is in the memory."""
 
-    def __init__(self, engine: DeviceEngine, blocks: list[int]) -> None:
+    def __init__(self, engine: DeviceEngine, blocks: list[BlockId]) -> None:
         super().__init__()
         self._engine, self._blocks = engine, blocks
         self.seen: list[tuple[int, bool]] = []
@@ -258,7 +260,9 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     good, runner = sequence(prompt(20), "good", max_tokens=12), Runner(engine)
     runner.run((good, 20))
 
-    def fails(match: str, blocks: list[int], tokens: list[int] | None = None, count: int = 20, **sampling: Any) -> None:
+    def fails(
+        match: str, blocks: list[BlockId], tokens: list[int] | None = None, count: int = 20, **sampling: Any
+    ) -> None:
         bad = sequence(tokens or prompt(20), "bad", **sampling)
         bad.take_blocks(blocks)
         runner.give_blocks(good, good.num_tokens)
@@ -268,20 +272,20 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
         assert isinstance(fine, SampledTokens)
         take(engine, good, newest, fine)
 
-    fails("do not hold 20 tokens", [1])
-    fails("leaves the pool of 64", [1, 64])
-    fails("leaves the pool of 64", [1, -1])
-    fails("positions 0 to 21", [1, 2], count=21)
-    fails("token id 384 is not in the vocabulary", [1, 2], [384] * 20)
-    fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
-    fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
-    fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
+    fails("do not hold 20 tokens", block_ids(1))
+    fails("leaves the pool of 64", block_ids(1, 64))
+    fails("leaves the pool of 64", block_ids(1, -1))
+    fails("positions 0 to 21", block_ids(1, 2), count=21)
+    fails("token id 384 is not in the vocabulary", block_ids(1, 2), [384] * 20)
+    fails("cannot be sampled: token ids 384", block_ids(1, 2), logit_bias={384: 1.0})
+    fails("cannot be sampled", block_ids(1, 2), logit_bias={1 << 40: 1.0})
+    fails("21 log probabilities are more than 20", block_ids(1, 2), num_logprobs=21)
     banned: dict[str, Any] = {
         "min_tokens": 9,
         "eos_token_ids": list(range(200)),
         "stop_token_ids": list(range(200, 384)),
     }
-    fails("leave no token to choose", [1, 2], **banned)
+    fails("leave no token to choose", block_ids(1, 2), **banned)
     expected = sequence(prompt(20), max_tokens=12)
     Runner(make()).finish(expected)
     runner.finish(good)
@@ -293,7 +297,7 @@ def test_steps_that_are_too_much_together_are_computed_in_parts(make: Make) -> N
 
     def one(length: int) -> tuple[Sequence, Chunk]:
         made = sequence(prompt(length), "r")
-        made.take_blocks(range(20))
+        made.take_blocks(block_ids(*range(20)))
         return made, Chunk(0, length, True)
 
     with pytest.raises(EngineError, match="without sequences"):
@@ -326,7 +330,7 @@ def test_blocks_are_digested_when_their_layer_is_announced(make: Make) -> None:
 class Digested(list[int]):
     """Notes at each announcement of a layer whether its digests are those of its blocks."""
 
-    def __init__(self, memory: DeviceMemory, blocks: list[int]) -> None:
+    def __init__(self, memory: DeviceMemory, blocks: list[BlockId]) -> None:
         super().__init__()
         self._memory, self._blocks = memory, blocks
         self.right: list[bool] = []
