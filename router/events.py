@@ -48,9 +48,10 @@ class StopMatched:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator drains this node."""
+    """An operator drains this node. ``stay_down``: its supervisor is not to start it again."""
 
     node_id: NodeId
+    stay_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,8 +167,8 @@ class RouterMachine:
                 self._nodes.lose(peer, reason)
             case NodesFound() | RegistryLost():
                 self._nodes.follow(event)
-            case DrainRequested(node_id=node_id):
-                self._nodes.drain(node_id)
+            case DrainRequested(node_id=node_id, stay_down=stay_down):
+                self._nodes.drain(node_id, stay_down=stay_down)
             case Started():
                 self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()

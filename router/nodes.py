@@ -157,12 +157,12 @@ class Nodes:
 
     # ------------------------------------------------------------ draining and loss
 
-    def drain(self, node_id: NodeId) -> None:
-        """Send the node nothing new and tell it to drain."""
+    def drain(self, node_id: NodeId, *, stay_down: bool) -> None:
+        """Send the node nothing new and tell it to drain, and to stay down if ``stay_down``."""
         node = self._node_table.named(node_id)
-        if node is not None and not node.leaving:
+        if node is not None and (stay_down or not node.leaving):
             node.leaving = True
-            self._outbox.send(node.peer, Drain())
+            self._outbox.send(node.peer, Drain(stay_down=stay_down))
 
     def _leave(self, peer: PeerId) -> None:
         node = self._node_table.get(peer)

@@ -143,7 +143,12 @@ class Requests:
     def take_failure(self, peer: PeerId, failure: RequestFailed) -> None:
         """Retry on other nodes, or end the request with the node's error."""
         request = self._table.current(failure.request_id, failure.epoch)
-        if request is not None and peer in request.nodes:
+        if request is None or peer not in request.nodes:
+            return
+        node = self._node_table.get(peer)
+        if node is not None and node.leaving and failure.error.retryable:
+            self._attempts.forgotten(request, peer)  # it hands back what it cannot finish in time
+        else:
             self._attempts.failed(request, failure.error, peer)
 
     def take_decode_needed(self, peer: PeerId, needed: DecodeNeeded) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import cast
 
@@ -25,6 +25,7 @@ from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
 from router.http.api_keys import ApiKeys
 from router.http.app import make_app
+from router.http.operators import OperatorsOnly, make_operators_app
 from router.http.protocol import HttpLimits, HttpProtocol
 from router.memory import return_large_blocks
 from router.metrics import Metrics
@@ -91,11 +92,11 @@ def tls_files(config: RouterConfig) -> tuple[str, str] | None:
     return config.tls_certificate, config.tls_key
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(key: str, host: str, port: int) -> socket.socket:
     try:
         return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
+        raise ConfigError([f"{key}: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -110,17 +111,30 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    app: ASGIApp = make_app(service, metrics, ApiKeys.of(config.router, clock.now))
+    clients: ASGIApp = make_app(service, metrics, ApiKeys.of(config.router, clock.now))
+    operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
-        app = AccessLog(app, clock.now)
-    tls = tls_files(config.router)
-    server = http_server(app, config.router.host, config.router.port, http_limits(config.router), tls)
+        clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
+    limits, tls = http_limits(config.router), tls_files(config.router)
     tune_gc()
-    with _listen(config.router.host, config.router.port) as listener:
-        http = asyncio.create_task(server.serve([listener]))
+    async with (
+        _serving(clients, "router.port", (config.router.host, config.router.port), limits, tls),
+        _serving(operators, "router.admin_port", config.router.admin_address, limits),
+    ):
         startup.report(READY)
+        return await service.run()
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits, tls: tuple[str, str] | None = None
+) -> AsyncIterator[None]:
+    """Serve ``app`` at ``address`` for the context. Raises ConfigError that names ``key`` if it is in use."""
+    server = http_server(app, *address, limits, tls)
+    with _listen(key, *address) as listener:
+        task = asyncio.create_task(server.serve([listener]))
         try:
-            return await service.run()
+            yield
         finally:
             server.should_exit = True
-            await http
+            await task

@@ -136,9 +136,9 @@ class RouterService:
         """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
 
-    def drain(self, node_id: str) -> None:
-        """Drain this node: send it nothing new and let it finish its requests and leave."""
-        self._post(DrainRequested(NodeId(node_id)))
+    def drain(self, node_id: str, *, stay_down: bool) -> None:
+        """Drain this node: send it nothing new and let it finish its requests and leave, for good if ``stay_down``."""
+        self._post(DrainRequested(NodeId(node_id), stay_down))
 
     def stop(self) -> None:
         """Accept nothing new, finish the running requests, then exit."""

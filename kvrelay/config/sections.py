@@ -15,6 +15,11 @@ from kvrelay.addresses import netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
 from kvrelay.errors import ConfigError
 
+_ADMIN_PORT_OFFSET = 90
+"""Two routers on one host, at ports of their own, need not be told of two more."""
+
+_MAX_PORT = 65535
+
 
 class Role(StrEnum):
     """What a node does."""
@@ -59,6 +64,18 @@ class RouterConfig(Section):
         description="Address of the HTTP server; :: (with IPv6) means all IPv4 and IPv6 addresses.",
     )
     port: Port = Field(8000, description="Port of the HTTP server.")
+    admin_host: Host = Field(
+        "127.0.0.1",
+        description="Address of the operators' HTTP server; other than loopback it needs a key.",
+    )
+    admin_port: Port | None = Field(
+        None, description="Port of the operators' HTTP server; default: 90 above port (below it, beyond 65535)."
+    )
+    admin_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the operators' key; default: the variable KVRELAY_ADMIN_KEY, or no key on loopback.",
+    )
     control: TcpAddress = Field(
         "tcp://127.0.0.1:8100",
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
@@ -171,6 +188,19 @@ class RouterConfig(Section):
     def url(self) -> str:
         """Base URL of the HTTP server."""
         return f"{'https' if self.tls_certificate else 'http'}://{netloc(self.host, self.port)}"
+
+    @property
+    def admin_address(self) -> tuple[str, int]:
+        """Host and port of the operators' HTTP server."""
+        if self.admin_port is not None:
+            return self.admin_host, self.admin_port
+        above = self.port + _ADMIN_PORT_OFFSET
+        return self.admin_host, above if above <= _MAX_PORT else self.port - _ADMIN_PORT_OFFSET
+
+    @property
+    def admin_url(self) -> str:
+        """Base URL of the operators' HTTP server."""
+        return f"http://{netloc(*self.admin_address)}"
 
 
 class CacheConfig(Section):

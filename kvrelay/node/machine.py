@@ -61,6 +61,12 @@ from kvstore.offload.store_transfers import StoreTransfers
 R = TypeVar("R", bound=NodeRequest[Any])
 S = TypeVar("S", bound=StrEnum)
 
+DRAINED = "drained"
+"""Reason of the Exit of a node that has finished its requests: the process ends with status 0."""
+
+STOPPED = "stopped by an operator"
+"""As DRAINED, but the process ends with status 3 and is not started again."""
+
 HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
 
@@ -91,6 +97,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
         self._leaving = False
+        self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
 
     # ------------------------------------------------------------ what a role adds
@@ -222,7 +229,8 @@ class NodeMachine(ABC, Generic[R, S]):
                 self._join()
             case MessagerStats():
                 self._messager_stats = message
-            case Drain():
+            case Drain(stay_down=stay_down):
+                self._stays_down |= stay_down
                 if not self._leaving:
                     self._stop_requested()
             case Abort(request_id=request_id, epoch=epoch):
@@ -315,7 +323,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._membership.drained()
         if self._node.role is not Role.MIXED:
             self._outbox.send(MESSAGER, StopMessager())
-        self._outbox.do(Exit("drained"))
+        self._outbox.do(Exit(STOPPED if self._stays_down else DRAINED))
 
     # ------------------------------------------------------------ state for metrics and tests
 

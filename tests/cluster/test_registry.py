@@ -57,12 +57,17 @@ class Fleet:
     def start(self) -> None:
         """Start two routers from one file, each with addresses of its own, and the nodes; wait for all."""
         for number, cluster in enumerate(self.clusters):
-            http, control = free_ports(2)
-            sets = {"router.port": http, "router.control": f"tcp://127.0.0.1:{control}"}
+            http, admin, control = free_ports(3)
+            sets = {
+                "router.port": http,
+                "router.admin_port": admin,
+                "router.control": f"tcp://127.0.0.1:{control}",
+            }
             arguments = [text for key, value in sets.items() for text in ("--set", f"{key}={value}")]
             self.processes[f"router{number}"] = cluster.kvrelay("router", *arguments)
             cluster.http.base_url = f"http://127.0.0.1:{http}"
             cluster.url = f"http://127.0.0.1:{http}"
+            cluster.admin.base_url = f"http://127.0.0.1:{admin}"
         for name, role in NODES.items():
             self.processes[name] = self.clusters[0].kvrelay(role, "--node", name)
         for cluster in self.clusters:

@@ -88,7 +88,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, RequestSpec, SamplingParams, TokenLogprobs
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -119,6 +119,7 @@ _SPEC = RequestSpec(
         stop_token_ids=[11],
         ignore_eos=True,
         num_logprobs=1,
+        grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
     ),
 )
 _OUTPUT = RequestOutput(
@@ -159,7 +160,7 @@ EXAMPLES: list[Message] = [
     AssignDecode(**_ID, decode_node=_D0),
     Generate(request=_SPEC),
     Abort(**_ID),
-    Drain(),
+    Drain(stay_down=True),
     Register(
         node_id=NodeId("p0"),
         incarnation="beef",

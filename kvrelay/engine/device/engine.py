@@ -19,6 +19,7 @@ from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -52,7 +53,8 @@ class DeviceEngine:
         self._operations = operations
         self._limits = limits
         self.launcher = StepLauncher(config, weights, self.memory, framework, operations, limits, PLANS_IN_FLIGHT)
-        self._steps = StepQueue(self.launcher)
+        self._grammars = GrammarMasks(config.vocab_size)
+        self._steps = StepQueue(self.launcher, self._grammars)
 
     def warm_up(self) -> None:
         """Compile all kernels and capture the graphs, so that no request waits for compilation."""
@@ -93,6 +95,7 @@ class DeviceEngine:
         return step.finish(on_layers)
 
     def close(self) -> None:
+        self._grammars.close()
         self.launcher.close()
         self.memory.close()
 
@@ -109,10 +112,10 @@ class StepQueue:
     ``launching`` is held by whoever launches. ``deferred`` are the steps that ``finish`` has yet to launch.
     """
 
-    def __init__(self, launcher: StepLauncher) -> None:
+    def __init__(self, launcher: StepLauncher, grammars: GrammarMasks) -> None:
         self.launcher = launcher
         self.launching = threading.RLock()
-        self.sequences = EngineSequences()
+        self.sequences = EngineSequences(grammars)
         self.deferred: deque[DeviceStep] = deque()
         self._count = 0
 

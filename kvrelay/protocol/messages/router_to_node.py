@@ -94,5 +94,8 @@ class Drain(Message, frozen=True, kw_only=True):
     """Router -> node, when an operator drains it over HTTP. The router sends the node no new requests.
 
     The reader sends Leaving, refuses new requests and reservations, finishes its requests, sends Drained and exits.
-    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed.
+    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed. If it is to
+    stay down, its exit status tells ``kvrelay up`` not to start it again.
     """
+
+    stay_down: bool = False

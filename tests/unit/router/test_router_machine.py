@@ -597,6 +597,19 @@ def test_cached_tokens_are_told_with_the_tokens() -> None:
 # ---------------------------------------------------------------- pauses of the router itself
 
 
+def test_what_a_draining_node_hands_back_costs_no_attempt() -> None:
+    driver = Driver("m0 m1", limits=Limits(max_attempts=1))
+    driver.submit()
+    first, _, spec = driver.dispatched()
+    name = first.partition("#")[0]
+    driver.tokens(name, 0, [1, 2])
+    driver.do(DrainRequested(NodeId(name)))
+    driver.fail(name)
+    again, _, spec = driver.dispatched()
+    assert again != first
+    assert spec.output_token_ids == [1, 2]
+
+
 def pause(driver: Driver, seconds: float) -> None:
     """Let the router's process stand still: it is told so before it handles anything that came meanwhile."""
     driver.now += seconds
