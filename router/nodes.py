@@ -9,14 +9,14 @@ from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
-from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, PrefixCacheChanged, Register
 from kvrelay.protocol.messages.router_to_node import Drain, PrefillNodes, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
 from router.node_table import Node, NodeTable
 from router.requests import Requests
 
-AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
+AboutNode: TypeAlias = Register | Heartbeat | PrefixCacheChanged | Leaving | Drained
 """Messages in which a node reports its own state."""
 
 LIVENESS = "liveness"
@@ -26,7 +26,8 @@ LIVENESS = "liveness"
 class Nodes:
     """Keeps the node table up to date and retries the requests of lost nodes.
 
-    ``incarnation`` identifies this start of the router. Every ``heartbeat_s`` it sends heartbeats and checks liveness.
+    ``incarnation`` identifies this start of the router. ``wants_prefixes``: nodes report their prefix caches. Every
+    ``heartbeat_s`` it sends heartbeats and checks liveness.
     A node is lost when it sent nothing for ``peer_timeout_s``.
     """
 
@@ -38,6 +39,7 @@ class Nodes:
         outbox: RouterOutbox,
         *,
         incarnation: str,
+        wants_prefixes: bool,
         heartbeat_s: float,
         peer_timeout_s: float,
     ) -> None:
@@ -45,7 +47,7 @@ class Nodes:
         self._followed = followed
         self._requests = requests
         self._outbox = outbox
-        self._incarnation = incarnation
+        self._registered = Registered(router_incarnation=incarnation, wants_prefixes=wants_prefixes)
         self._heartbeat_s = heartbeat_s
         self._peer_timeout_s = peer_timeout_s
         self._may_have_lost_us: set[PeerId] = set()
@@ -61,6 +63,8 @@ class Nodes:
                 self._heartbeat(peer, load)
             case Register():
                 self._register(peer, message)
+            case PrefixCacheChanged():
+                self._prefixes_changed(peer, message)
             case Leaving():
                 self._leave(peer)
             case Drained():
@@ -106,7 +110,7 @@ class Nodes:
         lost_us = known is not None and known.registration.session != message.session
         node = self._node_table.add(peer, message, self._outbox.now)
         # Before any request: the node takes none from a router that has not registered it.
-        self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
+        self._outbox.send(peer, self._registered)
         if message.role == Role.DECODE:
             self._outbox.send(peer, self._prefill_nodes())
         if known is None:
@@ -145,6 +149,7 @@ class Nodes:
         if load is not None:
             node.take_load(load)
         node.num_heartbeats += 1
+        node.prefixes.count_heartbeat()
         self._requests.node_reported()
         self._refuse_rival_of(peer)
 
@@ -154,6 +159,11 @@ class Nodes:
         if waiting is not None:
             other, message = waiting
             self._refuse(other, f"another live node is called {message.node_id}")
+
+    def _prefixes_changed(self, peer: PeerId, message: PrefixCacheChanged) -> None:
+        node = self._node_table.get(peer)
+        if node is None or not node.prefixes.take(message):
+            self._outbox.send(peer, RegisterAgain())
 
     # ------------------------------------------------------------ draining and loss
 
