@@ -36,8 +36,8 @@ def ports(fake_cluster: Cluster) -> list[int]:
         for connection in psutil.Process(pid).net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 found.add(connection.laddr.port)
-    # The router's two, one of each node and one of each messager.
-    assert len(found) == 2 + 4 + 4
+    # The router's three, one of each node and one of each messager.
+    assert len(found) == 3 + 4 + 4
     return sorted(found)
 
 
@@ -213,8 +213,8 @@ def test_rogue_nodes_and_prefill_nodes_that_nobody_knows(
 
 
 def addresses(cluster: Cluster, ports: Sequence[int], files: Sequence[Path]) -> list[str]:
-    http = cluster.config.router.port
-    return [*(f"tcp://127.0.0.1:{port}" for port in ports if port != http), *(f"ipc://{path}" for path in files)]
+    http = {cluster.config.router.port, cluster.config.router.admin_address[1]}
+    return [*(f"tcp://127.0.0.1:{port}" for port in ports if port not in http), *(f"ipc://{path}" for path in files)]
 
 
 def say_all(where: Sequence[str], sent: Sequence[Sequence[bytes]], name: str | None = None) -> None:

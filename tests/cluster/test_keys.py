@@ -66,7 +66,7 @@ def ports(cluster: Cluster) -> list[int]:
         for connection in psutil.Process(pid).net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     }
-    found.discard(cluster.config.router.port)
+    found -= {cluster.config.router.port, cluster.config.router.admin_address[1]}
     assert len(found) == 1 + 3 + 3
     return sorted(found)
 
