@@ -14,7 +14,7 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvrelay.addresses import listen_at, netloc
+from kvrelay.addresses import is_loopback, listen_at, netloc
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
@@ -111,7 +111,12 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    clients: ASGIApp = make_app(service, metrics, ApiKeys.of(config.router, clock.now))
+    keys = ApiKeys.of(config.router, clock.now)
+    if keys is None and not is_loopback(config.router.host):
+        logger.warning(
+            "router.host: %s can be reached from other hosts, and clients need no API key", config.router.host
+        )
+    clients: ASGIApp = make_app(service, metrics, keys)
     operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
         clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,10 @@ __all__ = [
 ]
 
 
+OVERRIDES = "KVRELAY_OVERRIDES"
+"""Environment variable with overrides as a JSON list of texts ``KEY=VALUE``."""
+
+
 class Sections(Section):
     """The sections of the cluster. Each node may override keys of all of them."""
 
@@ -114,11 +119,13 @@ class ClusterConfig(Sections):
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
         """Read ``path``, overridden by ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``).
 
+        Overrides in ``KVRELAY_OVERRIDES`` (a JSON list) come before ``overrides``: ``kvrelay up`` gives its own to its
+        processes there, because all users can see arguments.
         Raises ConfigError with every problem found, one line each: ``file:line: key: what is wrong``.
         """
         document = Document.read(Path(path))
         document.apply_env(env)
-        document.apply_overrides(overrides)
+        document.apply_overrides([*json.loads(env.get(OVERRIDES, "[]")), *overrides])
         return cls._from_document(document, Path(path).parent)
 
     @classmethod

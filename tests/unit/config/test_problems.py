@@ -313,6 +313,18 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "value", ["[{}]", "{{a: {}}}", "[[{}, 1]]"], ids=["in a list", "in a mapping", "in a list in a list"]
+)
+@pytest.mark.parametrize("url", ["redis://:sekret@h:1/0", "rediss://me:sekret@h", "unix:///run/r?db=0&password=sekret"])
+def test_no_message_shows_a_password(tmp_path: Path, value: str, url: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(GOOD + f"storage: {{backend: redis, url: {value.format(repr(url))}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.load(tmp_path / "cluster.yaml", env={})
+    assert "storage.url: should be a valid string, not" in str(caught.value)
+    assert "sekret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("security", ["keys: somewhere", "insecure: true"])
 def test_with_keys_or_if_told_so_processes_listen_for_other_hosts(tmp_path: Path, security: str) -> None:
     (tmp_path / "cluster.yaml").write_text(
