@@ -26,11 +26,12 @@ from kvrelay.protocol.messages.base import Message, ProtocolViolation
 from kvrelay.runtime.authenticator import HANDSHAKE_MS, Authenticator
 from kvrelay.runtime.keys import Keys, key_name
 from kvrelay.runtime.peer_names import PeerNames, claimed_peer
+from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
 
 MAX_PART_BYTES = 64 << 20
 """Maximum size of a message part. ZMQ drops a connection that sends more."""
 
-_READS_PER_TURN, _MAX_TURN_S = 64, 0.005
+_READS_PER_TIME_SLICE = 64
 """How many messages of one socket are read, and for how long, before others have the loop."""
 
 _LOOKUP_INTERVAL_S = 1.0
@@ -203,8 +204,8 @@ class Transport:
     # ------------------------------------------------------------ receiving
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
-        ends_s = time.monotonic() + _MAX_TURN_S
-        for _ in range(_READS_PER_TURN):
+        ends_s = time.monotonic() + MAX_TIME_SLICE_S
+        for _ in range(_READS_PER_TIME_SLICE):
             if socket.closed:
                 return
             try:
