@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections import OrderedDict
 
@@ -18,24 +17,18 @@ class PeerNames:
     """Routing ids of this process, and of the peers that connect to it.
 
     A ROUTER lets a new connection take the place of an earlier one with the same routing id, so that a peer can
-    reconnect. A routing id is therefore a peer id and a secret, which only the two ends of the connection know: nobody
-    else can take its place. The first connection that uses a peer id keeps it. Peer ids are never used again, because
-    they contain the incarnation.
+    reconnect, at another address too. A routing id is therefore a peer id and a secret of that process, which only its
+    peers know: no stranger can take its place. The first connection that uses a peer id keeps it. Peer ids are never
+    used again, because they contain the incarnation.
     """
 
     def __init__(self, me: PeerId) -> None:
-        self._me = me
-        self._secret = secrets.token_bytes(16)
+        self.own_routing_id = f"{me}{_SEPARATOR}{secrets.token_hex(12)}".encode()
         self._by_routing_id: OrderedDict[bytes, PeerId] = OrderedDict()
         self._by_peer: dict[PeerId, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._by_peer)
-
-    def own_routing_id(self, peer: PeerId) -> bytes:
-        """Return the routing id for connections to ``peer``: always the same, and unknown to all other peers."""
-        secret = hashlib.blake2b(peer.encode(), key=self._secret, digest_size=12).hexdigest()
-        return f"{self._me}{_SEPARATOR}{secret}".encode()
 
     def routing_id(self, peer: PeerId) -> bytes | None:
         """Return the routing id of ``peer``, which connects to us, or None if it has not been heard."""

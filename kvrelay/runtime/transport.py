@@ -100,7 +100,7 @@ class Transport:
     def connect(self, peer: PeerId, address: str) -> None:
         """Connect to ``address`` under the name ``peer``. Messages sent before it answers are queued."""
         dealer = self._outgoing(peer, zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self._peer_names.own_routing_id(peer))
+        dealer.setsockopt(zmq.ROUTING_ID, self._peer_names.own_routing_id)
         if self._authenticator is not None and self._keys is not None:
             server_key = self._keys.public_of(peer)
             if server_key is None:

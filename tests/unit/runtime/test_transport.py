@@ -325,12 +325,26 @@ def test_a_stranger_with_the_name_of_a_peer_is_told_and_the_peer_goes_on(routing
     run(check())
 
 
-def test_each_peer_is_told_another_secret_and_always_the_same() -> None:
-    names = PeerNames(PeerId("p0#1"))
-    routing_ids = [names.own_routing_id(PeerId(peer)) for peer in ("d0#1", "d1#1", "d0#1")]
-    assert routing_ids[0] == routing_ids[2] != routing_ids[1]
-    assert PeerNames(PeerId("p0#1")).own_routing_id(PeerId("d0#1")) != routing_ids[0]
-    assert all(len(routing_id) <= 255 for routing_id in routing_ids)
+def test_a_peer_that_is_known_by_another_name_or_address_now_is_heard() -> None:
+    """A router that finds a restarted node at an address calls it by a new name, and ipc may follow tcp."""
+
+    async def check() -> None:
+        async with pair() as (server, at_server, client, at_client):
+            address = server._router.getsockopt_string(zmq.LAST_ENDPOINT)  # type: ignore[union-attr]
+            client.disconnect(PeerId("d0#1"))
+            client.connect(PeerId("d0#2"), address)
+            client.send(PeerId("d0#2"), abort(1))
+            assert await at_server.next() == Received(PeerId("p0#1"), abort(1))
+            server.send(PeerId("p0#1"), abort(2))
+            assert await at_client.next() == Received(PeerId("d0#2"), abort(2))
+
+    run(check())
+
+
+def test_no_two_processes_have_one_routing_id() -> None:
+    routing_ids = {PeerNames(PeerId("p0#1")).own_routing_id for _ in range(100)}
+    assert len(routing_ids) == 100
+    assert all(routing_id.startswith(b"p0#1/") and len(routing_id) <= 255 for routing_id in routing_ids)
 
 
 def test_of_too_many_peers_the_one_silent_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
