@@ -20,6 +20,15 @@ TRANSFER_COST = 1 / 8
 """Cost of transferring the KV of a token to a decode node, relative to computing it."""
 
 
+UNCACHED_WEIGHT = 6
+"""Cost of computing a token on a node whose prefix cache lacks it, relative to waiting for one.
+
+More than 1, because the copy of the prefix takes the blocks of others, and the next turn of a chat may go to either
+copy.
+The value is the best of 1, 2, 3, 4, 6 and 12 in ``benchmarks/routing.py``.
+"""
+
+
 class Policy(Protocol):
     """Chooses one node per call; may keep state. ``uses_prefixes``: nodes must report their prefix caches."""
 
@@ -54,9 +63,9 @@ class LeastLoaded:
 
 
 class CacheAware(LeastLoaded):
-    """Like ``LeastLoaded``, but counts only what the node's prefix cache lacks of the prompt, and that in full.
+    """Like ``LeastLoaded``, but counts only the tokens of the prompt that the node's prefix cache lacks.
 
-    A prefill or mixed node computes these tokens. A decode node receives them, which costs ``TRANSFER_COST`` as much.
+    A prefill or mixed node computes them (``UNCACHED_WEIGHT``), a decode node receives them (``TRANSFER_COST``).
     A decode node without free blocks for the prompt is chosen only if all others lack them too.
     """
 
@@ -67,7 +76,7 @@ class CacheAware(LeastLoaded):
         if node.role is Role.DECODE:
             lacks_blocks = bool(node.num_heartbeats) and node.prompt_blocks * node.block_size < num_uncached
             return lacks_blocks, _pressure(node, num_uncached) + TRANSFER_COST * num_uncached / node.max_num_seqs
-        return False, _pressure(node, num_uncached) + num_uncached / node.max_num_seqs
+        return False, _pressure(node, num_uncached) + UNCACHED_WEIGHT * num_uncached / node.max_num_seqs
 
 
 class RoundRobin:

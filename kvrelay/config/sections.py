@@ -86,14 +86,14 @@ class RouterConfig(Section):
         "tcp://[::1]:8100).",
     )
     prefill_routing: RoutingPolicy = Field(
-        "least_loaded",
+        "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
         "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
         "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
         "of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
-        "least_loaded", description="Policy that chooses the decode node of a request, as prefill_routing."
+        "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."
     )
     local_prefill_tokens: int | None = Field(
         None,

@@ -312,7 +312,9 @@ class World:
 
     # ------------------------------------------------------------ clients
 
-    def submit(self, prompt: int | list[int], max_tokens: int = 8, *, priority: int = 0, **sampling: Any) -> Client:
+    def submit(
+        self, prompt: int | list[int], max_tokens: int = 8, *, priority: int = 0, session: str = "", **sampling: Any
+    ) -> Client:
         """Ask for a completion of ``prompt``: token ids, or how many random ones."""
         token_ids = self.prompt(prompt) if isinstance(prompt, int) else prompt
         request_id = f"r{next(self._request_numbers)}"
@@ -321,7 +323,7 @@ class World:
         client = self.clients[request_id] = Client(
             request_id, token_ids, params, self.reference(token_ids, params), self.now
         )
-        new = NewRequest(RequestId(request_id), token_ids, params, priority)
+        new = NewRequest(RequestId(request_id), token_ids, params, priority, session)
         self.router.handle(Submitted((new,)))
         client.nodes = [peer_name(peer) for peer in self.router.machine.requests.nodes_of(RequestId(request_id))]
         return client
