@@ -141,7 +141,7 @@ def _sampling(vocab: int, tiling: Any) -> None:
     from kvrelay.engine.device.kernels.sampling import SamplingTiling, sample  # noqa: PLC0415
 
     logits = torch.empty((4, vocab))
-    reals, numbers = torch.zeros((4, 8), dtype=torch.float64), torch.zeros((5, 8), dtype=torch.int32)
+    reals, numbers = torch.zeros((4, 8), dtype=torch.float64), torch.zeros((6, 8), dtype=torch.int32)
     entries = torch.zeros(16, dtype=torch.int32), torch.zeros((3, 16))
     ints, tops = torch.zeros(16, dtype=torch.int32), torch.zeros((4, 21), dtype=torch.int32)
     sample(
@@ -150,6 +150,7 @@ def _sampling(vocab: int, tiling: Any) -> None:
         reals,
         numbers,
         entries,
+        torch.zeros((1, vocab // 32 + 1), dtype=torch.int32),
         ints,
         ints,
         tops,

@@ -24,6 +24,7 @@ from kvrelay.engine.device.step_slot import Results, StepSlot
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import DeviceError
+from kvrelay.grammar.constraint import mask_words
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
@@ -82,6 +83,7 @@ class StepLauncher:
         with framework.on(self.stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
+            self._masks = framework.zeros((limits.max_num_seqs, mask_words(config.vocab_size)), "int32")
             self.pool = DevicePool(memory, framework, self.stream, digests=limits.digests)
             self._buffer = self._make_buffer(entries=0)
             words = self._buffer.num_words + _MORE_UPLOAD_WORDS
@@ -93,7 +95,9 @@ class StepLauncher:
     def capture(self, shapes: list[StepShape]) -> None:
         """Have steps of ``shapes`` as graphs."""
         arena = self.slots[0].arena
-        self.graphs = StepGraphs(shapes, self.decoder, self.pool.layers, self._framework, self.stream, arena)
+        self.graphs = StepGraphs(
+            shapes, self.decoder, self.pool.layers, self._masks, self._framework, self.stream, arena
+        )
 
     def forget_sequences(self) -> None:
         """Treat the device's block tables and last tokens as unknown."""
@@ -130,6 +134,8 @@ class StepLauncher:
         graph = self.graphs.find(batch.shape, entries)
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self.assembler.fill(buffer, slot.arena, batch)
+        if batch.masks is not None:
+            slot.arena.copy_to(self._masks[: len(batch.masks.words)], batch.masks.words)
         step = buffer.tensors(batch.shape)
         layers = self.pool.layer_events(batch.slots, announce)
         if graph is not None:
@@ -156,7 +162,7 @@ class StepLauncher:
     def _make_buffer(self, entries: int) -> StepBuffer:
         rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
         paged, dense, pieces = self._cutter.most(rows, seqs)
-        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
+        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries, self._masks)
 
     @contextlib.contextmanager
     def checking_device(self) -> Iterator[None]:

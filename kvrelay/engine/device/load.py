@@ -23,6 +23,7 @@ from kvrelay.engine.device.weights import DevicePacking, RandomWeights
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
 from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.protocol.geometry import KVGeometry
 
 if TYPE_CHECKING:
@@ -95,14 +96,17 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     options = DeviceOptions(node.engine.device, dtype, node.cache.block_size)
 
     def build(limits: DeviceEngineLimits) -> DeviceEngine:
-        return build_engine(config, weights, geometry, framework, limits, options)
+        grammars = GrammarMasks(config.vocab_size, model_dir)
+        return build_engine(config, weights, geometry, framework, limits, options, grammars)
 
     if node.cache.num_blocks == "auto":
         share = node.cache.device_memory_share
         num_blocks = num_blocks_that_fit(build, framework, geometry, limits, share)
         logger.info("cache.num_blocks: auto: %d blocks, %d tokens", num_blocks, num_blocks * geometry.block_size)
         limits = replace(limits, num_blocks=num_blocks)
-    return build(limits)
+    engine = build(limits)
+    engine.grammars.open()
+    return engine
 
 
 def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
@@ -136,10 +140,11 @@ def build_engine(
     framework: Framework,
     limits: DeviceEngineLimits,
     options: DeviceOptions,
+    grammars: GrammarMasks | None = None,
 ) -> DeviceEngine:
     """Return an engine of its parts, compiled and with its graphs captured."""
     operations = make_operations(config, framework, limits, options)
-    engine = DeviceEngine(config, weights, geometry, framework, operations, limits)
+    engine = DeviceEngine(config, weights, geometry, framework, operations, limits, grammars)
     engine.warm_up()
     return engine
 

@@ -58,8 +58,9 @@ class StepTensors:
     By row [N]: ``tokens`` (below 0: the last one sampled for its sequence), ``positions``, ``slots`` to write keys and
     values to (below 0: none), ``table_rows`` (below 0: padding). ``tiles`` [4, T], ``dense_tiles`` [4, U], ``pieces``
     [3, P]: see Tiles.
-    By sampling row [S]: ``sample_rows``, ``reals`` float64 [4, capacity] and ``numbers`` [5, capacity]: see sample.
-    ``adjusted_tokens`` [entries] and ``changes`` float32 [3, entries]: see sample.
+    By sampling row [S]: ``sample_rows``, ``reals`` float64 [4, capacity] and ``numbers`` [6, capacity]: see sample.
+    ``adjusted_tokens`` [entries] and ``changes`` float32 [3, entries]: see sample. ``masks`` [masks, words]: a bit for
+    each token, 1 where a grammar allows it.
     """
 
     shape: StepShape
@@ -75,6 +76,7 @@ class StepTensors:
     numbers: Tensor
     adjusted_tokens: Tensor
     changes: Tensor
+    masks: Tensor
 
 
 class Sampled(NamedTuple):

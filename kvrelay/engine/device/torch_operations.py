@@ -106,10 +106,13 @@ class TorchOperations:
 
     def _sample_row(self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled) -> None:
         uniform, temperature, top_p, min_p = step.reals[:, row].tolist()
-        top_k, num_logprobs, table_row, begin, end = step.numbers[:, row].tolist()
+        top_k, num_logprobs, table_row, begin, end, mask = step.numbers[:, row].tolist()
         token = NOT_FINITE
         if math.isfinite(logits.max()):  # NaN if any is
             adjusted = _adjusted(logits, step.adjusted_tokens[begin:end], step.changes[:, begin:end])
+            if mask >= 0:
+                bits = step.masks[mask, :, None] >> torch.arange(32, device=logits.device) & 1
+                adjusted = adjusted.masked_fill(bits.view(-1)[: len(logits)] == 0, float("-inf"))
             token = int(adjusted.argmax()) if math.isfinite(adjusted.max()) else NONE_LEFT
         if token >= 0:
             if temperature >= GREEDY_BELOW:

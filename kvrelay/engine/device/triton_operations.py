@@ -150,7 +150,8 @@ class TritonOperations:
             make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
         )
         sampling.sample(
-            logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), last_tokens, *sampled,
+            logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), step.masks, last_tokens,
+            *sampled,
             self.sampling_tiling,
         )  # fmt: skip
         return sampled
