@@ -67,7 +67,7 @@ class Case:
         none = torch.zeros(4, dtype=torch.int32)
         paged, dense, pieces = (one.shape[1] for one in by_tile)
         shape = StepShape(len(rows), singles, paged, 0, dense, pieces)
-        step = StepTensors(shape, *by_row, *by_tile, *[none] * 5)
+        step = StepTensors(shape, *by_row, *by_tile, *[none] * 6)
         kv = torch.tensor(rng.standard_normal((2, num_blocks * size, self.shape.groups, self.shape.dim)))
         layer = LayerKV(*kv.to(getattr(torch, self.shape.dtype)))
         return moved(step, self.device), torch.tensor(tables.astype(np.int32)).to(self.device), to(layer, self.device)
