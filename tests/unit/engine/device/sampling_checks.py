@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sampling_cases import KINDS, logits, sample_on, sequence, sequences
 from support.ids import block_ids
 
@@ -82,10 +83,11 @@ class EveryThird:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def allowed(self, num_output_tokens: int) -> np.ndarray:
-        return (np.arange(self._vocab_size) + num_output_tokens) % 3 == 0
+    def allowed(self, num_output_tokens: int) -> npt.NDArray[np.bool_]:
+        is_third: npt.NDArray[np.bool_] = (np.arange(self._vocab_size) + num_output_tokens) % 3 == 0
+        return is_third
 
-    def words(self, num_output_tokens: int) -> np.ndarray:
+    def words(self, num_output_tokens: int) -> npt.NDArray[np.int32]:
         bits = np.zeros(mask_words(self._vocab_size) * 32, bool)
         bits[: self._vocab_size] = self.allowed(num_output_tokens)
         return np.packbits(bits, bitorder="little").view(np.int32)
