@@ -133,9 +133,15 @@ class AheadDriver:
 def engine_of(
     context: Context, name: str, *, num_blocks: int, max_num_seqs: int, tokens: int, max_model_len: int,
     decode_graphs: tuple[int, ...], chunk_graphs: tuple[int, ...] = (), dtype: str = "bfloat16", digests: bool = False,
+    **options: bool,
 ) -> DeviceEngine:  # fmt: skip
-    """Return an engine of the shape ``name`` with random weights and a pool that others can open."""
+    """Return an engine of the shape ``name`` with random weights and a pool that others can open.
+
+    ``options``: ``fp8`` and ``deterministic`` of DeviceOptions.
+    """
     limits = DeviceEngineLimits(
         num_blocks, max_model_len, max_num_seqs, tokens, decode_graphs, chunk_graphs, device_pool=True, digests=digests
     )
-    return random_engine(context.config(name), limits, DeviceOptions(context.device, dtype, 16))
+    interpreted = context.interpreted and "deterministic" in options  # the others have references
+    how = DeviceOptions(context.device, dtype, 16, interpreted, **options)
+    return random_engine(context.config(name), limits, how)

@@ -18,6 +18,7 @@ from kvrelay.config.document import Key
 from kvrelay.config.sections import (
     STORED_BACKENDS,
     CacheConfig,
+    EngineConfig,
     ModelConfig,
     Role,
     RouterConfig,
@@ -33,6 +34,7 @@ _EQUAL_ON_ALL_NODES: tuple[tuple[str, str, type[Section]], ...] = (
     ("cache", "block_size", CacheConfig),
     ("cache", "dtype", CacheConfig),
     ("model", "served_name", ModelConfig),
+    ("engine", "deterministic", EngineConfig),
 )
 
 
@@ -49,6 +51,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _budgets,
         _storage_needs_prefix_caching,
         _cuda_needs_pools_on_devices,
+        _what_engines_compute,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     # With a registry the other nodes of the cluster may be in other files.
@@ -153,6 +156,26 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
                 ("nodes", index, "transfer", "link"),
                 "cuda copies between pools on devices, which engine.kind: torch has",
             )
+
+
+def _what_engines_compute(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Quantization and determinism depend on the kind of engine."""
+    fields = ("kind", "device", "quantization", "deterministic")
+    shared = [_get(data, "engine", field, EngineConfig.model_fields[field].default) for field in fields]
+    for index, node in nodes:
+        kind, device, quantization, is_deterministic = (
+            _get(node, "engine", field, value) for field, value in zip(fields, shared, strict=True)
+        )
+        key = ("nodes", index, "engine")
+        if quantization == "fp8" and kind != "torch":
+            yield (*key, "quantization"), f"fp8 needs engine.kind: torch, not {kind}"
+        if quantization in ("w8a8", "w8a16") and kind == "torch":
+            yield (*key, "quantization"), f"{quantization} is not for engine.kind: torch, which has fp8"
+        if is_deterministic is True and (kind, device) != ("torch", "gpu"):
+            reason = "" if kind != "paddle" else ": engine.kernels: native of paddle needs no such mode"
+            yield (*key, "deterministic"), f"true needs engine.kind: torch and engine.device: gpu{reason}"
+        if is_deterministic is True and quantization == "fp8":
+            yield (*key, "deterministic"), "true is not for quantization: fp8, whose sums may depend on the batch"
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:

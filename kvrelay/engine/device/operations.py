@@ -1,4 +1,4 @@
-"""What the decoder does between GEMMs, as the device's kernels or their references do it.
+"""What the decoder does between linear layers, as the device's kernels or their references do it.
 
 Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S sampling rows.
 """
@@ -89,6 +89,13 @@ class Sampled(NamedTuple):
     logprobs: Tensor
 
 
+class Quantized(NamedTuple):
+    """Rows in float8 (e4m3): ``values`` [N, width] and ``scales`` float32 [N, 1]."""
+
+    values: Tensor
+    scales: Tensor
+
+
 class Operations(Protocol):
     """``tile_rows``: how many consecutive queries of a sequence form a tile at most. ``room`` for gathered contexts."""
 
@@ -119,6 +126,15 @@ class Operations(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Return silu(gate) * up for ``gate_up`` [N, 2 * ffn], gate first: [N, ffn]."""
+
+    def quantized(self, x: Tensor) -> Quantized:
+        """Return ``x`` [N, width] in float8."""
+
+    def quantized_norm(self, residual: Tensor, due: Tensor | None, weight: Tensor, eps: float) -> Quantized:
+        """Add ``due`` to ``residual`` [N, width] in place, unless it is None; return the RMS norm of that in float8."""
+
+    def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
+        """Return what ``silu_mul`` does, in float8."""
 
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         """Sample from ``logits`` float32 [S, vocab]; also note tokens in ``last_tokens`` where the step says so."""
