@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from steps import Case, Shape, operations
+from steps import Case, Shape, operations, step_of_one_sequence
 
 from gpu_check import decode, prefill
 from gpu_check.context import Context
@@ -96,9 +96,7 @@ def _check_attention(context: Context, shape: Shape, window: int | None, wrong: 
 
     def attended(spans: list[tuple[int, int]]) -> torch.Tensor:
         """Attend from rows of the same sequence."""
-        step, _, _ = Case(shape, spans, ours.tile_rows, device=context.torch_device).build()
-        step.tiles[3] = 0
-        step.table_rows.zero_()
+        step = step_of_one_sequence(spans, ours.tile_rows, context.torch_device)
         chosen = torch.cat([queries[before : before + count] for before, count in spans])
         return ours.attention(chosen, layer, step, tables, window)
 

@@ -13,6 +13,7 @@ from kvrelay.engine.device.projections import FrameworkProjections
 from kvrelay.engine.device.triton_operations import TritonOperations
 from kvrelay.engine.device.weights import Linear
 from kvrelay.engine.kernels import HeadShape, LayerKV
+from kvrelay.errors import ConfigError
 
 MOST_SPREAD = 16
 """Single tokens in a step up to which pieces of their contexts have programs of their own."""
@@ -29,7 +30,15 @@ class InvariantOperations(TritonOperations):
         self.tiling = attention.FAST if heads.head_dim <= _WIDEST else attention.WIDE
         if self._exact:
             self.tiling = attention.EXACT
-        self.tile_rows = self.tiling.tokens(heads.num_heads // heads.num_kv_heads)
+        shared = heads.num_heads // heads.num_kv_heads
+        if shared > self.tiling.rows:
+            raise ConfigError(
+                [
+                    f"engine.deterministic: {shared} query heads that share a KV head are more than {self.tiling.rows}, "
+                    "the rows of a tile"
+                ]
+            )
+        self.tile_rows = self.tiling.tokens(shared)
         self.room = None
         self._pieces: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from interpreting import sum_in_order
-from steps import Case, Shape, close
+from steps import Case, Shape, close, step_of_one_sequence
 
 from kvrelay.engine.device import invariant
 from kvrelay.engine.device.invariant import InvariantOperations, InvariantProjections
@@ -17,6 +17,7 @@ from kvrelay.engine.device.kernels.invariant_gemm import EXACT, FAST, GemmTiling
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import Linear
+from kvrelay.errors import ConfigError
 
 SHAPES = [Shape(heads=6, groups=2, dim=12, block_size=4, dtype="float16"), Shape(heads=7, groups=1, dim=8)]
 SMALL = InvariantTiling(rows=16, tile=16, piece=32, num_warps=4, num_stages=1)
@@ -78,10 +79,8 @@ def test_a_token_attends_alike_alone_and_in_any_chunk(
     def attended(spans: list[tuple[int, int]], spread: int) -> torch.Tensor:
         """Attend from rows of the same sequence."""
         monkeypatch.setattr(invariant, "MOST_SPREAD", spread)
-        step, _, _ = Case(shape, spans, ours.tile_rows).build()
+        step = step_of_one_sequence(spans, ours.tile_rows)
         chosen = torch.cat([queries[before : before + count] for before, count in spans])
-        step.tiles[3] = 0
-        step.table_rows.fill_(0)
         return ours.attention(chosen, layer, step, tables, window)
 
     for chunk, first in [(7, 3), (33, 0), (length - 1, 1)]:
@@ -137,6 +136,11 @@ def test_products(dtype: str, size: tuple[int, int], biased: bool, monkeypatch: 
             assert torch.equal(mine, added[rows])
     for _, tickets in project._scratch.values():
         assert not tickets.any()
+
+
+def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="64 query heads that share a KV head are more than 32"):
+        InvariantOperations(TorchFramework("cpu"), Shape(heads=64, groups=1).head_shape(), Shape().limits())
 
 
 def test_pieces_fill_the_device_and_cover_the_inner_dimension() -> None:
