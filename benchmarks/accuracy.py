@@ -32,6 +32,8 @@ from support.bare_engine import BLOCK_SIZE, BareEngine, bare_engine
 from support.limits import fastest_dtype
 from support.vllm_processes import DEFAULT_ENVIRONMENT, make_environment, random_model, run_offline
 
+from kvrelay.protocol.ids import BlockId
+
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 HELD_OUT = 30_000
 """Seed of the demo model's questions; training draws its chats from other generators and seeds."""
@@ -86,7 +88,7 @@ def _follow(
 ) -> Told:
     """Decode all prompts at once: after ``forced`` tokens whatever is sampled, or after what is sampled."""
     sequences = [
-        engine.sequence(prompt, list(range(room * index, room * (index + 1))), num_tokens, NUM_LOGPROBS)
+        engine.sequence(prompt, list(map(BlockId, range(room * index, room * (index + 1)))), num_tokens, NUM_LOGPROBS)
         for index, prompt in enumerate(prompts)
     ]
     told = Told([[] for _ in prompts], [[] for _ in prompts])

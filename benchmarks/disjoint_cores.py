@@ -33,6 +33,7 @@ from support.bare_engine import BLOCK_SIZE, BareEngine, Batch, bare_engine
 
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.ids import BlockId
 
 PRESET = "qwen2-0.5b"
 CONTEXT = 512
@@ -51,7 +52,7 @@ def batch(engine: BareEngine, num_seqs: int, num_tokens: int) -> Batch:
     rng, size, made = random.Random(1), CONTEXT // BLOCK_SIZE, []
     for index in range(num_seqs):
         tokens = [rng.randrange(3, engine.engine.vocab_size) for _ in range(CONTEXT)]
-        sequence = engine.sequence(tokens, list(range(index * size, (index + 1) * size)))
+        sequence = engine.sequence(tokens, list(map(BlockId, range(index * size, (index + 1) * size))))
         sequence.num_computed_tokens = CONTEXT - num_tokens
         made.append((sequence, Chunk(CONTEXT - num_tokens, num_tokens, True)))
     return made

@@ -41,7 +41,7 @@ from kvrelay.engine.select_kernels import open_library, open_onednn
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence
 from kvrelay.protocol.request import SamplingParams
 
@@ -201,7 +201,7 @@ class Bench:
             num_blocks = -(-(start + count) // BLOCK_SIZE)
             new = NewSequence(
                 id=SequenceId(index),
-                request_id="",
+                request_id=RequestId(""),
                 token_ids=[1] * (start + count),
                 num_prompt_tokens=start + count,
                 sampling=SamplingParams(max_tokens=1, seed=0),

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
@@ -110,9 +111,9 @@ class HeapTree:
         self.root = cache.num_blocks
         self.leaves = [(use, block) for block, use in self.last_used.items() if not self.num_children[block]]
         heapq.heapify(self.leaves)
-        self.free: list[int] = []
+        self.free: list[BlockId] = []
 
-    def remove(self, block: int) -> int | None:
+    def remove(self, block: BlockId) -> BlockId | None:
         """Take ``block`` out; return its parent if that is a leaf now."""
         del self.block_of[self.hash_of[block]]
         self.hash_of[block] = b""
@@ -120,7 +121,7 @@ class HeapTree:
         self.num_children[parent] -= 1
         return parent if parent != self.root and not self.num_children[parent] else None
 
-    def recycle(self, block_ids: list[int]) -> None:
+    def recycle(self, block_ids: list[BlockId]) -> None:
         if len(block_ids) > 1:
             self.free += block_ids
             heapq.heapify(self.free)
@@ -137,7 +138,7 @@ class HeapTree:
             self.recycle([block])
 
     def free_batched(self, num_blocks: int) -> None:
-        freed: list[int] = []
+        freed: list[BlockId] = []
         for _ in range(num_blocks):
             _, block = heapq.heappop(self.leaves)
             parent = self.remove(block)

@@ -34,6 +34,7 @@ from support.virtual_node import EOS, Job, Measured, VirtualNode
 
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvstore.blocks.block_hash import BlockHasher
@@ -119,7 +120,7 @@ def jobs(outputs: Outputs, seed: int) -> list[Job]:
     made = []
     for number in range(NUM_REQUESTS):
         prompt = rng.choices(range(50_000), k=length(rng, PROMPT_MEDIAN, PROMPT_SIGMA, PROMPT_MAX))
-        spec = RequestSpec(request_id=f"r{number}", epoch=1, prompt_token_ids=prompt, sampling=sampling)
+        spec = RequestSpec(request_id=RequestId(f"r{number}"), epoch=1, prompt_token_ids=prompt, sampling=sampling)
         num_output_tokens = length(rng, outputs.median, outputs.sigma, outputs.max_tokens)
         made.append(Job(spec, hasher.hashes(prompt), num_output_tokens))
     return made

@@ -32,6 +32,7 @@ from support.limits import QWEN2, Limits, ModelCost, measure_limits
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk
+from kvrelay.protocol.ids import BlockId
 
 PRESET = "qwen2-0.5b"
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -72,7 +73,7 @@ def scheduled(engine: BareEngine, step: Step, rng: random.Random) -> Batch:
     batch = []
     for index in range(step.batch_size):
         tokens = [rng.randrange(3, engine.engine.vocab_size) for _ in range(step.context)]
-        sequence = engine.sequence(tokens, blocks[index * size : (index + 1) * size])
+        sequence = engine.sequence(tokens, list(map(BlockId, blocks[index * size : (index + 1) * size])))
         sequence.num_computed_tokens = step.context - step.num_tokens
         batch.append((sequence, Chunk(sequence.num_computed_tokens, step.num_tokens, True)))
     return batch

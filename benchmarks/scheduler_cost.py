@@ -24,7 +24,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import Machine, Received, RunStep, Send, StepDone
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, SequenceId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
@@ -73,7 +73,7 @@ def register(config: NodeConfig, geometry: KVGeometry = GEOMETRY) -> Register:
 def spec(index: int, prompt_tokens: int = PROMPT_TOKENS) -> RequestSpec:
     prompt = [(index * 7919 + position) % 50_000 for position in range(prompt_tokens)]
     sampling = SamplingParams(max_tokens=400, seed=index)
-    return RequestSpec(request_id=f"r{index}", epoch=1, prompt_token_ids=prompt, sampling=sampling)
+    return RequestSpec(request_id=RequestId(f"r{index}"), epoch=1, prompt_token_ids=prompt, sampling=sampling)
 
 
 def result_of(plan: StepPlan) -> StepResult:

@@ -1,8 +1,9 @@
 """Cost of a step outside the kernels (scheduling, batch, sampling, message) and inside them, by operation.
 
 The state machine of a mixed node with the real engine on a random checkpoint, without processes and network; CPU time
-of the thread. Prompts are not computed; the requests decode together. Times of the kernels are measured from entry to
-exit of each operation, so the cost of measuring counts as outside. The second table adds a prompt to the decodes.
+of the thread. The prompts are computed before the measurement; then the requests decode together. Times of the kernels
+are measured from entry to exit of each operation, so the cost of measuring counts as outside. The second table adds a
+prompt to the decodes.
 
 Usage: python benchmarks/step_overhead.py [--steps 40] [--batch-sizes 8 32] [--quantization none|w8a8|w8a16]
 """
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
-from scheduler_cost import plan_in, register, result_of, spec
+from scheduler_cost import plan_in, register, spec
 
 from decode_node.machine import DecodeMachine
 from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
@@ -34,7 +35,7 @@ from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.machine.contract import Received, Send, StepDone
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.codec import encode
-from kvrelay.protocol.ids import ROUTER
+from kvrelay.protocol.ids import ROUTER, BlockId
 from kvrelay.protocol.messages.node_to_router import TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
@@ -122,13 +123,13 @@ def measure(
     for index in range(batch_size):
         plan = plan_in(machine.handle(Received(ROUTER, Generate(request=greedy(index))), 0.0)) or plan
     while plan is not None and (len(plan.batch) < batch_size or plan.num_tokens > batch_size):
-        plan = plan_in(machine.handle(StepDone(result_of(plan)), 0.0))
+        plan = plan_in(machine.handle(StepDone(engine.run(plan, lambda layers: None)), 0.0))
     before = dict(timed.by_operation)
     spent = []
     for _ in range(steps):
         assert plan is not None
         in_kernels, began = timed.seconds, clock()
-        result = engine.run(plan, lambda layer: None)
+        result = engine.run(plan, lambda layers: None)
         computed = clock()
         actions = machine.handle(StepDone(result), 0.0)
         scheduled = clock()
@@ -146,14 +147,14 @@ def measure(
 def measure_prompt(engine: Engine, timed: Timed) -> dict[str, float]:
     """Return the seconds of each operation of a prompt, the best of some in all."""
     sequence = Sequence(greedy(0))
-    sequence.take_blocks(range(PROMPT_TOKENS // engine.geometry.block_size))
+    sequence.take_blocks(list(map(BlockId, range(PROMPT_TOKENS // engine.geometry.block_size))))
     plans = PlanWriter()
     found = []
     for _ in range(PROMPTS):
         plan = plans.write(0, [sequence], [Chunk(0, PROMPT_TOKENS, True)])
         plans.leave(sequence)
         before = dict(timed.by_operation)
-        engine.run(plan, lambda layer: None)
+        engine.run(plan, lambda layers: None)
         found.append(since(before, timed))
     return min(found, key=lambda spent: sum(spent.values()))
 

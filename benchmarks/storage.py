@@ -31,7 +31,7 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry
 from kvstore.storage.factory import make_store

@@ -33,7 +33,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Exit, Received, RunStep, StepDone
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER, NodeId, SequenceId
+from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.router_to_node import Generate
@@ -59,7 +59,7 @@ class SleepingEngine:
 
     max_plans_in_flight = 1
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         time.sleep(STEP_S)
         outcomes: dict[SequenceId, SequenceOutcome] = {
             item.id: SampledTokens([7] if item.samples else [], []) for item in plan.batch
@@ -140,7 +140,7 @@ async def storm(storage: StorageConfig, num_steps: int) -> tuple[Turns, dict[str
         for number in range(NUM_REQUESTS):
             prompt = [number * PROMPT_TOKENS + place for place in range(PROMPT_TOKENS)]
             sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, seed=0, ignore_eos=True)
-            spec = RequestSpec(request_id=f"r{number}", epoch=1, prompt_token_ids=prompt, sampling=sampling)
+            spec = RequestSpec(request_id=RequestId(f"r{number}"), epoch=1, prompt_token_ids=prompt, sampling=sampling)
             shell.post(Received(ROUTER, Generate(request=spec)))
         await shell.run(Sink())  # type: ignore[arg-type]
     compute.stop()

@@ -33,6 +33,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.storage import StorageIO
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.offload.kv_offloader import num_staging_slots
@@ -64,7 +65,7 @@ class Bench:
             samples = start + count == sequence.num_tokens
             self._step += 1
             plan = self._plans.write(self._step, [sequence], [Chunk(start, count, samples)])
-            result = self.engine.run(plan, lambda layer: None)
+            result = self.engine.run(plan, lambda layers: None)
             start += count
             sequence.num_computed_tokens = start
             if samples:
@@ -76,8 +77,8 @@ class Bench:
         rng = random.Random(num_tokens)
         tokens = [rng.randrange(3, self.engine.vocab_size) for _ in range(num_tokens)]
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-        sequence = Sequence(RequestSpec(request_id="r", epoch=1, prompt_token_ids=tokens, sampling=sampling))
-        sequence.take_blocks(range(first_block, first_block + -(-num_tokens // BLOCK_SIZE)))
+        sequence = Sequence(RequestSpec(request_id=RequestId("r"), epoch=1, prompt_token_ids=tokens, sampling=sampling))
+        sequence.take_blocks(list(map(BlockId, range(first_block, first_block + -(-num_tokens // BLOCK_SIZE)))))
         return sequence
 
 

@@ -36,9 +36,10 @@ from support.bare_zmq import BareZmq, Chunk, bare_zmq
 from support.cpu_time import cpu_s
 from support.overlap import Prompts, measure_overlap
 
-from cache_messager.sender_link import MAX_FRAME_BYTES
+from cache_messager.links.interface import HOST_FRAME_BYTES
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected, TransferDone
 from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, OpenTransfer
 
@@ -81,19 +82,20 @@ class Case(NamedTuple):
     def size_bytes(self) -> int:
         return self.num_blocks * self.geometry.block_bytes
 
-    def places(self, seed: int) -> list[list[int]]:
+    def places(self, seed: int) -> list[list[BlockId]]:
         """Return each prompt's blocks, others for each ``seed``."""
         rng = np.random.default_rng(seed)
         if self.scattered:
-            return [ids.tolist() for ids in np.split(rng.permutation(self.num_blocks), self.num_prompts)]
+            parts = np.split(rng.permutation(self.num_blocks), self.num_prompts)
+            return [list(map(BlockId, part.tolist())) for part in parts]
         order = rng.permutation(self.num_prompts).tolist()
-        return [list(range(place * self.blocks_each, (place + 1) * self.blocks_each)) for place in order]
+        return [list(map(BlockId, range(place * self.blocks_each, (place + 1) * self.blocks_each))) for place in order]
 
     def chunks(self) -> list[Chunk]:
         """Return the frames a messager sends for blocks in one piece."""
         in_one_piece = self._replace(scattered=False)
         places = list(zip(in_one_piece.places(1), in_one_piece.places(2), strict=True))
-        most_blocks = MAX_FRAME_BYTES // self.geometry.layer_block_bytes
+        most_blocks = HOST_FRAME_BYTES // self.geometry.layer_block_bytes
         num_layers, num_blocks = max(1, most_blocks // self.blocks_each), min(most_blocks, self.blocks_each)
         return [
             Chunk(layer, min(num_layers, self.geometry.num_layers - layer), source[first], target[first], num_blocks)
@@ -191,15 +193,17 @@ class Messagers:
         names = [f"{self._num_moves}.{number}" for number in range(case.num_prompts)]
         self._targets = dict(zip(names, case.places(2), strict=True))
         for (name, targets), sources in zip(self._targets.items(), case.places(1), strict=True):
-            self._d.say(ExpectKV(request_id=name, epoch=1, first_block=0, target_block_ids=targets))
-            self._p.say(CachedSignal(span=KVSpan(name, 1, 0, sources)))
+            self._d.say(ExpectKV(request_id=RequestId(name), epoch=1, first_block=0, target_block_ids=targets))
+            self._p.say(CachedSignal(span=KVSpan(RequestId(name), 1, 0, sources)))
         for _ in names:
             await self._d.hears(KVExpected)
 
     async def move(self) -> None:
         link = self._d.link
         for name, targets in self._targets.items():
-            self._p.say(OpenTransfer(request_id=name, epoch=1, link=link, first_block=0, target_block_ids=targets))
+            self._p.say(
+                OpenTransfer(request_id=RequestId(name), epoch=1, link=link, first_block=0, target_block_ids=targets)
+            )
         for _ in self._targets:
             await self._d.hears(KVArrived)
 

@@ -16,6 +16,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StopRequested,
@@ -49,7 +50,16 @@ HEARTBEAT = "heartbeat"
 """Key of the messager's only timer."""
 
 MessagerEvent: TypeAlias = (
-    Received | PeerLost | TimerFired | Started | StopRequested | BlocksWritten | DeviceLost | FrameSent | LinkReady
+    Received
+    | PeerLost
+    | TimerFired
+    | Started
+    | Resumed
+    | StopRequested
+    | BlocksWritten
+    | DeviceLost
+    | FrameSent
+    | LinkReady
 )
 LinkMessage: TypeAlias = MessagerToMessager | Heartbeat
 """Messages a messager accepts from other messagers."""
@@ -99,6 +109,9 @@ class MessagerMachine:
             case Started():
                 self._outbox.send(self._node, MessagerReady(link=self._link))
                 self._set_heartbeat()
+            case Resumed(paused_s=paused_s):
+                self._sender.resumed(paused_s)
+                self._receiver.resumed(paused_s)
             case StopRequested():
                 self._outbox.do(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
             case _:

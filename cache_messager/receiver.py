@@ -139,6 +139,10 @@ class Receiver:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._links.heard(peer)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no sender is to blame for its silence."""
+        self._links.resumed(paused_s)
+
     def beat(self) -> None:
         """Send a heartbeat on every link; drop the links of silent senders."""
         self._links.beat()

@@ -133,6 +133,10 @@ class ReceiverLinks:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no peer is to blame for its silence."""
+        self._liveness.resumed(paused_s, self._outbox.now)
+
     def beat(self) -> None:
         """Drop the links of silent senders; send a heartbeat on every other link."""
         for peer in self._liveness.lost(self._outbox.now):

@@ -157,6 +157,12 @@ class Sender:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._link_table.heard(peer)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: neither peers nor transfers are to blame for it."""
+        self._link_table.resumed(paused_s)
+        for transfer in self._transfers:
+            transfer.busy_since_s += paused_s
+
     def beat(self) -> None:
         """Send a heartbeat on every link; drop links to silent peers and fail transfers without progress."""
         self._link_table.lose_silent()

@@ -13,9 +13,6 @@ from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import LinkOffer
 
-MAX_FRAME_BYTES = 4 << 20
-"""Maximum payload of a frame: large enough for full throughput, small enough for fair sharing between transfers."""
-
 MAX_INFLIGHT_FRAMES = 256
 """Maximum unacknowledged frames per link of any size: well below the send queue of a socket."""
 
@@ -49,12 +46,23 @@ class SenderLink:
     has no ``kind`` and no credit.
     """
 
-    __slots__ = ("credit_bytes", "inflight_bytes", "inflight_frames", "kind", "offers", "peer", "ready", "transfers")
+    __slots__ = (
+        "credit_bytes",
+        "inflight_bytes",
+        "inflight_frames",
+        "kind",
+        "max_frame_bytes",
+        "offers",
+        "peer",
+        "ready",
+        "transfers",
+    )
 
     def __init__(self, peer: PeerId, offers: list[LinkOffer]) -> None:
         self.peer = peer
         self.offers = offers
         self.kind = ""
+        self.max_frame_bytes = 0
         self.credit_bytes = 0
         self.inflight_bytes = 0
         self.inflight_frames = 0
@@ -66,11 +74,12 @@ class SenderLink:
         if kind not in [offer.kind for offer in self.offers]:
             raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
+        self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes
 
     def blocks_per_frame(self, layer_block_bytes: int) -> int:
         """Return the maximum blocks per frame. Several frames fit into the credit, so that the link does not idle."""
-        return max(1, min(MAX_FRAME_BYTES, self.credit_bytes // 4) // layer_block_bytes)
+        return max(1, min(self.max_frame_bytes, self.credit_bytes // 4) // layer_block_bytes)
 
     @property
     def room_bytes(self) -> int:

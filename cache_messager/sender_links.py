@@ -107,6 +107,10 @@ class SenderLinks:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no peer is to blame for its silence."""
+        self._liveness.resumed(paused_s, self._outbox.now)
+
     def lose_silent(self) -> None:
         """Drop the links to peers that sent nothing for ``peer_timeout_s``."""
         for peer in self._liveness.lost(self._outbox.now):

@@ -72,6 +72,12 @@ class Reservations:
         """Note that ``peer`` was heard."""
         self._alive.heard(peer, self._outbox.now)
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: renewals of leases may be unread, and the like."""
+        self._alive.resumed(paused_s, self._outbox.now)
+        for request in self._requests.receiving:
+            request.lease_until_s += paused_s
+
     # ------------------------------------------------------------ reserving
 
     def reserve(self, peer: PeerId, message: ReserveBlocks, inadmissible: ErrorInfo | None) -> None:
@@ -127,7 +133,7 @@ class Reservations:
             request_id=message.request_id,
             epoch=message.epoch,
             first_block=len(matched),
-            target_block_ids=request.block_table[len(matched) :].tolist(),
+            target_block_ids=request.block_table[len(matched) :],
         )
         self._outbox.send(MESSAGER, expect)
         return None
@@ -150,7 +156,7 @@ class Reservations:
         reserved = BlocksReserved(
             request_id=request.spec.request_id,
             epoch=request.spec.epoch,
-            block_ids=request.block_table[request.num_cached_blocks :].tolist(),
+            block_ids=request.block_table[request.num_cached_blocks :],
             num_cached_blocks=request.num_cached_blocks,
             link=self.link,
             lease_s=self._lease_s,
@@ -210,10 +216,9 @@ class Reservations:
             self._outbox.send(request.sender, _ended(request.attempt, error.message))
         self._endings.fail(request, error)
 
-    def renew(self, peer: PeerId, attempts: list[tuple[str, int]]) -> None:
+    def renew(self, peer: PeerId, attempts: list[Attempt]) -> None:
         """Renew the leases that ``peer`` names; tell it which of those reservations do not exist."""
-        for request_id, epoch in attempts:
-            attempt = Attempt(request_id, epoch)
+        for attempt in attempts:
             request = self._requests.find(attempt)
             if request is None:
                 self._outbox.send(peer, _ended(attempt, "no such reservation"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decode_node.request import DecodeRequest, DecodeStatus
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvstore.offload.store_transfers import min_read_blocks
 
 _WEIGHT = 0.3

@@ -107,7 +107,10 @@ class Scheduler:
         num_decodes = len(schedule.chunks)
         prefilling, order = self._requests.prefilling, self._requests.order
         may_admit = not schedule.preempted and self.admission.has_seats
-        for request in order.merged(prefilling, self._requests.waiting if may_admit else (), now):
+        waiting = self._requests.waiting if may_admit else ()
+        if not prefilling and not waiting:  # so it is in most steps
+            return
+        for request in order.merged(prefilling, waiting, now):
             if budget <= 0:
                 break
             if request not in prefilling and may_admit:

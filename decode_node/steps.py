@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.resume_policy import LoadPolicy
@@ -91,14 +93,14 @@ class Steps:
         ended = self._scheduler.in_flight.end(event)
         self.counters["steps"] += 1
         self._measure(ended)
-        outputs: dict[PeerId, list[RequestOutput]] = {}
+        outputs: defaultdict[PeerId, list[RequestOutput]] = defaultdict(list)
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
             if request.is_over:
                 self._endings.end_if_unused(request)
             elif isinstance(outcome, SequenceFailed):
                 self._endings.fail(request, ErrorInfo.of(outcome.error))
             elif output := self._computed(request, chunk, outcome):
-                outputs.setdefault(request.spec.router, []).append(output)
+                outputs[request.spec.router].append(output)
         for router, its in outputs.items():
             self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
             self._outbox.send(router, TokensOut(outputs=its))
@@ -120,7 +122,12 @@ class Steps:
         request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
         if request in self._requests.prefilling:
             self._chunk_done(request, chunk.num_tokens)
-        return self._sampled(request, sampled) if sampled.token_ids else None
+        if not sampled.token_ids:
+            return None
+        output = request.take(sampled)
+        if output.finish_reason is not None:
+            self._finished(request)
+        return output
 
     def _rejected(self, request: DecodeRequest, drafts: tuple[int, ...], sampled: SampledTokens) -> int:
         """Count the drafts of one request in one step; return how many were wrong."""
@@ -137,12 +144,9 @@ class Steps:
             self._requests.move(request, DecodeStatus.RUNNING_DECODE, self._outbox.now)
             request.mark("decode", self._outbox.now)
 
-    def _sampled(self, request: DecodeRequest, sampled: SampledTokens) -> RequestOutput:
-        output = request.take(sampled)
-        if output.finish_reason is not None:
-            request.mark("done", self._outbox.now)
-            if self._node.cache.output_caching:
-                self._scheduler.publisher.publish(request)
-            self._storage.finished(request)
-            self._endings.close(request, "finished")
-        return output
+    def _finished(self, request: DecodeRequest) -> None:
+        request.mark("done", self._outbox.now)
+        if self._node.cache.output_caching:
+            self._scheduler.publisher.publish(request)
+        self._storage.finished(request)
+        self._endings.close(request, "finished")

@@ -49,6 +49,14 @@ def check_host(host: str) -> None:
             raise ValueError("should be a host name, an IPv4 address or an IPv6 address such as ::1") from None
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether ``host`` can only be reached from this host. Of names, only localhost is taken to be so."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def is_ipv6(address: str) -> bool:
     """Return whether ZMQ address ``address`` has an IPv6 host."""
     return address.startswith("tcp://[")

@@ -184,6 +184,9 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
     def _beat_to_nodes(self) -> None:
         self._reservations.renew()
 
+    def _resumed(self, paused_s: float) -> None:
+        self._reservations.resumed(paused_s)
+
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         self._reservations.lost(peer, reason)
 

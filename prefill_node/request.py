@@ -89,4 +89,4 @@ class PrefillRequest(NodeRequest[PrefillStatus]):
         if num_blocks <= first:
             return None
         self.num_signalled_blocks = num_blocks
-        return KVSpan(self.spec.request_id, self.spec.epoch, first, self.block_table[first:num_blocks].tolist())
+        return KVSpan(self.spec.request_id, self.spec.epoch, first, self.block_table[first:num_blocks])

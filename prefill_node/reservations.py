@@ -11,7 +11,7 @@ from kvrelay.errors import NeverFitsError, PeerLostError, TransferError
 from kvrelay.machine.contract import CancelTimer, Connect, Disconnect, Log, SetTimer
 from kvrelay.machine.liveness import Liveness
 from kvrelay.machine.outbox import Outbox
-from kvrelay.protocol.ids import MESSAGER, PeerId, peer_name
+from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo, NodeAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.node_to_messager import OpenTransfer
@@ -42,6 +42,10 @@ class Reservations:
     def heard(self, peer: PeerId) -> None:
         """Note that ``peer`` was heard."""
         self._alive.heard(peer, self._outbox.now)
+
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no decode node is to blame for its silence."""
+        self._alive.resumed(paused_s, self._outbox.now)
 
     # ------------------------------------------------------------ asking
 
@@ -159,10 +163,10 @@ class Reservations:
 
     def renew(self) -> None:
         """Renew the lease of every reservation held; give silent decode nodes up as lost."""
-        held: dict[PeerId, list[tuple[str, int]]] = {}
+        held: dict[PeerId, list[Attempt]] = {}
         for request in self._requests:
             if not request.is_over and request.reservation in (Reservation.ASKED, Reservation.GRANTED):
-                held.setdefault(request.target.peer, []).append((request.spec.request_id, request.spec.epoch))
+                held.setdefault(request.target.peer, []).append(request.attempt)
         for peer in self._alive.peers:
             if peer not in held:
                 self._alive.forget(peer)

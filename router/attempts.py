@@ -6,7 +6,7 @@ import math
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import SetTimer
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.protocol.request import RequestSpec
@@ -109,6 +109,6 @@ class Attempts:
             if peer != exclude:
                 self.abort(peer, request.request_id, request.epoch)
 
-    def abort(self, peer: PeerId, request_id: str, epoch: int) -> None:
+    def abort(self, peer: PeerId, request_id: RequestId, epoch: int) -> None:
         """Send Abort for one attempt to ``peer``."""
         self._outbox.send(peer, Abort(request_id=request_id, epoch=epoch))

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from kvrelay.errors import KVRelayError, QueueFullError
 from kvrelay.machine.outbox import RoleOutbox
-from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.request import FinishReason, SamplingParams, TokenLogprobs
 from kvrelay.registry.node_entry import NodeEntry
@@ -19,7 +19,7 @@ from kvrelay.registry.node_entry import NodeEntry
 class NewRequest:
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended."""
 
-    request_id: str
+    request_id: RequestId
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
@@ -36,21 +36,22 @@ class Submitted:
 class ClientGone:
     """The client of this request has disconnected."""
 
-    request_id: str
+    request_id: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatched:
     """The text of this request contains a stop string; no further tokens are needed."""
 
-    request_id: str
+    request_id: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator drains this node."""
+    """An operator drains this node. ``stay_down``: its supervisor is not to start it again."""
 
     node_id: NodeId
+    stay_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ Delivery: TypeAlias = TokensDelivered | RequestEnded | RequestErrored
 class Deliver:
     """Pass ``delivery`` to the submitter of this request."""
 
-    request_id: str
+    request_id: RequestId
     delivery: Delivery
 
 

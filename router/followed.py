@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from kvrelay.machine.contract import Connect, Disconnect, Log
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
+from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.node_entry import NodeEntry, present
 from router.events import RouterOutbox
 
@@ -15,13 +18,16 @@ class FollowedNodes:
     """Connections to the nodes in the registry, one per entry. ``NodeTable`` holds those that have registered.
 
     The registry has only addresses. Role, load and liveness come over the connections, so nothing is lost when the
-    registry is unavailable. ``problem``: why it cannot be read now, or None.
+    registry is unavailable. Meanwhile the nodes that it last had are called again and again, whoever was lost, and a
+    node that answers as another start of itself is called by its new name. ``problem``: why the registry cannot be read
+    now, or None.
     """
 
     def __init__(self, model: str, outbox: RouterOutbox) -> None:
         self._model = model
         self._outbox = outbox
         self._entries: dict[PeerId, NodeEntry] = {}
+        self._last_read: list[NodeEntry] = []
         self._foreign: set[PeerId] = set()
         self.problem: str | None = None
 
@@ -34,7 +40,9 @@ class FollowedNodes:
         Nodes without an entry are disconnected unless ``registered``: a registered node is alive, and only its registry
         entry is lost.
         """
-        wanted = {entry.peer: entry for entry in present(self._ours(entries))}
+        self.problem = None
+        self._last_read = present(self._ours(entries))
+        wanted = {entry.peer: entry for entry in self._last_read}
         addresses = {entry.address: entry.peer for entry in wanted.values()}
         replaced = [peer for peer, entry in self._entries.items() if addresses.get(entry.address, peer) != peer]
         for peer in replaced:
@@ -44,15 +52,47 @@ class FollowedNodes:
         for peer, entry in wanted.items():
             if peer not in self._entries:
                 self._outbox.do(Log("info", "node found", {"node": peer, "address": entry.address}))
-                self._outbox.do(Connect(peer, entry.address))
-                self._outbox.send(peer, Heartbeat())
+                self._call(entry)
             self._entries[peer] = entry
         return replaced
 
+    def _call(self, entry: NodeEntry) -> None:
+        self._entries[entry.peer] = entry
+        self._outbox.do(Connect(entry.peer, entry.address))
+        self._outbox.send(entry.peer, Heartbeat())
+
+    def registry_lost(self, reason: str) -> None:
+        """The registry cannot be read: call every node that it last had, those given up since then too."""
+        if self.problem is None:
+            called = {entry.address for entry in self._entries.values()}
+            for entry in self._last_read:
+                if entry.address not in called:
+                    self._call(entry)
+        self.problem = reason
+
     def forget(self, peer: PeerId) -> None:
-        """Drop the connection to ``peer``. It is made again if the next read of the registry has its entry."""
-        if self._entries.pop(peer, None) is not None:
-            self._outbox.do(Disconnect(peer))
+        """Drop the connection to ``peer``. It is made again if the next read of the registry has its entry.
+
+        It is made again at once while the registry cannot be read.
+        """
+        entry = self._entries.pop(peer, None)
+        if entry is None:
+            return
+        self._outbox.do(Disconnect(peer))
+        if self.problem is not None:
+            self._call(entry)
+
+    def answered_by_another(self, peer: PeerId, other: Register) -> None:
+        """Drop the connection to ``peer``, at whose address ``other`` answers.
+
+        If that is a later start of the same node, and the registry cannot tell so now, call it by its name.
+        """
+        entry = self._entries.pop(peer)
+        self._outbox.do(Disconnect(peer))
+        known = entry.registration
+        same = (other.node_id, other.model, other.address) == (known.node_id, known.model, known.address)
+        if self.problem is not None and same:
+            self._call(msgspec.structs.replace(entry, registration=other))
 
     def is_draining(self, peer: PeerId) -> bool:
         """Return whether the registry marks ``peer`` as draining."""

@@ -12,6 +12,7 @@ from kvrelay.machine.contract import (
     Exit,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StopRequested,
@@ -56,6 +57,7 @@ RouterEvent: TypeAlias = (
     | PeerLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | Submitted
     | ClientGone
@@ -161,10 +163,13 @@ class RouterMachine:
                 self._nodes.lose(peer, reason)
             case NodesFound() | RegistryLost():
                 self._nodes.follow(event)
-            case DrainRequested(node_id=node_id):
-                self._nodes.drain(node_id)
+            case DrainRequested(node_id=node_id, stay_down=stay_down):
+                self._nodes.drain(node_id, stay_down=stay_down)
             case Started():
+                self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
+            case Resumed(paused_s=paused_s):
+                self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
             case _:

@@ -12,7 +12,7 @@ import msgspec
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import PROTOCOL_VERSION
-from kvrelay.protocol.ids import NodeId, PeerId, peer_id
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.prompt_lengths import length_class
@@ -33,7 +33,7 @@ class Node:
     num_given_requests: int = 0
     num_given_blocks: int = 0
     leaving: bool = False
-    pending: dict[str, int] = field(default_factory=dict)
+    pending: dict[RequestId, int] = field(default_factory=dict)
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
 
@@ -159,7 +159,7 @@ class NodeTable:
         self._decode_alone = decode_alone
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
-        self._last_departure_s = -math.inf
+        self._expecting_since_s = -math.inf
         self._rivals: dict[PeerId, tuple[PeerId, Register]] = {}
 
     def __iter__(self) -> Iterator[Node]:
@@ -235,9 +235,17 @@ class NodeTable:
 
     # ------------------------------------------------------------ liveness and removal
 
+    def expect_nodes(self, now: float) -> None:
+        """Note that nodes may register soon: this router has just started, or a node that left is being restarted."""
+        self._expecting_since_s = now
+
     def heard(self, peer: PeerId, now: float) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
         self._liveness.heard(peer, now)
+
+    def resumed(self, paused_s: float, now: float) -> None:
+        """This process did not run for ``paused_s``: no node is to blame for its silence."""
+        self._liveness.resumed(paused_s, now)
 
     def silent(self, now: float) -> list[PeerId]:
         """Return the nodes that sent nothing for ``peer_timeout_s``."""
@@ -248,9 +256,9 @@ class NodeTable:
         self._liveness.forget(peer)
         node = self._nodes.pop(peer, None)
         if node is not None:
-            self._last_departure_s = now
+            self.expect_nodes(now)
         return node
 
-    def may_come_back(self, now: float, within_s: float) -> bool:
-        """Return whether a node is leaving, or left at most ``within_s`` ago: it is probably being restarted."""
-        return any(node.leaving for node in self) or now - self._last_departure_s <= within_s
+    def may_come(self, now: float, within_s: float) -> bool:
+        """Return whether a node is leaving, or ``expect_nodes`` was called at most ``within_s`` ago."""
+        return any(node.leaving for node in self) or now - self._expecting_since_s <= within_s

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TypeAlias, assert_never
 
-from kvrelay.machine.contract import Disconnect, Log, LogLevel, SetTimer
+from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
-from router.node_table import NodeTable
+from router.node_table import Node, NodeTable
 from router.requests import Requests
 
 AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
@@ -47,7 +47,6 @@ class Nodes:
         self._incarnation = incarnation
         self._heartbeat_s = heartbeat_s
         self._peer_timeout_s = peer_timeout_s
-        self._liveness_due_s = math.inf
         self._may_have_lost_us: set[PeerId] = set()
 
     def heard(self, peer: PeerId) -> None:
@@ -71,11 +70,10 @@ class Nodes:
     # ------------------------------------------------------------ registration
 
     def follow(self, event: NodesFound | RegistryLost) -> None:
-        """Connect to the nodes in the registry. If the registry is lost, keep the known nodes."""
+        """Connect to the nodes in the registry. If the registry is lost, go on with the nodes that it last had."""
         if isinstance(event, RegistryLost):
-            self._followed.problem = event.reason
+            self._followed.registry_lost(event.reason)
             return
-        self._followed.problem = None
         for peer in self._followed.take(event.entries, registered=lambda peer: self._node_table.get(peer) is not None):
             self.lose(peer, "restarted")
         for node in self._node_table:
@@ -83,6 +81,7 @@ class Nodes:
 
     def _register(self, peer: PeerId, message: Register) -> None:
         if peer in self._followed and peer != peer_id(message.node_id, message.incarnation):
+            self._followed.answered_by_another(peer, message)
             self.lose(peer, f"{message.node_id}#{message.incarnation} is at its address")
             return
         reason = self._node_table.mismatch(peer, message)
@@ -101,17 +100,18 @@ class Nodes:
 
     def _join(self, peer: PeerId, message: Register) -> None:
         known = self._node_table.get(peer)
-        if known is not None and known.registration.session != message.session:
-            if peer in self._may_have_lost_us:
-                self._may_have_lost_us.discard(peer)
-                self._requests.node_forgot(known)
-            else:
-                self._requests.node_lost(known, "it had taken this router for lost")
-        self._node_table.add(peer, message, self._outbox.now)
+        lost_us = known is not None and known.registration.session != message.session
+        node = self._node_table.add(peer, message, self._outbox.now)
+        # Before any request: the node takes none from a router that has not registered it.
         self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
         if known is None:
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self._requests.node_joined()
+        elif lost_us and peer in self._may_have_lost_us:
+            self._may_have_lost_us.discard(peer)
+            self._requests.node_forgot(node)
+        elif lost_us:
+            self._requests.node_lost(node, "it had taken this router for lost")
 
     def _refuse(self, peer: PeerId, reason: str) -> None:
         self._requests.counters.registrations_refused += 1
@@ -140,12 +140,12 @@ class Nodes:
 
     # ------------------------------------------------------------ draining and loss
 
-    def drain(self, node_id: NodeId) -> None:
-        """Send the node nothing new and tell it to drain."""
+    def drain(self, node_id: NodeId, *, stay_down: bool) -> None:
+        """Send the node nothing new and tell it to drain, and to stay down if ``stay_down``."""
         node = self._node_table.named(node_id)
-        if node is not None and not node.leaving:
+        if node is not None and (stay_down or not node.leaving):
             node.leaving = True
-            self._outbox.send(node.peer, Drain())
+            self._outbox.send(node.peer, Drain(stay_down=stay_down))
 
     def _leave(self, peer: PeerId) -> None:
         node = self._node_table.get(peer)
@@ -154,35 +154,41 @@ class Nodes:
 
     def lose(self, peer: PeerId, reason: str) -> None:
         """Remove a node and retry its requests on other nodes."""
+        self._lose_together([peer], reason)
+
+    def _lose_together(self, peers: Sequence[PeerId], reason: str) -> None:
+        """Remove all of ``peers`` before requests are retried: a retry on a node that is lost too costs an attempt."""
+        lost = [node for peer in peers if (node := self._remove(peer, reason)) is not None]
+        for node in lost:
+            self._requests.node_lost(node, reason)
+        for node in lost:
+            waiting = self._node_table.settle(node.peer)
+            if waiting is not None:
+                self._register(*waiting)
+
+    def _remove(self, peer: PeerId, reason: str) -> Node | None:
         self._followed.forget(peer)
         node = self._node_table.remove(peer, self._outbox.now)
-        if node is None:
-            return
-        self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
-        self._requests.counters.nodes_lost += reason != "drained"
-        self._outbox.do(Disconnect(peer))
-        self._requests.node_lost(node, reason)
-        waiting = self._node_table.settle(peer)
-        if waiting is not None:
-            self._register(*waiting)
+        if node is not None:
+            self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
+            self._requests.counters.nodes_lost += reason != "drained"
+        return node
+
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no node is to blame for what it did not read meanwhile.
+
+        Nodes may have taken this router for lost. Each may do so once per pause without costing its requests an
+        attempt. A node that was paused itself costs attempts as usual.
+        """
+        self._node_table.resumed(paused_s, self._outbox.now)
+        self._may_have_lost_us = {node.peer for node in self._node_table}
 
     def check_liveness(self) -> None:
-        """Declare silent nodes lost, unless this process itself was paused.
-
-        After a pause timers fire before sockets are read. The check is then skipped once, so that the messages received
-        meanwhile are read first.
-        """
-        late_s = self._outbox.now - self._liveness_due_s
-        if late_s > self._peer_timeout_s / 2:
-            self._log("warning", "the router was held up and judges no node until its next heartbeat", late_s=late_s)
-            # Each node may lose this router once per pause. A node that was paused itself costs attempts as usual.
-            self._may_have_lost_us = {node.peer for node in self._node_table}
-        else:
-            for peer in self._node_table.silent(self._outbox.now):
-                self.lose(peer, f"not heard for {self._peer_timeout_s:g} s")
+        """Declare silent nodes lost."""
+        silent = self._node_table.silent(self._outbox.now)
+        self._lose_together(silent, f"not heard for {self._peer_timeout_s:g} s")
         self._followed.beat()
-        self._liveness_due_s = self._outbox.now + self._heartbeat_s
-        self._outbox.do(SetTimer(LIVENESS, self._liveness_due_s))
+        self._outbox.do(SetTimer(LIVENESS, self._outbox.now + self._heartbeat_s))
 
     def _log(self, level: LogLevel, event: str, **fields: object) -> None:
         self._outbox.do(Log(level, event, fields))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kvrelay.config.cluster_config import Role
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from router.node_table import Node, NodeTable
 from router.policies import Policy
 from router.request import RoutedRequest
@@ -142,7 +142,7 @@ class Placement:
         self.release_prefill(request)
         self.release_decode(request)
 
-    def held(self) -> dict[str, list[str]]:
+    def held(self) -> dict[NodeId, list[RequestId]]:
         """Return the request ids by node, for nodes that have any."""
         return {node.node_id: list(node.pending) for node in self._node_table if node.pending}
 

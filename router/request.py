@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.request import RequestSpec
 from router.events import NewRequest
 from router.output import OutputOrder
@@ -19,7 +19,7 @@ TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
 class RequestTimer(NamedTuple):
     """Key of a request's timers: its deadline, its next attempt, its next search for a decode node."""
 
-    request_id: str
+    request_id: RequestId
     kind: TimerKind
 
 
@@ -87,7 +87,7 @@ class RoutedRequest:
         self.num_preempted_blocks: int | None = None
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> RequestId:
         """The id used by client, router and nodes."""
         return self.new.request_id
 

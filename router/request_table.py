@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import CancelTimer, SetTimer
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.request import FinishReason
 from router.counters import Counters
@@ -24,8 +25,8 @@ class RequestTable:
     def __init__(self, placement: Placement, outbox: RouterOutbox) -> None:
         self._placement = placement
         self._outbox = outbox
-        self._requests: dict[str, RoutedRequest] = {}
-        self.preempted: dict[str, RoutedRequest] = {}
+        self._requests: dict[RequestId, RoutedRequest] = {}
+        self.preempted: dict[RequestId, RoutedRequest] = {}
         self.counters = Counters()
         self.timelines = Timelines()
 
@@ -36,7 +37,7 @@ class RequestTable:
         """Iterate over a snapshot: requests may end during the iteration."""
         return iter(list(self._requests.values()))
 
-    def __contains__(self, request_id: str) -> bool:
+    def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._requests
 
     @property
@@ -47,14 +48,14 @@ class RequestTable:
             counts[request.status] += 1
         return counts
 
-    def __getitem__(self, request_id: str) -> RoutedRequest:
+    def __getitem__(self, request_id: RequestId) -> RoutedRequest:
         return self._requests[request_id]
 
-    def get(self, request_id: str) -> RoutedRequest | None:
+    def get(self, request_id: RequestId) -> RoutedRequest | None:
         """Return the request in progress, or None."""
         return self._requests.get(request_id)
 
-    def current(self, request_id: str, epoch: int) -> RoutedRequest | None:
+    def current(self, request_id: RequestId, epoch: int) -> RoutedRequest | None:
         """Return the request if ``epoch`` is its current attempt; else count a stale message and return None."""
         request = self._requests.get(request_id)
         if request is not None and request.epoch == epoch and request.status is not Status.WAITING:

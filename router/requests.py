@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from kvrelay.errors import KVRelayError, LocalProtocolError, NoNodeError, PeerLostError, QueueFullError
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
@@ -62,7 +62,7 @@ class Requests:
         """Number of requests in each non-terminal status."""
         return self._table.by_status
 
-    def nodes_of(self, request_id: str) -> list[PeerId]:
+    def nodes_of(self, request_id: RequestId) -> list[PeerId]:
         """Return the nodes that may hold state of this request's current attempt."""
         request = self._table.get(request_id)
         return request.nodes if request is not None else []
@@ -96,7 +96,7 @@ class Requests:
         if len(self) + len(requests) > most:
             return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
         reason = self._node_table.unready_reason()
-        if reason is None or self._node_table.may_come_back(self._outbox.now, self._limits.node_wait_s):
+        if reason is None or self._node_table.may_come(self._outbox.now, self._limits.node_wait_s):
             return None
         return NoNodeError(reason)
 
@@ -139,7 +139,12 @@ class Requests:
     def take_failure(self, peer: PeerId, failure: RequestFailed) -> None:
         """Retry on other nodes, or end the request with the node's error."""
         request = self._table.current(failure.request_id, failure.epoch)
-        if request is not None and peer in request.nodes:
+        if request is None or peer not in request.nodes:
+            return
+        node = self._node_table.get(peer)
+        if node is not None and node.leaving and failure.error.retryable:
+            self._attempts.forgotten(request, peer)  # it hands back what it cannot finish in time
+        else:
             self._attempts.failed(request, failure.error, peer)
 
     def take_decode_needed(self, peer: PeerId, needed: DecodeNeeded) -> None:
@@ -189,18 +194,20 @@ class Requests:
             self._attempts.forgotten(request, node.peer)
 
     def _requests_of(self, node: Node) -> list[RoutedRequest]:
-        return [self._table[request_id] for request_id in node.pending]
+        """Return the requests on ``node``, without those that have left it since it was removed from the table."""
+        pending = [self._table.get(request_id) for request_id in node.pending]
+        return [request for request in pending if request is not None and node.peer in request.nodes]
 
     # ------------------------------------------------------------ clients and timers
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """End a request whose client disconnected."""
         request = self._table.get(request_id)
         if request is not None:
             self._attempts.abort_nodes(request)
             self._table.abort(request)
 
-    def stop_matched(self, request_id: str) -> None:
+    def stop_matched(self, request_id: RequestId) -> None:
         """End a request whose text contains a stop string."""
         request = self._table.get(request_id)
         if request is not None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import cast
 
@@ -23,6 +23,7 @@ from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
 from router.http.app import make_app
+from router.http.operators import OperatorsOnly, make_operators_app
 from router.http.protocol import HttpLimits, HttpProtocol
 from router.memory import return_large_blocks
 from router.metrics import Metrics
@@ -73,11 +74,11 @@ def http_limits(config: RouterConfig) -> HttpLimits:
     return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(key: str, host: str, port: int) -> socket.socket:
     try:
         return listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
-        raise ConfigError([f"router.port: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
+        raise ConfigError([f"{key}: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
 
 async def serve(config: ClusterConfig) -> str:
@@ -92,16 +93,28 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    app: ASGIApp = make_app(service, metrics)
+    clients: ASGIApp = make_app(service, metrics)
+    operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
-        app = AccessLog(app, clock.now)
-    server = http_server(app, config.router.host, config.router.port, http_limits(config.router))
+        clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
+    limits = http_limits(config.router)
     tune_gc()
-    with _listen(config.router.host, config.router.port) as listener:
-        http = asyncio.create_task(server.serve([listener]))
+    async with (
+        _serving(clients, "router.port", (config.router.host, config.router.port), limits),
+        _serving(operators, "router.admin_port", config.router.admin_address, limits),
+    ):
         startup.report(READY)
+        return await service.run()
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits) -> AsyncIterator[None]:
+    """Serve ``app`` at ``address`` for the context. Raises ConfigError that names ``key`` if it is in use."""
+    server = http_server(app, *address, limits)
+    with _listen(key, *address) as listener:
+        task = asyncio.create_task(server.serve([listener]))
         try:
-            return await service.run()
+            yield
         finally:
             server.should_exit = True
-            await http
+            await task

@@ -11,7 +11,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import ConfigError, InvalidRequestError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
-from kvrelay.protocol.ids import NodeId, new_incarnation, peer_id
+from kvrelay.protocol.ids import NodeId, RequestId, new_incarnation, peer_id
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
@@ -31,7 +31,7 @@ from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
 from router.preparation_pool import Preparer
 
-Sink = Callable[[str, Delivery], None]
+Sink = Callable[[RequestId, Delivery], None]
 
 _EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
 """Bits of an epoch: each router start draws its high bits at random and counts up in the low bits."""
@@ -71,7 +71,7 @@ class RouterService:
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
         self.machine = RouterMachine(router_settings(config, self._incarnation))
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[RequestId, Sink] = {}
         self._shell: Shell | None = None
         self.control_addresses: list[str] = []
 
@@ -120,21 +120,21 @@ class RouterService:
             self._sinks[request.request_id] = deliver
         self._post(Submitted(tuple(requests)))
 
-    def is_in_progress(self, request_id: str) -> bool:
+    def is_in_progress(self, request_id: RequestId) -> bool:
         """Return whether a request with this id has been submitted and has not ended."""
         return request_id in self._sinks
 
-    def stop_matched(self, request_id: str) -> None:
+    def stop_matched(self, request_id: RequestId) -> None:
         """Report that the text contains a stop string, so that no more tokens are needed."""
         self._post(StopMatched(request_id))
 
-    def client_gone(self, request_id: str) -> None:
+    def client_gone(self, request_id: RequestId) -> None:
         """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
 
-    def drain(self, node_id: str) -> None:
-        """Drain this node: send it nothing new and let it finish its requests and leave."""
-        self._post(DrainRequested(NodeId(node_id)))
+    def drain(self, node_id: str, *, stay_down: bool) -> None:
+        """Drain this node: send it nothing new and let it finish its requests and leave, for good if ``stay_down``."""
+        self._post(DrainRequested(NodeId(node_id), stay_down))
 
     def stop(self) -> None:
         """Accept nothing new, finish the running requests, then exit."""

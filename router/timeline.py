@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import RequestTimeline
 
@@ -24,7 +25,7 @@ class Timeline:
         self.layers: list[LayerTransfer] = []
         self.num_parts = 0
 
-    def as_dict(self, request_id: str) -> dict[str, object]:
+    def as_dict(self, request_id: RequestId) -> dict[str, object]:
         """Return the response of ``/cluster/requests/{request_id}``: marks sorted by time, layers by number."""
         return {
             "request_id": request_id,
@@ -49,19 +50,19 @@ class Timelines:
     """Timelines of requests in progress and of recently ended ones, whose nodes may still report."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Timeline] = {}
-        self._ended: OrderedDict[str, Timeline] = OrderedDict()
+        self._open: dict[RequestId, Timeline] = {}
+        self._ended: OrderedDict[RequestId, Timeline] = OrderedDict()
 
-    def open(self, request_id: str) -> None:
+    def open(self, request_id: RequestId) -> None:
         """Begin the timeline of a new request."""
         self._ended.pop(request_id, None)
         self._open[request_id] = Timeline()
 
-    def mark(self, request_id: str, name: str, now: float) -> None:
+    def mark(self, request_id: RequestId, name: str, now: float) -> None:
         """Add a mark of the router at time ``now``."""
         self._open[request_id].marks.append(Mark(name, now, "router"))
 
-    def close(self, request_id: str) -> None:
+    def close(self, request_id: RequestId) -> None:
         """Mark the request as ended; drop the oldest ended timeline beyond ``MAX_KEPT``."""
         self._ended[request_id] = self._open.pop(request_id)
         if len(self._ended) > MAX_KEPT:
@@ -77,7 +78,7 @@ class Timelines:
         timeline.layers += report.layers
         return sum(layer.num_bytes for layer in report.layers)
 
-    def get(self, request_id: str) -> dict[str, object] | None:
+    def get(self, request_id: RequestId) -> dict[str, object] | None:
         """Return one request's timeline, or None if it is not kept."""
         timeline = self._find(request_id)
         return timeline.as_dict(request_id) if timeline else None
@@ -87,5 +88,5 @@ class Timelines:
         """Number of requests in progress."""
         return len(self._open)
 
-    def _find(self, request_id: str) -> Timeline | None:
+    def _find(self, request_id: RequestId) -> Timeline | None:
         return self._open.get(request_id) or self._ended.get(request_id)

@@ -116,7 +116,7 @@ def _whole_steps(engine: DeviceEngine, driver: Driver, running: list[Sequence], 
         for _ in range(steps):
             plan = driver.plan([(one, 1) for one in running])
             began = time.perf_counter()
-            result = engine.run(plan, lambda layer: None)
+            result = engine.run(plan, lambda layers: None)
             whole.append(time.perf_counter() - began)
             driver.finish(result.sampled)
     return statistics.median(whole), statistics.median(before)

@@ -151,7 +151,7 @@ def _bits(
     company = [sequence(other, f"other {index}", temperature=1.0) for index, other in enumerate(others)]
     while one.num_output_tokens < num_tokens:
         running = [(each, min(chunk, each.num_tokens - each.num_computed_tokens)) for each in (*company, one)]
-        sampled = engine.run(driver.plan(running), lambda layer: None).sampled
+        sampled = engine.run(driver.plan(running), lambda layers: None).sampled
         told += [entry.logprob for entry in sampled[-1].logprobs]
         driver.finish(sampled)
     kv = kv_of(context, engine, list(one.block_table), one.num_computed_tokens).clone()

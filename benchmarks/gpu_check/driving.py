@@ -14,6 +14,7 @@ from kvrelay.engine.device.engine import DeviceEngine, DeviceStep
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, random_engine
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.engine import StepPlan
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
@@ -21,7 +22,7 @@ from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 def sequence(tokens: Seq[int], name: str, **sampling: Any) -> Sequence:
     """Return a sequence, greedy unless ``sampling`` says otherwise."""
     params = SamplingParams(**{"max_tokens": 1 << 20, "seed": 7, "temperature": 0.0, **sampling})
-    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=list(tokens), sampling=params))
+    return Sequence(RequestSpec(request_id=RequestId(name), epoch=0, prompt_token_ids=list(tokens), sampling=params))
 
 
 class Driver:
@@ -47,7 +48,7 @@ class Driver:
 
     def run(self, batch: list[tuple[Sequence, int]]) -> None:
         """Run such a step and append what it samples."""
-        self.finish(self._engine.run(self.plan(batch), lambda layer: None).sampled)
+        self.finish(self._engine.run(self.plan(batch), lambda layers: None).sampled)
 
     def finish(self, sampled: list[Any]) -> None:
         """Take in the results of the last plan."""
@@ -123,7 +124,7 @@ class AheadDriver:
     def finish_one(self) -> None:
         """Wait for the oldest step; take its tokens in."""
         step, batch = self.in_flight.popleft()
-        result = step.finish(lambda layer: None)
+        result = step.finish(lambda layers: None)
         for (one, chunk), sampled in zip(batch, result.sampled, strict=True):
             one.num_computed_tokens = chunk.end
             one.token_ids += sampled.token_ids

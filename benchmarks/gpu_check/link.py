@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,7 +28,8 @@ from gpu_check.messager import Wire
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
-from kvrelay.protocol.ids import PeerId
+from kvrelay.machine.contract import LayersComputed, StepDone
+from kvrelay.protocol.ids import BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -38,6 +40,7 @@ from kvrelay.protocol.messages.messager_to_node import (
     TransferFailed,
 )
 from kvrelay.protocol.messages.node_to_messager import CachedSignal, ExpectKV, KVSpan, LayerSignal, OpenTransfer
+from kvrelay.runtime.compute_thread import compute_for
 
 PATIENCE_S = 60.0
 
@@ -99,20 +102,21 @@ class Messagers:
         others = [heard.message for heard in self._heard if type(heard.message).__name__ != "MessagerStats"]
         return [f"{message!r:.300}" for message in others[-5:]]
 
-    def open(self, name: str, targets: list[int]) -> None:
+    def open(self, name: str, targets: list[BlockId]) -> None:
         """Have D expect a prompt's blocks and P send them as they come."""
         request: dict[str, Any] = {"request_id": name, "epoch": 1, "first_block": 0, "target_block_ids": targets}
         self._wires["d0"].send(ExpectKV(**request))
         self.wait(KVExpected, lambda message: message.request_id == name)
         self._wires["p0"].send(OpenTransfer(**request, link=self._address))
 
-    def signal(self, name: str, layer: int, sources: list[int]) -> None:
-        """Tell P's messager that a layer of a prompt is complete."""
-        self._wires["p0"].send(LayerSignal(step=1, layer=layer, spans=[KVSpan(name, 1, 0, sources)]))
+    def signal(self, name: str, layers: range, sources: list[BlockId]) -> None:
+        """Tell P's messager that layers of a prompt are complete."""
+        span = KVSpan(RequestId(name), 1, 0, sources)
+        self._wires["p0"].send(LayerSignal(step=1, layer=layers.start, num_layers=len(layers), spans=[span]))
 
-    def signal_all(self, name: str, sources: list[int]) -> None:
+    def signal_all(self, name: str, sources: list[BlockId]) -> None:
         """Tell P's messager that a prompt is complete."""
-        self._wires["p0"].send(CachedSignal(span=KVSpan(name, 1, 0, sources)))
+        self._wires["p0"].send(CachedSignal(span=KVSpan(RequestId(name), 1, 0, sources)))
 
     def arrived_at(self, name: str) -> float:
         """Return when D's node was told that all of a prompt's KV is there. Raises RuntimeError if it is not."""
@@ -212,7 +216,7 @@ def _measure_kernel(context: Context, source: DeviceMemory, target: DeviceMemory
 
 
 def _moving(
-    source: DeviceMemory, target: DeviceMemory | None, planes: range, sources: list[int], targets: list[int]
+    source: DeviceMemory, target: DeviceMemory | None, planes: range, sources: list[BlockId], targets: list[BlockId]
 ) -> Callable[[], object]:
     """Return one launch of the kernel, or on a CPU what stands for it."""
     if source.handle.kind == "simulated":
@@ -236,7 +240,7 @@ def _moving(
 
 def _check_staging(context: Context, memory: DeviceMemory) -> None:
     """Check that whole blocks, as a store takes and gives them, go to the device and come back."""
-    geometry, ids = memory.geometry, [5, 0, 2]
+    geometry, ids = memory.geometry, [BlockId(5), BlockId(0), BlockId(2)]
     rng = np.random.default_rng(3)
     blocks = rng.integers(0, 255, (len(ids), geometry.num_layers, 2, geometry.plane_block_bytes), np.uint8)
     with memory.lend(ids) as lent:
@@ -272,7 +276,7 @@ def _check(
     driver.give_back([first.sequence])
 
 
-def _check_damage(context: Context, memory: DeviceMemory, messagers: Messagers, table: list[int]) -> None:
+def _check_damage(context: Context, memory: DeviceMemory, messagers: Messagers, table: list[BlockId]) -> None:
     """Change one bit of one block after it was digested: it must be refused, and arrive once it is right again."""
     planes, block = range(3, 4), table[1]
     right = memory.blocks.read(planes, [block])
@@ -296,29 +300,37 @@ class Computed(NamedTuple):
     """A prompt that was computed: its sequence, its blocks on P, and when its first token was there."""
 
     sequence: Any
-    table: list[int]
+    table: list[BlockId]
     at_s: float
 
 
 def _compute(engine: DeviceEngine, driver: Driver, messagers: Messagers, name: str, length: int) -> Computed:
-    """Compute a prompt while its KV travels."""
+    """Compute a prompt with a node's compute threads while its KV travels."""
     tokens = np.random.default_rng(len(name)).integers(0, engine.vocab_size, length).tolist()
     one = sequence(tokens, name)
     plan = driver.plan([(one, length)])
     table = list(one.block_table)
     messagers.open(name, _targets(engine.memory, table))
-    result = engine.run(plan, lambda layer: messagers.signal(name, layer, table))
+    events: SimpleQueue[Any] = SimpleQueue()
+    compute = compute_for(engine, events.put, layer_events=True)
+    compute.start()
+    compute.submit(plan)
+    while isinstance(event := events.get(), LayersComputed):
+        messagers.signal(name, event.layers, table)
     at_s = time.perf_counter()
-    driver.finish(result.sampled)
+    compute.stop()
+    if not isinstance(event, StepDone):
+        raise RuntimeError(f"the prompt was not computed: {event}")
+    driver.finish(event.result.sampled)
     return Computed(one, table, at_s)
 
 
-def _targets(memory: Any, table: list[int]) -> list[int]:
+def _targets(memory: Any, table: list[BlockId]) -> list[BlockId]:
     """Return D's blocks for those of P: others, in another order."""
     return [memory.num_blocks - 1 - block for block in table]
 
 
-def _words(memory: DeviceMemory, block_ids: list[int]) -> Any:
+def _words(memory: DeviceMemory, block_ids: list[BlockId]) -> Any:
     return memory.blocks.read(range(2 * memory.geometry.num_layers), block_ids)
 
 

@@ -54,7 +54,7 @@ def measure(
             one = sequence(tokens, f"prefill {index}")
             plan = driver.plan([(one, length)])
             began = time.perf_counter()
-            engine.run(plan, lambda layer: None)
+            engine.run(plan, lambda layers: None)
             times.append(time.perf_counter() - began)
             driver.give_back([one])
         seconds = statistics.median(times[2:])
@@ -66,5 +66,5 @@ def measure(
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")
             plan = driver.plan([(one, length)])
-            report_kernels(context, part, what, partial(engine.run, plan, lambda layer: None))
+            report_kernels(context, part, what, partial(engine.run, plan, lambda layers: None))
     engine.close()

@@ -15,6 +15,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.engine import SampledTokens
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
@@ -32,10 +33,10 @@ class BareEngine:
         self._step = 0
 
     def sequence(
-        self, tokens: list[int], block_table: list[int], max_tokens: int = 1, num_logprobs: int | None = None
+        self, tokens: list[int], block_table: list[BlockId], max_tokens: int = 1, num_logprobs: int | None = None
     ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, num_logprobs=num_logprobs)
-        sequence = Sequence(RequestSpec(request_id="r", epoch=1, prompt_token_ids=tokens, sampling=sampling))
+        sequence = Sequence(RequestSpec(request_id=RequestId("r"), epoch=1, prompt_token_ids=tokens, sampling=sampling))
         sequence.take_blocks(block_table)
         return sequence
 
@@ -43,7 +44,7 @@ class BareEngine:
         """Compute a chunk of each sequence. The sequences stay as they are."""
         self._step += 1
         plan = self._plans.write(self._step, [one for one, _ in batch], [chunk for _, chunk in batch])
-        return self.engine.run(plan, lambda layer: None).sampled
+        return self.engine.run(plan, lambda layers: None).sampled
 
     def advance(self, sequences: Seq[Sequence]) -> list[SampledTokens]:
         """Compute all tokens of ``sequences`` that are not computed yet; return what is sampled then.

@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from support.bare_engine import BLOCK_SIZE, bare_engine
 from support.prompt_jobs import answer_prompts
 
+from kvrelay.protocol.ids import BlockId
+
 MAX_MODEL_LEN = 2048
 
 
@@ -23,7 +25,7 @@ def main() -> None:
     with bare_engine(Path(model), num_blocks, MAX_MODEL_LEN, int(threads), overrides) as engine:
 
         def generate(prompt: list[int], num_tokens: int) -> Iterator[int]:
-            sequence = engine.sequence(prompt, list(range(num_blocks)), max_tokens=num_tokens)
+            sequence = engine.sequence(prompt, list(map(BlockId, range(num_blocks))), max_tokens=num_tokens)
             for _ in range(num_tokens):
                 [sampled] = engine.advance([sequence])
                 sequence.token_ids += sampled.token_ids

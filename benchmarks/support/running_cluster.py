@@ -41,9 +41,10 @@ def free_ports(count: int) -> list[int]:
 
 def cluster_config(nodes: Mapping[str, Config], sections: Config) -> Config:
     """Return the config of a cluster with free ports: its nodes (role and own sections) by name, all other sections."""
-    http, control, *ports = free_ports(2 + len(nodes))
+    http, admin, control, *ports = free_ports(3 + len(nodes))
     placed = [{"name": name, "port": port, **node} for (name, node), port in zip(nodes.items(), ports, strict=True)]
-    router = {**sections.get("router", {}), "port": http, "control": f"tcp://127.0.0.1:{control}"}
+    addresses = {"port": http, "admin_port": admin, "control": f"tcp://127.0.0.1:{control}"}
+    router = {**sections.get("router", {}), **addresses}
     return {**sections, "router": router, "nodes": placed}
 
 

@@ -18,6 +18,7 @@ from support.virtual_prefill import Measured, VirtualPrefillNode
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.node.prefill_order import BEGUN_WEIGHT
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
@@ -60,7 +61,9 @@ def mixed_figures(load: Load, order: str) -> Figures:
     sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, eos_token_ids=[EOS])
     jobs = []
     for number, client in enumerate(load.clients):
-        spec = RequestSpec(request_id=f"r{number}", epoch=1, prompt_token_ids=client.messages[0], sampling=sampling)
+        spec = RequestSpec(
+            request_id=RequestId(f"r{number}"), epoch=1, prompt_token_ids=client.messages[0], sampling=sampling
+        )
         jobs.append(Job(spec, [], load.max_tokens or MAX_TOKENS))
     measured = VirtualNode(config, GEOMETRY, jobs, load.num_at_once).run()
     return {

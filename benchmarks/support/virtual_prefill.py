@@ -23,7 +23,7 @@ from kvrelay.engine.fake import step_seconds
 from kvrelay.machine.contract import Received, RunStep, Send, StepDone
 from kvrelay.node import prefill_order
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, PeerId, SequenceId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, BlockId, PeerId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
@@ -134,7 +134,7 @@ class VirtualPrefillNode:
         self._measured.turns.append(turn)
         self._turns[name] = turn
         sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0)
-        spec = RequestSpec(request_id=name, epoch=1, prompt_token_ids=turn.prompt, sampling=sampling)
+        spec = RequestSpec(request_id=RequestId(name), epoch=1, prompt_token_ids=turn.prompt, sampling=sampling)
         self._handle(Received(ROUTER, Prefill(request=spec, decode_node=DECODE_NODE)))
 
     def _answered(self, turn: Turn) -> None:
@@ -157,7 +157,7 @@ class VirtualPrefillNode:
         match message:
             case ReserveBlocks(request_id=name):
                 reserved = BlocksReserved(
-                    request_id=name, epoch=1, block_ids=[0], num_cached_blocks=0, link=LINK, lease_s=1e9
+                    request_id=name, epoch=1, block_ids=[BlockId(0)], num_cached_blocks=0, link=LINK, lease_s=1e9
                 )
                 self._after(0.0, Received(DECODE_NODE.peer, reserved))
             case TokensOut(outputs=outputs):

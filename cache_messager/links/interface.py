@@ -13,6 +13,9 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame
 UNCHECKED = 0
 """Digest of a frame that is not verified."""
 
+HOST_FRAME_BYTES = 4 << 20
+"""Maximum KV of a frame that the host copies: enough for full throughput, and transfers still share a link fairly."""
+
 
 class LinkHost(Protocol):
     """The interface of the messager for links. Methods may be called from any thread.
@@ -35,7 +38,11 @@ class KVLink(Protocol):
 
     A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager; actions in progress
     then need no other answer. A sender identifies its links by the peer, a receiver by a ``link_id``.
+
+    ``max_frame_bytes``: maximum KV of a frame, which may be of several layers.
     """
+
+    max_frame_bytes: int
 
     def __init__(self, host: LinkHost) -> None: ...
 

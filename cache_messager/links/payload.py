@@ -5,7 +5,7 @@ from __future__ import annotations
 import xxhash
 from msgspec.structs import replace
 
-from cache_messager.links.interface import UNCHECKED, LinkHost
+from cache_messager.links.interface import HOST_FRAME_BYTES, UNCHECKED, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
@@ -14,6 +14,8 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 class PayloadLink:
     """A ``KVLink`` without ``address``, which each kind defines."""
+
+    max_frame_bytes = HOST_FRAME_BYTES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

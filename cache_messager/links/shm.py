@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cache_messager.links.interface import LinkHost
+from cache_messager.links.interface import HOST_FRAME_BYTES, LinkHost
 from cache_messager.work import BlocksWritten, corrupt, violation
 from kvrelay.errors import TransferError
 from kvrelay.kv_pool.attach import open_pool
@@ -21,6 +21,8 @@ from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 class Link:
     """Copies from the sender's pool, which the receiver maps; for a peer on the same host."""
+
+    max_frame_bytes = HOST_FRAME_BYTES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host

@@ -10,7 +10,10 @@ from kvrelay.runtime.listening import listen_problem
 
 def addresses(config: ClusterConfig) -> dict[str, tuple[str, int]]:
     """Return host and port of each key of ``config`` that is a listening address."""
-    found = {"router.port": (config.router.host, config.router.port)}
+    found = {
+        "router.port": (config.router.host, config.router.port),
+        "router.admin_port": config.router.admin_address,
+    }
     if config.registry.kind == "static":
         found["router.control"] = split_tcp_address(config.router.control)
     return found | {f"nodes.{node.name}.port": (node.host, node.port) for node in config.nodes}

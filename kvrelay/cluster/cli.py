@@ -24,6 +24,7 @@ from kvrelay.errors import (
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_ADMIN_URL = "http://127.0.0.1:8090"
 _ADDRESS = re.compile(r"https?://\S+|(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(?:/v1)?/?")
 """Arguments of ``chat`` that are addresses and not text."""
 
@@ -46,6 +47,15 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key: router.port=8001, nodes.d0.cache.num_blocks=64."),
 ]
 NodeName = Annotated[str, typer.Option("--node", metavar="NAME", help="Name of the node in CONFIG.")]
+
+AdminURL = Annotated[
+    str, typer.Option("--url", metavar="URL", help="The router's address for operators (router.admin_port).")
+]
+KeyFile = Annotated[
+    str | None,
+    typer.Option("--key-file", metavar="FILE", help="File with the operators' key; default: KVRELAY_ADMIN_KEY."),
+]
+WaitS = Annotated[float, typer.Option("--timeout", min=0, metavar="SECONDS", help="How long to wait for each node.")]
 
 StoreOf = Annotated[
     str | None,
@@ -182,13 +192,53 @@ def _router_url(text: str) -> str:
 
 @app.command()
 def status(
-    url: Annotated[str, typer.Argument(metavar="[URL]", help="Address of the router.")] = DEFAULT_URL,
+    url: Annotated[
+        str, typer.Argument(metavar="[URL]", help="The router's address for operators, or that for clients.")
+    ] = DEFAULT_ADMIN_URL,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    key_file: KeyFile = None,
 ) -> None:
     """Show the nodes, their load and the requests."""
+    from kvrelay.admin_key import read_admin_key
     from kvrelay.cluster.talk import show_status
 
-    show_status(_router_url(url), watch=watch)
+    show_status(_router_url(url), read_admin_key(key_file), watch=watch)
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="Name of the node.")],
+    url: AdminURL = DEFAULT_ADMIN_URL,
+    stop: Annotated[bool, typer.Option("--stop", help="Keep it down: kvrelay up does not start it again.")] = False,
+    timeout_s: WaitS = 600.0,
+    key_file: KeyFile = None,
+) -> None:
+    """Let NODE finish its requests and end. kvrelay up starts it again."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster import operate
+    from kvrelay.cluster.client import ClusterClient
+
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        operate.drain(cluster, node, stay_down=stop, timeout_s=timeout_s, say=typer.echo)
+
+
+@app.command()
+def restart(
+    nodes: Annotated[list[str] | None, typer.Argument(metavar="[NODE]...", help="Names of nodes.")] = None,
+    rolling: Annotated[bool, typer.Option("--rolling", help="All nodes.")] = False,
+    url: AdminURL = DEFAULT_ADMIN_URL,
+    timeout_s: WaitS = 600.0,
+    key_file: KeyFile = None,
+) -> None:
+    """Restart nodes of a kvrelay up, one after another: each drains, and the next follows when it is back."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster import operate
+    from kvrelay.cluster.client import ClusterClient
+
+    if bool(nodes) is rolling:
+        raise typer.BadParameter("name nodes, or give --rolling for all")
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        operate.restart(cluster, nodes or [], timeout_s=timeout_s, say=typer.echo)
 
 
 @app.command()

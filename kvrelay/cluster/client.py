@@ -20,13 +20,14 @@ class ClusterUnreachableError(KVRelayError):
 
 
 class ClusterClient:
-    """One cluster, by the base URL of its router.
+    """One cluster, by the base URL of its router: the clients', or the operators' with their ``key`` if there is one.
 
     Raises ClusterUnreachableError if nothing answers, KVRelayError with the router's words if it refuses.
     """
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
-        self._http = httpx.Client(base_url=url, timeout=_TIMEOUT, transport=transport, trust_env=False)
+    def __init__(self, url: str, *, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport, trust_env=False)
         self.url = url
 
     def __enter__(self) -> ClusterClient:
@@ -50,6 +51,15 @@ class ClusterClient:
     def timeline(self, request_id: str) -> dict[str, Any]:
         """Return the timeline of one request."""
         return self._get(f"/cluster/requests/{request_id}")
+
+    def drain(self, node: str, *, stay_down: bool = False) -> None:
+        """Have ``node`` finish its requests and end. It is started again by its ``kvrelay up`` unless ``stay_down``."""
+        try:
+            response = self._http.post(f"/cluster/nodes/{node}/{'stop' if stay_down else 'drain'}")
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise KVRelayError(_error_text(response))
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
         """Stream the answer to ``messages`` as (request id, new text) pairs."""

@@ -44,8 +44,11 @@ class Life:
 
     @property
     def will_recur(self) -> bool:
-        """Whether the next run is likely to end the same way: it was never ready, or its own code is at fault."""
-        return not self.was_ready or -self.code in FAULTS
+        """Whether the next run is likely to end the same way: it was never ready, or its own code is at fault.
+
+        A process that ends with 0 was told to, by a signal or by an operator.
+        """
+        return self.code != 0 and (not self.was_ready or -self.code in FAULTS)
 
 
 class RestartPolicy:

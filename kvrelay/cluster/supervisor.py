@@ -18,13 +18,16 @@ EXIT_ERROR = 1
 EXIT_REFUSED = 2
 """Exit status of a process that must not be restarted: invalid config, or refused by the router."""
 
+EXIT_STOPPED = 3
+"""Exit status of a node that an operator has told to end and to stay down."""
+
 _PROBE_INTERVAL_S = 0.2
 _GRACE_S = 5.0
 """Seconds after the drain timeout for a process to clean up."""
 
 
 class Supervisor:
-    """Starts ``specs``, restarts what crashes, and drains everything when told to stop.
+    """Starts ``specs``, restarts whatever ends without its order, and drains everything when told to stop.
 
     ``probe`` returns None when the cluster can serve, else the reason why not; ``on_ready`` then runs once. The
     router is stopped before the nodes, so that they finish what it still has. ``now`` and ``sleep`` time the restarts.
@@ -113,7 +116,7 @@ class Supervisor:
             life = await self._live(spec)
             if self._stopping.is_set():
                 return
-            if life.code in (EXIT_OK, EXIT_REFUSED):
+            if life.code in (EXIT_REFUSED, EXIT_STOPPED):
                 self._ended(spec, life)
                 return
             delay_s = policy.delay_after(life)

@@ -35,7 +35,7 @@ def nodes_table(status: dict[str, Any]) -> Table:
         load = node.get("load") or {}
         heard = any(load.get(field) for field in ("used_blocks", "evictable_blocks", "free_blocks"))
         state = Text(node["state"], _STATE_STYLES.get(node["state"], "red"))
-        address = str(node["address"]).removeprefix("tcp://")
+        address = str(node.get("address", "-")).removeprefix("tcp://")  # clients are not told
         counts = (f"{load[field]:g}" if heard else "-" for field in _LOAD_COLUMNS.values())
         table.add_row(node["name"], node["role"], state, address, *counts)
     return table

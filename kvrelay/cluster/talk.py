@@ -15,10 +15,10 @@ from kvrelay.errors import KVRelayError
 _WATCH_INTERVAL_S = 1.0
 
 
-def show_status(url: str, *, watch: bool) -> None:
+def show_status(url: str, key: str | None, *, watch: bool) -> None:
     """Print the cluster's status once, or refresh it until Ctrl-C."""
     console = Console()
-    with ClusterClient(url) as cluster:
+    with ClusterClient(url, key=key) as cluster:
         if watch:
             _watch(cluster, console)
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kvrelay.admin_key import read_admin_key
 from kvrelay.cluster.addresses import require_free_addresses
 from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.client import ClusterClient
@@ -46,7 +47,7 @@ async def up(
         if after_ready is not None:
             await after_ready(supervisor, display)
 
-    with ClusterClient(config.router.url) as client:
+    with ClusterClient(config.router.admin_url, key=read_admin_key(config.router.admin_key_file)) as client:
         supervisor = Supervisor(specs, config.cluster, display, probe=probe, on_ready=on_ready)
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:

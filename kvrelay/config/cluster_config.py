@@ -16,28 +16,28 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, ValidationError
 
 from kvrelay.addresses import tcp_address
+from kvrelay.config.base import Host, Port, Section
 from kvrelay.config.document import Document, Key
 from kvrelay.config.rules import inconsistencies, suggestion
+from kvrelay.config.scheduling import (
+    FixedBlocksConfig,
+    NewTokenRatioConfig,
+    SchedulerConfig,
+    SGLangReserveConfig,
+    SpeculativeConfig,
+)
 from kvrelay.config.sections import (
     CacheConfig,
     ClusterSettings,
     EngineConfig,
     FakeEngineConfig,
-    FixedBlocksConfig,
-    Host,
     ModelConfig,
-    NewTokenRatioConfig,
-    Port,
     RegistryConfig,
     Role,
     RouterConfig,
-    SchedulerConfig,
-    Section,
-    SGLangReserveConfig,
-    SpeculativeConfig,
-    StorageConfig,
     TransferConfig,
 )
+from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import ConfigError
 
 __all__ = [

@@ -14,17 +14,11 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from kvrelay.addresses import netloc
+from kvrelay.config.base import Section
 from kvrelay.config.document import Key
-from kvrelay.config.sections import (
-    STORED_BACKENDS,
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    Role,
-    RouterConfig,
-    SchedulerConfig,
-    Section,
-)
+from kvrelay.config.scheduling import SchedulerConfig
+from kvrelay.config.sections import CacheConfig, EngineConfig, ModelConfig, Role, RouterConfig
+from kvrelay.config.storage import STORED_BACKENDS
 
 Problem: TypeAlias = tuple[Key, str]
 
@@ -94,6 +88,11 @@ def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) ->
     if control in taken:
         yield ("router", "control"), f"{control} is also the address of router.port"
     taken[control] = "router.control"
+    if "admin_port" in router:
+        admin = netloc(str(router.get("admin_host", "127.0.0.1")), router["admin_port"])
+        if admin in taken:
+            yield ("router", "admin_port"), f"{admin} is also the address of {taken[admin]}"
+        taken[admin] = "router.admin_port"
     for index, node in nodes:
         address = netloc(str(node.get("host", "127.0.0.1")), node.get("port"))
         if address in taken and "port" in node:

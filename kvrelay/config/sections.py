@@ -1,27 +1,24 @@
 """The sections of the cluster config: every key with its type, bounds, default and unit.
 
-The configuration reference and ``kvrelay config schema`` are generated from these classes.
+``kvrelay.config.scheduling`` has ``scheduler`` and ``speculative``, ``kvrelay.config.storage`` has ``storage``. The
+configuration reference and ``kvrelay config schema`` are generated from these classes.
 """
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, SecretStr, model_validator
 
-from kvrelay.addresses import HOST_PATTERN, NETLOC_PATTERN, TCP_PATTERN, check_host, netloc, split_tcp_address
+from kvrelay.addresses import netloc
+from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
 from kvrelay.errors import ConfigError
 
-_SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_ADMIN_PORT_OFFSET = 90
+"""Two routers on one host, at ports of their own, need not be told of two more."""
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+_MAX_PORT = 65535
 
 
 class Role(StrEnum):
@@ -30,44 +27,6 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
-
-
-def refuse(reason: str, *key: str | int) -> PydanticCustomError:
-    """Return the error for an invalid value at ``key``, relative to the section."""
-    return PydanticCustomError("refused", "{reason}", {"reason": reason, "key": key})
-
-
-def _parse_size(value: object) -> object:
-    """Return a text such as ``"64MiB"`` as a number of bytes. A number is returned unchanged."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B|)", value.strip())
-    if match is None:
-        raise refuse("should be a size such as 67108864, 64MiB or 8GiB")
-    return int(float(match[1]) * _SIZE_UNITS[match[2]])
-
-
-def _checked_host(host: str) -> str:
-    try:
-        check_host(host)
-    except ValueError as error:
-        raise refuse(str(error)) from None
-    return host
-
-
-def _checked_tcp_address(address: str) -> str:
-    try:
-        split_tcp_address(address)
-    except ValueError as error:
-        raise refuse(str(error)) from None
-    return address
-
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-Host = Annotated[str, Field(min_length=1, max_length=253, pattern=HOST_PATTERN), AfterValidator(_checked_host)]
-TcpAddress = Annotated[str, Field(max_length=300, pattern=TCP_PATTERN), AfterValidator(_checked_tcp_address)]
-SizeBytes = Annotated[int, BeforeValidator(_parse_size, json_schema_input_type=int | str)]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class ModelConfig(Section):
@@ -105,6 +64,18 @@ class RouterConfig(Section):
         description="Address of the HTTP server; :: (with IPv6) means all IPv4 and IPv6 addresses.",
     )
     port: Port = Field(8000, description="Port of the HTTP server.")
+    admin_host: Host = Field(
+        "127.0.0.1",
+        description="Address of the operators' HTTP server; other than loopback it needs a key.",
+    )
+    admin_port: Port | None = Field(
+        None, description="Port of the operators' HTTP server; default: 90 above port (below it, beyond 65535)."
+    )
+    admin_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the operators' key; default: the variable KVRELAY_ADMIN_KEY, or no key on loopback.",
+    )
     control: TcpAddress = Field(
         "tcp://127.0.0.1:8100",
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
@@ -129,7 +100,11 @@ class RouterConfig(Section):
     )
     max_attempts: int = Field(3, ge=1, le=100, description="Maximum attempts at a request before its error is final.")
     node_wait_s: float = Field(
-        30.0, gt=0, le=3600, description="Seconds a request waits for a node if none can take it."
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
+        "router started, no longer ago.",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."
@@ -182,6 +157,19 @@ class RouterConfig(Section):
         """Base URL of the HTTP server."""
         return f"http://{netloc(self.host, self.port)}"
 
+    @property
+    def admin_address(self) -> tuple[str, int]:
+        """Host and port of the operators' HTTP server."""
+        if self.admin_port is not None:
+            return self.admin_host, self.admin_port
+        above = self.port + _ADMIN_PORT_OFFSET
+        return self.admin_host, above if above <= _MAX_PORT else self.port - _ADMIN_PORT_OFFSET
+
+    @property
+    def admin_url(self) -> str:
+        """Base URL of the operators' HTTP server."""
+        return f"http://{netloc(*self.admin_address)}"
+
 
 class CacheConfig(Section):
     """The KV pool of a node."""
@@ -206,115 +194,6 @@ class CacheConfig(Section):
         if self.num_blocks == "auto":
             raise ConfigError(["cache.num_blocks: auto needs engine.kind: torch and engine.device: gpu"])
         return self.num_blocks
-
-
-class NewTokenRatioConfig(Section):
-    """Reserve policy new_token_ratio: keep blocks for a share of the tokens each running request may still generate."""
-
-    init: float = Field(0.7, ge=0, le=1, description="Ratio at start and when the node becomes idle.")
-    min: float = Field(0.1, ge=0, le=1, description="Minimum ratio.")
-    decay: float = Field(0.001, ge=0, le=1, description="Decrease of the ratio per step.")
-    clip_max_new_tokens: int = Field(
-        4096, ge=1, le=1 << 22, description="Maximum remaining tokens counted per request."
-    )
-
-    @model_validator(mode="after")
-    def _min_below_init(self) -> Self:
-        if self.min > self.init:
-            raise refuse(f"{self.min} is above init ({self.init}): the ratio falls from init to min", "min")
-        return self
-
-
-class FixedBlocksConfig(Section):
-    """Reserve policy fixed_blocks: keep a number of blocks per running request, which decreases with each step."""
-
-    blocks: int = Field(16, ge=0, le=1 << 20, description="Blocks per running request at start and after a preemption.")
-    decay: float = Field(0.025, ge=0, le=1 << 20, description="Decrease of that number per step.")
-    min_blocks: int = Field(0, ge=0, le=1 << 20, description="Minimum blocks per running request.")
-
-    @model_validator(mode="after")
-    def _min_below_blocks(self) -> Self:
-        if self.min_blocks > self.blocks:
-            raise refuse(
-                f"{self.min_blocks} is above blocks ({self.blocks}): the reserve falls from blocks to min_blocks",
-                "min_blocks",
-            )
-        return self
-
-
-class SGLangReserveConfig(Section):
-    """Reserve policy sglang: a new prompt needs room for its clipped output, each decode for a falling share of it."""
-
-    init: float = Field(0.7, ge=0, le=1, description="Share at start and when the node becomes idle.")
-    min_factor: float = Field(0.14, ge=0, le=1, description="The minimum share is min_factor * init.")
-    decay_steps: int = Field(600, ge=1, le=1 << 30, description="Decode steps from init to the minimum share.")
-    retract_decode_steps: int = Field(
-        20, ge=1, le=1 << 20, description="A preemption frees room for this many tokens of every remaining decode."
-    )
-    clip_max_new_tokens: int = Field(
-        4096, ge=1, le=1 << 22, description="Maximum remaining tokens counted per request."
-    )
-
-
-class SchedulerConfig(Section):
-    """The batch of a step, the blocks kept free for running requests, and preemption."""
-
-    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 22, description="Token budget of one step.")
-    max_num_seqs: int = Field(64, ge=1, le=65536, description="Maximum requests that run on a node at once.")
-    prefill_policy: Literal["dedicated", "shared"] = Field(
-        "dedicated", description="Scheduler of prefill nodes; shared: with the decode reserve, for comparison."
-    )
-    prefill_order: Literal["fifo", "shortest_first"] = Field(
-        "shortest_first",
-        description="Order of prompts; shortest_first: the prompt with the fewest tokens still to compute (without "
-        "cached tokens) is first.",
-    )
-    prefill_overtake_tokens: int = Field(
-        16384,
-        ge=0,
-        le=1 << 30,
-        description="Bound of shortest_first: at most this many prompt tokens that arrived later are computed before a "
-        "prompt (on decode nodes, reservations count too); max_num_batched_tokens or less gives the order of arrival.",
-    )
-    reserve_policy: Literal["new_token_ratio", "fixed_blocks", "sglang", "none"] = Field(
-        "new_token_ratio", description="Blocks kept free for running requests when a request is admitted."
-    )
-    new_token_ratio: NewTokenRatioConfig = Field(default_factory=NewTokenRatioConfig)
-    fixed_blocks: FixedBlocksConfig = Field(default_factory=FixedBlocksConfig)
-    sglang: SGLangReserveConfig = Field(default_factory=SGLangReserveConfig)
-    watermark: float = Field(
-        0.01, ge=0, lt=1, description="Share of the pool that stays free when a request is admitted."
-    )
-    preemption_order: Literal["latest_first", "shortest_output_first"] = Field(
-        "latest_first", description="Which decode is preempted first."
-    )
-    requeue: Literal["front", "tail"] = Field(
-        "front", description="Position of a preempted request among those of its priority."
-    )
-    enable_priority_scheduling: bool = Field(
-        False,
-        description="Admit by priority (lower first); a prompt with a higher priority may preempt a decode.",
-    )
-    priority_aging_s: float = Field(
-        10.0, gt=0, le=86400, description="Seconds of waiting that raise a request by one priority level."
-    )
-
-
-class SpeculativeConfig(Section):
-    """Speculative decoding: drafts are verified in one step. The output equals that without drafts."""
-
-    method: Literal["none", "naive", "ngram"] = Field(
-        "none", description="naive: speculative path without drafts; ngram: drafts from the tokens so far."
-    )
-    num_speculative_tokens: int = Field(4, ge=1, le=64, description="Maximum drafts per request and step.")
-    ngram_min: int = Field(2, ge=1, le=64, description="Minimum length of an n-gram.")
-    ngram_max: int = Field(4, ge=1, le=64, description="Maximum length of an n-gram.")
-
-    @model_validator(mode="after")
-    def _min_below_max(self) -> Self:
-        if self.ngram_min > self.ngram_max:
-            raise refuse(f"{self.ngram_min} is above ngram_max ({self.ngram_max})", "ngram_min")
-        return self
 
 
 LinkKind = Literal["cuda", "shm", "ipc", "tcp"]
@@ -355,94 +234,6 @@ class TransferConfig(Section):
         return _LINK_CHOICES.get(self.link, (self.link,))
 
 
-_STORAGE_KEYS: dict[str, set[str]] = {
-    "none": set(),
-    "memory": {"capacity"},
-    "file": {"path", "capacity"},
-    "redis": {"url", "ttl_s", "payload", "path", "capacity"},
-    "mooncake": {"master", "capacity"},
-}
-STORED_BACKENDS = tuple(backend for backend in _STORAGE_KEYS if backend != "none")
-"""The backends that store blocks."""
-
-_STORAGE_KEYS_OF_ALL = {
-    "backend",
-    "timeout_s",
-    "read_timeout_s",
-    "min_read_tokens",
-    "staging",
-    "write_policy",
-    "resume",
-}
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
-
-
-class StorageConfig(Section):
-    """The store for KV blocks of preempted and finished requests."""
-
-    backend: Literal["none", "memory", "file", "redis", "mooncake"] = Field(
-        "none", description="none: evicted KV is recomputed; memory: stored in the node's process."
-    )
-    path: str = Field(
-        ".kvrelay/kv",
-        min_length=1,
-        description="file, and redis with payload owner: directory; shared by the nodes of a host.",
-    )
-    capacity: SizeBytes = Field(
-        8 << 30,
-        ge=1 << 16,
-        le=1 << 50,
-        description="Maximum size of stored KV per node, or per host (file), in bytes (also 8GiB).",
-    )
-    url: SecretStr | None = Field(
-        None, description="redis: redis://, rediss:// or unix:// with password and database; a cluster: any node of it."
-    )
-    ttl_s: int = Field(86400, ge=1, le=1 << 30, description="redis: seconds a block is stored after its last use.")
-    payload: Literal["redis", "owner"] = Field(
-        "redis", description="redis: KV in Redis; owner: KV in path on the host that wrote it, its location in Redis."
-    )
-    master: str = Field(
-        "127.0.0.1:50051",
-        pattern=NETLOC_PATTERN,
-        description="mooncake: host:port of the master (IPv6: [::1]:50051).",
-    )
-    timeout_s: float = Field(
-        2.0,
-        gt=0,
-        le=600,
-        description="Deadline of a call, in seconds; then KV is recomputed (read) or dropped (write).",
-    )
-    read_timeout_s: float = Field(
-        0.5, gt=0, le=600, description="Seconds a new prompt waits for its prefix from the store; then it is computed."
-    )
-    min_read_tokens: int = Field(
-        64, ge=1, le=1 << 20, description="Minimum tokens worth a read; shorter prefixes are computed."
-    )
-    staging: SizeBytes = Field(
-        64 << 20,
-        ge=1 << 16,
-        le=1 << 40,
-        description="Staging memory of a node for writes, in bytes (also 64MiB); if full, blocks are not saved.",
-    )
-    write_policy: Literal["on_finish", "on_preempt", "off"] = Field(
-        "on_finish",
-        description="on_preempt: write the KV of preempted requests; on_finish: of finished ones too; off: nothing.",
-    )
-    resume: Literal["storage", "recompute", "auto"] = Field(
-        "auto",
-        description="How a preempted request regains KV; storage: reload; auto: what has been faster on this node.",
-    )
-
-    @model_validator(mode="after")
-    def _keys_of_the_backend(self) -> Self:
-        foreign = self.model_fields_set - _STORAGE_KEYS_OF_ALL - _STORAGE_KEYS[self.backend]
-        if self.backend != "none" and foreign:
-            raise refuse(f"{self.backend} does not use {', '.join(sorted(foreign))}", "backend")
-        if self.backend == "redis" and (self.url is None or not self.url.get_secret_value().startswith(_REDIS_SCHEMES)):
-            raise refuse(f"redis needs a url that begins with {', '.join(_REDIS_SCHEMES)}", "url")
-        return self
-
-
 class RegistryConfig(Section):
     """How routers and nodes find each other."""
 
@@ -465,8 +256,8 @@ class RegistryConfig(Section):
 
     @model_validator(mode="after")
     def _redis_has_a_url(self) -> Self:
-        if self.kind == "redis" and (self.url is None or not self.url.get_secret_value().startswith(_REDIS_SCHEMES)):
-            raise refuse(f"redis needs a url that begins with {', '.join(_REDIS_SCHEMES)}", "url")
+        if self.kind == "redis" and (self.url is None or not self.url.get_secret_value().startswith(REDIS_SCHEMES)):
+            raise refuse(f"redis needs a url that begins with {', '.join(REDIS_SCHEMES)}", "url")
         return self
 
 
@@ -490,6 +281,9 @@ class FakeEngineConfig(Section):
         ge=0,
         le=1 << 24,
         description="A sequence with this token fails like one with hidden states that are not finite.",
+    )
+    fatal_token: int | None = Field(
+        None, ge=0, le=1 << 24, description="The step that computes this token fails like one that loses its device."
     )
     max_plans_in_flight: int = Field(
         1, ge=1, le=2, description="Plans in flight; 2: as a device with a queue of steps."

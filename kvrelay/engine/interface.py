@@ -16,9 +16,9 @@ class EnginePort(Protocol):
     ``max_plans_in_flight``: how many plans it takes before the first of them is answered. 2 lets a device begin a step
     while the machine still handles the one before; the later plan then awaits tokens of the earlier one.
 
-    For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of that layer is in
-    the pool for every scheduled token, then StepDone or StepFailed (``kvrelay.machine.contract``). Plans are computed
-    and answered in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
+    For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of the layers is in
+    the pool for every scheduled token, then StepDone, StepFailed or EngineLost (``kvrelay.machine.contract``). It
+    computes and answers plans in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
     ``PipelinedCompute`` of a ``PipelinedEngine``.
     """
 
@@ -50,20 +50,20 @@ class Engine(Protocol):
     def memory(self) -> KVPool:
         """The KV pool, which the engine owns."""
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         """Apply the sequence changes of ``plan``, compute its batch and sample. Return an outcome for each sequence.
 
-        Calls ``on_layer(layer)`` as soon as the KV of that layer is in ``memory`` for every scheduled token, in layer
-        order; not for sequences that break a limit, and not at all if all do. The KV of the new tokens of a sequence
-        that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits that are not finite,
-        sampling parameters, an exception) is its own outcome and changes nothing for the others.
+        Calls ``on_layers(layers)`` as soon as the KV of these layers is in ``memory`` for every scheduled token, each
+        layer once and in order; not for sequences that break a limit, and not at all if all do. The KV of the new
+        tokens of a sequence that failed is undefined. What one sequence is the cause of (its tokens, its blocks, logits
+        that are not finite, sampling parameters, an exception) is its own outcome and changes nothing for the others.
 
         Raises only what it cannot attribute to one sequence. Then the KV of the new tokens of the whole batch is
-        undefined.
+        undefined. DeviceError: the device is broken for good, and so is every later step.
         """
 
     def close(self) -> None:
-        """Release the pool's memory and the weights."""
+        """Release the pool's memory and the weights, also if the device is broken."""
 
 
 class EngineStep(Protocol):
@@ -72,8 +72,8 @@ class EngineStep(Protocol):
     def launch(self) -> None:
         """Have the device compute it after the steps before it, as far as that can be told yet. Raises nothing."""
 
-    def finish(self, on_layer: Callable[[int], None]) -> StepResult:
-        """Wait for it; what ``on_layer`` is told, what is returned and raised are those of ``Engine.run``.
+    def finish(self, on_layers: Callable[[range], None]) -> StepResult:
+        """Wait for it; what ``on_layers`` is told, what is returned and raised are those of ``Engine.run``.
 
         May be called while ``launch`` still runs: layers are told as they are ready.
         """

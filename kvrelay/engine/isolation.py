@@ -7,35 +7,40 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import DeviceError
 from kvrelay.protocol.messages.engine import SequenceFailed, SequenceOutcome
 
 logger = logging.getLogger(__name__)
 
-OnLayer: TypeAlias = Callable[[int], None]
-Compute: TypeAlias = Callable[[list[ScheduledSequence], OnLayer], list[SequenceOutcome]]
-"""Computes a batch and reports each layer. Raises for an error that it cannot attribute to one sequence."""
+OnLayers: TypeAlias = Callable[[range], None]
+"""Told consecutive layers whose KV is in the pool."""
+
+Compute: TypeAlias = Callable[[list[ScheduledSequence], OnLayers], list[SequenceOutcome]]
+"""Computes a batch and reports its layers. Raises for an error that it cannot attribute to one sequence."""
 
 
 def compute_isolated(
-    step: int, batch: list[ScheduledSequence], compute: Compute, on_layer: OnLayer
+    step: int, batch: list[ScheduledSequence], compute: Compute, on_layers: OnLayers
 ) -> list[SequenceOutcome]:
     """Return the outcomes of ``compute`` for ``batch``. If it raises, compute the halves of the batch, recursively.
 
-    An exception from a batch of one sequence is the error of that sequence. Computing tokens again is safe, because it
-    writes the same KV to the same slots. ``on_layer`` is called once for each layer, in order, when the whole batch has
-    computed it.
+    An exception from a batch of one sequence is the error of that sequence. DeviceError is the error of no sequence and
+    is raised. Computing tokens again is safe, because it writes the same KV to the same slots. ``on_layers`` is told
+    each layer once, in order, when the whole batch has computed it.
     """
-    layers = _Layers(on_layer)
+    layers = _Layers(on_layers)
     outcomes = _outcomes(step, batch, compute, layers.tell, layers.note)
     layers.tell_noted()
     return outcomes
 
 
 def _outcomes(
-    step: int, batch: list[ScheduledSequence], compute: Compute, on_layer: OnLayer, on_layer_of_part: OnLayer
+    step: int, batch: list[ScheduledSequence], compute: Compute, on_layers: OnLayers, on_layers_of_part: OnLayers
 ) -> list[SequenceOutcome]:
     try:
-        return compute(batch, on_layer)
+        return compute(batch, on_layers)
+    except DeviceError:
+        raise
     except Exception as error:  # the border of the step: whatever was raised, each sequence gets an outcome
         logger.exception("step %d failed with %d sequences", step, len(batch))
         reason = f"{type(error).__name__}: {error}"
@@ -44,7 +49,7 @@ def _outcomes(
     middle = len(batch) // 2
     halves = (batch[:middle], batch[middle:])
     return [
-        outcome for half in halves for outcome in _outcomes(step, half, compute, on_layer_of_part, on_layer_of_part)
+        outcome for half in halves for outcome in _outcomes(step, half, compute, on_layers_of_part, on_layers_of_part)
     ]
 
 
@@ -54,21 +59,21 @@ class _Layers:
     Layers of parts of a step are recorded, and reported when all parts are computed.
     """
 
-    def __init__(self, on_layer: OnLayer) -> None:
-        self._on_layer = on_layer
+    def __init__(self, on_layers: OnLayers) -> None:
+        self._on_layers = on_layers
         self._num_told = 0
         self._num_noted = 0
 
-    def tell(self, layer: int) -> None:
-        """Report ``layer``."""
-        self._num_told = layer + 1
-        self._on_layer(layer)
+    def tell(self, layers: range) -> None:
+        """Report ``layers``."""
+        self._num_told = layers.stop
+        self._on_layers(layers)
 
-    def note(self, layer: int) -> None:
-        """Record that a part of the step has computed ``layer``."""
-        self._num_noted = max(self._num_noted, layer + 1)
+    def note(self, layers: range) -> None:
+        """Record that a part of the step has computed ``layers``."""
+        self._num_noted = max(self._num_noted, layers.stop)
 
     def tell_noted(self) -> None:
         """Report the layers that are recorded but not reported."""
-        for layer in range(self._num_told, self._num_noted):
-            self.tell(layer)
+        if self._num_noted > self._num_told:
+            self.tell(range(self._num_told, self._num_noted))

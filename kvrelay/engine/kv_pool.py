@@ -13,7 +13,7 @@ from kvrelay.engine.kernels import LayerKV
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.kv_pool.host_memory import KVMemory
-from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.ids import SequenceId
 
 _HOST_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """How numpy holds each type; it has no bfloat16, and Paddle takes uint16 for it."""
@@ -69,7 +69,7 @@ class StagedPool:
     def __init__(self, memory: KVMemory) -> None:
         self._host = host_planes(memory)
         self._block_size = memory.geometry.block_size
-        self._resident: dict[BlockId, _Resident] = {}
+        self._resident: dict[int, _Resident] = {}
         shape, dtype = list(self._host[0].keys.shape), memory.geometry.dtype
         self.layers = [LayerKV(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in self._host]
 
@@ -90,9 +90,9 @@ class StagedPool:
         for device, host in zip(self.layers[layer], self._host[layer], strict=True):
             host[batch.slot_mapping] = paddle.gather(device, slots).numpy()
 
-    def _missing(self, item: ScheduledSequence) -> list[BlockId]:
+    def _missing(self, item: ScheduledSequence) -> list[int]:
         """Return the blocks of context that the device lacks."""
-        missing: list[BlockId] = []
+        missing: list[int] = []
         end = item.start + item.num_tokens
         for index, block in enumerate(item.sequence.block_table[: -(-end // self._block_size)]):
             first = index * self._block_size

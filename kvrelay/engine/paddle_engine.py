@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
-from kvrelay.engine.isolation import OnLayer, compute_isolated
+from kvrelay.engine.isolation import OnLayers, compute_isolated
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 
 
 class PaddleEngine:
-    """A decoder with its KV pool (see ``interface.Engine``). ``staged``: the pool is a copy on the device."""
+    """A decoder with its KV pool (see ``interface.Engine``), which closes ``grammars`` when it is closed.
+
+    ``staged``: the pool is a copy on the device.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class PaddleEngine:
         num_blocks: int,
         vocab_size: int,
         max_model_len: int,
+        grammars: GrammarMasks,
         staged: bool = False,
     ) -> None:
         self.geometry = geometry
@@ -33,29 +38,31 @@ class PaddleEngine:
         self.vocab_size = vocab_size
         self.max_plans_in_flight = 1
         self._decoder = decoder
-        self._sequences = EngineSequences()
+        self._grammars = grammars
+        self._sequences = EngineSequences(grammars)
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
         self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
-    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
-        outcomes = compute_isolated(plan.step, items, self._compute, on_layer)
+        self._sequences.begin_masks(items)
+        outcomes = compute_isolated(plan.step, items, self._compute, on_layers)
         return self._sequences.result(plan, items, outcomes)
 
-    def _compute(self, items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+    def _compute(self, items: list[ScheduledSequence], on_layers: OnLayers) -> list[SequenceOutcome]:
         """Return the outcome of each of ``items``."""
         batch = self._assembler.assemble(items)
-        return batch.outcomes(self._forward(batch, on_layer) if batch.items else [])
+        return batch.outcomes(self._forward(batch, on_layers) if batch.items else [])
 
-    def _forward(self, batch: RaggedBatch, on_layer: OnLayer) -> list[SequenceOutcome]:
+    def _forward(self, batch: RaggedBatch, on_layers: OnLayers) -> list[SequenceOutcome]:
         """Return the outcome of each of the batch's items."""
         pool = self._pool
 
         def layer_written(layer: int) -> None:
             pool.after_layer(layer, batch)
-            on_layer(layer)
+            on_layers(range(layer, layer + 1))
 
         with paddle.no_grad():
             pool.before_step(batch.items)
@@ -65,10 +72,11 @@ class PaddleEngine:
         for index, item in enumerate(batch.items):
             if item.drafts and isinstance(outcomes[index], SequenceFailed):
                 # Perhaps a guess is what is not finite, and spoils the rows before it (see _fail_broken).
-                [outcomes[index]] = self._compute([item.without_drafts], lambda layer: None)
+                [outcomes[index]] = self._compute([item.without_drafts], lambda layers: None)
         return outcomes
 
     def close(self) -> None:
+        self._grammars.close()
         del self._pool  # its tensors and arrays keep the memory mapped
         self.memory.close()
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -145,7 +145,7 @@ class CudaBlocks:
     def _warm_up(self) -> None:
         """Have the kernel compiled for blocks of this size, on memory that nobody uses."""
         with self._in_stream():
-            staging, ids = self._staging(range(1), [0])
+            staging, ids = self._staging(range(1), [BlockId(0)])
             place = _staged(staging, ids[0])
             works = [self._move(place, target, range(1), ids) for target in (place, None)]
         for work in works:
@@ -172,7 +172,7 @@ def _driver() -> CudaDriver:
     return CudaDriver()
 
 
-def _pinned_ids(block_ids: list[list[BlockId]]) -> torch.Tensor:
+def _pinned_ids(block_ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return lists of equal length as int32 [lists, blocks] that the device reads where it is."""
     ids = torch.empty((len(block_ids), len(block_ids[0])), dtype=torch.int32, pin_memory=True)
     ids.numpy()[:] = np.array(block_ids, np.int32)

@@ -17,7 +17,7 @@ class BlockWork(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether ``wait`` returns at once."""
+        """Whether ``wait`` is known to return at once."""
 
     def wait(self) -> Words:
         """Return the digests int64 [planes, blocks] of what was read, when it is done; from any thread.

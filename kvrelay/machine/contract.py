@@ -62,6 +62,13 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """Answers RunStep: the engine's device is broken for good, and with it every step now and later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """Answers SetTimer."""
 
@@ -71,6 +78,17 @@ class TimerFired:
 @dataclass(frozen=True, slots=True)
 class Started:
     """First event of every machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """This process did not run for ``paused_s`` seconds: it was stopped, or got no CPU.
+
+    Comes before every other event handled since. What peers sent meanwhile is still unread, so their silence during
+    that time means nothing. Timers that became due meanwhile fire after what is readable has been read.
+    """
+
+    paused_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +134,10 @@ CoreEvent: TypeAlias = (
     | LayersComputed
     | StepDone
     | StepFailed
+    | EngineLost
     | TimerFired
     | Started
+    | Resumed
     | StopRequested
     | KVStaged
     | KVStored
@@ -153,7 +173,10 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one model step after those asked for before. StepDone or StepFailed follows, after LayersComputed events."""
+    """Run one model step after those asked for before.
+
+    StepDone, StepFailed or EngineLost follows, after LayersComputed events.
+    """
 
     plan: StepPlan
 

@@ -1,8 +1,19 @@
-"""Heartbeats: the part of a machine that notes when each peer was heard."""
+"""Heartbeats: when each peer was last heard, and when this process itself did not run."""
 
 from __future__ import annotations
 
+import math
+
 from kvrelay.protocol.ids import PeerId
+
+TICK_S = 0.25
+"""How often a process that has nothing to do notes that it runs."""
+
+PAUSE_S = 1.0
+"""A process that did not run for this long was paused: it has not read what peers sent."""
+
+READ_FIRST_S = 0.1
+"""How long after a pause messages are read before timers fire."""
 
 
 class Liveness:
@@ -33,9 +44,44 @@ class Liveness:
         """Stop watching ``peer``."""
         self._heard_s.pop(peer, None)
 
+    def resumed(self, paused_s: float, now: float) -> None:
+        """Count no silence for the last ``paused_s``, in which this process did not run and could hear nobody."""
+        for peer, heard_s in self._heard_s.items():
+            self._heard_s[peer] = min(now, heard_s + paused_s)
+
     def lost(self, now: float) -> list[PeerId]:
         """Return the peers not heard for ``peer_timeout_s``, and forget them."""
         lost = [peer for peer, heard_s in self._heard_s.items() if now - heard_s >= self.peer_timeout_s]
         for peer in lost:
             del self._heard_s[peer]
         return lost
+
+
+class Pauses:
+    """Finds the times in which this process did not run, by a clock that goes on meanwhile.
+
+    ``ran`` must be called at least every ``TICK_S`` while it runs.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._ran_s = now
+        self._resumed_s = -math.inf
+        self._untold_s = 0.0
+
+    def ran(self, now: float) -> None:
+        """Note that this process runs at ``now``."""
+        gap_s, self._ran_s = now - self._ran_s, now
+        if gap_s >= PAUSE_S:
+            self._untold_s += gap_s
+            self._resumed_s = now
+
+    def take(self, now: float) -> float:
+        """Return the seconds of the pauses that ended by ``now`` and were not returned before; usually 0."""
+        self.ran(now)
+        paused_s, self._untold_s = self._untold_s, 0.0
+        return paused_s
+
+    def reading_s(self, now: float) -> float:
+        """Return for how many seconds from ``now`` timers wait because unread messages come first; usually 0."""
+        self.ran(now)
+        return max(0.0, self._resumed_s + READ_FIRST_S - now)

@@ -118,6 +118,10 @@ class Membership:
 
     # ------------------------------------------------------------ losing routers
 
+    def resumed(self, paused_s: float) -> None:
+        """This process did not run for ``paused_s``: no router is to blame for its silence."""
+        self._alive.resumed(paused_s, self._outbox.now)
+
     def silent(self) -> list[PeerId]:
         """Return the routers not heard for ``peer_timeout_s``; each is returned once."""
         return self._alive.lost(self._outbox.now)

@@ -15,6 +15,7 @@ from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, T
 from kvrelay.machine.contract import (
     CoreAction,
     CoreEvent,
+    EngineLost,
     Exit,
     KVLoaded,
     KVStaged,
@@ -23,6 +24,7 @@ from kvrelay.machine.contract import (
     Log,
     PeerLost,
     Received,
+    Resumed,
     SetTimer,
     Started,
     StepDone,
@@ -59,6 +61,12 @@ from kvstore.offload.store_transfers import StoreTransfers
 R = TypeVar("R", bound=NodeRequest[Any])
 S = TypeVar("S", bound=StrEnum)
 
+DRAINED = "drained"
+"""Reason of the Exit of a node that has finished its requests: the process ends with status 0."""
+
+STOPPED = "stopped by an operator"
+"""As DRAINED, but the process ends with status 3 and is not started again."""
+
 HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
 
@@ -89,6 +97,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
         self._leaving = False
+        self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
 
     # ------------------------------------------------------------ what a role adds
@@ -130,6 +139,10 @@ class NodeMachine(ABC, Generic[R, S]):
         """Renew what is held on nodes of the other role; find out which of them are silent."""
 
     @abstractmethod
+    def _resumed(self, paused_s: float) -> None:
+        """Blame no other node for the last ``paused_s``, in which this process did not run."""
+
+    @abstractmethod
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         """End what depends on another node that is lost."""
 
@@ -155,6 +168,8 @@ class NodeMachine(ABC, Generic[R, S]):
         match event:
             case StepDone() | StepFailed():
                 self._step_ended(event)
+            case EngineLost(reason=reason):
+                self._engine_lost(reason)
             case LayersComputed():
                 self._layers_computed(event)
             case Received(peer=peer, message=message):
@@ -170,12 +185,18 @@ class NodeMachine(ABC, Generic[R, S]):
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
             case Started():
-                if self._node.role is Role.MIXED:
-                    self._join()
+                self._started()
+            case Resumed(paused_s=paused_s):
+                self._membership.resumed(paused_s)
+                self._resumed(paused_s)
             case StopRequested():
                 self._stop_requested()
             case _:
                 assert_never(event)
+
+    def _started(self) -> None:
+        if self._node.role is Role.MIXED:  # the others join when their messager is ready
+            self._join()
 
     def _timer_fired(self, key: Hashable) -> None:
         match key:
@@ -208,7 +229,8 @@ class NodeMachine(ABC, Generic[R, S]):
                 self._join()
             case MessagerStats():
                 self._messager_stats = message
-            case Drain():
+            case Drain(stay_down=stay_down):
+                self._stays_down |= stay_down
                 if not self._leaving:
                     self._stop_requested()
             case Abort(request_id=request_id, epoch=epoch):
@@ -277,6 +299,10 @@ class NodeMachine(ABC, Generic[R, S]):
         else:
             self._node_lost(peer, reason)
 
+    def _engine_lost(self, reason: str) -> None:
+        self._fail_all(f"the node's device is lost: {reason}")
+        self._outbox.do(Log("error", "device lost", {"reason": reason}), Exit("device lost"))
+
     def _router_lost(self, router: PeerId, reason: str) -> None:
         if self._membership.lost(router):
             self._outbox.do(Log("warning", "router lost", {"router": router, "reason": reason}))
@@ -297,7 +323,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._membership.drained()
         if self._node.role is not Role.MIXED:
             self._outbox.send(MESSAGER, StopMessager())
-        self._outbox.do(Exit("drained"))
+        self._outbox.do(Exit(STOPPED if self._stays_down else DRAINED))
 
     # ------------------------------------------------------------ state for metrics and tests
 

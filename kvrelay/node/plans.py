@@ -110,14 +110,14 @@ def _introduce(sequence: Sequence, told: _Told) -> NewSequence:
         token_ids=list(sequence.token_ids),
         num_prompt_tokens=sequence.num_prompt_tokens,
         sampling=sequence.sampling,
-        block_table=sequence.block_table.tolist(),
+        block_table=list(sequence.block_table),
     )
 
 
 def _update(sequence: Sequence, told: _Told) -> SequenceChange:
     change = SequenceChange(
         id=told.id,
-        block_ids=sequence.block_table[told.num_blocks :].tolist(),
+        block_ids=sequence.block_table[told.num_blocks :],
         replaced=told.replaced,
         token_ids=sequence.token_ids[told.num_tokens :],
     )

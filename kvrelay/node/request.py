@@ -30,11 +30,12 @@ class Holder(StrEnum):
 class NodeRequest(Sequence, Generic[S]):
     """One attempt at a request: its sequence, its status, and who uses its blocks.
 
-    ``hashes`` are those of its full blocks. ``status`` changes by ``RequestTable.move`` only. ``OVER`` are the statuses
-    in which nothing more is sent about it.
+    ``hashes`` are those of its full blocks. ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only.
+    ``OVER`` are the statuses in which nothing more is sent about it. ``is_over`` says whether it has one of them; every
+    step asks this of each of its requests.
     """
 
-    __slots__ = ("arrival_s", "hashes", "holders", "lifecycle", "marks", "num_cached_tokens")
+    __slots__ = ("arrival_s", "hashes", "holders", "is_over", "lifecycle", "marks", "num_cached_tokens")
 
     OVER: ClassVar[frozenset[StrEnum]]
 
@@ -43,6 +44,7 @@ class NodeRequest(Sequence, Generic[S]):
         self.arrival_s = now
         self.hashes = hashes
         self.lifecycle = lifecycle
+        self.is_over = lifecycle.status in self.OVER
         self.holders = {Holder.REQUEST}
         self.num_cached_tokens = 0
         self.marks: list[tuple[str, float]] = []
@@ -51,11 +53,6 @@ class NodeRequest(Sequence, Generic[S]):
     def status(self) -> S:
         """Where it stands."""
         return self.lifecycle.status
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will be sent about it."""
-        return self.lifecycle.status in self.OVER
 
     @property
     def next_position(self) -> int:

@@ -80,6 +80,7 @@ class RequestTable(Generic[R, S]):
         """
         before = self._containers.get(request.status)
         request.lifecycle.move(to, now)
+        request.is_over = to in request.OVER
         after = self._containers.get(to)
         if after is before:
             return

@@ -22,6 +22,7 @@ from kvrelay.errors import ConfigError, StorageError, StorageUnavailableError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Announce, Machine, PeerLost, RunStep
 from kvrelay.machine.membership import REFUSED
+from kvrelay.node.machine import DRAINED, STOPPED
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
@@ -42,7 +43,9 @@ MakeMachine: TypeAlias = Callable[[Register, int], Machine]
 
 
 def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool) -> int:
-    """Serve as ``node`` until stopped; return the exit status: 0 drained, 1 failed, 2 registration refused.
+    """Serve as ``node`` until stopped; return the exit status.
+
+    0: drained, 1: failed, 2: registration refused, 3: drained and not to be started again.
 
     ``layer_events``: report each computed layer to the machine. Raises ConfigError or CheckpointError if this node can
     never run as configured.
@@ -54,9 +57,7 @@ def run_node(node: NodeConfig, make_machine: MakeMachine, *, layer_events: bool)
     finally:
         engine.close()
     log_event("info", "stopped", {"reason": reason})
-    if reason == REFUSED:
-        return 2
-    return 0 if reason == "drained" else 1
+    return {DRAINED: 0, REFUSED: 2, STOPPED: 3}.get(reason, 1)
 
 
 async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, layer_events: bool) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from typing import NamedTuple, NewType, TypeAlias
+from typing import NamedTuple, NewType
 
-BlockId: TypeAlias = int
+BlockId = NewType("BlockId", int)
 """Index of a KV block in one node's pool."""
+
+RequestId = NewType("RequestId", str)
+"""Id of a request, from the router. It is the same on all nodes and for all attempts."""
 
 SequenceId = NewType("SequenceId", int)
 """Id of a sequence in a node's engine. A request gets a new one each time it gets blocks on the node and runs."""
@@ -30,7 +33,7 @@ class Attempt(NamedTuple):
     The router raises ``epoch`` for each attempt, so that messages and frames of earlier attempts can be dropped.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 

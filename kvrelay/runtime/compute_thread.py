@@ -8,12 +8,13 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
+from kvrelay.errors import DeviceError
+from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
-OnLayer: TypeAlias = Callable[[int], None]
+OnLayers: TypeAlias = Callable[[range], None]
 
 
 class RunsSteps(Protocol):
@@ -21,7 +22,7 @@ class RunsSteps(Protocol):
 
     max_plans_in_flight: int
 
-    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         """Compute one step."""
 
 
@@ -31,7 +32,7 @@ class Step(Protocol):
     def launch(self) -> None:
         """Have the device compute it."""
 
-    def finish(self, on_layer: OnLayer) -> StepResult:
+    def finish(self, on_layers: OnLayers) -> StepResult:
         """Wait for it."""
 
 
@@ -70,10 +71,10 @@ def compute_for(engine: RunsSteps | BeginsSteps, post: Callable[[object], None],
 class ComputeThread:
     """Gives an engine that computes one step at a time the interface of ``kvrelay.engine.interface.EnginePort``.
 
-    One thread runs the steps in order. For each it posts LayersComputed events, then StepDone, or StepFailed if the
-    engine raises.
+    One thread runs the steps in order. For each it posts LayersComputed events, then StepDone; StepFailed if the engine
+    raises, or EngineLost if it raises DeviceError.
 
-    ``layer_events`` off spares a role that has no use for LayersComputed one wake-up per layer.
+    ``layer_events`` off spares a role that has no use for LayersComputed its wake-ups.
     """
 
     def __init__(self, engine: RunsSteps, post: Callable[[object], None], *, layer_events: bool) -> None:
@@ -101,8 +102,8 @@ class ComputeThread:
         while (plan := self._plans.get()) is not None:
             self._post(self._run(plan))
 
-    def _run(self, plan: StepPlan) -> StepDone | StepFailed:
-        return _answer(plan.step, lambda on_layer: self._engine.run(plan, on_layer), self._post, self._layer_events)
+    def _run(self, plan: StepPlan) -> StepDone | StepFailed | EngineLost:
+        return _answer(plan.step, lambda on_layers: self._engine.run(plan, on_layers), self._post, self._layer_events)
 
 
 class PipelinedCompute:
@@ -152,16 +153,18 @@ class PipelinedCompute:
 
 
 def _answer(
-    step: int, compute: Callable[[OnLayer], StepResult], post: Callable[[object], None], layer_events: bool
-) -> StepDone | StepFailed:
+    step: int, compute: Callable[[OnLayers], StepResult], post: Callable[[object], None], layer_events: bool
+) -> StepDone | StepFailed | EngineLost:
     """Return what comes of ``compute``; post its layers if ``layer_events``."""
 
-    def on_layer(layer: int) -> None:
+    def on_layers(layers: range) -> None:
         if layer_events:
-            post(LayersComputed(step, range(layer, layer + 1)))
+            post(LayersComputed(step, layers))
 
     try:
-        return StepDone(compute(on_layer))
+        return StepDone(compute(on_layers))
+    except DeviceError as error:
+        return EngineLost(error.message)
     except Exception as error:  # the border of the engine: whatever it raised, the machine gets an answer
         logger.exception("step %d failed", step)
         return StepFailed(step, f"{type(error).__name__}: {error}")

@@ -18,12 +18,14 @@ from kvrelay.machine.contract import (
     Log,
     Machine,
     Ready,
+    Resumed,
     Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
 )
+from kvrelay.machine.liveness import TICK_S, Pauses
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.startup import READY, startup
 from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
@@ -42,7 +44,8 @@ class Shell:
     """Runs one machine on the running loop.
 
     ``handlers`` perform the actions that a role adds to the core ones, by type. Each event is handled completely before
-    the next. Events posted meanwhile are queued. The loop runs other tasks between the actions of a long event.
+    the next. Events posted meanwhile are queued. The loop runs other tasks between the actions of a long event. After a
+    time in which this process did not run, the machine gets Resumed first.
     """
 
     def __init__(self, machine: Machine, *, clock: Clock, handlers: Mapping[type, Handler] | None = None) -> None:
@@ -54,6 +57,8 @@ class Shell:
         self._running = False
         self._listening = False
         self._stop_requests = StopRequests()
+        self._pauses = Pauses(clock.now())
+        self._ticking: asyncio.TimerHandle | None = None
         self._timers: dict[Hashable, asyncio.TimerHandle] = {}
         self._done: asyncio.Future[str] = self._loop.create_future()
         self._handlers: dict[type, Handler] = {
@@ -99,10 +104,14 @@ class Shell:
         self.listen_for_stop()
         self._events.appendleft(Started())
         self._running = True
+        self._pauses = Pauses(self._clock.now())
+        self._tick()
         self._loop.call_soon(self._pump)
         try:
             return await self._done
         finally:
+            if self._ticking is not None:
+                self._ticking.cancel()
             for timer in self._timers.values():
                 timer.cancel()
 
@@ -134,7 +143,12 @@ class Shell:
         After ``Exit`` there is no other turn.
         """
         if self._actions is None:
-            self._actions = iter(self._machine.handle(self._events[0], self._clock.now()))
+            now = self._clock.now()
+            paused_s = self._pauses.take(now)
+            if paused_s > 0:
+                log_event("warning", "this process did not run", {"paused_s": paused_s})
+                self._events.appendleft(Resumed(paused_s))
+            self._actions = iter(self._machine.handle(self._events[0], now))
         for action in self._actions:
             self._handlers[type(action)](action)
             if time.monotonic() >= ends_s and not self._done.done():
@@ -151,7 +165,15 @@ class Shell:
         if timer is not None:
             timer.cancel()
 
+    def _tick(self) -> None:
+        self._pauses.ran(self._clock.now())
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
+
     def _fire(self, key: Hashable) -> None:
+        reading_s = self._pauses.reading_s(self._clock.now())
+        if reading_s > 0:
+            self._timers[key] = self._loop.call_later(reading_s, self._fire, key)
+            return
         del self._timers[key]
         self.post(TimerFired(key))
 

@@ -31,7 +31,7 @@ class BlockPool:
         """Blocks returned to the free list since the start."""
         self.num_referenced = 0
         """Blocks with references."""
-        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
+        self._free: list[BlockId] = [BlockId(index) for index in range(num_blocks - 1, -1, -1)]
         self._ref_counts = [FREE] * num_blocks
 
     @property
@@ -138,12 +138,12 @@ class BlockPool:
 
     def referenced(self) -> list[BlockId]:
         """Return the blocks with references, by id. Scans the whole pool."""
-        return [block for block, refs in enumerate(self._ref_counts) if refs > 0]
+        return [BlockId(index) for index, refs in enumerate(self._ref_counts) if refs > 0]
 
     def problems(self) -> list[str]:
         """Return all inconsistencies of the pool. Checks the whole pool."""
         on_list = set(self._free)
-        counted = {block for block, refs in enumerate(self._ref_counts) if refs == FREE}
+        counted = {BlockId(index) for index, refs in enumerate(self._ref_counts) if refs == FREE}
         found = [f"block {block} is counted free but not on the free list" for block in counted - on_list]
         found += [f"block {block} is on the free list but {self.describe(block)}" for block in on_list - counted]
         if len(on_list) < len(self._free):

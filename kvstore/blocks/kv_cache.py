@@ -218,7 +218,7 @@ class KVCache:
         """Raise LocalProtocolError with all inconsistencies. Checks everything; for tests and debugging."""
         referenced = set(self._pool.referenced())
         problems = self._pool.problems() + self._prefixes.problems(referenced)
-        for block in range(self.num_blocks):
+        for block in map(BlockId, range(self.num_blocks)):
             refs, published = self._pool.ref_count(block), self._prefixes.is_published(block)
             if refs < 0 and published:
                 problems.append(f"block {block} is free and published")

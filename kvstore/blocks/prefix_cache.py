@@ -47,7 +47,7 @@ class PrefixCache:
     def __init__(self, num_blocks: int) -> None:
         # The root is the entry after the blocks. It has no parent, so as a child it means "none"; it holds itself,
         # so every walk towards it ends there.
-        self._root = num_blocks
+        self._root = BlockId(num_blocks)
         self._hash_of = [_UNPUBLISHED] * (num_blocks + 1)
         self._parent_of = [self._root] * num_blocks
         self._first_child = [self._root] * (num_blocks + 1)
@@ -216,9 +216,9 @@ class PrefixCache:
     def _below(self, block: BlockId) -> list[BlockId]:
         """Return ``block`` and its descendants."""
         children: dict[BlockId, list[BlockId]] = {}
-        for node, block_hash in enumerate(self._hash_of[: self._root]):
+        for index, block_hash in enumerate(self._hash_of[: self._root]):
             if block_hash != _UNPUBLISHED:
-                children.setdefault(self._parent_of[node], []).append(node)
+                children.setdefault(self._parent_of[index], []).append(BlockId(index))
         found = [block]
         for node in found:
             found += children.get(node, ())
@@ -226,7 +226,7 @@ class PrefixCache:
 
     def problems(self, referenced: set[BlockId]) -> list[str]:
         """Return all inconsistencies of the tree, and with ``referenced``. Checks the whole tree."""
-        published = {block for block, block_hash in enumerate(self._hash_of) if block_hash != _UNPUBLISHED}
+        published = {BlockId(index) for index, known in enumerate(self._hash_of) if known != _UNPUBLISHED}
         found = self._edge_problems(published) + self._holder_problems(published, referenced)
         position = {block: place for place, block in enumerate(self._evictable)}
         return found + [

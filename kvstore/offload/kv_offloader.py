@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import BlockId

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar, cast
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StoreCounted
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import Attempt, BlockId

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_never
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry

@@ -1,4 +1,4 @@
-"""Endpoints other than generation: models, tokens, health, metrics, state of the cluster."""
+"""Endpoints other than generation: models, tokens, health, state of the cluster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from starlette.types import Receive, Scope, Send
 
 import kvrelay
 from kvrelay.errors import KVRelayError, ModelNotFoundError
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.cluster_status import cluster_status
 from router.http.asgi import send_body, send_error
 from router.http.body import prepared
-from router.metrics import Metrics
-from router.node_table import Node
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.openai.generation import ClientLeftError
@@ -23,11 +23,10 @@ from router.service import RouterService
 
 
 class AdminEndpoints:
-    """Endpoints that are answered immediately."""
+    """Endpoints that are answered immediately and change nothing."""
 
-    def __init__(self, service: RouterService, metrics: Metrics) -> None:
+    def __init__(self, service: RouterService) -> None:
         self._service = service
-        self._metrics = metrics
         self._started_s = service.clock.now()
 
     # ------------------------------------------------------------ models
@@ -68,45 +67,18 @@ class AdminEndpoints:
         """``GET /version``."""
         return JSONResponse({"version": kvrelay.__version__})
 
-    async def metrics(self, _: Request) -> Response:
-        """``GET /metrics`` in Prometheus' text format."""
-        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: nodes with their load, requests by status, counters."""
-        machine = self._service.machine
-        return JSONResponse(
-            {
-                "model": self._service.model.name,
-                "ready": machine.unready_reason() is None,
-                "not_ready_because": machine.unready_reason(),
-                "registry": self._service.config.registry.kind,
-                "registry_problem": machine.followed.problem,
-                "nodes": [_node_status(node) for node in machine.node_table],
-                "requests": {
-                    **{status.value: count for status, count in machine.requests.by_status.items()},
-                    **machine.counters,
-                },
-            }
-        )
+        return JSONResponse(cluster_status(self._service, for_operators=False))
 
     async def timeline(self, request: Request) -> Response:
         """``GET /cluster/requests/{request_id}``: timeline of a request in progress or recently ended."""
-        request_id = request.path_params["request_id"]
+        request_id = RequestId(request.path_params["request_id"])
         timeline = self._service.machine.requests.timelines.get(request_id)
         if timeline is None:
             message = f"no request {shown(request_id)} is in progress or among the last that ended"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
         return JSONResponse(timeline)
-
-    async def drain(self, request: Request) -> Response:
-        """``POST /cluster/nodes/{node_id}/drain``: the node gets no new requests, finishes its requests and leaves."""
-        node_id = request.path_params["node_id"]
-        if self._service.machine.node_table.named(node_id) is None:
-            message = f"no node is called {shown(node_id)}"
-            return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
-        self._service.drain(node_id)
-        return JSONResponse({"status": "draining"}, 202)
 
 
 class TokenEndpoint:
@@ -128,24 +100,6 @@ class TokenEndpoint:
             await send_error(send, error)
         except KVRelayError as error:
             await send_error(send, AnswerError.of(error))
-
-
-def _node_status(node: Node) -> dict[str, object]:
-    registration = node.registration
-    return {
-        "name": node.node_id,
-        "role": node.role.value,
-        "state": "draining" if node.leaving else "ready",
-        "address": registration.address,
-        "pid": registration.pid,
-        "incarnation": registration.incarnation,
-        "num_requests": len(node.pending),
-        "max_num_seqs": registration.max_num_seqs,
-        "max_model_len": registration.max_model_len,
-        "num_blocks": registration.num_blocks,
-        "num_heartbeats": node.num_heartbeats,
-        "load": node.load_as_dict(),
-    }
 
 
 def _error_response(error: AnswerError) -> Response:

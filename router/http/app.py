@@ -36,7 +36,12 @@ def make_app(service: RouterService, metrics: Metrics) -> App:
 
     There is no middleware unless web pages may use the API: what it costs, it costs per token.
     """
-    admin = AdminEndpoints(service, metrics)
+    admin = AdminEndpoints(service)
+
+    async def exposition(_: Request) -> Response:
+        """``GET /metrics`` in Prometheus' text format."""
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     routes = [
         Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
         Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
@@ -48,13 +53,12 @@ def make_app(service: RouterService, metrics: Metrics) -> App:
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
-        Route("/metrics", admin.metrics),
+        Route("/metrics", exposition),
         Route("/cluster", admin.cluster),
         Route("/cluster/requests/{request_id}", admin.timeline),
-        Route("/cluster/nodes/{node_id}/drain", admin.drain, methods=["POST"]),
     ]
     middleware = _cors(service.config.router.cors_allow_origins)
-    return App(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+    return App(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
@@ -72,7 +76,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def http_error(_: Request, error: Exception) -> Response:
     """Answer 404 and 405 of the routing in the format of all other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from starlette.types import Receive, Scope, Send
 
 from kvrelay.errors import KVRelayError
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import NewRequest
 from router.http.access_log import note_tokens
@@ -102,15 +103,16 @@ class GenerateEndpoint:
             generation.close()
             note_tokens(scope, choices)
 
-    def _ids(self, name: str, count: int) -> tuple[str, Sequence[str]]:
+    def _ids(self, name: str, count: int) -> tuple[str, Sequence[RequestId]]:
         """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""
         answer_id = self._api.id_prefix + name
-        request_ids = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
+        names = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
+        request_ids = [RequestId(name) for name in names]
         if any(map(self._service.is_in_progress, request_ids)):
             return self._ids(_new_name(), count)
         return answer_id, request_ids
 
-    def _choices(self, request_ids: Sequence[str], prepared: PreparedRequest) -> Iterator[Choice]:
+    def _choices(self, request_ids: Sequence[RequestId], prepared: PreparedRequest) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
-from router.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Choice:
         self._text = OutputText(token_bytes, request.prompt_token_ids, options)
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> RequestId:
         """The id of the request."""
         return self.request.request_id
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason
 from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.openai.choice import Choice, Delta
@@ -20,13 +21,13 @@ class ClientLeftError(Exception):
 class Backend(Protocol):
     """Interface of the router's service."""
 
-    def submit(self, requests: Sequence[NewRequest], deliver: Callable[[str, Delivery], None]) -> None:
+    def submit(self, requests: Sequence[NewRequest], deliver: Callable[[RequestId, Delivery], None]) -> None:
         """Submit ``requests``. ``deliver(request_id, delivery)`` is called until each has ended."""
 
-    def stop_matched(self, request_id: str) -> None:
+    def stop_matched(self, request_id: RequestId) -> None:
         """End a request whose text has reached a stop string."""
 
-    def client_gone(self, request_id: str) -> None:
+    def client_gone(self, request_id: RequestId) -> None:
         """Abort a request whose client has disconnected."""
 
 
@@ -48,7 +49,7 @@ class Generation:
         self._running = dict(self._choices)
         self._backend = backend
         self._observer = observer
-        self._queue: asyncio.Queue[tuple[str, Delivery] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[RequestId, Delivery] | None] = asyncio.Queue()
 
     def start(self) -> None:
         """Submit all choices with tokens to generate. Raises InvalidRequestError if an id is in use."""
@@ -60,7 +61,7 @@ class Generation:
             if not request.sampling.max_tokens:
                 self._deliver(request.request_id, TokensDelivered([], finish_reason=FinishReason.LENGTH))
 
-    def _deliver(self, request_id: str, delivery: Delivery) -> None:
+    def _deliver(self, request_id: RequestId, delivery: Delivery) -> None:
         self._queue.put_nowait((request_id, delivery))
 
     def client_left(self) -> None:

@@ -67,7 +67,7 @@ class Answerer:
     def _run(self, sequences: list[Sequence]) -> None:
         """Compute what is not computed yet and add a token to each."""
         chunks = [Chunk(s.num_computed_tokens, s.num_tokens - s.num_computed_tokens, samples=True) for s in sequences]
-        result = self._engine.run(self._plans.write(self._steps, sequences, chunks), lambda _layer: None)
+        result = self._engine.run(self._plans.write(self._steps, sequences, chunks), lambda _layers: None)
         self._steps += 1
         for sequence, sampled in zip(sequences, result.sampled, strict=True):
             sequence.num_computed_tokens = sequence.num_tokens

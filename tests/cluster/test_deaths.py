@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.asking import CONNECTION_LOST, NO_NODE, answers, answers_while, assert_right, random_asks
 from support.cluster import Cluster, running
-from support.cluster_config import cluster_config, d, fake_engine, p
+from support.cluster_config import cluster_config, d, fake_engine, m, p
 
 NUM_REQUESTS = 60
 ANSWERED_BEFORE = 10
+FATAL = 383
 
 
 @pytest.mark.parametrize("node", ["d0", "d1", "p0"])
@@ -32,11 +34,31 @@ def test_router_is_killed_under_load(fake_cluster: Cluster) -> None:
 
     given = answers_while(fake_cluster, asks, lambda: os.kill(victim, signal.SIGKILL), limit=20, first=ANSWERED_BEFORE)
 
-    num_right = assert_right(fake_cluster, asks, given, CONNECTION_LOST, NO_NODE)
+    num_right = assert_right(fake_cluster, asks, given, CONNECTION_LOST)
     assert ANSWERED_BEFORE <= num_right < NUM_REQUESTS
     fake_cluster.wait_until_up()
     assert_serving(fake_cluster)
     assert fake_cluster.incarnations() == nodes
+
+
+def test_a_device_is_lost_under_load(model: Path) -> None:
+    """The node leaves and is replaced; what it was asked is answered by the other."""
+    sound, breaks = fake_engine(step_s=0.002), fake_engine(step_s=0.002, fatal_token=FATAL)
+    config = cluster_config(model, m("m0", engine=breaks), m("m1"), engine=sound, router={"max_attempts": 20})
+    asks = random_asks(15, NUM_REQUESTS, max_tokens=20)
+    asks = [replace(ask, prompt=[*ask.prompt, FATAL]) if number % 10 == 9 else ask for number, ask in enumerate(asks)]
+
+    with running(config) as cluster:
+        incarnation = cluster.incarnations()["m0"]
+
+        given = answers(cluster, asks, limit=20)
+
+        assert assert_right(cluster, asks, given) == len(asks)
+        cluster.wait_until_restarted("m0", incarnation)
+        cluster.wait_until_up()
+        cluster.wait_until_quiescent()
+        assert "device lost" in cluster.log()
+        assert "exited with 1" in cluster.log()
 
 
 def test_one_process_after_the_other_is_killed_under_load(model: Path) -> None:

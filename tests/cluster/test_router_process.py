@@ -56,10 +56,10 @@ class Router:
 
 @contextmanager
 def router_process(directory: Path, descriptors: tuple[int, int] | None = None, **router: object) -> Iterator[Router]:
-    port, control, node = free_ports(3)
+    port, admin, control, node = free_ports(4)
     config = {
         "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
-        "router": {"port": port, "control": f"tcp://127.0.0.1:{control}", **router},
+        "router": {"port": port, "admin_port": admin, "control": f"tcp://127.0.0.1:{control}", **router},
         "engine": {"kind": "fake"},
         "nodes": [{"name": "m0", "role": "mixed", "port": node}],
     }

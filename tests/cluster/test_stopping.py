@@ -13,24 +13,27 @@ from support.cluster_config import cluster_config, d, fake_engine, p
 
 
 def test_drained_nodes_fail_no_request(model: Path) -> None:
-    """One node is drained over HTTP, one by a signal, while others of its kind go on."""
+    """Two nodes are ended by a signal and come back, one is stopped for good, while others of their kind go on."""
     config = cluster_config(model, p("p0"), p("p1"), d("d0"), d("d1"), d("d2"), engine=fake_engine(step_s=0.005))
     asks = random_asks(20, 80, max_tokens=60)
 
     with running(config) as cluster:
         pids = {name: cluster.pid(name) for name in ("p0", "d0", "d1")}
+        back = {"p0", "p1", "d0", "d2"}
 
         def drain() -> None:
             os.kill(pids["p0"], signal.SIGTERM)
             os.kill(pids["d0"], signal.SIGTERM)
-            assert cluster.http.post("/cluster/nodes/d1/drain").status_code == 202
+            assert cluster.admin.post("/cluster/nodes/d1/stop").status_code == 202
             until("the drained nodes have ended", lambda: not any(map(psutil.pid_exists, pids.values())))
+            until("those are back that were not stopped", lambda: set(cluster.incarnations()) == back)
 
         given = answers_while(cluster, asks, drain, limit=20, first=10)
 
         assert assert_right(cluster, asks, given) == len(asks)
         status = cluster.status()
-        assert {node["name"] for node in status["nodes"]} == {"p1", "d2"}
+        assert {node["name"] for node in status["nodes"]} == back
+        assert "d1 exited with 3; not restarting it" in cluster.log()
         assert status["requests"]["nodes_lost"] == status["requests"]["failed"] == 0
 
 

@@ -61,13 +61,14 @@ def test_layer_signals_come_before_the_reservation(block_size: int, budget: int,
     assert world.counted("kv_bytes_received", "d") == kv_bytes(world, clients)
 
 
-@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize(("layerwise", "layers_at_once"), [(True, 1), (True, 2), (False, 1)])
 @pytest.mark.parametrize("link", ["auto", "shm", "zmq", "ipc", "tcp"])
 @pytest.mark.parametrize("device_pool", [False, True])
-def test_every_link(link: str, layerwise: bool, device_pool: bool) -> None:
+def test_every_link(link: str, layerwise: bool, layers_at_once: int, device_pool: bool) -> None:
     link = "cuda" if device_pool and link == "shm" else link
     transfer = {"link": link, "layerwise": layerwise}
-    with World(decode=2, transfer=transfer, engine={"device_pool": device_pool}) as world:
+    engine = {"device_pool": device_pool, "num_layers": 3}
+    with World(decode=2, transfer=transfer, engine=engine, layers_at_once=layers_at_once) as world:
         for length in (1, 4, 33, 50):
             world.submit(length, 9)
     shared_memory = link in ("auto", "shm", "cuda")

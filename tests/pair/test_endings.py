@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.processes import Process
 from support.world import Client, World
 
 from kvrelay.config.cluster_config import Role
@@ -33,6 +34,9 @@ LIFE = [
 MOMENTS = [(message, arrived) for message in LIFE for arrived in (False, True)]
 
 PROMPT_LEN, MAX_TOKENS = 27, 9
+
+SILENT = ("not heard for", "no heartbeat")
+"""Why a process gives up another that it has not heard."""
 
 
 def begun(world: World, message: str, arrived: bool) -> Client:
@@ -176,6 +180,18 @@ def test_a_messager_dies_and_its_node_with_it(which: int) -> None:
         assert client.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("name", ["p0", "d0"])
+def test_a_device_is_lost_and_its_node_leaves(name: str, step: int) -> None:
+    with World(prefill=2, decode=2, engine={"eos_every": 0}) as world:
+        node = world.nodes[name]
+        node.device_lost_in = step
+        clients = [world.submit(PROMPT_LEN, MAX_TOKENS, temperature=1.0) for _ in range(12)]
+        world.settle(30.0)
+        assert node.exit_reason == "device lost"
+        assert {client.finish_reason for client in clients} == {FinishReason.LENGTH}
+
+
 def test_abort_and_then_the_prefill_node_dies() -> None:
     """F02: D's blocks come back although nobody is left to say that the reservation is over."""
     with World(engine={"eos_every": 0}) as world:
@@ -194,12 +210,37 @@ def test_a_node_is_stopped_and_goes_on(which: int, seconds: float) -> None:
     with World(prefill=2, decode=2, engine={"eos_every": 0}) as world:
         client = begun(world, "LayerSignal", arrived=False)
         node = world.nodes[client.nodes[which]]
-        node.paused = True
+        node.pause()
         world.run_for(seconds)
         node.resume()
         world.settle(60.0)
         assert client.finish_reason is FinishReason.LENGTH
         world.run_until(world.is_ready)
+
+
+@pytest.mark.parametrize("name", ["p0", "d0", "router"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_process_that_stopped_blames_nobody_else(name: str, seed: int) -> None:
+    """F09: SIGSTOP for longer than the peer timeout. Others may give it up; it gives nobody up."""
+    with World(seed, prefill=2, decode=2, engine={"decode_token_s": 0.02, "eos_every": 0}) as world:
+        clients = [world.submit(world.rng.randrange(1, 60), 190) for _ in range(6)]
+        world.run_for(world.rng.random())
+        processes: list[Process] = [world.router if name == "router" else world.nodes[name]]
+        if name != "router":
+            messager = world.nodes[name].messager
+            assert messager is not None
+            processes.append(messager)
+        for process in processes:
+            process.pause()
+        world.run_for(7.0)
+        for process in processes:
+            process.resume()
+        world.run_for(2.0)
+        reasons = [str(log.fields.get("reason")) for process in processes for log in process.log]
+        assert not [reason for reason in reasons if any(silent in reason for silent in SILENT)]
+        world.settle(60.0)
+        assert [client.error for client in clients] == [None] * 6
+        assert name != "router" or world.router.machine.requests.counters.retries == 0
 
 
 # ---------------------------------------------------------------- failing steps, draining

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.ids import block_ids
 from support.world import World
 
 from decode_node.machine import DecodeMachine
@@ -191,7 +192,7 @@ def test_a_damaged_block_of_the_prefix_cache_on_a_device_costs_one_retry() -> No
         world.settle(10.0)
         pool = world.nodes["p0"].engine.memory
         assert isinstance(pool, DeviceMemory)
-        every, planes = list(range(pool.num_blocks)), range(1, 2)
+        every, planes = block_ids(*range(pool.num_blocks)), range(1, 2)
         pool._table.put(planes, every, pool._table.get(planes, every) ^ 1)  # else P's own first token would be wrong
         world.restart("d0")  # which has none of the prompt's blocks then
         world.run_for(3.0)

@@ -57,6 +57,7 @@ def some_cluster(rng: random.Random, seed: int, **options: Any) -> World:
         },
         storage=rng.choice([{}, some_storage(rng)]),
         speculative={"method": rng.choice(["none", "none", "naive", "ngram"]), "num_speculative_tokens": 3},
+        layers_at_once=rng.randint(1, 3),
         careful=True,
         **options,
     )

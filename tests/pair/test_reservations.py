@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.ids import block_ids
 from support.world import World
 
 from decode_node.machine import DecodeMachine
@@ -48,7 +49,7 @@ def test_a_decode_node_asked_after_the_first_token_reserves_for_the_prompt(lengt
         assert [client.error for client in clients] == [None] * 2
         assert world.link.sent["ReservationRefused"] == 1
         assert world.router.machine.requests.counters.retries == 0
-        node.machine.kv.unpin(list(range(node.machine.kv.num_blocks)))
+        node.machine.kv.unpin(block_ids(*range(node.machine.kv.num_blocks)))
 
 
 def test_a_prompt_that_fits_no_pool_is_a_typed_error_at_once() -> None:

@@ -68,7 +68,7 @@ def test_a_router_that_is_only_silent_is_given_up_in_the_end() -> None:
     with ManyRouters(engine={"decode_token_s": 0.1, "eos_every": 0}) as world:
         client = world.submit_to(0, 20, 100)
         world.run_until_sent("TokensOut", 3)
-        world.routers[0].paused = True
+        world.routers[0].pause()
         world.run_for(PEER_TIMEOUT_S - 1.5)
         assert world.nodes["d0"].machine.load().num_running == 1
         world.run_for(3.0)
@@ -84,7 +84,7 @@ def test_a_router_that_stops_for_a_while_loses_no_request(seed: int, pause_s: fl
     with ManyRouters(seed, prefill=2, decode=2, engine={"decode_token_s": 0.02}) as world:
         submit_some(world, 6, 200)
         world.run_for(world.rng.random())
-        world.routers[0].paused = True
+        world.routers[0].pause()
         world.run_for(pause_s)
         world.routers[0].resume()
         world.settle()
@@ -138,6 +138,29 @@ def test_registry_lost_and_back_under_load(seed: int) -> None:
         submit_some(world)
         world.settle()
         assert not any(router.machine.followed.problem for router in world.routers)
+        assert all(client.error is None for client in world.clients.values())
+
+
+@pytest.mark.parametrize("how", ["restarts", "stands still"])
+@pytest.mark.parametrize("name", ["p0", "d0"])
+def test_a_known_node_is_back_although_the_registry_is_lost(name: str, how: str) -> None:
+    """F30: routers call the nodes that the registry last had, until it says otherwise."""
+    with ManyRouters(prefill=2, decode=2) as world:
+        submit_some(world)
+        world.lose_registry()
+        world.run_for(3 * POLL_S)
+        if how == "restarts":
+            world.restart(name)
+        else:
+            world.nodes[name].pause()
+            world.run_until(lambda: not any(name in router.nodes for router in world.routers))
+            world.nodes[name].resume()
+        world.run_until(lambda: not world.registry_is_up and all(name in router.nodes for router in world.routers))
+        peer = world.nodes[name].peer
+        world.run_until(lambda: all(router.machine.node_table.get(peer) for router in world.routers), 10.0)
+        submit_some(world)
+        world.registry_is_up = True
+        world.settle()
         assert all(client.error is None for client in world.clients.values())
 
 

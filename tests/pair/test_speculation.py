@@ -14,7 +14,7 @@ from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.machine.contract import CoreEvent, Received, RunStep, Send, Started, StepDone
-from kvrelay.protocol.ids import ROUTER, NodeId
+from kvrelay.protocol.ids import ROUTER, NodeId, RequestId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams
@@ -62,7 +62,7 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
             match action:
                 case RunStep(plan=plan):
                     served.num_steps += 1
-                    events.append(StepDone(engine.run(plan, lambda layer: None)))
+                    events.append(StepDone(engine.run(plan, lambda layers: None)))
                 case Send(message=TokensOut(outputs=outputs)):
                     for output in outputs:
                         served.tokens.setdefault(output.request_id, []).extend(output.token_ids)
@@ -89,7 +89,9 @@ def run(model_dir: Path, method: str, **sampling: Any) -> Served:
     prompts = [[7 * number + place for place in range(5 + 9 * number)] for number in range(4)]
     params = {"max_tokens": 40, "seed": 3, "temperature": 0.0, "num_logprobs": 2, "logit_bias": FEW_TOKENS, **sampling}
     requests = [
-        RequestSpec(request_id=f"r{number}", epoch=1, prompt_token_ids=prompt, sampling=SamplingParams(**params))
+        RequestSpec(
+            request_id=RequestId(f"r{number}"), epoch=1, prompt_token_ids=prompt, sampling=SamplingParams(**params)
+        )
         for number, prompt in enumerate(prompts)
     ]
     try:

@@ -15,6 +15,7 @@ from support.messages import EXAMPLES, random_values
 
 from kvrelay.errors import RemoteProtocolError
 from kvrelay.protocol.codec import MAX_MESSAGE_BYTES, MESSAGES, decode, encode
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Message, ProtocolViolation
 from kvrelay.protocol.messages.router_to_node import Abort, Prefill
 
@@ -82,7 +83,7 @@ def test_messages_are_frozen_and_say_who_tells_whom_and_what_to_do(kind: type[Me
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
     data = msgpack.packb(["Abort", {"request_id": "r", "epoch": 1, "added_later": {"x": [1]}}])
-    assert decode(data) == Abort(request_id="r", epoch=1)
+    assert decode(data) == Abort(request_id=RequestId("r"), epoch=1)
 
 
 def test_fields_an_earlier_version_did_not_send_have_their_defaults() -> None:

@@ -12,7 +12,7 @@ from mooncake_master import CAPACITY_BYTES, MooncakeMaster
 from pydantic import SecretStr
 from support.redis_server import RedisServer
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry
 from kvstore.blocks.block_hash import BlockHasher

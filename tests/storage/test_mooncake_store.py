@@ -16,7 +16,7 @@ from storage_rooms import GEOMETRY, HASHES, HandClock, planes, views
 from support.ipv6 import needs_ipv6
 from support.loops import run
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome

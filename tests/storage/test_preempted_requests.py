@@ -25,7 +25,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import CoreEvent, Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import ROUTER, NodeId
+from kvrelay.protocol.ids import ROUTER, BlockId, NodeId, RequestId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
@@ -107,7 +107,7 @@ class Forgetful:
         actions = self._machine.handle(event, now)
         kv = self._machine.kv
         kv.clear()
-        free = [block for block in range(kv.num_blocks) if kv._pool.ref_count(block) < 0]
+        free = [block for block in range(kv.num_blocks) if kv._pool.ref_count(BlockId(block)) < 0]
         self._planes[:, :, free] = np.full(self._planes.shape[-1] // 4, 3.0, np.float32).view(np.uint8)
         return actions
 
@@ -148,7 +148,7 @@ def requests(epoch: int) -> list[RequestSpec]:
     rng = np.random.default_rng(5)
     return [
         RequestSpec(
-            request_id=name,
+            request_id=RequestId(name),
             epoch=epoch,
             prompt_token_ids=rng.integers(0, 384, 5 + 9 * number).tolist(),
             sampling=SamplingParams(**{"max_tokens": MAX_TOKENS, "seed": 0, "num_logprobs": 2, **sampling}),

@@ -19,7 +19,7 @@ from support.loops import run
 from support.ports import free_ports
 from support.redis_server import NUM_SLOTS, RedisServer, binary, redis_cluster, redis_server
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import StorageError, StorageUnavailableError
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome

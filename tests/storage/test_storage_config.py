@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from storage_rooms import GEOMETRY, HandClock, backend_of
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvstore.storage.factory import make_store
 
 URL = "redis://user:hunter2@localhost:6379/1"

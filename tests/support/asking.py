@@ -16,6 +16,7 @@ import uvloop
 
 from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.fake import reference_tokens
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from support.cluster import PATIENCE_S, Cluster
 from support.cluster_config import EOS_TOKEN_ID, VOCAB_SIZE
@@ -66,7 +67,7 @@ class Ask:
             eos_token_ids=[EOS_TOKEN_ID],
             ignore_eos=self.ignore_eos,
         )
-        spec = RequestSpec(request_id="r", epoch=0, prompt_token_ids=self.prompt, sampling=sampling)
+        spec = RequestSpec(request_id=RequestId("r"), epoch=0, prompt_token_ids=self.prompt, sampling=sampling)
         return reference_tokens(spec, fake)
 
 

@@ -73,6 +73,12 @@ class Cluster:
             base_url=self.url, timeout=PATIENCE_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
         )
         self.directory = Path(tempfile.mkdtemp(prefix="kvc-"))
+        self.admin = httpx.Client(
+            base_url=self.config.router.admin_url,
+            timeout=PATIENCE_S,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
         self.config_path = self.directory / "cluster.yaml"
         self.config_path.write_text(yaml.safe_dump(config))
         self._log_path = self.directory / "log"
@@ -151,6 +157,7 @@ class Cluster:
             for pid in self.pids():
                 os.kill(pid, signal.SIGKILL)
         self.http.close()
+        self.admin.close()
         if self._log_path.exists():
             print(self.log()[-8000:])
         shutil.rmtree(self.directory)
@@ -158,8 +165,8 @@ class Cluster:
     # ------------------------------------------------------------ what it says of itself
 
     def status(self) -> dict[str, Any]:
-        """Return ``/cluster``."""
-        response = self.http.get("/cluster")
+        """Return ``/cluster`` as operators see it."""
+        response = self.admin.get("/cluster")
         response.raise_for_status()
         status: dict[str, Any] = response.json()
         return status

@@ -16,11 +16,16 @@ Config = dict[str, Any]
 
 def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], **sections: Any) -> Config:
     """Return the config of a cluster with free ports; each of ``nodes`` has its name, role and sections."""
-    http, control, *ports = free_ports(2 + len(nodes))
+    http, admin, control, *ports = free_ports(3 + len(nodes))
     return {
         **sections,
         "model": {"path": str(checkpoint), "served_name": "demo", **sections.get("model", {})},
-        "router": {"port": http, "control": f"tcp://127.0.0.1:{control}", **sections.get("router", {})},
+        "router": {
+            "port": http,
+            "admin_port": admin,
+            "control": f"tcp://127.0.0.1:{control}",
+            **sections.get("router", {}),
+        },
         "cluster": {
             "heartbeat_s": 0.1,
             "peer_timeout_s": 20.0,

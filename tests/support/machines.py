@@ -20,7 +20,7 @@ from kvrelay.config.cluster_config import (
 )
 from kvrelay.machine.contract import Received, RunStep, Send, Started, StepDone, TimerFired
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message, NodeAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import KVCancelled, MessagerReady, TransferClosed
@@ -78,7 +78,7 @@ def spec(name: str = "r", prompt: int | list[int] = 10, max_tokens: int = 5, **o
     sampling = SamplingParams(max_tokens=max_tokens, seed=1, **options.pop("sampling", {}))
     tokens = prompt if isinstance(prompt, list) else list(range(prompt))
     return RequestSpec(
-        request_id=name, epoch=options.pop("epoch", 1), prompt_token_ids=tokens, sampling=sampling, **options
+        request_id=RequestId(name), epoch=options.pop("epoch", 1), prompt_token_ids=tokens, sampling=sampling, **options
     )
 
 

@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from kvrelay.config.cluster_config import NodeConfig, RegistryConfig, Role
 from kvrelay.machine.contract import Announce, Started
-from kvrelay.protocol.ids import ROUTER, PeerId, peer_id
+from kvrelay.protocol.ids import ROUTER, PeerId, RequestId, peer_id
 from kvrelay.protocol.request import SamplingParams
 from kvrelay.registry.node_entry import NodeEntry
 from router.events import Deliver, NewRequest, NodesFound, RegistryLost, Submitted
@@ -133,5 +133,5 @@ class ManyRouters(World):
         params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=0.0, eos_token_ids=[EOS])
         client = Client(request_id, token_ids, params, self.reference(token_ids, params), self.now)
         router.clients[request_id] = self.clients[f"{router.peer}/{request_id}"] = client
-        router.handle(Submitted((NewRequest(request_id, token_ids, params, 0),)))
+        router.handle(Submitted((NewRequest(RequestId(request_id), token_ids, params, 0),)))
         return client

@@ -11,7 +11,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import NodeId, PeerId, SequenceId
+from kvrelay.protocol.ids import Attempt, BlockId, NodeId, PeerId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import (
     ErrorInfo,
     Heartbeat,
@@ -87,7 +87,8 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, RequestSpec, SamplingParams, TokenLogprobs
+from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
 _ERROR = ErrorInfo(code="transfer_failed", message="gone", http_status=503, retryable=True)
@@ -117,6 +118,7 @@ _SPEC = RequestSpec(
         stop_token_ids=[11],
         ignore_eos=True,
         num_logprobs=1,
+        grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
     ),
 )
 _OUTPUT = RequestOutput(
@@ -156,7 +158,7 @@ EXAMPLES: list[Message] = [
     AssignDecode(**_ID, decode_node=_D0),
     Generate(request=_SPEC),
     Abort(**_ID),
-    Drain(),
+    Drain(stay_down=True),
     Register(
         node_id=NodeId("p0"),
         incarnation="beef",
@@ -188,16 +190,16 @@ EXAMPLES: list[Message] = [
         router=PeerId("router#feed"),
     ),
     HandOff(request=_SPEC, num_cached_tokens=16),
-    RenewReservations(attempts=[("cmpl-1", 2), ("cmpl-2", 1)]),
+    RenewReservations(attempts=[Attempt(RequestId("cmpl-1"), 2), Attempt(RequestId("cmpl-2"), 1)]),
     CancelReservation(**_ID, reason="aborted"),
-    BlocksReserved(**_ID, block_ids=[4, 5, 9], num_cached_blocks=1, link=_LINK, lease_s=30.0),
+    BlocksReserved(**_ID, block_ids=block_ids(4, 5, 9), num_cached_blocks=1, link=_LINK, lease_s=30.0),
     ReservationRefused(**_ID, reason="full", retry_after_s=None),
     ReservationEnded(**_ID, reason="lease over"),
-    LayerSignal(step=7, layer=3, num_layers=2, spans=[KVSpan("cmpl-1", 2, 1, [8, 9])]),
-    CachedSignal(span=KVSpan("cmpl-1", 2, 0, [3])),
-    OpenTransfer(**_ID, link=_LINK, first_block=1, target_block_ids=[4, 5, 9]),
+    LayerSignal(step=7, layer=3, num_layers=2, spans=[KVSpan(RequestId("cmpl-1"), 2, 1, block_ids(8, 9))]),
+    CachedSignal(span=KVSpan(RequestId("cmpl-1"), 2, 0, block_ids(3))),
+    OpenTransfer(**_ID, link=_LINK, first_block=1, target_block_ids=block_ids(4, 5, 9)),
     CloseTransfer(**_ID),
-    ExpectKV(**_ID, first_block=1, target_block_ids=[4, 5, 9]),
+    ExpectKV(**_ID, first_block=1, target_block_ids=block_ids(4, 5, 9)),
     CancelKV(**_ID),
     StopMessager(),
     MessagerReady(link=_LINK),
@@ -216,8 +218,8 @@ EXAMPLES: list[Message] = [
         **_ID,
         layer=3,
         first_block=1,
-        target_block_ids=[4, 5],
-        source_block_ids=[8, 9],
+        target_block_ids=block_ids(4, 5),
+        source_block_ids=block_ids(8, 9),
         num_bytes=8192,
         digest=2**64 - 1,
         num_layers=2,
@@ -233,8 +235,8 @@ EXAMPLES: list[Message] = [
             ScheduledTokens(SequenceId(3), 16, 3, True, 17, (9, 70000), True),
             ScheduledTokens(SequenceId(4), 0, 2, False, 0),
         ],
-        new=[NewSequence(SequenceId(4), "cmpl-1", [1, 200, 70000], 2, _SPEC.sampling, [0, 8])],
-        changed=[SequenceChange(SequenceId(3), [7], [(0, 5)], [11])],
+        new=[NewSequence(SequenceId(4), RequestId("cmpl-1"), [1, 200, 70000], 2, _SPEC.sampling, block_ids(0, 8))],
+        changed=[SequenceChange(SequenceId(3), block_ids(7), [(0, BlockId(5))], [11])],
         left=[SequenceId(1), SequenceId(2)],
     ),
     StepResult(
@@ -274,5 +276,7 @@ def random_values(kind: Any) -> st.SearchStrategy[Any]:
         return st.one_of(*map(random_values, arguments))
     if issubclass(kind, Enum):
         return st.sampled_from(kind)
+    if issubclass(kind, tuple):
+        return st.builds(kind, *map(random_values, typing.get_type_hints(kind).values()))
     fields = {field.name: random_values(field.type) for field in msgspec.structs.fields(kind)}
     return st.builds(kind, **fields)

@@ -18,6 +18,7 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    EngineLost,
     Exit,
     LayersComputed,
     Log,
@@ -25,6 +26,7 @@ from kvrelay.machine.contract import (
     PeerLost,
     Ready,
     Received,
+    Resumed,
     RunStep,
     Send,
     SetTimer,
@@ -66,6 +68,7 @@ class Process:
         self.aliases: dict[PeerId, PeerId] = {}
         self.alive = True
         self.paused = False
+        self._paused_since_s = 0.0
         self.exit_reason: str | None = None
         self.log: list[Log] = []
         self._backlog: list[object] = []
@@ -103,11 +106,17 @@ class Process:
             self.handlers[type(action)](action)
         self.world.check(self)
 
+    def pause(self) -> None:
+        """Stand still (SIGSTOP): what happens meanwhile is handled after ``resume``."""
+        self.paused = True
+        self._paused_since_s = self.world.now
+
     def resume(self) -> None:
-        """Go on after a pause (SIGCONT)."""
+        """Go on after a pause (SIGCONT). The machine is told of it first; timers that became due come last."""
         self.paused = False
         backlog, self._backlog = self._backlog, []
-        for event in backlog:
+        backlog.sort(key=lambda event: isinstance(event, TimerFired))
+        for event in [Resumed(self.world.now - self._paused_since_s), *backlog]:
             self.handle(event)
 
     def exit(self, reason: str) -> None:
@@ -164,13 +173,19 @@ class RouterProcess(Process):
 
 
 class NodeProcess(Process):
-    """A node with its engine and, unless it is mixed, its messager. ``failing_steps``: those in which it breaks."""
+    """A node with its engine and, unless it is mixed, its messager.
+
+    ``failing_steps``: those in which the engine breaks. ``device_lost_in``: the step from which on its device is lost.
+    ``layers_at_once``: how many layers it announces together.
+    """
 
     machine: PrefillMachine | DecodeMachine
 
     def __init__(self, world: World, config: NodeConfig, incarnation: str) -> None:
         self.config = config
         self.failing_steps: set[int] = set()
+        self.device_lost_in: int | None = None
+        self.layers_at_once = world.layers_at_once
         self._plans: deque[StepPlan] = deque()
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
         me = peer_id(config.name, incarnation)
@@ -223,20 +238,24 @@ class NodeProcess(Process):
             if not self.alive:
                 return
             done = next(layers)
+            if self.device_lost_in is not None and plan.step >= self.device_lost_in:
+                self._end_step(EngineLost("told to"))
+                return
             if isinstance(done, StepResult):
                 self._end_step(StepDone(done))
                 return
-            if self.config.role == "prefill":
-                self.handle(LayersComputed(plan.step, range(done, done + 1)))
+            last = done == self.engine.geometry.num_layers - 1
+            first = done // self.layers_at_once * self.layers_at_once
+            if self.config.role == "prefill" and (last or done + 1 == first + self.layers_at_once):
+                self.handle(LayersComputed(plan.step, range(first, done + 1)))
             if plan.step in self.failing_steps and done == 0:
                 self._end_step(StepFailed(plan.step, "ValueError: told to"))
                 return
-            last = done == self.engine.geometry.num_layers - 1
             self.world.after(0.0 if last else layer_s, advance)
 
         self.world.after(layer_s, advance)
 
-    def _end_step(self, event: StepDone | StepFailed) -> None:
+    def _end_step(self, event: StepDone | StepFailed | EngineLost) -> None:
         """Answer the plan, and go on with the next one at once."""
         self._plans.popleft()
         if self._plans:

@@ -9,6 +9,7 @@ from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import RunStep, StepDone
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.engine import SampledTokens
 from kvrelay.protocol.messages.prefill_to_decode import HandOff
 from kvrelay.protocol.request import RequestSpec, SamplingParams
@@ -53,7 +54,7 @@ class Desk:
         """Return a request that has generated ``output`` tokens and has no blocks."""
         token_ids = self.tokens(prompt) if isinstance(prompt, int) else prompt
         spec = RequestSpec(
-            request_id=name,
+            request_id=RequestId(name),
             epoch=1,
             prompt_token_ids=token_ids,
             output_token_ids=self.tokens(output),

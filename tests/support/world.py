@@ -31,7 +31,7 @@ from kvrelay.engine.fake import reference_tokens
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import StopRequested
 from kvrelay.node.request_table import RequestTable
-from kvrelay.protocol.ids import PeerId, peer_name
+from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
 from router.events import (
@@ -131,6 +131,7 @@ class World:
         router: dict[str, Any] | None = None,
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
+        layers_at_once: int = 1,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 1000.0
@@ -139,6 +140,7 @@ class World:
         self.clients: dict[str, Client] = {}
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
+        self.layers_at_once = layers_at_once
         self.store = FakeStore(random.Random(seed ^ 0x5709))
         self.link = FakeLink(random.Random(~seed), self.after, lambda: self.now, self._arrive)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -319,9 +321,9 @@ class World:
         client = self.clients[request_id] = Client(
             request_id, token_ids, params, self.reference(token_ids, params), self.now
         )
-        new = NewRequest(request_id, token_ids, params, priority)
+        new = NewRequest(RequestId(request_id), token_ids, params, priority)
         self.router.handle(Submitted((new,)))
-        client.nodes = [peer_name(peer) for peer in self.router.machine.requests.nodes_of(request_id)]
+        client.nodes = [peer_name(peer) for peer in self.router.machine.requests.nodes_of(RequestId(request_id))]
         return client
 
     def prompt(self, num_tokens: int) -> list[int]:
@@ -330,7 +332,7 @@ class World:
 
     def reference(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """Return the output tokens of a clean run."""
-        spec = RequestSpec(request_id="reference", epoch=0, prompt_token_ids=prompt, sampling=params)
+        spec = RequestSpec(request_id=RequestId("reference"), epoch=0, prompt_token_ids=prompt, sampling=params)
         return reference_tokens(
             spec, FakeEngineConfig(**self._sections["engine"]), self._sections["cache"]["block_size"]
         )
@@ -341,7 +343,7 @@ class World:
 
     def abort(self, client: Client) -> None:
         """The client leaves."""
-        self.router.handle(ClientGone(client.request_id))
+        self.router.handle(ClientGone(RequestId(client.request_id)))
 
     def deliver(self, action: Deliver) -> None:
         """Hand a delivery of the router to its client."""

@@ -16,7 +16,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.lifecycle import Lifecycle
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import Attempt, NodeId, PeerId, new_incarnation, peer_id, peer_name
+from kvrelay.protocol.ids import Attempt, NodeId, PeerId, RequestId, new_incarnation, peer_id, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, Sequence
@@ -72,7 +72,9 @@ def test_clock_is_wall_time_that_never_goes_back() -> None:
 
 def sequence(output: list[int], **sampling: Any) -> Sequence:
     params = SamplingParams(**{"max_tokens": 4, "seed": 0, "eos_token_ids": [2], "stop_token_ids": [9], **sampling})
-    spec = RequestSpec(request_id="r", epoch=1, prompt_token_ids=[1, 2, 9], sampling=params, output_token_ids=output)
+    spec = RequestSpec(
+        request_id=RequestId("r"), epoch=1, prompt_token_ids=[1, 2, 9], sampling=params, output_token_ids=output
+    )
     return Sequence(spec)
 
 
@@ -103,7 +105,7 @@ def test_a_sequence_goes_on_behind_what_was_delivered() -> None:
     resumed = sequence([5, 6])
     assert resumed.token_ids == [1, 2, 9, 5, 6]
     assert (resumed.num_prompt_tokens, resumed.num_output_tokens, resumed.num_tokens) == (3, 2, 5)
-    assert resumed.attempt == Attempt("r", 1)
+    assert resumed.attempt == Attempt(RequestId("r"), 1)
 
 
 def test_sequences_do_not_share_lists_with_their_spec() -> None:

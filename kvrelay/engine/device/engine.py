@@ -17,13 +17,14 @@ from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.pool import LayersReady
 from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.device.step_slot import StepSlot
-from kvrelay.engine.isolation import OnLayer, compute_isolated
+from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.request import SamplingParams
 
@@ -56,7 +57,8 @@ class DeviceEngine:
         self.launcher = StepLauncher(
             config, weights, self.memory, framework, operations, projections, limits, PLANS_IN_FLIGHT
         )
-        self._steps = StepQueue(self.launcher)
+        self._grammars = GrammarMasks(config.vocab_size)
+        self._steps = StepQueue(self.launcher, self._grammars)
 
     def warm_up(self) -> None:
         """Compile all kernels and capture the graphs, so that no request waits for compilation."""
@@ -90,13 +92,14 @@ class DeviceEngine:
     def begin(self, plan: StepPlan) -> DeviceStep:
         return self._steps.begin(plan)
 
-    def run(self, plan: StepPlan, on_layer: OnLayer) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         """Layers are reported when all have been launched."""
         step = self.begin(plan)
         step.launch()
-        return step.finish(on_layer)
+        return step.finish(on_layers)
 
     def close(self) -> None:
+        self._grammars.close()
         self.launcher.close()
         self.memory.close()
 
@@ -113,10 +116,10 @@ class StepQueue:
     ``launching`` is held by whoever launches. ``deferred`` are the steps that ``finish`` has yet to launch.
     """
 
-    def __init__(self, launcher: StepLauncher) -> None:
+    def __init__(self, launcher: StepLauncher, grammars: GrammarMasks) -> None:
         self.launcher = launcher
         self.launching = threading.RLock()
-        self.sequences = EngineSequences()
+        self.sequences = EngineSequences(grammars)
         self.deferred: deque[DeviceStep] = deque()
         self._count = 0
 
@@ -169,15 +172,16 @@ class DeviceStep:
     def _launch(self, items: list[ScheduledSequence]) -> Launched:
         return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
 
-    def finish(self, on_layer: OnLayer) -> StepResult:
-        """Raises errors that it cannot attribute to one sequence."""
+    def finish(self, on_layers: OnLayers) -> StepResult:
+        """Raises DeviceError, and errors that it cannot attribute to one sequence."""
         try:
-            self._tell_layers(on_layer)
-            if self._launched is None:
-                with self._steps.launching:
-                    found = self._compute_now(on_layer)
-            else:
-                found = self._outcomes(self._launched)
+            with self._launcher.checking_device():
+                self._tell_layers(on_layers)
+                if self._launched is None:
+                    with self._steps.launching:
+                        found = self._compute_now(on_layers)
+                else:
+                    found = self._outcomes(self._launched)
         finally:
             if self._launched is None:
                 with self._steps.launching:
@@ -186,12 +190,12 @@ class DeviceStep:
         with self._launcher.state:
             return self._steps.sequences.result(self._plan, self._items, found)
 
-    def _compute_now(self, on_layer: OnLayer) -> list[SequenceOutcome]:
+    def _compute_now(self, on_layers: OnLayers) -> list[SequenceOutcome]:
         """Launch the step and wait for it; if that raises, its halves, and so on."""
         if not self._items:
             raise EngineError("a step without sequences")
 
-        def compute(items: list[ScheduledSequence], on_layer: OnLayer) -> list[SequenceOutcome]:
+        def compute(items: list[ScheduledSequence], on_layers: OnLayers) -> list[SequenceOutcome]:
             try:
                 launched = self._launch(items)
                 self._layers.put(None)
@@ -199,21 +203,27 @@ class DeviceStep:
                 self._layers = SimpleQueue()
                 raise
             self._num_told = 0  # of this part of the step; the whole step's are counted by compute_isolated
-            self._tell_layers(on_layer)
+            self._tell_layers(on_layers)
             return self._outcomes(launched)
 
         told = self._num_told
-        return compute_isolated(
-            self._plan.step, self._items, compute, lambda layer: on_layer(layer) if layer >= told else None
-        )
 
-    def _tell_layers(self, on_layer: OnLayer) -> None:
-        """Tell each layer once it is where others read it, until all are launched."""
+        def tell_rest(layers: range) -> None:
+            if layers.stop > told:
+                on_layers(range(max(told, layers.start), layers.stop))
+
+        return self._isolated(self._items, compute, tell_rest)
+
+    def _isolated(self, items: list[ScheduledSequence], compute: Compute, on_layers: OnLayers) -> list[SequenceOutcome]:
+        """Do as ``compute_isolated``, and raise DeviceError if the device is what broke."""
+        return compute_isolated(self._plan.step, items, self._launcher.checking_device()(compute), on_layers)
+
+    def _tell_layers(self, on_layers: OnLayers) -> None:
+        """Tell layers once they are where others read them, until all are launched."""
         while (group := self._layers.get()) is not None:
             layers, event = group
             event.synchronize()
-            for layer in layers:
-                on_layer(layer)
+            on_layers(layers)
             self._num_told = layers.stop
 
     def _outcomes(self, launched: Launched) -> list[SequenceOutcome]:
@@ -235,13 +245,13 @@ class DeviceStep:
     def _without_drafts(self, item: ScheduledSequence) -> SequenceOutcome:
         """Compute ``item`` once more, alone and without its guesses."""
 
-        def compute(items: list[ScheduledSequence], _: OnLayer) -> list[SequenceOutcome]:
+        def compute(items: list[ScheduledSequence], _: OnLayers) -> list[SequenceOutcome]:
             with self._steps.launching:
                 launched = self._launcher.launch(items, self._slot, lambda layers, event: None)
             launched.slot.done.synchronize()
             return outcomes(launched)
 
-        return compute_isolated(self._plan.step, [item.without_drafts], compute, lambda layer: None)[0]
+        return self._isolated([item.without_drafts], compute, lambda layers: None)[0]
 
 
 def _is_missing(item: ScheduledSequence) -> bool:
@@ -253,10 +263,10 @@ def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:
     """Return a sequence whose keys and values count as there already, so that its step writes none."""
     new = NewSequence(
         id=SequenceId(0),
-        request_id="warm-up",
+        request_id=RequestId("warm-up"),
         token_ids=[0] * num_tokens,
         num_prompt_tokens=num_tokens,
         sampling=SamplingParams(max_tokens=1, seed=0, temperature=1.0, top_p=0.9, top_k=5, num_logprobs=1),
-        block_table=list(range(geometry.blocks_for(num_tokens))),
+        block_table=[BlockId(index) for index in range(geometry.blocks_for(num_tokens))],
     )
     return ScheduledSequence(EngineSequence(new), 0, num_tokens, samples=True, writes_from=num_tokens)

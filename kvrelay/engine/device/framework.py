@@ -29,18 +29,12 @@ class Event(Protocol):
     def record(self, stream: Any) -> None:
         """Mark the end of the work queued on ``stream`` so far."""
 
-    def query(self) -> bool:
-        """Return whether the device has passed the mark."""
-
     def synchronize(self) -> None:
         """Wait until the device has passed the mark."""
 
 
 class Stream(Protocol):
     """Work that the device does in order."""
-
-    def wait_event(self, event: Any) -> None:
-        """Run work that is queued from now on after ``event``."""
 
     def synchronize(self) -> None:
         """Wait until all of it is done."""
@@ -93,9 +87,6 @@ class Framework(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy between device and staging memory, in the order of the current stream."""
 
-    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """Return a copy of ``tensor`` on the host, when the current stream has computed it."""
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
         """Return ``x @ weight.T + bias`` for x [N, in] and weight [out, in], in ``dtype`` or that of ``x``."""
 
@@ -121,7 +112,7 @@ class Framework(Protocol):
         """Give memory that is kept for reuse back to the device."""
 
     def synchronize(self) -> None:
-        """Wait for all queued work of all streams."""
+        """Wait for all queued work of all streams. Raises DeviceError if the device is broken for good."""
 
     def stream(self) -> Stream:
         """Return a new stream, which does not wait for the others."""

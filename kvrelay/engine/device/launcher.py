@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.step_slot import Results, StepSlot
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.sequences import ScheduledSequence
+from kvrelay.errors import DeviceError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
@@ -157,9 +159,19 @@ class StepLauncher:
         paged, dense, pieces = self._cutter.most(rows, seqs)
         return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
 
+    @contextlib.contextmanager
+    def checking_device(self) -> Iterator[None]:
+        """After any error, check the device: raise DeviceError if it is broken for good."""
+        try:
+            yield
+        except Exception:
+            self._framework.synchronize()
+            raise
+
     def close(self) -> None:
-        """Wait for the device; let go of graphs and pool."""
-        self.stream.synchronize()
+        """Wait for the device, unless it is broken; let go of graphs and pool."""
+        with contextlib.suppress(DeviceError):
+            self._framework.synchronize()
         del self.graphs
         self.pool.close()
 

@@ -10,12 +10,23 @@ import numpy as np
 from kvrelay.engine.device.framework import Event, Framework, Stream, Tensor
 from kvrelay.engine.device.sequence_rows import Int32
 from kvrelay.engine.kernels import LayerKV
-from kvrelay.kv_pool.device_memory import BlockCopy, DeviceMemory
+from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.ids import BlockId
 
 LAYERS_PER_EVENT = 4
-"""Layers that are announced at once: fewer events and digests, while later layers are computed."""
+"""Most layers that are announced at once: fewer events and digests, while later layers are computed."""
+
+
+def announced_after(num_layers: int) -> list[int]:
+    """Return after how many layers of a step those since the last time are announced.
+
+    The last groups are smaller, so that after the last layer little is left to digest and to send.
+    """
+    ends = list(range(LAYERS_PER_EVENT, num_layers, LAYERS_PER_EVENT))
+    while (left := num_layers - (ends[-1] if ends else 0)) > 0:
+        ends.append(num_layers - left // 2)
+    return ends
 
 
 class LayersReady(Protocol):
@@ -36,19 +47,19 @@ class LayerEvents:
     """
 
     def __init__(self, num_layers: int, mark: Callable[[range], LayersReady], announce: Announce) -> None:
-        self._num_layers = num_layers
+        self._ends = announced_after(num_layers)
         self._mark = mark
         self._announce = announce
         self._next = 0
 
     def layer_launched(self, layer: int) -> None:
         """The device has been told to write ``layer``."""
-        if (layer + 1) % LAYERS_PER_EVENT == 0:
+        if layer + 1 in self._ends:
             self._announce_to(layer + 1)
 
     def all_launched(self) -> None:
         """The device has been told to write all layers."""
-        self._announce_to(self._num_layers)
+        self._announce_to(self._ends[-1])
 
     def _announce_to(self, end: int) -> None:
         layers, self._next = range(self._next, end), end
@@ -60,7 +71,8 @@ class DevicePool:
     """A pool whose layers are there when they are computed: the node's memory itself, or memory of the device.
 
     With ``digests`` the blocks that a step writes are digested first, in a stream of the pool's own: this node sends
-    them. The next step may run meanwhile, and write to a block that was not full; its own digest of that comes later.
+    them. Who waits for the layers starts their digest, because that would delay the launch of the later layers. The
+    next step may run meanwhile, and write to a block that was not full; its own digest of that comes later.
     """
 
     def __init__(
@@ -79,10 +91,9 @@ class DevicePool:
             return LayerEvents(len(self.layers), lambda _: self._now(), announce)
         blocks: list[BlockId] = np.unique(written // self._block_size).tolist()
 
-        def digest(layers: range) -> LayersReady:
-            return _Digested(memory.begin_digest(layers, blocks, after=self._now()))
-
-        return LayerEvents(len(self.layers), digest, announce)
+        return LayerEvents(
+            len(self.layers), lambda layers: _Digests(memory, layers, blocks, after=self._now()), announce
+        )
 
     def _now(self) -> Event:
         """Return the event of what the device has been told to compute so far."""
@@ -95,15 +106,15 @@ class DevicePool:
         del self.layers
 
 
-class _Digested:
+class _Digests:
     """Layers that are there when their digests are noted."""
 
-    def __init__(self, digests: BlockCopy) -> None:
-        self._digests = digests
+    def __init__(self, memory: DeviceMemory, layers: range, blocks: list[BlockId], after: Event) -> None:
+        self._memory, self._layers, self._blocks, self._after = memory, layers, blocks, after
 
     def synchronize(self) -> None:
         """See LayersReady."""
-        self._digests.wait()
+        self._memory.begin_digest(self._layers, self._blocks, after=self._after).wait()
 
 
 def _layers(framework: Framework, tensor: Tensor, memory: KVMemory | DeviceMemory) -> list[LayerKV]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from kvrelay.engine.device.framework import Event, Graph, Stream, Tensor
-from kvrelay.errors import EngineError
+from kvrelay.errors import DeviceError, EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 
 T = TypeVar("T")
@@ -74,10 +74,6 @@ class TorchFramework:
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = tensor.cpu().numpy()
-        return array
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: str | None = None) -> Tensor:
         if bias is not None:
             return torch.addmm(bias, x, weight.t())
@@ -119,7 +115,10 @@ class TorchFramework:
 
     def synchronize(self) -> None:
         if self.is_gpu:
-            torch.cuda.synchronize()
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceError(f"CUDA: {error}") from error
 
     def stream(self) -> Stream:
         return torch.cuda.Stream(self._device) if self.is_gpu else _InOrder()
@@ -170,12 +169,6 @@ class _InOrder:
     """A stream and an event of a device on which work is done when the call returns. All waits are no-ops."""
 
     def record(self, stream: Any) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def wait_event(self, event: Any) -> None:
         pass
 
     def synchronize(self) -> None:

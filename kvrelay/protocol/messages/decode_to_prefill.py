@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 
 
@@ -14,9 +15,9 @@ class BlocksReserved(Message, frozen=True, kw_only=True):
     after it was made or last named in RenewReservations, unless the KV and the hand-off have arrived by then.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
-    block_ids: list[int]
+    block_ids: list[BlockId]
     num_cached_blocks: int
     link: LinkAddress
     lease_s: float
@@ -29,7 +30,7 @@ class ReservationRefused(Message, frozen=True, kw_only=True):
     request. The reader fails it with RequestFailed, not retryable.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     reason: str
     retry_after_s: float | None
@@ -43,6 +44,6 @@ class ReservationEnded(Message, frozen=True, kw_only=True):
     sends RequestFailed with ``reason``. It ignores the message if it has already ended or cancelled the reservation.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     reason: str

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.errors import EngineError
-from kvrelay.protocol.ids import BlockId, SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import SamplingParams, TokenLogprobs
 
@@ -24,7 +24,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """
 
     id: SequenceId
-    request_id: str
+    request_id: RequestId
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.base import Message
 
 
@@ -58,12 +59,12 @@ class KVFrame(Message, frozen=True, kw_only=True):
     answers FrameAck. A repetition of a frame that is being written gets no answer of its own.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     layer: int
     first_block: int
-    target_block_ids: list[int]
-    source_block_ids: list[int]
+    target_block_ids: list[BlockId]
+    source_block_ids: list[BlockId]
     num_bytes: int
     digest: int
     num_layers: int = 1
@@ -89,7 +90,7 @@ class FrameAck(Message, frozen=True, kw_only=True):
     The reader may send ``num_bytes`` more. Any status but ``written`` fails the transfer.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     layer: int
     first_block: int

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress, Message
 
 
@@ -24,7 +25,7 @@ class TransferDone(Message, frozen=True, kw_only=True):
     The reader releases the messager's hold on the request's blocks.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     num_bytes: int
     link: str
@@ -39,7 +40,7 @@ class TransferFailed(Message, frozen=True, kw_only=True):
     sends the router RequestFailed. TransferClosed may follow.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     error: ErrorInfo
 
@@ -50,7 +51,7 @@ class TransferClosed(Message, frozen=True, kw_only=True):
     The reader releases the messager's hold on the request's blocks.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 
@@ -60,7 +61,7 @@ class KVExpected(Message, frozen=True, kw_only=True):
     The reader sends P BlocksReserved.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 
@@ -70,7 +71,7 @@ class KVArrived(Message, frozen=True, kw_only=True):
     The reader decodes the request if it has the hand-off, else when that arrives.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     num_bytes: int
 
@@ -82,7 +83,7 @@ class KVFailed(Message, frozen=True, kw_only=True):
     the router.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     error: ErrorInfo
 
@@ -93,7 +94,7 @@ class KVCancelled(Message, frozen=True, kw_only=True):
     The reader frees the blocks when nothing else uses them.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 

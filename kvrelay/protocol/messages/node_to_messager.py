@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 
 
@@ -15,10 +16,10 @@ class KVSpan(msgspec.Struct, frozen=True, array_like=True):
     ``source_block_ids[i]`` in P's pool holds the request's block ``first_block + i``.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     first_block: int
-    source_block_ids: list[int]
+    source_block_ids: list[BlockId]
 
 
 class LayerSignal(Message, frozen=True, kw_only=True):
@@ -52,11 +53,11 @@ class OpenTransfer(Message, frozen=True, kw_only=True):
     Answered by TransferDone or TransferFailed, unless CloseTransfer comes first.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     link: LinkAddress
     first_block: int
-    target_block_ids: list[int]
+    target_block_ids: list[BlockId]
 
 
 class CloseTransfer(Message, frozen=True, kw_only=True):
@@ -66,7 +67,7 @@ class CloseTransfer(Message, frozen=True, kw_only=True):
     more.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 
@@ -77,10 +78,10 @@ class ExpectKV(Message, frozen=True, kw_only=True):
     CancelKV comes first.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     first_block: int
-    target_block_ids: list[int]
+    target_block_ids: list[BlockId]
 
 
 class CancelKV(Message, frozen=True, kw_only=True):
@@ -89,7 +90,7 @@ class CancelKV(Message, frozen=True, kw_only=True):
     The reader accepts no further frames for the blocks and answers KVCancelled when nothing writes to them any more.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import NodeId, PeerId
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
 
@@ -44,7 +44,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     that were found in a prefix cache or in the store.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     index: int
     token_ids: list[int]
@@ -71,7 +71,7 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     (``router.max_attempts``), else it ends the request with this error.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     error: ErrorInfo
 
@@ -86,7 +86,7 @@ class RequestPreempted(Message, frozen=True, kw_only=True):
     ended is answered with Abort.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     num_blocks: int
 
@@ -99,7 +99,7 @@ class DecodeNeeded(Message, frozen=True, kw_only=True):
     sends AssignDecode. If the attempt is over it sends Abort.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     refused_by: PeerId
     reason: str
@@ -112,7 +112,7 @@ class RequestTimeline(Message, frozen=True, kw_only=True):
     The reader merges it with the timelines of the other attempts and nodes.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     marks: list[Mark]
     layers: list[LayerTransfer] = msgspec.field(default_factory=list)

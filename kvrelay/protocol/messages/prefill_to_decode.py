@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.protocol.ids import ROUTER, PeerId
+from kvrelay.protocol.ids import ROUTER, Attempt, PeerId, RequestId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import RequestSpec
 
@@ -15,7 +15,7 @@ class ReserveBlocks(Message, frozen=True, kw_only=True):
     the number of output tokens still to generate, ``router`` the router that the request belongs to.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     block_hashes: list[bytes]
     num_tokens: int
@@ -40,11 +40,11 @@ class HandOff(Message, frozen=True, kw_only=True):
 class RenewReservations(Message, frozen=True, kw_only=True):
     """P -> D, once per ``heartbeat_s`` while P has reservations on D or has asked for some.
 
-    The reader renews the lease of each (request_id, epoch) in ``attempts``, and answers ReservationEnded for each that
-    it does not know. The lease of a reservation that is not named expires, if its KV or hand-off is still missing.
+    The reader renews the lease of each of ``attempts``, and answers ReservationEnded for each that it does not know.
+    The lease of a reservation that is not named expires, if its KV or hand-off is still missing.
     """
 
-    attempts: list[tuple[str, int]]
+    attempts: list[Attempt]
 
 
 class CancelReservation(Message, frozen=True, kw_only=True):
@@ -55,6 +55,6 @@ class CancelReservation(Message, frozen=True, kw_only=True):
     message when both KV and hand-off have arrived: the request then belongs to D.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     reason: str

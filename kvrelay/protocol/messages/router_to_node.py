@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import Message, NodeAddress
 from kvrelay.protocol.request import RequestSpec
 
@@ -50,7 +51,7 @@ class AssignDecode(Message, frozen=True, kw_only=True):
     The reader asks ``decode_node`` for a reservation. KV that it has already computed stays valid.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
     decode_node: NodeAddress
 
@@ -75,7 +76,7 @@ class Abort(Message, frozen=True, kw_only=True):
     them. P also sends D CancelReservation. D sends P nothing, because the router sends an Abort to both.
     """
 
-    request_id: str
+    request_id: RequestId
     epoch: int
 
 
@@ -83,5 +84,8 @@ class Drain(Message, frozen=True, kw_only=True):
     """Router -> node, when an operator drains it over HTTP. The router sends the node no new requests.
 
     The reader sends Leaving, refuses new requests and reservations, finishes its requests, sends Drained and exits.
-    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed.
+    Requests that are not finished after ``cluster.drain_timeout_s`` end with a retryable RequestFailed. If it is to
+    stay down, its exit status tells ``kvrelay up`` not to start it again.
     """
+
+    stay_down: bool = False

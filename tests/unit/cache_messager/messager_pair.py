@@ -17,6 +17,7 @@ from typing import Any, ClassVar, cast
 import msgspec
 import numpy as np
 from pools import Pool, fastest, make_pool, wrote
+from support.ids import block_ids
 
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
@@ -37,7 +38,7 @@ from kvrelay.machine.contract import (
 )
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVHandle
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, KVFrame, LinkOffer
@@ -148,9 +149,9 @@ class Pair:
         self.corrupt_payload = False
         self.can_map = True
         self.connections: set[PeerId] = set()
-        self.sources: dict[Attempt, list[int]] = {}
-        self.targets: dict[Attempt, list[int]] = {}
-        self.writable: dict[int, Attempt] = {}
+        self.sources: dict[Attempt, list[BlockId]] = {}
+        self.targets: dict[Attempt, list[BlockId]] = {}
+        self.writable: dict[BlockId, Attempt] = {}
         self.writes: Counter[tuple[Attempt, int, int]] = Counter()
         self.unacked: dict[tuple[str, int, int, int], int] = {}
         self.max_unacked_bytes = 0
@@ -195,26 +196,29 @@ class Pair:
     def say(self, me: PeerId, message: Message) -> None:
         self.channels[NODE_OF[me], me].append(decode(encode(message)))
 
-    def expect(self, attempt: Attempt, targets: list[int], first_block: int = 0) -> None:
+    def expect(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         self.targets[attempt] = targets
         self.writable |= dict.fromkeys(targets, attempt)
         self.say(D, ExpectKV(**attempt._asdict(), first_block=first_block, target_block_ids=targets))
 
-    def open(self, attempt: Attempt, targets: list[int], first_block: int = 0) -> None:
+    def open(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         link = LinkAddress(peer=D, host_id=self.ends[D].machine._link.host_id, tcp=f"tcp://{D}", ipc=f"ipc://{D}")
         message = OpenTransfer(**attempt._asdict(), link=link, first_block=first_block, target_block_ids=targets)
         self.say(P, message)
 
-    def signal(self, attempt: Attempt, layer: int, first_block: int, sources: list[int]) -> None:
-        span = KVSpan(attempt.request_id, attempt.epoch, first_block, sources[first_block:])
-        self.say(P, LayerSignal(step=1, layer=layer, spans=[span]))
+    def signal(self, attempt: Attempt, layer: int, first_block: int, sources: list[BlockId]) -> None:
+        self.signal_layers(attempt, range(layer, layer + 1), sources, first_block)
 
-    def signal_all(self, attempt: Attempt, sources: list[int]) -> None:
+    def signal_layers(self, attempt: Attempt, layers: range, sources: list[BlockId], first_block: int = 0) -> None:
+        span = KVSpan(attempt.request_id, attempt.epoch, first_block, sources[first_block:])
+        self.say(P, LayerSignal(step=1, layer=layers.start, num_layers=len(layers), spans=[span]))
+
+    def signal_all(self, attempt: Attempt, sources: list[BlockId]) -> None:
         self.sources[attempt] = sources
         for layer in range(GEOMETRY.num_layers):
             self.signal(attempt, layer, 0, sources)
 
-    def cached(self, attempt: Attempt, sources: list[int]) -> None:
+    def cached(self, attempt: Attempt, sources: list[BlockId]) -> None:
         self.say(P, CachedSignal(span=KVSpan(attempt.request_id, attempt.epoch, 0, sources)))
 
     def close_transfer(self, attempt: Attempt) -> None:
@@ -392,10 +396,12 @@ class Pair:
         return self.ends[me].machine.counters[name]
 
 
-def one_of_each(pair: Pair, attempt: Attempt, num_blocks: int = 4, first_block: int = 0) -> tuple[list[int], list[int]]:
+def one_of_each(
+    pair: Pair, attempt: Attempt, num_blocks: int = 4, first_block: int = 0
+) -> tuple[list[BlockId], list[BlockId]]:
     """Return (sources, targets) for a transfer of ``num_blocks`` blocks, in no order, and have D expect it."""
-    sources = pair.rng.sample(range(NUM_BLOCKS // 2), num_blocks)
-    targets = pair.rng.sample(range(NUM_BLOCKS // 2), num_blocks - first_block)
+    sources = block_ids(*pair.rng.sample(range(NUM_BLOCKS // 2), num_blocks))
+    targets = block_ids(*pair.rng.sample(range(NUM_BLOCKS // 2), num_blocks - first_block))
     pair.sources[attempt] = sources
     pair.expect(attempt, targets, first_block)
     return sources, targets

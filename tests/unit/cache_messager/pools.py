@@ -8,6 +8,7 @@ import numpy.typing as npt
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -30,10 +31,10 @@ def make_pool(geometry: KVGeometry, num_blocks: int, *, on_device: bool) -> Pool
     return SimulatedMemory.create(geometry, num_blocks, "simulated")
 
 
-def wrote(pool: Pool, block_ids: list[int] | None = None) -> None:
+def wrote(pool: Pool, block_ids: list[BlockId] | None = None) -> None:
     """Do as an engine that has written these blocks, all by default."""
     if isinstance(pool, SimulatedMemory):
-        blocks = list(range(pool.num_blocks)) if block_ids is None else block_ids
+        blocks = [BlockId(block) for block in range(pool.num_blocks)] if block_ids is None else block_ids
         pool.begin_digest(range(pool.geometry.num_layers), blocks).wait()
 
 

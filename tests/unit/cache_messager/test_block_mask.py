@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.ids import block_ids
 
 from cache_messager.block_mask import all_within, mask_of, runs_of
 
@@ -25,6 +26,6 @@ def test_mask_of_a_range_is_one_run(first: int, count: int) -> None:
 
 def test_all_within_refuses_negative_and_too_large_ids() -> None:
     assert all_within([], 0)
-    assert all_within([0, 3], 4)
-    assert not all_within([0, 4], 4)
-    assert not all_within([-1, 0], 4)
+    assert all_within(block_ids(0, 3), 4)
+    assert not all_within(block_ids(0, 4), 4)
+    assert not all_within(block_ids(-1, 0), 4)

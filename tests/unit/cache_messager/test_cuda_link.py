@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from messager_pair import D_NODE, GEOMETRY, NUM_BLOCKS, P_NODE, D, P, Pair, one_of_each
 from pools import SimulatedMemory, make_pool, wrote
+from support.ids import block_ids
 
 from cache_messager.links.cuda import Link
 from cache_messager.work import BlocksWritten, DeviceLost
 from kvrelay.errors import DeviceError
 from kvrelay.kv_pool.block_digest import Words
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 from kvrelay.protocol.messages.messager_to_node import TransferFailed
 
-A = Attempt("a", 1)
+A = Attempt(RequestId("a"), 1)
 
 
 class _Late:
@@ -88,16 +89,16 @@ class Receiver:
         """Begin to write a frame of two blocks of ``layer``."""
         num_bytes = 2 * GEOMETRY.layer_block_bytes
         frame = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=layer,
             first_block=0,
-            target_block_ids=[7, 3],
+            target_block_ids=block_ids(7, 3),
             source_block_ids=[],
             num_bytes=num_bytes,
             digest=0,
         )
-        Link(self._sender).send(D, frame, [1, 2])
+        Link(self._sender).send(D, frame, block_ids(1, 2))
         self.link.write(1, self._sender.frame, ())
         return self._sender.frame
 
@@ -153,7 +154,7 @@ def test_a_device_that_breaks_is_no_corruption(receiver: Receiver) -> None:
     assert receiver.host.events.get(timeout=60) == DeviceLost("an illegal address")
 
 
-def started_on_device(monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, list[int]]:
+def started_on_device(monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, list[BlockId]]:
     monkeypatch.setattr(Pair, "on_device", True)
     pair = Pair()
     sources, targets = one_of_each(pair, A)
@@ -205,15 +206,15 @@ def test_payload_of_a_broken_device_ends_the_messager_too(monkeypatch: pytest.Mo
 
 def test_damaged_source_fails_its_transfer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, sources = started_on_device(monkeypatch)
-    other = Attempt("b", 1)
+    other = Attempt(RequestId("b"), 1)
     with pair:
-        others = [block for block in range(40, 60) if block not in sources][:4]
+        others = [block for block in block_ids(*range(40, 60)) if block not in sources][:4]
         pair.sources[other] = others
-        pair.expect(other, [60, 61, 62, 63])
+        pair.expect(other, block_ids(60, 61, 62, 63))
         pair.run([(D_NODE, D)])
         link = LinkAddress(peer=D, host_id="host", tcp=f"tcp://{D}", ipc=f"ipc://{D}")
         assert link.host_id == pair.ends[D].machine._link.host_id
-        pair.open(other, [60, 61, 62, 63])
+        pair.open(other, block_ids(60, 61, 62, 63))
         pair.ends[P].pool.planes[1, 0, sources[2], 5] ^= 1  # after it was computed, before it is signalled
         pair.signal_all(A, sources)
         pair.signal_all(other, others)

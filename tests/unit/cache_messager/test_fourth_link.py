@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import uvloop
 from messager_node import MessagerNode
+from support.ids import block_ids
 
 from cache_messager.links import shm
 from cache_messager.links.interface import LinkHost
@@ -24,7 +25,7 @@ from cache_messager.work import FrameSent
 from kvrelay.errors import TransferError
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -72,18 +73,18 @@ def thread_link(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ThreadLink.fails = False
 
 
-async def _transfer(p: MessagerNode, d: MessagerNode, sources: list[int], targets: list[int]) -> str:
-    p.say(CachedSignal(span=KVSpan("a", 1, 0, sources)))
-    d.say(ExpectKV(request_id="a", epoch=1, first_block=0, target_block_ids=targets))
+async def _transfer(p: MessagerNode, d: MessagerNode, sources: list[BlockId], targets: list[BlockId]) -> str:
+    p.say(CachedSignal(span=KVSpan(RequestId("a"), 1, 0, sources)))
+    d.say(ExpectKV(request_id=RequestId("a"), epoch=1, first_block=0, target_block_ids=targets))
     await d.hears(KVExpected)
-    p.say(OpenTransfer(request_id="a", epoch=1, link=d.link, first_block=0, target_block_ids=targets))
+    p.say(OpenTransfer(request_id=RequestId("a"), epoch=1, link=d.link, first_block=0, target_block_ids=targets))
     if ThreadLink.fails:
         return (await p.hears(TransferFailed)).error.message
     await d.hears(KVArrived)
     return (await p.hears(TransferDone)).link
 
 
-async def _two_nodes(directory: Path, sources: list[int], targets: list[int]) -> str:
+async def _two_nodes(directory: Path, sources: list[BlockId], targets: list[BlockId]) -> str:
     """Run two messagers in this process; return how the transfer went."""
     async with AsyncExitStack() as stack:
         nodes, tasks, writers = [], [], []
@@ -128,4 +129,4 @@ def test_blocks_move_by_a_link_with_a_thread_of_its_own(tmp_path: Path) -> None:
 
 def test_error_in_the_thread_of_a_link_fails_the_transfer(tmp_path: Path) -> None:
     ThreadLink.fails = True
-    assert uvloop.run(_two_nodes(tmp_path, [1, 2], [3, 4])) == "the device is gone"
+    assert uvloop.run(_two_nodes(tmp_path, block_ids(1, 2), block_ids(3, 4))) == "the device is gone"

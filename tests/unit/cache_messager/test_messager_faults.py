@@ -8,11 +8,12 @@ import random
 import msgspec
 import pytest
 from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, SERVICE, D, P, Pair, one_of_each
+from support.ids import block_ids
 
 from cache_messager.work import FrameSent, SendFrame
 from kvrelay.errors import TransferError
 from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_messager import (
     AckStatus,
@@ -27,12 +28,12 @@ from kvrelay.protocol.messages.messager_to_node import KVFailed, MessagerStats, 
 from kvrelay.protocol.messages.node_to_messager import ExpectKV, KVSpan, LayerSignal, OpenTransfer
 from kvrelay.protocol.messages.node_to_router import Leaving
 
-A = Attempt("a", 1)
+A = Attempt(RequestId("a"), 1)
 
 pytestmark = pytest.mark.usefixtures("pair_pools")
 
 
-def started(pair: Pair, attempt: Attempt = A, num_blocks: int = 4) -> tuple[list[int], list[int]]:
+def started(pair: Pair, attempt: Attempt = A, num_blocks: int = 4) -> tuple[list[BlockId], list[BlockId]]:
     """Open a transfer on a link that is up, with nothing sent yet."""
     sources, targets = one_of_each(pair, attempt, num_blocks)
     pair.open(attempt, targets)
@@ -115,14 +116,14 @@ def test_everything_doubled_on_the_wire_changes_nothing(seed: int) -> None:
     with Pair(seed) as pair:
         pair.on_wire = lambda _src, _dst, message: [message, message]
         for name in "ab":
-            attempt = Attempt(name, 1)
-            blocks = list(range(16)) if name == "a" else list(range(16, 40))
+            attempt = Attempt(RequestId(name), 1)
+            blocks = block_ids(*(range(16) if name == "a" else range(16, 40)))
             pair.expect(attempt, blocks)
             pair.run([(D_NODE, D)])
             pair.signal_all(attempt, blocks)
             pair.open(attempt, blocks)
         pair.run()
-        for attempt in (Attempt("a", 1), Attempt("b", 1)):
+        for attempt in (Attempt(RequestId("a"), 1), Attempt(RequestId("b"), 1)):
             assert pair.endings(P, attempt) == ["TransferDone"]
             assert pair.endings(D, attempt) == ["KVArrived"]
             pair.assert_moved(attempt)
@@ -154,7 +155,7 @@ def test_blocks_changed_under_a_reader_are_a_failure_and_never_kv() -> None:
 
 def test_frame_of_an_earlier_epoch_does_not_touch_the_slot_it_aimed_at() -> None:
     with Pair(links=("ipc",)) as pair:
-        old, new = Attempt("a", 1), Attempt("a", 2)
+        old, new = Attempt(RequestId("a"), 1), Attempt(RequestId("a"), 2)
         sources, targets = started(pair, old)
         pair.signal_all(old, sources)
         pair.run([(P_NODE, P)])  # frames under way
@@ -180,7 +181,12 @@ def test_failure_waits_until_no_frame_is_under_way() -> None:
         pair.signal_all(A, sources)
         pair.run([(P_NODE, P)])
         stale = FrameAck(
-            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+            request_id=RequestId("a"),
+            epoch=1,
+            layer=0,
+            first_block=0,
+            num_bytes=4 * BLOCK_BYTES,
+            status=AckStatus.STALE,
         )
         pair.feed(P, Received(D, stale))
         assert pair.endings(P, A) == [], "two frames of it may still be read"
@@ -195,7 +201,12 @@ def test_signals_of_a_failing_transfer_send_nothing_more() -> None:
         pair.signal(A, 1, 0, sources)
         pair.run([(P_NODE, P)])
         stale = FrameAck(
-            request_id="a", epoch=1, layer=1, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.STALE
+            request_id=RequestId("a"),
+            epoch=1,
+            layer=1,
+            first_block=0,
+            num_bytes=4 * BLOCK_BYTES,
+            status=AckStatus.STALE,
         )
         pair.feed(P, Received(D, stale))
         pair.signal(A, 0, 2, sources)
@@ -211,10 +222,18 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
         pair.signal(A, 0, 0, sources)
         pair.run([(P_NODE, P)])
         other = LinkAddress(peer=PeerId("d1.messager#1"), host_id="host", tcp="tcp://d1", ipc="ipc://d1")
-        pair.say(P, OpenTransfer(request_id="b", epoch=1, link=other, first_block=0, target_block_ids=[1]))
+        pair.say(
+            P,
+            OpenTransfer(request_id=RequestId("b"), epoch=1, link=other, first_block=0, target_block_ids=block_ids(1)),
+        )
         pair.run([(P_NODE, P)])
         ack = FrameAck(
-            request_id="a", epoch=1, layer=0, first_block=0, num_bytes=4 * BLOCK_BYTES, status=AckStatus.WRITTEN
+            request_id=RequestId("a"),
+            epoch=1,
+            layer=0,
+            first_block=0,
+            num_bytes=4 * BLOCK_BYTES,
+            status=AckStatus.WRITTEN,
         )
         pair.feed(P, Received(other.peer, ack))
         assert pair.counter(P, "unexpected_acks") == 1
@@ -224,7 +243,9 @@ def test_acknowledgement_by_another_decode_node_counts_for_nothing() -> None:
 def test_acknowledgements_of_nothing_are_counted() -> None:
     with Pair() as pair:
         sources, _ = started(pair)
-        ack = FrameAck(request_id="a", epoch=1, layer=0, first_block=0, num_bytes=1, status=AckStatus.WRITTEN)
+        ack = FrameAck(
+            request_id=RequestId("a"), epoch=1, layer=0, first_block=0, num_bytes=1, status=AckStatus.WRITTEN
+        )
         pair.feed(P, Received(D, ack))
         pair.feed(P, Received(PeerId("x#1"), msgspec.structs.replace(ack, request_id="b")))
         assert pair.counter(P, "unexpected_acks") == 2
@@ -255,12 +276,12 @@ def test_frame_that_breaks_the_protocol_is_refused_and_fails_the_expectation(cha
     with Pair() as pair:
         _, targets = started(pair)
         good = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=0,
             first_block=0,
             target_block_ids=targets,
-            source_block_ids=[0, 1, 2, 3],
+            source_block_ids=block_ids(0, 1, 2, 3),
             num_bytes=4 * BLOCK_BYTES,
             digest=0,
         )
@@ -302,12 +323,12 @@ def test_blocks_outside_the_own_reservation_cannot_be_written() -> None:
     with Pair() as pair:
         _, targets = started(pair)
         frame = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=0,
             first_block=0,
-            target_block_ids=[*targets[:3], 63],
-            source_block_ids=[0, 1, 2, 3],
+            target_block_ids=block_ids(*targets[:3], 63),
+            source_block_ids=block_ids(0, 1, 2, 3),
             num_bytes=4 * BLOCK_BYTES,
             digest=0,
         )
@@ -321,7 +342,7 @@ def test_payload_of_another_length_is_refused(payload: tuple[memoryview, ...]) -
     with Pair(links=("ipc",)) as pair:
         _, targets = started(pair)
         frame = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=0,
             first_block=0,
@@ -340,12 +361,12 @@ def test_receiver_takes_no_more_than_its_credit() -> None:
         _, targets = started(pair)
         for place in range(3):
             frame = KVFrame(
-                request_id="a",
+                request_id=RequestId("a"),
                 epoch=1,
                 layer=0,
                 first_block=place,
                 target_block_ids=[targets[place]],
-                source_block_ids=[place],
+                source_block_ids=block_ids(place),
                 num_bytes=BLOCK_BYTES,
                 digest=0,
             )
@@ -367,11 +388,11 @@ def test_signal_beyond_the_reserved_blocks_is_a_failure_and_no_silent_gap() -> N
 @pytest.mark.parametrize(
     "signal",
     [
-        LayerSignal(step=1, layer=3, spans=[KVSpan("a", 1, 0, [1])]),
-        LayerSignal(step=1, layer=1, num_layers=3, spans=[KVSpan("a", 1, 0, [1])]),
-        LayerSignal(step=1, layer=1, num_layers=-1, spans=[KVSpan("a", 1, 0, [1])]),
-        LayerSignal(step=1, layer=0, spans=[KVSpan("a", 1, 0, [64])]),
-        LayerSignal(step=1, layer=0, spans=[KVSpan("a", 1, 1 << 60, [1])]),
+        LayerSignal(step=1, layer=3, spans=[KVSpan(RequestId("a"), 1, 0, block_ids(1))]),
+        LayerSignal(step=1, layer=1, num_layers=3, spans=[KVSpan(RequestId("a"), 1, 0, block_ids(1))]),
+        LayerSignal(step=1, layer=1, num_layers=-1, spans=[KVSpan(RequestId("a"), 1, 0, block_ids(1))]),
+        LayerSignal(step=1, layer=0, spans=[KVSpan(RequestId("a"), 1, 0, block_ids(64))]),
+        LayerSignal(step=1, layer=0, spans=[KVSpan(RequestId("a"), 1, 1 << 60, block_ids(1))]),
     ],
 )
 @pytest.mark.parametrize("is_open", [True, False])
@@ -387,7 +408,7 @@ def test_impossible_signal_is_a_failure(signal: LayerSignal, is_open: bool) -> N
 @pytest.mark.parametrize("change", [{"target_block_ids": [1, 64]}, {"first_block": -1}, {"first_block": 1 << 60}])
 def test_impossible_expectation_is_a_failure(change: dict[str, object]) -> None:
     with Pair() as pair:
-        expect = ExpectKV(request_id="a", epoch=1, first_block=0, target_block_ids=[1, 2])
+        expect = ExpectKV(request_id=RequestId("a"), epoch=1, first_block=0, target_block_ids=block_ids(1, 2))
         pair.say(D, msgspec.structs.replace(expect, **change))
         pair.run()
         assert failure(pair, D).error.code == "protocol_error"
@@ -400,7 +421,7 @@ def test_impossible_expectation_is_a_failure(change: dict[str, object]) -> None:
 def test_other_geometry_is_refused_and_fails_the_transfer_for_good() -> None:
     other = msgspec.structs.replace(GEOMETRY, block_size=8)
     with Pair(d={"geometry": other}) as pair:
-        pair.open(A, [1, 2])
+        pair.open(A, block_ids(1, 2))
         pair.run()
         error = failure(pair).error
         assert error.code == "geometry_mismatch"
@@ -413,12 +434,12 @@ def test_other_geometry_is_refused_and_fails_the_transfer_for_good() -> None:
 def test_frame_on_a_link_nobody_opened_is_answered() -> None:
     with Pair() as pair:
         frame = KVFrame(
-            request_id="a",
+            request_id=RequestId("a"),
             epoch=1,
             layer=0,
             first_block=0,
-            target_block_ids=[1],
-            source_block_ids=[1],
+            target_block_ids=block_ids(1),
+            source_block_ids=block_ids(1),
             num_bytes=BLOCK_BYTES,
             digest=0,
         )
@@ -445,7 +466,7 @@ def test_message_no_messager_takes_is_counted_and_logged_once(peer: str, message
 
 def test_pool_mapped_for_a_sender_that_is_gone_is_given_back() -> None:
     with Pair() as pair:
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run([(P_NODE, P), (P, D)])
         pair.lose(D, P)
         pair.run()
@@ -480,7 +501,7 @@ def test_silent_sender_is_lost_and_what_came_from_it_fails() -> None:
         sources, _ = started(pair)
         pair.signal(A, 0, 0, sources)
         pair.run()
-        pair.expect(Attempt("b", 1), [60, 61])  # nothing of it came from that sender
+        pair.expect(Attempt(RequestId("b"), 1), block_ids(60, 61))  # nothing of it came from that sender
         pair.run()
         pair.on_wire = lambda src, _dst, message: [] if src == P else [message]
         pair.advance(6)
@@ -502,7 +523,7 @@ def test_heartbeats_keep_an_idle_link() -> None:
 def test_receiver_that_never_answers_fails_the_transfer() -> None:
     with Pair() as pair:
         pair.on_wire = lambda _src, _dst, message: [] if isinstance(message, LinkAccepted | Heartbeat) else [message]
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run()
         pair.advance(6)
         assert failure(pair).error.code == "peer_lost"
@@ -516,7 +537,7 @@ def test_lost_link_is_opened_anew_for_the_next_transfer() -> None:
         assert failure(pair).error.code == "peer_lost"
         pair.cancel(A)
         pair.run()
-        again = Attempt("a", 2)
+        again = Attempt(RequestId("a"), 2)
         sources, targets = one_of_each(pair, again)
         pair.ends[P].pool.planes[:] = pair.original
         pair.signal_all(again, sources)
@@ -599,7 +620,7 @@ def test_link_of_a_kind_that_was_not_offered_is_given_up() -> None:
         pair.on_wire = lambda _src, _dst, message: [
             msgspec.structs.replace(message, kind="shm") if isinstance(message, LinkAccepted) else message
         ]
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run()
         assert "which was not offered" in failure(pair).error.message
         assert not pair.connections
@@ -620,7 +641,7 @@ def test_link_without_a_possible_offer_is_refused(offers: list[LinkOffer]) -> No
         pair.on_wire = lambda _src, _dst, message: [
             msgspec.structs.replace(message, offers=offers) if isinstance(message, LinkHello) else message
         ]
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run()
         assert "none of the links offered is possible" in failure(pair).error.message
         assert not pair.num_accepted(D)
@@ -640,7 +661,7 @@ def test_close_without_an_acknowledgement_is_answered_in_time() -> None:
 
 def test_close_drops_signals_that_never_saw_a_reservation() -> None:
     with Pair() as pair:
-        pair.signal_all(A, [1, 2, 3])
+        pair.signal_all(A, block_ids(1, 2, 3))
         pair.close_transfer(A)
         pair.run()
         assert pair.endings(P, A) == ["TransferClosed"]
@@ -659,7 +680,7 @@ def test_unknown_close_and_cancel_are_answered() -> None:
 def test_open_after_close_is_answered() -> None:
     with Pair() as pair:
         pair.close_transfer(A)
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run()
         assert pair.endings(P, A) == ["TransferClosed", "TransferFailed"]
         pair.assert_quiescent()
@@ -762,7 +783,7 @@ def test_any_mishap_in_any_order_ends_once_and_leaves_nothing(seed: int) -> None
     with Pair(seed, links=(rng.choice(["shm", "ipc"]),), d={"max_inflight_bytes": 6 * BLOCK_BYTES}) as pair:
         pair.on_wire = lambda _src, _dst, message: _mishap(rng, message)
         for epoch in range(1, 6):
-            attempt = Attempt("a", epoch)
+            attempt = Attempt(RequestId("a"), epoch)
             pair.ends[P].pool.planes[:] = pair.original
             sources, targets = one_of_each(pair, attempt, num_blocks=8)
             pair.ends[D].pool.planes[:] = 0

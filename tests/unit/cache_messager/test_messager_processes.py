@@ -14,9 +14,11 @@ import pytest
 import uvloop
 from messager_node import MessagerNode, messager_node
 from pools import make_pool, wrote
+from support.ids import block_ids
 
 from kvrelay.config.sections import TransferConfig
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
     KVExpected,
@@ -68,20 +70,25 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def transfer(
-    p: MessagerNode, d: MessagerNode, sources: list[int], targets: list[int], *, request_id: str = "a"
+    p: MessagerNode,
+    d: MessagerNode,
+    sources: list[BlockId],
+    targets: list[BlockId],
+    *,
+    request_id: str = "a",
 ) -> str:
     """Move blocks with the signals coming first; return the link they took."""
     rng = np.random.default_rng(7)
     p.pool.planes[:, :, sources] = rng.integers(0, 255, (4, 2, len(sources), GEOMETRY.plane_block_bytes), np.uint8)
     wrote(p.pool, sources)
     half = len(sources) // 2
-    p.say(CachedSignal(span=KVSpan(request_id, 1, 0, sources[:half])))
-    p.say(LayerSignal(step=1, layer=0, spans=[KVSpan(request_id, 1, half, sources[half:])]))
-    d.say(ExpectKV(request_id=request_id, epoch=1, first_block=0, target_block_ids=targets))
+    p.say(CachedSignal(span=KVSpan(RequestId(request_id), 1, 0, sources[:half])))
+    p.say(LayerSignal(step=1, layer=0, spans=[KVSpan(RequestId(request_id), 1, half, sources[half:])]))
+    d.say(ExpectKV(request_id=RequestId(request_id), epoch=1, first_block=0, target_block_ids=targets))
     await d.hears(KVExpected)
-    p.say(OpenTransfer(request_id=request_id, epoch=1, link=d.link, first_block=0, target_block_ids=targets))
+    p.say(OpenTransfer(request_id=RequestId(request_id), epoch=1, link=d.link, first_block=0, target_block_ids=targets))
     for layer in range(1, GEOMETRY.num_layers):
-        p.say(LayerSignal(step=1, layer=layer, spans=[KVSpan(request_id, 1, half, sources[half:])]))
+        p.say(LayerSignal(step=1, layer=layer, spans=[KVSpan(RequestId(request_id), 1, half, sources[half:])]))
     done, arrived = await p.hears(TransferDone), await d.hears(KVArrived)
     assert done.num_bytes == arrived.num_bytes == len(sources) * GEOMETRY.block_bytes
     assert np.array_equal(p.pool.planes[:, :, sources], d.pool.planes[:, :, targets])
@@ -106,7 +113,9 @@ def test_blocks_move_between_processes(directory: Path, setting: str, link: str,
         shuffled = np.random.default_rng(1).permutation(NUM_BLOCKS).tolist()
         assert await transfer(p, d, shuffled[:99], shuffled[50:149], request_id="scattered") == link
         d.pool.planes[:] = 0
-        assert await transfer(p, d, list(range(100)), list(range(100, 200)), request_id="in one piece") == link
+        assert (
+            await transfer(p, d, block_ids(*range(100)), block_ids(*range(100, 200)), request_id="in one piece") == link
+        )
 
     links = TransferConfig.model_validate({"link": setting}).link_kinds
     run(scenario, directory, links=links, checksum=checksum, on_device=link == "cuda")
@@ -114,18 +123,22 @@ def test_blocks_move_between_processes(directory: Path, setting: str, link: str,
 
 def test_payload_moves_between_pools_on_devices(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        assert await transfer(p, d, list(range(50, 0, -1)), list(range(70, 120))) == "tcp"
+        assert await transfer(p, d, block_ids(*range(50, 0, -1)), block_ids(*range(70, 120))) == "tcp"
 
     run(scenario, directory, links=("tcp",), on_device=True)
 
 
 def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path, on_device: bool) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        await transfer(p, d, [1, 2], [3, 4])
+        await transfer(p, d, block_ids(1, 2), block_ids(3, 4))
         d.process.kill()
         await d.process.wait()
-        p.say(CachedSignal(span=KVSpan("b", 1, 0, [1, 2])))
-        p.say(OpenTransfer(request_id="b", epoch=1, link=d.link, first_block=0, target_block_ids=[5, 6]))
+        p.say(CachedSignal(span=KVSpan(RequestId("b"), 1, 0, block_ids(1, 2))))
+        p.say(
+            OpenTransfer(
+                request_id=RequestId("b"), epoch=1, link=d.link, first_block=0, target_block_ids=block_ids(5, 6)
+            )
+        )
         failed = await p.hears(TransferFailed)
         assert failed.error.code == "peer_lost"
 
@@ -134,12 +147,16 @@ def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: 
 
 def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
-        await transfer(p, d, [1, 2], [3, 4])
+        await transfer(p, d, block_ids(1, 2), block_ids(3, 4))
         os.kill(d.process.pid, signal.SIGSTOP)
         try:
-            p.say(CachedSignal(span=KVSpan("b", 1, 0, [1, 2])))
-            p.say(OpenTransfer(request_id="b", epoch=1, link=d.link, first_block=0, target_block_ids=[5, 6]))
-            p.say(CloseTransfer(request_id="b", epoch=1))
+            p.say(CachedSignal(span=KVSpan(RequestId("b"), 1, 0, block_ids(1, 2))))
+            p.say(
+                OpenTransfer(
+                    request_id=RequestId("b"), epoch=1, link=d.link, first_block=0, target_block_ids=block_ids(5, 6)
+                )
+            )
+            p.say(CloseTransfer(request_id=RequestId("b"), epoch=1))
             await p.hears(TransferClosed)
         finally:
             os.kill(d.process.pid, signal.SIGCONT)
@@ -162,7 +179,7 @@ def test_signals_to_all_processes_leave_the_messager_to_its_node(directory: Path
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(p.process.pid, number)
-        assert await transfer(p, d, [1, 2], [3, 4]) == "shm"
+        assert await transfer(p, d, block_ids(1, 2), block_ids(3, 4)) == "shm"
 
     run(scenario, directory)
 

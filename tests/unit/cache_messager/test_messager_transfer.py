@@ -6,11 +6,13 @@ import random
 
 import pytest
 from messager_pair import BLOCK_BYTES, GEOMETRY, P_NODE, D, P, Pair, one_of_each
+from support.ids import block_ids
 
 from cache_messager import pending
+from cache_messager.links import link_class
 from cache_messager.transfer import TRANSITIONS, TransferStatus
 from kvrelay.config.sections import TransferConfig
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import (
     KVArrived,
@@ -22,7 +24,7 @@ from kvrelay.protocol.messages.messager_to_node import (
 )
 from kvrelay.protocol.messages.node_to_messager import CachedSignal, KVSpan, LayerSignal, OpenTransfer, StopMessager
 
-A = Attempt("a", 1)
+A = Attempt(RequestId("a"), 1)
 
 pytestmark = pytest.mark.usefixtures("pair_pools")
 
@@ -55,7 +57,9 @@ def test_blocks_move_over_the_link_the_config_asks_for(setting: str, hosts: tupl
         assert done.link == link
         assert done.num_bytes == 4 * GEOMETRY.block_bytes
         assert [(layer.layer, layer.num_bytes) for layer in done.layers] == [(n, 4 * BLOCK_BYTES) for n in range(3)]
-        assert pair.told(D, KVArrived) == [KVArrived(request_id="a", epoch=1, num_bytes=4 * GEOMETRY.block_bytes)]
+        assert pair.told(D, KVArrived) == [
+            KVArrived(request_id=RequestId("a"), epoch=1, num_bytes=4 * GEOMETRY.block_bytes)
+        ]
         assert pair.counter(P, f"links_{link}") == 1
         pair.assert_moved(A)
         pair.assert_quiescent()
@@ -75,7 +79,7 @@ def test_pool_that_cannot_be_mapped_is_sent_as_payload() -> None:
 @pytest.mark.parametrize("setting", ["shm", "ipc"])
 def test_link_within_a_host_to_another_host_fails_the_transfer(setting: str) -> None:
     with Pair(hosts=("here", "there"), links=link_kinds(setting)) as pair:
-        pair.open(A, [1])
+        pair.open(A, block_ids(1))
         pair.run()
         (failed,) = pair.told(P, TransferFailed)
         assert isinstance(failed, TransferFailed)
@@ -138,7 +142,7 @@ def test_full_prefix_hit_on_d_is_done_and_arrived_at_once() -> None:
         pair.run()
         assert [type(message) for message in pair.told(D, KVExpected, KVArrived)] == [KVExpected, KVArrived]
         assert pair.told(P, TransferDone)[0].num_bytes == 0  # type: ignore[attr-defined]
-        pair.signal_all(A, [1, 2, 3, 4])  # P computes on: its signals find the transfer over
+        pair.signal_all(A, block_ids(1, 2, 3, 4))  # P computes on: its signals find the transfer over
         pair.run()
         assert not pair.frames
         pair.assert_quiescent()
@@ -165,14 +169,17 @@ def test_waiting_chunks_of_a_layer_travel_as_one_frame() -> None:
         assert [len(frame.target_block_ids) for frame in pair.frames] == [6]
 
 
-def test_frame_of_several_layers_is_no_longer_than_a_frame_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache_messager.sender_link.MAX_FRAME_BYTES", 11 * BLOCK_BYTES)
+@pytest.mark.parametrize(("max_blocks", "frames"), [(11, [range(2), range(2, 3)]), (15, [range(3)])])
+def test_layers_signalled_together_share_frames_as_large_as_the_link_allows(
+    monkeypatch: pytest.MonkeyPatch, max_blocks: int, frames: list[range]
+) -> None:
     with Pair() as pair:
+        monkeypatch.setattr(link_class(pair.fastest), "max_frame_bytes", max_blocks * BLOCK_BYTES)
         sources, targets = one_of_each(pair, A, num_blocks=5)
-        pair.signal_all(A, sources)
+        pair.signal_layers(A, range(3), sources)
         pair.open(A, targets)
         pair.run()
-        assert [frame.layers for frame in pair.frames] == [range(2), range(2, 3)]
+        assert [frame.layers for frame in pair.frames] == frames
         pair.assert_moved(A)
 
 
@@ -181,8 +188,8 @@ def test_frame_of_several_layers_keeps_to_the_credit_that_is_left() -> None:
         sources, targets = one_of_each(pair, A, num_blocks=1)
         pair.signal_all(A, sources)
         pair.open(A, targets)
-        other = Attempt("b", 1)
-        sources, targets = pair.rng.sample(range(32, 64), 9), pair.rng.sample(range(32, 64), 9)
+        other = Attempt(RequestId("b"), 1)
+        sources, targets = (pair.rng.sample(block_ids(*range(32, 64)), 9) for _ in range(2))
         pair.expect(other, targets)
         pair.signal_all(other, sources)
         pair.open(other, targets)
@@ -213,7 +220,7 @@ def test_only_layers_with_the_same_blocks_share_a_frame() -> None:
 def test_link_is_kept_for_the_next_transfer() -> None:
     with Pair() as pair:
         for epoch in (1, 2):
-            attempt = Attempt("a", epoch)
+            attempt = Attempt(RequestId("a"), epoch)
             sources, targets = one_of_each(pair, attempt)
             pair.signal_all(attempt, sources)
             pair.open(attempt, targets)
@@ -229,9 +236,9 @@ def test_link_is_kept_for_the_next_transfer() -> None:
 def test_credit_is_never_exceeded_and_transfers_take_turns() -> None:
     credit = 8 * BLOCK_BYTES
     with Pair(d={"max_inflight_bytes": credit}) as pair:
-        attempts = [Attempt(name, 1) for name in "abcd"]
+        attempts = [Attempt(RequestId(name), 1) for name in "abcd"]
         for index, attempt in enumerate(attempts):
-            blocks = list(range(16 * index, 16 * (index + 1)))
+            blocks = block_ids(*range(16 * index, 16 * (index + 1)))
             pair.expect(attempt, blocks)
             pair.signal_all(attempt, blocks)
             pair.open(attempt, blocks)
@@ -239,8 +246,8 @@ def test_credit_is_never_exceeded_and_transfers_take_turns() -> None:
         assert pair.max_unacked_bytes <= credit
         assert pair.max_unacked_bytes == credit, "the credit was not used"
         turns = [frame.request_id for frame in pair.frames]
-        shared = turns[turns.index("d") :][: 4 * 4]
-        assert {name: shared.count(name) for name in "abcd"} == dict.fromkeys("abcd", 4)
+        shared = turns[turns.index(RequestId("d")) :][: 4 * 4]
+        assert {name: shared.count(RequestId(name)) for name in "abcd"} == dict.fromkeys("abcd", 4)
         for attempt in attempts:
             pair.assert_moved(attempt)
         pair.assert_quiescent()
@@ -298,8 +305,8 @@ def test_any_chunking_in_any_order_moves_every_block_once(seed: int) -> None:
     rng = random.Random(seed)
     link = rng.choice(["shm", "ipc"])
     with Pair(seed, links=(link,), d={"max_inflight_bytes": rng.choice([1, 4, 40]) * BLOCK_BYTES}) as pair:
-        blocks = rng.sample(range(64), 64)
-        attempts = [Attempt(name, 1) for name in "abc"]
+        blocks = block_ids(*rng.sample(range(64), 64))
+        attempts = [Attempt(RequestId(name), 1) for name in "abc"]
         first_blocks = {attempt: rng.randrange(6) for attempt in attempts}
         for attempt in attempts:
             sources = [blocks.pop() for _ in range(rng.randint(6, 20))]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pools import Pool, make_pool, wrote
+from support.ids import block_ids
 
 from cache_messager.links import cuda, ipc, link_class
 from cache_messager.links.interface import KVLink
@@ -17,7 +18,7 @@ from cache_messager.work import BlocksWritten
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.messager_to_messager import KVFrame
 
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32", model_digest="model")
@@ -53,12 +54,12 @@ def _pools(geometry: KVGeometry, on_device: bool) -> Iterator[tuple[Pool, Pool]]
     target.close()
 
 
-def frame_of(pool: Pool, sources: list[int], targets: list[int]) -> KVFrame:
+def frame_of(pool: Pool, sources: list[BlockId], targets: list[BlockId]) -> KVFrame:
     """Return a frame of all layers but the first, if there are several."""
     layer = min(1, pool.geometry.num_layers - 1)
     num_layers = pool.geometry.num_layers - layer
     return KVFrame(
-        request_id="a",
+        request_id=RequestId("a"),
         epoch=1,
         layer=layer,
         first_block=0,
@@ -112,8 +113,8 @@ def test_blocks_arrive_where_they_belong(
     pools: tuple[Pool, Pool],
     device_pools: tuple[Pool, Pool],
     kind: str,
-    sources: list[int],
-    targets: list[int],
+    sources: list[BlockId],
+    targets: list[BlockId],
 ) -> None:
     source, target = device_pools if kind in ("cuda", "payload of devices") else pools
     count = min(len(sources), len(targets))
@@ -136,7 +137,7 @@ def test_blocks_arrive_where_they_belong(
 
 
 @given(data=st.data(), targets=BLOCK_LISTS)
-def test_parts_may_be_cut_anywhere(pools: tuple[Pool, Pool], data: st.DataObject, targets: list[int]) -> None:
+def test_parts_may_be_cut_anywhere(pools: tuple[Pool, Pool], data: st.DataObject, targets: list[BlockId]) -> None:
     source, target = pools
     target.planes[:] = 0
     frame, parts = send(ipc.Link, Host(source), frame_of(source, targets, targets))
@@ -149,7 +150,7 @@ def test_parts_may_be_cut_anywhere(pools: tuple[Pool, Pool], data: st.DataObject
 
 def test_one_piece_is_sent_without_a_copy(pools: tuple[Pool, Pool]) -> None:
     source, _ = pools
-    blocks = list(range(NUM_BLOCKS))
+    blocks = block_ids(*range(NUM_BLOCKS))
     frame, parts = send(ipc.Link, Host(source), frame_of(source, blocks, blocks))
     assert len(parts) == 2 * frame.num_layers
     assert all(np.shares_memory(np.frombuffer(part, np.uint8), source.planes) for part in parts)
@@ -158,7 +159,7 @@ def test_one_piece_is_sent_without_a_copy(pools: tuple[Pool, Pool]) -> None:
 def test_corrupt_payload_is_not_written(pools: tuple[Pool, Pool]) -> None:
     source, target = pools
     target.planes[:] = 0
-    frame, parts = send(ipc.Link, Host(source), frame_of(source, [1, 2], [1, 2]))
+    frame, parts = send(ipc.Link, Host(source), frame_of(source, block_ids(1, 2), block_ids(1, 2)))
     flipped = bytes([parts[0][0] ^ 1]) + bytes(parts[0][1:])
     error = write(ipc.Link, target, source, frame, [memoryview(flipped), *parts[1:]])
     assert isinstance(error, CorruptKVError)
@@ -170,7 +171,7 @@ def test_blocks_that_change_while_they_are_read_are_noticed(
     pools: tuple[Pool, Pool], device_pools: tuple[Pool, Pool], kind: str
 ) -> None:
     source, target = device_pools if kind == "cuda" else pools
-    frame, _ = send(link_class(kind), Host(source), frame_of(source, [1, 2], [3, 4]))
+    frame, _ = send(link_class(kind), Host(source), frame_of(source, block_ids(1, 2), block_ids(3, 4)))
     source.planes[frame.layer, 1, 2, -1] ^= 1
     assert isinstance(write(link_class(kind), target, source, frame, ()), CorruptKVError)
     source.planes[frame.layer, 1, 2, -1] ^= 1
@@ -179,12 +180,12 @@ def test_blocks_that_change_while_they_are_read_are_noticed(
 def test_a_block_on_a_device_that_was_damaged_before_it_was_sent_is_noticed(device_pools: tuple[Pool, Pool]) -> None:
     source, target = device_pools
     source.planes[-1, 0, 2, 0] ^= 1
-    frame, _ = send(cuda.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
+    frame, _ = send(cuda.Link, Host(source), frame_of(source, block_ids(1, 2), block_ids(3, 4)))
     assert isinstance(write(cuda.Link, target, source, frame, ()), CorruptKVError)
     source.planes[-1, 0, 2, 0] ^= 1
-    frame, _ = send(cuda.Link, Host(source), frame_of(source, [1, 2], [3, 4]))
+    frame, _ = send(cuda.Link, Host(source), frame_of(source, block_ids(1, 2), block_ids(3, 4)))
     assert write(cuda.Link, target, source, frame, ()) is None
-    assert target.digest(frame.layers, [3, 4]) == frame.digest
+    assert target.digest(frame.layers, block_ids(3, 4)) == frame.digest
 
 
 @pytest.mark.parametrize("kind", ["shm", "cuda"])
@@ -223,7 +224,7 @@ def test_frames_that_are_not_of_the_kind_of_the_link_are_refused(
 ) -> None:
     source, target = device_pools if kind == "cuda" else pools
     target.planes[:] = 0
-    frame = msgspec.structs.replace(frame_of(source, [1, 2], [3, 4]), **change)
+    frame = msgspec.structs.replace(frame_of(source, block_ids(1, 2), block_ids(3, 4)), **change)
     payload = [memoryview(bytes(payload_bytes))] if payload_bytes else []
     error = write(link_class(kind), target, source, frame, payload)
     assert type(error) is TransferError

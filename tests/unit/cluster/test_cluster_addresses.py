@@ -14,10 +14,12 @@ from kvrelay.errors import ConfigError
 from kvrelay.runtime.listening import listen_problem
 
 
-def config_of(http: int, control: int, node: int, host: str = "127.0.0.1", **sections: object) -> ClusterConfig:
+def config_of(
+    http: int, control: int, node: int, host: str = "127.0.0.1", admin: int = 4, **sections: object
+) -> ClusterConfig:
     return ClusterConfig.from_data(
         {
-            "router": {"port": http, "control": f"tcp://127.0.0.1:{control}"},
+            "router": {"port": http, "admin_port": admin, "control": f"tcp://127.0.0.1:{control}"},
             "nodes": [{"name": "m0", "role": "mixed", "host": host, "port": node}],
             **sections,
         }
@@ -26,15 +28,19 @@ def config_of(http: int, control: int, node: int, host: str = "127.0.0.1", **sec
 
 def test_every_address_of_a_cluster_has_its_key() -> None:
     redis: dict[str, Any] = {"registry": {"kind": "redis", "url": "redis://127.0.0.1:6379/0"}}
-    by_key = {"router.port": ("127.0.0.1", 1), "nodes.m0.port": ("127.0.0.1", 3)}
+    by_key = {
+        "router.port": ("127.0.0.1", 1),
+        "router.admin_port": ("127.0.0.1", 4),
+        "nodes.m0.port": ("127.0.0.1", 3),
+    }
 
     assert addresses(config_of(1, 2, 3)) == by_key | {"router.control": ("127.0.0.1", 2)}
     assert addresses(config_of(1, 2, 3, **redis)) == by_key
 
 
 def test_all_that_are_taken_are_listed() -> None:
-    http, control, node = free_ports(3)
-    config = config_of(http, control, node)
+    http, control, node, admin = free_ports(4)
+    config = config_of(http, control, node, admin=admin)
     assert taken_addresses(config) == {}
     require_free_addresses(config)
 

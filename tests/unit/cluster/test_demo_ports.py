@@ -31,10 +31,10 @@ def test_taken_ports_are_replaced_by_free_ones(host: str) -> None:
         third.close()
         wanted = config(host, *ports)
         overrides = dict(item.split("=", 1) for item in _other_ports(wanted, Console(quiet=True)))
-    assert overrides.keys() == {"router.port", "router.control", "nodes.m0.port"}
+    assert overrides.keys() == {"router.port", "router.admin_port", "router.control", "nodes.m0.port"}
     assert overrides["router.control"].startswith(tcp_address(host, 0)[:-1])
-    chosen = [overrides["router.port"], overrides["router.control"].rpartition(":")[2], overrides["nodes.m0.port"]]
-    assert len(set(chosen)) == 3
+    chosen = [value.rpartition(":")[2] for value in overrides.values()]
+    assert len(set(chosen)) == 4
     assert str(ports[0]) not in chosen
 
 

@@ -35,7 +35,11 @@ def test_what_will_recur_is_not_tried_for_ever(life: Life) -> None:
     assert policy.num_crashes == 3
 
 
-@pytest.mark.parametrize("life", [killed(signal.SIGKILL), Life(1, 0.1, True)], ids=["killed", "failed"])
+@pytest.mark.parametrize(
+    "life",
+    [killed(signal.SIGKILL), Life(1, 0.1, True), Life(0, 0.1, True), Life(0, 0.1, False)],
+    ids=["killed", "failed", "drained", "told to end while it started"],
+)
 def test_a_process_that_served_and_failed_otherwise_is_started_again_for_ever(life: Life) -> None:
     policy = RestartPolicy(SETTINGS)
 

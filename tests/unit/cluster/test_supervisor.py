@@ -185,6 +185,46 @@ async def test_a_killed_process_is_started_again() -> None:
     assert line.endswith("; restarting it in 0.5 s")
 
 
+@pytest.mark.parametrize("role", ["decode", "router"])
+@in_loop
+async def test_a_process_that_was_told_to_end_by_others_is_started_again(role: str) -> None:
+    """Drained, or by a signal: only the supervisor's own stop is for good."""
+    screen = Screen()
+    supervisor = supervisor_of(
+        spec("it", SAY_READY + "print(os.getpid(), flush=True)\n" + POLITE, role),
+        spec("d1", POLITE),
+        screen=screen,
+        time=Time(),
+    )
+    running = asyncio.create_task(supervisor.run(os.environ))
+
+    await screen.wait_for("it: running")
+    pid = next(line for line in screen.lines if line.removeprefix("it: ").isdecimal())
+    os.kill(int(pid.removeprefix("it: ")), signal.SIGTERM)
+    await screen.wait_for("it exited with 0; restarting it in 0.5 s")
+    await screen.wait_for("it: running", count=2)
+    assert not running.done()
+    supervisor.stop()
+
+    assert await running == 0
+
+
+@in_loop
+async def test_a_process_that_an_operator_stopped_stays_down() -> None:
+    screen = Screen()
+    supervisor = supervisor_of(
+        spec("d0", SAY_READY + "raise SystemExit(3)"), spec("d1", POLITE), screen=screen, time=Time()
+    )
+    running = asyncio.create_task(supervisor.run(os.environ))
+
+    await screen.wait_for("d0 exited with 3; not restarting it")
+    await screen.wait_for("d1: running")
+    assert not running.done()
+    supervisor.stop()
+
+    assert await running == 0
+
+
 @pytest.mark.parametrize("when", ["starting", "serving"])
 @pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGSEGV])
 @in_loop

@@ -12,6 +12,7 @@ from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import StepFailed
 from kvrelay.node.in_flight import PlanInFlight
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.node_to_router import RequestFailed
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
 
@@ -176,7 +177,7 @@ def test_a_stop_token_ends_a_request_and_its_blocks_are_held_until_the_next_step
 
 def test_an_abort_is_over_when_both_plans_are() -> None:
     harness = mixed_harness("a")
-    harness.receive(ROUTER, Abort(request_id="a", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("a"), epoch=1))
     harness.finish_step()
     assert harness.num_used > 0
     harness.finish_step()

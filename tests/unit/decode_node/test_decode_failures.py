@@ -8,6 +8,7 @@ import pytest
 from support.machines import MESSAGER, P0, ROUTER, VOCAB_SIZE, NodeHarness, sent, spec
 
 from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.decode_to_prefill import ReservationEnded
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected
@@ -27,10 +28,13 @@ def generate(harness: NodeHarness, name: str, prompt: list[int], **options: Any)
 def reserved(harness: NodeHarness, name: str = "r") -> None:
     """Bring a request to where its KV has arrived and P has not handed it off."""
     harness.receive(
-        P0, ReserveBlocks(request_id=name, epoch=1, block_hashes=[*HASHES], num_tokens=len(PROMPT), max_tokens=5)
+        P0,
+        ReserveBlocks(
+            request_id=RequestId(name), epoch=1, block_hashes=[*HASHES], num_tokens=len(PROMPT), max_tokens=5
+        ),
     )
-    harness.receive(MESSAGER, KVExpected(request_id=name, epoch=1))
-    harness.receive(MESSAGER, KVArrived(request_id=name, epoch=1, num_bytes=96))
+    harness.receive(MESSAGER, KVExpected(request_id=RequestId(name), epoch=1))
+    harness.receive(MESSAGER, KVArrived(request_id=RequestId(name), epoch=1, num_bytes=96))
 
 
 def hand_off(harness: NodeHarness, name: str = "r", **options: Any) -> list[Any]:
@@ -132,7 +136,9 @@ def test_kv_that_has_arrived_is_shared_only_when_it_is_handed_off() -> None:
 def test_kv_whose_prompt_fails_on_p_is_never_shared() -> None:
     harness = NodeHarness(Role.DECODE)
     reserved(harness)
-    harness.receive(P0, CancelReservation(request_id="r", epoch=1, reason="the model's logits are not finite"))
+    harness.receive(
+        P0, CancelReservation(request_id=RequestId("r"), epoch=1, reason="the model's logits are not finite")
+    )
     assert harness.machine.kv.num_free == harness.machine.kv.num_blocks
     harness.machine.assert_quiescent()
 
@@ -167,6 +173,6 @@ def test_a_request_with_an_unknown_token_fails_before_anything_is_done_for_it(fi
 def test_a_request_that_fails_may_be_aborted_meanwhile() -> None:
     harness = NodeHarness(Role.MIXED)
     generate(harness, "bad", PROMPT)
-    harness.receive(ROUTER, Abort(request_id="bad", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("bad"), epoch=1))
     assert not sent(harness.fail_step(), RequestFailed)
     harness.machine.assert_quiescent()

@@ -36,6 +36,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.engine import StepResult
@@ -77,7 +78,7 @@ def mixed_harness(**sections: Any) -> NodeHarness:
 def reserve(harness: NodeHarness, name: str = "r", num_tokens: int = 10, epoch: int = 1, peer: str = P0) -> list[Any]:
     """Ask for blocks; hashes are those of PROMPT as far as it goes."""
     message = ReserveBlocks(
-        request_id=name,
+        request_id=RequestId(name),
         epoch=epoch,
         block_hashes=HASHES[: num_tokens // 4],
         num_tokens=num_tokens,
@@ -87,11 +88,11 @@ def reserve(harness: NodeHarness, name: str = "r", num_tokens: int = 10, epoch: 
 
 
 def expected(harness: NodeHarness, name: str = "r", epoch: int = 1) -> list[Any]:
-    return harness.receive(MESSAGER, KVExpected(request_id=name, epoch=epoch))
+    return harness.receive(MESSAGER, KVExpected(request_id=RequestId(name), epoch=epoch))
 
 
 def arrived(harness: NodeHarness, name: str = "r", epoch: int = 1) -> list[Any]:
-    return harness.receive(MESSAGER, KVArrived(request_id=name, epoch=epoch, num_bytes=96))
+    return harness.receive(MESSAGER, KVArrived(request_id=RequestId(name), epoch=epoch, num_bytes=96))
 
 
 def hand_off(
@@ -149,7 +150,7 @@ def test_before_the_messager_is_up_p_is_told_to_ask_again() -> None:
     """As when the node has just been started again, and P still writes to the one that was."""
     node = node_config(Role.DECODE)
     machine = DecodeMachine(node, registration(node))
-    early = ReserveBlocks(request_id="r", epoch=1, block_hashes=[], num_tokens=3, max_tokens=5)
+    early = ReserveBlocks(request_id=RequestId("r"), epoch=1, block_hashes=[], num_tokens=3, max_tokens=5)
     [refused] = sent(machine.handle(Received(P0, early), 1.0), ReservationRefused, P0)
     assert refused.retry_after_s is not None
     machine.assert_quiescent()
@@ -221,7 +222,7 @@ def test_reservations_do_not_keep_a_prompt_waiting_for_blocks_without_end() -> N
     assert not sent(reserve(harness, "second"), ReservationRefused)
     assert not sent(reserve(harness, "small", 8), ReservationRefused)
     for name in ("first", "second", "small"):
-        harness.receive(P0, CancelReservation(request_id=name, epoch=1, reason="over"))
+        harness.receive(P0, CancelReservation(request_id=RequestId(name), epoch=1, reason="over"))
         if name == "first":
             [refused] = sent(reserve(harness, "third"), ReservationRefused, P0)
             assert refused.reason == "prompts that came earlier wait for blocks"
@@ -493,7 +494,7 @@ def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     reserve(harness)
     expected(harness)
     for _ in range(5):
-        harness.receive(P0, RenewReservations(attempts=[("r", 1)]))
+        harness.receive(P0, RenewReservations(attempts=[Attempt(RequestId("r"), 1)]))
         assert not sent(harness.pass_time(LEASE_S / 2), ReservationEnded)
     harness.receive(P0, Heartbeat())  # a sign of life is no word about this reservation
     actions = harness.pass_time(LEASE_S / 2)
@@ -505,7 +506,7 @@ def test_a_lease_runs_out_unless_it_is_renewed() -> None:
 
 def test_a_renewal_of_an_unknown_reservation_is_answered() -> None:
     harness = decode_harness()
-    [ended] = sent(harness.receive(P0, RenewReservations(attempts=[("r", 1)])), ReservationEnded, P0)
+    [ended] = sent(harness.receive(P0, RenewReservations(attempts=[Attempt(RequestId("r"), 1)])), ReservationEnded, P0)
     assert (ended.request_id, ended.epoch) == ("r", 1)
 
 
@@ -514,7 +515,7 @@ def test_nobody_renews_the_lease_of_another() -> None:
     reserve(harness)
     expected(harness)
     harness.now += LEASE_S / 2
-    harness.receive("p1#1", RenewReservations(attempts=[("r", 1)]))
+    harness.receive("p1#1", RenewReservations(attempts=[Attempt(RequestId("r"), 1)]))
     harness.receive(P0, Heartbeat())
     harness.pass_time(LEASE_S / 2)
     harness.machine.assert_quiescent()
@@ -565,8 +566,8 @@ def test_an_abort_ends_a_request_wherever_it_is() -> None:
         for _ in range(num_steps):
             harness.finish_step()
         for name in ("b", "a"):
-            harness.receive(ROUTER, Abort(request_id=name, epoch=1))
-            harness.receive(ROUTER, Abort(request_id=name, epoch=1))
+            harness.receive(ROUTER, Abort(request_id=RequestId(name), epoch=1))
+            harness.receive(ROUTER, Abort(request_id=RequestId(name), epoch=1))
         if harness.plan is not None:
             harness.finish_step()
         harness.machine.assert_quiescent()
@@ -575,7 +576,7 @@ def test_an_abort_ends_a_request_wherever_it_is() -> None:
 def test_an_abort_of_another_attempt_is_none() -> None:
     harness = mixed_harness()
     harness.receive(ROUTER, Generate(request=spec(epoch=2)))
-    harness.receive(ROUTER, Abort(request_id="r", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("r"), epoch=1))
     harness.run_steps()
     assert len(harness.sent(TokensOut)) == 5
 

@@ -8,7 +8,7 @@ from support.machines import ROUTER, NodeHarness, sent, spec
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Exit, KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StopRequested, StoreKV
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.node_to_router import RequestPreempted
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
 
@@ -27,7 +27,7 @@ def generate(harness: NodeHarness, name: str, num_tokens: int, *, same: bool = F
 
 
 def abort(harness: NodeHarness, name: str) -> list[Any]:
-    return harness.receive(ROUTER, Abort(request_id=name, epoch=1))
+    return harness.receive(ROUTER, Abort(request_id=RequestId(name), epoch=1))
 
 
 def scheduled(harness: NodeHarness) -> list[str]:
@@ -46,7 +46,7 @@ def test_a_client_leaves_while_the_store_writes_to_the_blocks() -> None:
     assert len(load.blocks) == 2
     abort(harness, "a")
     assert harness.num_used == 3
-    harness.post(KVLoaded(Attempt("a", 1), 2))
+    harness.post(KVLoaded(Attempt(RequestId("a"), 1), 2))
     assert harness.num_used == 0
     harness.machine.assert_quiescent()
 
@@ -57,7 +57,7 @@ def test_one_that_waited_for_blocks_being_read_gets_its_own_when_they_are_given_
     assert not any(isinstance(action, LoadKV) for action in generate(harness, "b", 10, same=True))
     actions = abort(harness, "a")
     [load] = [action for action in actions if isinstance(action, LoadKV)]
-    assert load.key == Attempt("b", 1)
+    assert load.key == Attempt(RequestId("b"), 1)
 
 
 def test_the_reserve_counts_those_whose_kv_is_being_read() -> None:

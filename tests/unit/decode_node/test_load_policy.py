@@ -8,7 +8,8 @@ import pytest
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.resume_policy import LoadPolicy, Speed
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 NOW = 100.0
@@ -19,7 +20,9 @@ def policy(**config: Any) -> LoadPolicy:
 
 
 def request(status: DecodeStatus, num_blocks: int = 10, num_stored: int = 0) -> DecodeRequest:
-    spec = RequestSpec(request_id="r", epoch=1, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1, seed=0))
+    spec = RequestSpec(
+        request_id=RequestId("r"), epoch=1, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1, seed=0)
+    )
     made = DecodeRequest(spec, [bytes([place]) * 32 for place in range(num_blocks)], status, NOW)
     made.num_stored_blocks = num_stored
     return made

@@ -6,12 +6,13 @@ from decode_node.ngram_index import NgramIndex
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.speculate import proposer
 from kvrelay.config.cluster_config import SpeculativeConfig
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 
 
 def request(token_ids: list[int]) -> DecodeRequest:
     spec = RequestSpec(
-        request_id="r", epoch=1, prompt_token_ids=token_ids, sampling=SamplingParams(max_tokens=100, seed=0)
+        request_id=RequestId("r"), epoch=1, prompt_token_ids=token_ids, sampling=SamplingParams(max_tokens=100, seed=0)
     )
     return DecodeRequest(spec, [], DecodeStatus.WAITING, 0.0)
 

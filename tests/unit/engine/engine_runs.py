@@ -19,7 +19,7 @@ from kvrelay.engine.sequences import EngineSequence
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence, SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
@@ -64,7 +64,7 @@ def open_engine(model_dir: Path, **sections: Any) -> Engine:
 def sequence(tokens: list[int], name: str = "r", **sampling: Any) -> Sequence:
     """Return a greedy sequence unless ``sampling`` says otherwise."""
     params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, "ignore_eos": True, **sampling})
-    return Sequence(RequestSpec(request_id=name, epoch=0, prompt_token_ids=tokens, sampling=params))
+    return Sequence(RequestSpec(request_id=RequestId(name), epoch=0, prompt_token_ids=tokens, sampling=params))
 
 
 def planes_of(engine: Engine) -> npt.NDArray[np.uint8]:
@@ -94,7 +94,12 @@ def plan_of(engine: Engine, *batch: tuple[Sequence, Chunk], step: int = 1) -> St
 def run_batch(engine: Engine, *batch: tuple[Sequence, Chunk], layers: list[int] | None = None) -> StepResult:
     """Compute a chunk of each sequence; the sequences stay as they are."""
     heard: list[int] = [] if layers is None else layers
-    return engine.run(plan_of(engine, *batch), heard.append)
+
+    def on_layers(layers: range) -> None:
+        for layer in layers:
+            heard.append(layer)
+
+    return engine.run(plan_of(engine, *batch), on_layers)
 
 
 def outcomes_in_order(result: StepResult) -> list[SequenceOutcome]:
@@ -156,13 +161,13 @@ class Runner:
         return outputs
 
 
-def engine_sequence(tokens: list[int], blocks: list[int]) -> EngineSequence:
+def engine_sequence(tokens: list[int], blocks: list[BlockId]) -> EngineSequence:
     """Return a sequence as an engine knows it."""
     params = SamplingParams(max_tokens=64, seed=0, temperature=0.0)
     return EngineSequence(
         NewSequence(
             id=SequenceId(1),
-            request_id="r",
+            request_id=RequestId("r"),
             token_ids=tokens,
             num_prompt_tokens=len(tokens),
             sampling=params,

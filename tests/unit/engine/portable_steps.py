@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from support.ids import block_ids
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine import kv_pool, portable
@@ -19,6 +20,7 @@ from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
 
 LONG, SHORT, CHUNK, NUM_OUTPUTS = 40, 5, 24, 3
@@ -63,15 +65,17 @@ def _generated(engine: Engine) -> list[list[int]]:
     planes = engine.memory.planes
     planes[:, :, again.block_table] = planes[:, :, long.block_table]
     again.num_computed_tokens = LONG
-    engine.run(plans.write(1, [again], [Chunk(LONG - 1, 1, True)]), lambda layer: None)
+    engine.run(plans.write(1, [again], [Chunk(LONG - 1, 1, True)]), lambda layers: None)
     return [one.token_ids[one.num_prompt_tokens :] for one in (long, short)]
 
 
 def _sequence(num_tokens: int, first_block: int) -> Sequence:
     sampling = SamplingParams(max_tokens=NUM_OUTPUTS, seed=0, temperature=0.0, ignore_eos=True)
     prompt = np.random.default_rng(num_tokens).integers(3, 384, num_tokens).tolist()
-    one = Sequence(RequestSpec(request_id=f"r{first_block}", epoch=0, prompt_token_ids=prompt, sampling=sampling))
-    one.take_blocks(range(first_block, first_block + 4))
+    one = Sequence(
+        RequestSpec(request_id=RequestId(f"r{first_block}"), epoch=0, prompt_token_ids=prompt, sampling=sampling)
+    )
+    one.take_blocks(block_ids(*range(first_block, first_block + 4)))
     return one
 
 
@@ -80,7 +84,7 @@ def _step(engine: Engine, plans: PlanWriter, *batch: tuple[Sequence, int]) -> No
     chunks = [
         Chunk(one.num_computed_tokens, count, one.num_computed_tokens + count == one.num_tokens) for one, count in batch
     ]
-    result = engine.run(plans.write(1, sequences, chunks), lambda layer: None)
+    result = engine.run(plans.write(1, sequences, chunks), lambda layers: None)
     for one, chunk, sampled in zip(sequences, chunks, result.sampled, strict=True):
         one.num_computed_tokens += chunk.num_tokens
         one.token_ids += sampled.token_ids

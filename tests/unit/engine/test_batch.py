@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 from engine_runs import engine_sequence
+from support.ids import block_ids
 
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, StepLimits
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
@@ -14,7 +15,7 @@ LIMITS = StepLimits(block_size=4, num_blocks=500, max_model_len=200, vocab_size=
 
 
 def placed(rng: random.Random, num_tokens: int, num_slots: int) -> EngineSequence:
-    blocks = rng.sample(range(LIMITS.num_blocks), -(-num_slots // LIMITS.block_size))
+    blocks = rng.sample(block_ids(*range(LIMITS.num_blocks)), -(-num_slots // LIMITS.block_size))
     return engine_sequence(rng.choices(range(1000), k=num_tokens), blocks)
 
 

@@ -22,6 +22,7 @@ from engine_runs import (
     use_kernels,
 )
 from support.broken_checkpoint import break_embedding, set_weights
+from support.ids import block_ids
 
 from kvrelay.engine import isolation
 from kvrelay.engine.interface import Engine
@@ -170,7 +171,7 @@ def test_a_token_outside_the_vocabulary_fails_its_sequence(broken: Engine, token
 
 def test_a_table_that_leaves_the_pool_fails_its_sequence(broken: Engine) -> None:
     runner, one, other = Runner(broken), sequence([1, 2, 3], "bad"), neighbours()[1]
-    one.take_blocks([broken.memory.num_blocks])
+    one.take_blocks(block_ids(broken.memory.num_blocks))
     outcomes = outcomes_of(broken, runner, [(other, other.num_tokens), (one, 3)])
     assert isinstance(outcomes[1], SequenceFailed) and "leaves the pool" in outcomes[1].reason
     assert isinstance(outcomes[0], SampledTokens)

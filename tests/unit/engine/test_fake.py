@@ -11,7 +11,7 @@ from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.fake import FakeEngine, reference_tokens, step_seconds
 from kvrelay.errors import ConfigError, EngineError
 from kvrelay.node.plans import Chunk
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, SequenceId
 from kvrelay.protocol.messages.engine import ScheduledTokens, SequenceFailed, StepPlan
 
 CONFIG = FakeEngineConfig()
@@ -135,14 +135,14 @@ def test_layers_are_announced_in_order_and_written_by_then(make_runner: MakeRunn
     runner, one = make_runner(), sequence(prompt(8), max_tokens=1)
     runner.give_blocks(one, 8)
     planes = planes_of(runner.engine)
-    heard = []
+    heard: list[int] = []
 
-    def on_layer(layer: int) -> None:
-        heard.append(layer)
-        assert planes[layer][:, one.block_table].any(-1).all()
-        assert not planes[layer + 1 :].any()
+    def on_layers(layers: range) -> None:
+        heard.extend(layers)
+        assert planes[layers.start : layers.stop][:, :, one.block_table].any(-1).all()
+        assert not planes[layers.stop :].any()
 
-    runner.engine.run(plan_of(runner.engine, (one, Chunk(0, 8, True))), on_layer)
+    runner.engine.run(plan_of(runner.engine, (one, Chunk(0, 8, True))), on_layers)
     assert heard == list(range(CONFIG.num_layers))
 
 
@@ -197,7 +197,7 @@ def test_a_step_takes_what_the_cost_model_says(make_runner: MakeRunner) -> None:
     ],
 )
 def test_a_sequence_beside_the_pool_fails_alone(
-    make_runner: MakeRunner, start: int, count: int, table: list[int], fault: str
+    make_runner: MakeRunner, start: int, count: int, table: list[BlockId], fault: str
 ) -> None:
     runner, one, other = make_runner(), sequence(prompt(8), "bad"), sequence(prompt(9))
     one.take_blocks(table)
@@ -229,7 +229,7 @@ def test_what_is_known_of_a_sequence_is_forgotten_when_it_leaves(make_runner: Ma
 
 def test_an_empty_step_is_an_error(make_runner: MakeRunner) -> None:
     with pytest.raises(EngineError, match="without sequences"):
-        make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layer: None)
+        make_runner().engine.run(StepPlan(step=1, batch=[]), lambda layers: None)
 
 
 @pytest.mark.parametrize("chunk", [3, 100])

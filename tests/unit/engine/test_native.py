@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import Runner, not_compiled, open_engine, output, planes_of, sequence, spy_on_sampling, use_kernels
+from support.ids import block_ids
 
 from kvrelay.engine import select_kernels
 from kvrelay.engine.interface import Engine
@@ -111,7 +112,7 @@ def test_kv_moved_to_another_engine_gives_the_same_bits(open_native: Opener, log
     one = asked()[-1]
     Runner(native, seed=1).run((one, 256))
     there = list(one.block_table)
-    one.take_blocks(range(40, 40 + len(there)))
+    one.take_blocks(block_ids(*range(40, 40 + len(there))))
     planes_of(other)[:, :, one.block_table] = planes_of(native)[:, :, there]
     Runner(other, seed=2).finish(one)
     np.testing.assert_array_equal(logits.take()["r300"], wanted)

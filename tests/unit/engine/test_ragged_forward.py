@@ -130,14 +130,14 @@ def test_a_block_exchanged_between_steps_is_read_in_its_new_place(engine: Engine
 def test_layers_are_announced_in_order_with_their_kv_in_the_pool(engine: Engine) -> None:
     one = asked(20)
     one.take_blocks([5, 2])
-    planes, heard = planes_of(engine), []
+    planes, heard = planes_of(engine), list[int]()
 
-    def on_layer(layer: int) -> None:
-        heard.append(layer)
-        assert planes[layer][:, [5, 2]].any(-1).all()
-        assert not planes[layer + 1 :].any()
+    def on_layers(layers: range) -> None:
+        heard.extend(layers)
+        assert planes[layers.start : layers.stop][:, :, [5, 2]].any(-1).all()
+        assert not planes[layers.stop :].any()
 
-    engine.run(plan_of(engine, (one, Chunk(0, 20, True))), on_layer)
+    engine.run(plan_of(engine, (one, Chunk(0, 20, True))), on_layers)
     assert heard == [0, 1, 2, 3]
     assert not np.delete(planes, [5, 2], axis=2).any()
 
@@ -157,4 +157,4 @@ def test_a_token_outside_the_vocabulary_is_an_error(engine: Engine, token: int) 
 
 def test_an_empty_step_is_an_error(engine: Engine) -> None:
     with pytest.raises(EngineError, match="without sequences"):
-        engine.run(StepPlan(step=1, batch=[]), lambda layer: None)
+        engine.run(StepPlan(step=1, batch=[]), lambda layers: None)

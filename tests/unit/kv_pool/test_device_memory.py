@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
+from support.ids import block_ids
 
 from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.kv_pool.attach import open_pool
@@ -16,6 +17,7 @@ from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.kv_handle import KVDeviceHandle, KVHandle
 
 GEOMETRY = KVGeometry(3, 2, 4, 8, "float16", "model")
@@ -34,7 +36,7 @@ def fill(memory: DeviceMemory, seed: int = 3) -> None:
     """Do as an engine does that computes every block."""
     shape = memory.blocks.words.shape
     memory.blocks.words[:] = np.random.default_rng(seed).integers(-(1 << 62), 1 << 62, shape)
-    memory.begin_digest(EVERY, list(range(memory.num_blocks))).wait()
+    memory.begin_digest(EVERY, block_ids(*range(memory.num_blocks))).wait()
 
 
 def test_handle_opens_the_same_blocks_and_digests(memory: DeviceMemory) -> None:
@@ -42,8 +44,8 @@ def test_handle_opens_the_same_blocks_and_digests(memory: DeviceMemory) -> None:
     handle = msgspec.json.decode(msgspec.json.encode(memory.handle), type=KVHandle)
     other = open_pool(GEOMETRY, handle)
     assert isinstance(other, DeviceMemory)
-    assert other.read(EVERY, [3, 9]) == memory.read(EVERY, [3, 9])
-    assert other.digest(range(1, 3), [7, 1]) == memory.digest(range(1, 3), [7, 1])
+    assert other.read(EVERY, block_ids(3, 9)) == memory.read(EVERY, block_ids(3, 9))
+    assert other.digest(range(1, 3), block_ids(7, 1)) == memory.digest(range(1, 3), block_ids(7, 1))
     other.close()
 
 
@@ -64,7 +66,7 @@ sys.stdin.read()
         source = DeviceMemory.attach(GEOMETRY, handle)
         process.kill()
     target = DeviceMemory.create(GEOMETRY, 4, "simulated")
-    target.copy_from(source, EVERY, [0], [9])
+    target.copy_from(source, EVERY, block_ids(0), block_ids(9))
     assert (target.blocks.words[:, 0] == 5).all()
     source.close()
     target.close()
@@ -97,19 +99,19 @@ def test_memory_that_the_machine_does_not_give_is_a_config_error() -> None:
 def test_every_way_of_writing_notes_the_digests(memory: DeviceMemory) -> None:
     other = DeviceMemory.create(GEOMETRY, 10, "simulated")
     fill(other)
-    payload = other.read(range(1, 3), [7, 1])
-    memory.write(range(1, 3), [0, 5], [payload[0][:100], payload[0][100:]])
-    assert memory.digest(range(1, 3), [0, 5]) == other.digest(range(1, 3), [7, 1])
-    copied = memory.copy_from(other, EVERY, [9, 2, 3], [4, 8, 0])
-    assert copied == memory.digest(EVERY, [9, 2, 3]) == other.digest(EVERY, [4, 8, 0])
-    assert memory.read(EVERY, [9, 2, 3]) == other.read(EVERY, [4, 8, 0])
+    payload = other.read(range(1, 3), block_ids(7, 1))
+    memory.write(range(1, 3), block_ids(0, 5), [payload[0][:100], payload[0][100:]])
+    assert memory.digest(range(1, 3), block_ids(0, 5)) == other.digest(range(1, 3), block_ids(7, 1))
+    copied = memory.copy_from(other, EVERY, block_ids(9, 2, 3), block_ids(4, 8, 0))
+    assert copied == memory.digest(EVERY, block_ids(9, 2, 3)) == other.digest(EVERY, block_ids(4, 8, 0))
+    assert memory.read(EVERY, block_ids(9, 2, 3)) == other.read(EVERY, block_ids(4, 8, 0))
     blocks = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in range(2)]
-    other.copy_out([6, 5], blocks)
-    with memory.lend([1, 4]) as lent:
+    other.copy_out(block_ids(6, 5), blocks)
+    with memory.lend(block_ids(1, 4)) as lent:
         for mine, theirs in zip(lent, blocks, strict=True):
             mine[:] = theirs
-    assert memory.digest(EVERY, [1, 4]) == other.digest(EVERY, [6, 5])
-    assert memory.read(EVERY, [1, 4]) == other.read(EVERY, [6, 5])
+    assert memory.digest(EVERY, block_ids(1, 4)) == other.digest(EVERY, block_ids(6, 5))
+    assert memory.read(EVERY, block_ids(1, 4)) == other.read(EVERY, block_ids(6, 5))
     other.close()
 
 
@@ -119,13 +121,13 @@ def test_whole_blocks_are_staged_a_few_at_a_time(memory: DeviceMemory, monkeypat
     sizes: list[int] = []
     read = memory.blocks.read
 
-    def noted(planes: range, ids: list[int]) -> Words:
+    def noted(planes: range, ids: list[BlockId]) -> Words:
         sizes.append(len(ids))
         words: Words = read(planes, ids)
         return words
 
     monkeypatch.setattr(memory.blocks, "read", noted)
-    order = [9, 1, 4, 0, 7]
+    order = block_ids(9, 1, 4, 0, 7)
     copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in order]
     memory.copy_out(order, copies)
     assert sizes == [2, 2, 1]
@@ -141,7 +143,7 @@ def test_host_memory_cannot_be_copied_from(memory: DeviceMemory) -> None:
     host = KVMemory.create(GEOMETRY, 10)
     for target, source in ((memory, host), (host, memory)):
         with pytest.raises(GeometryMismatchError, match="cannot be copied from"):
-            target.copy_from(source, EVERY, [0], [0])
+            target.copy_from(source, EVERY, block_ids(0), block_ids(0))
     host.close()
 
 

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import xxhash
+from support.ids import block_ids
 
 from kvrelay.errors import ConfigError, GeometryMismatchError, PeerLostError
 from kvrelay.kv_pool.host_memory import KVMemory
@@ -137,7 +138,7 @@ def test_read_gives_views_of_runs_plane_by_plane() -> None:
     large = KVGeometry(3, 8, 128, 32, "float32", "model")
     made = KVMemory.create(large, num_blocks=10)
     made.planes[:] = np.arange(10, dtype=np.uint8)[None, None, :, None]
-    parts = made.read(range(1, 2), [4, 5, 6, 2])
+    parts = made.read(range(1, 2), block_ids(4, 5, 6, 2))
     assert [part.nbytes for part in parts] == [3 * large.plane_block_bytes, large.plane_block_bytes] * 2
     assert [part[0] for part in parts] == [4, 2, 4, 2]
     assert all(np.shares_memory(np.frombuffer(part, np.uint8), made.planes[1]) for part in parts)
@@ -148,9 +149,9 @@ def test_read_gives_views_of_runs_plane_by_plane() -> None:
 def test_digest_is_that_of_what_is_read_and_copied(memory: KVMemory) -> None:
     memory.planes[:] = np.random.default_rng(3).integers(0, 255, memory.planes.shape, np.uint8)
     other = KVMemory.create(GEOMETRY, num_blocks=10)
-    expected = xxhash.xxh3_64_intdigest(b"".join(memory.read(range(1, 3), [7, 1, 2])))
-    assert memory.digest(range(1, 3), [7, 1, 2]) == expected
-    assert other.copy_from(memory, range(1, 3), [0, 5, 9], [7, 1, 2]) == expected
+    expected = xxhash.xxh3_64_intdigest(b"".join(memory.read(range(1, 3), block_ids(7, 1, 2))))
+    assert memory.digest(range(1, 3), block_ids(7, 1, 2)) == expected
+    assert other.copy_from(memory, range(1, 3), block_ids(0, 5, 9), block_ids(7, 1, 2)) == expected
     assert np.array_equal(other.planes[1:, :, [0, 5, 9]], memory.planes[1:, :, [7, 1, 2]])
     assert not other.planes[0].any()
     other.close()
@@ -159,8 +160,8 @@ def test_digest_is_that_of_what_is_read_and_copied(memory: KVMemory) -> None:
 def test_blocks_go_out_and_come_in_whole(memory: KVMemory) -> None:
     memory.planes[:] = np.random.default_rng(4).integers(0, 255, memory.planes.shape, np.uint8)
     copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in range(2)]
-    memory.copy_out([8, 3], copies)
-    with memory.lend([0, 1]) as blocks:
+    memory.copy_out(block_ids(8, 3), copies)
+    with memory.lend(block_ids(0, 1)) as blocks:
         for block, copy in zip(blocks, copies, strict=True):
             block[:] = copy
     assert np.array_equal(memory.planes[:, :, [0, 1]], memory.planes[:, :, [8, 3]])

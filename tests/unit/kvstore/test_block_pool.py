@@ -1,13 +1,15 @@
 """The free list and the reference counts."""
 
 import pytest
+from support.ids import block_ids
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_pool import FREE, BlockPool
 
 
 def state(pool: BlockPool) -> tuple[int, list[int], int, int]:
-    counts = [pool.ref_count(block) for block in range(pool.num_blocks)]
+    counts = [pool.ref_count(BlockId(block)) for block in range(pool.num_blocks)]
     return pool.num_free, counts, pool.num_allocated, pool.num_recycled
 
 
@@ -53,7 +55,7 @@ def test_more_than_there_is_cannot_be_allocated(num_blocks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "block_ids", "message"),
+    ("operation", "blocks", "message"),
     [
         ("pin", [0, 3], "pin: block 3 is free"),
         ("unpin", [0, 3], "unpin: block 3 is free"),
@@ -68,14 +70,14 @@ def test_more_than_there_is_cannot_be_allocated(num_blocks: int) -> None:
         ("recycle", [2, 2], "recycle: block 2 is named twice"),
     ],
 )
-def test_misuse_is_told_and_changes_nothing(operation: str, block_ids: list[int], message: str) -> None:
+def test_misuse_is_told_and_changes_nothing(operation: str, blocks: list[BlockId], message: str) -> None:
     pool = BlockPool(4)
     pool.allocate(3)
-    pool.pin([1])
-    pool.unpin([2])
+    pool.pin(block_ids(1))
+    pool.unpin(block_ids(2))
     before = state(pool)
     with pytest.raises(LocalProtocolError, match=message):
-        getattr(pool, operation)(block_ids)
+        getattr(pool, operation)(blocks)
     assert state(pool) == before
     assert pool.problems() == []
 
@@ -83,7 +85,7 @@ def test_misuse_is_told_and_changes_nothing(operation: str, block_ids: list[int]
 def test_problems_are_found() -> None:
     pool = BlockPool(4)
     pool.allocate(2)
-    pool._free += [0, 3]
+    pool._free += block_ids(0, 3)
     assert pool.problems() == [
         "block 0 is on the free list but has 1 reference",
         "the free list names 1 blocks more than once",

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
+from support.ids import block_ids
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
@@ -17,7 +19,7 @@ def hashes_of(text: str) -> list[bytes]:
     return HASHER.hashes([ord(letter) for letter in text])
 
 
-def run(cache: KVCache, text: str) -> list[int]:
+def run(cache: KVCache, text: str) -> list[BlockId]:
     """Serve ``text`` as a node does, up to the point where all its blocks are published; return its block table."""
     hashes = hashes_of(text)
     matched = cache.match(hashes)
@@ -250,14 +252,14 @@ def test_misuse_is_told_and_changes_nothing() -> None:
     before = counts(cache), cache.stats
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: cache.unpin(table), "unpin: block 0 has no references and is kept by the prefix cache"),
-        (lambda: cache.unpin([3]), "unpin: block 3 is free"),
-        (lambda: cache.pin([0, 3]), "pin: block 3 is free"),
-        (lambda: cache.pin([9]), "pin: no such block in a pool of 4: 9"),
+        (lambda: cache.unpin(block_ids(3)), "unpin: block 3 is free"),
+        (lambda: cache.pin(block_ids(0, 3)), "pin: block 3 is free"),
+        (lambda: cache.pin(block_ids(9)), "pin: no such block in a pool of 4: 9"),
         (lambda: cache.unpin([*private, *private]), "unpin: block 2 is named twice"),
         (lambda: cache.allocate(4), "allocate 4 blocks: of 4, 1 are free, 2 evictable, 1 used"),
         (lambda: cache.allocate(-1), "allocate -1 blocks"),
-        (lambda: cache.publish(hashes_of("xy"), [2, 3]), "publish: block 3 is free"),
-        (lambda: cache.publish(hashes_of("x"), [0]), "publish: block 0 has no references"),
+        (lambda: cache.publish(hashes_of("xy"), block_ids(2, 3)), "publish: block 3 is free"),
+        (lambda: cache.publish(hashes_of("x"), block_ids(0)), "publish: block 0 has no references"),
         (lambda: cache.publish(hashes_of("xy"), private), "publish: 2 hashes for 1 blocks"),
     ]
     for misuse, message in cases:

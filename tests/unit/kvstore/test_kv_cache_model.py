@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
@@ -31,10 +32,10 @@ class Model:
     """
 
     num_blocks: int
-    refs: dict[int, int] = field(default_factory=dict)
-    published: dict[str, int] = field(default_factory=dict)
+    refs: dict[BlockId, int] = field(default_factory=dict)
+    published: dict[str, BlockId] = field(default_factory=dict)
     idle_since: dict[str, int] = field(default_factory=dict)
-    forgotten: set[int] = field(default_factory=set)
+    forgotten: set[BlockId] = field(default_factory=set)
     operations: int = 0
 
     def held(self, prefix: str) -> bool:
@@ -46,16 +47,16 @@ class Model:
     def free(self) -> int:
         return self.num_blocks - len(set(self.refs) | set(self.published.values()))
 
-    def match(self, text: str) -> list[int]:
+    def match(self, text: str) -> list[BlockId]:
         prefixes = (text[: end + 1] for end in range(len(text)))
         return [self.published[prefix] for prefix in prefixes if prefix in self.published]
 
-    def pin(self, blocks: list[int]) -> None:
+    def pin(self, blocks: list[BlockId]) -> None:
         for block in blocks:
             self.refs[block] = self.refs.get(block, 0) + 1
         self.note_idle()
 
-    def unpin(self, blocks: list[int]) -> None:
+    def unpin(self, blocks: list[BlockId]) -> None:
         for block in blocks:
             self.refs[block] -= 1
             if not self.refs[block]:
@@ -63,7 +64,7 @@ class Model:
                 self.forgotten.discard(block)
         self.note_idle()
 
-    def publish(self, text: str, blocks: list[int]) -> None:
+    def publish(self, text: str, blocks: list[BlockId]) -> None:
         for end, block in enumerate(blocks, start=1):
             if block in self.forgotten:
                 break
@@ -96,7 +97,7 @@ class Model:
 @dataclass
 class Request:
     text: str
-    block_table: list[int]
+    block_table: list[BlockId]
 
 
 class Driver:
@@ -107,7 +108,7 @@ class Driver:
         self.model = Model(num_blocks)
         self.rng = rng
         self.requests: list[Request] = []
-        self.readers: list[list[int]] = []
+        self.readers: list[list[BlockId]] = []
 
     def admit(self) -> None:
         text = self.some_text(10)
@@ -175,7 +176,7 @@ class Driver:
         self.model.note_idle()
 
     def misuse(self) -> None:
-        block = self.rng.randint(-1, self.model.num_blocks)
+        block = BlockId(self.rng.randint(-1, self.model.num_blocks))
         if not self.model.refs.get(block):
             with pytest.raises(LocalProtocolError):
                 self.cache.unpin([block])
@@ -186,7 +187,7 @@ class Driver:
     def some_text(self, longest: int) -> str:
         return "".join(self.rng.choices("ab", weights=[2, 1], k=self.rng.randint(1, longest)))
 
-    def allocate(self, num_blocks: int) -> list[int]:
+    def allocate(self, num_blocks: int) -> list[BlockId]:
         deficit = max(0, num_blocks - self.model.free())
         blocks = self.cache.allocate(num_blocks)
         self.model.evict({text for text in self.model.published if not self.is_published(text)}, deficit)
@@ -199,7 +200,7 @@ class Driver:
         self.cache.publish(hashes_of(request.text[:num_blocks]), request.block_table[:num_blocks])
         self.model.publish(request.text[:num_blocks], request.block_table[:num_blocks])
 
-    def release(self, blocks: list[int]) -> None:
+    def release(self, blocks: list[BlockId]) -> None:
         self.cache.unpin(blocks)
         self.model.unpin(blocks)
 

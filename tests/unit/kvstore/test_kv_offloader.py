@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
 from kvrelay.machine.outbox import Outbox
 from kvstore.blocks.block_hash import BlockHasher

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.ids import block_ids
 
-from kvrelay.config.sections import StorageConfig
+from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, LoadKV, StoreCounted
 from kvrelay.machine.outbox import Outbox
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.kv_offloader import KVOffloader, Saved
 from kvstore.offload.store_transfers import StoreTransfers
 
 HASHES = BlockHasher("model", 1).hashes(range(8))
-KEY = Attempt("r", 1)
+KEY = Attempt(RequestId("r"), 1)
 
 
 class Desk:
@@ -30,7 +31,7 @@ class Desk:
         self.transfers: StoreTransfers[str, str] = StoreTransfers(config, 4, self.offloader, self.outbox)
 
     def load(self, num_blocks: int) -> LoadKV:
-        self.transfers.load(KEY, "what", HASHES[:num_blocks], range(num_blocks), 3.0)
+        self.transfers.load(KEY, "what", HASHES[:num_blocks], block_ids(*range(num_blocks)), 3.0)
         [action] = self.outbox.take()
         assert isinstance(action, LoadKV)
         return action
@@ -48,7 +49,7 @@ class Desk:
 def test_a_read_is_worth_so_many_blocks_and_comes_back_with_what_it_was_for() -> None:
     harness = Desk()
     assert harness.transfers.min_blocks == 2
-    assert harness.load(5) == LoadKV(KEY, HASHES[:5], range(5), 2, 3.0)
+    assert harness.load(5) == LoadKV(KEY, HASHES[:5], block_ids(*range(5)), 2, 3.0)
     was_idle = harness.transfers.is_idle
     harness.outbox.now += 0.5
     assert harness.transfers.loaded(KVLoaded(KEY, 3)) == ("what", 0.5)

@@ -11,7 +11,7 @@ from kvrelay.config.cluster_config import RegistryConfig, Role
 from kvrelay.machine.contract import Announce, CoreAction, Exit, Ready, Send
 from kvrelay.machine.membership import DRAINING, READY, REFUSED, Membership, RegistrationMessage
 from kvrelay.machine.outbox import Outbox
-from kvrelay.protocol.ids import ROUTER, PeerId
+from kvrelay.protocol.ids import ROUTER, PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.router_to_node import Abort, Drain, RegisterAgain, Registered, RegistrationRefused
@@ -178,7 +178,7 @@ def test_a_router_that_gave_us_up_first_learns_of_no_new_session() -> None:
 def test_a_router_that_is_not_known_is_obeyed_in_nothing_but_registering() -> None:
     membership = membership_of("redis")
     registered(membership, PeerId(A))
-    abort = Abort(request_id="r", epoch=1)
+    abort = Abort(request_id=RequestId("r"), epoch=1)
     assert membership.is_authorized(PeerId(A), abort)
     assert not membership.is_authorized(PeerId(B), abort)
     assert membership.is_authorized(PeerId(B), RegisterAgain())

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ids import block_ids
 from support.machines import D0, D0_ADDRESS, LINK, MESSAGER, ROUTER, NodeHarness, spec
 
 from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
 from kvrelay.protocol.messages.engine import StepPlan
 from kvrelay.protocol.messages.messager_to_node import TransferDone
@@ -89,7 +91,9 @@ class Node:
         """Let D have all KV of the prompt that waits for that longest, if one does."""
         if self.transfers:
             name = self.transfers.pop(0)
-            self.harness.receive(MESSAGER, TransferDone(request_id=name, epoch=1, num_bytes=0, link="", layers=[]))
+            self.harness.receive(
+                MESSAGER, TransferDone(request_id=RequestId(name), epoch=1, num_bytes=0, link="", layers=[])
+            )
             self._look()
 
     def abort(self, place: int) -> None:
@@ -98,7 +102,7 @@ class Node:
         if names:
             name = names[place % len(names)]
             del self.referee.unfinished[name]
-            self.harness.receive(ROUTER, Abort(request_id=name, epoch=1))
+            self.harness.receive(ROUTER, Abort(request_id=RequestId(name), epoch=1))
             self._look()
 
     def finish(self) -> None:
@@ -117,7 +121,7 @@ class Node:
             match getattr(action, "message", None):
                 case ReserveBlocks(request_id=name):
                     reserved = BlocksReserved(
-                        request_id=name, epoch=1, block_ids=[0], num_cached_blocks=0, link=LINK, lease_s=1e9
+                        request_id=name, epoch=1, block_ids=block_ids(0), num_cached_blocks=0, link=LINK, lease_s=1e9
                     )
                     self.harness.receive(D0, reserved)
                 case TokensOut(outputs=outputs) if self.role is Role.PREFILL:

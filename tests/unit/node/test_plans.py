@@ -6,12 +6,14 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from support.ids import block_ids
 from support.machines import spec
 
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.codec import decode, encode
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import BlockId, SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceChange, SequenceFailed, StepPlan, StepResult
 from kvrelay.protocol.request import Sequence
 
@@ -22,7 +24,7 @@ class Machine:
 
     rng: random.Random
     writer: PlanWriter = field(default_factory=PlanWriter)
-    engine: EngineSequences = field(default_factory=EngineSequences)
+    engine: EngineSequences = field(default_factory=lambda: EngineSequences(GrammarMasks(32)))
     sequences: list[Sequence] = field(default_factory=list)
     in_flight: list[tuple[StepPlan, dict[Sequence, Chunk], StepResult]] = field(default_factory=list)
     step: int = 0
@@ -35,8 +37,8 @@ class Machine:
     def token(self) -> int:
         return self.rng.randrange(1000)
 
-    def blocks(self, count: int) -> list[int]:
-        return [self.rng.randrange(500) for _ in range(count)]
+    def blocks(self, count: int) -> list[BlockId]:
+        return [BlockId(self.rng.randrange(500)) for _ in range(count)]
 
     def leave(self) -> None:
         """One ends, or is preempted and will be back with other blocks."""
@@ -89,7 +91,7 @@ class Machine:
     def check(self, chunks: dict[Sequence, Chunk], plan: StepPlan, items: list[ScheduledSequence]) -> None:
         for (one, chunk), scheduled, item in zip(chunks.items(), plan.batch, items, strict=True):
             known = item.sequence.token_ids
-            assert item.sequence.block_table == one.block_table
+            assert list(item.sequence.block_table) == one.block_table
             assert known[: one.num_tokens] == one.token_ids
             assert len(known) == one.num_tokens + scheduled.awaits == chunk.end - len(chunk.drafts or ())
             assert (item.sequence.num_prompt_tokens, item.sequence.sampling) == (one.num_prompt_tokens, one.sampling)
@@ -124,14 +126,14 @@ def test_the_engine_has_the_machines_sequences_whatever_happens_to_them(seed: in
     assert len(machine.engine) == len(machine.writer) == 0
 
 
-def sequence(blocks: list[int]) -> Sequence:
+def sequence(blocks: list[BlockId]) -> Sequence:
     one = Sequence(spec("r", [1, 2, 3]))
     one.take_blocks(blocks)
     return one
 
 
 def test_a_decode_that_needs_nothing_new_is_told_nothing_but_its_position() -> None:
-    writer, one = PlanWriter(), sequence([7])
+    writer, one = PlanWriter(), sequence(block_ids(7))
     writer.write(1, [one], [Chunk(0, 3, True)])
     one.token_ids.append(50)
     one.num_computed_tokens = 3
@@ -141,11 +143,11 @@ def test_a_decode_that_needs_nothing_new_is_told_nothing_but_its_position() -> N
 
 
 def test_a_sequence_that_comes_back_is_a_new_one() -> None:
-    writer, one = PlanWriter(), sequence([7])
+    writer, one = PlanWriter(), sequence(block_ids(7))
     first = writer.write(1, [one], [Chunk(0, 3, True)])
     writer.leave(one)
     writer.leave(one)
-    one.take_blocks([9])
+    one.take_blocks(block_ids(9))
     second = writer.write(2, [one], [Chunk(0, 3, True)])
     assert second.left == [first.batch[0].id]
     assert second.new[0].id == second.batch[0].id != first.batch[0].id
@@ -153,22 +155,22 @@ def test_a_sequence_that_comes_back_is_a_new_one() -> None:
 
 
 def test_a_wholly_cached_prompt_writes_nothing() -> None:
-    writer, one = PlanWriter(), sequence([7])
+    writer, one = PlanWriter(), sequence(block_ids(7))
     one.num_computed_tokens = 3
     assert writer.write(1, [one], [Chunk(2, 1, True)]).batch[0].writes_from == 3
 
 
 def test_a_block_that_was_exchanged_before_the_engine_knew_it_is_told_once() -> None:
-    writer, one = PlanWriter(), sequence([7])
-    writer.replaced(one, [(0, 7)])  # the engine does not know the sequence
+    writer, one = PlanWriter(), sequence(block_ids(7))
+    writer.replaced(one, [(0, BlockId(7))])  # the engine does not know the sequence
     plan = writer.write(1, [one], [Chunk(0, 3, True)])
     one.token_ids.append(50)
-    one.block_table.append(8)
+    one.block_table.append(BlockId(8))
     one.block_table[:] = one.block_table[:0]
-    one.block_table.extend([4, 9])
-    writer.replaced(one, [(0, 4), (1, 9)])
+    one.block_table.extend(block_ids(4, 9))
+    writer.replaced(one, [(0, BlockId(4)), (1, BlockId(9))])
     changed = writer.write(2, [one], [Chunk(3, 1, True)]).changed
-    assert changed == [SequenceChange(plan.batch[0].id, [9], [(0, 4)], [])]
+    assert changed == [SequenceChange(plan.batch[0].id, block_ids(9), [(0, BlockId(4))], [])]
 
 
 def test_a_sequence_that_the_engine_was_not_told_of_fails_in_its_step() -> None:
@@ -176,12 +178,12 @@ def test_a_sequence_that_the_engine_was_not_told_of_fails_in_its_step() -> None:
     from kvrelay.config.cluster_config import FakeEngineConfig
     from kvrelay.engine.fake import FakeEngine
 
-    writer, one, other = PlanWriter(), sequence([7]), sequence([8])
+    writer, one, other = PlanWriter(), sequence(block_ids(7)), sequence(block_ids(8))
     writer.write(1, [one], [Chunk(0, 3, True)])
     one.token_ids.append(50)
-    one.block_table.append(9)
+    one.block_table.append(BlockId(9))
     engine = FakeEngine(FakeEngineConfig(), 4, 16)
-    result = engine.run(writer.write(2, [one, other], [Chunk(3, 1, True), Chunk(0, 3, True)]), lambda layer: None)
+    result = engine.run(writer.write(2, [one, other], [Chunk(3, 1, True), Chunk(0, 3, True)]), lambda layers: None)
     engine.close()
     assert isinstance(result.outcomes[SequenceId(1)], SequenceFailed)
     assert isinstance(result.outcomes[SequenceId(2)], SampledTokens)
@@ -189,4 +191,4 @@ def test_a_sequence_that_the_engine_was_not_told_of_fails_in_its_step() -> None:
 
 def test_as_many_chunks_as_sequences() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        PlanWriter().write(1, [sequence([7])], [])
+        PlanWriter().write(1, [sequence(block_ids(7))], [])

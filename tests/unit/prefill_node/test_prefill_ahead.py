@@ -6,6 +6,7 @@ from support.machines import D0_ADDRESS, MESSAGER, ROUTER, NodeHarness, spec
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import LayersComputed, StepFailed
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.node_to_messager import LayerSignal
 from kvrelay.protocol.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.protocol.messages.router_to_node import Abort, Prefill
@@ -51,7 +52,7 @@ def test_signals_are_of_the_step_that_computed_the_layers() -> None:
 
 def test_blocks_are_held_until_every_plan_that_has_them_is_over() -> None:
     harness = harness_with(30)
-    harness.receive(ROUTER, Abort(request_id="r0", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("r0"), epoch=1))
     held = harness.num_used
     assert held == 8
     harness.finish_step()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.ids import block_ids
 from support.machines import D0, D0_ADDRESS, LINK, MESSAGER, ROUTER, VOCAB_SIZE, NodeHarness, sent, spec
 
 from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved
 from kvrelay.protocol.messages.node_to_messager import CloseTransfer
 from kvrelay.protocol.messages.node_to_router import RequestFailed, RequestTimeline, TokensOut
@@ -24,7 +26,12 @@ def prefill(harness: NodeHarness, request: RequestSpec) -> list[Any]:
 
 def granted(harness: NodeHarness, name: str) -> None:
     reserved = BlocksReserved(
-        request_id=name, epoch=1, block_ids=[20, 21, 22], num_cached_blocks=0, link=LINK, lease_s=8.0
+        request_id=RequestId(name),
+        epoch=1,
+        block_ids=block_ids(20, 21, 22),
+        num_cached_blocks=0,
+        link=LINK,
+        lease_s=8.0,
     )
     harness.receive(D0, reserved)
 
@@ -60,7 +67,7 @@ def test_what_the_failing_step_computed_is_not_shared_and_what_earlier_steps_did
     [reserve] = sent(prefill(harness, spec("again", PROMPT)), ReserveBlocks, D0)
     assert len(reserve.block_hashes) == 3
     assert harness.plan is not None and [item.start for item in harness.plan.batch] == [8]
-    harness.receive(ROUTER, Abort(request_id="again", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("again"), epoch=1))
     harness.finish_step()
     harness.machine.assert_quiescent()
 
@@ -73,7 +80,7 @@ def test_who_waited_for_the_blocks_of_a_sequence_that_fails_computes_them() -> N
     harness.fail_step()
     assert harness.plan is not None
     assert (harness.planned(), harness.plan.batch[0].start) == (["same"], 0)
-    harness.receive(ROUTER, Abort(request_id="same", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("same"), epoch=1))
     harness.finish_step()
     harness.machine.assert_quiescent()
 
@@ -81,7 +88,7 @@ def test_who_waited_for_the_blocks_of_a_sequence_that_fails_computes_them() -> N
 def test_a_sequence_that_fails_after_its_client_left_is_not_told_of() -> None:
     harness = NodeHarness(Role.PREFILL)
     prefill(harness, spec("bad", PROMPT))
-    harness.receive(ROUTER, Abort(request_id="bad", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("bad"), epoch=1))
     assert not sent(harness.fail_step(), RequestFailed)
     harness.machine.assert_quiescent()
 

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
+from support.ids import block_ids
 from support.machines import (
     D0,
     D0_ADDRESS,
@@ -32,7 +33,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, NodeAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.messager_to_node import TransferClosed, TransferDone, TransferFailed
@@ -74,9 +75,9 @@ def prefill(
 
 def granted(harness: NodeHarness, peer: str = D0, name: str = "r", cached: int = 0, num_blocks: int = 3) -> list[Any]:
     message = BlocksReserved(
-        request_id=name,
+        request_id=RequestId(name),
         epoch=1,
-        block_ids=list(range(20 + cached, 20 + num_blocks)),
+        block_ids=block_ids(*range(20 + cached, 20 + num_blocks)),
         num_cached_blocks=cached,
         link=LINK,
         lease_s=8.0,
@@ -89,7 +90,9 @@ def refused(harness: NodeHarness, peer: str = D0, retry_after_s: float | None = 
 
 
 def transferred(harness: NodeHarness, name: str = "r") -> list[Any]:
-    return harness.receive(MESSAGER, TransferDone(request_id=name, epoch=1, num_bytes=64, link="shm", layers=[]))
+    return harness.receive(
+        MESSAGER, TransferDone(request_id=RequestId(name), epoch=1, num_bytes=64, link="shm", layers=[])
+    )
 
 
 # ---------------------------------------------------------------- from prompt to hand-off
@@ -391,7 +394,7 @@ def test_no_answer_in_time_is_a_refusal() -> None:
     harness = prefill_harness()
     prefill(harness)
     harness.now += TIMEOUT_S
-    actions = harness.post(TimerFired(Attempt("r", 1)))
+    actions = harness.post(TimerFired(Attempt(RequestId("r"), 1)))
     assert sent(actions, CancelReservation, D0)
     assert sent(actions, DecodeNeeded, ROUTER)
 
@@ -402,9 +405,9 @@ def test_a_refused_request_asks_again_while_nobody_answers() -> None:
     [needed] = sent(refused(harness), DecodeNeeded)
     for _ in range(3):
         harness.now += TIMEOUT_S
-        actions = harness.post(TimerFired(Attempt("r", 1)))
+        actions = harness.post(TimerFired(Attempt(RequestId("r"), 1)))
         assert sent(actions, DecodeNeeded) == [needed]
-        assert SetTimer(Attempt("r", 1), harness.now + TIMEOUT_S) in actions
+        assert SetTimer(Attempt(RequestId("r"), 1), harness.now + TIMEOUT_S) in actions
     harness.receive(ROUTER, Abort(**ID))
     harness.finish_step()
     harness.machine.assert_quiescent()
@@ -413,7 +416,7 @@ def test_a_refused_request_asks_again_while_nobody_answers() -> None:
 def test_a_grant_that_comes_too_late_is_given_back() -> None:
     harness = prefill_harness()
     prefill(harness)
-    harness.post(TimerFired(Attempt("r", 1)))
+    harness.post(TimerFired(Attempt(RequestId("r"), 1)))
     harness.receive(ROUTER, AssignDecode(**ID, decode_node=D1_ADDRESS))
     actions = granted(harness, D0)  # the first node's; the second is asked
     assert sent(actions, CancelReservation, D0)
@@ -537,7 +540,7 @@ def test_an_abort_of_a_request_that_waits_for_blocks() -> None:
     prefill(harness, "r", list(range(50, 60)))
     harness.receive(ROUTER, Abort(**ID))
     assert harness.machine.load().num_waiting == 0
-    harness.receive(ROUTER, Abort(request_id="a", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("a"), epoch=1))
     harness.finish_step()
     harness.machine.assert_quiescent()
 
@@ -545,7 +548,7 @@ def test_an_abort_of_a_request_that_waits_for_blocks() -> None:
 def test_an_abort_of_another_attempt_is_none() -> None:
     harness = prefill_harness()
     prefill(harness)
-    assert harness.receive(ROUTER, Abort(request_id="r", epoch=2)) == []
+    assert harness.receive(ROUTER, Abort(request_id=RequestId("r"), epoch=2)) == []
 
 
 def test_a_failed_transfer_cancels_the_reservation_and_tells_the_router() -> None:

@@ -8,7 +8,7 @@ from support.machines import ROUTER, NodeHarness, spec
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Exit, KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StopRequested
-from kvrelay.protocol.ids import Attempt
+from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort, Prefill
 
 STORE = {"backend": "file", "min_read_tokens": 1}
@@ -28,7 +28,7 @@ def test_a_prompt_is_computed_from_where_the_store_ends() -> None:
     prefill(harness, "a")
     [load] = harness.did(LoadKV)
     assert (len(load.blocks), harness.plan) == (2, None)
-    harness.post(KVLoaded(Attempt("a", 1), 1))
+    harness.post(KVLoaded(Attempt(RequestId("a"), 1), 1))
     assert harness.plan is not None
     assert [(item.start, item.num_tokens) for item in harness.plan.batch] == [(4, 6)]
 
@@ -36,9 +36,9 @@ def test_a_prompt_is_computed_from_where_the_store_ends() -> None:
 def test_a_client_leaves_while_the_store_writes_to_the_blocks() -> None:
     harness = prefill_harness()
     prefill(harness, "a")
-    harness.receive(ROUTER, Abort(request_id="a", epoch=1))
+    harness.receive(ROUTER, Abort(request_id=RequestId("a"), epoch=1))
     assert harness.num_used == 3
-    harness.post(KVLoaded(Attempt("a", 1), 2))
+    harness.post(KVLoaded(Attempt(RequestId("a"), 1), 2))
     assert harness.num_used == 0
     harness.machine.assert_quiescent()
 
@@ -47,9 +47,9 @@ def test_one_that_waited_for_blocks_being_read_gets_its_own_when_they_are_given_
     harness = prefill_harness()
     prefill(harness, "a")
     prefill(harness, "b")
-    assert [load.key for load in harness.did(LoadKV)] == [Attempt("a", 1)]
-    harness.receive(ROUTER, Abort(request_id="a", epoch=1))
-    assert [load.key for load in harness.did(LoadKV)] == [Attempt("a", 1), Attempt("b", 1)]
+    assert [load.key for load in harness.did(LoadKV)] == [Attempt(RequestId("a"), 1)]
+    harness.receive(ROUTER, Abort(request_id=RequestId("a"), epoch=1))
+    assert [load.key for load in harness.did(LoadKV)] == [Attempt(RequestId("a"), 1), Attempt(RequestId("b"), 1)]
 
 
 def test_a_node_leaves_when_nothing_is_on_its_way_to_the_store() -> None:

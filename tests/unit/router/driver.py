@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fake_nodes import register
 
 from kvrelay.machine.contract import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
-from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.ids import PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
@@ -26,7 +26,7 @@ def peer(name: str, incarnation: str = "a") -> str:
 
 
 def new_request(request_id: str = "r", *, max_tokens: int = 8, prompt: list[int] | None = None) -> NewRequest:
-    return NewRequest(request_id, prompt or [1, 2, 3], SamplingParams(max_tokens=max_tokens, seed=0))
+    return NewRequest(RequestId(request_id), prompt or [1, 2, 3], SamplingParams(max_tokens=max_tokens, seed=0))
 
 
 class Driver:
@@ -102,7 +102,7 @@ class Driver:
         num_cached_tokens: int = 0,
     ) -> None:
         output = RequestOutput(
-            request_id=request_id,
+            request_id=RequestId(request_id),
             epoch=epoch,
             index=index,
             token_ids=token_ids,
@@ -113,11 +113,15 @@ class Driver:
 
     def fail(self, name: str, *, epoch: int = 1, retryable: bool = True, request_id: str = "r") -> None:
         error = ErrorInfo(code="engine_error", message="step failed", retryable=retryable)
-        self.receive(peer(name), RequestFailed(request_id=request_id, epoch=epoch, error=error))
+        self.receive(peer(name), RequestFailed(request_id=RequestId(request_id), epoch=epoch, error=error))
 
     def decode_needed(self, name: str, refused_by: str, *, epoch: int = 1, retry_after_s: float = 0.5) -> None:
         needed = DecodeNeeded(
-            request_id="r", epoch=epoch, refused_by=PeerId(peer(refused_by)), reason="full", retry_after_s=retry_after_s
+            request_id=RequestId("r"),
+            epoch=epoch,
+            refused_by=PeerId(peer(refused_by)),
+            reason="full",
+            retry_after_s=retry_after_s,
         )
         self.receive(peer(name), needed)
 

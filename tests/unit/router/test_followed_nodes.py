@@ -9,7 +9,7 @@ from driver import Driver, new_request, peer
 from fake_nodes import register
 
 from kvrelay.errors import RemoteProtocolError
-from kvrelay.machine.contract import Connect, Disconnect, PeerLost
+from kvrelay.machine.contract import Connect, Disconnect, PeerLost, Received
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.protocol.messages.node_to_router import Drained
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill, Registered, RegistrationRefused
@@ -104,6 +104,68 @@ def test_a_silent_node_is_gone_and_called_again_only_while_its_entry_is_there() 
     driver.take_sent(Heartbeat)
     driver.wait(1.0)
     assert driver.take_sent(Heartbeat) == []
+
+
+def lose_registry(driver: Driver) -> list[Connect | Disconnect]:
+    """Let the registry become unreadable; return what became of connections."""
+    actions = driver.do(RegistryLost("gone"))
+    return [action for action in actions if isinstance(action, Connect | Disconnect)]
+
+
+def test_a_node_lost_while_the_registry_is_lost_is_called_again_at_once() -> None:
+    driver = Driver()
+    m0 = entry("m0")
+    find(driver, m0)
+    driver.join("m0")
+    assert lose_registry(driver) == []
+    actions = driver.do(PeerLost(m0.peer, "its queue is full"))
+    assert [a for a in actions if isinstance(a, Connect | Disconnect)] == [Disconnect(m0.peer), connect(m0)]
+    assert names(driver) == []
+    driver.join("m0")
+    assert names(driver) == [m0.peer]
+
+
+def test_a_node_lost_before_the_registry_was_found_lost_is_called_again_then() -> None:
+    driver = Driver()
+    m0 = entry("m0")
+    find(driver, m0)
+    driver.join("m0")
+    driver.do(PeerLost(m0.peer, "its queue is full"))
+    assert lose_registry(driver) == [connect(m0)]
+    assert lose_registry(driver) == []
+
+
+def test_a_node_restarted_while_the_registry_is_lost_is_called_by_its_new_name() -> None:
+    driver = Driver()
+    old, new = entry("m0"), entry("m0", "b")
+    find(driver, old)
+    driver.join("m0")
+    lose_registry(driver)
+    actions = driver.do(Received(old.peer, new.registration))
+    assert [a for a in actions if isinstance(a, Connect | Disconnect)] == [Disconnect(old.peer), connect(new)]
+    driver.join("m0", "b")
+    assert names(driver) == [new.peer]
+
+
+@pytest.mark.parametrize(
+    "stranger", [entry("m1", "b"), entry("m0", "b", model="other"), entry("m0", "b", address="tcp://elsewhere:1")]
+)
+def test_a_stranger_at_the_address_of_a_lost_node_is_not_called(stranger: NodeEntry) -> None:
+    driver = Driver()
+    old = entry("m0")
+    find(driver, old)
+    lose_registry(driver)
+    actions = driver.do(Received(old.peer, stranger.registration))
+    assert [a for a in actions if isinstance(a, Connect | Disconnect)] == [Disconnect(old.peer)]
+    assert names(driver) == []
+
+
+def test_what_the_registry_says_counts_again_when_it_is_back() -> None:
+    driver = Driver()
+    m0 = entry("m0")
+    find(driver, m0)
+    lose_registry(driver)
+    assert find(driver) == [Disconnect(m0.peer)]
 
 
 def test_a_node_that_has_drained_is_gone() -> None:

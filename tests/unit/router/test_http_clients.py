@@ -133,7 +133,7 @@ def test_cluster_tells_nodes_and_requests() -> None:
             }
             assert sum(node["num_requests"] for node in nodes.values()) >= 1
             assert nodes["n0"]["load"]["num_running"] == 0
-            assert (await cluster.client.post("/cluster/nodes/n2/drain")).status_code == 202
+            cluster.service.drain("n2", stay_down=False)
             await until(lambda: [node for node in cluster.service.machine.node_table if node.leaving])
             nodes_now = (await cluster.client.get("/cluster")).json()["nodes"]
             assert {node["name"]: node["state"] for node in nodes_now} == {

@@ -372,7 +372,7 @@ def test_no_node_is_503() -> None:
         assert ready.status_code == 503
         assert "no decode node" in ready.json()["error"]["message"]
 
-    run(scenario, roles="prefill")
+    run(scenario, roles="prefill", node_wait_s=0.01)
 
 
 def test_error_of_a_node_has_its_own_status_before_the_stream_and_is_an_event_within() -> None:

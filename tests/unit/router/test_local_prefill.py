@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kvrelay.config.cluster_config import ClusterConfig, RouterConfig
 from kvrelay.machine.contract import PeerLost
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import Leaving, RequestPreempted
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -159,7 +159,7 @@ def test_a_prompt_that_waits_there_keeps_nobody_away_but_gets_its_blocks_first()
         driver.take_sent(Prefill)
         assert entries(driver, prompt("d")) == [expected]
         for request_id in ("long", "d"):
-            driver.do(ClientGone(request_id))
+            driver.do(ClientGone(RequestId(request_id)))
 
 
 def test_preempted_requests_that_wait_there_keep_it_away() -> None:
@@ -197,7 +197,7 @@ def test_room_given_to_a_moved_request_is_not_given_to_a_prompt() -> None:
     driver.tokens_from(source, 1, [2], request_id="a")
     room(driver, source.partition("#")[0], 0)
     room(driver, target, BLOCKS + 4)
-    driver.receive(source, RequestPreempted(request_id="a", epoch=1, num_blocks=5))
+    driver.receive(source, RequestPreempted(request_id=RequestId("a"), epoch=1, num_blocks=5))
     assert [to for to, _ in driver.take_sent(Generate)] == [peer(target)]
     driver.submit(prompt("long", 10 * PROMPT_LEN))
     driver.take_sent(Prefill)
@@ -223,6 +223,7 @@ def test_decode_nodes_serve_alone() -> None:
 def test_without_decode_nodes_nothing_is_served_all_the_same(nodes: str) -> None:
     driver = Driver(nodes, local_prefill_tokens=0)
     assert "no decode" in (driver.machine.unready_reason() or "")
+    driver.now += 60.0  # a router that has just started waits for nodes
     driver.submit()
     assert driver.error_code() == "no_node_available"
 
@@ -319,9 +320,9 @@ def test_whoever_ends_it_ends_it_on_the_decode_node_alone(how: type[ClientGone] 
     driver = lending("p0 d0")
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "d0"]
     driver.tokens("d0", 0, [1], epoch=2, request_id="b")
-    driver.do(how("b"))
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="b", epoch=2))]
-    driver.do(ClientGone("a"))
+    driver.do(how(RequestId("b")))
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("b"), epoch=2))]
+    driver.do(ClientGone(RequestId("a")))
     driver.machine.assert_quiescent()
 
 
@@ -330,7 +331,7 @@ def test_one_that_is_preempted_moves_on_like_any_other() -> None:
     room(driver, "d0", 1001)
     assert entries(driver, prompt("a"), prompt("b")) == ["p0", "d0"]
     driver.tokens("d0", 0, [1], epoch=2, request_id="b")
-    driver.receive(peer("d0"), RequestPreempted(request_id="b", epoch=2, num_blocks=8))
+    driver.receive(peer("d0"), RequestPreempted(request_id=RequestId("b"), epoch=2, num_blocks=8))
     [(to, generate)] = driver.take_sent(Generate)
     assert (to, generate.request.output_token_ids) == (peer("d1"), [1])
     counters = driver.machine.requests.counters
@@ -345,7 +346,7 @@ def test_the_timeline_says_so() -> None:
     entries(driver, prompt("a"), prompt("b"))
     marks = {}
     for request_id in "ab":
-        timeline = driver.machine.requests.timelines.get(request_id)
+        timeline = driver.machine.requests.timelines.get(RequestId(request_id))
         assert timeline is not None
         assert isinstance(timeline["marks"], list)
         marks[request_id] = [mark["name"] for mark in timeline["marks"]]

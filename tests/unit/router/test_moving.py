@@ -6,6 +6,7 @@ from typing import Any
 
 from driver import Driver, new_request, peer
 
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import RequestPreempted
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -29,7 +30,7 @@ def decoding(driver: Driver, request_id: str = "r", epoch: int = 1) -> str:
 
 
 def preempt(driver: Driver, node: str, num_blocks: int = 5, epoch: int = 1, request_id: str = "r") -> None:
-    driver.receive(node, RequestPreempted(request_id=request_id, epoch=epoch, num_blocks=num_blocks))
+    driver.receive(node, RequestPreempted(request_id=RequestId(request_id), epoch=epoch, num_blocks=num_blocks))
 
 
 def other(node: str) -> str:
@@ -97,7 +98,7 @@ def test_a_client_that_left_moves_nowhere() -> None:
     driver = Driver("p0 d0 d1")
     source = decoding(driver)
     preempt(driver, source)
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     driver.receive(other(source), room(100))
     assert not driver.take_sent(Generate)
     driver.machine.assert_quiescent()

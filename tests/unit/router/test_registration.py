@@ -8,7 +8,7 @@ from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
 from kvrelay.machine.contract import Log, PeerLost, Received
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.router_to_node import Drain, Prefill, RegisterAgain, Registered, RegistrationRefused
 from router.node_table import Node
@@ -110,8 +110,14 @@ def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_
 # ---------------------------------------------------------------- policies
 
 
+def by_id(pending: dict[str, int]) -> dict[RequestId, int]:
+    return {RequestId(name): num_tokens for name, num_tokens in pending.items()}
+
+
 def node(node_id: str, *, pending: dict[str, int] | None = None, max_num_seqs: int = 8, **load: Any) -> Node:
-    found = Node(PeerId(peer(node_id)), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=pending or {})
+    found = Node(
+        PeerId(peer(node_id)), register(node_id, "decode", max_num_seqs=max_num_seqs), pending=by_id(pending or {})
+    )
     found.take_load(Load(**load))
     return found
 
@@ -129,7 +135,7 @@ def test_least_loaded_heeds_what_heartbeats_tell_of_others_requests() -> None:
 
 def test_a_heartbeat_from_before_the_end_of_a_request_does_not_count_it() -> None:
     served = node("a", pending={"mine": 0, "yours": 0}, num_running=3)
-    del served.pending["mine"]
+    del served.pending[RequestId("mine")]
     assert served.num_requests == 2
 
 
@@ -145,7 +151,7 @@ def test_least_loaded_takes_turns_between_equals() -> None:
 
 def shortest_first(node_id: str, pending: dict[str, int] | None = None, role: str = "prefill", **load: Any) -> Node:
     registration = register(node_id, role, prefill_order="shortest_first")
-    found = Node(PeerId(peer(node_id)), registration, pending=pending or {})
+    found = Node(PeerId(peer(node_id)), registration, pending=by_id(pending or {}))
     found.take_load(Load(**load))
     return found
 
@@ -168,7 +174,7 @@ def test_a_prompt_goes_where_it_waits_least_and_makes_others_wait_least() -> Non
     assert LeastLoaded().choose([long, short], [0] * 1000) is short  # it waits for 300 there; delays the other by 1,000
     many = shortest_first("a", dict.fromkeys("rstuvw", 2000))
     assert LeastLoaded().choose([many, short], [0] * 400) is short
-    in_order = Node(PeerId("x"), register("x", "prefill"), pending={"r": 9000})
+    in_order = Node(PeerId("x"), register("x", "prefill"), pending={RequestId("r"): 9000})
     assert in_order.added_wait(100) == 9000
     assert long.added_wait(100) == 100
     assert LeastLoaded().choose([in_order, long], [0] * 100) is long

@@ -4,11 +4,11 @@ import pytest
 from driver import Driver, new_request, peer
 
 from kvrelay.errors import LocalProtocolError
-from kvrelay.machine.contract import PeerLost, Received, StopRequested
-from kvrelay.protocol.ids import NodeId, PeerId
+from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
-from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain
+from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain, Generate, Registered
 from kvrelay.protocol.request import FinishReason
 from router.events import (
     ClientGone,
@@ -77,7 +77,7 @@ def test_second_token_before_the_first_is_held() -> None:
     assert driver.output() == [10, 11, 12]
     told = [item.num_cached_tokens for item in driver.delivered["r"] if isinstance(item, TokensDelivered)]
     assert told == [2, 2, 2]
-    timeline = driver.machine.requests.timelines.get("r")
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
     assert timeline is not None
     assert "first_token" in str(timeline["marks"])
     assert driver.endings() == [RequestEnded(LENGTH)]
@@ -96,21 +96,21 @@ def test_tokens_said_twice_are_delivered_once() -> None:
 def test_tokens_of_an_ended_request_are_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert driver.take_sent(Abort) == [
-        (peer("p0"), Abort(request_id="r", epoch=1)),
-        (peer("d0"), Abort(request_id="r", epoch=1)),
+        (peer("p0"), Abort(request_id=RequestId("r"), epoch=1)),
+        (peer("d0"), Abort(request_id=RequestId("r"), epoch=1)),
     ]
     driver.tokens("d0", 1, [4])
     driver.tokens("d0", 2, [4], finish=LENGTH)
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     assert driver.machine.requests.counters.stale_messages == 2
 
 
 def test_an_id_used_again_is_not_taken_for_its_earlier_use() -> None:
     driver = Driver("m0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     driver.submit()
     driver.tokens("m0", 0, [99], epoch=1)
     driver.tokens("m0", 0, [1], epoch=2)
@@ -132,7 +132,7 @@ def test_client_gone_after_the_first_decode_token_aborts_decode_alone() -> None:
     driver.submit()
     driver.tokens("p0", 0, [1])
     driver.tokens("d0", 1, [2])
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
     assert driver.endings() == [RequestEnded(FinishReason.ABORT)]
     driver.machine.assert_quiescent()
@@ -142,7 +142,7 @@ def test_stop_string_aborts_and_finishes() -> None:
     driver = Driver("m0")
     driver.submit()
     driver.tokens("m0", 0, [1])
-    driver.do(StopMatched("r"))
+    driver.do(StopMatched(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("m0")]
     assert driver.endings() == [RequestEnded(STOP)]
     driver.machine.assert_quiescent()
@@ -152,7 +152,7 @@ def test_the_word_of_a_client_whose_request_has_ended_changes_nothing() -> None:
     driver = Driver("m0")
     driver.submit()
     driver.tokens("m0", 0, [1], finish=STOP)
-    assert driver.do(ClientGone("r")) == driver.do(StopMatched("r")) == []
+    assert driver.do(ClientGone(RequestId("r"))) == driver.do(StopMatched(RequestId("r"))) == []
     assert len(driver.endings()) == 1
 
 
@@ -173,10 +173,32 @@ def test_too_many_requests_are_refused_all_together() -> None:
 
 @pytest.mark.parametrize("nodes", ["", "p0", "d0", "p0 p1"])
 def test_without_nodes_that_can_serve_it_is_503_at_once(nodes: str) -> None:
-    driver = Driver(nodes)
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    assert driver.machine.unready_reason() is not None
+    driver.now += 10.1  # a router that has just started waits for nodes
     driver.submit()
     assert driver.error_code() == "no_node_available"
-    assert driver.machine.unready_reason() is not None
+
+
+@pytest.mark.parametrize("nodes", ["", "p0", "d0"])
+def test_router_that_has_just_started_waits_for_nodes(nodes: str) -> None:
+    driver = Driver(nodes, limits=Limits(node_wait_s=10.0))
+    driver.now += 3.0
+    driver.submit()
+    assert driver.endings() == []
+    driver.join("m0")
+    assert driver.dispatched()[0] == peer("m0")
+
+
+def test_router_that_has_just_started_does_not_wait_for_ever() -> None:
+    driver = Driver(limits=Limits(node_wait_s=10.0))
+    driver.wait(3.0)
+    driver.submit()
+    driver.wait(9.9)
+    assert driver.endings() == []
+    driver.wait(0.2)
+    assert driver.error_code() == "no_node_available"
+    driver.machine.assert_quiescent()
 
 
 @pytest.mark.parametrize("how", ["killed", "leaving", "drained"])
@@ -248,7 +270,7 @@ def test_decode_node_that_sends_tokens_is_the_one_that_has_the_request() -> None
     driver.tokens("d0", 1, [2])
     driver.do(PeerLost(PeerId(peer("d1")), "killed"))
     assert driver.machine.requests.counters.retries == 0
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
     driver.machine.assert_quiescent()
 
@@ -301,10 +323,10 @@ def test_decode_nodes_that_stay_full_end_the_request_at_its_deadline() -> None:
 def test_decode_needed_for_an_ended_request_is_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
-    driver.do(ClientGone("r"))
+    driver.do(ClientGone(RequestId("r")))
     driver.take_sent(Abort)
     driver.decode_needed("p0", "d0")
-    assert driver.take_sent(Abort) == [(peer("p0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("p0"), Abort(request_id=RequestId("r"), epoch=1))]
 
 
 # ---------------------------------------------------------------- failover
@@ -331,7 +353,7 @@ def test_lost_prefill_node_aborts_its_decode_node() -> None:
     driver.submit()
     entry, _, _ = driver.dispatched()
     driver.do(PeerLost(PeerId(entry), "killed"))
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     assert driver.dispatched()[0] == peer("p1")
 
 
@@ -387,7 +409,7 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
     driver.submit()
     driver.fail("p0", retryable=False)
     assert driver.error_code() == "engine_error"
-    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id="r", epoch=1))]
+    assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     driver.machine.assert_quiescent()
 
 
@@ -520,9 +542,9 @@ def test_timeline_merges_what_nodes_tell_with_the_routers_own_marks() -> None:
     driver.submit()
     driver.tokens("p0", 0, [1], finish=STOP)
     layers = [LayerTransfer(1, 1.0, 2.0, 100), LayerTransfer(0, 1.0, 2.0, 100)]
-    report = RequestTimeline(request_id="r", epoch=1, marks=[Mark("prefill", 999.0, "p0")], layers=layers)
+    report = RequestTimeline(request_id=RequestId("r"), epoch=1, marks=[Mark("prefill", 999.0, "p0")], layers=layers)
     driver.receive(peer("p0"), report)
-    timeline = driver.machine.requests.timelines.get("r")
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
     assert timeline is not None
     marks = timeline["marks"]
     assert isinstance(marks, list)
@@ -536,12 +558,12 @@ def test_timelines_are_forgotten_in_the_end() -> None:
     driver = Driver("m0")
     for i in range(300):
         driver.submit(new_request(f"r{i}"))
-        driver.do(ClientGone(f"r{i}"))
+        driver.do(ClientGone(RequestId(f"r{i}")))
     timelines = driver.machine.requests.timelines
-    assert timelines.get("r0") is None
-    assert timelines.get("r299") is not None
-    driver.receive(peer("m0"), RequestTimeline(request_id="r0", epoch=1, marks=[]))
-    assert timelines.get("r0") is None
+    assert timelines.get(RequestId("r0")) is None
+    assert timelines.get(RequestId("r299")) is not None
+    driver.receive(peer("m0"), RequestTimeline(request_id=RequestId("r0"), epoch=1, marks=[]))
+    assert timelines.get(RequestId("r0")) is None
 
 
 def test_cached_tokens_are_told_with_the_tokens() -> None:
@@ -556,10 +578,30 @@ def test_cached_tokens_are_told_with_the_tokens() -> None:
 # ---------------------------------------------------------------- pauses of the router itself
 
 
-def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> None:
+def test_what_a_draining_node_hands_back_costs_no_attempt() -> None:
+    driver = Driver("m0 m1", limits=Limits(max_attempts=1))
+    driver.submit()
+    first, _, spec = driver.dispatched()
+    name = first.partition("#")[0]
+    driver.tokens(name, 0, [1, 2])
+    driver.do(DrainRequested(NodeId(name)))
+    driver.fail(name)
+    again, _, spec = driver.dispatched()
+    assert again != first
+    assert spec.output_token_ids == [1, 2]
+
+
+def pause(driver: Driver, seconds: float) -> None:
+    """Let the router's process stand still: it is told so before it handles anything that came meanwhile."""
+    driver.now += seconds
+    driver.do(Resumed(seconds))
+
+
+def test_a_pause_of_the_router_counts_as_no_nodes_silence() -> None:
     driver = Driver("m0 m1")
-    driver.now += 60.0  # nothing was read meanwhile: timers fire first, and then come the nodes' heartbeats
-    driver.wait(0.0)
+    driver.wait(2.0)
+    pause(driver, 60.0)
+    driver.wait(2.0)
     assert len(list(driver.machine.node_table)) == 2
     driver.receive(peer("m0"), Heartbeat())
     driver.wait(1.5)
@@ -568,13 +610,42 @@ def test_nodes_are_not_judged_right_after_the_router_itself_was_held_up() -> Non
     assert not list(driver.machine.node_table)
 
 
+def test_pauses_do_not_keep_a_dead_node_alive() -> None:
+    driver = Driver("m0")
+    for _ in range(10):
+        driver.wait(1.0)
+        pause(driver, 3.0)
+    assert not list(driver.machine.node_table)
+
+
+def test_silent_nodes_are_all_gone_before_their_requests_are_retried() -> None:
+    driver = Driver("m0 m1 m2", limits=Limits(max_attempts=2))
+    driver.submit()
+    first, _, _ = driver.dispatched()
+    (alive,) = [name for name in ("m0", "m1", "m2") if peer(name) != first][:1]
+    for _ in range(6):
+        driver.wait(1.0)
+        driver.receive(peer(alive), Heartbeat())
+    again, _, spec = driver.dispatched()
+    assert (again, spec.epoch) == (peer(alive), 2)
+
+
+def test_a_node_that_lost_the_router_hears_that_it_is_registered_before_it_gets_requests_again() -> None:
+    """It drops requests of a router that it is not registered with."""
+    driver = Driver("m0")
+    driver.submit()
+    pause(driver, 60.0)
+    driver.sent.clear()
+    driver.join("m0", session=1)
+    assert [type(message) for _, message in driver.sent] == [Registered, Generate]
+
+
 def test_a_node_that_lost_the_router_while_it_was_held_up_costs_no_attempt_but_only_once() -> None:
     driver = Driver("m0", limits=Limits(max_attempts=2))
     driver.submit()
     driver.dispatched()
-    driver.now += 60.0
-    driver.wait(0.0)
-    driver.join("m0", session=1)
+    pause(driver, 60.0)
+    driver.join("m0", session=1)  # read before any timer fires
     _, _, again = driver.dispatched()
     assert again.epoch == 2
     driver.join("m0", session=2)

@@ -9,7 +9,7 @@ import pytest
 from driver import Driver, new_request, peer
 
 from kvrelay.machine.contract import PeerLost
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded
 from kvrelay.protocol.messages.router_to_node import AssignDecode, Generate, Prefill
@@ -84,7 +84,11 @@ class Life:
             request_id, epoch, entry, decode, _ = self.random.choice(self.attempts)
             if decode is not None:
                 needed = DecodeNeeded(
-                    request_id=request_id, epoch=epoch, refused_by=PeerId(decode), reason="full", retry_after_s=0.1
+                    request_id=RequestId(request_id),
+                    epoch=epoch,
+                    refused_by=PeerId(decode),
+                    reason="full",
+                    retry_after_s=0.1,
                 )
                 self.driver.receive(entry, needed)
                 self.driver.take_sent(AssignDecode)
@@ -106,7 +110,7 @@ class Life:
     def leave(self) -> None:
         if self.submitted:
             kind = self.random.choice((ClientGone, StopMatched))
-            self.driver.do(kind(f"r{self.random.randrange(self.submitted)}"))
+            self.driver.do(kind(RequestId(f"r{self.random.randrange(self.submitted)}")))
 
     def incarnation(self, name: str) -> str:
         return f"a{self.incarnations[name]}" if self.incarnations[name] else "a"

@@ -9,27 +9,31 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvrelay.machine.contract import LayersComputed, StepDone, StepFailed
+from kvrelay.errors import DeviceError
+from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, ScheduledTokens, StepPlan, StepResult
 from kvrelay.runtime.compute_thread import ComputeThread, compute_for
 
-BROKEN = SequenceId(13)
+BROKEN, FATAL = SequenceId(13), SequenceId(14)
+LAYERS = range(2), range(2, 3)
 
 
 @dataclass
 class Engine:
-    """Three layers; a batch with sequence 13 breaks after the first of them."""
+    """Tells two layers at once, then the third. A batch with sequence 13 breaks before that, 14 breaks the device."""
 
     max_plans_in_flight: int = 2
     steps: list[int] = field(default_factory=list)
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         self.steps.append(plan.step)
-        for layer in range(3):
-            on_layer(layer)
+        for layers in LAYERS:
+            on_layers(layers)
             if any(item.id == BROKEN for item in plan.batch):
                 raise ValueError("out of memory")
+            if any(item.id == FATAL for item in plan.batch):
+                raise DeviceError("an illegal address")
         return StepResult(step=plan.step, outcomes={item.id: SampledTokens([7], []) for item in plan.batch})
 
 
@@ -52,7 +56,7 @@ def done(step: int, *ids: int) -> StepDone:
 
 
 def test_each_step_tells_its_layers_and_then_its_result() -> None:
-    layers = [[LayersComputed(step, range(layer, layer + 1)) for layer in range(3)] for step in (1, 2)]
+    layers = [[LayersComputed(step, layers) for layers in LAYERS] for step in (1, 2)]
     events = events_of([plan(1, 1), plan(2, 1, 2)], layer_events=True)
     assert events == [*layers[0], done(1, 1), *layers[1], done(2, 1, 2)]
 
@@ -63,9 +67,13 @@ def test_layers_are_not_told_to_who_does_not_want_them() -> None:
 
 def test_an_engine_that_raises_fails_the_step_and_the_next_one_runs(caplog: pytest.LogCaptureFixture) -> None:
     events = events_of([plan(3, 1, 13), plan(4, 1)], layer_events=True)
-    assert events[:2] == [LayersComputed(3, range(1)), StepFailed(3, "ValueError: out of memory")]
+    assert events[:2] == [LayersComputed(3, LAYERS[0]), StepFailed(3, "ValueError: out of memory")]
     assert events[-1] == done(4, 1)
     assert "step 3 failed" in caplog.text
+
+
+def test_a_lost_device_is_told_from_a_step_that_failed() -> None:
+    assert events_of([plan(3, 1, 14)], layer_events=False) == [EngineLost("an illegal address")]
 
 
 def test_the_thread_takes_as_many_plans_ahead_as_its_engine() -> None:
@@ -87,7 +95,7 @@ class Pipelined:
     def begin(self, plan: StepPlan) -> PipelinedStep:
         return PipelinedStep(self, plan)
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
         raise AssertionError("begin is quicker")
 
 
@@ -99,10 +107,10 @@ class PipelinedStep:
         if self._plan.step == 2:
             self._engine.second_launched.set()
 
-    def finish(self, on_layer: Callable[[int], None]) -> StepResult:
+    def finish(self, on_layers: Callable[[range], None]) -> StepResult:
         if self._plan.step == 1:
             assert self._engine.second_launched.wait(60)
-        return Engine().run(self._plan, on_layer)
+        return Engine().run(self._plan, on_layers)
 
 
 def test_a_step_is_launched_while_another_is_computed_and_answered_after_it() -> None:
@@ -113,7 +121,7 @@ def test_a_step_is_launched_while_another_is_computed_and_answered_after_it() ->
         threads.submit(step)
     threads.stop()
     events = [posted.get() for _ in range(posted.qsize())]
-    layers = [[LayersComputed(step, range(layer, layer + 1)) for layer in range(3)] for step in (1, 2, 3)]
+    layers = [[LayersComputed(step, layers) for layers in LAYERS] for step in (1, 2, 3)]
     failed = StepFailed(2, "ValueError: out of memory")
     assert events == [*layers[0], done(1, 1), layers[1][0], failed, *layers[2], done(3, 1)]
 

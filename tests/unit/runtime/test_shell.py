@@ -26,13 +26,14 @@ from kvrelay.machine.contract import (
     Machine,
     PeerLost,
     Received,
+    Resumed,
     Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
 )
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.shell import MAX_TURN_S, Shell
 from kvrelay.runtime.transport import Transport
@@ -103,6 +104,43 @@ def test_others_have_the_loop_between_the_actions_of_one_event(monkeypatch: pyte
 
     drive(Scripted(answer), {Work: perform}, lambda shell: [*map(shell.post, [Work(1), Work(2)])])
     assert happened == [Started(), Work(1), 3, "others", 4, "others", Work(2), 5, "others"]
+
+
+class StoppedClock(Clock):
+    """A clock that jumps when told to, as for a process that was stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paused_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.paused_s
+
+
+def test_after_a_pause_the_machine_is_told_first_and_timers_wait_until_messages_are_read() -> None:
+    clock = StoppedClock()
+
+    def answer(event: object, now: float) -> list[object]:
+        match event:
+            case Started():
+                return [SetTimer("due meanwhile", now + 0.01), Work(0)]
+            case TimerFired():
+                return [Exit()]
+            case _:
+                return []
+
+    def stop_for_a_while(_: Work) -> None:
+        clock.paused_s = 7.0
+        # What a socket had for this process while it was stopped is read a few turns of the loop later.
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, shells[0].post, Work(1))
+
+    shells: list[Shell] = []
+    machine = Scripted(answer)
+    drive(machine, {Work: stop_for_a_while}, shells.append, clock)
+    assert [type(event) for event in machine.events] == [Started, Resumed, Work, TimerFired]
+    (resumed,) = [event for event in machine.events if isinstance(event, Resumed)]
+    assert resumed.paused_s == pytest.approx(7.0, abs=0.5)
 
 
 def test_an_event_posted_while_another_is_handled_waits_its_turn() -> None:
@@ -282,7 +320,7 @@ def test_log_actions_become_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_messages_go_through_the_transport() -> None:
     """Two machines on two shells: connect, send, answer, disconnect."""
-    abort = Abort(request_id="r", epoch=1)
+    abort = Abort(request_id=RequestId("r"), epoch=1)
 
     def answer_server(event: object, now: float) -> list[object]:
         return [Send(event.peer, abort), Exit("answered")] if isinstance(event, Received) else []

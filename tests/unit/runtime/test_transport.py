@@ -15,7 +15,7 @@ from support.loops import Inbox, run
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import encode
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load, ProtocolViolation
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.transport import MAX_PART_BYTES, Transport
@@ -24,7 +24,7 @@ ANY = "tcp://127.0.0.1:0"
 
 
 def abort(number: int) -> Abort:
-    return Abort(request_id="r", epoch=number)
+    return Abort(request_id=RequestId("r"), epoch=number)
 
 
 @asynccontextmanager

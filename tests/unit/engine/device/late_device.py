@@ -33,9 +33,6 @@ class LateStream:
         self._work.append(work)
         self.num_told += 1
 
-    def wait_event(self, event: Any) -> None:
-        self.tell(event.synchronize)
-
     def wait_until(self, num_done: int) -> None:
         """Do the first so many pieces of work."""
         with torch.inference_mode():
@@ -57,9 +54,6 @@ class LateEvent:
 
     def record(self, stream: LateStream) -> None:
         self._stream, self._place = stream, stream.num_told
-
-    def query(self) -> bool:
-        return self._stream is None or self._place <= self._stream.num_done
 
     def synchronize(self) -> None:
         if self._stream is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.ids import block_ids
 
 from kvrelay.engine.batch import StepLimits
 from kvrelay.engine.device.batch import BatchAssembler
@@ -16,7 +17,7 @@ from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
-from kvrelay.protocol.ids import SequenceId
+from kvrelay.protocol.ids import RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence
 from kvrelay.protocol.request import SamplingParams
 
@@ -47,11 +48,11 @@ def sequence(tokens: list[int], name: str, **sampling: Any) -> EngineSequence:
     params = SamplingParams(**{"max_tokens": 64, "seed": 0, "temperature": 0.0, **sampling})
     new = NewSequence(
         id=SequenceId(1),
-        request_id=name,
+        request_id=RequestId(name),
         token_ids=tokens,
         num_prompt_tokens=len(tokens),
         sampling=params,
-        block_table=[0, 1],
+        block_table=block_ids(0, 1),
     )
     return EngineSequence(new)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from sampling_cases import KINDS, logits, sample_on, sequence, sequences
+from support.ids import block_ids
 
 from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
 from kvrelay.engine.sampler import sample, sample_step
@@ -62,7 +63,7 @@ def check_none_left(operations: Any, device: str = "cpu") -> None:
     kinds: list[dict[str, Any]] = [banned, {**banned, "temperature": 1.0, "num_logprobs": 2}, {"temperature": 1.0}]
     made = [sequence([1, 2, 3], f"r{index}", **kind) for index, kind in enumerate(kinds)]
     for one in made:
-        one.take_blocks(range(1))
+        one.take_blocks(block_ids(0))
     values = logits(50, 3, 1)
     assert isinstance(sample(values, made)[0], SequenceFailed)
     tokens = sample_on(operations, device, [scheduled(one) for one in made], values).tokens.tolist()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, outcomes_in_order, output, planes_of, run_batch, sequence, take
+from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, take
+from support.ids import block_ids
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -17,17 +21,21 @@ from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.pool import announced_after
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking
-from kvrelay.errors import EngineError
+from kvrelay.errors import DeviceError, EngineError
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
+from kvrelay.machine.contract import LayersComputed, StepDone
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
+from kvrelay.runtime.compute_thread import compute_for
 
 Make = Callable[..., DeviceEngine]
 
@@ -37,10 +45,10 @@ def make(tiny_dir: Path) -> Iterator[Make]:
     """Make engines of the tiny checkpoint, closed at the end."""
     made: list[DeviceEngine] = []
 
-    def make_one(**limits: Any) -> DeviceEngine:
+    def make_one(framework: TorchFramework | None = None, **limits: Any) -> DeviceEngine:
         config = read_decoder_config(tiny_dir)
         checkpoint = Checkpoint.open(tiny_dir, config, lambda done, total: None)
-        framework = TorchFramework("cpu")
+        framework = framework or TorchFramework("cpu")
         weights = load_weights(checkpoint, DevicePacking(framework, "float32"))
         geometry = KVGeometry(4, config.num_kv_heads, config.head_dim, 16, "float32", checkpoint.digest())
         sizes = {"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
@@ -164,7 +172,7 @@ def test_a_layer_is_in_the_memory_when_it_is_announced(make: Make) -> None:
 class Heard(list[int]):
     """Notes at each announcement of a layer whether its KV is in the memory."""
 
-    def __init__(self, engine: DeviceEngine, blocks: list[int]) -> None:
+    def __init__(self, engine: DeviceEngine, blocks: list[BlockId]) -> None:
         super().__init__()
         self._engine, self._blocks = engine, blocks
         self.seen: list[tuple[int, bool]] = []
@@ -172,6 +180,50 @@ class Heard(list[int]):
     def append(self, layer: int) -> None:
         written = planes_of(self._engine)[layer][:, self._blocks].any(-1).all()
         self.seen.append((layer, bool(written)))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "ends"),
+    [(1, [1]), (2, [1, 2]), (4, [2, 3, 4]), (6, [4, 5, 6]), (32, [*range(4, 29, 4), 30, 31, 32])],
+)
+def test_the_last_layers_are_announced_in_smaller_groups(num_layers: int, ends: list[int]) -> None:
+    assert announced_after(num_layers) == ends
+
+
+def test_layers_are_announced_while_later_layers_are_launched(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer is not launched before the first ones are announced, so none may wait for the whole launch."""
+    engine = make(device_pool=True, digests=True)
+    posted: SimpleQueue[object] = SimpleQueue()
+    first_announced, launching, in_time = threading.Event(), threading.get_ident(), list[bool]()
+    attention, begin_digest, calls = engine.launcher.decoder._operations.attention, DeviceMemory.begin_digest, count()
+
+    def attention_of_last_layer_waits(*arguments: Any) -> Any:
+        nonlocal launching
+        launching = threading.get_ident()
+        if next(calls) == 3:
+            in_time.append(first_announced.wait(20))
+        return attention(*arguments)
+
+    def digest(*arguments: Any, **named: Any) -> Any:
+        assert threading.get_ident() != launching, "a digest delays the launch of later layers"
+        return begin_digest(*arguments, **named)
+
+    def post(event: object) -> None:
+        posted.put(event)
+        first_announced.set()
+
+    monkeypatch.setattr(engine.launcher.decoder._operations, "attention", attention_of_last_layer_waits)
+    monkeypatch.setattr(DeviceMemory, "begin_digest", digest)
+    one = sequence(prompt(20), max_tokens=1)
+    Runner(engine).give_blocks(one, 20)
+    compute = compute_for(engine, post, layer_events=True)
+    compute.start()
+    compute.submit(plan_of(engine, (one, Chunk(0, 20, True))))
+    compute.stop()
+    assert in_time == [True]
+    events = [posted.get() for _ in range(posted.qsize())]
+    assert events[:-1] == [LayersComputed(1, layers) for layers in (range(2), range(2, 3), range(3, 4))]
+    assert isinstance(events[-1], StepDone)
 
 
 def test_kv_that_others_wrote_is_read(make: Make) -> None:
@@ -208,7 +260,9 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     good, runner = sequence(prompt(20), "good", max_tokens=12), Runner(engine)
     runner.run((good, 20))
 
-    def fails(match: str, blocks: list[int], tokens: list[int] | None = None, count: int = 20, **sampling: Any) -> None:
+    def fails(
+        match: str, blocks: list[BlockId], tokens: list[int] | None = None, count: int = 20, **sampling: Any
+    ) -> None:
         bad = sequence(tokens or prompt(20), "bad", **sampling)
         bad.take_blocks(blocks)
         runner.give_blocks(good, good.num_tokens)
@@ -218,20 +272,20 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
         assert isinstance(fine, SampledTokens)
         take(engine, good, newest, fine)
 
-    fails("do not hold 20 tokens", [1])
-    fails("leaves the pool of 64", [1, 64])
-    fails("leaves the pool of 64", [1, -1])
-    fails("positions 0 to 21", [1, 2], count=21)
-    fails("token id 384 is not in the vocabulary", [1, 2], [384] * 20)
-    fails("cannot be sampled: token ids 384", [1, 2], logit_bias={384: 1.0})
-    fails("cannot be sampled", [1, 2], logit_bias={1 << 40: 1.0})
-    fails("21 log probabilities are more than 20", [1, 2], num_logprobs=21)
+    fails("do not hold 20 tokens", block_ids(1))
+    fails("leaves the pool of 64", block_ids(1, 64))
+    fails("leaves the pool of 64", block_ids(1, -1))
+    fails("positions 0 to 21", block_ids(1, 2), count=21)
+    fails("token id 384 is not in the vocabulary", block_ids(1, 2), [384] * 20)
+    fails("cannot be sampled: token ids 384", block_ids(1, 2), logit_bias={384: 1.0})
+    fails("cannot be sampled", block_ids(1, 2), logit_bias={1 << 40: 1.0})
+    fails("21 log probabilities are more than 20", block_ids(1, 2), num_logprobs=21)
     banned: dict[str, Any] = {
         "min_tokens": 9,
         "eos_token_ids": list(range(200)),
         "stop_token_ids": list(range(200, 384)),
     }
-    fails("leave no token to choose", [1, 2], **banned)
+    fails("leave no token to choose", block_ids(1, 2), **banned)
     expected = sequence(prompt(20), max_tokens=12)
     Runner(make()).finish(expected)
     runner.finish(good)
@@ -243,7 +297,7 @@ def test_steps_that_are_too_much_together_are_computed_in_parts(make: Make) -> N
 
     def one(length: int) -> tuple[Sequence, Chunk]:
         made = sequence(prompt(length), "r")
-        made.take_blocks(range(20))
+        made.take_blocks(block_ids(*range(20)))
         return made, Chunk(0, length, True)
 
     with pytest.raises(EngineError, match="without sequences"):
@@ -276,7 +330,7 @@ def test_blocks_are_digested_when_their_layer_is_announced(make: Make) -> None:
 class Digested(list[int]):
     """Notes at each announcement of a layer whether its digests are those of its blocks."""
 
-    def __init__(self, memory: DeviceMemory, blocks: list[int]) -> None:
+    def __init__(self, memory: DeviceMemory, blocks: list[BlockId]) -> None:
         super().__init__()
         self._memory, self._blocks = memory, blocks
         self.right: list[bool] = []
@@ -323,3 +377,69 @@ def _spoiled(sample: Any) -> Any:
         return sample(logits, step)
 
     return with_nan
+
+
+class BreakingFramework(TorchFramework):
+    """A device that a CUDA error may break: then everything that touches it raises, ``synchronize`` too."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.breaks_when = ""
+        self.is_broken = False
+
+    def touch(self, when: str) -> None:
+        self.is_broken |= self.breaks_when == when
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def copy(self, target: Any, source: Any) -> None:
+        self.touch("copied")
+        super().copy(target, source)
+
+    def event(self) -> Any:
+        return TouchingEvent(self)
+
+    def synchronize(self) -> None:
+        if self.is_broken:
+            raise DeviceError("CUDA: an illegal memory access was encountered")
+
+
+class TouchingEvent:
+    def __init__(self, framework: BreakingFramework) -> None:
+        self._framework = framework
+
+    def record(self, stream: Any) -> None:
+        self._framework.touch("recorded")
+
+    def synchronize(self) -> None:
+        self._framework.touch("awaited")
+
+
+@pytest.mark.parametrize("when", ["copied", "recorded", "awaited"])
+def test_a_device_that_breaks_is_no_error_of_sequences(when: str, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    framework = BreakingFramework()
+    engine = make(framework)
+    one, two, runner = sequence(prompt(20), "one"), sequence(prompt(9), "two"), Runner(engine)
+    for each in (one, two):
+        runner.give_blocks(each, each.num_tokens)
+    framework.breaks_when = when
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="illegal memory access"):
+            run_batch(engine, (one, Chunk(0, 20, True)), (two, Chunk(0, 9, True)))
+    caplog.clear()  # tracebacks hold views of the pool
+
+
+def test_an_error_that_leaves_the_device_whole_is_one_of_sequences(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make()
+    monkeypatch.setattr(engine.launcher.decoder, "compute", _out_of_memory)
+    one, runner = sequence(prompt(20), "one"), Runner(engine)
+    runner.give_blocks(one, 20)
+    (failed,) = outcomes_in_order(run_batch(engine, (one, Chunk(0, 20, True))))
+    assert isinstance(failed, SequenceFailed) and failed.retryable
+    caplog.clear()
+
+
+def _out_of_memory(*arguments: Any) -> Any:
+    raise RuntimeError("CUDA out of memory")

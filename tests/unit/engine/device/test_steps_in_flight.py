@@ -130,11 +130,11 @@ class Ahead:
         step, batch = self.in_flight.popleft()
         layers: list[int] = []
 
-        def on_layer(layer: int) -> None:
-            layers.append(layer)
-            assert all(self._is_there(layer, one, chunk) for one, chunk in batch)
+        def on_layers(computed: range) -> None:
+            layers.extend(computed)
+            assert all(self._is_there(layer, one, chunk) for layer in computed for one, chunk in batch)
 
-        result = step.finish(on_layer)
+        result = step.finish(on_layers)
         assert layers == [0, 1, 2, 3]
         for (one, chunk), outcome in zip(batch, result.outcomes.values(), strict=True):
             self._take(one, chunk, outcome)

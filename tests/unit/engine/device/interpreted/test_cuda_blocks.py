@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from support.ids import block_ids
 
 from kvrelay.errors import ConfigError, DeviceError, PeerLostError
 from kvrelay.kv_pool import cuda_blocks
@@ -108,7 +109,7 @@ def pools(driver: Driver) -> Iterator[tuple[DeviceMemory, DeviceMemory]]:
     own, target = (DeviceMemory.create(GEOMETRY, count, "cuda") for count in (10, 12))
     source = DeviceMemory.attach(GEOMETRY, msgspec.json.decode(msgspec.json.encode(own.handle), type=type(own.handle)))
     for first in range(0, 10, 5):
-        blocks = list(range(first, first + 5))
+        blocks = block_ids(*range(first, first + 5))
         words = np.random.default_rng(first).integers(-(1 << 62), 1 << 62, (6, 5, GEOMETRY.plane_block_bytes // 8))
         own.write(EVERY, blocks, [words.view(np.uint8).data.cast("B")])
     yield source, target
@@ -121,19 +122,19 @@ def pools(driver: Driver) -> Iterator[tuple[DeviceMemory, DeviceMemory]]:
 
 def test_blocks_are_copied_digested_read_and_written(pools: tuple[DeviceMemory, DeviceMemory]) -> None:
     source, target = pools
-    sources, targets = [7, 1, 3], [11, 0, 5]
+    sources, targets = block_ids(7, 1, 3), block_ids(11, 0, 5)
     copy = target.begin_copy(source, range(1, 3), targets, sources)
     assert copy.is_done
     assert copy.wait() == source.digest(range(1, 3), sources) == target.digest(range(1, 3), targets)
     assert target.read(range(1, 3), targets) == source.read(range(1, 3), sources)
     assert not target.blocks.read(range(2), targets).any(), "layer 0 was not asked for"
-    untouched = [block for block in range(12) if block not in targets]
+    untouched = [block for block in block_ids(*range(12)) if block not in targets]
     assert not target.blocks.read(range(6), untouched).any()
 
 
 def test_digests_are_those_of_the_bytes_and_wait_for_the_engine(pools: tuple[DeviceMemory, DeviceMemory]) -> None:
     source, _ = pools
-    blocks, written = [9, 0, 4], Event(blocking=True)
+    blocks, written = block_ids(9, 0, 4), Event(blocking=True)
     noted = source.digest(EVERY, blocks)
     assert source.begin_digest(EVERY, blocks, after=written).wait() == noted
     assert source.blocks._stream.waited == [written]
@@ -143,12 +144,12 @@ def test_digests_are_those_of_the_bytes_and_wait_for_the_engine(pools: tuple[Dev
 def test_whole_blocks_go_out_and_come_in(pools: tuple[DeviceMemory, DeviceMemory]) -> None:
     source, target = pools
     copies = [np.empty((3, 2, GEOMETRY.plane_block_bytes), np.uint8) for _ in range(2)]
-    source.copy_out([8, 2], copies)
-    with target.lend([3, 6]) as lent:
+    source.copy_out(block_ids(8, 2), copies)
+    with target.lend(block_ids(3, 6)) as lent:
         for mine, copy in zip(lent, copies, strict=True):
             mine[:] = copy
-    assert target.read(EVERY, [3, 6]) == source.read(EVERY, [8, 2])
-    assert target.digest(EVERY, [3, 6]) == source.digest(EVERY, [8, 2])
+    assert target.read(EVERY, block_ids(3, 6)) == source.read(EVERY, block_ids(8, 2))
+    assert target.digest(EVERY, block_ids(3, 6)) == source.digest(EVERY, block_ids(8, 2))
 
 
 def test_errors_of_the_device_are_told_from_those_of_a_handle(
@@ -160,7 +161,7 @@ def test_errors_of_the_device_are_told_from_those_of_a_handle(
     driver.most_bytes = 1000
     with pytest.raises(ConfigError, match=r"cache.num_blocks: 100 blocks take 76,800 bytes: the device has not"):
         DeviceMemory.create(GEOMETRY, 100, "cuda")
-    copy = target.begin_copy(source, EVERY, [0], [0])
+    copy = target.begin_copy(source, EVERY, block_ids(0), block_ids(0))
     monkeypatch.setattr(Event, "fails", True)
     with pytest.raises(DeviceError, match="illegal memory access"):
         copy.wait()
@@ -173,7 +174,7 @@ def test_pinned_memory_is_kept_until_the_device_is_done(
     source, _ = pools
     monkeypatch.setattr(Event, "query", lambda self: False)
     for block in range(3):
-        source.begin_digest(EVERY, [block])
+        source.begin_digest(EVERY, block_ids(block))
     assert len(source.blocks._works) >= 3
     monkeypatch.undo()
     source.blocks._works.clear()

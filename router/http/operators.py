@@ -1,0 +1,122 @@
+"""The operators' HTTP server: the whole state of the cluster, and what changes it. Its address is not the clients'."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvrelay.addresses import is_loopback
+from kvrelay.admin_key import VARIABLE, read_admin_key
+from kvrelay.config.sections import RouterConfig
+from kvrelay.errors import ConfigError
+from kvrelay.protocol.messages.base import ErrorInfo
+from router.cluster_status import cluster_status
+from router.http.admin import AdminEndpoints
+from router.http.app import App, http_error
+from router.http.asgi import send_error
+from router.openai.errors import AnswerError
+from router.openai.field_types import shown
+from router.service import RouterService
+
+_SCHEME = "bearer "
+
+
+class OperatorsOnly:
+    """Serves ``app`` to those who have the key, in ``Authorization: Bearer``; without a key to whoever reaches it.
+
+    A browser that shows a page of somebody else's reaches loopback too. What pages send has an ``Origin``: refused.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._digest = _digest(key) if key is not None else None
+
+    @classmethod
+    def of(cls, config: RouterConfig, app: ASGIApp) -> OperatorsOnly:
+        """Return the guard that ``config`` wants. Raises ConfigError if there must be a key and is none."""
+        key = read_admin_key(config.admin_key_file)
+        if key is None and not is_loopback(config.admin_host):
+            raise ConfigError(
+                [f"router.admin_host: {config.admin_host} is not loopback: set router.admin_key_file or {VARIABLE}"]
+            )
+        return cls(app, key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        error = self._refusal(Headers(scope=scope))
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            challenge = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+            await send_error(send, error, challenge)
+
+    def _refusal(self, headers: Headers) -> AnswerError | None:
+        if "origin" in headers:
+            return _error("forbidden", "web pages may not use the operators' endpoints", 403)
+        if self._digest is None:
+            return None
+        given = headers.get("authorization", "")
+        key = given[len(_SCHEME) :].strip() if given.lower().startswith(_SCHEME) else ""
+        if hmac.compare_digest(_digest(key), self._digest):
+            return None
+        return _error("unauthorized", "the operators' key is missing or wrong", 401)
+
+
+def make_operators_app(service: RouterService) -> App:
+    """Return the application, which lets everybody in: see ``OperatorsOnly``."""
+    info, endpoints = AdminEndpoints(service), OperatorEndpoints(service)
+    routes = [
+        Route("/health", info.health),
+        Route("/ready", info.ready),
+        Route("/cluster", endpoints.cluster),
+        Route("/cluster/requests/{request_id}", info.timeline),
+        Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
+        Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
+    ]
+    return App(routes=routes, exception_handlers={HTTPException: http_error})
+
+
+class OperatorEndpoints:
+    """Endpoints that clients do not have."""
+
+    def __init__(self, service: RouterService) -> None:
+        self._service = service
+
+    async def cluster(self, _: Request) -> Response:
+        """``GET /cluster``: as for clients, and each node's address, pid and incarnation."""
+        return JSONResponse(cluster_status(self._service, for_operators=True))
+
+    async def drain(self, request: Request) -> Response:
+        """``POST /cluster/nodes/{node_id}/drain``: it gets no new requests, finishes its own and ends.
+
+        ``kvrelay up`` starts it again.
+        """
+        return self._drain(request, stay_down=False)
+
+    async def stop(self, request: Request) -> Response:
+        """``POST /cluster/nodes/{node_id}/stop``: as drain, and ``kvrelay up`` does not start it again."""
+        return self._drain(request, stay_down=True)
+
+    def _drain(self, request: Request, *, stay_down: bool) -> Response:
+        node_id = request.path_params["node_id"]
+        if self._service.machine.node_table.named(node_id) is None:
+            error = _error("not_found", f"no node is called {shown(node_id)}", 404)
+            return JSONResponse(error.body, error.status)
+        self._service.drain(node_id, stay_down=stay_down)
+        return JSONResponse({"status": "draining"}, 202)
+
+
+def _error(code: str, message: str, status: int) -> AnswerError:
+    return AnswerError(ErrorInfo(code=code, message=message, http_status=status))
+
+
+def _digest(key: str) -> bytes:
+    """Return a digest: keys are compared in a time that tells nothing of their length either."""
+    return hashlib.sha256(key.encode("latin-1", "replace")).digest()

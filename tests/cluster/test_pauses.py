@@ -1,0 +1,86 @@
+"""F09: a process stands still for longer than the peer timeout and goes on. Clients see a pause and no error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from support.asking import Ask, answers_while, assert_right, random_asks
+from support.cluster import Cluster, running, until
+from support.cluster_config import Config, cluster_config, d, fake_engine, p
+from support.redis_server import binary, redis_server
+
+PEER_TIMEOUT_S = 2.0
+PAUSE_S = 5.0
+
+REGISTRIES = [
+    "static",
+    pytest.param("redis", marks=pytest.mark.skipif(binary() is None, reason="no redis-server on this machine")),
+]
+
+
+@contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """Let these processes stand still meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(params=REGISTRIES)
+def cluster(model: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        sections: Config = {"cluster": {"peer_timeout_s": PEER_TIMEOUT_S}, "engine": fake_engine(step_s=0.005)}
+        if request.param == "redis":
+            server = stack.enter_context(redis_server())
+            sections["registry"] = {"kind": "redis", "url": f"redis://127.0.0.1:{server.port}/0"}
+        config = cluster_config(model, p("p0"), p("p1"), d("d0"), d("d1"), **sections)
+        yield stack.enter_context(running(config))
+
+
+def test_the_router_stands_still_under_load(cluster: Cluster) -> None:
+    """It loses no node. Nodes that gave it up (a registry) begin its requests again."""
+    asks = [Ask(ask.prompt, 400, ask.temperature, ask.seed) for ask in random_asks(61, 32)]
+    pid, before = cluster.pid("router"), cluster.status()["requests"]
+
+    def stop() -> None:
+        with stopped([pid]):
+            time.sleep(PAUSE_S)
+
+    given = answers_while(cluster, asks, stop, limit=16, first=4)
+
+    assert assert_right(cluster, asks, given) == len(asks)
+    after = cluster.status()["requests"]
+    assert after["nodes_lost"] == before["nodes_lost"]
+    assert after["failed"] == before["failed"]
+    cluster.wait_until_quiescent()
+
+
+@pytest.mark.parametrize("name", ["p0", "d0"])
+def test_a_node_stands_still_under_load(cluster: Cluster, name: str) -> None:
+    """It and its messager are given up and come back; they give nobody up themselves."""
+    asks = [Ask(ask.prompt, 100, ask.temperature, ask.seed) for ask in random_asks(62, 60)]
+    pids = [cluster.pid(name), cluster.messager_pid(name)]
+    incarnation = cluster.incarnations()[name]
+
+    def stop() -> None:
+        with stopped(pids):
+            time.sleep(PAUSE_S)
+
+    given = answers_while(cluster, asks, stop, limit=16, first=4)
+
+    assert assert_right(cluster, asks, given) == len(asks)
+    until(f"{name} is back", lambda: cluster.incarnations().get(name) == incarnation)
+    cluster.wait_until_quiescent()
+    lines = [line for line in cluster.log().splitlines() if line.lstrip().startswith(f"{name} |")]
+    assert len([line for line in lines if "did not run" in line]) == len(pids)
+    assert not [line for line in lines if "no heartbeat" in line]

@@ -1,0 +1,87 @@
+"""Operators drain and restart what runs: clients see pauses and no errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from support.asking import CONNECTION_LOST, Ask, answers, answers_while, assert_right, random_asks
+from support.cluster import PATIENCE_S, Cluster, running, until
+from support.cluster_config import cluster_config, d, fake_engine, p
+
+
+def kvrelay(cluster: Cluster, *arguments: str) -> str:
+    """Run an operator's command; return what it says."""
+    command = [str(Path(sys.executable).with_name("kvrelay")), *arguments, "--url", str(cluster.admin.base_url)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def long_asks(seed: int, count: int) -> list[Ask]:
+    return [Ask(ask.prompt, 400, ask.temperature, ask.seed) for ask in random_asks(seed, count)]
+
+
+def test_all_nodes_are_restarted_one_after_another_under_load(model: Path) -> None:
+    """2P2D with 16 streams. D's deadline is short: what it cannot finish goes on elsewhere."""
+    config = cluster_config(
+        model,
+        p("p0"),
+        p("p1"),
+        d("d0"),
+        d("d1"),
+        cluster={"drain_timeout_s": 1.0},
+        engine=fake_engine(step_s=0.01),
+    )
+    asks = long_asks(71, 64)
+
+    with running(config) as cluster:
+        before = cluster.incarnations()
+        said: list[str] = []
+        given = answers_while(
+            cluster, asks, lambda: said.append(kvrelay(cluster, "restart", "--rolling")), limit=16, first=2
+        )
+
+        assert assert_right(cluster, asks, given) == len(asks)
+        assert [line for line in said[0].splitlines() if line.endswith("is back")] == [
+            f"{name} is back" for name in ("d0", "d1", "p0", "p1")
+        ]
+        after = cluster.incarnations()
+        assert {name for name, incarnation in after.items() if incarnation != before[name]} == set(before)
+        requests = cluster.status()["requests"]
+        assert requests["failed"] == requests["refused"] == requests["nodes_lost"] == 0
+        assert requests["retries"] > 0
+        cluster.wait_until_quiescent()
+
+
+def test_a_drained_node_comes_back_and_a_stopped_one_does_not(model: Path) -> None:
+    config = cluster_config(model, p(), d("d0"), d("d1"), d("d2"), engine=fake_engine())
+    with running(config) as cluster:
+        incarnation, pid = cluster.incarnations()["d0"], cluster.pid("d1")
+        assert kvrelay(cluster, "drain", "d0").splitlines() == ["d0 drains", "d0 has left"]
+        assert kvrelay(cluster, "drain", "d1", "--stop").splitlines() == ["d1 drains", "d1 has left"]
+        cluster.wait_until_restarted("d0", incarnation)
+        until("d1 has ended", lambda: not psutil.pid_exists(pid))
+        until("it is not started again", lambda: "d1 exited with 3; not restarting it" in cluster.log())
+        asks = random_asks(72, 12)
+        assert assert_right(cluster, asks, answers(cluster, asks)) == len(asks)
+        assert set(cluster.incarnations()) == {"p0", "d0", "d2"}
+
+
+def test_a_router_that_was_told_to_end_alone_comes_back(model: Path) -> None:
+    """What it has is finished, the nodes stay, and the cluster does not end."""
+    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.005))
+    asks = long_asks(73, 16)
+    with running(config) as cluster:
+        pid, before = cluster.pid("router"), cluster.incarnations()
+        given = answers_while(cluster, asks, lambda: os.kill(pid, signal.SIGTERM), limit=8, first=2)
+        assert assert_right(cluster, asks, given, CONNECTION_LOST, (503, "no_node_available")) >= 8
+        until("another router runs", lambda: not psutil.pid_exists(pid))
+        cluster.wait_until_up()
+        assert cluster.incarnations() == before
+        assert assert_right(cluster, asks, answers(cluster, asks)) == len(asks)
+        cluster.wait_until_quiescent()

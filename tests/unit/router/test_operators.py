@@ -1,0 +1,146 @@
+"""The operators' HTTP server: what only it has, and whom it lets in."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_nodes import config, register
+from starlette.types import ASGIApp
+
+from kvrelay.addresses import is_loopback
+from kvrelay.admin_key import VARIABLE, read_admin_key
+from kvrelay.errors import ConfigError
+from kvrelay.machine.clock import Clock
+from kvrelay.machine.contract import Received
+from kvrelay.protocol.ids import peer_id
+from router.events import DrainRequested
+from router.http.app import make_app
+from router.http.operators import OperatorsOnly, make_operators_app
+from router.metrics import Metrics
+from router.model import load_model
+from router.service import RouterService
+
+KEY = "correct-horse-battery"
+
+
+class Service(RouterService):
+    """With one node, and without sockets: what is posted to the machine is kept."""
+
+    def __init__(self) -> None:
+        settings = config()
+        super().__init__(settings, load_model(settings), Clock())
+        self.machine.handle(Received(peer_id("m0", "a1b2"), register("m0", "mixed", "a1b2")), 0.0)
+        self.posted: list[object] = []
+
+    def _post(self, event: object) -> None:
+        self.posted.append(event)
+
+
+def ask(app: ASGIApp, method: str, path: str, **headers: str) -> httpx.Response:
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(scenario())
+
+
+def node_in(response: httpx.Response) -> dict[str, Any]:
+    (node,) = response.json()["nodes"]
+    assert isinstance(node, dict)
+    return node
+
+
+def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> None:
+    service = Service()
+    clients = ask(make_app(service, Metrics(service.machine, service.clock.now)), "GET", "/cluster")
+    operators = ask(make_operators_app(service), "GET", "/cluster")
+    assert node_in(operators).keys() - node_in(clients).keys() == {"address", "pid", "incarnation"}
+    assert node_in(operators)["incarnation"] == "a1b2"
+    assert "a1b2" not in clients.text
+
+
+@pytest.mark.parametrize(("action", "stay_down"), [("drain", False), ("stop", True)])
+def test_a_node_is_drained_by_operators_and_not_by_clients(action: str, stay_down: bool) -> None:
+    service = Service()
+    path = f"/cluster/nodes/m0/{action}"
+    assert ask(make_app(service, Metrics(service.machine, service.clock.now)), "POST", path).status_code == 404
+    assert service.posted == []
+    assert ask(make_operators_app(service), "POST", path).status_code == 202
+    assert service.posted == [DrainRequested("m0", stay_down)]  # type: ignore[arg-type]
+    unknown = ask(make_operators_app(service), "POST", f"/cluster/nodes/other/{action}")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("given", ["", f"Basic {KEY}", "Bearer", "Bearer ", f"Bearer {KEY}x", "Bearer ÿ", KEY])
+def test_without_the_key_nobody_is_let_in(given: str) -> None:
+    app = OperatorsOnly(make_operators_app(Service()), KEY)
+    response = ask(app, "GET", "/cluster", **({"Authorization": given.encode("latin-1")} if given else {}))  # type: ignore[arg-type]
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert KEY not in response.text
+
+
+def test_with_the_key_or_where_there_is_none_they_are() -> None:
+    app = make_operators_app(Service())
+    assert ask(OperatorsOnly(app, KEY), "GET", "/cluster", Authorization=f"bearer {KEY}").status_code == 200
+    assert ask(OperatorsOnly(app, None), "GET", "/cluster").status_code == 200
+
+
+def test_a_page_in_an_operators_browser_is_not_let_in() -> None:
+    service = Service()
+    app = OperatorsOnly(make_operators_app(service), None)
+    response = ask(app, "POST", "/cluster/nodes/m0/drain", Origin="http://evil.example")
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
+    assert service.posted == []
+
+
+# ---------------------------------------------------------------- the key
+
+
+def test_the_key_comes_from_the_file_or_else_from_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY + "\n")
+    assert read_admin_key(str(file), {VARIABLE: "another-key-of-others"}) == KEY
+    assert read_admin_key(None, {VARIABLE: f" {KEY}\n"}) == KEY
+    assert read_admin_key(None, {}) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"two words in a key file", b"\xff" * 20, "ключ-ключ-ключ-ключ".encode()]
+)
+def test_a_file_without_a_key_is_refused_without_quoting_it(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^router\.admin_key_file: ") as caught:
+        read_admin_key(str(file), {})
+    assert not content or content.decode("utf-8", "replace") not in str(caught.value)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_admin_key(str(tmp_path / "missing"), {})
+
+
+def test_beyond_loopback_a_key_is_a_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    router = config(admin_host="0.0.0.0").router
+    with pytest.raises(ConfigError, match=r"router\.admin_host: 0\.0\.0\.0 is not loopback"):
+        OperatorsOnly.of(router, make_operators_app(Service()))
+    monkeypatch.setenv(VARIABLE, KEY)
+    OperatorsOnly.of(router, make_operators_app(Service()))
+
+
+@pytest.mark.parametrize(
+    ("host", "is_it"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("router.example", False)],
+)  # fmt: skip
+def test_what_is_loopback(host: str, is_it: bool) -> None:
+    assert is_loopback(host) is is_it
+
+
+def test_the_port_follows_the_clients_unless_it_is_set() -> None:
+    assert config(port=8000).router.admin_address == ("127.0.0.1", 8090)
+    assert config(port=65500).router.admin_address == ("127.0.0.1", 65410)
+    assert config(admin_port=7, admin_host="::1").router.admin_url == "http://[::1]:7"
