@@ -117,7 +117,7 @@ def _check_attention(context: Context, shape: Shape, window: int | None, wrong: 
 
 
 def _check_engine(context: Context, wrong: list[str]) -> None:
-    """Compare keys, values and log probabilities of one request: in chunks, beside others, as graphs, and recomputed."""
+    """Compare keys, values and log probabilities of a request: in chunks, beside others, and recomputed."""
     length, num_tokens = (30, 4) if context.tiny else (1200, 24)
     engine = engine_of(
         context, "qwen3-0.6b", num_blocks=16 if context.tiny else 1200, max_num_seqs=9, tokens=2 * length,

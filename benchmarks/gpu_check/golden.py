@@ -108,7 +108,9 @@ def engine_of_case(
         case.write_checkpoint(Path(folder))
         config = read_decoder_config(Path(folder))
         checkpoint = Checkpoint.open(Path(folder), config, lambda done, total: None)
-        weights = load_weights(checkpoint, DevicePacking(context.framework, dtype, quantizer(context.framework, config, how)))
+        weights = load_weights(
+            checkpoint, DevicePacking(context.framework, dtype, quantizer(context.framework, config, how))
+        )
         geometry = KVGeometry(
             config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype, checkpoint.digest(case.name)
         )

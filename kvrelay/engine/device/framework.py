@@ -52,9 +52,9 @@ class Graph(Protocol, Generic[T_co]):
 
 
 class Framework(Protocol):
-    """One device. Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, int32, float64, float8_e4m3.
+    """One device. ``has_fp8``: it multiplies float8.
 
-    ``has_fp8``: it multiplies float8.
+    Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32, float64 and float8_e4m3.
     """
 
     is_gpu: bool

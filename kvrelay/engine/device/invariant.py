@@ -34,8 +34,8 @@ class InvariantOperations(TritonOperations):
         if shared > self.tiling.rows:
             raise ConfigError(
                 [
-                    f"engine.deterministic: {shared} query heads that share a KV head are more than {self.tiling.rows}, "
-                    "the rows of a tile"
+                    f"engine.deterministic: {shared} query heads that share a KV head are more than "
+                    f"{self.tiling.rows}, the rows of a tile"
                 ]
             )
         self.tile_rows = self.tiling.tokens(shared)

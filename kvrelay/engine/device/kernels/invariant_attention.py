@@ -21,7 +21,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class InvariantTiling:
-    """``rows``: queries of a tile, all heads counted; ``tile``: context tokens of one iteration; ``piece``: of a piece."""
+    """``rows``: queries of a tile, all heads counted; ``tile`` and ``piece``: context tokens of each."""
 
     rows: int
     tile: int
@@ -31,7 +31,8 @@ class InvariantTiling:
 
     def tokens(self, repeat: int) -> int:
         """Return how many tokens a tile has of ``repeat`` query heads each."""
-        return self.rows // triton.next_power_of_2(repeat)
+        padded: int = triton.next_power_of_2(repeat)
+        return self.rows // padded
 
 
 FAST = InvariantTiling(rows=64, tile=64, piece=512, num_warps=4, num_stages=3)
@@ -176,9 +177,7 @@ def attention_kernel(
             if ticket == used - 1:
                 for piece in range(first_piece, end_piece):
                     part = (unit * max_pieces + piece) * BH + index
-                    one_highest = tl.load(
-                        stats + part * 2, mask=index < BH, other=-float("inf"), cache_modifier=".cg"
-                    )
+                    one_highest = tl.load(stats + part * 2, mask=index < BH, other=-float("inf"), cache_modifier=".cg")
                     one_total = tl.load(stats + part * 2 + 1, mask=index < BH, other=0.0, cache_modifier=".cg")
                     one_at = parts + part[:, None] * BD + dims[None, :]
                     one = tl.load(one_at, mask=kept, other=0.0, cache_modifier=".cg")
@@ -188,7 +187,9 @@ def attention_kernel(
                 tl.store(tickets + unit, 0)
 
 
-def scratch_sizes(rows: int, max_len: int, heads: int, groups: int, dim: int, tiling: InvariantTiling) -> tuple[int, int, int]:
+def scratch_sizes(
+    rows: int, max_len: int, heads: int, groups: int, dim: int, tiling: InvariantTiling
+) -> tuple[int, int, int]:
     """Return how many float32 of parts, float32 of stats and zeroed int32 of tickets ``rows`` spread tokens need."""
     pieces = rows * groups * triton.cdiv(max_len, tiling.piece) * triton.next_power_of_2(heads // groups)
     return pieces * triton.next_power_of_2(dim), pieces * 2, rows * groups

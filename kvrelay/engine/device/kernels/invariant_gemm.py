@@ -66,9 +66,7 @@ def _piece(
 
 
 @triton.jit
-def _finish(
-    total, bias, out, rows, columns, row_ok, N: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr
-):
+def _finish(total, bias, out, rows, columns, row_ok, N: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr):
     """Write ``total``, with the bias, to ``out`` or add it to what is there."""
     ok = row_ok[:, None] & (columns < N)[None, :]
     place = out + rows[:, None] * N + columns[None, :]

@@ -42,7 +42,7 @@ def _round_to_float8() -> None:
 
 
 def sum_in_order(patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Have products add one term after the other, as a device does for each element; numpy's order depends on shapes."""
+    """Have products add one term after the other, as a device does. Numpy's order depends on a matrix's shape."""
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         total = d.data.copy()

@@ -30,7 +30,9 @@ def test_rows(shape: Shape, width: int) -> None:
     values, scales = ours.quantized(x)
     finite = [row for row in range(9) if row not in (3, 5)]
     reference = theirs.quantized(x)
-    assert_equal(Quantized(values[finite], scales[finite]), Quantized(reference.values[finite], reference.scales[finite]))
+    assert_equal(
+        Quantized(values[finite], scales[finite]), Quantized(reference.values[finite], reference.scales[finite])
+    )
     assert torch.equal(values.float()[[0, 1, 4]].abs().amax(1), torch.full((3,), 448.0))
     assert not values.float()[2].any()
     for one in (values, reference.values):

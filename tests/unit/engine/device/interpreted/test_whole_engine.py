@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_runs import Runner, output, planes_of, sequence
-
 from interpreting import sum_in_order
 
 from kvrelay.engine.checkpoint import Checkpoint
@@ -65,7 +64,9 @@ def test_a_deterministic_engine_gives_the_same_bits_in_any_batch_and_chunks(
     made = engine(tmp_path, True, "float16", deterministic=True)
     prompt = np.random.default_rng(0).integers(0, 384, 29).tolist()
 
-    def bits(prompt: list[int], num_tokens: int, chunk: int, *others: list[int]) -> tuple[bytes, list[float], list[int]]:
+    def bits(
+        prompt: list[int], num_tokens: int, chunk: int, *others: list[int]
+    ) -> tuple[bytes, list[float], list[int]]:
         """Return keys and values of 32 tokens, and log probabilities and tokens from the 29th on."""
         one = sequence(prompt, max_tokens=num_tokens, num_logprobs=2)
         company = [sequence(other, "other", max_tokens=5, temperature=1.0, seed=3) for other in others]
@@ -77,5 +78,7 @@ def test_a_deterministic_engine_gives_the_same_bits_in_any_batch_and_chunks(
     kv, told, tokens = bits(prompt, 4, 8)
     known = [*prompt, *tokens]
     assert bits(prompt, 4, 4, prompt[:9]) == (kv, told, tokens)
-    assert bits(known[:31], 2, 7) == (kv, told[2:], tokens[2:]), "as after preemption: decoded tokens are a prompt's now"
+    assert bits(known[:31], 2, 7) == (kv, told[2:], tokens[2:]), (
+        "as after preemption: decoded tokens are a prompt's now"
+    )
     made.close()
