@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from golden.cases import CASES
 from steps import Case, Shape, operations, step_of_one_sequence
 
 from gpu_check import decode, prefill
@@ -13,6 +14,7 @@ from gpu_check.context import Context
 from gpu_check.driving import Driver, engine_of, sequence
 from gpu_check.float8 import kv_of
 from gpu_check.gemm import SHAPES
+from gpu_check.golden import check_case
 from kvrelay.engine.device import invariant
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.invariant import InvariantOperations, InvariantProjections
@@ -37,6 +39,7 @@ def run(context: Context) -> None:
     for shape in (Shape(dtype="float16", max_len=1024),) if context.tiny else HEADS:
         for window in (None, 100):
             _check_attention(context, shape, window, wrong)
+    check_case(context, CASES[0], True, False, wrong, deterministic=True)
     _check_engine(context, wrong)
     assert not wrong, wrong
     _measure_products(context)

@@ -29,7 +29,7 @@ def run(context: Context) -> None:
     every = [(graphs, digests) for graphs in (True, False) for digests in (True, False)]
     for case in CASES[:1] if context.tiny else CASES:
         for graphs, digests in every if case is CASES[0] and not context.tiny else [(True, True)]:
-            _check(context, case, graphs, digests, wrong)
+            check_case(context, case, graphs, digests, wrong)
     right = _leading_tokens(context, CASES[0], "bfloat16")
     context.report.add("golden", f"{CASES[0].name} in bfloat16: output tokens before the first that differs", right)
     _check_gathered(context, CASES[0], wrong)
@@ -56,8 +56,11 @@ def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> Non
         wrong.append(name)
 
 
-def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str]) -> None:
-    engine = engine_of_case(context, case, "float32", graphs, digests)
+def check_case(
+    context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str], **options: bool
+) -> None:
+    """Compare the tokens of ``case`` in float32; ``options`` as in ``engine_of_case``."""
+    engine = engine_of_case(context, case, "float32", graphs, digests, **options)
     goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
     expected = [golden.output_token_ids for golden in goldens]
     count = len(expected[0])
@@ -76,7 +79,7 @@ def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wron
         driver.give_back([one])
     results["alone"] = sum(ours == theirs for ours, theirs in zip(alone, expected, strict=True))
     engine.close()
-    name = f"{case.name}, graphs {graphs}, digests {digests}"
+    name = f"{case.name}, graphs {graphs}, digests {digests}{''.join(f', {option}' for option in options)}"
     context.report.add("golden", name, " ".join(f"{how}: {right}/{len(goldens)}" for how, right in results.items()))
     if any(right != len(goldens) for right in results.values()):
         wrong.append(name)
@@ -101,7 +104,7 @@ def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
 def engine_of_case(
     context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool, **options: bool
 ) -> DeviceEngine:
-    """Return an engine of a golden case's weights; ``options``: ``fp8`` of DeviceOptions."""
+    """Return an engine of a golden case's weights; ``options``: ``fp8`` and ``deterministic`` of DeviceOptions."""
     interpreted = context.interpreted and dtype != "bfloat16"  # which Triton's interpreter does not multiply
     how = DeviceOptions(context.device, dtype, 16, interpreted, **options)
     with tempfile.TemporaryDirectory() as folder:

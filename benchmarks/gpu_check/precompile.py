@@ -99,7 +99,10 @@ def _deterministic_jobs() -> list[Callable[[], object]]:
     jobs: list[Callable[[], object]] = [
         partial(_invariant_attention, shape, window) for shape in HEADS for window in (None, 100)
     ]
-    jobs.append(partial(_invariant_attention, Shape(16, 8, 128, 16, "bfloat16", 4096), None))
+    jobs += [
+        partial(_invariant_attention, shape, None)
+        for shape in (Shape(16, 8, 128, 16, "bfloat16", 4096), Shape(6, 2, 16, 16, "float32", 2048))
+    ]
     small = {"qkv": (4096, 1024), "out": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
     small["lm_head"] = (151936, 1024)
     for weights, is_checked in ((WEIGHTS, True), (small, False)):
@@ -108,6 +111,8 @@ def _deterministic_jobs() -> list[Callable[[], object]]:
                 jobs.append(partial(_invariant_gemm, name, count, rows, columns, False))
                 if is_checked:
                     jobs.append(partial(_invariant_gemm, name, count, rows, columns, True))
+    golden = {"qkv": (160, 96), "out": (96, 96), "gate_up": (384, 96), "down": (96, 192), "lm_head": (384, 96)}
+    jobs += [partial(_invariant_gemm, name, 1, *sizes, False, "float32") for name, sizes in golden.items()]
     return jobs
 
 
@@ -256,7 +261,7 @@ def _invariant_attention(shape: Any, window: int | None) -> None:
         ours.attention(queries, layer, step, tables, window)
 
 
-def _invariant_gemm(name: str, count: int, rows: int, columns: int, checked: bool) -> None:
+def _invariant_gemm(name: str, count: int, rows: int, columns: int, checked: bool, dtype: str = "bfloat16") -> None:
     """Compile a product as the engine launches it, or as the check of its bits does: biased, in float32."""
     import torch  # noqa: PLC0415
 
@@ -264,11 +269,11 @@ def _invariant_gemm(name: str, count: int, rows: int, columns: int, checked: boo
     from kvrelay.engine.device.torch_framework import TorchFramework  # noqa: PLC0415
     from kvrelay.engine.device.weights import Linear  # noqa: PLC0415
 
-    project = InvariantProjections(TorchFramework("cpu"), None, 1e-6, "bfloat16")  # type: ignore[arg-type]
-    make = partial(torch.empty, dtype=torch.bfloat16)
+    project = InvariantProjections(TorchFramework("cpu"), None, 1e-6, dtype)  # type: ignore[arg-type]
+    make = partial(torch.empty, dtype=getattr(torch, dtype))
     linear = Linear(make(rows, columns), make(rows) if checked else None)
     x = make(count, columns)
-    project._product(x, linear, "float32" if checked or name == "lm_head" else "bfloat16")
+    project._product(x, linear, "float32" if checked or name == "lm_head" else dtype)
     if checked:
         project.add(torch.empty(count, rows), x, linear)
     if name in ("out", "down"):

@@ -126,6 +126,8 @@ def scratch_sizes(columns: int, depth: int, tiling: GemmTiling) -> tuple[int, in
     """Return how many float32 of parts and zeroed int32 of tickets a product of up to MOST_SPREAD_ROWS rows needs."""
     tiles = triton.cdiv(MOST_SPREAD_ROWS, tiling.rows) * triton.cdiv(columns, tiling.columns)
     pieces, _ = pieces_of(columns, depth, tiling)
+    if pieces == 1:
+        return 4, 4
     return tiles * pieces * tiling.rows * tiling.columns, tiles
 
 
