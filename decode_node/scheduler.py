@@ -17,7 +17,7 @@ from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig
 from kvrelay.node.headroom import reserve_policy
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import Chunk, PlanWriter
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.kv_offloader import KVOffloader
 

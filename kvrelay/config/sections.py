@@ -7,7 +7,7 @@ configuration reference and ``kvrelay config schema`` are generated from these c
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -56,6 +56,10 @@ class ModelConfig(Section):
         return self.served_name or self.path.rstrip("/").rpartition("/")[2]
 
 
+RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "round_robin", "random", "power_of_two"]
+"""Policies that choose a request's nodes (``router/policies.py``)."""
+
+
 class RouterConfig(Section):
     """The router: its HTTP address for clients, its control address for nodes, and its limits."""
 
@@ -81,11 +85,15 @@ class RouterConfig(Section):
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
         "tcp://[::1]:8100).",
     )
-    prefill_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the prefill or mixed node of a request."
+    prefill_routing: RoutingPolicy = Field(
+        "least_loaded",
+        description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
+        "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
+        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
+        "of two random nodes.",
     )
-    decode_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the decode node of a request."
+    decode_routing: RoutingPolicy = Field(
+        "least_loaded", description="Policy that chooses the decode node of a request, as prefill_routing."
     )
     local_prefill_tokens: int | None = Field(
         None,

@@ -103,12 +103,12 @@ class CudaBlocks:
         work.wait()
         return cast(Words, staging.numpy())
 
-    def write(self, planes: range, block_ids: list[BlockId], words: Words) -> None:
+    def write(self, planes: range, block_ids: list[BlockId], words: Words) -> Words:
         with self._in_stream():
             staging, ids = self._staging(planes, block_ids)
             staging.numpy()[:] = words
             work = self._move(_staged(staging, ids[1]), self._place(planes, ids[0]), planes, ids)
-        work.wait()
+        return work.wait()
 
     def close(self) -> None:
         with contextlib.suppress(DeviceError):  # a broken device: the driver gives the memory back with the process

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from kvrelay.errors import ConfigError, GeometryMismatchError
-from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
+from kvrelay.kv_pool.block_digest import Words, fold
 from kvrelay.kv_pool.device_blocks import BlockWork, DeviceBlocks
 from kvrelay.kv_pool.interface import HostBlock, KVPool
 from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
@@ -185,8 +185,7 @@ class DeviceMemory:
             self._write(every, list(block_ids[some]), np.ascontiguousarray(words.swapaxes(0, 1)))
 
     def _write(self, planes: range, block_ids: list[BlockId], words: Words) -> None:
-        self.blocks.write(planes, block_ids, words)
-        self._table.put(planes, block_ids, digest_blocks(words))
+        self._table.put(planes, block_ids, self.blocks.write(planes, block_ids, words))
 
     def _pieces(self, num_blocks: int) -> Iterator[slice]:
         """Yield so many blocks at a time as are staged at once."""

@@ -24,6 +24,7 @@ from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import CoreEvent, Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import ROUTER, BlockId, NodeId, RequestId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
@@ -32,7 +33,6 @@ from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, 
 from kvrelay.runtime.compute_thread import ComputeThread
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.interface import KVStore
 

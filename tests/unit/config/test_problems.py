@@ -18,6 +18,10 @@ nodes:
   - {name: d0, role: decode, port: 8300}
 """
 
+ROUTING = (
+    "'least_loaded', 'cache_aware', 'session', 'round_robin', 'random' or 'power_of_two'"  # in order of the reference
+)
+
 MISTAKES: dict[str, tuple[str, list[str]]] = {
     "unknown section": (GOOD + "cahce: {}\n", ["6: cahce: unknown key; did you mean cache?"]),
     "unknown key": (
@@ -41,12 +45,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["7: transfer.checksum: should be a valid boolean, not 1"],
     ),
     "no choice of that name": (
-        GOOD + "router: {decode_routing: random}\n",
-        ["6: router.decode_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+        GOOD + "router: {decode_routing: fastest}\n",
+        [f"6: router.decode_routing: should be {ROUTING}, not 'fastest'"],
     ),
     "earlier name of a key": (
-        GOOD + "router: {prefill_policy: random}\n",
-        ["6: router.prefill_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+        GOOD + "router: {prefill_policy: fastest}\n",
+        [f"6: router.prefill_routing: should be {ROUTING}, not 'fastest'"],
     ),
     "earlier and present name of a key": (
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
