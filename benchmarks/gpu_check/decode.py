@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 
 from gpu_check.context import Context
-from gpu_check.driving import AheadDriver, Driver, engine_of, sequence
+from gpu_check.driving import PLAIN, AheadDriver, Driver, Mode, engine_of, sequence
 from gpu_check.profile import report_kernels
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import Batch
@@ -52,17 +52,17 @@ def kv_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
     return itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-def measure(context: Context, part: str, name: str, batches: tuple[int, ...], **options: bool) -> None:
-    """Measure steps of several batches of a shape; ``options`` as in ``engine_of``. The kernels only without any."""
+def measure(context: Context, part: str, name: str, batches: tuple[int, ...], mode: Mode = PLAIN) -> None:
+    """Measure steps of several batches of a shape; what goes on around them only in the plain mode."""
     length, batches = (40, (1, 4)) if context.tiny else (CONTEXT, batches)
     blocks = -(-(length + 3 * STEPS) // 16) * batches[-1]
     engine = engine_of(
         context, name, num_blocks=blocks, max_num_seqs=batches[-1], tokens=max(512, batches[-1]),
-        max_model_len=length + 1024, decode_graphs=batches, **options,
+        max_model_len=length + 1024, decode_graphs=batches, mode=mode,
     )  # fmt: skip
     _fill_pool(context, engine)
     config = context.config(name)
-    num_bytes = weight_bytes(config, 1 if options.get("fp8") else 2)
+    num_bytes = weight_bytes(config, 1 if mode.fp8 else 2)
     for batch in batches:
         limit = (num_bytes + batch * length * kv_bytes(config)) / context.copy_bytes_per_s * 1e3
         driver = Driver(engine)
@@ -72,13 +72,13 @@ def measure(context: Context, part: str, name: str, batches: tuple[int, ...], **
         assert graph is not None
         with context.framework.on(engine.launcher.stream):
             device = context.seconds(graph.replay, repeats=3 if context.tiny else 20) * 1e3
-        what = f"{name}, batch {batch}, context {length}{''.join(f', {option}' for option in options)}"
+        what = f"{name}, batch {batch}, context {length}{mode.suffix}"
         context.report.add(part, f"{what}, on the device", device, "ms", limit, f"{device / limit:.2f}x")
-        if not options:
+        if mode == PLAIN:
             context.report.add(part, f"{what}, whole run", whole * 1e3, "ms", limit, f"{whole * 1e3 / limit:.2f}x")
             context.report.add(part, f"{what}, host before the launch", assembling * 1e3, "ms")
             _report_two_in_flight(context, engine, driver, running, graph, what, limit)
-        if context.device == "gpu" and (not options or batch == batches[0]):
+        if context.device == "gpu" and (mode == PLAIN or batch == batches[0]):
             report_kernels(context, part, what, graph.replay)
         driver.give_back(running)
     engine.close()

@@ -11,7 +11,7 @@ from steps import Case, Shape, operations, step_of_one_sequence
 
 from gpu_check import decode, prefill
 from gpu_check.context import Context
-from gpu_check.driving import Driver, engine_of, sequence
+from gpu_check.driving import Driver, Mode, engine_of, sequence
 from gpu_check.float8 import kv_of
 from gpu_check.gemm import SHAPES
 from gpu_check.golden import check_case
@@ -19,6 +19,8 @@ from kvrelay.engine.device import invariant
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.invariant import InvariantOperations, InvariantProjections
 from kvrelay.engine.device.weights import Linear
+
+MODE = Mode(deterministic=True)
 
 BATCHES = (1, 32, 128)
 
@@ -39,13 +41,13 @@ def run(context: Context) -> None:
     for shape in (Shape(dtype="float16", max_len=1024),) if context.tiny else HEADS:
         for window in (None, 100):
             _check_attention(context, shape, window, wrong)
-    check_case(context, CASES[0], True, False, wrong, deterministic=True)
+    check_case(context, CASES[0], True, False, wrong, MODE)
     _check_engine(context, wrong)
     assert not wrong, wrong
     _measure_products(context)
-    decode.measure(context, "deterministic", "llama3-8b", BATCHES, deterministic=True)
+    decode.measure(context, "deterministic", "llama3-8b", BATCHES, MODE)
     context.clean_up()
-    prefill.measure(context, "deterministic", "llama3-8b", (40,) if context.tiny else (2048, 8192), deterministic=True)
+    prefill.measure(context, "deterministic", "llama3-8b", (40,) if context.tiny else (2048, 8192), mode=MODE)
 
 
 def _note(context: Context, what: str, is_equal: bool, wrong: list[str]) -> None:
@@ -125,7 +127,7 @@ def _check_engine(context: Context, wrong: list[str]) -> None:
     engine = engine_of(
         context, "qwen3-0.6b", num_blocks=16 if context.tiny else 1200, max_num_seqs=9, tokens=2 * length,
         max_model_len=2 * length, decode_graphs=(1, 9), chunk_graphs=(64,), dtype=_dtype(context),
-        deterministic=True,
+        mode=MODE,
     )  # fmt: skip
     prompt = np.random.default_rng(0).integers(0, engine.vocab_size, length).tolist()
     few = 2 if context.tiny else 8

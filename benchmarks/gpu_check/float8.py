@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from steps import Shape, operations
 
 from gpu_check import decode, prefill
 from gpu_check.context import Context
-from gpu_check.driving import Driver, sequence
+from gpu_check.driving import PLAIN, Driver, Mode, sequence
 from gpu_check.gemm import SHAPES
 from gpu_check.golden import engine_of_case
 from kvrelay.engine.device.engine import DeviceEngine
@@ -40,9 +41,9 @@ def run(context: Context) -> None:
     _check_engine(context, wrong)
     assert not wrong, wrong
     _measure_products(context)
-    decode.measure(context, "float8", "llama3-8b", BATCHES, fp8=True)
+    decode.measure(context, "float8", "llama3-8b", BATCHES, Mode(fp8=True))
     context.clean_up()
-    prefill.measure(context, "float8", "llama3-8b", (40,) if context.tiny else (2048, 8192), fp8=True)
+    prefill.measure(context, "float8", "llama3-8b", (40,) if context.tiny else (2048, 8192), mode=Mode(fp8=True))
 
 
 def _note(context: Context, what: str, distance: float, most: float, wrong: list[str]) -> None:
@@ -85,7 +86,7 @@ def _check_products(context: Context, wrong: list[str]) -> None:
         weight = ours.quantized(context.random(rows, columns, dtype="float32", scale=0.02))
         for count in (1, 2, 17, 300):
             x = ours.quantized(context.random(count, columns, dtype="float32"))
-            product = context.framework.scaled_linear(*x, *weight, "bfloat16")
+            product = context.framework.scaled_linear(x.values, x.scales, weight.values, weight.scales, "bfloat16")
             expected = _wide(x) @ _wide(weight).t()
             _note(context, f"{name}, {count} rows, scaled GEMM", _distance(product, expected), 5e-3, wrong)
 
@@ -96,21 +97,23 @@ def _check_engine(context: Context, wrong: list[str]) -> None:
     host = copy.copy(context)
     host.device, host.torch_device, host.interpreted, host.framework = "cpu", "cpu", False, TorchFramework("cpu", 4)
 
-    def kv(where: Context, **options: bool) -> torch.Tensor:
-        engine = engine_of_case(where, CASES[0], "bfloat16", graphs=True, digests=False, **options)
+    def kv(where: Context, mode: Mode) -> torch.Tensor:
+        engine = engine_of_case(where, CASES[0], "bfloat16", graphs=True, digests=False, mode=mode)
         one = sequence(tokens, "float8")
         Driver(engine).complete([one], 1, 97)
-        found = kv_of(where, engine, one.block_table, len(tokens)).cpu()
+        found = kv_of(where, engine, list(one.block_table), len(tokens)).cpu()
         engine.close()
         return found
 
-    ours = kv(context, fp8=True)
+    ours = kv(context, Mode(fp8=True))
     name = f"{CASES[0].name}, keys and values of {len(tokens)} tokens in float8"
-    _note(context, f"{name}, from those of the emulation", _distance(ours, kv(host, fp8=True)), MOST_OF_KV, wrong)
-    context.report.add("float8", f"{name}, from those in bfloat16", _distance(ours, kv(context)), "relative distance")
+    _note(context, f"{name}, from those of the emulation", _distance(ours, kv(host, Mode(fp8=True))), MOST_OF_KV, wrong)
+    context.report.add(
+        "float8", f"{name}, from those in bfloat16", _distance(ours, kv(context, PLAIN)), "relative distance"
+    )
 
 
-def kv_of(context: Context, engine: DeviceEngine, blocks: list[int], count: int) -> torch.Tensor:
+def kv_of(context: Context, engine: DeviceEngine, blocks: Sequence[int], count: int) -> torch.Tensor:
     """Return keys and values of the first ``count`` tokens of a sequence: [layers * 2, count, G, D]."""
     position, size = np.arange(count), engine.geometry.block_size
     index = torch.from_numpy(np.array(blocks)[position // size] * size + position % size).to(context.torch_device)
@@ -127,7 +130,8 @@ def _measure_products(context: Context) -> None:
             x = ours.quantized(context.random(count, columns))
             limit = weights[0].values.nbytes / context.copy_bytes_per_s * 1e6
             limit = max(limit, count * rows * columns / context.gemm_flops_per_s * 1e6)
-            works = [partial(context.framework.scaled_linear, *x, *one, "bfloat16") for one in weights]
+            multiply = context.framework.scaled_linear
+            works = [partial(multiply, x.values, x.scales, one.values, one.scales, "bfloat16") for one in weights]
             seconds = context.seconds_in_graph(works, repeats=5)
             note = ""
             if context.device == "gpu":

@@ -10,7 +10,7 @@ import torch
 from golden.cases import CASES, GoldenCase, load_golden
 
 from gpu_check.context import Context
-from gpu_check.driving import Driver, sequence
+from gpu_check.driving import PLAIN, Driver, Mode, sequence
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
@@ -57,10 +57,10 @@ def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> Non
 
 
 def check_case(
-    context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str], **options: bool
+    context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str], mode: Mode = PLAIN
 ) -> None:
-    """Compare the tokens of ``case`` in float32; ``options`` as in ``engine_of_case``."""
-    engine = engine_of_case(context, case, "float32", graphs, digests, **options)
+    """Compare the tokens of ``case`` in float32."""
+    engine = engine_of_case(context, case, "float32", graphs, digests, mode)
     goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
     expected = [golden.output_token_ids for golden in goldens]
     count = len(expected[0])
@@ -79,7 +79,7 @@ def check_case(
         driver.give_back([one])
     results["alone"] = sum(ours == theirs for ours, theirs in zip(alone, expected, strict=True))
     engine.close()
-    name = f"{case.name}, graphs {graphs}, digests {digests}{''.join(f', {option}' for option in options)}"
+    name = f"{case.name}, graphs {graphs}, digests {digests}{mode.suffix}"
     context.report.add("golden", name, " ".join(f"{how}: {right}/{len(goldens)}" for how, right in results.items()))
     if any(right != len(goldens) for right in results.values()):
         wrong.append(name)
@@ -102,11 +102,11 @@ def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
 
 
 def engine_of_case(
-    context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool, **options: bool
+    context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool, mode: Mode = PLAIN
 ) -> DeviceEngine:
-    """Return an engine of a golden case's weights; ``options``: ``fp8`` and ``deterministic`` of DeviceOptions."""
+    """Return an engine of a golden case's weights."""
     interpreted = context.interpreted and dtype != "bfloat16"  # which Triton's interpreter does not multiply
-    how = DeviceOptions(context.device, dtype, 16, interpreted, **options)
+    how = DeviceOptions(context.device, dtype, 16, interpreted, *mode)
     with tempfile.TemporaryDirectory() as folder:
         case.write_checkpoint(Path(folder))
         config = read_decoder_config(Path(folder))

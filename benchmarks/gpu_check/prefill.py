@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_check.context import Context
 from gpu_check.decode import weight_bytes
-from gpu_check.driving import Driver, engine_of, sequence
+from gpu_check.driving import PLAIN, Driver, Mode, engine_of, sequence
 from gpu_check.profile import report_kernels
 from kvrelay.engine.decoder_config import DecoderConfig
 
@@ -36,16 +36,16 @@ def flops(config: DecoderConfig, length: int) -> float:
 
 def measure(
     context: Context, part: str, name: str, lengths: tuple[int, ...], chunk_graphs: tuple[int, ...] = (),
-    **options: bool,
+    mode: Mode = PLAIN,
 ) -> None:  # fmt: skip
-    """Measure prompts of several lengths of a shape; ``options`` as in ``engine_of``."""
+    """Measure prompts of several lengths of a shape."""
     longest = lengths[-1]
     engine = engine_of(
         context, name, num_blocks=4 * -(-longest // 16), max_num_seqs=4, tokens=longest, max_model_len=longest + 16,
-        decode_graphs=(), chunk_graphs=chunk_graphs, **options,
+        decode_graphs=(), chunk_graphs=chunk_graphs, mode=mode,
     )  # fmt: skip
     config = context.config(name)
-    peak = context.gemm_flops_per_s * (2 if options.get("fp8") else 1)  # the card multiplies float8 twice as fast
+    peak = context.gemm_flops_per_s * (2 if mode.fp8 else 1)  # the card multiplies float8 twice as fast
     for length in lengths:
         driver = Driver(engine)
         times = []
@@ -59,8 +59,7 @@ def measure(
             driver.give_back([one])
         seconds = statistics.median(times[2:])
         limit = flops(config, length) / peak * 1e3
-        what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}"
-        what += "".join(f", {option}" for option in options)
+        what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}{mode.suffix}"
         note = f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the GEMM's {limit / seconds / 1e3:.2f}"
         context.report.add(part, what, seconds * 1e3, "ms", limit, note)
         if context.device == "gpu" and not chunk_graphs:

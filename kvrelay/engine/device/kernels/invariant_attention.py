@@ -31,8 +31,9 @@ class InvariantTiling:
 
     def tokens(self, repeat: int) -> int:
         """Return how many tokens a tile has of ``repeat`` query heads each."""
-        padded: int = triton.next_power_of_2(repeat)
-        return self.rows // padded
+        padded = triton.next_power_of_2(repeat)
+        per_token: int = self.rows // padded
+        return per_token
 
 
 FAST = InvariantTiling(rows=64, tile=64, piece=512, num_warps=4, num_stages=3)

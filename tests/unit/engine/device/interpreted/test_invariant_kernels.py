@@ -120,7 +120,7 @@ def test_products(dtype: str, size: tuple[int, int], biased: bool, monkeypatch: 
     project = projections(dtype, monkeypatch)
     linear = Linear(made(dtype, columns, depth), made(dtype, columns, seed=1) if biased else None)
     x, residual = made(dtype, 37, depth, seed=2), made(dtype, 37, columns, seed=3)
-    product = x.float() @ linear.weight.float().T + (linear.bias.float() if biased else 0)
+    product = x.float() @ linear.weight.float().T + (0 if linear.bias is None else linear.bias.float())
     whole, added = project._product(x, linear, "float32"), residual.clone()
     project.add(added, x, linear)
     assert close(whole, product, 1e-6)
