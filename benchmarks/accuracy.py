@@ -87,8 +87,11 @@ def ask_kvrelay(
 
 def settings_of(kind: str, is_torch: bool) -> list[str]:
     """Return the settings of a candidate in bfloat16 with quantization ``kind``."""
-    engine = ["engine.kind=torch"] if is_torch else []
-    return [*engine, "model.dtype=bfloat16", f"engine.quantization={kind}"]
+    return [*engine_settings(is_torch), "model.dtype=bfloat16", f"engine.quantization={kind}"]
+
+
+def engine_settings(is_torch: bool) -> list[str]:
+    return ["engine.kind=torch"] if is_torch else []
 
 
 def _follow(
@@ -187,7 +190,9 @@ def table(title: str, distances: dict[str, Distance], num_tokens: int) -> Table:
 def compare(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Distance]:
     """Return the differences of each candidate from kvrelay's float32."""
     num_tokens = arguments.tokens
-    reference = ask_kvrelay(model, prompts, num_tokens, None, ["model.dtype=float32"])
+    reference = ask_kvrelay(
+        model, prompts, num_tokens, None, [*engine_settings(arguments.torch), "model.dtype=float32"]
+    )
     forced = reference.outputs
     told = {}
     for kind in ("none", *arguments.quantization):
