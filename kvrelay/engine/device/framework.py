@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ class Framework(Protocol):
     Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32, float64 and float8_e4m3.
     """
 
+    name: Literal["torch", "paddle"]
     is_gpu: bool
     has_fp8: bool
 
@@ -115,7 +116,7 @@ class Framework(Protocol):
         """Wait for all queued work of all streams. Raises DeviceError if the device is broken for good."""
 
     def stream(self) -> Stream:
-        """Return a new stream, which does not wait for the others."""
+        """Return the stream for the engine's work, which does not wait for those of pools."""
 
     def event(self) -> Event:
         """Return a new event."""

@@ -7,20 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.frameworks import make_framework, own_operations
 from kvrelay.engine.device.graphs import decode_sizes
 from kvrelay.engine.device.launcher import DeviceEngineLimits
-from kvrelay.engine.device.operations import OperationLimits, Operations
+from kvrelay.engine.device.operations import OperationLimits, Operations, QuantizingOperations
 from kvrelay.engine.device.pool_size import num_blocks_that_fit
 from kvrelay.engine.device.projections import Float8Projections, FrameworkProjections, Projections
-from kvrelay.engine.device.torch_framework import TorchFramework
-from kvrelay.engine.device.torch_operations import TorchOperations, quantized_rows
 from kvrelay.engine.device.weights import DevicePacking, Quantize, RandomWeights
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
@@ -84,6 +83,8 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     if node.cache.dtype not in ("auto", dtype):
         raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}")
     is_gpu = node.engine.device == "gpu"
+    if node.engine.framework == "paddle" and not is_gpu and dtype != "float32":
+        raise ConfigError([f"model.dtype {dtype}: on a CPU Paddle computes float32 only"])
     limits = DeviceEngineLimits(
         num_blocks=0 if is_gpu and node.cache.num_blocks == "auto" else node.cache.fixed_num_blocks,
         max_model_len=max_model_len,
@@ -94,7 +95,7 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         device_pool=is_gpu or node.transfer.link == "cuda",
         digests=node.role == "prefill",
     )
-    framework = TorchFramework(node.engine.device, node.threads)
+    framework = make_framework(node.engine.framework or "torch", node.engine.device, node.threads)
     options = DeviceOptions(
         node.engine.device, dtype, node.cache.block_size, fp8=node.engine.quantization == "fp8",
         deterministic=node.engine.deterministic,
@@ -130,7 +131,7 @@ def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
 
 def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: DeviceOptions) -> DeviceEngine:
     """Return an engine with random weights made on the device; nothing is read."""
-    framework = TorchFramework(options.device)
+    framework = make_framework("torch", options.device)
     geometry = KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -162,7 +163,7 @@ def build_engine(
 def make_operations(
     config: DecoderConfig, framework: Framework, limits: DeviceEngineLimits, options: DeviceOptions
 ) -> Operations:
-    """Return Triton's kernels on a GPU, or interpreted, and torch's own operators on a CPU."""
+    """Return Triton's kernels on a GPU, or interpreted, and the framework's own operators on a CPU."""
     rotation = Rotation(*inverse_frequencies(config.rope, config.head_dim, limits.max_model_len))
     heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
     whole = all(window is None for window in config.windows)
@@ -177,7 +178,7 @@ def make_operations(
         gathered_from=max(GATHERED_FROM, 1 + max(limits.chunk_graphs, default=0)),  # graphs have no room for them
     )
     if not options.has_kernels:
-        return TorchOperations(framework, heads, sizes)
+        return own_operations(framework, heads, sizes)
     if options.deterministic:
         from kvrelay.engine.device.invariant import InvariantOperations  # noqa: PLC0415
 
@@ -197,7 +198,7 @@ def make_projections(
 
         return InvariantProjections(framework, operations, eps, options.dtype)
     if options.fp8:
-        return Float8Projections(framework, operations, eps, options.dtype)
+        return Float8Projections(framework, cast(QuantizingOperations, operations), eps, options.dtype)
     return FrameworkProjections(framework, operations, eps)
 
 
@@ -205,9 +206,10 @@ def quantizer(framework: Framework, config: DecoderConfig, options: DeviceOption
     """Return what quantizes the weights, None if they are not. Raises ConfigError if this device or model cannot."""
     if not options.fp8:
         return None
-    if framework.is_gpu:
-        _check_fp8(framework, config, options.dtype)
+    _check_fp8(framework, config, options.dtype)
     if not options.has_kernels:
+        from kvrelay.engine.device.torch_operations import quantized_rows  # noqa: PLC0415
+
         return quantized_rows
     from kvrelay.engine.device import triton_operations  # noqa: PLC0415
 
@@ -215,12 +217,15 @@ def quantizer(framework: Framework, config: DecoderConfig, options: DeviceOption
 
 
 def _check_fp8(framework: Framework, config: DecoderConfig, dtype: str) -> None:
-    """Raise ConfigError unless the framework's scaled GEMM takes the model's weights on a GPU."""
+    """Raise ConfigError unless the framework's scaled GEMM takes the model's weights."""
     sizes = (config.hidden_size, config.intermediate_size, config.qkv_size, config.num_heads * config.head_dim)
     problems = [
-        (not framework.has_fp8, "needs a GPU of compute capability 8.9 or higher"),
-        (dtype != "bfloat16", f"computes in bfloat16, not model.dtype {dtype}"),
-        (any(size % 16 for size in sizes), f"needs layers whose sizes are multiples of 16, not {sizes}"),
+        (not framework.has_fp8, "needs torch, and a GPU of compute capability 8.9 or higher"),
+        (framework.is_gpu and dtype != "bfloat16", f"computes in bfloat16, not model.dtype {dtype}"),
+        (
+            framework.is_gpu and any(size % 16 for size in sizes),
+            f"needs layers whose sizes are multiples of 16, not {sizes}",
+        ),
     ]
     if found := [f"engine.quantization: fp8 {problem}" for is_one, problem in problems if is_one]:
         raise ConfigError(found)

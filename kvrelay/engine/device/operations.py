@@ -127,6 +127,16 @@ class Operations(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Return silu(gate) * up for ``gate_up`` [N, 2 * ffn], gate first: [N, ffn]."""
 
+    def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
+        """Sample from ``logits`` float32 [S, vocab]; also note tokens in ``last_tokens`` where the step says so."""
+
+    def set_entries(self, table: Tensor, entries: Tensor) -> None:
+        """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
+
+
+class QuantizingOperations(Operations, Protocol):
+    """Operations that give rows in float8 too."""
+
     def quantized(self, x: Tensor) -> Quantized:
         """Return ``x`` [N, width] in float8."""
 
@@ -135,9 +145,3 @@ class Operations(Protocol):
 
     def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
         """Return what ``silu_mul`` does, in float8."""
-
-    def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
-        """Sample from ``logits`` float32 [S, vocab]; also note tokens in ``last_tokens`` where the step says so."""
-
-    def set_entries(self, table: Tensor, entries: Tensor) -> None:
-        """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""

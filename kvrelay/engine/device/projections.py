@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvrelay.engine.device.framework import Framework, Tensor
-from kvrelay.engine.device.operations import Operations, Quantized
+from kvrelay.engine.device.operations import Operations, Quantized, QuantizingOperations
 from kvrelay.engine.device.weights import Linear
 
 
@@ -63,18 +63,19 @@ class Float8Projections(FrameworkProjections):
     attention gives.
     """
 
-    def __init__(self, framework: Framework, operations: Operations, eps: float, dtype: str) -> None:
+    def __init__(self, framework: Framework, operations: QuantizingOperations, eps: float, dtype: str) -> None:
         super().__init__(framework, operations, eps)
+        self._quantizing = operations
         self._dtype = dtype
 
     def normed(self, residual: Tensor, due: Tensor | None, norm: Tensor, linear: Linear) -> Tensor:
-        return self._product(self._operations.quantized_norm(residual, due, norm, self._eps), linear)
+        return self._product(self._quantizing.quantized_norm(residual, due, norm, self._eps), linear)
 
     def add(self, residual: Tensor, x: Tensor, linear: Linear) -> Tensor | None:
-        return self._product(self._operations.quantized(x), linear)
+        return self._product(self._quantizing.quantized(x), linear)
 
     def add_activated(self, residual: Tensor, gate_up: Tensor, linear: Linear) -> Tensor | None:
-        return self._product(self._operations.quantized_silu_mul(gate_up), linear)
+        return self._product(self._quantizing.quantized_silu_mul(gate_up), linear)
 
     def _product(self, rows: Quantized, linear: Linear) -> Tensor:
         out = self._framework.scaled_linear(rows.values, rows.scales, linear.weight, linear.scales, self._dtype)

@@ -77,6 +77,17 @@ def test_memory_that_the_kernel_does_not_give_is_refused_and_nothing_is_kept(mon
         KVMemory.create(GEOMETRY, num_blocks=10)
 
 
+def test_memory_that_cannot_be_mapped_leaves_no_descriptor(memory: KVMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, length: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        KVMemory.attach(GEOMETRY, memory.handle)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_memory_lives_until_its_last_mapping_is_closed() -> None:
     made = KVMemory.create(GEOMETRY, num_blocks=2)
     other = KVMemory.attach(GEOMETRY, made.handle)
@@ -151,6 +162,9 @@ def test_digest_is_that_of_what_is_read_and_copied(memory: KVMemory) -> None:
     other = KVMemory.create(GEOMETRY, num_blocks=10)
     expected = xxhash.xxh3_64_intdigest(b"".join(memory.read(range(1, 3), block_ids(7, 1, 2))))
     assert memory.digest(range(1, 3), block_ids(7, 1, 2)) == expected
+    gathered = bytearray(3 * 2 * GEOMETRY.layer_block_bytes)
+    assert memory.gather(range(1, 3), block_ids(7, 1, 2), memoryview(gathered)) == expected
+    assert gathered == b"".join(memory.read(range(1, 3), block_ids(7, 1, 2)))
     assert other.copy_from(memory, range(1, 3), block_ids(0, 5, 9), block_ids(7, 1, 2)) == expected
     assert np.array_equal(other.planes[1:, :, [0, 5, 9]], memory.planes[1:, :, [7, 1, 2]])
     assert not other.planes[0].any()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,21 +12,23 @@ from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
+from kvrelay.engine.device.frameworks import make_framework
 from kvrelay.engine.device.kernels import invariant_attention, invariant_gemm
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine, quantizer
-from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.protocol.geometry import KVGeometry
 
 
-def engine(path: Path, interpreted: bool, dtype: str = "float32", **options: bool) -> DeviceEngine:
+def engine(
+    path: Path, name: Literal["torch", "paddle"], interpreted: bool, dtype: str = "float32", **options: bool
+) -> DeviceEngine:
     """Return an engine with graphs for single tokens and for prompts, and a pool on a simulated device."""
     how = DeviceOptions("cpu", dtype, 16, interpreted, **options)
     config = read_decoder_config(path)
     checkpoint = Checkpoint.open(path, config, lambda done, total: None)
-    framework = TorchFramework("cpu")
+    framework = make_framework(name, "cpu")
     weights = load_weights(checkpoint, DevicePacking(framework, dtype, quantizer(framework, config, how)))
     geometry = KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype, checkpoint.digest())
     limits = DeviceEngineLimits(8, 64, 2, 8, decode_graphs=(2,), chunk_graphs=(8,), device_pool=True)
@@ -34,16 +37,23 @@ def engine(path: Path, interpreted: bool, dtype: str = "float32", **options: boo
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows that are padding hold anything
 @pytest.mark.parametrize(
-    ("arch", "fp8", "deterministic"),
-    [("qwen3", False, False), ("ernie4_5", False, False), ("qwen2", True, False), ("qwen2", False, True)],
+    ("arch", "name", "fp8", "deterministic"),
+    [
+        ("qwen3", "torch", False, False),
+        ("ernie4_5", "torch", False, False),
+        ("qwen3", "paddle", False, False),
+        ("ernie4_5", "paddle", False, False),
+        ("qwen2", "torch", True, False),
+        ("qwen2", "torch", False, True),
+    ],
 )
 def test_an_engine_of_interpreted_kernels_gives_the_tokens_of_references(
-    arch: str, fp8: bool, deterministic: bool, tmp_path: Path
+    arch: str, name: Literal["torch", "paddle"], fp8: bool, deterministic: bool, tmp_path: Path
 ) -> None:
     write_tiny_checkpoint(tmp_path, arch, overrides={"num_hidden_layers": 2})
     outputs, planes = [], []
     for interpreted in (True, False):
-        made = engine(tmp_path, interpreted, fp8=fp8, deterministic=interpreted and deterministic)
+        made = engine(tmp_path, name, interpreted, fp8=fp8, deterministic=interpreted and deterministic)
         greedy = sequence([5, 9, 200, 31, 7], "greedy", max_tokens=3)
         drawn = sequence([8, 1, 77], "drawn", max_tokens=3, temperature=1.0, top_p=0.9, seed=4)
         Runner(made).finish(greedy, drawn)
@@ -66,7 +76,7 @@ def test_a_deterministic_engine_gives_the_same_bits_in_any_batch_and_chunks(
     monkeypatch.setattr(invariant_gemm, "SHORTEST_PIECE", 32)
     monkeypatch.setattr(invariant_gemm, "MOST_SPREAD_ROWS", 4)
     write_tiny_checkpoint(tmp_path, "qwen3", overrides={"num_hidden_layers": 2})
-    made = engine(tmp_path, True, "float16", deterministic=True)
+    made = engine(tmp_path, "torch", True, "float16", deterministic=True)
     prompt = np.random.default_rng(0).integers(0, 384, 29).tolist()
 
     def bits(
