@@ -252,8 +252,9 @@ class TransferConfig(Section):
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
         description="Kind of link; auto: the fastest possible, which is cuda or shm on the same host (ipc if the pool "
-        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]), else tcp; cuda: from GPU memory "
-        "to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc if the pool cannot be mapped.",
+        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]) and the sender an RDMA device, "
+        "else tcp; cuda: from GPU memory to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc "
+        "if the pool cannot be mapped.",
     )
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
