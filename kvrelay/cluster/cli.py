@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from kvrelay.cluster.overrides import inherited
 from kvrelay.config.cluster_config import ClusterConfig, Role
 from kvrelay.errors import (
     CheckpointError,
@@ -109,7 +110,7 @@ def main() -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> ClusterConfig:
-    return ClusterConfig.load(path, overrides or [])
+    return ClusterConfig.load(path, [*inherited(), *(overrides or [])])
 
 
 # ---------------------------------------------------------------- processes

@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError
 
 from kvrelay.addresses import tcp_address
 from kvrelay.config.base import Host, Port, Section
@@ -115,7 +115,7 @@ class ClusterConfig(Sections):
         """
         document = Document.read(Path(path))
         document.apply_env(env)
-        document.apply_overrides(overrides)
+        document.apply_overrides(overrides, _SECRETS)
         return cls._from_document(document, Path(path).parent)
 
     @classmethod
@@ -176,6 +176,14 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
     return problems
 
 
+_SECRETS = frozenset(
+    name
+    for section in Sections.model_fields.values()
+    for name, field in cast(type[Section], section.annotation).model_fields.items()
+    if SecretStr in get_args(field.annotation)
+)
+"""Names of the keys whose values no message quotes."""
+
 _SUBJECT = re.compile(r"^\w+ (?=should )")
 """The type name in pydantic's messages, which the key replaces."""
 
@@ -195,7 +203,8 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
     if kind == "refused":
         return message
     otherwise = _SUBJECT.sub("", message) + ", not {shown}"
-    return _REASONS.get(kind, otherwise).replace("{shown}", document.shown(key))
+    shown = "what it is (a secret)" if _SECRETS & set(key) else document.shown(key)
+    return _REASONS.get(kind, otherwise).replace("{shown}", shown)
 
 
 def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvrelay.cluster.overrides import handed_on, inherited
 from kvrelay.cluster.process import bind_to_cpus, refuse_foreign_packages, require_checkpoint
 from kvrelay.cluster.up import process_specs
 from kvrelay.config.cluster_config import ClusterConfig, ModelConfig
@@ -62,13 +63,22 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     require_checkpoint(ModelConfig(path=str(tmp_path)))
 
 
-def test_the_processes_of_a_cluster_get_its_overrides() -> None:
-    router, node = process_specs(config_with(), Path("c.yaml"), ["router.port=1"])
+def test_the_processes_of_a_cluster() -> None:
+    router, node = process_specs(config_with(), Path("c.yaml"))
 
     assert (router.name, router.role) == ("router", "router")
-    assert router.argv[-4:] == ("router", "c.yaml", "--set", "router.port=1")
+    assert router.argv[-2:] == ("router", "c.yaml")
     assert (node.name, node.role) == ("m0", "mixed")
-    assert node.argv[-6:] == ("mixed", "c.yaml", "--node", "m0", "--set", "router.port=1")
+    assert node.argv[-4:] == ("mixed", "c.yaml", "--node", "m0")
+
+
+def test_overrides_are_handed_on_where_ps_does_not_show_them() -> None:
+    overrides = ["registry.url=redis://:pässword@host", "router.port=1"]
+    env = {"HOME": "/", **handed_on(overrides)}
+    assert inherited(env) == overrides
+    assert env == {"HOME": "/"}
+    assert inherited(env) == []
+    assert handed_on([]) == {}
 
 
 def test_the_runtime_directory_is_private_and_removed(tmp_path: Path) -> None:

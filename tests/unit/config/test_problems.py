@@ -288,6 +288,44 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str)
     assert problems_of(path, override) == [expected]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "registry: {kind: redis, url: ['redis://:hunter2@localhost']}\n",
+        "registry: {kind: redis, url: {password: hunter2}}\n",
+        "registry: {kind: redis, url: 'http://:hunter2@localhost'}\n",
+        "registry: 'redis://user:hun/ter2@hunter2@localhost'\n",
+        "storage: {backend: redis, url: [hunter2]}\n",
+        "nodes: 'redis://:hunter2@localhost'\n",
+    ],
+)
+def test_no_message_quotes_a_password(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text if text.startswith("nodes") else GOOD + text)
+    said = problems_of(path)
+    assert said
+    assert "hunter2" not in "".join(said)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "registry.url=[redis://:hunter2@localhost]",
+        "registry.url=hunter2",
+        "nodes.d0.registry.url={a: hunter2}",
+        "storage.url.x=hunter2",
+        "registry=redis://:hunter2@localhost",
+        "redis://:hunter2@localhost",
+    ],
+)
+def test_no_message_quotes_a_password_of_an_override(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(GOOD)
+    said = problems_of(path, "registry.kind=redis", override)
+    assert said
+    assert "hunter2" not in "".join(said)
+
+
 def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(GOOD)
