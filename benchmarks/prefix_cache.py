@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import BlockId
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 TREE_SIZES = (10_000, 100_000, 1_000_000)

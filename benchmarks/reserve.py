@@ -33,11 +33,11 @@ from support.cost_model import BLOCK_SIZE, NUM_BLOCKS
 from support.virtual_node import EOS, Job, Measured, VirtualNode
 
 from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from kvrelay.runtime.gc_tuning import tune_gc
-from kvstore.blocks.block_hash import BlockHasher
 
 NUM_CLIENTS = 128
 NUM_REQUESTS = 1_024

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from decode_node.machine import DecodeMachine
 from kvrelay.config.cluster_config import CacheConfig, EngineConfig, NodeConfig, Role, SchedulerConfig, StorageConfig
+from kvrelay.engine.compute_thread import ComputeThread
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Exit, Received, RunStep, StepDone
@@ -38,7 +39,6 @@ from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, Ste
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams
-from kvrelay.runtime.compute_thread import ComputeThread
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.shell import Shell
 from kvstore.offload.kv_offloader import num_staging_slots

@@ -33,9 +33,9 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreKV
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.storage import StorageIO
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 

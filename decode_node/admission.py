@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
-from decode_node.resume_policy import LoadPolicy
+from decode_node.resume_policy import ReloadPolicy
 from decode_node.schedule import Loading, Schedule
 from kvrelay.config.cluster_config import SchedulerConfig
 from kvrelay.node.headroom import ReservePolicy
@@ -24,13 +24,13 @@ class Admission:
         block_size: int,
         requests: Requests,
         reserve: ReservePolicy,
-        loads: LoadPolicy,
+        reload_policy: ReloadPolicy,
     ) -> None:
         self._kv = kv
         self._block_size = block_size
         self._requests = requests
         self._reserve = reserve
-        self._loads = loads
+        self._reload_policy = reload_policy
         self._max_num_seqs = config.max_num_seqs
         self._watermark_blocks = int(config.watermark * kv.num_blocks)
         self._by_priority = config.enable_priority_scheduling
@@ -96,14 +96,14 @@ class Admission:
         something else: its next block is being computed for another request, or its KV is still being written to the
         store, or it would overtake an older prompt too far.
         """
-        if self._loads.waits(request) or self._must_wait(request):
+        if self._reload_policy.waits(request) or self._must_wait(request):
             return True
         matched, num_new = self.blocks_of(request)
         if self._must_wait(request):  # after all: blocks have been evicted
             return True
         if not self.fits(request, num_new, matched):
             return False
-        num_stored = self._loads.num_blocks(request, len(matched), now)
+        num_stored = self._reload_policy.num_blocks(request, len(matched), now)
         self._take_blocks(request, num_new, matched)
         if num_stored:
             self._requests.move(request, DecodeStatus.LOADING, now)

@@ -9,7 +9,7 @@ import msgspec
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
 from decode_node.reservations import Reservations
-from decode_node.resume_policy import LoadPolicy
+from decode_node.resume_policy import ReloadPolicy
 from decode_node.scheduler import Scheduler
 from decode_node.steps import Steps
 from decode_node.storage import SaveOwner, Storage
@@ -52,10 +52,17 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
         super().__init__(node, registration)
         outbox, kv = self._outbox, self.kv
         offloader: KVOffloader[SaveOwner] = KVOffloader(node.storage, registration.geometry.block_bytes, kv, outbox)
-        loads = LoadPolicy(node.storage, node.cache.block_size)
+        reload_policy = ReloadPolicy(node.storage, node.cache.block_size)
         self.requests = Requests(node.scheduler, kv, node.cache.block_size)
         self.scheduler = scheduler = Scheduler(
-            node.scheduler, node.speculative, kv, self._hasher, self.requests, loads, offloader, max_plans_in_flight
+            node.scheduler,
+            node.speculative,
+            kv,
+            self._hasher,
+            self.requests,
+            reload_policy,
+            offloader,
+            max_plans_in_flight,
         )
         self._endings = Endings(
             node.name, self.requests, _LAST, CancelKV, kv, scheduler.plans, scheduler.in_flight, outbox
@@ -63,9 +70,11 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
         self._reservations = Reservations(
             node, kv, self.requests, self._endings, scheduler.admission, scheduler.publisher, outbox
         )
-        self._storage = Storage(node, self.requests, self._endings, scheduler.publisher, offloader, loads, outbox)
+        self._storage = Storage(
+            node, self.requests, self._endings, scheduler.publisher, offloader, reload_policy, outbox
+        )
         self._transfers = self._storage.transfers
-        self._steps = Steps(node, scheduler, self.requests, self._endings, self._storage, loads, outbox)
+        self._steps = Steps(node, scheduler, self.requests, self._endings, self._storage, reload_policy, outbox)
 
     # ------------------------------------------------------------ events
 

@@ -6,7 +6,7 @@ from decode_node.request import DecodeRequest
 from decode_node.requests import Requests
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 

@@ -32,15 +32,15 @@ class Speed:
         return self._tokens_per_s if now - self._measured_s < _STALE_S else None
 
 
-class LoadPolicy:
-    """Decides for a request that is being admitted. The caller reports both speeds: ``loading`` and ``prefilling``."""
+class ReloadPolicy:
+    """Decides for a request that is being admitted. The caller reports ``reload_speed`` and ``prefill_speed``."""
 
     def __init__(self, config: StorageConfig, block_size: int) -> None:
         self._is_on = config.backend != "none"
         self._resume = config.resume
         self._min_blocks = min_read_blocks(config, block_size)
-        self.loading = Speed()
-        self.prefilling = Speed()
+        self.reload_speed = Speed()
+        self.prefill_speed = Speed()
 
     def waits(self, request: DecodeRequest) -> bool:
         """Return whether ``request`` must not be admitted yet: its KV is still being written, and is to be read."""
@@ -59,5 +59,5 @@ class LoadPolicy:
         return num_blocks if num_blocks >= self._min_blocks else 0
 
     def _computing_is_faster(self, now: float) -> bool:
-        loading, prefilling = self.loading.at(now), self.prefilling.at(now)
-        return loading is not None and prefilling is not None and prefilling > loading
+        reload_speed, prefill_speed = self.reload_speed.at(now), self.prefill_speed.at(now)
+        return reload_speed is not None and prefill_speed is not None and prefill_speed > reload_speed

@@ -11,13 +11,13 @@ from decode_node.preemption import Preemption
 from decode_node.publishing import Publisher
 from decode_node.request import DecodeRequest
 from decode_node.requests import Requests
-from decode_node.resume_policy import LoadPolicy
+from decode_node.resume_policy import ReloadPolicy
 from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import SchedulerConfig, SpeculativeConfig
 from kvrelay.node.headroom import reserve_policy
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import Chunk, PlanWriter
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.kv_offloader import KVOffloader
 
@@ -36,7 +36,7 @@ class Scheduler:
         kv: KVCache,
         hasher: BlockHasher,
         requests: Requests,
-        loads: LoadPolicy,
+        reload_policy: ReloadPolicy,
         offloader: KVOffloader[Any],
         max_plans_in_flight: int = 1,
     ) -> None:
@@ -45,7 +45,7 @@ class Scheduler:
         block_size = hasher.block_size
         self.reserve = reserve_policy(config, block_size)
         self.publisher = Publisher(kv, hasher, requests, self.plans, self.in_flight)
-        self.admission = Admission(config, kv, block_size, requests, self.reserve, loads)
+        self.admission = Admission(config, kv, block_size, requests, self.reserve, reload_policy)
         self.preemption = Preemption(
             config, kv, block_size, requests, self.admission, self.reserve, self.publisher, self.plans
         )

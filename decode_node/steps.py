@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
-from decode_node.resume_policy import LoadPolicy
+from decode_node.resume_policy import ReloadPolicy
 from decode_node.schedule import Schedule
 from decode_node.scheduler import Scheduler
 from decode_node.storage import Storage
@@ -33,7 +33,7 @@ class Steps:
         requests: Requests,
         endings: Endings[DecodeRequest, DecodeStatus],
         storage: Storage,
-        loads: LoadPolicy,
+        reload_policy: ReloadPolicy,
         outbox: Outbox,
     ) -> None:
         self._node = node
@@ -41,7 +41,7 @@ class Steps:
         self._requests = requests
         self._endings = endings
         self._storage = storage
-        self._loads = loads
+        self._reload_policy = reload_policy
         self._outbox = outbox
         self._number = 0
         self._last_ended_s = 0.0
@@ -113,7 +113,7 @@ class Steps:
             num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
         if num_prefill > len(ended.chunks):
             began_s = max(ended.submitted_s, self._last_ended_s)
-            self._loads.prefilling.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
+            self._reload_policy.prefill_speed.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
         self._last_ended_s = self._outbox.now
 
     def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:

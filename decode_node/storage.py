@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 from decode_node.publishing import Publisher
 from decode_node.request import DecodeRequest, DecodeStatus
 from decode_node.requests import Requests
-from decode_node.resume_policy import LoadPolicy
+from decode_node.resume_policy import ReloadPolicy
 from decode_node.schedule import Loading
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, StoreCounted
@@ -45,7 +45,7 @@ class Storage:
         endings: Endings[DecodeRequest, DecodeStatus],
         publisher: Publisher,
         offloader: KVOffloader[SaveOwner],
-        loads: LoadPolicy,
+        reload_policy: ReloadPolicy,
         outbox: Outbox,
     ) -> None:
         self._config = node.storage
@@ -54,7 +54,7 @@ class Storage:
         self._endings = endings
         self._publisher = publisher
         self._offloader = offloader
-        self._loads = loads
+        self._reload_policy = reload_policy
         self._outbox = outbox
         self.transfers: StoreTransfers[Loading, SaveOwner] = StoreTransfers(
             node.storage, self._block_size, offloader, outbox
@@ -115,7 +115,7 @@ class Storage:
         loading, seconds = self.transfers.loaded(event)
         request, now = loading.request, self._outbox.now
         if event.num_blocks:
-            self._loads.loading.add(event.num_blocks * self._block_size, seconds, now)
+            self._reload_policy.reload_speed.add(event.num_blocks * self._block_size, seconds, now)
         if not request.is_over:
             request.mark("loaded", now)
             request.num_computed_tokens += event.num_blocks * self._block_size

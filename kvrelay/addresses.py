@@ -7,6 +7,8 @@ import errno
 import ipaddress
 import re
 import socket
+import threading
+from concurrent.futures import Future
 from typing import Any
 
 HOST_PATTERN = r"^[A-Za-z0-9._:%-]+$"
@@ -103,9 +105,24 @@ def listening_address(address: str) -> str:
 
 
 async def has_only_ipv6(host: str, port: int) -> bool:
-    """Tell whether no address of ``host`` is IPv4. The loop goes on meanwhile. Raises OSError if it has no address."""
-    family, _ = await asyncio.to_thread(resolve, host, port)
-    return family == socket.AF_INET6
+    """Tell whether no address of ``host`` is IPv4. Raises OSError if it has no address.
+
+    The loop goes on meanwhile. Not in the loop's executor: a resolver may hang for minutes, and the end of the loop
+    waits for its executor.
+    """
+    found: Future[bool] = Future()
+    found.set_running_or_notify_cancel()  # the thread sets it even if nobody waits any more
+
+    def look_up() -> None:
+        try:
+            family, _ = resolve(host, port)
+        except Exception as error:
+            found.set_exception(error)
+        else:
+            found.set_result(family == socket.AF_INET6)
+
+    threading.Thread(target=look_up, name="resolver", daemon=True).start()
+    return await asyncio.wrap_future(found)
 
 
 def listen_at(host: str, port: int, backlog: int) -> socket.socket:

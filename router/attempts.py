@@ -11,7 +11,7 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.protocol.request import RequestSpec
 from router.events import RouterOutbox
-from router.limits import Limits
+from router.limits import AttemptLimits
 from router.placement import Placement
 from router.request import RoutedRequest, Status
 from router.request_table import RequestTable
@@ -21,7 +21,7 @@ class Attempts:
     """Starts, aborts and retries attempts. The first epoch is ``first_epoch`` + 1."""
 
     def __init__(
-        self, limits: Limits, table: RequestTable, placement: Placement, outbox: RouterOutbox, first_epoch: int
+        self, limits: AttemptLimits, table: RequestTable, placement: Placement, outbox: RouterOutbox, first_epoch: int
     ) -> None:
         self._limits = limits
         self._table = table

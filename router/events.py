@@ -17,12 +17,16 @@ from kvrelay.registry.node_entry import NodeEntry
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended."""
+    """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
+
+    ``session``: the client's name for requests that share a prefix, or empty.
+    """
 
     request_id: RequestId
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptLimits:
+    """Limits of one request's attempts; see ``Limits``."""
+
+    max_attempts: int
+    node_wait_s: float
+    peer_timeout_s: float
+    retry_backoff_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of queueing, attempts and time, in seconds.
 
@@ -19,3 +29,8 @@ class Limits:
     node_wait_s: float = 30.0
     peer_timeout_s: float = 5.0
     retry_backoff_s: float = 0.05
+
+    @property
+    def attempts(self) -> AttemptLimits:
+        """The limits of a request's attempts."""
+        return AttemptLimits(self.max_attempts, self.node_wait_s, self.peer_timeout_s, self.retry_backoff_s)

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
+from kvrelay.config.sections import RoutingPolicy
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
     CoreAction,
@@ -26,6 +27,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Drained,
     Leaving,
     NodeToRouter,
+    PrefixCacheChanged,
     Register,
     RequestFailed,
     RequestPreempted,
@@ -84,8 +86,8 @@ class RouterSettings:
     model: str
     incarnation: str
     first_epoch: int = 0
-    prefill_routing: str = "least_loaded"
-    decode_routing: str = "least_loaded"
+    prefill_routing: RoutingPolicy = "least_loaded"
+    decode_routing: RoutingPolicy = "least_loaded"
     local_prefill_tokens: int | None = None
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
@@ -106,12 +108,9 @@ class RouterMachine:
         self._stopping = False
         decode_alone = settings.local_prefill_tokens is not None
         self.node_table = NodeTable(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
-        placement = Placement(
-            self.node_table,
-            POLICIES[settings.prefill_routing](),
-            POLICIES[settings.decode_routing](),
-            settings.local_prefill_tokens,
-        )
+        prefill_routing = POLICIES[settings.prefill_routing](settings.first_epoch)
+        decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
+        placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
         self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
         self.followed = FollowedNodes(settings.model, self._outbox)
         self._nodes = Nodes(
@@ -120,6 +119,7 @@ class RouterMachine:
             self.requests,
             self._outbox,
             incarnation=settings.incarnation,
+            wants_prefixes=prefill_routing.uses_prefixes or decode_routing.uses_prefixes,
             heartbeat_s=settings.heartbeat_s,
             peer_timeout_s=settings.peer_timeout_s,
         )
@@ -187,7 +187,7 @@ class RouterMachine:
             case TokensOut(outputs=outputs):
                 for output in outputs:
                     self.requests.take_output(peer, output)
-            case Heartbeat() | Register() | Leaving() | Drained():
+            case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
             case RequestFailed():
                 self.requests.take_failure(peer, message)

@@ -16,11 +16,13 @@ from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.prompt_lengths import length_class
+from router.prefixes import NodePrefixes
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """A registered node. ``pending``: this router's requests on it, with the prompt tokens each has still to compute.
+    ``prefixes``: what its prefix cache has, if routing asks for that.
 
     ``load`` is from its last heartbeat; ``num_heartbeats`` were received so far. ``num_given_requests`` needing
     ``num_given_blocks`` were assigned since then: moved preempted requests, and local prefills on a decode node.
@@ -34,6 +36,7 @@ class Node:
     num_given_blocks: int = 0
     leaving: bool = False
     pending: dict[RequestId, int] = field(default_factory=dict)
+    prefixes: NodePrefixes = field(default_factory=NodePrefixes)
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
 

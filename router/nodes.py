@@ -8,14 +8,14 @@ from typing import TypeAlias, assert_never
 from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
-from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, PrefixCacheChanged, Register
 from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
 from router.node_table import Node, NodeTable
 from router.requests import Requests
 
-AboutNode: TypeAlias = Register | Heartbeat | Leaving | Drained
+AboutNode: TypeAlias = Register | Heartbeat | PrefixCacheChanged | Leaving | Drained
 """Messages in which a node reports its own state."""
 
 LIVENESS = "liveness"
@@ -25,7 +25,8 @@ LIVENESS = "liveness"
 class Nodes:
     """Keeps the node table up to date and retries the requests of lost nodes.
 
-    ``incarnation`` identifies this start of the router. Every ``heartbeat_s`` it sends heartbeats and checks liveness.
+    ``incarnation`` identifies this start of the router. ``wants_prefixes``: nodes report their prefix caches. Every
+    ``heartbeat_s`` it sends heartbeats and checks liveness.
     A node is lost when it sent nothing for ``peer_timeout_s``.
     """
 
@@ -37,6 +38,7 @@ class Nodes:
         outbox: RouterOutbox,
         *,
         incarnation: str,
+        wants_prefixes: bool,
         heartbeat_s: float,
         peer_timeout_s: float,
     ) -> None:
@@ -44,7 +46,7 @@ class Nodes:
         self._followed = followed
         self._requests = requests
         self._outbox = outbox
-        self._incarnation = incarnation
+        self._registered = Registered(router_incarnation=incarnation, wants_prefixes=wants_prefixes)
         self._heartbeat_s = heartbeat_s
         self._peer_timeout_s = peer_timeout_s
         self._may_have_lost_us: set[PeerId] = set()
@@ -60,6 +62,8 @@ class Nodes:
                 self._heartbeat(peer, load)
             case Register():
                 self._register(peer, message)
+            case PrefixCacheChanged():
+                self._prefixes_changed(peer, message)
             case Leaving():
                 self._leave(peer)
             case Drained():
@@ -103,7 +107,7 @@ class Nodes:
         lost_us = known is not None and known.registration.session != message.session
         node = self._node_table.add(peer, message, self._outbox.now)
         # Before any request: the node takes none from a router that has not registered it.
-        self._outbox.send(peer, Registered(router_incarnation=self._incarnation))
+        self._outbox.send(peer, self._registered)
         if known is None:
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self._requests.node_joined()
@@ -128,6 +132,7 @@ class Nodes:
         if load is not None:
             node.take_load(load)
         node.num_heartbeats += 1
+        node.prefixes.count_heartbeat()
         self._requests.node_reported()
         self._refuse_rival_of(peer)
 
@@ -137,6 +142,11 @@ class Nodes:
         if waiting is not None:
             other, message = waiting
             self._refuse(other, f"another live node is called {message.node_id}")
+
+    def _prefixes_changed(self, peer: PeerId, message: PrefixCacheChanged) -> None:
+        node = self._node_table.get(peer)
+        if node is None or not node.prefixes.take(message):
+            self._outbox.send(peer, RegisterAgain())
 
     # ------------------------------------------------------------ draining and loss
 

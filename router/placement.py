@@ -41,6 +41,9 @@ class Placement:
         if chosen is None:
             return None
         chosen.pending[request.request_id] = request.num_tokens
+        if self._prefill_routing.uses_prefixes:
+            chosen.pending[request.request_id] -= request.num_cached_on(chosen)
+            chosen.prefixes.expect(request.prefix_keys(chosen))
         if chosen.role is Role.PREFILL:
             request.prefill = chosen.peer
             return chosen
@@ -60,7 +63,7 @@ class Placement:
         if not untried and (untried_helpers or not nodes):
             return min(untried_helpers or helpers, key=partial(_helpfulness, request), default=None)
         nodes = untried or nodes
-        chosen = self._prefill_routing.choose(nodes, request.new.prompt_token_ids)
+        chosen = self._prefill_routing.choose(nodes, request)
         if chosen.role is not Role.PREFILL:
             return chosen
         return min(self._ahead(request, nodes, untried_helpers), key=partial(_helpfulness, request), default=chosen)
@@ -82,7 +85,9 @@ class Placement:
         nodes = [node for node in nodes if node.peer not in request.avoid] or nodes
         if not nodes:
             return None
-        chosen = self._decode_routing.choose(nodes, request.new.prompt_token_ids)
+        chosen = self._decode_routing.choose(nodes, request)
+        if self._decode_routing.uses_prefixes:
+            chosen.prefixes.expect(request.prefix_keys(chosen))
         chosen.pending[request.request_id] = 0
         request.decode = chosen.peer
         return chosen

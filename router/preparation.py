@@ -1,7 +1,8 @@
 """Converts the body of an HTTP request to prompts of token ids: all steps whose cost grows with the body.
 
 Short bodies are prepared on the event loop, because a round trip to another process would cost more than the work. All
-others are prepared in a worker process (``preparation_pool``), where they do not delay streams.
+others, and those with a grammar that was never compiled, are prepared in a worker process (``preparation_pool``), where
+they do not delay streams.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 
 from kvrelay.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.known_grammars import KnownGrammars
 from router.model import ServedModel
 from router.openai.answer import Style
 from router.openai.chat import ChatCompletions
@@ -101,13 +103,14 @@ class Preparation:
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
+        self.known_grammars = KnownGrammars()
         self.apis: dict[str, Api] = {"completions": Completions(model), "chat": ChatCompletions(model)}
 
     def prepare_inline(self, job: Job) -> Outcome:
         """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
         if len(job.body) > INLINE_BYTES:
             raise TooLongForLoopError
-        return self._prepare(job, _inflate_inline, _check_inline)
+        return self._prepare(job, _inflate_inline, self._check_inline)
 
     def prepare(self, job: Job) -> Outcome:
         """Prepare any body.
@@ -115,7 +118,7 @@ class Preparation:
         Raises InvalidRequestError, ModelNotFoundError or PromptTooLongError if it cannot be served, AnswerError (413)
         if it is too long once decompressed.
         """
-        return self._prepare(job, inflate, _accept)
+        return self._prepare(job, inflate, self._check_grammar)
 
     def _prepare(self, job: Job, inflate: Callable[[bytes, int], bytes], check: Callable[[object], None]) -> Outcome:
         body = inflate(job.body, job.max_body_bytes) if job.gzipped else job.body
@@ -137,6 +140,24 @@ class Preparation:
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
         prompts = api.prompts(request, job.max_model_len)
         return PreparedRequest(request, prompts, api.texts(request))
+
+    def _check_inline(self, request: object) -> None:
+        """Raise TooLongForLoopError if preparing ``request`` takes long: many messages, or a grammar to compile."""
+        if isinstance(request, ChatFields) and not _renders_fast(request):
+            raise TooLongForLoopError
+        structure = request.structure if isinstance(request, GenerationFields) else None
+        if structure is not None and not self.known_grammars.has(structure.grammar):
+            raise TooLongForLoopError
+
+    def _check_grammar(self, request: object) -> None:
+        """Raise InvalidRequestError if the grammar of ``request`` is invalid. A worker may take long."""
+        structure = request.structure if isinstance(request, GenerationFields) else None
+        if structure is None or self.known_grammars.has(structure.grammar):
+            return
+        from router.grammar_check import check_structure  # noqa: PLC0415 (loads the grammar library)
+
+        check_structure(structure, self._model)
+        self.known_grammars.add(structure.grammar)
 
     def without_content(self, job: Job, prepared: PreparedRequest) -> PreparedRequest:
         """Return ``prepared`` without prompt and messages, which the router does not need.
@@ -191,19 +212,10 @@ def _inflate_inline(body: bytes, max_body_bytes: int) -> bytes:
         raise TooLongForLoopError from None
 
 
-def _check_inline(request: object) -> None:
-    if isinstance(request, ChatFields) and not _renders_fast(request):
-        raise TooLongForLoopError
-
-
 def _renders_fast(chat: ChatFields) -> bool:
     """Return whether rendering is fast: few messages, and only bool, str or None variables."""
     variables = (chat.chat_template_kwargs or {}).values()
     return len(chat.messages) <= INLINE_MESSAGES and all(isinstance(value, bool | str | None) for value in variables)
-
-
-def _accept(request: object) -> None:
-    """Accept any request: a worker may take long."""
 
 
 def _check_num_messages(messages: object, max_model_len: int) -> None:

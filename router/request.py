@@ -7,10 +7,15 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
+from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.request import RequestSpec
 from router.events import NewRequest
+from router.node_table import Node
 from router.output import OutputOrder
+
+MAX_ROUTED_BLOCKS = 4096
+"""Blocks of a prompt that routing compares with prefix caches. Their hashes take about 3 ms of the router's loop."""
 
 TimerKind: TypeAlias = Literal["deadline", "retry", "seek"]
 TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
@@ -58,6 +63,7 @@ class RoutedRequest:
     """
 
     __slots__ = (
+        "_prefix_keys",
         "arrival_s",
         "attempts",
         "avoid",
@@ -85,6 +91,7 @@ class RoutedRequest:
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
+        self._prefix_keys: list[bytes] | None = None
 
     @property
     def request_id(self) -> RequestId:
@@ -114,6 +121,23 @@ class RoutedRequest:
     def wants_one_token(self) -> bool:
         """Whether the next token is the last, so that no decode node is needed."""
         return self.new.sampling.max_tokens - len(self.output.token_ids) == 1
+
+    def prefix_keys(self, node: Node) -> list[bytes]:
+        """Return the prefix keys of the first ``MAX_ROUTED_BLOCKS`` full blocks of the prompt.
+
+        All nodes have one KV geometry, so the keys are the same for each. They are computed at the first call.
+        """
+        if self._prefix_keys is None:
+            geometry = node.registration.geometry
+            hasher = BlockHasher(geometry.model_digest, geometry.block_size)
+            hashes = hasher.hashes(self.new.prompt_token_ids[: MAX_ROUTED_BLOCKS * geometry.block_size])
+            self._prefix_keys = [block_hash[:PREFIX_KEY_BYTES] for block_hash in hashes]
+        return self._prefix_keys
+
+    def num_cached_on(self, node: Node) -> int:
+        """Return how many tokens ``node`` need not compute because its prefix cache has them. One it always must."""
+        num_blocks = node.prefixes.num_cached_blocks(self.prefix_keys(node))
+        return min(num_blocks * node.block_size, self.num_tokens - 1)
 
     def next_attempt(self, epoch: int) -> RequestSpec:
         """Begin an attempt that continues after the tokens already delivered; return the request spec for its node."""

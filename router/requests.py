@@ -40,7 +40,7 @@ class Requests:
         self._placement = placement
         self._outbox = outbox
         self._table = RequestTable(placement, outbox)
-        self._attempts = Attempts(limits, self._table, placement, outbox, first_epoch)
+        self._attempts = Attempts(limits.attempts, self._table, placement, outbox, first_epoch)
         self._search = DecodeSearch(self._table, node_table, placement, outbox)
         self._moves = Moves(self._table, self._attempts, placement, outbox)
 

@@ -58,7 +58,7 @@ class Link:
         own, handle = self._host.pool.handle, msgspec.json.decode(offer, type=KVDeviceHandle)
         if not isinstance(own, KVDeviceHandle) or own.kind != handle.kind:
             raise TransferError(f"this node's pool is not on a device of the kind {handle.kind}")
-        source = open_pool(self._host.pool.geometry, handle)
+        source = open_pool(self._host.pool.geometry, msgspec.structs.replace(handle, framework=own.framework))
         assert isinstance(source, DeviceMemory)  # because of its handle
         self._sources[link_id] = source
 

@@ -7,7 +7,7 @@ configuration reference and ``kvrelay config schema`` are generated from these c
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -44,7 +44,7 @@ class ModelConfig(Section):
     )
     load_format: Literal["auto", "dummy"] = Field(
         "auto",
-        description="dummy: random weights made on the device, of the shape in config.json; engine.kind torch only.",
+        description="dummy: random weights made on the device, of the shape in config.json; device engines only.",
     )
     max_model_len: int | None = Field(
         None, ge=1, le=1 << 22, description="Maximum prompt plus output, in tokens; default: the checkpoint's."
@@ -54,6 +54,10 @@ class ModelConfig(Section):
     def name(self) -> str:
         """The model name for clients."""
         return self.served_name or self.path.rstrip("/").rpartition("/")[2]
+
+
+RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "round_robin", "random", "power_of_two"]
+"""Policies that choose a request's nodes (``router/policies.py``)."""
 
 
 class RouterConfig(Section):
@@ -81,11 +85,15 @@ class RouterConfig(Section):
         description="registry static: address at which the router listens for nodes, as tcp://host:port (IPv6: "
         "tcp://[::1]:8100).",
     )
-    prefill_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the prefill or mixed node of a request."
+    prefill_routing: RoutingPolicy = Field(
+        "least_loaded",
+        description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
+        "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
+        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
+        "of two random nodes.",
     )
-    decode_routing: Literal["least_loaded", "round_robin"] = Field(
-        "least_loaded", description="Policy that chooses the decode node of a request."
+    decode_routing: RoutingPolicy = Field(
+        "least_loaded", description="Policy that chooses the decode node of a request, as prefill_routing."
     )
     local_prefill_tokens: int | None = Field(
         None,
@@ -176,7 +184,7 @@ class CacheConfig(Section):
 
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block; must be equal on all nodes.")
     num_blocks: Annotated[int, Field(ge=2, le=1 << 24)] | Literal["auto"] = Field(
-        4096, description="KV blocks in the pool; auto (engine.kind torch on a GPU): as many as fit beside the model."
+        4096, description="KV blocks in the pool; auto (device engines on a GPU): as many as fit beside the model."
     )
     device_memory_share: float = Field(
         0.9, gt=0, le=1, description="num_blocks auto: share of the device's memory for weights, graphs and pool."
@@ -192,7 +200,9 @@ class CacheConfig(Section):
     def fixed_num_blocks(self) -> int:
         """The blocks of a pool whose size does not depend on the device. Raises ConfigError for auto."""
         if self.num_blocks == "auto":
-            raise ConfigError(["cache.num_blocks: auto needs engine.kind: torch and engine.device: gpu"])
+            raise ConfigError(
+                ["cache.num_blocks: auto needs engine.kind: torch or paddle-device, and engine.device: gpu"]
+            )
         return self.num_blocks
 
 
@@ -293,14 +303,21 @@ class FakeEngineConfig(Section):
     )
 
 
+DEVICE_ENGINES: dict[str, Literal["torch", "paddle"]] = {"torch": "torch", "paddle-device": "paddle"}
+"""Values of ``engine.kind`` that mean the device engine, and the framework it runs on."""
+
+
 class EngineConfig(Section):
     """The engine that computes the steps."""
 
-    kind: Literal["paddle", "torch", "fake"] = Field(
+    kind: Literal["paddle", "torch", "paddle-device", "fake"] = Field(
         "paddle",
-        description="paddle: Paddle; torch: torch and Triton, needs the extra torch; fake: no model, for tests.",
+        description="paddle: Paddle, for CPUs; torch: kernels for GPUs, on torch (needs the extra torch); "
+        "paddle-device: the same kernels on Paddle's GPU build; fake: no model, for tests.",
     )
-    device: Literal["cpu", "gpu"] = Field("cpu", description="Device of the engine; torch on cpu is for tests.")
+    device: Literal["cpu", "gpu"] = Field(
+        "cpu", description="Device of the engine; torch and paddle-device on cpu are for tests."
+    )
     kernels: Literal["auto", "native", "portable"] = Field(
         "auto",
         description="native: oneDNN and compiled kernels; portable: Paddle's operators; auto: native if available.",
@@ -310,6 +327,11 @@ class EngineConfig(Section):
         description="Linear layers in int8; w8a16: weights; w8a8: weights and activations; none: model.dtype.",
     )
     fake: FakeEngineConfig = Field(default_factory=FakeEngineConfig)
+
+    @property
+    def framework(self) -> Literal["torch", "paddle"] | None:
+        """What the device engine runs on; None: it is another engine."""
+        return DEVICE_ENGINES.get(self.kind)
 
 
 class ClusterSettings(Section):

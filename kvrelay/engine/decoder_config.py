@@ -88,11 +88,6 @@ class DecoderConfig:
     tied_embeddings: bool
 
     @property
-    def num_rotated_heads(self) -> int:
-        """Query and key heads: those that RoPE rotates."""
-        return self.num_heads + self.num_kv_heads
-
-    @property
     def qkv_size(self) -> int:
         """Width of queries, keys and values of one token together."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim

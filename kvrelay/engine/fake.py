@@ -13,6 +13,7 @@ the device is lost.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
@@ -27,6 +28,8 @@ from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_t
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import DeviceError, EngineError
+from kvrelay.grammar.constraint import Wanted
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -43,7 +46,10 @@ from kvrelay.protocol.request import RequestSpec, Sequence, TokenLogprobs, Token
 
 
 class FakeEngine:
-    """An ``interface.Engine`` without a model. ``sleep`` is called with the seconds each layer takes."""
+    """An ``interface.Engine`` without a model. ``sleep`` is called with the seconds each layer takes.
+
+    ``grammars``: default: those of the plain tokens. They are closed with the engine.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class FakeEngine:
         block_size: int,
         num_blocks: int,
         sleep: Callable[[float], None] = time.sleep,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         self.geometry = fake_geometry(config, block_size)
         self._words = KVWords(self.geometry)
@@ -61,7 +68,8 @@ class FakeEngine:
         self._config = config
         self._sleep = sleep
         self._assembler = BatchAssembler(StepLimits(block_size, num_blocks, config.max_model_len, config.vocab_size))
-        self._sequences = EngineSequences()
+        self._grammars = grammars or GrammarMasks(config.vocab_size)
+        self._sequences = EngineSequences(self._grammars)
         self._contexts: dict[SequenceId, Context] = {}
         self._is_lost = False
         slots = num_blocks * block_size
@@ -85,6 +93,7 @@ class FakeEngine:
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
+        self._sequences.begin_masks(items)
         for id in plan.left:
             self._contexts.pop(id, None)
         if self._config.fatal_token is not None:
@@ -118,6 +127,7 @@ class FakeEngine:
             raise DeviceError(f"the fake device has computed token {fatal}")
 
     def close(self) -> None:
+        self._grammars.close()
         del self._pool
         self.memory.close()
 
@@ -205,11 +215,26 @@ def sample_fake(config: FakeEngineConfig, sequence: TokenSequence, context_hash:
 
 def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> list[int]:
     """Return all output tokens a clean run of ``spec`` gives, computed without a pool; up to its error if it fails."""
+    if spec.sampling.grammar is None:
+        return _reference_tokens(spec, config, block_size, None)
+    with contextlib.closing(GrammarMasks(config.vocab_size)) as grammars:
+        return _reference_tokens(spec, config, block_size, grammars)
+
+
+def _reference_tokens(
+    spec: RequestSpec, config: FakeEngineConfig, block_size: int, grammars: GrammarMasks | None
+) -> list[int]:
     words = KVWords(fake_geometry(config, block_size))
     sequence = Sequence(spec)
+    constraint = grammars.constraint(spec.sampling) if grammars else None
+    sequence.constraint = constraint
     context = Context()
     total = words.context_hash(words.of_tokens(context.extend(sequence.token_ids)))
     while True:
+        if grammars and constraint:
+            grammars.begin(
+                [Wanted(constraint, sequence.token_ids[sequence.num_prompt_tokens + constraint.num_told :], ())]
+            )
         outcome = sample_fake(config, sequence, total)
         if not isinstance(outcome, SequenceFailed):
             sequence.token_ids += outcome.token_ids

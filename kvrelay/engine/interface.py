@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
+
+OnLayers: TypeAlias = Callable[[range], None]
 
 
 class EnginePort(Protocol):
@@ -18,8 +20,8 @@ class EnginePort(Protocol):
 
     For each plan it posts LayersComputed events, each layer once and in order, as soon as the KV of the layers is in
     the pool for every scheduled token, then StepDone, StepFailed or EngineLost (``kvrelay.machine.contract``). It
-    computes and answers plans in the order in which they were submitted. ``ComputeThread`` makes one of an ``Engine``,
-    ``PipelinedCompute`` of a ``PipelinedEngine``.
+    computes and answers plans in the order in which they were submitted. ``ComputeThread`` makes one of a
+    ``StepRunner``, ``PipelinedCompute`` of a ``StepPipeline``.
     """
 
     max_plans_in_flight: int
@@ -34,23 +36,12 @@ class EnginePort(Protocol):
         """Finish the submitted plans and stop."""
 
 
-class Engine(Protocol):
-    """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
+class StepRunner(Protocol):
+    """Computes one step at a time. ``max_plans_in_flight``: how many plans may be unanswered, this one included."""
 
-    ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute. It computes
-    one step at a time; ``max_plans_in_flight`` says how many plans may be unanswered, this one included.
-    """
-
-    geometry: KVGeometry
-    max_model_len: int
-    vocab_size: int
     max_plans_in_flight: int
 
-    @property
-    def memory(self) -> KVPool:
-        """The KV pool, which the engine owns."""
-
-    def run(self, plan: StepPlan, on_layers: Callable[[range], None]) -> StepResult:
+    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
         """Apply the sequence changes of ``plan``, compute its batch and sample. Return an outcome for each sequence.
 
         Calls ``on_layers(layers)`` as soon as the KV of these layers is in ``memory`` for every scheduled token, each
@@ -62,6 +53,21 @@ class Engine(Protocol):
         undefined. DeviceError: the device is broken for good, and so is every later step.
         """
 
+
+class Engine(StepRunner, Protocol):
+    """One model and one KV pool. Not thread-safe: ``run`` is always called from one compute thread.
+
+    ``geometry`` is the shape of the pool's blocks, ``max_model_len`` the longest sequence it can compute.
+    """
+
+    geometry: KVGeometry
+    max_model_len: int
+    vocab_size: int
+
+    @property
+    def memory(self) -> KVPool:
+        """The KV pool, which the engine owns."""
+
     def close(self) -> None:
         """Release the pool's memory and the weights, also if the device is broken."""
 
@@ -72,15 +78,22 @@ class EngineStep(Protocol):
     def launch(self) -> None:
         """Have the device compute it after the steps before it, as far as that can be told yet. Raises nothing."""
 
-    def finish(self, on_layers: Callable[[range], None]) -> StepResult:
+    def finish(self, on_layers: OnLayers) -> StepResult:
         """Wait for it; what ``on_layers`` is told, what is returned and raised are those of ``Engine.run``.
 
         May be called while ``launch`` still runs: layers are told as they are ready.
         """
 
 
-class PipelinedEngine(Engine, Protocol):
-    """An engine whose device may have the next step to compute while it computes one."""
+@runtime_checkable
+class StepPipeline(Protocol):
+    """Launches steps while the device computes earlier ones. ``max_plans_in_flight`` is that of ``EnginePort``."""
+
+    max_plans_in_flight: int
 
     def begin(self, plan: StepPlan) -> EngineStep:
         """Return the step of ``plan``. ``max_plans_in_flight`` may be begun and not finished. Raises nothing."""
+
+
+class PipelinedEngine(Engine, StepPipeline, Protocol):
+    """An engine whose device may have the next step to compute while it computes one."""

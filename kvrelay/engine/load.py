@@ -9,6 +9,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 from kvrelay.errors import ConfigError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.runtime.startup import startup
 
 OnProgress = Callable[[int, int], None]
@@ -21,23 +22,33 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     model cannot be loaded as configured.
     """
     if node.engine.kind == "fake":
-        return FakeEngine(node.engine.fake, node.cache.block_size, node.cache.fixed_num_blocks)
-    if node.engine.kind == "torch":
+        return _fake_engine(node)
+    if node.engine.framework is not None:
         return _load_device_engine(node, on_progress)
     if node.model.load_format == "dummy":
-        raise ConfigError(["model.load_format: dummy needs engine.kind: torch"])
+        raise ConfigError(["model.load_format: dummy needs engine.kind: torch or paddle-device"])
     return _load_paddle_engine(node, on_progress)
 
 
+def _fake_engine(node: NodeConfig) -> FakeEngine:
+    fake, model_dir = node.engine.fake, Path(node.model.path)
+    has_tokenizer = (model_dir / "tokenizer.json").is_file()
+    grammars = GrammarMasks(fake.vocab_size, model_dir if has_tokenizer else None)
+    return FakeEngine(fake, node.cache.block_size, node.cache.fixed_num_blocks, grammars=grammars)
+
+
 def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Load a checkpoint with the torch engine. Imports torch, not Paddle. Raises ConfigError without torch."""
+    """Load a checkpoint with the device engine, which imports one framework. Raises ConfigError if it is missing."""
+    from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
+
     try:
-        from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
+        return load_device_engine(node, on_progress)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise ConfigError(["engine.kind: torch is not installed: pip install 'kvrelay[torch]'"]) from error
-    return load_device_engine(node, on_progress)
+        if error.name == "torch" and node.engine.kind == "torch":
+            raise ConfigError(["engine.kind: torch is not installed: pip install 'kvrelay[torch]'"]) from error
+        if error.name == "triton":
+            raise ConfigError(["engine.device: gpu needs Triton: pip install triton"]) from error
+        raise
 
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
@@ -67,11 +78,14 @@ def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     weights = load_weights(checkpoint, kernels)
     geometry = checkpoint_geometry(node, checkpoint, kernels.kv_dtype, max_model_len)
     decoder = Decoder(config, weights, kernels)
+    grammars = GrammarMasks(config.vocab_size, model_dir)
+    grammars.open()
     return PaddleEngine(
         decoder,
         geometry,
         num_blocks,
         config.vocab_size,
         max_model_len,
+        grammars,
         staged=node.engine.device != "cpu",
     )

@@ -10,13 +10,17 @@ from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepPlan, StepResult
 
 
 class PaddleEngine:
-    """A decoder with its KV pool (see ``interface.Engine``). ``staged``: the pool is a copy on the device."""
+    """A decoder with its KV pool (see ``interface.Engine``), which closes ``grammars`` when it is closed.
+
+    ``staged``: the pool is a copy on the device.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class PaddleEngine:
         num_blocks: int,
         vocab_size: int,
         max_model_len: int,
+        grammars: GrammarMasks,
         staged: bool = False,
     ) -> None:
         self.geometry = geometry
@@ -33,7 +38,8 @@ class PaddleEngine:
         self.vocab_size = vocab_size
         self.max_plans_in_flight = 1
         self._decoder = decoder
-        self._sequences = EngineSequences()
+        self._grammars = grammars
+        self._sequences = EngineSequences(grammars)
         self._pool: KVPool = StagedPool(self.memory) if staged else decoder.map_pool(self.memory)
         self._assembler = BatchAssembler(StepLimits(geometry.block_size, num_blocks, max_model_len, vocab_size))
 
@@ -41,6 +47,7 @@ class PaddleEngine:
         if not plan.batch:
             raise EngineError("a step without sequences")
         items = self._sequences.apply(plan)
+        self._sequences.begin_masks(items)
         outcomes = compute_isolated(plan.step, items, self._compute, on_layers)
         return self._sequences.result(plan, items, outcomes)
 
@@ -69,6 +76,7 @@ class PaddleEngine:
         return outcomes
 
     def close(self) -> None:
+        self._grammars.close()
         del self._pool  # its tensors and arrays keep the memory mapped
         self.memory.close()
 

@@ -1,7 +1,7 @@
 """Samples output tokens from logits, on the host.
 
-The order and meaning of the operations are vLLM's: logit_bias, penalties, min_tokens; then greedy, or temperature,
-min_p, top_k, top_p and a draw. Log probabilities are those of the model, before any of these operations.
+The order and meaning of the operations are vLLM's: logit_bias, penalties, min_tokens, grammar; then greedy, or
+temperature, min_p, top_k, top_p and a draw. Log probabilities are those of the model, before any of these operations.
 
 The draw inverts the distribution function in vocabulary order with one uniform number that is a hash of the request's
 seed and the token's position. So a token depends on nothing but its context and seed, and a logit that differs in its
@@ -118,6 +118,7 @@ def changes_logits(sequence: TokenSequence) -> bool:
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
+        or sequence.constraint is not None
         or sequence.num_output_tokens < params.min_tokens
     )
 
@@ -149,7 +150,7 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sample
 
 
 def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
-    """Return a copy of ``row`` with logit_bias, penalties and min_tokens applied."""
+    """Return a copy of ``row`` with logit_bias, penalties, min_tokens and grammar applied."""
     params, adjusted = sequence.sampling, row.copy()
     for token_id, bias in params.logit_bias.items():
         adjusted[token_id] += bias
@@ -162,6 +163,8 @@ def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
         adjusted[output] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
     if sequence.num_output_tokens < params.min_tokens:
         adjusted[[*params.eos_token_ids, *params.stop_token_ids]] = -np.inf
+    if sequence.constraint is not None:
+        adjusted[~sequence.constraint.allowed(sequence.num_output_tokens)] = -np.inf
     return adjusted
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from kvrelay.grammar.constraint import GrammarConstraint, Wanted
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.engine import (
     NewSequence,
@@ -85,13 +87,15 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 
 
 class EngineSequences:
-    """All sequences that an engine knows, by id.
+    """All sequences that an engine knows, by id. ``grammars`` computes the masks of those with a grammar.
 
     An unknown sequence has no tokens. It fails like one whose plan asks for more tokens than it has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: GrammarMasks) -> None:
         self._sequences: dict[SequenceId, EngineSequence] = {}
+        self._grammars = grammars
+        self._constrained: set[SequenceId] = set()
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -100,8 +104,12 @@ class EngineSequences:
         """Apply the sequence changes of ``plan`` and return its batch. Call once per plan."""
         for id in plan.left:
             self._sequences.pop(id, None)
+            self._constrained.discard(id)
         for new in plan.new:
-            self._sequences[new.id] = EngineSequence(new)
+            sequence = self._sequences[new.id] = EngineSequence(new)
+            if new.sampling.grammar is not None:
+                sequence.constraint = self._grammars.constraint(new.sampling)
+                self._constrained.add(new.id)
         for change in plan.changed:
             self._find(change.id).change(change)
         return [
@@ -117,6 +125,18 @@ class EngineSequences:
             for item in plan.batch
         ]
 
+    def begin_masks(self, items: Iterable[ScheduledSequence]) -> None:
+        """Begin to compute what grammars allow ``items`` to sample, whose tokens are all known."""
+        if not self._constrained:
+            return
+        wanted = [
+            Wanted(constraint, _untold(item.sequence, constraint), item.drafts or ())
+            for item in items
+            if item.samples and isinstance(constraint := item.sequence.constraint, GrammarConstraint)
+        ]
+        if wanted:
+            self._grammars.begin(wanted)
+
     def _find(self, id: SequenceId) -> EngineSequence:
         return self._sequences.get(id) or EngineSequence(NOBODY)
 
@@ -127,3 +147,7 @@ class EngineSequences:
                 item.sequence.token_ids += outcome.token_ids
         ids = [item.id for item in plan.batch]
         return StepResult(step=plan.step, outcomes=dict(zip(ids, outcomes, strict=True)))
+
+
+def _untold(sequence: EngineSequence, constraint: GrammarConstraint) -> list[int]:
+    return sequence.token_ids[sequence.num_prompt_tokens + constraint.num_told :]

@@ -21,13 +21,21 @@ MIX_MASK = (1 << (64 - MIX_SHIFT)) - 1
 
 _ALL = (1 << 64) - 1
 
+_PIECE_BYTES = 256 << 10
+"""Words that are mixed at a time, so that they stay in the core's cache."""
+
 
 def digest_blocks(words: Words) -> Words:
     """Return the digest of each block of ``words`` [..., words of a block]."""
-    places = np.arange(1, words.shape[-1] + 1, dtype=np.int64)
+    blocks = words.reshape(-1, words.shape[-1])
+    digests = np.empty(len(blocks), np.int64)
+    at_a_time = max(1, _PIECE_BYTES // (words.itemsize * words.shape[-1]))
     with np.errstate(over="ignore"):
-        mixed: Words = _mix(words ^ (places * np.int64(PLACE_FACTOR))).sum(-1, dtype=np.int64)
-    return mixed
+        places = np.arange(1, words.shape[-1] + 1, dtype=np.int64) * np.int64(PLACE_FACTOR)
+        for first in range(0, len(blocks), at_a_time):
+            piece = slice(first, first + at_a_time)
+            _mix(blocks[piece] ^ places).sum(-1, dtype=np.int64, out=digests[piece])
+    return digests.reshape(words.shape[:-1])
 
 
 def fold(digests: Words) -> int:
@@ -36,7 +44,10 @@ def fold(digests: Words) -> int:
 
 
 def _mix(words: Words) -> Words:
-    """Return MurmurHash3's 64-bit finaliser of each word: a bijection in which each bit changes every other."""
+    """Mix each word in place by MurmurHash3's 64-bit finaliser: a bijection in which each bit changes every other."""
+    unsigned, shifted = words.view(np.uint64), np.empty(words.shape, np.uint64)
     for factor in MIX_FACTORS:
-        words = (words ^ ((words >> MIX_SHIFT) & MIX_MASK)) * np.int64(factor)
-    return words ^ ((words >> MIX_SHIFT) & MIX_MASK)
+        unsigned ^= np.right_shift(unsigned, np.uint64(MIX_SHIFT), out=shifted)
+        words *= np.int64(factor)
+    unsigned ^= np.right_shift(unsigned, np.uint64(MIX_SHIFT), out=shifted)
+    return words

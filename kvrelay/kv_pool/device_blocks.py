@@ -44,8 +44,11 @@ class DeviceBlocks(Protocol):
     def read(self, planes: range, block_ids: list[BlockId]) -> Words:
         """Return a copy of blocks in host memory: [planes, blocks, words]. Raises DeviceError."""
 
-    def write(self, planes: range, block_ids: list[BlockId], words: Words) -> None:
-        """Put ``words`` [planes, blocks, words] into blocks. Raises DeviceError."""
+    def write(self, planes: range, block_ids: list[BlockId], words: Words) -> Words:
+        """Put ``words`` [planes, blocks, words] into blocks; return the digests that the device made of them.
+
+        Raises DeviceError.
+        """
 
     def close(self) -> None:
         """Give the memory back, or let go of another process's; nothing is under way."""

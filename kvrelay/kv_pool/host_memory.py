@@ -17,7 +17,7 @@ import xxhash
 from kvrelay.errors import ConfigError, GeometryMismatchError
 from kvrelay.kv_pool import block_copy as kv_copy
 from kvrelay.kv_pool.interface import HostBlock, KVPool
-from kvrelay.kv_pool.shared_file import TAG_BYTES, create_file, open_file
+from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.kv_handle import KVMemoryHandle
@@ -39,7 +39,7 @@ class KVMemory:
         self.num_blocks = handle.num_blocks
         self._fd = fd
         shape = (geometry.num_layers, 2, handle.num_blocks, geometry.plane_block_bytes)
-        self._map = mmap.mmap(fd, int(np.prod(shape)) + TAG_BYTES)
+        self._map = map_file(fd, int(np.prod(shape)))
         if len(self._map) >= _FEWEST_HUGE_BYTES:
             # blocks are read in any order: on small pages each would cost a walk through the page tables
             with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -57,12 +57,8 @@ class KVMemory:
             raise _too_large(num_blocks, size_bytes, f"this machine has {total:,} bytes of memory")
         try:
             fd, tag = create_file("kvrelay-kv", size_bytes)
-        except OSError as error:
-            raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
-        try:
             return cls(geometry, KVMemoryHandle(os.getpid(), fd, tag, num_blocks), fd)
         except OSError as error:
-            os.close(fd)
             raise _too_large(num_blocks, size_bytes, str(error.strerror)) from error
 
     @classmethod

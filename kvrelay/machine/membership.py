@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -58,6 +59,11 @@ class Membership:
         about_registration = isinstance(message, Registered | RegisterAgain | RegistrationRefused)
         known = self._is_static or about_registration or peer in self._registered
         return known and self.is_router(peer)
+
+    @property
+    def routers(self) -> Iterable[PeerId]:
+        """The routers that the node is registered with."""
+        return self._registered.keys()
 
     # ------------------------------------------------------------ coming and staying
 

@@ -38,8 +38,10 @@ from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.endings import Endings
+from kvrelay.node.prefix_reports import PrefixReports
 from kvrelay.node.request import NodeRequest
 from kvrelay.node.request_table import RequestTable
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
@@ -54,7 +56,6 @@ from kvrelay.protocol.messages.router_to_node import (
 )
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.store_transfers import StoreTransfers
 
@@ -96,6 +97,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._outbox = Outbox()
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
+        self._prefix_reports = PrefixReports(self.kv, self._outbox)
         self._leaving = False
         self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
@@ -224,6 +226,8 @@ class NodeMachine(ABC, Generic[R, S]):
             case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
                 if self._membership.receive(peer, message):
                     self._close_all_of(peer)
+                if isinstance(message, Registered):
+                    self._prefix_reports.registered(peer, wanted=message.wants_prefixes)
             case MessagerReady():
                 self._messager_ready(message)
                 self._join()
@@ -288,6 +292,7 @@ class NodeMachine(ABC, Generic[R, S]):
         for router in self._membership.silent():
             self._router_lost(router, "no heartbeat")
         self._membership.beat(self.load())
+        self._prefix_reports.report(self._membership.routers)
         self._beat_to_nodes()
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:

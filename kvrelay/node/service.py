@@ -16,6 +16,7 @@ import zmq
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
 from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.engine.compute_thread import compute_for
 from kvrelay.engine.interface import Engine, EnginePort
 from kvrelay.engine.load import load_engine
 from kvrelay.errors import ConfigError, StorageError, StorageUnavailableError
@@ -27,7 +28,6 @@ from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
-from kvrelay.runtime.compute_thread import compute_for
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId, RequestId
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class GrammarKind(StrEnum):
+    """What the text of a grammar is. ``CHOICE``: a JSON list of texts. ``GRAMMAR``: Lark's or llama.cpp's notation."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an output must be.
+
+    The router has compiled it, so it is valid. What may come next follows from it and the output tokens so far, so no
+    node keeps anything that another could lack.
+    """
+
+    kind: GrammarKind
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     num_logprobs: int | None = None
     """Alternatives to report with each output token; 0: only the token's own logprob; None: no logprobs."""
+    grammar: Grammar | None = None
+    """The output ends only where it satisfies the grammar: with an EOS or stop token there, or at ``max_tokens``."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -72,15 +99,26 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-class TokenSequence:
-    """Tokens, prompt first, and sampling parameters: the input of the sampler."""
+class Constraint(Protocol):
+    """What the grammar of one sequence allows."""
 
-    __slots__ = ("num_prompt_tokens", "sampling", "token_ids")
+    def allowed(self, num_output_tokens: int) -> npt.NDArray[np.bool_]:
+        """Return for each token of the vocabulary whether it may follow so many. Raises EngineError."""
+
+
+class TokenSequence:
+    """Tokens, prompt first, and sampling parameters: the input of the sampler.
+
+    ``constraint``: set by an engine if ``sampling`` has a grammar.
+    """
+
+    __slots__ = ("constraint", "num_prompt_tokens", "sampling", "token_ids")
 
     def __init__(self, token_ids: list[int], num_prompt_tokens: int, sampling: SamplingParams) -> None:
         self.token_ids = token_ids
         self.num_prompt_tokens = num_prompt_tokens
         self.sampling = sampling
+        self.constraint: Constraint | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -29,9 +29,9 @@ from kvrelay.machine.liveness import TICK_S, Pauses
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.startup import READY, startup
 from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
+from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
 from kvrelay.runtime.transport import Transport
 
-MAX_TURN_S = 0.005
 """How long the shell has the loop at a time: actions, such as sending, may cost as much as a request is long."""
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ class Shell:
             self.post(StopRequested())
 
     def _pump(self) -> None:
-        """Handle events, and perform the actions they lead to, for as long as one turn on the loop may take."""
-        ends_s = time.monotonic() + MAX_TURN_S
+        """Handle events, and perform the actions they lead to, for ``MAX_TIME_SLICE_S`` at most."""
+        ends_s = time.monotonic() + MAX_TIME_SLICE_S
         # The event stays at the head until its last action is done, so that post() does not schedule a second pump.
         while self._events and not self._done.done():
             try:

@@ -20,11 +20,12 @@ from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message, ProtocolViolation
+from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
 
 MAX_PART_BYTES = 64 << 20
 """Maximum size of a message part. ZMQ drops a connection that sends more."""
 
-_READS_PER_TURN, _MAX_TURN_S = 64, 0.005
+_READS_PER_TIME_SLICE = 64
 """How many messages of one socket are read, and for how long, before others have the loop."""
 
 _MAX_MUTED = 1024
@@ -177,8 +178,8 @@ class Transport:
     # ------------------------------------------------------------ receiving
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
-        ends_s = time.monotonic() + _MAX_TURN_S
-        for _ in range(_READS_PER_TURN):
+        ends_s = time.monotonic() + MAX_TIME_SLICE_S
+        for _ in range(_READS_PER_TIME_SLICE):
             if socket.closed:
                 return
             try:

@@ -200,6 +200,29 @@ class KVCache:
         if self._forgotten:
             self._forgotten.difference_update(blocks)
 
+    # ------------------------------------------------------------ for routers
+
+    def follow_changes(self) -> None:
+        """Record what is published and removed from now on, for ``take_changes``."""
+        if self._prefixes.changes is None:
+            self._prefixes.changes = {}
+
+    def ignore_changes(self) -> None:
+        """Record nothing any more, and drop what is recorded."""
+        self._prefixes.changes = None
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the hashes published and those removed since the last call, without what came and went between."""
+        changes = self._prefixes.changes or {}
+        if changes:
+            self._prefixes.changes = {}
+        published = [block_hash for block_hash, is_published in changes.items() if is_published]
+        return published, [block_hash for block_hash, is_published in changes.items() if not is_published]
+
+    def published(self) -> list[bytes]:
+        """Return the hashes of all published blocks. Looks at every block."""
+        return self._prefixes.published()
+
     def clear(self) -> None:
         """Evict every evictable block."""
         self._recycle(self._prefixes.evict(self._prefixes.num_evictable))

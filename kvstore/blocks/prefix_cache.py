@@ -42,6 +42,7 @@ class PrefixCache:
         "_other_children",
         "_parent_of",
         "_root",
+        "changes",
     )
 
     def __init__(self, num_blocks: int) -> None:
@@ -54,6 +55,8 @@ class PrefixCache:
         self._other_children: dict[bytes, BlockId] = {}
         self._holders = [0] * num_blocks + [1]
         self._evictable: OrderedDict[BlockId, None] = OrderedDict()
+        self.changes: dict[bytes, bool] | None = None
+        """If not None: the hashes published (True) or removed (False) since its owner last emptied it."""
 
     @property
     def num_evictable(self) -> int:
@@ -63,6 +66,10 @@ class PrefixCache:
     def is_published(self, block: BlockId) -> bool:
         """Return whether ``block`` is in the tree."""
         return self._hash_of[block] != _UNPUBLISHED
+
+    def published(self) -> list[bytes]:
+        """Return the hashes of all published blocks. Looks at the whole tree."""
+        return [block_hash for block_hash in self._hash_of if block_hash != _UNPUBLISHED]
 
     def count_evictable(self, block_ids: Sequence[BlockId]) -> int:
         """Return how many of ``block_ids`` are evictable."""
@@ -114,6 +121,8 @@ class PrefixCache:
     def _append(self, parent: BlockId, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
         """Add a chain of referenced blocks below ``parent``."""
         self.hold([parent])
+        if self.changes is not None:
+            self.changes.update(dict.fromkeys(hashes, True))
         first_child, hash_of = self._first_child, self._hash_of
         parent_of, holders = self._parent_of, self._holders
         for block_hash, block in zip(hashes, block_ids, strict=True):
@@ -181,6 +190,7 @@ class PrefixCache:
         pop_oldest = self._evictable.popitem
         evicted = [pop_oldest(last=False)[0] for _ in range(num_blocks)]
         first_child, hash_of, parent_of = self._first_child, self._hash_of, self._parent_of
+        self._note_removed(evicted)
         for block in evicted:
             parent = parent_of[block]
             if first_child[parent] == block:
@@ -208,10 +218,15 @@ class PrefixCache:
             else:
                 del self._other_children[self._hash_of[node]]
             self._evictable.pop(node, None)
+        self._note_removed(removed)
         for node in removed:
             self._hash_of[node] = _UNPUBLISHED
             self._holders[node] = 0
         return removed
+
+    def _note_removed(self, block_ids: Sequence[BlockId]) -> None:
+        if self.changes is not None:
+            self.changes.update((self._hash_of[block], False) for block in block_ids)
 
     def _below(self, block: BlockId) -> list[BlockId]:
         """Return ``block`` and its descendants."""

@@ -13,11 +13,11 @@ import numpy as np
 from kvrelay.addresses import tcp_address
 from kvrelay.errors import StorageUnavailableError
 from kvrelay.machine.contract import PeerLost, Received
+from kvrelay.protocol.block_hash import HASH_BYTES
 from kvrelay.protocol.ids import PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
 from kvrelay.runtime.transport import Transport
-from kvstore.blocks.block_hash import HASH_BYTES
 from kvstore.storage.block_format import Value
 
 T = TypeVar("T")

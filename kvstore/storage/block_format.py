@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvrelay.protocol.block_hash import HASH_BYTES
 from kvrelay.protocol.geometry import KVGeometry
-from kvstore.blocks.block_hash import HASH_BYTES
 from kvstore.storage.interface import BlockView
 
 Value = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ from enum import Enum, auto
 import numpy as np
 
 from kvrelay.errors import LocalProtocolError
-from kvstore.blocks.block_hash import HASH_BYTES
+from kvrelay.protocol.block_hash import HASH_BYTES
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.interface import BlockView, PutOutcome
 

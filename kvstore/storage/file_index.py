@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.blocks.block_hash import HASH_BYTES
+from kvrelay.protocol.block_hash import HASH_BYTES
 from kvstore.storage.file_layout import ENTRY_BYTES, SETS_OFFSET, Layout
 from kvstore.storage.file_lock import FileLock
 from kvstore.storage.interface import StoreCounters

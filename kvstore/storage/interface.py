@@ -1,7 +1,7 @@
 """The interface of a KV store. Its users are the nodes' shells and the ``kvrelay store`` command.
 
-A block is named by its block hash (``kvstore.blocks.block_hash``) and holds the KV of all layers. Its bytes are in the
-caller's memory, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
+A block is named by its block hash (``kvrelay.protocol.block_hash``) and holds the KV of all layers. Its bytes are in
+the memory of the caller, ``[num_layers, 2, plane_block_bytes]`` uint8 with any strides, as ``KVPool.lend`` gives it.
 
 Memory: the caller lends the arrays of ``put`` and ``get`` for the call and must keep them (pin the blocks) until it
 returns. Afterwards the store neither reads nor writes them, even if the deadline passed, the call was cancelled, or a

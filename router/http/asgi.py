@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 from starlette.types import Receive, Send
 
+from kvrelay.runtime.time_slice import TimeSlice
 from router.openai.errors import AnswerError
-from router.turns import Turn
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -38,10 +38,10 @@ async def send_pieces(send: Send, pieces: Sequence[bytes], headers: Headers = ()
     """Answer with JSON in ``pieces``, at least one: to put together what is long would take the loop too long."""
     length = (b"content-length", str(sum(map(len, pieces))).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [_JSON, length, *headers]})
-    turn = Turn()
+    time_slice = TimeSlice()
     for index, piece in enumerate(pieces, 1):
         await send({"type": "http.response.body", "body": piece, "more_body": index < len(pieces)})
-        await turn.pause()
+        await time_slice.pause()
 
 
 async def send_error(send: Send, error: AnswerError, headers: Headers = ()) -> None:

@@ -28,6 +28,7 @@ from router.service import RouterService
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
+_MAX_SESSION_BYTES = 256
 
 _random = random.Random()
 
@@ -41,6 +42,12 @@ def _new_seed() -> int:
 def _new_name() -> str:
     """Return a name that no other answer has."""
     return f"{_random.getrandbits(128):032x}"
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """Return the value of a request header, the last one if it is repeated, or nothing."""
+    value: bytes = dict(scope["headers"]).get(name, b"")
+    return value
 
 
 class GenerateEndpoint:
@@ -61,7 +68,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        given = _header(scope, b"x-request-id")
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
             name = _new_name()
@@ -87,7 +94,8 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
-        choices = list(self._choices(request_ids, outcome))
+        session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
+        choices = list(self._choices(request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
@@ -112,7 +120,7 @@ class GenerateEndpoint:
             return self._ids(_new_name(), count)
         return answer_id, request_ids
 
-    def _choices(self, request_ids: Sequence[RequestId], prepared: PreparedRequest) -> Iterator[Choice]:
+    def _choices(self, request_ids: Sequence[RequestId], prepared: PreparedRequest, session: str) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
@@ -121,5 +129,5 @@ class GenerateEndpoint:
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
-            new = NewRequest(request_id, prompt, params, request.priority or 0)
+            new = NewRequest(request_id, prompt, params, request.priority or 0, session)
             yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)

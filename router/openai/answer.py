@@ -8,11 +8,11 @@ from typing import Protocol
 
 import msgspec
 
+from kvrelay.runtime.time_slice import TimeSlice
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
 from router.openai.logprobs import Logprobs, WholeLogprobs
 from router.openai.schemas import GenerationFields
-from router.turns import Turn
 
 DONE = b"data: [DONE]\n\n"
 
@@ -70,10 +70,10 @@ class Answer:
         body = self._head.as_dict(self._style.object_name)
         body["usage"] = usage(self._choices)
         begin = msgspec.json.encode(body | self._style.prompt_fields(self._choices))[:-1] + b',"choices":['
-        turn = Turn()
+        time_slice = TimeSlice()
         pieces: list[bytes] = []
         for choice, whole in zip(self._choices, wholes, strict=True):
-            await turn.pause()
+            await time_slice.pause()
             pieces.append((b"," if pieces else begin) + msgspec.json.encode(self._full_choice(choice, whole)))
         pieces[-1] += b"]}"
         return pieces

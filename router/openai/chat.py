@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import Logprobs, chat_logprobs
 from router.openai.reading import reading
 from router.openai.sampling import check_text_ids, check_text_length
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
-from router.text.token_bytes import TokenBytes
 
 ROLE = "assistant"
 

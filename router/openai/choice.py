@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
-from router.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True)

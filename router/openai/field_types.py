@@ -101,6 +101,13 @@ def _are_ids(items: object) -> bool:
     return isinstance(items, list) and set(map(type, items)) == {int} and min(items) >= 0 and max(items) <= INT64
 
 
+def _schema(value: object) -> object:
+    """Accept a JSON schema as an object or as text; what it says is checked later."""
+    if not isinstance(value, (dict, str)):
+        raise wrong("should be a JSON schema, as an object or as a string")
+    return value
+
+
 def _no_tool(value: object) -> object:
     """Accept values that need no tools. Others need ``tools``, which are refused."""
     if value not in ("none", "auto"):
@@ -128,3 +135,4 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[int, Bias], BeforeValidator(_biases)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
 NoTool = Annotated[str, PlainValidator(_no_tool)]
+JsonSchema = Annotated[object, PlainValidator(_schema)]

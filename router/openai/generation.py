@@ -8,10 +8,10 @@ from typing import Protocol
 
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason
+from kvrelay.runtime.time_slice import TimeSlice
 from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
-from router.turns import Turn
 
 
 class ClientLeftError(Exception):
@@ -73,14 +73,14 @@ class Generation:
 
         Raises AnswerError when a choice fails, ClientLeftError when the client disconnects.
         """
-        turn = Turn()
+        time_slice = TimeSlice()
         while self._running:
             if self._queue.empty():
                 item = await self._queue.get()
-                turn.begin()
+                time_slice.begin()
             else:
                 item = self._queue.get_nowait()
-                await turn.pause()
+                await time_slice.pause()
             if item is None:
                 raise ClientLeftError
             request_id, delivery = item

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.request import TokenLogprobs
-from router.text.token_bytes import TokenBytes
+from kvrelay.tokenizer.token_bytes import TokenBytes
 
 LOWEST = -9999.0
 """Replaces minus infinity, which JSON cannot represent."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from kvrelay.errors import InvalidRequestError, PromptTooLongError
-from kvrelay.protocol.request import SamplingParams
+from kvrelay.protocol.request import Grammar, SamplingParams
 from kvrelay.protocol.request_limits import unknown_token
 from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
+from router.openai.structured import Structure
 from router.text.output_text import TextOptions
 from router.text.stop import NO_STOPS, StopStrings
 
@@ -79,7 +80,20 @@ def _common_params(request: GenerationFields, model: ServedModel) -> SamplingPar
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=num_logprobs(request),
+        grammar=None if request.structure is None else _grammar(request, request.structure, model),
     )
+
+
+def _grammar(request: GenerationFields, structure: Structure, model: ServedModel) -> Grammar:
+    """Return the grammar of ``structure``. Raises InvalidRequestError for fields that contradict it."""
+    if request.ignore_eos:
+        raise InvalidRequestError(f"ignore_eos: not together with {structure.field}", param="ignore_eos")
+    if request.min_tokens:
+        raise InvalidRequestError(f"min_tokens: not together with {structure.field}", param="min_tokens")
+    if not model.eos_token_ids and not request.stop_token_ids:
+        reason = "the model has no token that ends a text; set stop_token_ids"
+        raise InvalidRequestError(f"{structure.field}: {reason}", param=structure.field.partition(".")[0])
+    return structure.grammar
 
 
 def text_options(request: GenerationFields) -> TextOptions:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from kvrelay.errors import InvalidRequestError
 from router.openai.field_types import (
     Biases,
+    JsonSchema,
     Natural,
     NoTool,
     NumChoices,
@@ -34,6 +35,7 @@ from router.openai.field_types import (
     wrong,
 )
 from router.openai.reading import reading
+from router.openai.structured import Structure, structure_of
 from router.openai.unknown_fields import UnknownFields
 from router.openai.wording import first_problem
 
@@ -46,11 +48,6 @@ REFUSED_FIELDS = {
     "truncate_prompt_tokens": "truncate_prompt_tokens is not supported",
     "allowed_token_ids": "allowed_token_ids is not supported",
     "bad_words": "bad_words is not supported",
-    "structured_outputs": "structured outputs are not supported",
-    "guided_json": "structured outputs are not supported",
-    "guided_regex": "structured outputs are not supported",
-    "guided_choice": "structured outputs are not supported",
-    "guided_grammar": "structured outputs are not supported",
     "chat_template": "only the model's own chat template is used",
     "documents": "documents are not supported",
     "audio": "only text is supported",
@@ -60,6 +57,7 @@ REFUSED_FIELDS = {
 
 IGNORED_FIELDS = frozenset(
     {
+        "guided_decoding_backend",
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
@@ -96,9 +94,10 @@ class StreamOptions(Fields):
 
 
 class ResponseFormat(Fields):
-    """Format of the answer."""
+    """Format of the answer. ``json_schema``: an object with ``schema``, and a name and more that change nothing."""
 
     type: str = "text"
+    json_schema: dict[str, Any] | None = None
 
 
 class GenerationFields(Fields):
@@ -126,6 +125,12 @@ class GenerationFields(Fields):
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
     response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     priority: Signed | None = None
     user: str | None = None
 
@@ -133,9 +138,12 @@ class GenerationFields(Fields):
     def _consistent(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options: only allowed when stream is true")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise wrong(f"response_format: type {shown(self.response_format.type)} is not supported, only 'text' is")
         return self
+
+    @functools.cached_property
+    def structure(self) -> Structure | None:
+        """The grammar of the output, if any. Raises InvalidRequestError."""
+        return structure_of(self)
 
     @property
     def num_choices(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from router.text.token_bytes import TokenBytes
+from kvrelay.tokenizer.token_bytes import TokenBytes
 
 
 class Detokenizer:

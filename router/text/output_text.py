@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.detokenizer import Detokenizer
 from router.text.stop import NO_STOPS, StopMatcher, StopStrings
-from router.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True)

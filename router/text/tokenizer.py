@@ -11,11 +11,11 @@ import jinja2
 from tokenizers import Tokenizer
 
 from kvrelay.errors import CheckpointError, InvalidRequestError
+from kvrelay.tokenizer.files import read_tokenizer_files
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import decode
-from router.text.token_bytes import TokenBytes
 from router.text.token_count import TokenCount
-from router.text.tokenizer_files import read_tokenizer_files
 
 
 class TextTokenizer:

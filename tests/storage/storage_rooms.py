@@ -14,8 +14,8 @@ from support.redis_server import RedisServer
 
 from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.clock import Clock
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import KVGeometry
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.storage.block_format import BlockFormat, Value, namespace_of
 from kvstore.storage.factory import make_store
 from kvstore.storage.file_store import FileBackend

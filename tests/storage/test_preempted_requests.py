@@ -17,6 +17,7 @@ from decode_node.preemption import Preemption
 from decode_node.request import DecodeRequest
 from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import NodeConfig
+from kvrelay.engine.compute_thread import ComputeThread
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -24,15 +25,14 @@ from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import CoreEvent, Received, RunStep, StopRequested
 from kvrelay.node.storage import StorageIO
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import ROUTER, BlockId, NodeId, RequestId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
-from kvrelay.runtime.compute_thread import ComputeThread
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.interface import KVStore
 

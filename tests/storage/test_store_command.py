@@ -23,7 +23,7 @@ from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
 from kvrelay.engine.fake import fake_geometry
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.machine.clock import Clock
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.storage.factory import make_store
 
 CAPACITY = 1 << 20

@@ -68,6 +68,7 @@ from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
     Leaving,
+    PrefixCacheChanged,
     Register,
     RequestFailed,
     RequestOutput,
@@ -87,7 +88,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, RequestSpec, SamplingParams, TokenLogprobs
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -118,6 +119,7 @@ _SPEC = RequestSpec(
         stop_token_ids=[11],
         ignore_eos=True,
         num_logprobs=1,
+        grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
     ),
 )
 _OUTPUT = RequestOutput(
@@ -150,7 +152,7 @@ _LOAD = Load(
 EXAMPLES: list[Message] = [
     Heartbeat(load=_LOAD),
     ProtocolViolation(reason="unknown message 'Hello'"),
-    Registered(router_incarnation="feed"),
+    Registered(router_incarnation="feed", wants_prefixes=True),
     RegistrationRefused(reason="block_size: 16 != 32"),
     RegisterAgain(),
     Prefill(request=_SPEC, decode_node=_D0),
@@ -174,6 +176,7 @@ EXAMPLES: list[Message] = [
         prefill_order="shortest_first",
     ),
     TokensOut(outputs=[_OUTPUT]),
+    PrefixCacheChanged(number=3, added=b"12345678", removed=b"abcdefgh"),
     RequestFailed(**_ID, error=_ERROR),
     RequestPreempted(**_ID, num_blocks=7),
     DecodeNeeded(**_ID, refused_by=PeerId("d0#0a1b2c3d"), reason="full", retry_after_s=0.1),

@@ -4,11 +4,12 @@ import asyncio
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from support.ipv6 import NAME, needs_ipv6, with_name
-from support.loops import Inbox, run
+from support.loops import PATIENCE_S, Inbox, run
 
 from kvrelay.addresses import has_only_ipv6, is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.machine.contract import Received
@@ -95,6 +96,28 @@ def test_listening_at_a_name_that_has_only_an_ipv6_address(monkeypatch: pytest.M
             server.close()
 
     run(check())
+
+
+def test_a_loop_ends_while_a_resolver_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+        asked.set()
+        answer.wait()
+        return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))]
+
+    async def check() -> None:
+        lookup = asyncio.create_task(has_only_ipv6("six.test", 1))
+        await asyncio.to_thread(asked.wait)
+        lookup.cancel()
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    guard = threading.Timer(PATIENCE_S / 2, answer.set)
+    guard.start()
+    run(check())
+    assert not answer.is_set(), "the loop waited for the resolver"
+    guard.cancel()
+    answer.set()
 
 
 @pytest.mark.parametrize("name", ["a..b", "a" * 64 + ".test"])

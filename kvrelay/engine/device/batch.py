@@ -138,7 +138,7 @@ class BatchAssembler:
             token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
             if failed := outside_vocabulary(token_ids, limits.vocab_size):
                 return failed
-        if failed := _too_many_logprobs(item):
+        if failed := _unsupported(item):
             return failed
         if not (item.samples and adjusts(sequence.sampling)):
             return _Part(token_ids, None)
@@ -235,7 +235,9 @@ class BatchAssembler:
         arrays.numbers[2, :count] = samples.noted
 
 
-def _too_many_logprobs(item: ScheduledSequence) -> SequenceFailed | None:
+def _unsupported(item: ScheduledSequence) -> SequenceFailed | None:
+    if item.sequence.constraint is not None:
+        return SequenceFailed("structured output is not supported by the torch engine")
     asked = item.sequence.sampling.num_logprobs
     if asked is None or asked <= MOST_LOGPROBS:
         return None

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from queue import SimpleQueue
+from typing import Literal
 
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
@@ -19,6 +20,7 @@ from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -52,7 +54,8 @@ class DeviceEngine:
         self._operations = operations
         self._limits = limits
         self.launcher = StepLauncher(config, weights, self.memory, framework, operations, limits, PLANS_IN_FLIGHT)
-        self._steps = StepQueue(self.launcher)
+        self._grammars = GrammarMasks(config.vocab_size)
+        self._steps = StepQueue(self.launcher, self._grammars)
 
     def warm_up(self) -> None:
         """Compile all kernels and capture the graphs, so that no request waits for compilation."""
@@ -93,13 +96,15 @@ class DeviceEngine:
         return step.finish(on_layers)
 
     def close(self) -> None:
+        self._grammars.close()
         self.launcher.close()
         self.memory.close()
 
 
 def _make_memory(geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework) -> KVMemory | DeviceMemory:
     if framework.is_gpu or limits.device_pool:
-        return DeviceMemory.create(geometry, limits.num_blocks, "cuda" if framework.is_gpu else "simulated")
+        kind: Literal["cuda", "simulated"] = "cuda" if framework.is_gpu else "simulated"
+        return DeviceMemory.create(geometry, limits.num_blocks, kind, framework.name)
     return KVMemory.create(geometry, limits.num_blocks)
 
 
@@ -109,10 +114,10 @@ class StepQueue:
     ``launching`` is held by whoever launches. ``deferred`` are the steps that ``finish`` has yet to launch.
     """
 
-    def __init__(self, launcher: StepLauncher) -> None:
+    def __init__(self, launcher: StepLauncher, grammars: GrammarMasks) -> None:
         self.launcher = launcher
         self.launching = threading.RLock()
-        self.sequences = EngineSequences()
+        self.sequences = EngineSequences(grammars)
         self.deferred: deque[DeviceStep] = deque()
         self._count = 0
 

@@ -125,6 +125,20 @@ class Leaving(Message, frozen=True, kw_only=True):
     """
 
 
+class PrefixCacheChanged(Message, frozen=True, kw_only=True):
+    """Node -> router that wants it, when the node is registered and then with heartbeats, if anything has changed.
+
+    ``added`` and ``removed`` are prefix keys, ``PREFIX_KEY_BYTES`` each, one after another. ``number`` is 0 in the
+    first message after a registration, which has the keys of all published blocks, and rises by one with each message.
+    The reader routes prompts by it. If it misses a message, it knows nothing of the node's prefix cache any more and
+    answers RegisterAgain.
+    """
+
+    number: int
+    added: bytes
+    removed: bytes = b""
+
+
 class Drained(Message, frozen=True, kw_only=True):
     """Node -> router, last message of a node that is leaving: it has no requests any more.
 
@@ -133,5 +147,13 @@ class Drained(Message, frozen=True, kw_only=True):
 
 
 NodeToRouter: TypeAlias = (
-    TokensOut | Register | RequestFailed | RequestPreempted | DecodeNeeded | RequestTimeline | Leaving | Drained
+    TokensOut
+    | Register
+    | RequestFailed
+    | RequestPreempted
+    | DecodeNeeded
+    | RequestTimeline
+    | PrefixCacheChanged
+    | Leaving
+    | Drained
 )

@@ -12,9 +12,12 @@ class Registered(Message, frozen=True, kw_only=True):
 
     The reader sends heartbeats from now on. With a static registry, another ``router_incarnation`` than before means
     that the router was restarted and its clients are disconnected. The reader then ends all its requests.
+
+    ``wants_prefixes``: the reader reports its prefix cache in PrefixCacheChanged.
     """
 
     router_incarnation: str
+    wants_prefixes: bool = False
 
 
 class RegistrationRefused(Message, frozen=True, kw_only=True):

@@ -89,7 +89,9 @@ class Host:
 
 def send(kind: type[KVLink], host: Host, frame: KVFrame) -> tuple[KVFrame, list[memoryview]]:
     sources = frame.source_block_ids
-    kind(host).send(PeerId("d0"), msgspec.structs.replace(frame, source_block_ids=[]), sources)
+    link = kind(host)
+    link.send(PeerId("d0"), msgspec.structs.replace(frame, source_block_ids=[]), sources)
+    link.close()  # the threads of a link end with their work
     return host.sent.pop()
 
 

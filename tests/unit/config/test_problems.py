@@ -18,6 +18,10 @@ nodes:
   - {name: d0, role: decode, port: 8300}
 """
 
+ROUTING = (
+    "'least_loaded', 'cache_aware', 'session', 'round_robin', 'random' or 'power_of_two'"  # in order of the reference
+)
+
 MISTAKES: dict[str, tuple[str, list[str]]] = {
     "unknown section": (GOOD + "cahce: {}\n", ["6: cahce: unknown key; did you mean cache?"]),
     "unknown key": (
@@ -41,12 +45,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["7: transfer.checksum: should be a valid boolean, not 1"],
     ),
     "no choice of that name": (
-        GOOD + "router: {decode_routing: random}\n",
-        ["6: router.decode_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+        GOOD + "router: {decode_routing: fastest}\n",
+        [f"6: router.decode_routing: should be {ROUTING}, not 'fastest'"],
     ),
     "earlier name of a key": (
-        GOOD + "router: {prefill_policy: random}\n",
-        ["6: router.prefill_routing: should be 'least_loaded' or 'round_robin', not 'random'"],
+        GOOD + "router: {prefill_policy: fastest}\n",
+        [f"6: router.prefill_routing: should be {ROUTING}, not 'fastest'"],
     ),
     "earlier and present name of a key": (
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
@@ -189,12 +193,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "a link between devices where there is none": (
         GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "transfer: {link: cuda}\n",
-        ["4: nodes.p0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+        ["4: nodes.p0.transfer.link: cuda copies between pools of device engines: engine.kind torch, paddle-device"],
     ),
     "a link between devices, and one node without": (
         GOOD.replace("8300}", "8300, engine: {fake: {device_pool: false}}}")
         + "engine: {kind: fake, fake: {device_pool: true}}\ntransfer: {link: cuda}\n",
-        ["5: nodes.d0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+        ["5: nodes.d0.transfer.link: cuda copies between pools of device engines: engine.kind torch, paddle-device"],
     ),
     "registry without a place": (
         GOOD + "registry: {kind: redis}\n",

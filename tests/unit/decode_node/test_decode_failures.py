@@ -8,6 +8,7 @@ import pytest
 from support.machines import MESSAGER, P0, ROUTER, VOCAB_SIZE, NodeHarness, sent, spec
 
 from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.decode_to_prefill import ReservationEnded
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
@@ -15,7 +16,6 @@ from kvrelay.protocol.messages.messager_to_node import KVArrived, KVExpected
 from kvrelay.protocol.messages.node_to_router import RequestFailed, TokensOut
 from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, ReserveBlocks
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
-from kvstore.blocks.block_hash import BlockHasher
 
 PROMPT = list(range(12))
 HASHES = BlockHasher("model", 4).hashes(PROMPT)

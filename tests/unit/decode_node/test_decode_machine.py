@@ -36,6 +36,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import Attempt, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
@@ -60,7 +61,6 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.request import FinishReason
-from kvstore.blocks.block_hash import BlockHasher
 
 ID: dict[str, Any] = {"request_id": "r", "epoch": 1}
 PROMPT = list(range(10))

@@ -25,6 +25,7 @@ from support.broken_checkpoint import break_embedding, set_weights
 from support.ids import block_ids
 
 from kvrelay.engine import isolation
+from kvrelay.engine.compute_thread import ComputeThread
 from kvrelay.engine.interface import Engine
 from kvrelay.engine.tiny import write_tiny_checkpoint
 from kvrelay.errors import EngineError
@@ -32,7 +33,6 @@ from kvrelay.machine.contract import LayersComputed, StepDone
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.protocol.request import Sequence
-from kvrelay.runtime.compute_thread import ComputeThread
 
 VOCAB_SIZE = 384
 BAD, GOOD = 77, 78

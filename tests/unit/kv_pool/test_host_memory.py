@@ -77,6 +77,17 @@ def test_memory_that_the_kernel_does_not_give_is_refused_and_nothing_is_kept(mon
         KVMemory.create(GEOMETRY, num_blocks=10)
 
 
+def test_memory_that_cannot_be_mapped_leaves_no_descriptor(memory: KVMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, length: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        KVMemory.attach(GEOMETRY, memory.handle)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_memory_lives_until_its_last_mapping_is_closed() -> None:
     made = KVMemory.create(GEOMETRY, num_blocks=2)
     other = KVMemory.attach(GEOMETRY, made.handle)

@@ -7,8 +7,8 @@ import pytest
 from support.ids import block_ids
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import BlockId
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 HASHER = BlockHasher("model", block_size=1)

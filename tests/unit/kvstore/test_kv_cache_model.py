@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import BlockId
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 
 HASHER = BlockHasher("model", block_size=1)

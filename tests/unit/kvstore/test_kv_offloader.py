@@ -9,7 +9,7 @@ import pytest
 from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
 from kvrelay.machine.outbox import Outbox
-from kvstore.blocks.block_hash import BlockHasher
+from kvrelay.protocol.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.kv_offloader import KVOffloader, Saved, num_staging_slots
 

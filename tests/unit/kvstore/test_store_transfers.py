@@ -10,8 +10,8 @@ from support.ids import block_ids
 from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, LoadKV, StoreCounted
 from kvrelay.machine.outbox import Outbox
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import Attempt, RequestId
-from kvstore.blocks.block_hash import BlockHasher
 from kvstore.blocks.kv_cache import KVCache
 from kvstore.offload.kv_offloader import KVOffloader, Saved
 from kvstore.offload.store_transfers import StoreTransfers

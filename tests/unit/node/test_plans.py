@@ -10,6 +10,7 @@ from support.ids import block_ids
 from support.machines import spec
 
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import BlockId, SequenceId
@@ -23,7 +24,7 @@ class Machine:
 
     rng: random.Random
     writer: PlanWriter = field(default_factory=PlanWriter)
-    engine: EngineSequences = field(default_factory=EngineSequences)
+    engine: EngineSequences = field(default_factory=lambda: EngineSequences(GrammarMasks(32)))
     sequences: list[Sequence] = field(default_factory=list)
     in_flight: list[tuple[StepPlan, dict[Sequence, Chunk], StepResult]] = field(default_factory=list)
     step: int = 0

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fake_nodes import register
 
+from kvrelay.config.sections import RoutingPolicy
 from kvrelay.machine.contract import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
 from kvrelay.protocol.ids import PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Message
@@ -35,7 +36,7 @@ class Driver:
         nodes: str = "",
         *,
         limits: Limits | None = None,
-        policy: str = "least_loaded",
+        policy: RoutingPolicy = "least_loaded",
         first_epoch: int = 0,
         local_prefill_tokens: int | None = None,
     ) -> None:

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from small_tokenizers import EOS, byte_level, sentencepiece_like, token_id
 from tokenizers import Tokenizer
 
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.detokenizer import Detokenizer, decode
-from router.text.token_bytes import TokenBytes
 
 BYTE_LEVEL, SENTENCEPIECE = byte_level(), sentencepiece_like()
 BYTES = {id(tokenizer): TokenBytes(tokenizer) for tokenizer in (BYTE_LEVEL, SENTENCEPIECE)}

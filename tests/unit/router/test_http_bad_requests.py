@@ -90,7 +90,7 @@ def answer(method: str, path: str, **options: Any) -> httpx.Response:
         (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": 1}, "stream_options", "not 1"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
-        (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "only 'text'"),
+        (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, "response_format", "only 'text'"),
         (CHAT, {}, "messages", "is required"),
         (CHAT, {"messages": []}, "messages", "at least 1"),
         (CHAT, {"messages": ["hi"]}, "messages", "messages.0"),

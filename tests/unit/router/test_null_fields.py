@@ -77,8 +77,9 @@ def test_null_in_stream_options(name: str) -> None:
 
 
 def test_null_in_response_format() -> None:
-    assert set(ResponseFormat.model_fields) == {"type"}
-    assert router().post(COMPLETIONS, {"prompt": "a", "response_format": {"type": None}}).status_code == 200
+    assert set(ResponseFormat.model_fields) == {"type", "json_schema"}
+    body = {"prompt": "a", "response_format": {"type": None, "json_schema": None}}
+    assert router().post(COMPLETIONS, body).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["content", "name", "tool_calls", "refusal", "audio", "reasoning_content"])

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from small_tokenizers import EOS, byte_level, token_id
 
+from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.output_text import OutputText, TextOptions
 from router.text.stop import StopStrings
-from router.text.token_bytes import TokenBytes
 
 TOKENIZER = byte_level()
 BYTES = TokenBytes(TOKENIZER)

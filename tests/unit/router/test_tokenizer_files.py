@@ -10,8 +10,8 @@ import pytest
 from golden.tokenizer_cases import CASES, TEXTS, TOKENIZED_FILE, TokenizerCase, byte_level, unigram
 
 from kvrelay.errors import CheckpointError
+from kvrelay.tokenizer.files import read_tokenizer_files
 from router.text.tokenizer import TextTokenizer
-from router.text.tokenizer_files import read_tokenizer_files
 
 GOLDEN = json.loads(TOKENIZED_FILE.read_text())["cases"]
 

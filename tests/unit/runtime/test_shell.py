@@ -35,7 +35,8 @@ from kvrelay.machine.contract import (
 )
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort
-from kvrelay.runtime.shell import MAX_TURN_S, Shell
+from kvrelay.runtime.shell import Shell
+from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
 from kvrelay.runtime.transport import Transport
 
 
@@ -90,7 +91,7 @@ def test_actions_are_performed_in_order_up_to_the_last() -> None:
 
 
 def test_others_have_the_loop_between_the_actions_of_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = itertools.count(step=MAX_TURN_S)
+    times = itertools.count(step=MAX_TIME_SLICE_S)
     monkeypatch.setattr("kvrelay.runtime.shell.time", SimpleNamespace(monotonic=lambda: next(times)))
     happened: list[object] = []
 

@@ -16,6 +16,7 @@ from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, r
 from support.ids import block_ids
 
 from kvrelay.engine.checkpoint import Checkpoint
+from kvrelay.engine.compute_thread import compute_for
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
@@ -35,7 +36,6 @@ from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
-from kvrelay.runtime.compute_thread import compute_for
 
 Make = Callable[..., DeviceEngine]
 

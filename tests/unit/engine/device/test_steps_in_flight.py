@@ -22,6 +22,7 @@ from kvrelay.engine.device.engine import DeviceEngine, DeviceStep
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, make_operations
 from kvrelay.engine.device.weights import DevicePacking
+from kvrelay.errors import EngineError
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepResult
@@ -306,6 +307,20 @@ def test_a_sequence_whose_token_was_not_sampled_fails_in_the_step_that_awaits_it
     alone = sequences([{}], 2)[0]
     Runner(make()[0]).finish(alone)
     assert output(good) == output(alone)
+
+
+def test_a_step_that_raises_leaves_the_queue_of_deferred_steps(make: Make) -> None:
+    """Else all later steps would be deferred too, and launched when the device is idle."""
+    engine, device = make()
+    ahead, (one,) = Ahead(engine), sequences([{}], 1)
+    step = engine.begin(PlanWriter().write(0, [], []))
+    step.launch()
+    with pytest.raises(EngineError, match="without sequences"):
+        step.finish(lambda layers: None)
+    told = device.num_told
+    ahead.submit(one)
+    assert device.num_told > told, "the next step is launched at once"
+    ahead.run(one)
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -22,6 +22,9 @@ from kvrelay.errors import LocalProtocolError
 HASH_BYTES = 32
 """Length of a block hash."""
 
+PREFIX_KEY_BYTES = 8
+"""Length of a prefix key: the first bytes of a block hash. Routing compares keys. Blocks are shared by whole hashes."""
+
 _TOKEN_BYTES = 4
 
 

@@ -1,4 +1,4 @@
-"""Compute threads: they run an engine's steps outside the shell's loop."""
+"""Compute threads: they run an engine's steps outside the node's loop."""
 
 from __future__ import annotations
 
@@ -6,70 +6,24 @@ import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Protocol, TypeAlias, runtime_checkable
 
+from kvrelay.engine.interface import EnginePort, EngineStep, OnLayers, StepPipeline, StepRunner
 from kvrelay.errors import DeviceError
 from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
-OnLayers: TypeAlias = Callable[[range], None]
 
-
-class RunsSteps(Protocol):
-    """The methods of an engine that this thread uses (see ``kvrelay.engine.interface``)."""
-
-    max_plans_in_flight: int
-
-    def run(self, plan: StepPlan, on_layers: OnLayers) -> StepResult:
-        """Compute one step."""
-
-
-class Step(Protocol):
-    """The part of ``interface.EngineStep`` that threads use."""
-
-    def launch(self) -> None:
-        """Have the device compute it."""
-
-    def finish(self, on_layers: OnLayers) -> StepResult:
-        """Wait for it."""
-
-
-@runtime_checkable
-class BeginsSteps(Protocol):
-    """The part of ``interface.PipelinedEngine`` that threads use."""
-
-    max_plans_in_flight: int
-
-    def begin(self, plan: StepPlan) -> Step:
-        """Return a step to launch and to finish. Raises nothing."""
-
-
-class Compute(Protocol):
-    """What both kinds of threads are: see ``kvrelay.engine.interface.EnginePort``."""
-
-    max_plans_in_flight: int
-
-    def start(self) -> None:
-        """Start."""
-
-    def submit(self, plan: StepPlan) -> None:
-        """Queue a step."""
-
-    def stop(self) -> None:
-        """Finish the steps that are queued, then end."""
-
-
-def compute_for(engine: RunsSteps | BeginsSteps, post: Callable[[object], None], *, layer_events: bool) -> Compute:
+def compute_for(engine: StepRunner | StepPipeline, post: Callable[[object], None], *, layer_events: bool) -> EnginePort:
     """Return the threads for ``engine``; the parameters are those of ComputeThread."""
-    if isinstance(engine, BeginsSteps):
+    if isinstance(engine, StepPipeline):
         return PipelinedCompute(engine, post, layer_events=layer_events)
     return ComputeThread(engine, post, layer_events=layer_events)
 
 
 class ComputeThread:
-    """Gives an engine that computes one step at a time the interface of ``kvrelay.engine.interface.EnginePort``.
+    """Gives an engine that computes one step at a time the interface of ``EnginePort``.
 
     One thread runs the steps in order. For each it posts LayersComputed events, then StepDone; StepFailed if the engine
     raises, or EngineLost if it raises DeviceError.
@@ -77,7 +31,7 @@ class ComputeThread:
     ``layer_events`` off spares a role that has no use for LayersComputed its wake-ups.
     """
 
-    def __init__(self, engine: RunsSteps, post: Callable[[object], None], *, layer_events: bool) -> None:
+    def __init__(self, engine: StepRunner, post: Callable[[object], None], *, layer_events: bool) -> None:
         self.max_plans_in_flight = engine.max_plans_in_flight
         self._engine = engine
         self._post = post
@@ -112,13 +66,13 @@ class PipelinedCompute:
     One thread launches, so that a plan reaches the device at once; another waits for each step and answers.
     """
 
-    def __init__(self, engine: BeginsSteps, post: Callable[[object], None], *, layer_events: bool) -> None:
+    def __init__(self, engine: StepPipeline, post: Callable[[object], None], *, layer_events: bool) -> None:
         self.max_plans_in_flight = engine.max_plans_in_flight
         self._engine = engine
         self._post = post
         self._layer_events = layer_events
         self._plans: SimpleQueue[StepPlan | None] = SimpleQueue()
-        self._steps: SimpleQueue[tuple[int, Step] | None] = SimpleQueue()
+        self._steps: SimpleQueue[tuple[int, EngineStep] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("launch", self._launch), ("finish", self._finish))

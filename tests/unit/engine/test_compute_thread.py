@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvrelay.engine.compute_thread import ComputeThread, compute_for
 from kvrelay.errors import DeviceError
 from kvrelay.machine.contract import EngineLost, LayersComputed, StepDone, StepFailed
 from kvrelay.protocol.ids import SequenceId
 from kvrelay.protocol.messages.engine import SampledTokens, ScheduledTokens, StepPlan, StepResult
-from kvrelay.runtime.compute_thread import ComputeThread, compute_for
 
 BROKEN, FATAL = SequenceId(13), SequenceId(14)
 LAYERS = range(2), range(2, 3)

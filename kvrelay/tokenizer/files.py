@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 
 from kvrelay.checkpoint_files import read_json_object
 from kvrelay.errors import CheckpointError
-from router.text.chat_template_files import read_chat_template
-from router.text.tokenizer_classes import BACKEND, CLASSES, UNSUPPORTED, Builder, TokenizerClass, class_name
+from kvrelay.tokenizer.chat_template_files import read_chat_template
+from kvrelay.tokenizer.classes import BACKEND, CLASSES, UNSUPPORTED, Builder, TokenizerClass, class_name
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every tokenizer may have; a checkpoint may name further ones."""

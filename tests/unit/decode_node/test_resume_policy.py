@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.resume_policy import LoadPolicy, Speed
+from decode_node.resume_policy import ReloadPolicy, Speed
 from kvrelay.config.storage import StorageConfig
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
@@ -15,8 +15,8 @@ from kvrelay.protocol.request import RequestSpec, SamplingParams
 NOW = 100.0
 
 
-def policy(**config: Any) -> LoadPolicy:
-    return LoadPolicy(StorageConfig(**{"backend": "file", "min_read_tokens": 1, **config}), 4)
+def policy(**config: Any) -> ReloadPolicy:
+    return ReloadPolicy(StorageConfig(**{"backend": "file", "min_read_tokens": 1, **config}), 4)
 
 
 def request(status: DecodeStatus, num_blocks: int = 10, num_stored: int = 0) -> DecodeRequest:
@@ -59,13 +59,13 @@ def test_resume_says_how_preempted_requests_come_back(resume: str, expected: int
 
 def test_auto_takes_what_has_been_faster() -> None:
     chosen = policy(resume="auto")
-    chosen.prefilling.add(1000, 1.0, NOW)
+    chosen.prefill_speed.add(1000, 1.0, NOW)
     assert chosen.num_blocks(preempted(), 0, NOW) == 10  # nobody knows how fast the store is
-    chosen.loading.add(100, 1.0, NOW)
+    chosen.reload_speed.add(100, 1.0, NOW)
     assert chosen.num_blocks(preempted(), 0, NOW) == 0
     assert chosen.num_blocks(preempted(), 0, NOW + 61) == 10  # it may be better now
     for _ in range(20):
-        chosen.loading.add(5000, 1.0, NOW)
+        chosen.reload_speed.add(5000, 1.0, NOW)
     assert chosen.num_blocks(preempted(), 0, NOW) == 10
 
 

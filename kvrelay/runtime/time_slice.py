@@ -1,14 +1,15 @@
-"""Time slices on the event loop for long work, so that other tasks run in between."""
+"""Time slices on the event loop: long work is interrupted, so that other work runs in between."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-MAX_TURN_S = 0.005
+MAX_TIME_SLICE_S = 0.005
+"""Longest time that one task or callback uses the loop without a break, in seconds."""
 
 
-class Turn:
+class TimeSlice:
     """One task's time slice on the loop. A task begins a new one after it has awaited something."""
 
     def __init__(self) -> None:
@@ -16,10 +17,10 @@ class Turn:
 
     def begin(self) -> None:
         """Begin a new time slice."""
-        self._ends_s = time.monotonic() + MAX_TURN_S
+        self._ends_s = time.monotonic() + MAX_TIME_SLICE_S
 
     async def pause(self) -> None:
-        """Yield to the loop if the time slice of ``MAX_TURN_S`` is over."""
+        """Yield to the loop if the time slice of ``MAX_TIME_SLICE_S`` is over."""
         if time.monotonic() >= self._ends_s:
             await asyncio.sleep(0)
             self.begin()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kvrelay.errors import LocalProtocolError
-from kvstore.blocks.block_hash import HASH_BYTES, BlockHasher
+from kvrelay.protocol.block_hash import HASH_BYTES, BlockHasher
 
 TOKENS = [0, 1, 2, 3, 4, 5, 6, 2**32 - 1, 9]
 
@@ -36,7 +36,7 @@ def test_hashes_follow_the_documented_formula() -> None:
 
 def test_another_process_with_another_hash_seed_computes_the_same() -> None:
     program = (
-        "from kvstore.blocks.block_hash import BlockHasher\n"
+        "from kvrelay.protocol.block_hash import BlockHasher\n"
         f"print([h.hex() for h in BlockHasher('digest', 4, 'salt').hashes({TOKENS})])"
     )
     printed = subprocess.check_output(
