@@ -120,7 +120,7 @@ def test_an_index_that_this_user_may_not_write(tmp_path: Path, monkeypatch: pyte
         return real(path, flags, mode)
 
     monkeypatch.setattr(os, "open", refuse_index)
-    with pytest.raises(StorageError, match="cannot use the KV in .*Permission denied"):
+    with pytest.raises(StorageError, match=r"cannot use the KV in .*Permission denied"):
         run(check())
 
 
