@@ -206,7 +206,7 @@ class CacheConfig(Section):
         return self.num_blocks
 
 
-LinkKind = Literal["cuda", "shm", "ipc", "tcp"]
+LinkKind = Literal["cuda", "shm", "ipc", "nixl", "tcp"]
 """All kinds of link (``cache_messager/links``), the fastest first."""
 
 LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
@@ -220,13 +220,13 @@ class TransferConfig(Section):
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
         description="Kind of link; auto: the fastest possible, which is cuda or shm on the same host (ipc if the pool "
-        "cannot be mapped), else tcp; cuda: from GPU memory to GPU memory on the same host; zmq: ipc on the same host, "
-        "else tcp; shm: ipc if the pool cannot be mapped.",
+        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]), else tcp; cuda: from GPU memory "
+        "to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc if the pool cannot be mapped.",
     )
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
     )
-    checksum: bool = Field(True, description="ipc, tcp: verify a digest of every frame (xxh3); shm and cuda always do.")
+    checksum: bool = Field(True, description="ipc, tcp: verify a digest of every frame (xxh3); other kinds always do.")
     lease_s: float = Field(
         30.0, gt=0, le=3600, description="Seconds after which a reservation expires unless its prefill node renews it."
     )

@@ -155,6 +155,11 @@ class DeviceMemory:
         """See KVPool: a copy."""
         return [self.blocks.read(_planes(layers), block_ids).reshape(-1).view(np.uint8).data]
 
+    def gather(self, layers: range, block_ids: list[BlockId], into: memoryview) -> int:
+        """See KVPool: the digest is that of the blocks when they were written."""
+        into[:] = self.read(layers, block_ids)[0]
+        return self.digest(layers, block_ids)
+
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
         """See KVPool: what the payload was when it was written; nothing is read."""
         return fold(self._table.get(_planes(layers), block_ids))
