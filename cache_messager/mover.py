@@ -60,6 +60,7 @@ class BlockMover:
         self.pool = pool
         self.checksum = settings.checksum
         self.peer_timeout_s = settings.peer_timeout_s
+        self.is_only_kind = len(settings.links) == 1
         self._links: dict[str, KVLink] = {kind: link_class(kind)(self) for kind in settings.links}
         self._accepted: dict[int, KVLink] = {}
         self._thread = threading.get_ident()
@@ -111,7 +112,8 @@ class BlockMover:
                 log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})
                 continue
             self._accepted[action.link_id] = link
-            self.post(LinkReady(action.link_id, offer.kind, max_frames=link.max_frames, handle=handle))
+            passed_over = "; ".join(reasons)
+            self.post(LinkReady(action.link_id, offer.kind, passed_over, max_frames=link.max_frames, handle=handle))
             return
         self.post(LinkReady(action.link_id, None, "; ".join(reasons) or "no link was offered"))
 

@@ -9,16 +9,20 @@ from typing import NamedTuple
 from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
 
 class Route(NamedTuple):
-    """Address of a messager, and the offers possible at that address, best first."""
+    """Address of a messager, and the offers possible at that address, best first.
+
+    ``passed_over``: why better ones are not among them.
+    """
 
     address: str
     offers: list[LinkOffer]
+    passed_over: list[str]
 
 
 def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, failed: Collection[str] = ()) -> Route:
@@ -32,16 +36,21 @@ def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, fail
     if not reached:
         kinds = ", ".join(offer.kind for offer in offers) or "none"
         where = "on this host" if peer.host_id == here else "on another host"
-        raise TransferError(f"no link reaches {peer.peer}, which is {where}; possible and allowed here: {kinds}")
-    best = reached[0][0]
-    return Route(best, [offer for address, offer in reached if address == best])
+        raise TransferError(
+            f"no link reaches {peer_name(peer.peer)}, which is {where}; possible and allowed here: {kinds}"
+        )
+    best, first = reached[0]
+    better = [offer.kind for offer in offers[: offers.index(first)]]
+    passed_over = [f"{kind}: {'has failed' if kind in failed else 'not to another host'}" for kind in better]
+    return Route(best, [offer for address, offer in reached if address == best], passed_over)
 
 
 class SenderLink:
     """One connection to D's messager, shared by all transfers to that D.
 
     ``ready`` holds the transfers with queued blocks, in round-robin order. Until D's messager has accepted the link, it
-    has no ``kind`` and no credit. ``has_moved``: whether D has acknowledged a frame.
+    has no ``kind`` and no credit. ``passed_over``: why better kinds are not offered. ``has_moved``: whether D has
+    acknowledged a frame.
     """
 
     __slots__ = (
@@ -52,14 +61,16 @@ class SenderLink:
         "kind",
         "max_frame_bytes",
         "offers",
+        "passed_over",
         "peer",
         "ready",
         "transfers",
     )
 
-    def __init__(self, peer: PeerId, offers: list[LinkOffer]) -> None:
+    def __init__(self, peer: PeerId, offers: list[LinkOffer], passed_over: Sequence[str] = ()) -> None:
         self.peer = peer
         self.offers = offers
+        self.passed_over = passed_over
         self.kind = ""
         self.max_frame_bytes = 0
         self.credit_bytes = 0
@@ -72,7 +83,7 @@ class SenderLink:
     def accept(self, kind: str, credit_bytes: int, max_frames: int) -> None:
         """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
         if kind not in [offer.kind for offer in self.offers]:
-            raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
+            raise TransferError(f"{peer_name(self.peer)} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
         self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes

@@ -14,7 +14,7 @@ from kvrelay.errors import GeometryMismatchError, PeerLostError, TransferError
 from kvrelay.machine.contract import Connect, Disconnect, Log
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHello, LinkOffer, LinkRefused
 
@@ -52,7 +52,7 @@ class SenderLinks:
         if peer in self._links:
             return self._links[peer]
         route = choose_route(self._offers, self._host_id, address, self._failed.get(peer, ()))
-        link = self._links[peer] = SenderLink(peer, route.offers)
+        link = self._links[peer] = SenderLink(peer, route.offers, route.passed_over)
         self._liveness.watch(peer, self._outbox.now)
         self._outbox.do(Connect(peer, route.address))
         self._outbox.send(peer, LinkHello(geometry=self._geometry, offers=route.offers))
@@ -64,7 +64,7 @@ class SenderLinks:
         if link is None or link.kind:
             return
         if message.credit_bytes < self._geometry.layer_block_bytes or message.max_frames < 1:
-            self.lose(link, TransferError(f"{peer} has no room for even one block"))
+            self.lose(link, TransferError(f"{peer_name(peer)} has no room for even one block"))
             return
         try:
             link.accept(message.kind, message.credit_bytes, message.max_frames)
@@ -73,7 +73,8 @@ class SenderLinks:
             return
         self._outbox.do(OpenLink(peer, link.kind, message.handle))
         self._counters[links_counter(link.kind)] += 1
-        self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind}))
+        passed_over = "; ".join(filter(None, [*link.passed_over, message.passed_over])) or "none"
+        self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind, "passed_over": passed_over}))
         self._frames.pump(link)
 
     def refused(self, peer: PeerId, message: LinkRefused) -> None:
@@ -87,7 +88,7 @@ class SenderLinks:
         """The connection to ``peer`` is lost."""
         link = self._links.get(peer)
         if link is not None:
-            self.lose(link, PeerLostError(f"{peer} is lost: {reason}"))
+            self.lose(link, PeerLostError(f"{peer_name(peer)} is lost: {reason}"))
 
     def link_lost(self, peer: PeerId, reason: str) -> None:
         """The link cannot move bytes to ``peer`` any more. If it has moved none, others are preferred from now on."""
@@ -95,7 +96,7 @@ class SenderLinks:
         if link is not None:
             if not link.has_moved:
                 self._failed.setdefault(peer, set()).add(link.kind)
-            self.lose(link, PeerLostError(f"the {link.kind} link to {peer} is lost: {reason}"))
+            self.lose(link, PeerLostError(f"the {link.kind} link to {peer_name(peer)} is lost: {reason}"))
 
     def lose(self, link: SenderLink, error: TransferError) -> None:
         """Drop the link with its queued frames. From here on nothing reads P's blocks for it."""

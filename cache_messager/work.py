@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.machine.outbox import RoleOutbox
-from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, peer_name
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
@@ -87,8 +87,9 @@ class FrameSent:
 
 @dataclass(frozen=True, slots=True)
 class LinkReady:
-    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here, for the given ``reason``.
+    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here.
 
+    ``reason``: why those before it, or all, are not possible.
     ``max_frames`` and ``handle``: what the sender must know of this end, as in LinkAccepted.
     """
 
@@ -130,4 +131,4 @@ def corrupt(frame: KVFrame) -> CorruptKVError:
 
 def violation(sender: str, problem: str) -> TransferError:
     """Return the error of a frame that ``sender`` should not have sent."""
-    return TransferError(f"{sender} broke the protocol: {problem}")
+    return TransferError(f"{peer_name(PeerId(sender))} broke the protocol: {problem}")

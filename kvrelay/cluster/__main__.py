@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import setproctitle
-
 from kvrelay.runtime.stop_signals import exit_on_stop_signals
 
 _SERVING = ("up", "router", "prefill", "decode", "mixed")
@@ -14,8 +12,6 @@ _SERVING = ("up", "router", "prefill", "decode", "mixed")
 
 def main() -> None:
     """Run the command and exit."""
-    if any(argument.startswith("--set") for argument in sys.argv):  # it may contain a password, and ps shows arguments
-        setproctitle.setproctitle(f"kvrelay {sys.argv[1]}")
     if sys.argv[1:2] and sys.argv[1] in _SERVING:
         exit_on_stop_signals()
     from kvrelay.cluster import cli  # noqa: PLC0415 - takes most of a second, in which the process may be told to stop

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -17,10 +18,9 @@ from kvrelay.cluster.addresses import require_free_addresses
 from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
-from kvrelay.cluster.overrides import handed_on
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
-from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.config.cluster_config import OVERRIDES, ClusterConfig
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
@@ -53,8 +53,7 @@ async def up(
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:
             with runtime_dir() as directory, closing(display):
-                env = {VARIABLE: str(directory), "PYTHONUNBUFFERED": "1", **handed_on(overrides)}
-                return await supervisor.run({**os.environ, **env})
+                return await supervisor.run(process_env(directory, overrides))
         finally:
             ignore_stop_signals()
 
@@ -78,3 +77,9 @@ def process_specs(config: ClusterConfig, path: Path) -> list[ProcessSpec]:
         for node in config.nodes
     )
     return [router, *nodes]
+
+
+def process_env(directory: Path, overrides: Sequence[str], env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment of the processes. It has ``overrides``, which may contain passwords."""
+    texts = [*json.loads(env.get(OVERRIDES, "[]")), *overrides]
+    return {**env, VARIABLE: str(directory), OVERRIDES: json.dumps(texts), "PYTHONUNBUFFERED": "1"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,6 @@ Key: TypeAlias = tuple[str | int, ...]
 
 ENV_PREFIX = "KVRELAY_"
 _MAX_DEPTH = 32
-_URL_PASSWORD = re.compile(r"://[^\s'\"]*@")
 
 
 class Document:
@@ -58,19 +57,14 @@ class Document:
             if path != name and "__" in path:
                 self._override(path.lower().split("__"), value, f"env {name}")
 
-    def apply_overrides(self, overrides: Iterable[str], secrets: Set[str] = frozenset()) -> None:
-        """Override keys by texts such as ``router.port=8001`` or ``nodes.d0.cache.num_blocks=64``.
-
-        The values of keys called as in ``secrets`` are not quoted in messages.
-        """
+    def apply_overrides(self, overrides: Iterable[str]) -> None:
+        """Override keys by texts such as ``router.port=8001`` or ``nodes.d0.cache.num_blocks=64``."""
         for text in overrides:
             path, equals, value = text.partition("=")
-            parts = path.strip().split(".")
             if not equals or not path.strip():
-                self.problems.append(f"--set {_masked(text)}: should read key=value, such as router.port=8001")
+                self.problems.append(f"--set {text}: should read key=value, such as router.port=8001")
             else:
-                quoted = "***" if secrets & set(parts) else _masked(value)
-                self._override(parts, value, f"--set {path}={quoted}")
+                self._override(path.strip().split("."), value, f"--set {text}")
 
     def rename(self, section: str, old: str, new: str) -> None:
         """Rename key ``old`` of ``section`` to ``new``, in the cluster and in each node. Both names are a problem."""
@@ -209,16 +203,15 @@ def _merged(base: Any, over: Any) -> Any:
     return {**base, **{name: _merged(base[name], value) if name in base else value for name, value in over.items()}}
 
 
+_PASSWORDS = re.compile(r"(?<=://)[^@\s'\"]*(?=@)|(?<=password=)[^&\s'\"]+")
+"""Users with their passwords in URLs."""
+
+
 def _shown(value: object) -> str:
     if value is None or value is _NOTHING:
         return "nothing"
-    text = _masked(repr(value))
+    text = _PASSWORDS.sub("***", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _masked(text: str) -> str:
-    """Return ``text`` without passwords in URLs."""
-    return _URL_PASSWORD.sub("://***@", text)
 
 
 def _parse(text: str, path: Path) -> tuple[yaml.Node | None, Any]:

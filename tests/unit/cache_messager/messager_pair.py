@@ -129,7 +129,8 @@ def settings(me: PeerId, pool: KVHandle, **changes: object) -> MessagerSettings:
 class Pair:
     """P's messager and D's messager, started, with their queues empty. Close it when done.
 
-    With pools ``on_device``, the link cuda takes the place of shm.
+    With pools ``on_device``, the link cuda takes the place of shm. ``p`` and ``d`` change settings of P's messager and
+    of D's, ``on_device`` among them.
     """
 
     on_device: ClassVar[bool] = False
@@ -168,7 +169,8 @@ class Pair:
     def _endpoint(self, me: PeerId, host: str, changes: dict[str, object]) -> Endpoint:
         geometry = changes.get("geometry", GEOMETRY)
         assert isinstance(geometry, KVGeometry)
-        pool = make_pool(geometry, NUM_BLOCKS, on_device=self.on_device)
+        on_device = bool(changes.pop("on_device", self.on_device))
+        pool = make_pool(geometry, NUM_BLOCKS, on_device=on_device)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
         links = cast(tuple[str, ...], changes.get("links", ("shm", "ipc", "tcp")))
         links = tuple(kind for kind in links if kind != "nixl")  # it has a thread of its own
@@ -200,7 +202,7 @@ class Pair:
     def expect(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         self.targets[attempt] = targets
         self.writable |= dict.fromkeys(targets, attempt)
-        self.say(D, ExpectKV(**attempt._asdict(), first_block=first_block, target_block_ids=targets))
+        self.say(D, ExpectKV(**attempt._asdict(), first_block=first_block, target_block_ids=targets, sender=P))
 
     def open(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         link = LinkAddress(peer=D, host_id=self.ends[D].machine._link.host_id, tcp=f"tcp://{D}", ipc=f"ipc://{D}")
