@@ -69,7 +69,7 @@ class FrameSender:
         blocks = transfer.next_frame(max_blocks)
         num_bytes = blocks.num_blocks * self._block_bytes
         frame = transfer.send(blocks, num_bytes, now=self._outbox.now)
-        link.took(num_bytes)
+        link.take_credit(num_bytes)
         self._counters["frames_sent"] += 1
         self._counters["bytes_sent"] += num_bytes
         self._outbox.do(SendFrame(link.peer, link.kind, frame, blocks.block_ids))
@@ -82,7 +82,7 @@ class FrameSender:
         link = self._links.get(transfer.peer)
         if event.error is not None:
             if link is not None and transfer.inflight.pop(key, None) is not None:
-                link.returned(event.frame.num_bytes)
+                link.return_credit(event.frame.num_bytes)
             if transfer.status is TransferStatus.SENDING:
                 self._transfers.fail(transfer, event.error)
         self._transfers.finish(transfer)
@@ -99,7 +99,7 @@ class FrameSender:
         if link is None or transfer is None or frame is None:
             self._counters["unexpected_acks"] += 1
             return
-        link.returned(frame.num_bytes)
+        link.return_credit(frame.num_bytes)
         if ack.status is AckStatus.WRITTEN:
             transfer.written(frame, self._outbox.now)
         elif transfer.status is TransferStatus.SENDING or ack.status is AckStatus.CORRUPT:

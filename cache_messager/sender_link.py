@@ -101,12 +101,12 @@ class SenderLink:
         if transfer in self.ready:
             self.ready.remove(transfer)
 
-    def took(self, num_bytes: int) -> None:
+    def take_credit(self, num_bytes: int) -> None:
         """Take credit for a sent frame."""
         self.inflight_bytes += num_bytes
         self.inflight_frames += 1
 
-    def returned(self, num_bytes: int) -> None:
+    def return_credit(self, num_bytes: int) -> None:
         """Return the credit of an acknowledged frame."""
         self.inflight_bytes -= num_bytes
         self.inflight_frames -= 1

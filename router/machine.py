@@ -176,7 +176,7 @@ class RouterMachine:
                 assert_never(event)
 
     def _receive(self, peer: PeerId, message: Message) -> None:
-        self._nodes.heard(peer)
+        self._nodes.record_message(peer)
         if isinstance(message, RouterMessage):
             self._on_message(peer, message)
         else:
