@@ -4,7 +4,8 @@ Links: real messagers between two pools; this process acts as their nodes. The t
 blocks signalled before, to the last KVArrived. memcpy is numpy's copy of the same blocks from pool to pool. Bare ZMQ is
 two processes that send views of one pool and copy received data to the other, in messages of the size of the
 messagers' frames. All alternate within each round. ``best`` is the ratio of the fastest rounds, ``median`` the median
-of the ratios within rounds. CPU time is the minimum of all rounds. Baselines always have contiguous blocks.
+of the ratios within rounds. CPU time is the minimum of all rounds. Baselines always have contiguous blocks. The link
+nixl is measured if its library is installed: on one host it uses shared memory, so it is compared without an aim.
 
 Links of simulated devices: both pools are host memory with the code of a device's pool. Copies and digests that a GPU
 makes by itself cost the host here, so this is no GPU's speed (docs/gpu.md has that). On the busy device each copy ends
@@ -41,6 +42,7 @@ from support.cpu_time import cpu_s
 from support.overlap import Prompts, measure_overlap
 
 from cache_messager.links.interface import HOST_FRAME_BYTES
+from cache_messager.links.nixl.agent import reason_against
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.kv_pool.simulated_blocks import SimulatedBlocks
 from kvrelay.protocol.geometry import KVGeometry
@@ -91,7 +93,9 @@ KINDS = {
     "tcp, simulated": Kind("tcp", memory="device"),
     "cuda, simulated, busy": Kind("cuda", memory="busy device"),
     "tcp, simulated, busy": Kind("tcp", memory="busy device"),
+    **({} if reason_against() else {"nixl": Kind("nixl")}),
 }
+BASES = {"shm": "memcpy", "ipc": "bare ipc", "tcp": "bare tcp", "nixl": "bare tcp"}
 
 
 class Case(NamedTuple):
@@ -337,7 +341,7 @@ def link_table(case: Case, rounds: dict[str, list[Round]]) -> Table:
         kind = KINDS.get(name)
         if kind is not None and kind.is_compared:
             link = kind.link
-            base = "memcpy" if link == "shm" else f"bare {link}"
+            base = BASES[link]
             best = min(other.wall_s for other in rounds[base]) / best_s
             median = statistics.median(
                 theirs.wall_s / ours.wall_s for ours, theirs in zip(took, rounds[base], strict=True)
@@ -346,7 +350,7 @@ def link_table(case: Case, rounds: dict[str, list[Round]]) -> Table:
                 base,
                 f"{best:.0%}",
                 f"{median:.0%}",
-                "" if kind.memory != "host" else verdict(median >= AIMS[link], f"{AIMS[link]:.0%}"),
+                "" if kind.memory != "host" or link not in AIMS else verdict(median >= AIMS[link], f"{AIMS[link]:.0%}"),
             ]
         table.add_row(*row)
     return table

@@ -68,8 +68,7 @@ class FrameSender:
     def _send(self, link: SenderLink, transfer: Transfer, max_blocks: int) -> None:
         blocks = transfer.next_frame(max_blocks)
         num_bytes = blocks.num_blocks * self._block_bytes
-        frame = transfer.send(blocks, num_bytes, now=self._outbox.now)
-        link.take_credit(num_bytes)
+        frame = transfer.send(blocks, num_bytes, slot=link.take(num_bytes), now=self._outbox.now)
         self._counters["frames_sent"] += 1
         self._counters["bytes_sent"] += num_bytes
         self._outbox.do(SendFrame(link.peer, link.kind, frame, blocks.block_ids))
@@ -81,8 +80,9 @@ class FrameSender:
         transfer.reading.remove(key)
         link = self._links.get(transfer.peer)
         if event.error is not None:
-            if link is not None and transfer.inflight.pop(key, None) is not None:
-                link.return_credit(event.frame.num_bytes)
+            frame = transfer.inflight.pop(key, None)
+            if link is not None and frame is not None:
+                link.give_back(frame)
             if transfer.status is TransferStatus.SENDING:
                 self._transfers.fail(transfer, event.error)
         self._transfers.finish(transfer)
@@ -99,8 +99,9 @@ class FrameSender:
         if link is None or transfer is None or frame is None:
             self._counters["unexpected_acks"] += 1
             return
-        link.return_credit(frame.num_bytes)
+        link.give_back(frame)
         if ack.status is AckStatus.WRITTEN:
+            link.has_moved = True
             transfer.written(frame, self._outbox.now)
         elif transfer.status is TransferStatus.SENDING or ack.status is AckStatus.CORRUPT:
             self._transfers.fail(transfer, _ack_error(peer, ack))

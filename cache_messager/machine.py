@@ -9,7 +9,7 @@ from cache_messager.counters import new_counters
 from cache_messager.receiver import Receiver
 from cache_messager.sender import Sender
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkReady, MessagerOutbox, Work
+from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost, LinkReady, MessagerOutbox, Work
 from kvrelay.machine.contract import (
     CoreAction,
     Exit,
@@ -59,6 +59,7 @@ MessagerEvent: TypeAlias = (
     | BlocksWritten
     | DeviceLost
     | FrameSent
+    | LinkLost
     | LinkReady
 )
 LinkMessage: TypeAlias = MessagerToMessager | Heartbeat
@@ -99,6 +100,8 @@ class MessagerMachine:
                 self._sender.frame_sent(event)
             case LinkReady():
                 self._receiver.link_ready(event)
+            case LinkLost(peer=peer, reason=reason):
+                self._sender.link_lost(peer, reason)
             case DeviceLost(reason=reason):
                 self._outbox.do(Log("error", "device lost", {"reason": reason}))
                 self._leave(f"the device is lost: {reason}")

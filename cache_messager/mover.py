@@ -11,7 +11,17 @@ from msgspec import MsgspecError
 from cache_messager.links import link_class
 from cache_messager.links.interface import KVLink
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import AcceptLink, DeviceLost, DropLink, FrameSent, LinkReady, SendFrame, WriteBlocks
+from cache_messager.work import (
+    AcceptLink,
+    DeviceLost,
+    DropLink,
+    FrameSent,
+    LeaveLink,
+    LinkReady,
+    OpenLink,
+    SendFrame,
+    WriteBlocks,
+)
 from kvrelay.errors import DeviceError, KVRelayError
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.protocol.ids import PeerId
@@ -49,6 +59,7 @@ class BlockMover:
     def __init__(self, settings: MessagerSettings, pool: KVPool) -> None:
         self.pool = pool
         self.checksum = settings.checksum
+        self.peer_timeout_s = settings.peer_timeout_s
         self._links: dict[str, KVLink] = {kind: link_class(kind)(self) for kind in settings.links}
         self._accepted: dict[int, KVLink] = {}
         self._thread = threading.get_ident()
@@ -68,6 +79,8 @@ class BlockMover:
         shell.handle_with(AcceptLink, self._unless_lost(self._accept))
         shell.handle_with(WriteBlocks, self._unless_lost(self._write))
         shell.handle_with(DropLink, self._drop)
+        shell.handle_with(OpenLink, lambda action: self._link(action.kind).open(action.peer, action.handle))
+        shell.handle_with(LeaveLink, lambda action: self._link(action.kind).leave(action.peer))
 
     def _unless_lost(self, perform: Callable[[Any], None]) -> Callable[[Any], None]:
         """Wrap ``perform``: a DeviceError posts DeviceLost, which ends the machine without another answer."""
@@ -90,7 +103,7 @@ class BlockMover:
         for offer in action.offers:
             try:
                 link = self._link(offer.kind)
-                link.accept(action.link_id, offer.handle)
+                handle = link.accept(action.link_id, offer.handle)
             except DeviceError:
                 raise
             except (KVRelayError, MsgspecError, OSError, ValueError) as error:
@@ -98,7 +111,7 @@ class BlockMover:
                 log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})
                 continue
             self._accepted[action.link_id] = link
-            self.post(LinkReady(action.link_id, offer.kind))
+            self.post(LinkReady(action.link_id, offer.kind, max_frames=link.max_frames, handle=handle))
             return
         self.post(LinkReady(action.link_id, None, "; ".join(reasons) or "no link was offered"))
 

@@ -70,7 +70,7 @@ class Receiver:
         link = self._links.get(peer)
         attempt = Attempt(frame.request_id, frame.epoch)
         expectation = self._expectations.get(attempt)
-        if link is None or link.kind is None:
+        if link is None or link.accepted is None:
             self._links.refuse(peer, "frames need an accepted link")
         elif self._expectations.has_arrived(attempt):
             self._counters["duplicate_frames"] += 1

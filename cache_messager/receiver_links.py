@@ -19,12 +19,12 @@ from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHel
 
 @dataclass(slots=True)
 class ReceiverLink:
-    """The receiving end of a link. ``kind`` is None until an offer has been accepted."""
+    """The receiving end of a link. ``accepted`` is None until an offer has been accepted."""
 
     link_id: int
     peer: PeerId
     hello: LinkHello
-    kind: str | None = None
+    accepted: LinkAccepted | None = None
     unacked_bytes: int = 0
 
 
@@ -69,8 +69,8 @@ class ReceiverLinks:
         """A sender opens a link, or repeats its LinkHello."""
         known = self._links.get(peer)
         if known is not None and known.hello == message:
-            if known.kind is not None:
-                self._send_accepted(known, known.kind)
+            if known.accepted is not None:
+                self._outbox.send(peer, known.accepted)
             return
         if known is not None:
             self._drop(known, PeerLostError(f"{peer} opened its link anew"))
@@ -88,17 +88,20 @@ class ReceiverLinks:
         """The service accepted one of the offers, or none."""
         link = self._links_by_id.get(event.link_id)
         if link is None:
-            self._release(event.link_id, event.kind)
+            if event.kind is not None:
+                self._outbox.do(DropLink(event.link_id))
         elif event.kind is None:
             reason = f"none of the links offered is possible: {event.reason}"
             self.refuse(link.peer, reason, TransferError.code)
             self._drop(link, TransferError(reason))
         else:
-            link.kind = event.kind
-            self._send_accepted(link, event.kind)
-
-    def _send_accepted(self, link: ReceiverLink, kind: str) -> None:
-        self._outbox.send(link.peer, LinkAccepted(kind=kind, credit_bytes=self._credit_bytes))
+            link.accepted = LinkAccepted(
+                kind=event.kind,
+                credit_bytes=self._credit_bytes,
+                max_frames=event.max_frames,
+                handle=event.handle,
+            )
+            self._outbox.send(link.peer, link.accepted)
 
     def refuse(self, peer: PeerId, reason: str, code: str = TransferError.code) -> None:
         """Send LinkRefused to ``peer``."""
@@ -121,11 +124,11 @@ class ReceiverLinks:
         for expectation in self._expectations:
             if expectation.link_id == link.link_id and expectation.status is ExpectationStatus.RECEIVING:
                 self._expectations.fail(expectation, error)
-        self._release(link.link_id, link.kind)
+        self._release(link)
 
-    def _release(self, link_id: int, kind: str | None) -> None:
-        if kind is not None:
-            self._outbox.do(DropLink(link_id))
+    def _release(self, link: ReceiverLink) -> None:
+        if link.accepted is not None:
+            self._outbox.do(DropLink(link.link_id))
 
     # ------------------------------------------------------------ time
 
@@ -148,7 +151,7 @@ class ReceiverLinks:
         """Refuse further frames of every sender, before the process exits."""
         for link in self._links.values():
             self._outbox.send(link.peer, LinkRefused(reason="its node is leaving"))
-            self._release(link.link_id, link.kind)
+            self._release(link)
 
     @property
     def unacked_bytes(self) -> int:

@@ -151,6 +151,10 @@ class Sender:
         """The connection to ``peer`` is lost."""
         self._link_table.peer_lost(peer, reason)
 
+    def link_lost(self, peer: PeerId, reason: str) -> None:
+        """A link cannot move bytes to ``peer`` any more."""
+        self._link_table.link_lost(peer, reason)
+
     # ------------------------------------------------------------ time
 
     def record_message(self, peer: PeerId) -> None:

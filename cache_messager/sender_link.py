@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from cache_messager.links import link_class
@@ -11,10 +11,7 @@ from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import LinkAddress
-from kvrelay.protocol.messages.messager_to_messager import LinkOffer
-
-MAX_INFLIGHT_FRAMES = 256
-"""Maximum unacknowledged frames per link of any size: well below the send queue of a socket."""
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
 
 class Route(NamedTuple):
@@ -24,13 +21,14 @@ class Route(NamedTuple):
     offers: list[LinkOffer]
 
 
-def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress) -> Route:
+def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, failed: Collection[str] = ()) -> Route:
     """Return the route from the host ``here`` to ``peer`` for the best of ``offers`` that reaches it.
 
-    It includes all offers for the same address, because the peer may not be able to accept the best one. Raises
-    TransferError if none reaches ``peer``.
+    It includes all offers for the same address, because the peer may not be able to accept the best one. Kinds that
+    have ``failed`` are used only if no other reaches ``peer``. Raises TransferError if none does.
     """
     reached = [(address, offer) for offer in offers if (address := link_class(offer.kind).address(here, peer))]
+    reached = [(address, offer) for address, offer in reached if offer.kind not in failed] or reached
     if not reached:
         kinds = ", ".join(offer.kind for offer in offers) or "none"
         where = "on this host" if peer.host_id == here else "on another host"
@@ -43,13 +41,14 @@ class SenderLink:
     """One connection to D's messager, shared by all transfers to that D.
 
     ``ready`` holds the transfers with queued blocks, in round-robin order. Until D's messager has accepted the link, it
-    has no ``kind`` and no credit.
+    has no ``kind`` and no credit. ``has_moved``: whether D has acknowledged a frame.
     """
 
     __slots__ = (
+        "_free_slots",
         "credit_bytes",
+        "has_moved",
         "inflight_bytes",
-        "inflight_frames",
         "kind",
         "max_frame_bytes",
         "offers",
@@ -65,17 +64,19 @@ class SenderLink:
         self.max_frame_bytes = 0
         self.credit_bytes = 0
         self.inflight_bytes = 0
-        self.inflight_frames = 0
+        self.has_moved = False
         self.ready: deque[Transfer] = deque()
         self.transfers: dict[Transfer, None] = {}
+        self._free_slots: list[int] = []
 
-    def accept(self, kind: str, credit_bytes: int) -> None:
+    def accept(self, kind: str, credit_bytes: int, max_frames: int) -> None:
         """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
         if kind not in [offer.kind for offer in self.offers]:
             raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
         self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes
+        self._free_slots = list(range(min(max_frames, MAX_INFLIGHT_FRAMES)))
 
     def blocks_per_frame(self, layer_block_bytes: int) -> int:
         """Return the maximum blocks per frame. Several frames fit into the credit, so that the link does not idle."""
@@ -88,7 +89,7 @@ class SenderLink:
 
     def has_room(self, num_bytes: int) -> bool:
         """Return whether a frame of ``num_bytes`` may be sent now."""
-        return num_bytes <= self.room_bytes and self.inflight_frames < MAX_INFLIGHT_FRAMES
+        return num_bytes <= self.room_bytes and bool(self._free_slots)
 
     def enqueue(self, transfer: Transfer) -> None:
         """Add ``transfer`` to ``ready`` if it has queued blocks and is not there yet."""
@@ -101,12 +102,12 @@ class SenderLink:
         if transfer in self.ready:
             self.ready.remove(transfer)
 
-    def take_credit(self, num_bytes: int) -> None:
-        """Take credit for a sent frame."""
+    def take(self, num_bytes: int) -> int:
+        """Take credit for a frame; return its slot."""
         self.inflight_bytes += num_bytes
-        self.inflight_frames += 1
+        return self._free_slots.pop()
 
-    def return_credit(self, num_bytes: int) -> None:
+    def give_back(self, frame: KVFrame) -> None:
         """Return the credit of an acknowledged frame."""
-        self.inflight_bytes -= num_bytes
-        self.inflight_frames -= 1
+        self.inflight_bytes -= frame.num_bytes
+        self._free_slots.append(frame.slot)

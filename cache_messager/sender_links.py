@@ -9,7 +9,7 @@ from cache_messager.frame_sender import FrameSender
 from cache_messager.sender_link import SenderLink, choose_route
 from cache_messager.transfer import TransferStatus
 from cache_messager.transfers import Transfers
-from cache_messager.work import MessagerOutbox
+from cache_messager.work import LeaveLink, MessagerOutbox, OpenLink
 from kvrelay.errors import GeometryMismatchError, PeerLostError, TransferError
 from kvrelay.machine.contract import Connect, Disconnect, Log
 from kvrelay.machine.liveness import Liveness
@@ -44,13 +44,14 @@ class SenderLinks:
         self._host_id = host_id
         self._offers = offers
         self._liveness = Liveness(peer_timeout_s)
+        self._failed: dict[PeerId, set[str]] = {}
 
     def link_to(self, address: LinkAddress) -> SenderLink:
         """Return the link to D's messager, opened if there is none. Raises TransferError if no offer reaches it."""
         peer = address.peer
         if peer in self._links:
             return self._links[peer]
-        route = choose_route(self._offers, self._host_id, address)
+        route = choose_route(self._offers, self._host_id, address, self._failed.get(peer, ()))
         link = self._links[peer] = SenderLink(peer, route.offers)
         self._liveness.watch(peer, self._outbox.now)
         self._outbox.do(Connect(peer, route.address))
@@ -62,14 +63,15 @@ class SenderLinks:
         link = self._links.get(peer)
         if link is None or link.kind:
             return
-        if message.credit_bytes < self._geometry.layer_block_bytes:
+        if message.credit_bytes < self._geometry.layer_block_bytes or message.max_frames < 1:
             self.lose(link, TransferError(f"{peer} has no room for even one block"))
             return
         try:
-            link.accept(message.kind, message.credit_bytes)
+            link.accept(message.kind, message.credit_bytes, message.max_frames)
         except TransferError as error:
             self.lose(link, error)
             return
+        self._outbox.do(OpenLink(peer, link.kind, message.handle))
         self._counters[links_counter(link.kind)] += 1
         self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind}))
         self._frames.pump(link)
@@ -87,6 +89,14 @@ class SenderLinks:
         if link is not None:
             self.lose(link, PeerLostError(f"{peer} is lost: {reason}"))
 
+    def link_lost(self, peer: PeerId, reason: str) -> None:
+        """The link cannot move bytes to ``peer`` any more. If it has moved none, others are preferred from now on."""
+        link = self._links.get(peer)
+        if link is not None:
+            if not link.has_moved:
+                self._failed.setdefault(peer, set()).add(link.kind)
+            self.lose(link, PeerLostError(f"the {link.kind} link to {peer} is lost: {reason}"))
+
     def lose(self, link: SenderLink, error: TransferError) -> None:
         """Drop the link with its queued frames. From here on nothing reads P's blocks for it."""
         del self._links[link.peer]
@@ -94,6 +104,8 @@ class SenderLinks:
         self._counters["links_lost"] += 1
         self._outbox.do(Log("warning", "link lost", {"peer": link.peer, "reason": error.message}))
         self._outbox.do(Disconnect(link.peer))
+        if link.kind:
+            self._outbox.do(LeaveLink(link.peer, link.kind))
         for transfer in list(link.transfers):
             transfer.inflight.clear()
             if transfer.status is TransferStatus.SENDING:

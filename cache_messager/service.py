@@ -37,9 +37,10 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
     ):
         tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
-        _log_offers(settings, mover)
+        offers = mover.offers
+        _log_offers(settings, [offer.kind for offer in offers])
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
-        shell = Shell(MessagerMachine(settings, link, mover.offers), clock=Clock())
+        shell = Shell(MessagerMachine(settings, link, offers), clock=Clock())
         mover.serve(transport, shell)
         transport.connect(settings.node, settings.node_address)
         loop.add_reader(lifeline_fd, _on_lifeline, lifeline_fd, settings, shell)
@@ -50,9 +51,8 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
             ipc_file.unlink(missing_ok=True)
 
 
-def _log_offers(settings: MessagerSettings, mover: BlockMover) -> None:
+def _log_offers(settings: MessagerSettings, offered: list[str]) -> None:
     """Log the kinds of link this messager can offer. A receiver logs the kinds it cannot accept."""
-    offered = [offer.kind for offer in mover.offers]
     left_out = [kind for kind in settings.links if kind not in offered]
     log_event("info", "links", {"offered": ", ".join(offered), "not_possible": ", ".join(left_out) or "none"})
 

@@ -219,7 +219,7 @@ class Transfer:
         if self._tails.get(head.layer) is head:
             del self._tails[head.layer]
 
-    def send(self, blocks: BlockRange, num_bytes: int, *, now: float) -> KVFrame:
+    def send(self, blocks: BlockRange, num_bytes: int, *, slot: int, now: float) -> KVFrame:
         """Return the frame for ``blocks`` and record it as in flight. The link sets its digest and source blocks."""
         first, end = blocks.first_block - self.first_block, blocks.end_block - self.first_block
         frame = KVFrame(
@@ -232,6 +232,7 @@ class Transfer:
             num_bytes=num_bytes,
             digest=0,
             num_layers=blocks.num_layers,
+            slot=slot,
         )
         key = FrameKey.of(frame)
         self.inflight[key] = frame

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.machine.outbox import RoleOutbox
 from kvrelay.protocol.ids import BlockId, PeerId
-from kvrelay.protocol.messages.messager_to_messager import KVFrame, LinkOffer
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
 
@@ -25,6 +25,23 @@ class SendFrame:
     kind: str
     frame: KVFrame
     source_block_ids: list[BlockId]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLink:
+    """The peer has accepted a link of ``kind`` with ``handle``. Precedes the first SendFrame over the link."""
+
+    peer: PeerId
+    kind: str
+    handle: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveLink:
+    """A link that was opened is lost: stop sending over it. FrameSent still answers every SendFrame."""
+
+    peer: PeerId
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +68,7 @@ class WriteBlocks:
     payload: tuple[memoryview, ...]
 
 
-Work: TypeAlias = SendFrame | AcceptLink | DropLink | WriteBlocks
+Work: TypeAlias = SendFrame | OpenLink | LeaveLink | AcceptLink | DropLink | WriteBlocks
 """The messager-specific actions."""
 
 MessagerOutbox: TypeAlias = RoleOutbox[Work]
@@ -70,11 +87,24 @@ class FrameSent:
 
 @dataclass(frozen=True, slots=True)
 class LinkReady:
-    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here, for the given ``reason``."""
+    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here, for the given ``reason``.
+
+    ``max_frames`` and ``handle``: what the sender must know of this end, as in LinkAccepted.
+    """
 
     link_id: int
     kind: str | None
     reason: str = ""
+    max_frames: int = MAX_INFLIGHT_FRAMES
+    handle: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The way by which a link moves bytes to ``peer`` has failed, even if messages still reach the peer."""
+
+    peer: PeerId
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

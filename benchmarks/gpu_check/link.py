@@ -224,15 +224,14 @@ def _moving(
             return lambda: source.blocks.begin_digest(planes, sources)
         return lambda: target.blocks.begin_copy(source.blocks, planes, targets, sources)
     from kvrelay.kv_pool.copy_kernel import move_blocks  # noqa: PLC0415
-    from kvrelay.kv_pool.cuda_blocks import _pinned_ids  # noqa: PLC0415
 
-    ids = _pinned_ids([sources, targets])
+    ids = source.blocks._pinned_ids([sources, targets])
     digests = torch.empty((len(planes), len(sources)), dtype=torch.int64, pin_memory=True)
     reads = source.blocks._place(planes, ids[0])
     writes = None if target is None else target.blocks._place(planes, ids[1])
     num_words = source.geometry.plane_block_bytes // 8
 
-    def launch(kept: tuple[torch.Tensor, torch.Tensor] = (ids, digests)) -> None:
+    def launch(kept: tuple[Any, torch.Tensor] = (ids, digests)) -> None:
         move_blocks(reads, writes, kept[1].data_ptr(), len(planes), len(sources), num_words)
 
     return launch

@@ -22,7 +22,7 @@ from kvrelay.kv_pool.interface import has_blocks
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVDeviceHandle
 from kvrelay.protocol.messages.base import LinkAddress
-from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
 
 
 class Link:
@@ -32,6 +32,7 @@ class Link:
     """
 
     max_frame_bytes = 64 << 20
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
@@ -48,19 +49,26 @@ class Link:
         handle = self._host.pool.handle
         return msgspec.json.encode(handle) if isinstance(handle, KVDeviceHandle) else None
 
+    def open(self, peer: PeerId, handle: bytes) -> None:
+        """Do nothing."""
+
+    def leave(self, peer: PeerId) -> None:
+        """Do nothing."""
+
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Send the block ids with the digest computed when the blocks were written."""
         digest = self._host.pool.digest(frame.layers, source_block_ids)
         self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
 
-    def accept(self, link_id: int, offer: bytes) -> None:
+    def accept(self, link_id: int, offer: bytes) -> bytes:
         """Open the sender's pool. Raises TransferError unless it is on a device of the same kind as this node's."""
         own, handle = self._host.pool.handle, msgspec.json.decode(offer, type=KVDeviceHandle)
         if not isinstance(own, KVDeviceHandle) or own.kind != handle.kind:
             raise TransferError(f"this node's pool is not on a device of the kind {handle.kind}")
-        source = open_pool(self._host.pool.geometry, handle)
+        source = open_pool(self._host.pool.geometry, msgspec.structs.replace(handle, framework=own.framework))
         assert isinstance(source, DeviceMemory)  # because of its handle
         self._sources[link_id] = source
+        return b""
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
         """Start a device copy that also digests the bytes it reads."""

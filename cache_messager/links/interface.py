@@ -21,16 +21,18 @@ class LinkHost(Protocol):
     """The interface of the messager for links. Methods may be called from any thread.
 
     ``pool``: the node's KV pool. ``checksum``: whether payload is verified (``transfer.checksum``).
+    ``peer_timeout_s``: seconds of silence after which a peer counts as lost.
     """
 
     pool: KVPool
     checksum: bool
+    peer_timeout_s: float
 
     def send(self, peer: PeerId, frame: KVFrame, payload: Sequence[memoryview] = ()) -> None:
         """Send ``frame``, complete with its digest, and post the FrameSent that answers ``KVLink.send``."""
 
     def post(self, event: object) -> None:
-        """Post ``event`` to the messager's machine: a FrameSent with an error, or a BlocksWritten."""
+        """Post ``event`` to the messager's machine: a FrameSent with an error, a BlocksWritten or a LinkLost."""
 
 
 class KVLink(Protocol):
@@ -39,10 +41,12 @@ class KVLink(Protocol):
     A DeviceError that they raise, or a DeviceLost that they post from a thread, ends the messager; actions in progress
     then need no other answer. A sender identifies its links by the peer, a receiver by a ``link_id``.
 
-    ``max_frame_bytes``: maximum KV of a frame, which may be of several layers.
+    ``max_frame_bytes``: maximum KV of a frame, which may be of several layers. ``max_frames``: maximum frames of one
+    link that the receiver has not acknowledged.
     """
 
     max_frame_bytes: int
+    max_frames: int
 
     def __init__(self, host: LinkHost) -> None: ...
 
@@ -53,6 +57,12 @@ class KVLink(Protocol):
     def offer(self) -> bytes | None:
         """Return the data a receiver needs to accept such a link, opaque to all others; None if not possible here."""
 
+    def open(self, peer: PeerId, handle: bytes) -> None:
+        """Prepare to send to ``peer``, whose ``accept`` returned ``handle``. A failure is posted as LinkLost."""
+
+    def leave(self, peer: PeerId) -> None:
+        """Stop sending to ``peer`` and release the resources of ``open``. ``send`` is still answered."""
+
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Send these blocks of the pool, with their digest in ``frame``.
 
@@ -60,8 +70,8 @@ class KVLink(Protocol):
         until then, and until the peer has acknowledged the frame or the link is lost.
         """
 
-    def accept(self, link_id: int, offer: bytes) -> None:
-        """Prepare to receive over ``link_id``.
+    def accept(self, link_id: int, offer: bytes) -> bytes:
+        """Prepare to receive over ``link_id``; return the data that the sender's ``open`` needs.
 
         Raises KVRelayError, MsgspecError, OSError or ValueError if that is not possible.
         """

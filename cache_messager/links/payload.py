@@ -19,7 +19,7 @@ from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, corrupt, v
 from kvrelay.errors import DeviceError, TransferError
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVDeviceHandle
-from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
 
 NUM_THREADS = 4
 
@@ -33,6 +33,7 @@ class PayloadLink:
     """A ``KVLink`` without ``address``, which each kind defines."""
 
     max_frame_bytes = HOST_FRAME_BYTES
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
@@ -42,6 +43,12 @@ class PayloadLink:
     def offer(self) -> bytes | None:
         """Return an empty offer: a receiver needs no data."""
         return b""
+
+    def open(self, peer: PeerId, handle: bytes) -> None:
+        """Do nothing."""
+
+    def leave(self, peer: PeerId) -> None:
+        """Do nothing."""
 
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Send views of the blocks, or copies if they are on a device or the views would be many and small."""
@@ -53,8 +60,9 @@ class PayloadLink:
 
         self._do(frame, send, lambda error: FrameSent(frame, error))
 
-    def accept(self, link_id: int, offer: bytes) -> None:
-        """Do nothing."""
+    def accept(self, link_id: int, offer: bytes) -> bytes:
+        """Return an empty handle: a sender needs no data."""
+        return b""
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
         """Verify the payload, then write it to the pool."""

@@ -16,13 +16,14 @@ from kvrelay.kv_pool.interface import KVPool, has_blocks
 from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVMemoryHandle
 from kvrelay.protocol.messages.base import LinkAddress
-from kvrelay.protocol.messages.messager_to_messager import KVFrame
+from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
 
 
 class Link:
     """Copies from the sender's pool, which the receiver maps; for a peer on the same host."""
 
     max_frame_bytes = HOST_FRAME_BYTES
+    max_frames = MAX_INFLIGHT_FRAMES
 
     def __init__(self, host: LinkHost) -> None:
         self._host = host
@@ -38,17 +39,24 @@ class Link:
         handle = self._host.pool.handle
         return msgspec.json.encode(handle) if isinstance(handle, KVMemoryHandle) else None
 
+    def open(self, peer: PeerId, handle: bytes) -> None:
+        """Do nothing."""
+
+    def leave(self, peer: PeerId) -> None:
+        """Do nothing."""
+
     def send(self, peer: PeerId, frame: KVFrame, source_block_ids: list[BlockId]) -> None:
         """Send the block ids with the digest of the blocks."""
         digest = self._host.pool.digest(frame.layers, source_block_ids)
         self._host.send(peer, msgspec.structs.replace(frame, digest=digest, source_block_ids=source_block_ids))
 
-    def accept(self, link_id: int, offer: bytes) -> None:
+    def accept(self, link_id: int, offer: bytes) -> bytes:
         """Open the sender's pool, which must be in host memory like this node's pool."""
         if not isinstance(self._host.pool.handle, KVMemoryHandle):
             raise TransferError("this node's pool is not in host memory")
         handle = msgspec.json.decode(offer, type=KVMemoryHandle)
         self._sources[link_id] = open_pool(self._host.pool.geometry, handle)
+        return b""
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:
         """Copy the blocks and verify the copy."""

@@ -17,7 +17,7 @@ from kvrelay.addresses import netloc
 from kvrelay.config.base import Section
 from kvrelay.config.document import Key
 from kvrelay.config.scheduling import SchedulerConfig
-from kvrelay.config.sections import CacheConfig, ModelConfig, Role, RouterConfig
+from kvrelay.config.sections import DEVICE_ENGINES, CacheConfig, ModelConfig, Role, RouterConfig
 from kvrelay.config.storage import STORED_BACKENDS
 
 Problem: TypeAlias = tuple[Key, str]
@@ -147,11 +147,11 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
         fakes = [fake for level in (data, node) if isinstance(fake := _get(level, "engine", "fake", None), dict)]
         is_simulated = any([fake["device_pool"] for fake in fakes if "device_pool" in fake][-1:])
         of_node = _get(node, "engine", "kind", kind)
-        has_device_pool = of_node == "torch" or (of_node == "fake" and is_simulated)
+        has_device_pool = of_node in DEVICE_ENGINES or (of_node == "fake" and is_simulated)
         if _get(node, "transfer", "link", link) == "cuda" and not has_device_pool:
             yield (
                 ("nodes", index, "transfer", "link"),
-                "cuda copies between pools on devices, which engine.kind: torch has",
+                "cuda copies between pools of device engines: engine.kind torch, paddle-device",
             )
 
 

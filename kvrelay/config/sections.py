@@ -44,7 +44,7 @@ class ModelConfig(Section):
     )
     load_format: Literal["auto", "dummy"] = Field(
         "auto",
-        description="dummy: random weights made on the device, of the shape in config.json; engine.kind torch only.",
+        description="dummy: random weights made on the device, of the shape in config.json; device engines only.",
     )
     max_model_len: int | None = Field(
         None, ge=1, le=1 << 22, description="Maximum prompt plus output, in tokens; default: the checkpoint's."
@@ -184,7 +184,7 @@ class CacheConfig(Section):
 
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block; must be equal on all nodes.")
     num_blocks: Annotated[int, Field(ge=2, le=1 << 24)] | Literal["auto"] = Field(
-        4096, description="KV blocks in the pool; auto (engine.kind torch on a GPU): as many as fit beside the model."
+        4096, description="KV blocks in the pool; auto (device engines on a GPU): as many as fit beside the model."
     )
     device_memory_share: float = Field(
         0.9, gt=0, le=1, description="num_blocks auto: share of the device's memory for weights, graphs and pool."
@@ -200,11 +200,13 @@ class CacheConfig(Section):
     def fixed_num_blocks(self) -> int:
         """The blocks of a pool whose size does not depend on the device. Raises ConfigError for auto."""
         if self.num_blocks == "auto":
-            raise ConfigError(["cache.num_blocks: auto needs engine.kind: torch and engine.device: gpu"])
+            raise ConfigError(
+                ["cache.num_blocks: auto needs engine.kind: torch or paddle-device, and engine.device: gpu"]
+            )
         return self.num_blocks
 
 
-LinkKind = Literal["cuda", "shm", "ipc", "tcp"]
+LinkKind = Literal["cuda", "shm", "ipc", "nixl", "tcp"]
 """All kinds of link (``cache_messager/links``), the fastest first."""
 
 LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
@@ -218,13 +220,13 @@ class TransferConfig(Section):
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
         description="Kind of link; auto: the fastest possible, which is cuda or shm on the same host (ipc if the pool "
-        "cannot be mapped), else tcp; cuda: from GPU memory to GPU memory on the same host; zmq: ipc on the same host, "
-        "else tcp; shm: ipc if the pool cannot be mapped.",
+        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]), else tcp; cuda: from GPU memory "
+        "to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc if the pool cannot be mapped.",
     )
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
     )
-    checksum: bool = Field(True, description="ipc, tcp: verify a digest of every frame (xxh3); shm and cuda always do.")
+    checksum: bool = Field(True, description="ipc, tcp: verify a digest of every frame (xxh3); other kinds always do.")
     lease_s: float = Field(
         30.0, gt=0, le=3600, description="Seconds after which a reservation expires unless its prefill node renews it."
     )
@@ -301,14 +303,21 @@ class FakeEngineConfig(Section):
     )
 
 
+DEVICE_ENGINES: dict[str, Literal["torch", "paddle"]] = {"torch": "torch", "paddle-device": "paddle"}
+"""Values of ``engine.kind`` that mean the device engine, and the framework it runs on."""
+
+
 class EngineConfig(Section):
     """The engine that computes the steps."""
 
-    kind: Literal["paddle", "torch", "fake"] = Field(
+    kind: Literal["paddle", "torch", "paddle-device", "fake"] = Field(
         "paddle",
-        description="paddle: Paddle; torch: torch and Triton, needs the extra torch; fake: no model, for tests.",
+        description="paddle: Paddle, for CPUs; torch: kernels for GPUs, on torch (needs the extra torch); "
+        "paddle-device: the same kernels on Paddle's GPU build; fake: no model, for tests.",
     )
-    device: Literal["cpu", "gpu"] = Field("cpu", description="Device of the engine; torch on cpu is for tests.")
+    device: Literal["cpu", "gpu"] = Field(
+        "cpu", description="Device of the engine; torch and paddle-device on cpu are for tests."
+    )
     kernels: Literal["auto", "native", "portable"] = Field(
         "auto",
         description="native: oneDNN and compiled kernels; portable: Paddle's operators; auto: native if available.",
@@ -318,6 +327,11 @@ class EngineConfig(Section):
         description="Linear layers in int8; w8a16: weights; w8a8: weights and activations; none: model.dtype.",
     )
     fake: FakeEngineConfig = Field(default_factory=FakeEngineConfig)
+
+    @property
+    def framework(self) -> Literal["torch", "paddle"] | None:
+        """What the device engine runs on; None: it is another engine."""
+        return DEVICE_ENGINES.get(self.kind)
 
 
 class ClusterSettings(Section):

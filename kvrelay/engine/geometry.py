@@ -34,7 +34,9 @@ def dummy_geometry(node: Sections, config: DecoderConfig, dtype: str, max_model_
     """Return the geometry of the KV that ``node`` computes with random weights, which depend on the kind of device."""
     quantization = node.engine.quantization
     model = ("dummy", node.engine.device, dtype, config, max_model_len if config.rope.kind == "dynamic" else None)
-    more = () if quantization == "none" else (quantization,)
+    more: list[str] = [quantization] if quantization != "none" else []
+    if node.engine.framework == "paddle":
+        more.append("paddle")  # which draws other numbers
     return KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -74,7 +76,7 @@ def _kv_dtype(node: Sections, stored_dtype: str) -> str:
     """Return the type ``choice.choose_kernels`` decides on, unless it refuses what is asked for."""
     if node.cache.dtype != "auto":
         return node.cache.dtype
-    if node.engine.kind == "torch" or node.engine.device == "gpu":
+    if node.engine.framework is not None or node.engine.device == "gpu":
         return device_dtype(node)
     wanted = stored_dtype if node.model.dtype == "auto" else node.model.dtype
     if node.engine.kernels == "portable" or wanted != "bfloat16":

@@ -23,10 +23,10 @@ def load_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
     """
     if node.engine.kind == "fake":
         return _fake_engine(node)
-    if node.engine.kind == "torch":
+    if node.engine.framework is not None:
         return _load_device_engine(node, on_progress)
     if node.model.load_format == "dummy":
-        raise ConfigError(["model.load_format: dummy needs engine.kind: torch"])
+        raise ConfigError(["model.load_format: dummy needs engine.kind: torch or paddle-device"])
     return _load_paddle_engine(node, on_progress)
 
 
@@ -38,14 +38,17 @@ def _fake_engine(node: NodeConfig) -> FakeEngine:
 
 
 def _load_device_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:
-    """Load a checkpoint with the torch engine. Imports torch, not Paddle. Raises ConfigError without torch."""
+    """Load a checkpoint with the device engine, which imports one framework. Raises ConfigError if it is missing."""
+    from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
+
     try:
-        from kvrelay.engine.device.load import load_device_engine  # noqa: PLC0415
+        return load_device_engine(node, on_progress)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise ConfigError(["engine.kind: torch is not installed: pip install 'kvrelay[torch]'"]) from error
-    return load_device_engine(node, on_progress)
+        if error.name == "torch" and node.engine.kind == "torch":
+            raise ConfigError(["engine.kind: torch is not installed: pip install 'kvrelay[torch]'"]) from error
+        if error.name == "triton":
+            raise ConfigError(["engine.device: gpu needs Triton: pip install triton"]) from error
+        raise
 
 
 def _load_paddle_engine(node: NodeConfig, on_progress: OnProgress) -> Engine:

@@ -7,36 +7,40 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from kvrelay.errors import DeviceError
 from kvrelay.kv_pool.block_digest import Words
 from kvrelay.kv_pool.copy_kernel import Place, move_blocks
+from kvrelay.kv_pool.cuda_api import CudaApi, DeviceWords
 from kvrelay.kv_pool.cuda_driver import CudaDriver
 from kvrelay.protocol.ids import BlockId
+
+BlockIds: TypeAlias = npt.NDArray[np.int32]
 
 
 class _Work:
     """One launch of the kernel. Until the device is done it reads and writes the pinned memory that is kept here."""
 
-    def __init__(self, done: Any, digests: torch.Tensor, block_ids: torch.Tensor) -> None:
+    def __init__(self, api: CudaApi, done: Any, digests: Words, block_ids: BlockIds) -> None:
+        self._api = api
         self._done = done
         self._digests = digests
         self._block_ids = block_ids
 
     @property
     def is_done(self) -> bool:
-        with _device_errors():
+        with _device_errors(self._api):
             return bool(self._done.query())
 
     def wait(self) -> Words:
         """See BlockWork."""
-        with _device_errors():
+        with _device_errors(self._api):
             self._done.synchronize()
-        return cast(Words, self._digests.numpy())
+        return self._digests
 
 
 class CudaBlocks:
@@ -44,6 +48,7 @@ class CudaBlocks:
 
     def __init__(
         self,
+        api: CudaApi,
         driver: CudaDriver,
         shape: tuple[int, int, int],
         address: int,
@@ -51,49 +56,50 @@ class CudaBlocks:
         give_back: Callable[[int], None],
     ) -> None:
         self.memory = memory
+        self._api = api
         self._driver = driver
         self._shape = shape
         self._address = address
         self._give_back = give_back
-        self._stream = torch.cuda.Stream(priority=-1)
+        self._stream = api.stream()
         self._works: deque[_Work] = deque()
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, shape: tuple[int, int, int]) -> CudaBlocks:
+    def create(cls, shape: tuple[int, int, int], api: CudaApi) -> CudaBlocks:
         """Make zeroed blocks [planes, blocks, words]. Raises OSError if there is not enough memory, DeviceError."""
-        driver = _driver()
-        torch.cuda.empty_cache()
+        driver = _driver(api)
+        api.release_memory()
         address = driver.allocate(8 * math.prod(shape))
-        blocks = cls(driver, shape, address, driver.export(address), driver.free)
+        blocks = cls(api, driver, shape, address, driver.export(address), driver.free)
         blocks._warm_up()
         return blocks
 
     @classmethod
-    def open(cls, shape: tuple[int, int, int], memory: bytes) -> CudaBlocks:
+    def open(cls, shape: tuple[int, int, int], memory: bytes, api: CudaApi) -> CudaBlocks:
         """Open another process's. Raises PeerLostError if they cannot be reached, DeviceError."""
-        driver = _driver()
-        blocks = cls(driver, shape, driver.open(memory), memory, driver.close)
+        driver = _driver(api)
+        blocks = cls(api, driver, shape, driver.open(memory), memory, driver.close)
         blocks._warm_up()
         return blocks
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Any:
         """Return the blocks as a tensor int64 [planes, blocks, words], good until they are closed."""
-        tensor = torch.as_tensor(_Memory(self._address, math.prod(self._shape)), device="cuda")
+        tensor = self._api.tensor(DeviceWords(self._address, math.prod(self._shape)))
         if tensor.data_ptr() != self._address:
             raise DeviceError("the KV pool is not on the current CUDA device")
         return tensor.view(self._shape)
 
     def begin_copy(self, source: Any, planes: range, target_ids: list[BlockId], source_ids: list[BlockId]) -> _Work:
         with self._in_stream():
-            ids = _pinned_ids([source_ids, target_ids])
+            ids = self._pinned_ids([source_ids, target_ids])
             return self._move(source._place(planes, ids[0]), self._place(planes, ids[1]), planes, ids)
 
     def begin_digest(self, planes: range, block_ids: list[BlockId], after: Any = None) -> _Work:
         with self._in_stream():
             if after is not None:
                 self._stream.wait_event(after)
-            ids = _pinned_ids([block_ids])
+            ids = self._pinned_ids([block_ids])
             return self._move(self._place(planes, ids[0]), None, planes, ids)
 
     def read(self, planes: range, block_ids: list[BlockId]) -> Words:
@@ -101,37 +107,43 @@ class CudaBlocks:
             staging, ids = self._staging(planes, block_ids)
             work = self._move(self._place(planes, ids[0]), _staged(staging, ids[1]), planes, ids)
         work.wait()
-        return cast(Words, staging.numpy())
+        return staging
 
     def write(self, planes: range, block_ids: list[BlockId], words: Words) -> Words:
         with self._in_stream():
             staging, ids = self._staging(planes, block_ids)
-            staging.numpy()[:] = words
+            staging[:] = words
             work = self._move(_staged(staging, ids[1]), self._place(planes, ids[0]), planes, ids)
         return work.wait()
 
     def close(self) -> None:
         with contextlib.suppress(DeviceError):  # a broken device: the driver gives the memory back with the process
-            with _device_errors():
+            with _device_errors(self._api):
                 self._stream.synchronize()
             self._give_back(self._address)
 
-    def _staging(self, planes: range, block_ids: list[BlockId]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _staging(self, planes: range, block_ids: list[BlockId]) -> tuple[Words, BlockIds]:
         """Return pinned memory for blocks, and ids: theirs in the pool and in that memory."""
         count = len(block_ids)
-        staging = torch.empty((len(planes), count, self._shape[2]), dtype=torch.int64, pin_memory=True)
-        return staging, _pinned_ids([block_ids, list(range(count))])
+        staging = self._api.pinned((len(planes), count, self._shape[2]), np.int64)
+        return staging, self._pinned_ids([block_ids, list(range(count))])
 
-    def _place(self, planes: range, ids: torch.Tensor) -> Place:
-        return Place(self._address, self._shape[1], planes.start, ids.data_ptr())
+    def _pinned_ids(self, block_ids: Sequence[Sequence[int]]) -> BlockIds:
+        """Return lists of equal length as int32 [lists, blocks] that the device reads where it is."""
+        ids = self._api.pinned((len(block_ids), len(block_ids[0])), np.int32)
+        ids[:] = np.array(block_ids, np.int32)
+        return ids
 
-    def _move(self, source: Place, target: Place | None, planes: range, ids: torch.Tensor) -> _Work:
+    def _place(self, planes: range, ids: BlockIds) -> Place:
+        return Place(self._address, self._shape[1], planes.start, ids.ctypes.data)
+
+    def _move(self, source: Place, target: Place | None, planes: range, ids: BlockIds) -> _Work:
         count = ids.shape[1]
-        digests = torch.empty((len(planes), count), dtype=torch.int64, pin_memory=True)
-        done = torch.cuda.Event(blocking=True)
-        move_blocks(source, target, digests.data_ptr(), len(planes), count, self._shape[2])
+        digests = self._api.pinned((len(planes), count), np.int64)
+        done = self._api.event()
+        move_blocks(source, target, digests.ctypes.data, len(planes), count, self._shape[2])
         done.record(self._stream)
-        work = _Work(done, digests, ids)
+        work = _Work(self._api, done, digests, ids)
         self._keep(work)
         return work
 
@@ -153,40 +165,24 @@ class CudaBlocks:
 
     @contextlib.contextmanager
     def _in_stream(self) -> Iterator[None]:
-        with _device_errors(), torch.cuda.stream(self._stream):
+        with _device_errors(self._api), self._api.on(self._stream):
             yield
 
 
-class _Memory:
-    """Words of device memory as torch takes them up."""
-
-    def __init__(self, address: int, count: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (count,), "typestr": "<i8", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
-
-
-def _driver() -> CudaDriver:
-    with _device_errors():
-        torch.zeros(1, device="cuda")  # makes the device's context the current one
+def _driver(api: CudaApi) -> CudaDriver:
+    with _device_errors(api):
+        api.start()
     return CudaDriver()
 
 
-def _pinned_ids(block_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return lists of equal length as int32 [lists, blocks] that the device reads where it is."""
-    ids = torch.empty((len(block_ids), len(block_ids[0])), dtype=torch.int32, pin_memory=True)
-    ids.numpy()[:] = np.array(block_ids, np.int32)
-    return ids
-
-
-def _staged(staging: torch.Tensor, ids: torch.Tensor) -> Place:
-    return Place(staging.data_ptr(), staging.shape[1], 0, ids.data_ptr())
+def _staged(staging: Words, ids: BlockIds) -> Place:
+    return Place(staging.ctypes.data, staging.shape[1], 0, ids.ctypes.data)
 
 
 @contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
-    """Name whatever torch, Triton or CUDA raise a DeviceError."""
+def _device_errors(api: CudaApi) -> Iterator[None]:
+    """Name whatever the framework, Triton or CUDA raise a DeviceError."""
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except api.errors as error:
         raise DeviceError(f"CUDA: {error}") from error

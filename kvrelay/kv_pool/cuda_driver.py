@@ -19,6 +19,8 @@ PAGE_BYTES = 2 << 20
 
 _OUT_OF_MEMORY = 2
 _LAZY_PEER_ACCESS = 1
+_NOT_READY = 600
+_BLOCKING_WITHOUT_TIMING = 1 | 2
 
 
 class _IpcHandle(ctypes.Structure):
@@ -35,6 +37,12 @@ _ARGUMENTS = {
     "cuIpcGetMemHandle": [ctypes.POINTER(_IpcHandle), ctypes.c_uint64],
     "cuIpcOpenMemHandle_v2": [ctypes.POINTER(ctypes.c_uint64), _IpcHandle, ctypes.c_uint],
     "cuIpcCloseMemHandle": [ctypes.c_uint64],
+    "cuEventCreate": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint],
+    "cuEventRecord": [ctypes.c_void_p, ctypes.c_void_p],
+    "cuEventQuery": [ctypes.c_void_p],
+    "cuEventSynchronize": [ctypes.c_void_p],
+    "cuEventDestroy_v2": [ctypes.c_void_p],
+    "cuStreamWaitEvent": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint],
     "cuGetErrorName": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
 }
 
@@ -98,6 +106,41 @@ class CudaDriver:
         """Let go of what ``open`` returned. Its process may have ended."""
         self._enter()
         self._call("cuIpcCloseMemHandle", address)
+
+    def create_event(self) -> int:
+        """Return a new event, whose waits use no CPU."""
+        event = ctypes.c_void_p()
+        self._enter()
+        self._require("cuEventCreate", byref(event), _BLOCKING_WITHOUT_TIMING)
+        return event.value or 0
+
+    def record_event(self, event: int, stream: int) -> None:
+        """Mark the end of what is queued on ``stream`` so far."""
+        self._enter()
+        self._require("cuEventRecord", event, stream)
+
+    def has_passed(self, event: int) -> bool:
+        """Return whether the device has passed the mark."""
+        self._enter()
+        code = self._call("cuEventQuery", event)
+        if code == _NOT_READY:
+            return False
+        self._check(code, "cuEventQuery")
+        return True
+
+    def wait_for_event(self, event: int) -> None:
+        """Wait until the device has passed the mark. Other Python threads run meanwhile."""
+        self._enter()
+        self._require("cuEventSynchronize", event)
+
+    def queue_wait(self, stream: int, event: int) -> None:
+        """Run work that is queued on ``stream`` from now on after ``event``."""
+        self._enter()
+        self._require("cuStreamWaitEvent", stream, event, 0)
+
+    def destroy_event(self, event: int) -> None:
+        """Give ``event`` back."""
+        self._call("cuEventDestroy_v2", event)
 
     def _enter(self) -> None:
         self._require("cuCtxSetCurrent", self._context)

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvrelay.errors import ConfigError, GeometryMismatchError
 from kvrelay.kv_pool.block_digest import Words, fold
+from kvrelay.kv_pool.cuda_frameworks import cuda_api
 from kvrelay.kv_pool.device_blocks import BlockWork, DeviceBlocks
 from kvrelay.kv_pool.interface import HostBlock, KVPool
 from kvrelay.kv_pool.shared_file import create_file, map_file, open_file
@@ -90,7 +91,13 @@ class DeviceMemory:
         self._table = table
 
     @classmethod
-    def create(cls, geometry: KVGeometry, num_blocks: int, kind: Literal["cuda", "simulated"]) -> Self:
+    def create(
+        cls,
+        geometry: KVGeometry,
+        num_blocks: int,
+        kind: Literal["cuda", "simulated"],
+        framework: Literal["torch", "paddle"] = "torch",
+    ) -> Self:
         """Make zeroed memory for ``num_blocks`` blocks, owned by this process. Raises ConfigError if that cannot be."""
         if geometry.plane_block_bytes % WORD_BYTES:
             raise ConfigError([f"cache.block_size: a block on a device is a multiple of {WORD_BYTES} bytes"])
@@ -99,7 +106,7 @@ class DeviceMemory:
             fd, tag = create_file("kvrelay-digests", WORD_BYTES * shape[0] * shape[1])
             table = DigestTable(shape[:2], fd)
             try:
-                blocks: DeviceBlocks = _blocks_class(kind).create(shape)
+                blocks: DeviceBlocks = _create_blocks(shape, kind, framework)
             except BaseException:
                 table.close()
                 raise
@@ -107,7 +114,7 @@ class DeviceMemory:
             size_bytes = num_blocks * geometry.block_bytes
             problem = f"cache.num_blocks: {num_blocks:,} blocks take {size_bytes:,} bytes: {error.strerror or error}"
             raise ConfigError([problem]) from error
-        handle = KVDeviceHandle(os.getpid(), fd, tag, num_blocks, kind, blocks.memory)
+        handle = KVDeviceHandle(os.getpid(), fd, tag, num_blocks, kind, blocks.memory, framework)
         return cls(geometry, handle, blocks, table)
 
     @classmethod
@@ -121,7 +128,7 @@ class DeviceMemory:
         fd = open_file(handle.pid, handle.fd, handle.tag, WORD_BYTES * shape[0] * shape[1])
         table = DigestTable(shape[:2], fd)
         try:
-            blocks = _blocks_class(handle.kind).open(shape, handle.memory)
+            blocks = _open_blocks(shape, handle)
         except BaseException:
             table.close()
             raise
@@ -147,6 +154,11 @@ class DeviceMemory:
     def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
         """See KVPool: a copy."""
         return [self.blocks.read(_planes(layers), block_ids).reshape(-1).view(np.uint8).data]
+
+    def gather(self, layers: range, block_ids: list[BlockId], into: memoryview) -> int:
+        """See KVPool: the digest is that of the blocks when they were written."""
+        into[:] = self.read(layers, block_ids)[0]
+        return self.digest(layers, block_ids)
 
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
         """See KVPool: what the payload was when it was written; nothing is read."""
@@ -207,9 +219,21 @@ def _planes(layers: range) -> range:
     return range(2 * layers.start, 2 * layers.stop)
 
 
-def _blocks_class(kind: str) -> Any:
+def _create_blocks(
+    shape: tuple[int, int, int], kind: Literal["cuda", "simulated"], framework: Literal["torch", "paddle"]
+) -> DeviceBlocks:
     if kind == "simulated":
-        return SimulatedBlocks
-    from kvrelay.kv_pool.cuda_blocks import CudaBlocks  # noqa: PLC0415 (only processes that use a GPU have torch)
+        return SimulatedBlocks.create(shape)
+    api = cuda_api(framework)  # before Triton is imported
+    from kvrelay.kv_pool.cuda_blocks import CudaBlocks  # noqa: PLC0415 (only processes that use a GPU have Triton)
 
-    return CudaBlocks
+    return CudaBlocks.create(shape, api)
+
+
+def _open_blocks(shape: tuple[int, int, int], handle: KVDeviceHandle) -> DeviceBlocks:
+    if handle.kind == "simulated":
+        return SimulatedBlocks.open(shape, handle.memory)
+    api = cuda_api(handle.framework)
+    from kvrelay.kv_pool.cuda_blocks import CudaBlocks  # noqa: PLC0415
+
+    return CudaBlocks.open(shape, handle.memory, api)

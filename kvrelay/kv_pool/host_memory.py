@@ -82,6 +82,16 @@ class KVMemory:
         """Consecutive blocks are returned as views, scattered ones as copies."""
         return kv_copy.read(self._planes_of(layers), block_ids)
 
+    def gather(self, layers: range, block_ids: list[BlockId], into: memoryview) -> int:
+        def copied() -> Iterator[memoryview]:
+            done = 0
+            for piece in kv_copy.pieces(self._planes_of(layers), block_ids):
+                into[done : done + piece.nbytes] = piece
+                done += piece.nbytes
+                yield piece
+
+        return _digest(copied())
+
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
         return _digest(kv_copy.pieces(self._planes_of(layers), block_ids))
 

@@ -42,6 +42,9 @@ class KVPool(Protocol):
     def read(self, layers: range, block_ids: list[BlockId]) -> list[memoryview]:
         """Return the payload of these blocks in parts, which may be views of the pool."""
 
+    def gather(self, layers: range, block_ids: list[BlockId], into: memoryview) -> int:
+        """Copy the payload of these blocks to ``into``, which has its size; return its ``digest``."""
+
     def digest(self, layers: range, block_ids: list[BlockId]) -> int:
         """Return a digest of the payload, equal for equal payloads in pools of the same kind of memory.
 

@@ -21,6 +21,7 @@ class KVDeviceHandle(msgspec.Struct, frozen=True, tag="device"):
 
     ``pid``, ``fd`` and ``tag`` are those of the table of its blocks' digests, in host memory. ``memory`` is what
     processes that use the same ``kind`` of device need to reach the blocks: for CUDA the driver's IPC handle.
+    ``framework``: what the owner and its messager use CUDA with. Other nodes may use another one.
     """
 
     pid: int
@@ -29,6 +30,7 @@ class KVDeviceHandle(msgspec.Struct, frozen=True, tag="device"):
     num_blocks: int
     kind: Literal["cuda", "simulated"]
     memory: bytes
+    framework: Literal["torch", "paddle"] = "torch"
 
 
 KVHandle: TypeAlias = KVMemoryHandle | KVDeviceHandle

@@ -214,7 +214,7 @@ EXAMPLES: list[Message] = [
     KVCancelled(**_ID),
     MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
     LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
-    LinkAccepted(kind="ipc", credit_bytes=1 << 20),
+    LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle"),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),
     KVFrame(
         **_ID,
@@ -225,6 +225,7 @@ EXAMPLES: list[Message] = [
         num_bytes=8192,
         digest=2**64 - 1,
         num_layers=2,
+        slot=5,
     ),
     FrameAck(**_ID, layer=3, first_block=1, num_bytes=8192, status=AckStatus.WRITTEN),
     FetchBlocks(fetch_id=7, namespace=b"n" * 16, block_hashes=[b"a" * 32, b"b" * 32]),

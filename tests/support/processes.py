@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
@@ -284,6 +286,8 @@ class MessagerProcess(Process):
             pool=node.engine.memory.handle,
             runtime_dir="/nonexistent",
         )
+        # The kind nixl has a thread of its own, which knows no virtual time.
+        settings = replace(settings, links=tuple(kind for kind in settings.links if kind != "nixl"))
         link = LinkAddress(
             peer=settings.me, host_id=node.config.host, tcp=f"tcp://{settings.me}", ipc=f"ipc:///{settings.me}"
         )

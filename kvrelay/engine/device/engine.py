@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from queue import SimpleQueue
+from typing import Literal
 
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
@@ -102,7 +103,8 @@ class DeviceEngine:
 
 def _make_memory(geometry: KVGeometry, limits: DeviceEngineLimits, framework: Framework) -> KVMemory | DeviceMemory:
     if framework.is_gpu or limits.device_pool:
-        return DeviceMemory.create(geometry, limits.num_blocks, "cuda" if framework.is_gpu else "simulated")
+        kind: Literal["cuda", "simulated"] = "cuda" if framework.is_gpu else "simulated"
+        return DeviceMemory.create(geometry, limits.num_blocks, kind, framework.name)
     return KVMemory.create(geometry, limits.num_blocks)
 
 

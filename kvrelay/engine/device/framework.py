@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,7 @@ class Graph(Protocol, Generic[T_co]):
 class Framework(Protocol):
     """One device. Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32 and float64."""
 
+    name: Literal["torch", "paddle"]
     is_gpu: bool
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -105,7 +106,7 @@ class Framework(Protocol):
         """Wait for all queued work of all streams. Raises DeviceError if the device is broken for good."""
 
     def stream(self) -> Stream:
-        """Return a new stream, which does not wait for the others."""
+        """Return the stream for the engine's work, which does not wait for those of pools."""
 
     def event(self) -> Event:
         """Return a new event."""

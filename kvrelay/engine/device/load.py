@@ -13,12 +13,11 @@ from kvrelay.engine.decoder import DecoderWeights, load_weights
 from kvrelay.engine.decoder_config import DecoderConfig, read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.framework import Framework
+from kvrelay.engine.device.frameworks import make_framework, own_operations
 from kvrelay.engine.device.graphs import decode_sizes
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.operations import OperationLimits, Operations
 from kvrelay.engine.device.pool_size import num_blocks_that_fit
-from kvrelay.engine.device.torch_framework import TorchFramework
-from kvrelay.engine.device.torch_operations import TorchOperations
 from kvrelay.engine.device.weights import DevicePacking, RandomWeights
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
@@ -66,7 +65,9 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     )
 
     if node.engine.quantization != "none":
-        raise ConfigError([f"engine.quantization: {node.engine.quantization} is not for engine.kind: torch"])
+        raise ConfigError(
+            [f"engine.quantization: {node.engine.quantization} is not for engine.kind: {node.engine.kind}"]
+        )
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)
@@ -74,6 +75,8 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
     if node.cache.dtype not in ("auto", dtype):
         raise CheckpointError(f"cache.dtype {node.cache.dtype}: the KV cache is of the type of compute, {dtype}")
     is_gpu = node.engine.device == "gpu"
+    if node.engine.framework == "paddle" and not is_gpu and dtype != "float32":
+        raise ConfigError([f"model.dtype {dtype}: on a CPU Paddle computes float32 only"])
     limits = DeviceEngineLimits(
         num_blocks=0 if is_gpu and node.cache.num_blocks == "auto" else node.cache.fixed_num_blocks,
         max_model_len=max_model_len,
@@ -84,7 +87,7 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         device_pool=is_gpu or node.transfer.link == "cuda",
         digests=node.role == "prefill",
     )
-    framework = TorchFramework(node.engine.device, node.threads)
+    framework = make_framework(node.engine.framework or "torch", node.engine.device, node.threads)
     if node.model.load_format == "dummy":
         weights = RandomWeights(framework, config, dtype).make()
         geometry = dummy_geometry(node, config, dtype, max_model_len)
@@ -116,7 +119,7 @@ def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
 
 def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: DeviceOptions) -> DeviceEngine:
     """Return an engine with random weights made on the device; nothing is read."""
-    framework = TorchFramework(options.device)
+    framework = make_framework("torch", options.device)
     geometry = KVGeometry(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -147,7 +150,7 @@ def build_engine(
 def make_operations(
     config: DecoderConfig, framework: Framework, limits: DeviceEngineLimits, options: DeviceOptions
 ) -> Operations:
-    """Return Triton's kernels on a GPU, or interpreted, and torch's own operators on a CPU."""
+    """Return Triton's kernels on a GPU, or interpreted, and the framework's own operators on a CPU."""
     rotation = Rotation(*inverse_frequencies(config.rope, config.head_dim, limits.max_model_len))
     heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, rotation)
     whole = all(window is None for window in config.windows)
@@ -162,7 +165,7 @@ def make_operations(
         gathered_from=max(GATHERED_FROM, 1 + max(limits.chunk_graphs, default=0)),  # graphs have no room for them
     )
     if not framework.is_gpu and not options.interpreted:
-        return TorchOperations(framework, heads, sizes)
+        return own_operations(framework, heads, sizes)
     from kvrelay.engine.device.triton_operations import TritonOperations  # noqa: PLC0415
 
     return TritonOperations(framework, heads, sizes)

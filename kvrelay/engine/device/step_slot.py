@@ -32,15 +32,18 @@ class UploadArena:
         self._framework = framework
         self._used = 0
         self._host, self._staging = framework.staging(padded(num_words))
+        self._outgrown: list[Tensor] = []
 
     def clear(self) -> None:
         """Take all of it back."""
         self._used = 0
+        self._outgrown.clear()
 
     def take(self, num_words: int) -> tuple[Int32, Tensor]:
         """Return memory with undefined content, as an array and as a tensor."""
         begin, end = self._used, self._used + padded(num_words)
-        if end > len(self._host):  # copies that are under way keep the old memory
+        if end > len(self._host):
+            self._outgrown.append(self._staging)  # copies from it are under way
             self._host, self._staging = self._framework.staging(2 * end)
             begin, end = 0, padded(num_words)
         self._used = end
@@ -80,7 +83,8 @@ class StepSlot:
         self._broken, self._broken_staging = framework.staging(num_rows)
         self._tops, self._top_staging = framework.staging(num_rows * width)
         logprobs, staging = framework.staging(num_rows * width)
-        self._tops, self._top_staging = self._tops.reshape(-1, width), self._top_staging.view(-1, width)
+        self._tops = self._tops.reshape(-1, width)
+        self._top_staging = framework.typed(self._top_staging, "int32", (num_rows, width))
         self._logprobs = logprobs.view(np.float32).reshape(-1, width)
         self._logprob_staging = framework.typed(staging, "float32", (num_rows, width))
 

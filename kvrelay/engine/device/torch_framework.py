@@ -6,13 +6,14 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvrelay.engine.device.framework import Event, Graph, Stream, Tensor
+from kvrelay.engine.device.in_order import DoneAgain, InOrder
 from kvrelay.errors import DeviceError, EngineError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 
@@ -29,6 +30,8 @@ DTYPES = {
 
 class TorchFramework:
     """The Framework on torch. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with ``threads`` threads."""
+
+    name: Literal["torch", "paddle"] = "torch"
 
     def __init__(self, device: str, threads: int = 1) -> None:
         self.is_gpu = device == "gpu"
@@ -111,10 +114,10 @@ class TorchFramework:
                 raise DeviceError(f"CUDA: {error}") from error
 
     def stream(self) -> Stream:
-        return torch.cuda.Stream(self._device) if self.is_gpu else _InOrder()
+        return torch.cuda.Stream(self._device) if self.is_gpu else InOrder()
 
     def event(self) -> Event:
-        return torch.cuda.Event() if self.is_gpu else _InOrder()
+        return torch.cuda.Event() if self.is_gpu else InOrder()
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return self._in_stream(stream)
@@ -127,7 +130,7 @@ class TorchFramework:
     def capture(self, work: Callable[[], T], stream: Stream) -> Graph[T]:
         if not self.is_gpu:
             with torch.inference_mode():
-                return _DoneAgain(work)
+                return DoneAgain(work)
         graph = torch.cuda.CUDAGraph()
         self.synchronize()
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graph_pool, stream=stream):
@@ -142,24 +145,3 @@ class _CudaGraph(Generic[T]):
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-class _DoneAgain(Generic[T]):
-    """A graph where there is none: a replay does the work again."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self.output = work()
-
-    def replay(self) -> None:
-        self.output = self._work()
-
-
-class _InOrder:
-    """A stream and an event of a device on which work is done when the call returns. All waits are no-ops."""
-
-    def record(self, stream: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass

@@ -97,4 +97,4 @@ class RandomWeights:
         return self._framework.normal(shape, self._dtype, 0.02, self._seed)
 
     def _norm(self, width: int) -> Tensor:
-        return self._normal(width).add_(1.0)
+        return self._normal(width) + 1.0

@@ -11,6 +11,9 @@ from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.base import Message
 
+MAX_INFLIGHT_FRAMES = 256
+"""Maximum unacknowledged frames per link of any size: well below the send queue of a socket."""
+
 
 class LinkOffer(msgspec.Struct, frozen=True, array_like=True):
     """A kind of link that the sender can use. ``handle`` is for the receiver; only that kind of link can read it."""
@@ -32,11 +35,14 @@ class LinkHello(Message, frozen=True, kw_only=True):
 class LinkAccepted(Message, frozen=True, kw_only=True):
     """D's messager -> P's, answers LinkHello. ``kind`` is the first offer that D's messager can use.
 
-    The reader may send frames, with at most ``credit_bytes`` of KV that are not acknowledged.
+    The reader may send frames, with at most ``credit_bytes`` of KV in at most ``max_frames`` frames that are not
+    acknowledged. ``handle`` is for the reader's link of that kind.
     """
 
     kind: str
     credit_bytes: int
+    max_frames: int = MAX_INFLIGHT_FRAMES
+    handle: bytes = b""
 
 
 class LinkRefused(Message, frozen=True, kw_only=True):
@@ -54,9 +60,11 @@ class KVFrame(Message, frozen=True, kw_only=True):
     """P's messager -> D's: the same blocks in ``num_layers`` layers from ``layer`` on.
 
     The payload follows as raw message parts, layer by layer, all K and then all V, if the kind of link sends bytes
-    (ipc, tcp). Else the reader copies ``source_block_ids`` from the sender's pool (shm, cuda). The reader verifies the
-    digest (xxh3-64 of the payload, 0 if unchecked; cuda: of ``kv_pool.block_digest``), writes each block once and
-    answers FrameAck. A repetition of a frame that is being written gets no answer of its own.
+    (ipc, tcp). Else the reader copies ``source_block_ids`` from the sender's pool (shm, cuda), or the sender writes the
+    payload to the reader's memory (nixl). The reader verifies the digest (xxh3-64 of the payload, 0 if unchecked; of
+    pools on devices over cuda and nixl: of ``kv_pool.block_digest``), writes each block once and answers FrameAck. A
+    repetition of a frame that is being written gets no answer of its own. ``slot``: a number below the link's
+    ``max_frames`` that no other unacknowledged frame of the link has.
     """
 
     request_id: RequestId
@@ -68,6 +76,7 @@ class KVFrame(Message, frozen=True, kw_only=True):
     num_bytes: int
     digest: int
     num_layers: int = 1
+    slot: int = 0
 
     @property
     def layers(self) -> range:

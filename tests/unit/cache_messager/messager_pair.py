@@ -22,7 +22,7 @@ from support.ids import block_ids
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import AcceptLink, DropLink, SendFrame, WriteBlocks
+from cache_messager.work import AcceptLink, DropLink, LeaveLink, OpenLink, SendFrame, WriteBlocks
 from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
@@ -171,6 +171,7 @@ class Pair:
         pool = make_pool(geometry, NUM_BLOCKS, on_device=self.on_device)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
         links = cast(tuple[str, ...], changes.get("links", ("shm", "ipc", "tcp")))
+        links = tuple(kind for kind in links if kind != "nixl")  # it has a thread of its own
         if "cuda" not in links:
             links = tuple(self.fastest if kind == "shm" else kind for kind in links)
         chosen = settings(me, pool.handle, **{**changes, "links": links})
@@ -247,6 +248,8 @@ class Pair:
                 end.handlers[SendFrame](action)
             case WriteBlocks() | AcceptLink() | DropLink():
                 self.channels[SERVICE, me].append(action)
+            case OpenLink() | LeaveLink():
+                end.handlers[type(action)](action)
             case Connect(peer=peer):
                 assert peer not in self.connections, "connected twice"
                 self.connections.add(peer)

@@ -53,6 +53,7 @@ class Host:
     """A messager whose events come from any thread."""
 
     checksum = True
+    peer_timeout_s = 5.0
 
     def __init__(self, pool: SimulatedMemory) -> None:
         self.pool: Any = pool

@@ -84,7 +84,9 @@ async def _transfer(p: MessagerNode, d: MessagerNode, sources: list[BlockId], ta
     return (await p.hears(TransferDone)).link
 
 
-async def _two_nodes(directory: Path, sources: list[BlockId], targets: list[BlockId]) -> str:
+async def two_nodes(
+    directory: Path, sources: list[BlockId], targets: list[BlockId], links: tuple[str, ...] = ("threads", "ipc")
+) -> str:
     """Run two messagers in this process; return how the transfer went."""
     async with AsyncExitStack() as stack:
         nodes, tasks, writers = [], [], []
@@ -102,7 +104,7 @@ async def _two_nodes(directory: Path, sources: list[BlockId], targets: list[Bloc
                 pool=pool.handle,
                 host="127.0.0.1",
                 runtime_dir=str(directory),
-                links=("threads", "ipc"),
+                links=links,
             )
             reader, writer = os.pipe()
             stack.callback(os.close, reader)
@@ -124,9 +126,9 @@ async def _two_nodes(directory: Path, sources: list[BlockId], targets: list[Bloc
 
 def test_blocks_move_by_a_link_with_a_thread_of_its_own(tmp_path: Path) -> None:
     blocks = np.random.default_rng(7).permutation(NUM_BLOCKS).tolist()
-    assert uvloop.run(_two_nodes(tmp_path, blocks[:40], blocks[20:60])) == "threads"
+    assert uvloop.run(two_nodes(tmp_path, blocks[:40], blocks[20:60])) == "threads"
 
 
 def test_error_in_the_thread_of_a_link_fails_the_transfer(tmp_path: Path) -> None:
     ThreadLink.fails = True
-    assert uvloop.run(_two_nodes(tmp_path, block_ids(1, 2), block_ids(3, 4))) == "the device is gone"
+    assert uvloop.run(two_nodes(tmp_path, block_ids(1, 2), block_ids(3, 4))) == "the device is gone"

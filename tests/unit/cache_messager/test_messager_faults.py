@@ -10,7 +10,8 @@ import pytest
 from messager_pair import BLOCK_BYTES, D_NODE, GEOMETRY, P_NODE, SERVICE, D, P, Pair, one_of_each
 from support.ids import block_ids
 
-from cache_messager.work import FrameSent, SendFrame
+from cache_messager.links import link_class
+from cache_messager.work import FrameSent, LinkLost, SendFrame
 from kvrelay.errors import TransferError
 from kvrelay.machine.contract import PeerLost, Received, Send, TimerFired
 from kvrelay.protocol.ids import Attempt, BlockId, PeerId, RequestId
@@ -613,6 +614,78 @@ def test_frame_that_the_link_cannot_send_fails_the_transfer_and_returns_its_cred
         pair.cancel(A)
         pair.run()
         pair.assert_quiescent()
+
+
+def _lost_on_the_way(pair: Pair) -> None:
+    """Let the link say that it cannot move bytes any more, while messages still reach D."""
+    pair.feed(P, LinkLost(D, "no route"))
+    assert failure(pair).error.code == "peer_lost"
+    assert "no route" in failure(pair).error.message
+    pair.cancel(A)
+    pair.run()
+
+
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_kind_of_link_that_was_lost_before_it_moved_anything_gives_way_to_others(has_moved: bool) -> None:
+    with Pair(links=("ipc", "tcp")) as pair:
+        if has_moved:
+            before = Attempt(RequestId("before"), 1)
+            sources, _ = started(pair, before)
+            pair.signal_all(before, sources)
+            pair.run()
+        started(pair)
+        _lost_on_the_way(pair)
+        again = Attempt(RequestId("a"), 2)
+        sources, _ = started(pair, again)
+        pair.signal_all(again, sources)
+        pair.run()
+        pair.assert_moved(again)
+        assert [pair.counter(P, f"links_{kind}") for kind in ("ipc", "tcp")] == ([2, 0] if has_moved else [1, 1])
+        pair.assert_quiescent()
+
+
+def test_only_kind_of_link_is_used_again_after_it_was_lost() -> None:
+    with Pair(links=("ipc",)) as pair:
+        started(pair)
+        _lost_on_the_way(pair)
+        again = Attempt(RequestId("a"), 2)
+        sources, _ = started(pair, again)
+        pair.signal_all(again, sources)
+        pair.run()
+        pair.assert_moved(again)
+
+
+def test_no_more_frames_are_under_way_than_the_receiver_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pair() as pair:
+        monkeypatch.setattr(link_class(pair.fastest), "max_frame_bytes", BLOCK_BYTES)
+        slots: dict[tuple[int, int], int] = {}
+
+        def watch(_src: PeerId, _dst: PeerId, message: Message) -> list[Message]:
+            if isinstance(message, LinkAccepted):
+                return [msgspec.structs.replace(message, max_frames=2)]
+            if isinstance(message, KVFrame):
+                assert message.slot in {0, 1} - set(slots.values())
+                slots[message.layer, message.first_block] = message.slot
+            elif isinstance(message, FrameAck):
+                del slots[message.layer, message.first_block]
+            return [message]
+
+        pair.on_wire = watch
+        sources, _ = started(pair, num_blocks=6)
+        pair.signal_all(A, sources)
+        pair.run()
+        pair.assert_moved(A)
+        assert len(pair.frames) == 6 * GEOMETRY.num_layers
+
+
+def test_receiver_that_takes_no_frame_is_given_up() -> None:
+    with Pair() as pair:
+        pair.on_wire = lambda _src, _dst, message: [
+            msgspec.structs.replace(message, max_frames=0) if isinstance(message, LinkAccepted) else message
+        ]
+        pair.open(A, block_ids(1))
+        pair.run()
+        assert "has no room" in failure(pair).error.message
 
 
 def test_link_of_a_kind_that_was_not_offered_is_given_up() -> None:

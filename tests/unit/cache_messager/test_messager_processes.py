@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
@@ -43,19 +43,20 @@ NUM_BLOCKS = 256
 
 
 def run(
-    scenario: Callable[[MessagerNode, MessagerNode], Coroutine[None, None, None]],
+    scenario: Callable[..., Coroutine[None, None, None]],
     directory: Path,
     *,
+    names: Sequence[str] = ("p0", "d0"),
     leftovers: int = 0,
     on_device: bool = False,
     **changes: object,
 ) -> None:
-    """Play ``scenario(p, d)`` with two fresh messagers; they may leave only the sockets of those that were killed."""
+    """Play ``scenario`` with fresh messagers; they may leave only the sockets of those that were killed."""
 
     async def play() -> None:
         async with AsyncExitStack() as stack:
             nodes = []
-            for name in ("p0", "d0"):
+            for name in names:
                 pool = stack.enter_context(closing(make_pool(GEOMETRY, NUM_BLOCKS, on_device=on_device)))
                 nodes.append(await stack.enter_async_context(messager_node(name, directory, pool, **changes)))
             await scenario(*nodes)

@@ -77,6 +77,7 @@ class Host:
     def __init__(self, pool: Pool, *, checksum: bool = True) -> None:
         self.pool: KVPool = pool
         self.checksum = checksum
+        self.peer_timeout_s = 5.0
         self.sent: list[tuple[KVFrame, list[memoryview]]] = []
         self.events: list[object] = []
 

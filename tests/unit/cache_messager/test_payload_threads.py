@@ -29,6 +29,7 @@ class Host:
     """A messager that takes frames and events from any thread."""
 
     checksum = True
+    peer_timeout_s = 5.0
 
     def __init__(self, pool: Pool) -> None:
         self.pool: KVPool = pool

@@ -193,12 +193,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "a link between devices where there is none": (
         GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "transfer: {link: cuda}\n",
-        ["4: nodes.p0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+        ["4: nodes.p0.transfer.link: cuda copies between pools of device engines: engine.kind torch, paddle-device"],
     ),
     "a link between devices, and one node without": (
         GOOD.replace("8300}", "8300, engine: {fake: {device_pool: false}}}")
         + "engine: {kind: fake, fake: {device_pool: true}}\ntransfer: {link: cuda}\n",
-        ["5: nodes.d0.transfer.link: cuda copies between pools on devices, which engine.kind: torch has"],
+        ["5: nodes.d0.transfer.link: cuda copies between pools of device engines: engine.kind torch, paddle-device"],
     ),
     "registry without a place": (
         GOOD + "registry: {kind: redis}\n",

@@ -102,6 +102,11 @@ def test_every_way_of_writing_notes_the_digests(memory: DeviceMemory) -> None:
     payload = other.read(range(1, 3), block_ids(7, 1))
     memory.write(range(1, 3), block_ids(0, 5), [payload[0][:100], payload[0][100:]])
     assert memory.digest(range(1, 3), block_ids(0, 5)) == other.digest(range(1, 3), block_ids(7, 1))
+    gathered = bytearray(payload[0].nbytes)
+    assert other.gather(range(1, 3), block_ids(7, 1), memoryview(gathered)) == other.digest(
+        range(1, 3), block_ids(7, 1)
+    )
+    assert gathered == payload[0]
     copied = memory.copy_from(other, EVERY, block_ids(9, 2, 3), block_ids(4, 8, 0))
     assert copied == memory.digest(EVERY, block_ids(9, 2, 3)) == other.digest(EVERY, block_ids(4, 8, 0))
     assert memory.read(EVERY, block_ids(9, 2, 3)) == other.read(EVERY, block_ids(4, 8, 0))

@@ -162,6 +162,9 @@ def test_digest_is_that_of_what_is_read_and_copied(memory: KVMemory) -> None:
     other = KVMemory.create(GEOMETRY, num_blocks=10)
     expected = xxhash.xxh3_64_intdigest(b"".join(memory.read(range(1, 3), block_ids(7, 1, 2))))
     assert memory.digest(range(1, 3), block_ids(7, 1, 2)) == expected
+    gathered = bytearray(3 * 2 * GEOMETRY.layer_block_bytes)
+    assert memory.gather(range(1, 3), block_ids(7, 1, 2), memoryview(gathered)) == expected
+    assert gathered == b"".join(memory.read(range(1, 3), block_ids(7, 1, 2)))
     assert other.copy_from(memory, range(1, 3), block_ids(0, 5, 9), block_ids(7, 1, 2)) == expected
     assert np.array_equal(other.planes[1:, :, [0, 5, 9]], memory.planes[1:, :, [7, 1, 2]])
     assert not other.planes[0].any()

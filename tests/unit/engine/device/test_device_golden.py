@@ -32,13 +32,14 @@ def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["torch", "paddle-device"])
 def test_tokens_and_logits_are_those_of_transformers(
-    case: GoldenCase, tmp_path: Path, logits_seen: list[np.ndarray]
+    kind: str, case: GoldenCase, tmp_path: Path, logits_seen: list[np.ndarray]
 ) -> None:
     case.write_checkpoint(tmp_path)
     model = {"max_model_len": case.max_model_len, "dtype": "float32"}
     scheduler = {"max_num_seqs": 2}
-    engine = open_engine(tmp_path, model=model, scheduler=scheduler, engine={"kind": "torch"})
+    engine = open_engine(tmp_path, model=model, scheduler=scheduler, engine={"kind": kind})
     for golden in load_golden(case):
         if len(golden.prompt_token_ids) > LONGEST_PROMPT:
             continue
@@ -51,9 +52,14 @@ def test_tokens_and_logits_are_those_of_transformers(
     engine.close()
 
 
-def test_neither_engine_imports_the_other_framework() -> None:
+@pytest.mark.parametrize(("name", "other"), [("torch", "paddle"), ("paddle", "torch")])
+def test_a_device_engine_imports_one_framework(name: str, other: str) -> None:
     import subprocess
 
-    code = "import sys, kvrelay.engine.device.load; print('paddle' in sys.modules, 'pydantic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    code = (
+        "import sys, kvrelay.engine.device.load as load;"
+        f"load.make_framework({name!r}, 'cpu');"
+        f"print({name!r} in sys.modules, {other!r} in sys.modules, 'pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False"]

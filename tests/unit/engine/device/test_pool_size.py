@@ -83,10 +83,10 @@ def test_a_device_that_holds_no_longest_sequence_is_refused() -> None:
         case.fit(share=0.9)
 
 
-@pytest.mark.parametrize("kind", ["paddle", "fake", "torch"])
+@pytest.mark.parametrize("kind", ["paddle", "fake", "torch", "paddle-device"])
 def test_auto_is_for_gpus(kind: str, tiny_dir: Path) -> None:
     node = node_config(tiny_dir, cache={"num_blocks": "auto"}, engine={"kind": kind})
-    with pytest.raises(ConfigError, match=r"auto needs engine\.kind: torch and engine\.device: gpu"):
+    with pytest.raises(ConfigError, match=r"auto needs engine\.kind: torch or paddle-device, and engine\.device: gpu"):
         load_engine(node, lambda done, total: None)
 
 

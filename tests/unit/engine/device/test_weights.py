@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from engine_runs import Runner, node_config, open_engine, output, sequence
 
 from kvrelay.engine.checkpoint import expected_shapes
 from kvrelay.engine.decoder_config import parse_decoder_config
-from kvrelay.engine.device.torch_framework import TorchFramework
+from kvrelay.engine.device.frameworks import make_framework
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.engine.geometry import node_geometry
 from kvrelay.engine.load import load_engine
@@ -22,32 +23,33 @@ from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors, writ
 from kvrelay.engine.tiny import tiny_config
 from kvrelay.errors import ConfigError
 
-TORCH = {"kind": "torch"}
-
 
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_parts_go_from_the_file_to_their_places(
-    stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: Literal["torch", "paddle"], stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {name: np.random.default_rng(rows).standard_normal((rows, 5), np.float32) for name, rows in PARTS.items()}
     write_safetensors(tmp_path / "w", {name: (rows, 5) for name, rows in PARTS.items()}, stored, values.__getitem__)
     tensors = read_safetensors(tmp_path / "w")
     expected = np.concatenate([tensors[name].float32() for name in PARTS])
     monkeypatch.delattr(StoredTensor, "float32")
-    packed = DevicePacking(TorchFramework("cpu"), dtype).upload_stored([tensors[name] for name in PARTS])
-    assert torch.equal(packed, torch.from_numpy(expected).to(getattr(torch, dtype)))
+    packed = DevicePacking(make_framework(name, "cpu"), dtype).upload_stored([tensors[part] for part in PARTS])
+    rounded = torch.from_numpy(expected).to(getattr(torch, dtype)).float()
+    assert np.array_equal(packed.astype("float32").numpy() if name == "paddle" else packed.float(), rounded)
 
 
 PARTS = {"q": 3, "k": 2, "v": 4}
 
 
-def test_random_weights_need_a_config_alone_and_are_the_same_each_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["torch", "paddle-device"])
+def test_random_weights_need_a_config_alone_and_are_the_same_each_time(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3")))
     model = {"load_format": "dummy", "max_model_len": 128}
     outputs = []
     for _ in range(2):
-        engine = open_engine(tmp_path, model=model, engine=TORCH)
+        engine = open_engine(tmp_path, model=model, engine={"kind": kind})
         one = sequence([5, 9, 200], max_tokens=8, temperature=1.0)
         Runner(engine).finish(one)
         outputs.append(output(one))
@@ -55,9 +57,9 @@ def test_random_weights_need_a_config_alone_and_are_the_same_each_time(tmp_path:
         engine.close()
     assert outputs[0] == outputs[1]
     assert len(set(outputs[0])) > 1
-    node = node_config(tmp_path, model=model, engine=TORCH)
+    node = node_config(tmp_path, model=model, engine={"kind": kind})
     assert node_geometry(node, lambda done, total: None) == geometry
-    other = node_config(tmp_path, model={**model, "dtype": "bfloat16"}, engine=TORCH)
+    other = node_config(tmp_path, model={**model, "dtype": "bfloat16"}, engine={"kind": kind})
     assert node_geometry(other, lambda done, total: None).model_digest != geometry.model_digest
 
 

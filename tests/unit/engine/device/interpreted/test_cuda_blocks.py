@@ -1,20 +1,18 @@
-"""Blocks on a GPU, with an interpreted kernel and doubles for the driver and for what torch has of CUDA."""
+"""Blocks on a GPU, with an interpreted kernel and doubles for the driver and for a framework's CUDA."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-import torch
 from support.ids import block_ids
 
 from kvrelay.errors import ConfigError, DeviceError, PeerLostError
-from kvrelay.kv_pool import cuda_blocks
+from kvrelay.kv_pool import cuda_blocks, device_memory
 from kvrelay.kv_pool.block_digest import digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.protocol.geometry import KVGeometry
@@ -61,8 +59,7 @@ class Event:
 
     fails = False
 
-    def __init__(self, *, blocking: bool) -> None:
-        self.recorded = False
+    recorded = False
 
     def record(self, stream: Any) -> None:
         self.recorded = True
@@ -76,7 +73,7 @@ class Event:
 
 
 class Stream:
-    def __init__(self, priority: int) -> None:
+    def __init__(self) -> None:
         self.waited: list[Any] = []
 
     def wait_event(self, event: Any) -> None:
@@ -86,20 +83,50 @@ class Stream:
         pass
 
 
-def _empty(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-    assert pin_memory, "the device reaches pinned memory only"
-    return torch.full(shape, -7, dtype=dtype)
+class Api:
+    """A framework's CUDA. Only what it says is pinned memory may be given to kernels."""
+
+    errors = (RuntimeError,)
+
+    def start(self) -> None:
+        pass
+
+    def release_memory(self) -> None:
+        pass
+
+    def stream(self) -> Stream:
+        return Stream()
+
+    def event(self) -> Event:
+        return Event()
+
+    def on(self, stream: Stream) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.full(shape, -7, dtype)
+
+    def tensor(self, memory: Any) -> Any:
+        raise AssertionError("tensors are for engines")
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect which frameworks are asked for."""
+    asked: list[str] = []
+
+    def api(name: str) -> Api:
+        asked.append(name)
+        return Api()
+
+    monkeypatch.setattr(device_memory, "cuda_api", api)
+    return asked
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> Driver:
     made = Driver()
-    cuda = SimpleNamespace(
-        Event=Event, Stream=Stream, empty_cache=lambda: None, stream=lambda _: contextlib.nullcontext()
-    )
-    double = SimpleNamespace(cuda=cuda, empty=_empty, int32=torch.int32, int64=torch.int64, Tensor=torch.Tensor)
-    monkeypatch.setattr(cuda_blocks, "torch", double)
-    monkeypatch.setattr(cuda_blocks, "_driver", lambda: made)
+    monkeypatch.setattr(cuda_blocks, "CudaDriver", lambda: made)
     return made
 
 
@@ -134,7 +161,7 @@ def test_blocks_are_copied_digested_read_and_written(pools: tuple[DeviceMemory, 
 
 def test_digests_are_those_of_the_bytes_and_wait_for_the_engine(pools: tuple[DeviceMemory, DeviceMemory]) -> None:
     source, _ = pools
-    blocks, written = block_ids(9, 0, 4), Event(blocking=True)
+    blocks, written = block_ids(9, 0, 4), Event()
     noted = source.digest(EVERY, blocks)
     assert source.begin_digest(EVERY, blocks, after=written).wait() == noted
     assert source.blocks._stream.waited == [written]
@@ -178,3 +205,12 @@ def test_pinned_memory_is_kept_until_the_device_is_done(
     assert len(source.blocks._works) >= 3
     monkeypatch.undo()
     source.blocks._works.clear()
+
+
+def test_each_process_uses_the_framework_of_its_own_node(driver: Driver, names: list[str]) -> None:
+    own = DeviceMemory.create(GEOMETRY, 2, "cuda", "paddle")
+    peer = DeviceMemory.attach(GEOMETRY, msgspec.structs.replace(own.handle, framework="torch"))
+    messager = DeviceMemory.attach(GEOMETRY, own.handle)
+    assert names == ["paddle", "torch", "paddle"]
+    for pool in (messager, peer, own):
+        pool.close()
