@@ -111,7 +111,8 @@ class BlockMover:
                 log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})
                 continue
             self._accepted[action.link_id] = link
-            self.post(LinkReady(action.link_id, offer.kind, max_frames=link.max_frames, handle=handle))
+            passed_over = "; ".join(reasons)
+            self.post(LinkReady(action.link_id, offer.kind, passed_over, max_frames=link.max_frames, handle=handle))
             return
         self.post(LinkReady(action.link_id, None, "; ".join(reasons) or "no link was offered"))
 

@@ -100,6 +100,7 @@ class ReceiverLinks:
                 credit_bytes=self._credit_bytes,
                 max_frames=event.max_frames,
                 handle=event.handle,
+                passed_over=event.reason,
             )
             self._outbox.send(link.peer, link.accepted)
 

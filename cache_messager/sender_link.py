@@ -15,10 +15,14 @@ from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, 
 
 
 class Route(NamedTuple):
-    """Address of a messager, and the offers possible at that address, best first."""
+    """Address of a messager, and the offers possible at that address, best first.
+
+    ``passed_over``: why better ones are not among them.
+    """
 
     address: str
     offers: list[LinkOffer]
+    passed_over: list[str]
 
 
 def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, failed: Collection[str] = ()) -> Route:
@@ -33,15 +37,18 @@ def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, fail
         kinds = ", ".join(offer.kind for offer in offers) or "none"
         where = "on this host" if peer.host_id == here else "on another host"
         raise TransferError(f"no link reaches {peer.peer}, which is {where}; possible and allowed here: {kinds}")
-    best = reached[0][0]
-    return Route(best, [offer for address, offer in reached if address == best])
+    best, first = reached[0]
+    better = [offer.kind for offer in offers[: offers.index(first)]]
+    passed_over = [f"{kind}: {'has failed' if kind in failed else 'not to another host'}" for kind in better]
+    return Route(best, [offer for address, offer in reached if address == best], passed_over)
 
 
 class SenderLink:
     """One connection to D's messager, shared by all transfers to that D.
 
     ``ready`` holds the transfers with queued blocks, in round-robin order. Until D's messager has accepted the link, it
-    has no ``kind`` and no credit. ``has_moved``: whether D has acknowledged a frame.
+    has no ``kind`` and no credit. ``passed_over``: why better kinds are not offered. ``has_moved``: whether D has
+    acknowledged a frame.
     """
 
     __slots__ = (
@@ -52,14 +59,16 @@ class SenderLink:
         "kind",
         "max_frame_bytes",
         "offers",
+        "passed_over",
         "peer",
         "ready",
         "transfers",
     )
 
-    def __init__(self, peer: PeerId, offers: list[LinkOffer]) -> None:
+    def __init__(self, peer: PeerId, offers: list[LinkOffer], passed_over: Sequence[str] = ()) -> None:
         self.peer = peer
         self.offers = offers
+        self.passed_over = passed_over
         self.kind = ""
         self.max_frame_bytes = 0
         self.credit_bytes = 0

@@ -52,7 +52,7 @@ class SenderLinks:
         if peer in self._links:
             return self._links[peer]
         route = choose_route(self._offers, self._host_id, address, self._failed.get(peer, ()))
-        link = self._links[peer] = SenderLink(peer, route.offers)
+        link = self._links[peer] = SenderLink(peer, route.offers, route.passed_over)
         self._liveness.watch(peer, self._outbox.now)
         self._outbox.do(Connect(peer, route.address))
         self._outbox.send(peer, LinkHello(geometry=self._geometry, offers=route.offers))
@@ -73,7 +73,8 @@ class SenderLinks:
             return
         self._outbox.do(OpenLink(peer, link.kind, message.handle))
         self._counters[links_counter(link.kind)] += 1
-        self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind}))
+        passed_over = "; ".join(filter(None, [*link.passed_over, message.passed_over])) or "none"
+        self._outbox.do(Log("info", "link open", {"peer": peer, "link": link.kind, "passed_over": passed_over}))
         self._frames.pump(link)
 
     def refused(self, peer: PeerId, message: LinkRefused) -> None:

@@ -87,8 +87,9 @@ class FrameSent:
 
 @dataclass(frozen=True, slots=True)
 class LinkReady:
-    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here, for the given ``reason``.
+    """Answers AcceptLink. ``kind`` is None if none of the offers is possible here.
 
+    ``reason``: why those before it, or all, are not possible.
     ``max_frames`` and ``handle``: what the sender must know of this end, as in LinkAccepted.
     """
 

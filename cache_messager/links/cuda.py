@@ -23,6 +23,7 @@ from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVDeviceHandle
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
+from kvrelay.runtime.logging import log_event
 
 
 class Link:
@@ -47,7 +48,10 @@ class Link:
     def offer(self) -> bytes | None:
         """Return the handle of the pool if it is on a device, else None."""
         handle = self._host.pool.handle
-        return msgspec.json.encode(handle) if isinstance(handle, KVDeviceHandle) else None
+        if not isinstance(handle, KVDeviceHandle):
+            log_event("info", "link not possible", {"kind": "cuda", "reason": "this node's pool is not on a device"})
+            return None
+        return msgspec.json.encode(handle)
 
     def open(self, peer: PeerId, handle: bytes) -> None:
         """Do nothing."""

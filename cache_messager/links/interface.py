@@ -55,7 +55,10 @@ class KVLink(Protocol):
         """Return the ZMQ address of ``peer`` for the host ``here``, or None if this kind cannot reach it."""
 
     def offer(self) -> bytes | None:
-        """Return the data a receiver needs to accept such a link, opaque to all others; None if not possible here."""
+        """Return the data a receiver needs to accept such a link, opaque to all others.
+
+        None if such a link is not possible here; why is logged.
+        """
 
     def open(self, peer: PeerId, handle: bytes) -> None:
         """Prepare to send to ``peer``, whose ``accept`` returned ``handle``. A failure is posted as LinkLost."""

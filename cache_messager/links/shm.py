@@ -17,6 +17,7 @@ from kvrelay.protocol.ids import BlockId, PeerId
 from kvrelay.protocol.kv_handle import KVMemoryHandle
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame
+from kvrelay.runtime.logging import log_event
 
 
 class Link:
@@ -37,7 +38,10 @@ class Link:
     def offer(self) -> bytes | None:
         """Return the handle of the pool if it is in host memory, else None."""
         handle = self._host.pool.handle
-        return msgspec.json.encode(handle) if isinstance(handle, KVMemoryHandle) else None
+        if not isinstance(handle, KVMemoryHandle):
+            log_event("info", "link not possible", {"kind": "shm", "reason": "this node's pool is not in host memory"})
+            return None
+        return msgspec.json.encode(handle)
 
     def open(self, peer: PeerId, handle: bytes) -> None:
         """Do nothing."""

@@ -214,7 +214,7 @@ EXAMPLES: list[Message] = [
     KVCancelled(**_ID),
     MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
     LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
-    LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle"),
+    LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle", passed_over="shm: no"),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),
     KVFrame(
         **_ID,

@@ -36,13 +36,14 @@ class LinkAccepted(Message, frozen=True, kw_only=True):
     """D's messager -> P's, answers LinkHello. ``kind`` is the first offer that D's messager can use.
 
     The reader may send frames, with at most ``credit_bytes`` of KV in at most ``max_frames`` frames that are not
-    acknowledged. ``handle`` is for the reader's link of that kind.
+    acknowledged. ``handle`` is for the reader's link of that kind. ``passed_over`` says why it is not an earlier offer.
     """
 
     kind: str
     credit_bytes: int
     max_frames: int = MAX_INFLIGHT_FRAMES
     handle: bytes = b""
+    passed_over: str = ""
 
 
 class LinkRefused(Message, frozen=True, kw_only=True):

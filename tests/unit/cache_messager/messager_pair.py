@@ -129,7 +129,8 @@ def settings(me: PeerId, pool: KVHandle, **changes: object) -> MessagerSettings:
 class Pair:
     """P's messager and D's messager, started, with their queues empty. Close it when done.
 
-    With pools ``on_device``, the link cuda takes the place of shm.
+    With pools ``on_device``, the link cuda takes the place of shm. ``p`` and ``d`` change settings of P's messager and
+    of D's, ``on_device`` among them.
     """
 
     on_device: ClassVar[bool] = False
@@ -168,7 +169,8 @@ class Pair:
     def _endpoint(self, me: PeerId, host: str, changes: dict[str, object]) -> Endpoint:
         geometry = changes.get("geometry", GEOMETRY)
         assert isinstance(geometry, KVGeometry)
-        pool = make_pool(geometry, NUM_BLOCKS, on_device=self.on_device)
+        on_device = bool(changes.pop("on_device", self.on_device))
+        pool = make_pool(geometry, NUM_BLOCKS, on_device=on_device)
         link = LinkAddress(peer=me, host_id=host, tcp=f"tcp://{me}", ipc=f"ipc://{me}")
         links = cast(tuple[str, ...], changes.get("links", ("shm", "ipc", "tcp")))
         links = tuple(kind for kind in links if kind != "nixl")  # it has a thread of its own

@@ -253,8 +253,7 @@ def test_what_breaks_the_forward_pass_is_found_and_the_others_grow_on(
         return posted
 
     bad, good = events(BAD), events(GOOD)
-    layers = [layer for event in bad if isinstance(event, LayersComputed) for layer in event.layers]
-    assert layers == [0, 1, 2, 3]
+    assert [layer for event in bad if isinstance(event, LayersComputed) for layer in event.layers] == [0, 1, 2, 3]
     assert isinstance(bad[-1], StepDone) and isinstance(good[-1], StepDone)
     with_bad, with_good = outcomes_in_order(bad[-1].result), outcomes_in_order(good[-1].result)
     assert with_bad.pop(1) == SequenceFailed("RuntimeError: out of memory", retryable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -16,6 +17,7 @@ from kvrelay.kv_pool.attach import open_pool
 from kvrelay.kv_pool.block_digest import Words, digest_blocks, fold
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
+from kvrelay.kv_pool.simulated_blocks import SimulatedBlocks
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.kv_handle import KVDeviceHandle, KVHandle
@@ -165,3 +167,39 @@ def test_any_bit_any_place_and_any_order_change_the_digest() -> None:
     swapped[0, 0, [0, 1]] = swapped[0, 0, [1, 0]]
     assert fold(digest_blocks(swapped)) != known
     assert fold(digest_blocks(np.zeros((1, 1, 1), np.int64))) > 0
+
+
+def test_a_block_has_the_same_digest_alone_and_among_many() -> None:
+    """Blocks are mixed a piece at a time: of the second of these shapes, the last block is in the second piece."""
+    for shape in ((2, 3, 5), (1, 33, 1024)):
+        words = np.random.default_rng(4).integers(-(1 << 63), (1 << 63) - 1, shape)
+        digests = digest_blocks(words)
+        assert digests.shape == shape[:2]
+        for plane, block in ((0, 0), (0, shape[1] - 1), (shape[0] - 1, 1)):
+            assert int(digests[plane, block]) % (1 << 64) == digest_of(words[plane, block].tolist())
+
+
+def digest_of(words: list[int]) -> int:
+    """Return the digest of one block, by Python's integers."""
+    total, every = 0, (1 << 64) - 1
+    for place, word in enumerate(words):
+        mixed = (word ^ ((place + 1) * 0x9E3779B97F4A7C15)) & every
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            mixed = (mixed ^ (mixed >> 33)) * factor & every
+        total += mixed ^ (mixed >> 33)
+    return total & every
+
+
+def test_work_of_a_busy_device_ends_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedBlocks, "latency_s", 3600.0)
+    memory = DeviceMemory.create(GEOMETRY, 10, "simulated")
+    monkeypatch.undo()
+    other = open_pool(GEOMETRY, memory.handle)
+    assert isinstance(other, DeviceMemory)
+    copy = other.begin_copy(memory, EVERY, block_ids(1), block_ids(2))
+    now, is_done = time.monotonic(), [copy.is_done]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+    assert [*is_done, copy.is_done] == [False, True]
+    assert copy.wait() == memory.digest(EVERY, block_ids(1))
+    other.close()
+    memory.close()
