@@ -10,7 +10,7 @@ from cache_messager.transfer import FrameKey, Transfer, TransferStatus
 from cache_messager.transfers import Transfers
 from cache_messager.work import FrameSent, MessagerOutbox, SendFrame
 from kvrelay.errors import CorruptKVError, LocalProtocolError, TransferError
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, PeerId, peer_name
 from kvrelay.protocol.messages.messager_to_messager import AckStatus, FrameAck
 from kvrelay.protocol.messages.node_to_messager import KVSpan
 
@@ -112,5 +112,5 @@ class FrameSender:
 def _ack_error(peer: PeerId, ack: FrameAck) -> TransferError:
     where = f"layer {ack.layer} from block {ack.first_block}"
     if ack.status is AckStatus.CORRUPT:
-        return CorruptKVError(f"{where} reached {peer} corrupt")
-    return TransferError(f"{peer} does not expect {where} ({ack.status})")
+        return CorruptKVError(f"{where} reached {peer_name(peer)} corrupt")
+    return TransferError(f"{peer_name(peer)} does not expect {where} ({ack.status})")

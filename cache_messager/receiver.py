@@ -75,7 +75,11 @@ class Receiver:
         elif self._expectations.has_arrived(attempt):
             self._counters["duplicate_frames"] += 1
             self._ack(peer, frame, AckStatus.WRITTEN)
-        elif expectation is None or expectation.status is not ExpectationStatus.RECEIVING:
+        elif (
+            expectation is None
+            or expectation.status is not ExpectationStatus.RECEIVING
+            or expectation.message.sender not in (None, peer)
+        ):
             self._counters["stale_frames"] += 1
             self._ack(peer, frame, AckStatus.STALE)
         else:

@@ -12,7 +12,7 @@ from kvrelay.errors import GeometryMismatchError, PeerLostError, TransferError
 from kvrelay.machine.contract import Log
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHello, LinkRefused
 
@@ -73,7 +73,7 @@ class ReceiverLinks:
                 self._outbox.send(peer, known.accepted)
             return
         if known is not None:
-            self._drop(known, PeerLostError(f"{peer} opened its link anew"))
+            self._drop(known, PeerLostError(f"{peer_name(peer)} opened its link anew"))
         differences = self._geometry.differences(message.geometry)
         if differences:
             self.refuse(peer, "; ".join(differences), GeometryMismatchError.code)
@@ -115,7 +115,7 @@ class ReceiverLinks:
         link = self._links.get(peer)
         if link is not None:
             self._outbox.do(Log("warning", "sender lost", {"peer": peer, "reason": reason}))
-            self._drop(link, PeerLostError(f"{peer} is lost: {reason}"))
+            self._drop(link, PeerLostError(f"{peer_name(peer)} is lost: {reason}"))
 
     def _drop(self, link: ReceiverLink, error: TransferError) -> None:
         """Remove ``link`` and fail the expectations that receive over it."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
@@ -36,7 +36,9 @@ def choose_route(offers: Sequence[LinkOffer], here: str, peer: LinkAddress, fail
     if not reached:
         kinds = ", ".join(offer.kind for offer in offers) or "none"
         where = "on this host" if peer.host_id == here else "on another host"
-        raise TransferError(f"no link reaches {peer.peer}, which is {where}; possible and allowed here: {kinds}")
+        raise TransferError(
+            f"no link reaches {peer_name(peer.peer)}, which is {where}; possible and allowed here: {kinds}"
+        )
     best, first = reached[0]
     better = [offer.kind for offer in offers[: offers.index(first)]]
     passed_over = [f"{kind}: {'has failed' if kind in failed else 'not to another host'}" for kind in better]
@@ -81,7 +83,7 @@ class SenderLink:
     def accept(self, kind: str, credit_bytes: int, max_frames: int) -> None:
         """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
         if kind not in [offer.kind for offer in self.offers]:
-            raise TransferError(f"{self.peer} accepted a link of kind {kind!r:.40}, which was not offered")
+            raise TransferError(f"{peer_name(self.peer)} accepted a link of kind {kind!r:.40}, which was not offered")
         self.kind = kind
         self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes

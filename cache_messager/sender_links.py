@@ -14,7 +14,7 @@ from kvrelay.errors import GeometryMismatchError, PeerLostError, TransferError
 from kvrelay.machine.contract import Connect, Disconnect, Log
 from kvrelay.machine.liveness import Liveness
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import LinkAccepted, LinkHello, LinkOffer, LinkRefused
 
@@ -64,7 +64,7 @@ class SenderLinks:
         if link is None or link.kind:
             return
         if message.credit_bytes < self._geometry.layer_block_bytes or message.max_frames < 1:
-            self.lose(link, TransferError(f"{peer} has no room for even one block"))
+            self.lose(link, TransferError(f"{peer_name(peer)} has no room for even one block"))
             return
         try:
             link.accept(message.kind, message.credit_bytes, message.max_frames)
@@ -88,7 +88,7 @@ class SenderLinks:
         """The connection to ``peer`` is lost."""
         link = self._links.get(peer)
         if link is not None:
-            self.lose(link, PeerLostError(f"{peer} is lost: {reason}"))
+            self.lose(link, PeerLostError(f"{peer_name(peer)} is lost: {reason}"))
 
     def link_lost(self, peer: PeerId, reason: str) -> None:
         """The link cannot move bytes to ``peer`` any more. If it has moved none, others are preferred from now on."""
@@ -96,7 +96,7 @@ class SenderLinks:
         if link is not None:
             if not link.has_moved:
                 self._failed.setdefault(peer, set()).add(link.kind)
-            self.lose(link, PeerLostError(f"the {link.kind} link to {peer} is lost: {reason}"))
+            self.lose(link, PeerLostError(f"the {link.kind} link to {peer_name(peer)} is lost: {reason}"))
 
     def lose(self, link: SenderLink, error: TransferError) -> None:
         """Drop the link with its queued frames. From here on nothing reads P's blocks for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from kvrelay.addresses import tcp_address
 from kvrelay.kv_pool.attach import open_pool
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
+from kvrelay.protocol.ids import peer_name
 from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
+from kvrelay.runtime.runtime_dir import new_socket_file
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 
@@ -29,12 +33,12 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
     ``lifeline_fd`` is a pipe whose other end only the node holds: at end of file the node has ended. Raises
     PeerLostError or GeometryMismatchError if the node's pool cannot be opened.
     """
-    ipc_file = Path(settings.runtime_dir) / settings.me
+    ipc_file = new_socket_file(Path(settings.runtime_dir), peer_name(settings.me))
     loop = asyncio.get_running_loop()
     with (
         closing(open_pool(settings.geometry, settings.pool)) as pool,
         closing(BlockMover(settings, pool)) as mover,
-        closing(Transport(settings.me, lambda event: shell.post(event), send_queue=_QUEUE)) as transport,  # noqa: PLW0108
+        closing(_transport(settings, lambda event: shell.post(event))) as transport,  # noqa: PLW0108
     ):
         tcp, ipc = transport.bind(tcp_address(settings.host, 0), f"ipc://{ipc_file}")
         offers = mover.offers
@@ -42,13 +46,18 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
         shell = Shell(MessagerMachine(settings, link, offers), clock=Clock())
         mover.serve(transport, shell)
-        transport.connect(settings.node, settings.node_address)
+        transport.connect_private(settings.node, settings.node_address)
         loop.add_reader(lifeline_fd, _on_lifeline, lifeline_fd, settings, shell)
         try:
             return await shell.run(transport)
         finally:
             loop.remove_reader(lifeline_fd)
             ipc_file.unlink(missing_ok=True)
+
+
+def _transport(settings: MessagerSettings, deliver: Callable[[object], None]) -> Transport:
+    keys = None if settings.keys is None else Keys.load(Path(settings.keys), peer_name(settings.node))
+    return Transport(settings.me, deliver, send_queue=_QUEUE, keys=keys)
 
 
 def _log_offers(settings: MessagerSettings, offered: list[str]) -> None:

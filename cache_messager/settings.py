@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
@@ -23,7 +23,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``me``: its peer id. ``node``: the peer id of its node, which listens at ``node_address``. ``pool``: handle of the
     node's KV memory. ``links``: kinds of link for sending, best first. ``runtime_dir``: directory of link files.
     ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
-    from the config's sections ``transfer`` and ``cluster``.
+    from the config's sections ``transfer``, ``cluster`` and ``security``.
     """
 
     me: PeerId
@@ -42,6 +42,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
     log_level: str = "info"
+    keys: str | None = None
 
     @classmethod
     def for_node(
@@ -55,9 +56,8 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
         runtime_dir: str,
     ) -> MessagerSettings:
         """Return the settings of the messager of ``node``, an incarnation of the node in ``config``."""
-        name, _, incarnation = node.partition("#")
         return cls(
-            me=peer_id(f"{name}.messager", incarnation),
+            me=messager_of(node),
             node=node,
             node_address=node_address,
             geometry=geometry,
@@ -72,6 +72,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             heartbeat_s=config.cluster.heartbeat_s,
             peer_timeout_s=config.cluster.peer_timeout_s,
             log_level=config.cluster.log_level,
+            keys=config.security.keys,
         )
 
 

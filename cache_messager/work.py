@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.machine.outbox import RoleOutbox
-from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.ids import BlockId, PeerId, peer_name
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
 
 # ---------------------------------------------------------------- actions
@@ -131,4 +131,4 @@ def corrupt(frame: KVFrame) -> CorruptKVError:
 
 def violation(sender: str, problem: str) -> TransferError:
     """Return the error of a frame that ``sender`` should not have sent."""
-    return TransferError(f"{sender} broke the protocol: {problem}")
+    return TransferError(f"{peer_name(PeerId(sender))} broke the protocol: {problem}")

@@ -25,14 +25,14 @@ from kvrelay.protocol.messages.messager_to_node import KVArrived, KVCancelled, K
 from kvrelay.protocol.messages.node_to_messager import CancelKV
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
-from kvrelay.protocol.messages.router_to_node import Generate
+from kvrelay.protocol.messages.router_to_node import Generate, PrefillNodes
 from kvrelay.protocol.request import RequestSpec
 from kvstore.offload.kv_offloader import KVOffloader
 
 RequestMessage: TypeAlias = CancelReservation | KVExpected | KVArrived | KVFailed | KVCancelled
 """Messages about one request that the node knows."""
 
-RoleMessage: TypeAlias = Generate | ReserveBlocks | HandOff | RenewReservations | RequestMessage
+RoleMessage: TypeAlias = Generate | PrefillNodes | ReserveBlocks | HandOff | RenewReservations | RequestMessage
 """Messages that decode and mixed nodes take, beside those that all nodes take."""
 
 _LAST = LastStatuses(DecodeStatus.CLOSING, DecodeStatus.ENDED)
@@ -100,6 +100,8 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
         match message:
             case Generate(request=spec):
                 self._generate(msgspec.structs.replace(spec, router=peer))
+            case PrefillNodes(peers=peers):
+                self._reservations.introduce(peer, peers)
             case ReserveBlocks(num_tokens=num_tokens):
                 self._reservations.reserve(peer, message, self._inadmissible(num_tokens))
             case HandOff(request=spec):
@@ -155,6 +157,10 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
 
     def _resumed(self, paused_s: float) -> None:
         self._reservations.resumed(paused_s)
+
+    def _router_lost(self, router: PeerId, reason: str) -> None:
+        super()._router_lost(router, reason)
+        self._reservations.router_lost(router)
 
     def _node_lost(self, peer: PeerId, reason: str) -> None:
         self._reservations.lost(peer, reason)

@@ -8,7 +8,7 @@ from typing import Self
 from decode_node.ngram_index import NgramIndex
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.node.request import Holder, NodeRequest
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.prefill_to_decode import HandOff, ReserveBlocks
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 
@@ -82,6 +82,11 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
         self.lease_until_s = 0.0
         self.kv_arrived = False
         self.handed_off = sender is None
+
+    @property
+    def sender_name(self) -> str:
+        """The name of its prefill node, for people."""
+        return "nobody" if self.sender is None else peer_name(self.sender)
 
     @classmethod
     def reserved(cls, message: ReserveBlocks, sender: PeerId, now: float) -> Self:

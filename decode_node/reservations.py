@@ -21,7 +21,7 @@ from kvrelay.machine.liveness import Liveness
 from kvrelay.machine.outbox import Outbox
 from kvrelay.node.endings import Endings
 from kvrelay.node.request import Holder
-from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
+from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId, messager_of, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, LinkAddress
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.node_to_messager import ExpectKV
@@ -65,6 +65,7 @@ class Reservations:
         self._lease_s = node.transfer.lease_s
         self._block_size = node.cache.block_size
         self._alive = Liveness(node.cluster.peer_timeout_s)
+        self._prefill_nodes: dict[PeerId, frozenset[PeerId]] | None = None
         self.link: LinkAddress | None = None
         self.counters = {"reservations_refused": 0.0, "kv_bytes_received": 0.0}
 
@@ -78,6 +79,21 @@ class Reservations:
         for request in self._requests.receiving:
             request.lease_until_s += paused_s
 
+    # ------------------------------------------------------------ who may reserve
+
+    def introduce(self, router: PeerId, prefill_nodes: list[PeerId]) -> None:
+        """Grant reservations only to the ``prefill_nodes`` of ``router`` and of other routers."""
+        self._prefill_nodes = {**(self._prefill_nodes or {}), router: frozenset(prefill_nodes)}
+
+    def router_lost(self, router: PeerId) -> None:
+        """Forget the prefill nodes of ``router``."""
+        if self._prefill_nodes is not None:
+            self._prefill_nodes.pop(router, None)
+
+    def _is_introduced(self, peer: PeerId) -> bool:
+        """Return whether a router has named ``peer``. A router of an earlier version names none: then anybody may."""
+        return self._prefill_nodes is None or any(peer in peers for peers in self._prefill_nodes.values())
+
     # ------------------------------------------------------------ reserving
 
     def reserve(self, peer: PeerId, message: ReserveBlocks, inadmissible: ErrorInfo | None) -> None:
@@ -87,7 +103,10 @@ class Reservations:
         if known is not None and known.sender == peer and known.is_reserved:
             self._repeat_answer(known)
             return
-        refusal = self._refusal(known, message, inadmissible) or self._try_reserve(peer, message)
+        if not self._is_introduced(peer):
+            refusal: Refusal | None = Refusal("no router has named the prefill node yet", RETRY_AFTER_S)
+        else:
+            refusal = self._refusal(known, message, inadmissible) or self._try_reserve(peer, message)
         if refusal is not None:
             self.counters["reservations_refused"] += 1
             refused = ReservationRefused(
@@ -134,6 +153,7 @@ class Reservations:
             epoch=message.epoch,
             first_block=len(matched),
             target_block_ids=request.block_table[len(matched) :],
+            sender=messager_of(peer),
         )
         self._outbox.send(MESSAGER, expect)
         return None
@@ -230,7 +250,7 @@ class Reservations:
         now, receiving = self._outbox.now, self._requests.receiving
         overdue = [request for request in receiving if request.lease_until_s <= now]
         for request in overdue:
-            self.give_up(request, ErrorInfo.of(TransferTimeoutError(f"{request.sender} let its lease run out")))
+            self.give_up(request, ErrorInfo.of(TransferTimeoutError(f"{request.sender_name} let its lease run out")))
         senders = {request.sender for request in receiving}
         for peer in self._alive.peers:
             if peer not in senders:
@@ -247,7 +267,7 @@ class Reservations:
         if lost:
             self._outbox.do(Log("warning", "prefill node lost", {"peer": peer, "reason": reason}))
         for request in lost:
-            self._endings.fail(request, ErrorInfo.of(PeerLostError(f"{peer} is lost: {reason}")))
+            self._endings.fail(request, ErrorInfo.of(PeerLostError(f"{peer_name(peer)} is lost: {reason}")))
 
 
 def _ended(attempt: Attempt, reason: str) -> ReservationEnded:

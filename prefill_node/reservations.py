@@ -186,8 +186,8 @@ class Reservations:
             if request.is_over or request.decode_node is None or request.target.peer != peer:
                 continue
             if request.reservation is Reservation.ASKED:
-                self._refused(request, f"{peer} is lost: {reason}", 0.0)
+                self._refused(request, f"{peer_name(peer)} is lost: {reason}", 0.0)
             elif request.reservation is Reservation.GRANTED:
                 request.reservation = Reservation.NONE
-                self._endings.fail(request, ErrorInfo.of(PeerLostError(f"{peer} is lost: {reason}")))
+                self._endings.fail(request, ErrorInfo.of(PeerLostError(f"{peer_name(peer)} is lost: {reason}")))
         self._outbox.do(Disconnect(peer))

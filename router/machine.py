@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
@@ -20,7 +20,7 @@ from kvrelay.machine.contract import (
     TimerFired,
 )
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
@@ -45,6 +45,7 @@ from router.events import (
     StopMatched,
     Submitted,
 )
+from router.expected_nodes import ExpectedNode
 from router.followed import FollowedNodes
 from router.limits import Limits
 from router.node_table import NodeTable
@@ -77,7 +78,7 @@ DRAIN = "drain"
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """Settings of the machine. ``model``: the model name that nodes must serve.
+    """Settings of the machine. ``model``: the model name that nodes must serve. ``expected_nodes``: see ``NodeTable``.
 
     Epochs start at ``first_epoch`` + 1. It differs between routers because clients may send equal request ids to two of
     them. ``local_prefill_tokens``: see ``Placement``.
@@ -93,6 +94,7 @@ class RouterSettings:
     peer_timeout_s: float = 5.0
     drain_timeout_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    expected_nodes: Mapping[NodeId, ExpectedNode] | None = None
 
 
 class RouterMachine:
@@ -107,7 +109,9 @@ class RouterMachine:
         self._unexpected = UnexpectedMessages(self._outbox)
         self._stopping = False
         decode_alone = settings.local_prefill_tokens is not None
-        self.node_table = NodeTable(settings.model, settings.peer_timeout_s, decode_alone=decode_alone)
+        self.node_table = NodeTable(
+            settings.model, settings.peer_timeout_s, decode_alone=decode_alone, expected=settings.expected_nodes
+        )
         prefill_routing = POLICIES[settings.prefill_routing](settings.first_epoch)
         decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
         placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
@@ -177,7 +181,8 @@ class RouterMachine:
 
     def _receive(self, peer: PeerId, message: Message) -> None:
         self._nodes.record_message(peer)
-        if isinstance(message, RouterMessage):
+        may_send = isinstance(message, Register | Heartbeat) or self.node_table.get(peer) is not None
+        if may_send and isinstance(message, RouterMessage):
             self._on_message(peer, message)
         else:
             self._unexpected.take(peer, message)

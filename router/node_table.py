@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.prompt_lengths import length_class
+from router.expected_nodes import ExpectedNode
 from router.prefixes import NodePrefixes
 
 
@@ -154,11 +155,20 @@ class Node:
 class NodeTable:
     """Nodes by peer, in the order of registration. All serve one model with one KV geometry.
 
-    ``decode_alone``: decode nodes may compute prompts, so no prefill nodes are required.
+    ``decode_alone``: decode nodes may compute prompts, so no prefill nodes are required. ``expected``: the only nodes
+    that may register; None: all that match those registered.
     """
 
-    def __init__(self, model: str, peer_timeout_s: float, *, decode_alone: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        peer_timeout_s: float,
+        *,
+        decode_alone: bool = False,
+        expected: Mapping[NodeId, ExpectedNode] | None = None,
+    ) -> None:
         self._model = model
+        self._expected = expected
         self._decode_alone = decode_alone
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
@@ -209,6 +219,17 @@ class NodeTable:
             return f"protocol version {registration.geometry.protocol_version}, the router's is {PROTOCOL_VERSION}"
         if registration.model != self._model:
             return f"model {registration.model!r}, the cluster serves {self._model!r}"
+        return self._difference_from_config(registration) or self._difference_from_others(registration)
+
+    def _difference_from_config(self, registration: Register) -> str | None:
+        if self._expected is None:
+            return None
+        expected = self._expected.get(registration.node_id)
+        if expected is None:
+            return f"the router's config has no node {registration.node_id}"
+        return expected.problem_with(registration)
+
+    def _difference_from_others(self, registration: Register) -> str | None:
         for node in self:
             if node.node_id != registration.node_id:
                 differences = node.registration.geometry.differences(registration.geometry)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias, assert_never
 
+from kvrelay.config.cluster_config import Role
 from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, PrefixCacheChanged, Register
-from kvrelay.protocol.messages.router_to_node import Drain, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.protocol.messages.router_to_node import Drain, PrefillNodes, RegisterAgain, Registered, RegistrationRefused
 from router.events import NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
 from router.node_table import Node, NodeTable
@@ -95,12 +96,14 @@ class Nodes:
         rival = self._node_table.rival(message)
         if rival is None:
             self._join(peer, message)
-        elif rival.registration.address == message.address:
-            # Two processes cannot listen at one address: the earlier one has ended.
+        elif peer in self._followed and rival.registration.address == message.address:
+            # Two processes cannot listen at one address, and the router itself has connected to it.
             self.lose(rival.peer, "restarted")
             self._join(peer, message)
         else:
             self._node_table.contest(rival, peer, message)
+            # If its process has ended, this cannot be sent: it is lost at once, and the waiting node gets its name.
+            self._outbox.send(rival.peer, Heartbeat())
 
     def _join(self, peer: PeerId, message: Register) -> None:
         known = self._node_table.get(peer)
@@ -108,7 +111,11 @@ class Nodes:
         node = self._node_table.add(peer, message, self._outbox.now)
         # Before any request: the node takes none from a router that has not registered it.
         self._outbox.send(peer, self._registered)
+        if message.role == Role.DECODE:
+            self._outbox.send(peer, self._prefill_nodes())
         if known is None:
+            if message.role == Role.PREFILL:
+                self._name_prefill_nodes()
             self._log("info", "node registered", node=peer, role=message.role, address=message.address)
             self._requests.node_joined()
         elif lost_us and peer in self._may_have_lost_us:
@@ -116,6 +123,16 @@ class Nodes:
             self._requests.node_dropped_requests(node)
         elif lost_us:
             self._requests.node_lost(node, "it had taken this router for lost")
+
+    def _prefill_nodes(self) -> PrefillNodes:
+        return PrefillNodes(peers=[node.peer for node in self._node_table if node.role is Role.PREFILL])
+
+    def _name_prefill_nodes(self) -> None:
+        """Tell every decode node which prefill nodes there are now."""
+        message = self._prefill_nodes()
+        for node in self._node_table:
+            if node.role is Role.DECODE:
+                self._outbox.send(node.peer, message)
 
     def _refuse(self, peer: PeerId, reason: str) -> None:
         self._requests.counters.registrations_refused += 1
@@ -169,6 +186,8 @@ class Nodes:
     def _lose_together(self, peers: Sequence[PeerId], reason: str) -> None:
         """Remove all of ``peers`` before requests are retried: a retry on a node that is lost too costs an attempt."""
         lost = [node for peer in peers if (node := self._remove(peer, reason)) is not None]
+        if any(node.role is Role.PREFILL for node in lost):
+            self._name_prefill_nodes()
         for node in lost:
             self._requests.node_lost(node, reason)
         for node in lost:

@@ -90,6 +90,7 @@ class Placement:
             chosen.prefixes.expect(request.prefix_keys(chosen))
         chosen.pending[request.request_id] = 0
         request.decode = chosen.peer
+        request.participants.add(chosen.peer)
         return chosen
 
     def move_decode(self, request: RoutedRequest, num_blocks: int) -> Node | None:

@@ -58,7 +58,8 @@ class RoutedRequest:
     """One request and its current attempt.
 
     ``prefill`` and ``decode``: nodes that may hold state of the attempt (a mixed node is ``decode``). ``avoid``: nodes
-    that failed it. ``refused_by``: decode nodes that refused the current attempt. ``num_preempted_blocks``: blocks it
+    that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
+    that refused it. ``num_preempted_blocks``: blocks it
     waits for after a preemption, None if it is not known to wait.
     """
 
@@ -74,6 +75,7 @@ class RoutedRequest:
         "num_cached_tokens",
         "num_preempted_blocks",
         "output",
+        "participants",
         "prefill",
         "refused_by",
     )
@@ -88,6 +90,7 @@ class RoutedRequest:
         self.prefill: PeerId | None = None
         self.decode: PeerId | None = None
         self.avoid: set[PeerId] = set()
+        self.participants: set[PeerId] = set()
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
@@ -145,6 +148,7 @@ class RoutedRequest:
         self.epoch = epoch
         self.num_preempted_blocks = None
         self.output.drop_early()
+        self.participants = set(self.nodes)
         self.refused_by.clear()
         return RequestSpec(
             request_id=self.request_id,

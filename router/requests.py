@@ -103,11 +103,15 @@ class Requests:
     # ------------------------------------------------------------ messages of nodes
 
     def take_output(self, peer: PeerId, output: RequestOutput) -> None:
-        """Deliver new tokens. A node that sends tokens of an ended attempt gets an Abort."""
+        """Deliver new tokens. A node that has no part in the current attempt gets an Abort."""
         request = self._table.current(output.request_id, output.epoch)
         if request is None:
             if output.finish_reason is None:
                 self._attempts.abort(peer, output.request_id, output.epoch)
+            return
+        if peer not in request.participants:
+            self.counters.stale_messages += 1
+            self._attempts.abort(peer, output.request_id, output.epoch)
             return
         if peer not in request.nodes and self._placement.adopt_decode(request, peer):
             self._search.found(request)

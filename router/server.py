@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import cast
@@ -13,7 +14,7 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvrelay.addresses import listen_at, netloc
+from kvrelay.addresses import is_loopback, listen_at, netloc
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
@@ -22,6 +23,7 @@ from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
+from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.operators import OperatorsOnly, make_operators_app
 from router.http.protocol import HttpLimits, HttpProtocol
@@ -48,8 +50,11 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None) -> HttpServer:
-    """Return a server for ``app`` that is not running yet."""
+def http_server(
+    app: ASGIApp, host: str, port: int, limits: HttpLimits | None = None, tls: tuple[str, str] | None = None
+) -> HttpServer:
+    """Return a server for ``app`` that is not running yet. ``tls``: files of its certificate chain and private key."""
+    certificate, private_key = tls or (None, None)
     # uvicorn only calls the protocol class, so a partial works.
     protocol = cast(type[asyncio.Protocol], partial(HttpProtocol, limits=limits or HttpLimits()))
     settings = uvicorn.Config(
@@ -65,6 +70,8 @@ def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = 
         date_header=False,
         server_header=False,
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
     )
     return HttpServer(settings)
 
@@ -72,6 +79,17 @@ def http_server(app: ASGIApp, host: str, port: int, limits: HttpLimits | None = 
 def http_limits(config: RouterConfig) -> HttpLimits:
     """Return the limits of one HTTP connection set in ``config``."""
     return HttpLimits(config.max_header_bytes, config.request_read_timeout_s, config.keep_alive_timeout_s)
+
+
+def tls_files(config: RouterConfig) -> tuple[str, str] | None:
+    """Return the files of certificate and private key, or None without TLS. Raises ConfigError if they do not fit."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_certificate, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError([f"router.tls_certificate, tls_key: {error}"]) from error
+    return config.tls_certificate, config.tls_key
 
 
 def _listen(key: str, host: str, port: int) -> socket.socket:
@@ -93,14 +111,19 @@ async def serve(config: ClusterConfig) -> str:
     metrics = Metrics(service.machine, clock.now)
     raise_limit()
     return_large_blocks()
-    clients: ASGIApp = make_app(service, metrics)
+    keys = ApiKeys.of(config.router, clock.now)
+    if keys is None and not is_loopback(config.router.host):
+        logger.warning(
+            "router.host: %s can be reached from other hosts, and clients need no API key", config.router.host
+        )
+    clients: ASGIApp = make_app(service, metrics, keys)
     operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
         clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
-    limits = http_limits(config.router)
+    limits, tls = http_limits(config.router), tls_files(config.router)
     tune_gc()
     async with (
-        _serving(clients, "router.port", (config.router.host, config.router.port), limits),
+        _serving(clients, "router.port", (config.router.host, config.router.port), limits, tls),
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
         startup.report(READY)
@@ -108,9 +131,11 @@ async def serve(config: ClusterConfig) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits) -> AsyncIterator[None]:
+async def _serving(
+    app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits, tls: tuple[str, str] | None = None
+) -> AsyncIterator[None]:
     """Serve ``app`` at ``address`` for the context. Raises ConfigError that names ``key`` if it is in use."""
-    server = http_server(app, *address, limits)
+    server = http_server(app, *address, limits, tls)
     with _listen(key, *address) as listener:
         task = asyncio.create_task(server.serve([listener]))
         try:

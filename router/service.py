@@ -11,7 +11,8 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import ConfigError, InvalidRequestError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
-from kvrelay.protocol.ids import NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.runtime.keys import configured_keys
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
@@ -25,6 +26,7 @@ from router.events import (
     Submitted,
     TokensDelivered,
 )
+from router.expected_nodes import expected_nodes
 from router.follower import following
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
@@ -57,6 +59,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
             node_wait_s=router.node_wait_s,
             peer_timeout_s=cluster.peer_timeout_s,
         ),
+        expected_nodes=expected_nodes(config),
     )
 
 
@@ -78,10 +81,11 @@ class RouterService:
     async def run(self) -> str:
         """Serve until stopped and drained; return the reason.
 
-        Raises ConfigError if it cannot listen for nodes, or the registry's URL is invalid.
+        Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
         shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
-        transport = Transport(peer_id("router", self._incarnation), shell.post)
+        keys = configured_keys(self.config.security, ROUTER)
+        transport = Transport(peer_id(ROUTER, self._incarnation), shell.post, keys=keys)
         try:
             if self.config.registry.kind == "static":
                 self.control_addresses = self._bind(transport)

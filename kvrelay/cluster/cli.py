@@ -36,9 +36,11 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check a config, or print its schema.")
 model_app = typer.Typer(no_args_is_help=True, help="Create checkpoints.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make the keys by which the processes know each other.")
 store_app = typer.Typer(no_args_is_help=True, help="Inspect the KV store of a cluster, running or not.")
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
+app.add_typer(keys_app, name="keys")
 app.add_typer(store_app, name="store")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster's YAML file.")]
@@ -316,6 +318,22 @@ def shape(
 
     write_shape(directory, preset.value)
     typer.echo(f"{directory}: the shape of {preset.value}; serve it with model.load_format: dummy")
+
+
+# ---------------------------------------------------------------- keys
+
+
+@keys_app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for the keys.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+) -> None:
+    """Make a key pair for the router and for each node of CONFIG. Existing keys are kept."""
+    from kvrelay.runtime.keys import make_keys
+
+    made = make_keys(directory, ["router", *(node.name for node in _load(config, overrides).nodes)])
+    typer.echo(f"{directory}: new keys for {', '.join(made) or 'nobody'}; secret/NAME.key is for NAME's host only")
 
 
 # ---------------------------------------------------------------- the KV store

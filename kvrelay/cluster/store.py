@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from kvrelay.engine.geometry import node_geometry
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import progress_log
 from kvstore.storage.factory import make_existing_store
 from kvstore.storage.interface import KVStore, StoreStats, VerifyReport
@@ -97,8 +99,10 @@ def _ask(sections: Sections, question: Callable[[KVStore], Awaitable[T]]) -> tup
     """Open the existing store. Return its geometry and the result of ``question``."""
     geometry = node_geometry(sections, progress_log("checkpoint"))
 
+    keys = None if sections.security.keys is None else Keys.load_any(Path(sections.security.keys))
+
     async def answered() -> T:
-        store = make_existing_store(sections.storage, geometry, Clock())
+        store = make_existing_store(sections.storage, geometry, Clock(), keys)
         await store.open()
         try:
             return await question(store)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kvrelay.cluster.client import ClusterClient
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
-from kvrelay.config.cluster_config import ClusterConfig
+from kvrelay.config.cluster_config import OVERRIDES, ClusterConfig
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
@@ -35,7 +36,7 @@ async def up(
     Raises ConfigError if one of its addresses is taken or is not this host's.
     """
     require_free_addresses(config)
-    specs = process_specs(config, path, overrides)
+    specs = process_specs(config, path)
     display = Display(console, [spec.name for spec in specs])
 
     async def probe() -> str | None:
@@ -52,7 +53,7 @@ async def up(
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:
             with runtime_dir() as directory, closing(display):
-                return await supervisor.run({**os.environ, VARIABLE: str(directory), "PYTHONUNBUFFERED": "1"})
+                return await supervisor.run(process_env(directory, overrides))
         finally:
             ignore_stop_signals()
 
@@ -67,13 +68,18 @@ def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
     return f"{', '.join(missing)} not registered yet" if missing else None
 
 
-def process_specs(config: ClusterConfig, path: Path, overrides: Sequence[str]) -> list[ProcessSpec]:
+def process_specs(config: ClusterConfig, path: Path) -> list[ProcessSpec]:
     """Return the processes of a cluster: the router, then each node."""
     command = (sys.executable, "-P", "-m", "kvrelay.cluster")
-    sets = [argument for text in overrides for argument in ("--set", text)]
-    router = ProcessSpec("router", "router", (*command, "router", str(path), *sets))
+    router = ProcessSpec("router", "router", (*command, "router", str(path)))
     nodes = (
-        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name, *sets))
+        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name))
         for node in config.nodes
     )
     return [router, *nodes]
+
+
+def process_env(directory: Path, overrides: Sequence[str], env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment of the processes. It has ``overrides``, which may contain passwords."""
+    texts = [*json.loads(env.get(OVERRIDES, "[]")), *overrides]
+    return {**env, VARIABLE: str(directory), OVERRIDES: json.dumps(texts), "PYTHONUNBUFFERED": "1"}

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,7 @@ from kvrelay.config.sections import (
     RegistryConfig,
     Role,
     RouterConfig,
+    SecurityConfig,
     TransferConfig,
 )
 from kvrelay.config.storage import StorageConfig
@@ -55,10 +57,15 @@ __all__ = [
     "RouterConfig",
     "SGLangReserveConfig",
     "SchedulerConfig",
+    "SecurityConfig",
     "SpeculativeConfig",
     "StorageConfig",
     "TransferConfig",
 ]
+
+
+OVERRIDES = "KVRELAY_OVERRIDES"
+"""Environment variable with overrides as a JSON list of texts ``KEY=VALUE``."""
 
 
 class Sections(Section):
@@ -72,6 +79,7 @@ class Sections(Section):
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
 
@@ -111,11 +119,13 @@ class ClusterConfig(Sections):
     def load(cls, path: str | Path, overrides: Iterable[str] = (), env: Mapping[str, str] = os.environ) -> Self:
         """Read ``path``, overridden by ``env`` (``KVRELAY_ROUTER__PORT=1``) and then ``overrides`` (``router.port=1``).
 
+        Overrides in ``KVRELAY_OVERRIDES`` (a JSON list) come before ``overrides``: ``kvrelay up`` gives its own to its
+        processes there, because all users can see arguments.
         Raises ConfigError with every problem found, one line each: ``file:line: key: what is wrong``.
         """
         document = Document.read(Path(path))
         document.apply_env(env)
-        document.apply_overrides(overrides)
+        document.apply_overrides([*json.loads(env.get(OVERRIDES, "[]")), *overrides])
         return cls._from_document(document, Path(path).parent)
 
     @classmethod
@@ -138,12 +148,12 @@ class ClusterConfig(Sections):
         if problems or config is None:
             raise ConfigError(sorted(problems, key=_in_reading_order))
         config._warnings = tuple(document.warnings)
-        return config._with_model_path(config_dir)
+        return config._with_absolute_paths(config_dir)
 
-    def _with_model_path(self, config_dir: Path) -> Self:
-        """Return the config with absolute model paths, so that a process may run in any directory."""
-        nodes = tuple(node.model_copy(update={"model": _located(node.model, config_dir)}) for node in self.nodes)
-        return self.model_copy(update={"model": _located(self.model, config_dir), "nodes": nodes})
+    def _with_absolute_paths(self, config_dir: Path) -> Self:
+        """Return the config with absolute paths of model and keys, so that a process may run in any directory."""
+        nodes = tuple(node.model_copy(update=_located_sections(node, config_dir)) for node in self.nodes)
+        return self.model_copy(update={**_located_sections(self, config_dir), "nodes": nodes})
 
     def node(self, name: str) -> NodeConfig:
         """Return the node called ``name``. Raises ConfigError if there is none."""
@@ -198,8 +208,19 @@ def _reason(kind: str, message: str, key: Key, document: Document) -> str:
     return _REASONS.get(kind, otherwise).replace("{shown}", document.shown(key))
 
 
-def _located(model: ModelConfig, config_dir: Path) -> ModelConfig:
-    """Return ``model`` with its path resolved against the current directory or, if missing there, the config file's."""
-    here, there = Path(model.path).absolute(), (config_dir / model.path).absolute()
-    found = there if there.exists() and not here.exists() else here
-    return model.model_copy(update={"path": str(found)})
+def _located_sections(sections: Sections, config_dir: Path) -> dict[str, Section]:
+    """Return the sections that contain paths, with these located."""
+    names = {"model": ("path",), "security": ("keys",), "router": ("api_keys_file", "tls_certificate", "tls_key")}
+    return {
+        name: section.model_copy(
+            update={key: _located(path, config_dir) for key in keys if (path := getattr(section, key))}
+        )
+        for name, keys in names.items()
+        if (section := getattr(sections, name))
+    }
+
+
+def _located(path: str, config_dir: Path) -> str:
+    """Return ``path`` resolved against the current directory or, if it is missing there, the config file's."""
+    here, there = Path(path).absolute(), (config_dir / path).absolute()
+    return str(there if there.exists() and not here.exists() else here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -202,10 +203,14 @@ def _merged(base: Any, over: Any) -> Any:
     return {**base, **{name: _merged(base[name], value) if name in base else value for name, value in over.items()}}
 
 
+_PASSWORDS = re.compile(r"(?<=://)[^@\s'\"]*(?=@)|(?<=password=)[^&\s'\"]+")
+"""Users with their passwords in URLs."""
+
+
 def _shown(value: object) -> str:
     if value is None or value is _NOTHING:
         return "nothing"
-    text = repr(value)
+    text = _PASSWORDS.sub("***", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

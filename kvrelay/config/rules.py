@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvrelay.addresses import netloc
+from kvrelay.addresses import check_host, is_loopback, netloc, split_tcp_address
 from kvrelay.config.base import Section
 from kvrelay.config.document import Key
 from kvrelay.config.scheduling import SchedulerConfig
@@ -44,6 +44,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _budgets,
         _storage_needs_prefix_caching,
         _cuda_needs_pools_on_devices,
+        _other_hosts_need_keys,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     # With a registry the other nodes of the cluster may be in other files.
@@ -153,6 +154,34 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
                 ("nodes", index, "transfer", "link"),
                 "cuda copies between pools of device engines: engine.kind torch, paddle-device",
             )
+
+
+def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Without keys whoever reaches a port of a process can act as any other process."""
+    advice = "can be reached from other hosts: set security.keys (kvrelay keys init), or security.insecure: true"
+    keys, insecure = _get(data, "security", "keys", None), _get(data, "security", "insecure", False)
+    control = _get(data, "router", "control", RouterConfig().control)
+    is_static = _get(data, "registry", "kind", "static") == "static"
+    if is_static and not keys and not insecure and isinstance(control, str) and not _is_local(control):
+        yield ("router", "control"), f"{control} {advice}"
+    for index, node in nodes:
+        host = node.get("host", "127.0.0.1")
+        is_secured = _get(node, "security", "keys", keys) or _get(node, "security", "insecure", insecure)
+        if isinstance(host, str) and not _is_local(host) and not is_secured:
+            yield ("nodes", index, "host"), f"{host} {advice}"
+
+
+def _is_local(address: str) -> bool:
+    """Return whether ``address``, a host or ``tcp://host:port``, can only be reached from this host.
+
+    True also for an invalid address, which the check of types reports.
+    """
+    try:
+        host = split_tcp_address(address)[0] if address.startswith("tcp://") else address
+        check_host(host)
+    except ValueError:
+        return True
+    return is_loopback(host)
 
 
 def _get(data: dict[str, Any], section: str, field: str, default: object) -> object:

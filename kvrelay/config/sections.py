@@ -148,6 +148,30 @@ class RouterConfig(Section):
     cors_allow_origins: tuple[str, ...] = Field(
         (), strict=False, description='Origins whose web pages may use the API; ["*"]: any; default: none.'
     )
+    api_keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the clients' API keys, a line NAME KEY each, read again when it changes; default: the "
+        "variable KVRELAY_API_KEYS, or no keys.",
+    )
+    key_max_requests: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Maximum requests in progress per API key; more get 429; default: no limit.",
+    )
+    key_tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 40,
+        description="Tokens of prompts and answers per minute and API key; then 429; default: no limit.",
+    )
+    tls_certificate: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the HTTP server's certificate chain (PEM); default: HTTP without TLS.",
+    )
+    tls_key: str | None = Field(None, min_length=1, description="File with the private key of tls_certificate (PEM).")
     access_log: bool = Field(
         True, description="Log one line per HTTP request; probes such as /health only at log_level debug."
     )
@@ -160,10 +184,18 @@ class RouterConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.tls_certificate is None) is not (self.tls_key is None):
+            raise refuse(
+                "tls_certificate and tls_key need each other", "tls_certificate" if self.tls_key else "tls_key"
+            )
+        return self
+
     @property
     def url(self) -> str:
         """Base URL of the HTTP server."""
-        return f"http://{netloc(self.host, self.port)}"
+        return f"{'https' if self.tls_certificate else 'http'}://{netloc(self.host, self.port)}"
 
     @property
     def admin_address(self) -> tuple[str, int]:
@@ -220,8 +252,9 @@ class TransferConfig(Section):
     link: LinkKind | Literal["auto", "zmq"] = Field(
         "auto",
         description="Kind of link; auto: the fastest possible, which is cuda or shm on the same host (ipc if the pool "
-        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]), else tcp; cuda: from GPU memory "
-        "to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc if the pool cannot be mapped.",
+        "cannot be mapped), else nixl if both nodes have the library (kvrelay[nixl]) and the sender an RDMA device, "
+        "else tcp; cuda: from GPU memory to GPU memory on the same host; zmq: ipc on the same host, else tcp; shm: ipc "
+        "if the pool cannot be mapped.",
     )
     layerwise: bool = Field(
         True, description="Send each layer when it is computed; off: send a prompt when all of it is computed."
@@ -269,6 +302,20 @@ class RegistryConfig(Section):
         if self.kind == "redis" and (self.url is None or not self.url.get_secret_value().startswith(REDIS_SCHEMES)):
             raise refuse(f"redis needs a url that begins with {', '.join(REDIS_SCHEMES)}", "url")
         return self
+
+
+class SecurityConfig(Section):
+    """How the processes of a cluster know each other."""
+
+    keys: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of the keys of the processes (kvrelay keys init); default: no keys, and processes "
+        "listen on this host only.",
+    )
+    insecure: bool = Field(
+        False, description="Listen for processes on other hosts without keys: whoever reaches a port is trusted."
+    )
 
 
 class FakeEngineConfig(Section):

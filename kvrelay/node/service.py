@@ -29,9 +29,10 @@ from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnati
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
 from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.keys import Keys, configured_keys
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
-from kvrelay.runtime.runtime_dir import runtime_dir
+from kvrelay.runtime.runtime_dir import new_socket_file, runtime_dir
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.startup import startup
 from kvrelay.runtime.transport import Transport
@@ -69,13 +70,14 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     startup.report("connecting")
     compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
-    transport = Transport(me, shell.post)
+    keys = configured_keys(node.security, node.name)
+    transport = Transport(me, shell.post, keys=keys)
     compute.start()
     tune_gc()
     try:
         with runtime_dir() as directory:
-            _bind(transport, node, f"ipc://{directory}/{me}")
-            async with _storage(node, engine, shell), _registry(node, registration, shell, transport):
+            _bind(transport, node)
+            async with _storage(node, engine, shell, keys), _registry(node, registration, shell, transport):
                 if node.role == "mixed":
                     return await shell.run(transport)
                 return await _run_with_messager(node, engine, me, directory, shell, transport)
@@ -91,16 +93,16 @@ def _require_free_port(node: NodeConfig) -> None:
         raise ConfigError([f"nodes.{node.name}.port: {problem}"])
 
 
-def _bind(transport: Transport, node: NodeConfig, ipc_address: str) -> None:
-    """Listen for routers, peers and the messager. Raises ConfigError if the port is in use by now."""
+def _bind(transport: Transport, node: NodeConfig) -> None:
+    """Listen for routers and peers. Raises ConfigError if the port is in use by now."""
     try:
-        transport.bind(node.address, ipc_address)
+        transport.bind(node.address)
     except zmq.ZMQError as error:
         raise ConfigError([f"nodes.{node.name}.port: cannot listen at {node.address}: {error.strerror}"]) from error
 
 
 @asynccontextmanager
-async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncIterator[None]:
+async def _storage(node: NodeConfig, engine: Engine, shell: Shell, keys: Keys | None) -> AsyncIterator[None]:
     """Open the node's store for the context, if one is configured. Without one the machine emits no storage actions.
 
     Raises ConfigError if the store cannot work as configured, StorageUnavailableError if it cannot be opened now.
@@ -109,7 +111,7 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell) -> AsyncItera
         yield
         return
     clock = Clock()
-    store = make_store(node.storage, engine.geometry, clock, node.host)
+    store = make_store(node.storage, engine.geometry, clock, node.host, keys)
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with AsyncExitStack() as stack:
         try:
@@ -142,12 +144,12 @@ async def _run_with_messager(
     settings = MessagerSettings.for_node(
         node,
         node=me,
-        node_address=f"ipc://{directory}/{me}",
+        node_address=f"ipc://{new_socket_file(directory, node.name)}",
         geometry=engine.geometry,
         pool=engine.memory.handle,
         runtime_dir=str(directory),
     )
-    transport.alias(MESSAGER, settings.me)
+    transport.bind_private(MESSAGER, settings.node_address)
     async with launched(settings) as messager:
         watch = asyncio.create_task(_watch(messager, shell))
         try:

@@ -47,6 +47,12 @@ def peer_id(name: str, incarnation: str) -> PeerId:
     return PeerId(f"{name}#{incarnation}")
 
 
+def messager_of(node: PeerId) -> PeerId:
+    """Return the peer id of the cache messager of ``node``."""
+    name, _, incarnation = node.partition("#")
+    return peer_id(f"{name}.messager", incarnation)
+
+
 def peer_name(peer: PeerId) -> str:
     """Return the name in ``peer``, without the incarnation."""
     return peer.partition("#")[0]

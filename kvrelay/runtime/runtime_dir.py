@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from kvrelay.errors import ConfigError
 
 VARIABLE = "KVRELAY_RUNTIME_DIR"
 """Environment variable with the directory of the ipc sockets."""
@@ -27,9 +31,10 @@ def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
     """Return a context with a directory that only this user can access. It is removed at the end.
 
     If a parent process made one already (``KVRELAY_RUNTIME_DIR``) that is it, and its maker removes it. Directories
-    that killed processes of this user left behind are removed first.
+    that killed processes of this user left behind are removed first. Raises ConfigError if a given one is not private.
     """
     if given := env.get(VARIABLE):
+        _require_private(Path(given))
         yield Path(given)
         return
     parent = Path(_parent(env))
@@ -41,6 +46,16 @@ def runtime_dir(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _require_private(directory: Path) -> None:
+    """Raise ConfigError if other users can enter ``directory``: they could speak to a node as its messager."""
+    try:
+        status = directory.stat()
+    except OSError as error:
+        raise ConfigError([f"{VARIABLE}: cannot use {directory}: {error.strerror}"]) from error
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError([f"{VARIABLE}: {directory} is not private to this user; run chmod 700 {directory}"])
 
 
 def _locked(directory: Path) -> int:
@@ -65,6 +80,14 @@ def _remove_left_behind(parent: Path) -> None:
             pass
         finally:
             os.close(descriptor)
+
+
+def new_socket_file(directory: Path, name: str) -> Path:
+    """Return the path of a new ipc socket of the process ``name`` in ``directory``.
+
+    It is random and does not contain the incarnation: /proc/net/unix shows it to all users.
+    """
+    return directory / f"{name}.{secrets.token_hex(4)}"
 
 
 def _parent(env: Mapping[str, str]) -> str:

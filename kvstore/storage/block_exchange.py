@@ -17,6 +17,7 @@ from kvrelay.protocol.block_hash import HASH_BYTES
 from kvrelay.protocol.ids import PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
+from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.transport import Transport
 from kvstore.storage.block_format import Value
 
@@ -42,9 +43,13 @@ class HoldsValues(Protocol):
 
 
 class BlockExchange:
-    """The exchange of this store with all others. Peers are identified by their addresses."""
+    """The exchange of this store with all others. Peers are identified by their addresses.
 
-    def __init__(self, namespace: bytes, local: HoldsValues) -> None:
+    With ``keys`` an address begins with the name of the peer's key: ``d0.tcp://10.0.0.2:4000``.
+    """
+
+    def __init__(self, namespace: bytes, local: HoldsValues, keys: Keys | None = None) -> None:
+        self._keys = keys
         self._namespace = namespace
         self._local = local
         self._ids = itertools.count(1)
@@ -55,9 +60,10 @@ class BlockExchange:
 
     def open(self, host: str) -> str:
         """Bind a free port of ``host``; return the address."""
-        self._transport = Transport(peer_id("kv-store", new_incarnation()), self._deliver)
+        name = "kv-store" if self._keys is None else f"{self._keys.name}.kv-store"
+        self._transport = Transport(peer_id(name, new_incarnation()), self._deliver, keys=self._keys)
         [address] = self._transport.bind(tcp_address(host, 0))
-        return address
+        return address if self._keys is None else f"{self._keys.name}.{address}"
 
     async def fetch(self, address: str, block_hashes: Sequence[bytes], timeout_s: float) -> list[Value | None]:
         """Return the values from the store at ``address``. Raises StorageUnavailableError if it does not answer.
@@ -97,7 +103,7 @@ class BlockExchange:
         if self._transport is None:
             raise StorageUnavailableError("the exchange of blocks is closed")
         if address not in self._peers:
-            self._transport.connect(PeerId(address), address)
+            self._transport.connect(PeerId(address), address[max(0, address.find("tcp://")) :])
             self._peers.add(address)
         future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._answers[fetch_id] = address, future

@@ -9,27 +9,31 @@ from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.clock import Clock
 from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.runtime.keys import Keys
 from kvstore.storage.backend import Backend, LocalBackend
 from kvstore.storage.block_format import BlockFormat, namespace_of
 from kvstore.storage.interface import KVStore
 from kvstore.storage.store import Store
 
 
-def make_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str = "127.0.0.1") -> KVStore:
+def make_store(
+    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str = "127.0.0.1", keys: Keys | None = None
+) -> KVStore:
     """Return the store that ``config`` describes, for the blocks of ``geometry``. Not open yet.
 
-    ``host``: the address of this node for other nodes.
+    ``host``: the address of this node for other nodes. ``keys``: its keys for connections to them.
     """
-    return Store(_make_backend(config, geometry, clock, host), geometry, config.timeout_s, clock)
+    return Store(_make_backend(config, geometry, clock, host, keys), geometry, config.timeout_s, clock)
 
 
-def make_existing_store(config: StorageConfig, geometry: KVGeometry, clock: Clock) -> KVStore:
+def make_existing_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, keys: Keys | None = None) -> KVStore:
     """Return the existing store, for ``kvrelay store``. Not open yet; opening it creates nothing."""
-    return Store(_make_backend(config, geometry, clock, "127.0.0.1", as_is=True), geometry, config.timeout_s, clock)
+    backend = _make_backend(config, geometry, clock, "127.0.0.1", keys, as_is=True)
+    return Store(backend, geometry, config.timeout_s, clock)
 
 
 def _make_backend(
-    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, *, as_is: bool = False
+    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, keys: Keys | None, *, as_is: bool = False
 ) -> Backend:
     match config.backend:
         case "none":
@@ -41,7 +45,7 @@ def _make_backend(
 
             return MemoryBackend(geometry, config.capacity, config.timeout_s)
         case "redis" if config.payload == "owner":
-            return _make_owner(config, geometry, clock, host, as_is=as_is)
+            return _make_owner(config, geometry, clock, host, keys, as_is=as_is)
         case "redis":
             from kvstore.storage.redis_store import RedisBackend
 
@@ -68,7 +72,9 @@ def _make_file(config: StorageConfig, geometry: KVGeometry, clock: Clock, *, as_
     return FileBackend(geometry, path, config.capacity, config.timeout_s, clock, as_is=as_is)
 
 
-def _make_owner(config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, *, as_is: bool) -> Backend:
+def _make_owner(
+    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str, keys: Keys | None, *, as_is: bool
+) -> Backend:
     from kvstore.storage.owner_store import OwnerBackend
     from kvstore.storage.redis_link import RedisLink
 
@@ -81,6 +87,7 @@ def _make_owner(config: StorageConfig, geometry: KVGeometry, clock: Clock, host:
         ttl_s=config.ttl_s,
         timeout_s=config.timeout_s,
         as_is=as_is,
+        keys=keys,
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvrelay.errors import StorageError, StorageUnavailableError
+from kvrelay.runtime.keys import Keys
 from kvstore.storage.backend import LocalBackend
 from kvstore.storage.batches import batches
 from kvstore.storage.block_exchange import BlockExchange
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 class OwnerBackend:
     """Values in ``local``, found by all hosts through ``link``. ``host``: the address of this host for others.
+    ``keys``: keys for connections to them.
 
     ``as_is``: only to inspect and clear existing blocks; this process serves no others.
     """
@@ -56,6 +58,7 @@ class OwnerBackend:
         ttl_s: int,
         timeout_s: float,
         as_is: bool = False,
+        keys: Keys | None = None,
     ) -> None:
         self.counters = local.counters
         self._format = block_format
@@ -67,7 +70,7 @@ class OwnerBackend:
         self._ttl_s = ttl_s
         self._fetch_timeout_s = timeout_s / 3
         self._timeout_s = timeout_s
-        self._exchange = BlockExchange(block_format.namespace, local)
+        self._exchange = BlockExchange(block_format.namespace, local, keys)
         self._threads = BlockingThreads("kv-owner")
         self._owner = ""
         self._announcing: asyncio.Task[None] | None = None

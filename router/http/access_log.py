@@ -79,6 +79,13 @@ class AccessLog:
         log_event("debug" if path in PROBES else "info", "http request", fields)
 
 
+def note_key(scope: Scope, name: str) -> None:
+    """Add the name of the client's API key to the log line of this request, if there is an access log."""
+    entry: _Entry | None = scope.get(_ENTRY)
+    if entry is not None:
+        entry.fields["key"] = name
+
+
 def note_tokens(scope: Scope, choices: Sequence[Choice]) -> None:
     """Add token counts to the log line of this request, if there is an access log."""
     entry: _Entry | None = scope.get(_ENTRY)

@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
+from router.http.api_keys import ApiKeys
+from router.http.clients_only import ClientsOnly
 from router.http.generate import GenerateEndpoint
 from router.metrics import Metrics
 from router.openai.errors import AnswerError
@@ -31,10 +33,10 @@ class App(Starlette):
         await super().__call__(scope, receive, send)
 
 
-def make_app(service: RouterService, metrics: Metrics) -> App:
-    """Return the HTTP application.
+def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = None) -> App:
+    """Return the HTTP application; with ``keys`` for clients that have one.
 
-    There is no middleware unless web pages may use the API: what it costs, it costs per token.
+    There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
     """
     admin = AdminEndpoints(service)
 
@@ -58,6 +60,8 @@ def make_app(service: RouterService, metrics: Metrics) -> App:
         Route("/cluster/requests/{request_id}", admin.timeline),
     ]
     middleware = _cors(service.config.router.cors_allow_origins)
+    if keys is not None:
+        middleware.append(Middleware(ClientsOnly, keys=keys, now=service.clock.now))
     return App(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
 
 

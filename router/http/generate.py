@@ -16,6 +16,7 @@ from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
 from router.http.body import prepared
+from router.http.clients_only import charge
 from router.metrics import Metrics
 from router.openai.answer import Answer, AnswerHead
 from router.openai.choice import Choice
@@ -110,6 +111,7 @@ class GenerateEndpoint:
         finally:
             generation.close()
             note_tokens(scope, choices)
+            charge(scope, choices)
 
     def _ids(self, name: str, count: int) -> tuple[str, Sequence[RequestId]]:
         """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""

@@ -75,7 +75,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection if a complete request has arrived, because the client may have only half-closed it."""
-        if self._is_refused or self._is_receiving or not self._is_answering:
+        is_tls = self.transport.get_extra_info("ssl_object") is not None  # TLS has no half-closed connections
+        if is_tls or self._is_refused or self._is_receiving or not self._is_answering:
             return False
         self.cycle.keep_alive = False
         self._probe = self.loop.call_later(FIRST_PROBE_S, self._probe_client, FIRST_PROBE_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvrelay.protocol.ids import RequestId
@@ -82,12 +82,21 @@ class Choice:
 
 def usage(choices: Sequence[Choice]) -> dict[str, object]:
     """Return the ``usage`` of an answer. Each prompt counts once, for any ``n``."""
-    prompts = {choice.prompt_index: choice for choice in reversed(choices)}.values()
-    num_prompt_tokens = sum(choice.num_prompt_tokens for choice in prompts)
+    num_prompt = num_prompt_tokens(choices)
     num_tokens = sum(choice.num_tokens for choice in choices)
     return {
-        "prompt_tokens": num_prompt_tokens,
+        "prompt_tokens": num_prompt,
         "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)},
+        "total_tokens": num_prompt + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in _of_prompts(choices))},
     }
+
+
+def num_prompt_tokens(choices: Sequence[Choice]) -> int:
+    """Return the tokens of all prompts of an answer."""
+    return sum(choice.num_prompt_tokens for choice in _of_prompts(choices))
+
+
+def _of_prompts(choices: Sequence[Choice]) -> Iterable[Choice]:
+    """Return the first choice of each prompt."""
+    return {choice.prompt_index: choice for choice in reversed(choices)}.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,12 @@ from support.cluster import Cluster
 from support.messages import EXAMPLES
 
 from kvrelay.protocol.codec import encode
+from kvrelay.protocol.geometry import KVGeometry
+from kvrelay.protocol.ids import NodeId, RequestId
+from kvrelay.protocol.messages.base import Heartbeat, ProtocolViolation
+from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
+from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
+from kvrelay.protocol.messages.router_to_node import Abort
 
 NUM_CONNECTIONS = 20
 
@@ -29,8 +36,8 @@ def ports(fake_cluster: Cluster) -> list[int]:
         for connection in psutil.Process(pid).net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 found.add(connection.laddr.port)
-    # The router's two, one of each node and one of each messager.
-    assert len(found) == 2 + 4 + 4
+    # The router's three, one of each node and one of each messager.
+    assert len(found) == 3 + 4 + 4
     return sorted(found)
 
 
@@ -132,18 +139,91 @@ def test_every_message_from_somebody_unknown(fake_cluster: Cluster, ports: list[
     assert_unmoved(fake_cluster, lambda: say_all(addresses(fake_cluster, ports, files), sent))
 
 
+def test_anything_in_the_names_of_live_peers(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
+    """A stranger that has learned the peer ids of all processes, which only logs show, ends nothing and blocks nobody.
+
+    Before, its connection took the place of the peer's own, and one garbage message made the receiver deaf to the peer.
+    """
+    asks = random_asks(43, 24)
+    assert assert_right(fake_cluster, asks, answers(fake_cluster, asks)) == len(asks)  # every pair is connected now
+    nodes = sorted(set(re.findall(r"node registered.*node=(\w+#[0-9a-f]+)", fake_cluster.log())))
+    messagers = [node.replace("#", ".messager#") for node in nodes]
+    assert len(nodes) >= 4
+    before = fake_cluster.incarnations()
+    sent = [
+        [b"\xc1"],
+        [encode(ProtocolViolation(reason="no"))],
+        [encode(Heartbeat())],
+        [encode(Leaving())],
+        [encode(Drained())],
+        [encode(Abort(request_id=RequestId("x"), epoch=1))],
+    ]
+
+    def disturb() -> None:
+        where = addresses(fake_cluster, ports, files)
+        for name in [*nodes, *messagers, "router", "messager"]:
+            say_all(where, sent, name)
+
+    assert_unmoved(fake_cluster, disturb)
+    assert fake_cluster.incarnations() == before
+
+
+def test_rogue_nodes_and_prefill_nodes_that_nobody_knows(
+    fake_cluster: Cluster, ports: list[int], files: list[Path]
+) -> None:
+    """A stranger registers as a mixed node, in the place of d0 and with another geometry, and reserves all blocks."""
+    d0 = fake_cluster.config.node("d0")
+    before = fake_cluster.incarnations()
+
+    def disturb() -> None:
+        for name, role, address, layers in [
+            ("m9", "mixed", "tcp://127.0.0.1:9", 4),
+            ("d0", "mixed", d0.address, 4),
+            ("d0", "decode", d0.address, 4),
+            ("d0", "decode", d0.address, 9),
+        ]:
+            geometry = KVGeometry(layers, 2, 8, 16, "uint8", "fake-384")
+            register = Register(
+                node_id=NodeId(name),
+                incarnation="bad",
+                role=role,
+                address=address,
+                pid=1,
+                model="demo",
+                max_model_len=4096,
+                max_num_seqs=64,
+                num_blocks=1024,
+                geometry=geometry,
+            )
+            say_all([fake_cluster.config.router.control], [[encode(register)]] * 5, f"{name}#bad")
+        reserve = [
+            [
+                encode(
+                    ReserveBlocks(
+                        request_id=RequestId(f"x{number}"), epoch=1, block_hashes=[], num_tokens=8000, max_tokens=100
+                    )
+                )
+            ]
+            for number in range(20)
+        ]
+        say_all([node.address for node in fake_cluster.config.nodes], reserve)
+
+    assert_unmoved(fake_cluster, disturb)
+    assert fake_cluster.incarnations() == before
+
+
 def addresses(cluster: Cluster, ports: Sequence[int], files: Sequence[Path]) -> list[str]:
-    http = cluster.config.router.port
-    return [*(f"tcp://127.0.0.1:{port}" for port in ports if port != http), *(f"ipc://{path}" for path in files)]
+    http = {cluster.config.router.port, cluster.config.router.admin_address[1]}
+    return [*(f"tcp://127.0.0.1:{port}" for port in ports if port not in http), *(f"ipc://{path}" for path in files)]
 
 
-def say_all(where: Sequence[str], sent: Sequence[Sequence[bytes]]) -> None:
-    """Send each message to each address from a stranger of its own, since one is enough not to be listened to again."""
+def say_all(where: Sequence[str], sent: Sequence[Sequence[bytes]], name: str | None = None) -> None:
+    """Send each message to each address from a stranger of its own, or all from strangers that use ``name``."""
     with zmq.Context() as context:
         for address in where:
             for number, parts in enumerate(sent):
                 with context.socket(zmq.DEALER) as dealer:
-                    dealer.setsockopt(zmq.ROUTING_ID, f"stranger#{number}".encode())
+                    dealer.setsockopt(zmq.ROUTING_ID, (name or f"stranger#{number}").encode())
                     dealer.setsockopt(zmq.LINGER, 1000)
                     dealer.connect(address)
                     dealer.send_multipart(parts)

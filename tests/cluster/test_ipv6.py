@@ -30,7 +30,12 @@ def cluster(model: Path) -> Iterator[Cluster]:
 
 def test_nodes_by_a_name_that_has_only_an_ipv6_address(model: Path, tmp_path: Path) -> None:
     config = cluster_config(
-        model, p(host=NAME), d(host=NAME), engine=fake_engine(step_s=0.001), transfer={"link": "tcp"}
+        model,
+        p(host=NAME),
+        d(host=NAME),
+        engine=fake_engine(step_s=0.001),
+        transfer={"link": "tcp"},
+        security={"insecure": True},  # a name may be that of another host
     )
     control_port = config["router"]["control"].rpartition(":")[2]
     config["router"] |= {"host": "::1", "control": f"tcp://{NAME}:{control_port}"}

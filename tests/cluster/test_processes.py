@@ -26,12 +26,13 @@ def test_ps_shows_role_and_name_of_each_process(fake_cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("d9", {"cache": {"block_size": 32}}, "KV geometry differs"),
-        ("d9", {"engine": fake_engine(vocab_size=1000)}, "KV geometry differs"),
-        ("d9", {"model": {"served_name": "other"}}, "model 'other', the cluster serves 'demo'"),
-        ("d0", {}, "another live node is called d0"),
+        ("d0", {"cache": {"block_size": 32}}, "KV geometry differs"),
+        ("d0", {"engine": fake_engine(vocab_size=1000)}, "KV geometry differs"),
+        ("d0", {"model": {"served_name": "other"}}, "model 'other', the cluster serves 'demo'"),
+        ("d9", {}, "the router's config has no node d9"),
+        ("d0", {}, "d0 listens at"),
     ],
-    ids=["block size", "model", "model name", "node name"],
+    ids=["block size", "model", "model name", "node name", "address"],
 )
 def test_a_node_that_does_not_match_is_refused(
     fake_cluster: Cluster, model: Path, name: str, changes: Config, reason: str

@@ -143,6 +143,17 @@ def test_what_is_no_entry_is_left_out(server: RedisServer, caplog: pytest.LogCap
 # ---------------------------------------------------------------- places
 
 
+def test_an_acl_user_with_no_more_than_it_needs() -> None:
+    # As in docs/operations.md.
+    rule = f"kvrelay on >{PASSWORD} ~kvrelay:* &* +@read +@write +@connection +@transaction +info +cluster|slots"
+    with redis_server("--user", *rule.split()) as server:
+
+        @using(config(server, url=f"redis://kvrelay:{PASSWORD}@127.0.0.1:{server.port}/0"))
+        async def _(registry: RedisRegistry) -> None:
+            await registry.publish(entry())
+            assert await registry.entries() == [entry()]
+
+
 def test_a_password_is_used_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with redis_server("--requirepass", PASSWORD) as locked:

@@ -203,6 +203,21 @@ def test_a_password_is_used_and_never_shown(caplog: pytest.LogCaptureFixture) ->
     assert "hunter" not in caplog.text
 
 
+def test_an_acl_user_with_no_more_than_it_needs() -> None:
+    async def check(server: RedisServer) -> None:
+        async with opened(f"redis://kvrelay:hunter2@127.0.0.1:{server.port}/0") as store:
+            assert await store.put(HASHES[:2], views(planes(2))) == [WRITTEN] * 2
+            assert await hits(store, 2) == [0, 1]
+            assert (await store.stats()).num_blocks == 2
+            assert await store.clear() == 2
+            assert store.counters.errors == 0
+
+    # As in docs/operations.md.
+    rule = "kvrelay on >hunter2 ~kvrelay:* &* +@read +@write +@connection +@transaction +info +cluster|slots"
+    with redis_server("--user", *rule.split()) as server:
+        run(check(server))
+
+
 def test_a_unix_socket(server: RedisServer) -> None:
     async def check() -> None:
         async with opened(f"unix://{server.socket_path}?db=3") as store:

@@ -201,7 +201,7 @@ class Cluster:
 
     def wait_until_quiescent(self) -> None:
         """Wait until no request is in progress and no node or messager holds anything, by reports made from now on."""
-        asked = {node["incarnation"]: node["num_heartbeats"] for node in self.status()["nodes"]}
+        asked = {node["pid"]: node["num_heartbeats"] for node in self.status()["nodes"]}
         reasons: list[str] = []
 
         def look() -> bool:
@@ -213,7 +213,7 @@ class Cluster:
         except AssertionError as error:
             raise AssertionError(f"{error}: {'; '.join(reasons)}") from None
 
-    def _not_quiescent_because(self, asked: Mapping[str, int]) -> list[str]:
+    def _not_quiescent_because(self, asked: Mapping[int, int]) -> list[str]:
         status = self.status()
         reasons = [
             f"{status['requests'][name]} requests {name}"
@@ -228,7 +228,7 @@ class Cluster:
                 name: load["gauges"].get(name, 0) for name in _SETTLED_GAUGES
             }
             reasons += [f"{node['name']} has {name} = {value:g}" for name, value in held.items() if value]
-            if node["num_heartbeats"] < asked.get(node["incarnation"], 0) + SETTLED_HEARTBEATS:
+            if node["num_heartbeats"] < asked.get(node["pid"], 0) + SETTLED_HEARTBEATS:
                 reasons.append(f"{node['name']} has not reported since")
             elif load["free_blocks"] + load["evictable_blocks"] != node["num_blocks"]:
                 reasons.append(f"{node['name']} has lost blocks")
@@ -253,8 +253,8 @@ class Cluster:
         return " ".join(psutil.Process(pid).cmdline()).strip()
 
     def incarnations(self) -> dict[str, str]:
-        """Return which start of each node is registered."""
-        return {node["name"]: node["incarnation"] for node in self.status()["nodes"]}
+        """Return which start of each node is registered: its pid, because the incarnation itself is not public."""
+        return {node["name"]: str(node["pid"]) for node in self.status()["nodes"]}
 
     def wait_until_restarted(self, node: str, incarnation: str) -> None:
         """Wait until another start of ``node`` than ``incarnation`` is registered."""

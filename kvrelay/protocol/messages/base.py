@@ -115,9 +115,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class ProtocolViolation(Message, frozen=True, kw_only=True):
-    """Any process -> a peer that sent a message which cannot be decoded.
+    """Any process -> a peer that sent a message which cannot be decoded, or that uses the name of another peer.
 
-    The reader logs ``reason`` and treats the sender as lost. Both ignore all further messages of each other.
+    The reader logs ``reason``. Both treat each other as lost, and then go on with the messages that follow.
     """
 
     reason: str

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.protocol.ids import BlockId, RequestId
+from kvrelay.protocol.ids import BlockId, PeerId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 
 
@@ -74,14 +74,15 @@ class CloseTransfer(Message, frozen=True, kw_only=True):
 class ExpectKV(Message, frozen=True, kw_only=True):
     """D -> its messager, before D answers a ReserveBlocks with BlocksReserved.
 
-    The reader accepts frames for these blocks from now on and answers KVExpected. KVArrived or KVFailed follows, unless
-    CancelKV comes first.
+    The reader accepts frames for these blocks from now on, from ``sender`` (P's messager) only unless it is None, and
+    answers KVExpected. KVArrived or KVFailed follows, unless CancelKV comes first.
     """
 
     request_id: RequestId
     epoch: int
     first_block: int
     target_block_ids: list[BlockId]
+    sender: PeerId | None = None
 
 
 class CancelKV(Message, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.protocol.ids import RequestId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Message, NodeAddress
 from kvrelay.protocol.request import RequestSpec
 
@@ -34,6 +34,16 @@ class RegisterAgain(Message, frozen=True, kw_only=True):
 
     The reader sends Register.
     """
+
+
+class PrefillNodes(Message, frozen=True, kw_only=True):
+    """Router -> D, after Registered, and when a prefill node has registered or is gone.
+
+    The reader grants reservations only to ``peers`` and to those that its other routers have named. Requests from
+    others are refused for now: this message may still be on its way. Reservations made before are not affected.
+    """
+
+    peers: list[PeerId]
 
 
 class Prefill(Message, frozen=True, kw_only=True):

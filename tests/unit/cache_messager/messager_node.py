@@ -33,8 +33,7 @@ class MessagerNode:
         self.lost = asyncio.Event()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self.transport = Transport(PeerId(self.me), self._deliver)
-        self.transport.bind(self.address)
-        self.transport.alias(MESSAGER, PeerId(f"{name}.messager#1"))
+        self.transport.bind_private(MESSAGER, self.address)
 
     def _deliver(self, event: object) -> None:
         match event:

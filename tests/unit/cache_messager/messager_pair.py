@@ -202,7 +202,7 @@ class Pair:
     def expect(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         self.targets[attempt] = targets
         self.writable |= dict.fromkeys(targets, attempt)
-        self.say(D, ExpectKV(**attempt._asdict(), first_block=first_block, target_block_ids=targets))
+        self.say(D, ExpectKV(**attempt._asdict(), first_block=first_block, target_block_ids=targets, sender=P))
 
     def open(self, attempt: Attempt, targets: list[BlockId], first_block: int = 0) -> None:
         link = LinkAddress(peer=D, host_id=self.ends[D].machine._link.host_id, tcp=f"tcp://{D}", ipc=f"ipc://{D}")

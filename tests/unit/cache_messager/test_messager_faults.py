@@ -787,6 +787,30 @@ def test_frames_after_a_cancel_are_stale_even_while_a_write_ends() -> None:
         assert pair.counter(D, "stale_frames") == 2
 
 
+def test_frames_of_another_messager_than_the_prefill_nodes_are_not_written() -> None:
+    """Before, any process that knew request id and epoch could write into the blocks, or end the transfer."""
+    stranger = PeerId("x.messager#1")
+    with Pair(links=("ipc",)) as pair:
+        sources, _ = started(pair)
+        pair.on_wire = lambda src, dst, message: (
+            [] if dst == stranger or (src == P and isinstance(message, KVFrame)) else [message]
+        )
+        pair.signal_all(A, sources)
+        pair.run()
+        [hello] = received(pair, LinkHello)
+        pair.feed(D, Received(stranger, hello))
+        pair.run()
+        written = pair.counter(D, "frames_written")
+        for frame in pair.frames:
+            wrong = msgspec.structs.replace(frame, num_bytes=frame.num_bytes + 1)
+            pair.feed(D, Received(stranger, frame, (memoryview(b"x" * frame.num_bytes),)))
+            pair.feed(D, Received(stranger, wrong, (memoryview(b"x"),)))
+        pair.run()
+        assert pair.counter(D, "frames_written") == written == 0
+        assert pair.endings(D, A) == []
+        assert not pair.ends[D].pool.planes.any()
+
+
 def test_copy_of_a_frame_is_stale_once_its_blocks_were_given_up() -> None:
     with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvrelay.cluster.process import bind_to_cpus, refuse_foreign_packages, require_checkpoint
-from kvrelay.cluster.up import process_specs
+from kvrelay.cluster.up import process_env, process_specs
 from kvrelay.config.cluster_config import ClusterConfig, ModelConfig
 from kvrelay.errors import ConfigError
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
@@ -63,12 +63,23 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_processes_of_a_cluster_get_its_overrides() -> None:
-    router, node = process_specs(config_with(), Path("c.yaml"), ["router.port=1"])
+    router, node = process_specs(config_with(), Path("c.yaml"))
 
     assert (router.name, router.role) == ("router", "router")
-    assert router.argv[-4:] == ("router", "c.yaml", "--set", "router.port=1")
+    assert router.argv[-2:] == ("router", "c.yaml")
     assert (node.name, node.role) == ("m0", "mixed")
-    assert node.argv[-6:] == ("mixed", "c.yaml", "--node", "m0", "--set", "router.port=1")
+    assert node.argv[-4:] == ("mixed", "c.yaml", "--node", "m0")
+
+
+def test_overrides_go_to_the_processes_where_other_users_cannot_see_them(tmp_path: Path) -> None:
+    """Before, a password in ``--set`` was among their arguments until they had set their titles."""
+    path = tmp_path / "c.yaml"
+    path.write_text("nodes: [{name: m0, role: mixed, port: 1}]\nengine: {kind: fake}\n")
+    env = process_env(tmp_path, ["router.port=81", "storage.capacity=1GiB"], {"HOME": "/"})
+    assert env["HOME"] == "/"
+    assert ClusterConfig.load(path, env=env).router.port == 81
+    assert ClusterConfig.load(path, ["router.port=82"], env=env).router.port == 82
+    assert ClusterConfig.load(path, env=process_env(tmp_path, ["router.port=83"], env)).router.port == 83
 
 
 def test_the_runtime_directory_is_private_and_removed(tmp_path: Path) -> None:
@@ -83,3 +94,15 @@ def test_a_runtime_directory_of_the_parent_is_used_and_kept(tmp_path: Path) -> N
     with runtime_dir({VARIABLE: str(tmp_path)}) as path:
         assert path == tmp_path
     assert tmp_path.exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_a_runtime_directory_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(ConfigError, match="is not private to this user"), runtime_dir({VARIABLE: str(tmp_path)}):
+        pass
+    with pytest.raises(ConfigError, match="cannot use"), runtime_dir({VARIABLE: str(tmp_path / "none")}):
+        pass
+    tmp_path.chmod(0o700)
+    with runtime_dir({VARIABLE: str(tmp_path)}) as path:
+        assert path == tmp_path

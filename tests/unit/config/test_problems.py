@@ -10,6 +10,8 @@ import pytest
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import ConfigError
 
+NEEDS_KEYS = "can be reached from other hosts: set security.keys (kvrelay keys init), or security.insecure: true"
+
 GOOD = """\
 model: {path: models/demo}
 cache: {block_size: 16}
@@ -139,6 +141,15 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "control at a port there cannot be": (
         GOOD + 'router: {control: "tcp://[::1]:81000"}\n',
         ["6: router.control: should be tcp://host:port, with an IPv6 host in brackets"],
+    ),
+    "nodes for other hosts without keys": (
+        GOOD.replace("port: 8200", "host: 10.0.0.1, port: 8200").replace("port: 8300", "host: node2, port: 8300")
+        + 'router: {control: "tcp://0.0.0.0:8100"}\n',
+        [
+            f"4: nodes.p0.host: 10.0.0.1 {NEEDS_KEYS}",
+            f"5: nodes.d0.host: node2 {NEEDS_KEYS}",
+            f"6: router.control: tcp://0.0.0.0:8100 {NEEDS_KEYS}",
+        ],
     ),
     "host in brackets": (GOOD + 'router: {host: "[::1]"}\n', ["6: router.host: cannot be '[::1]'"]),
     "host that is no IPv6 address": (
@@ -300,3 +311,30 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
         "env KVRELAY_NODES__D0__PRT: nodes.d0.prt: unknown key; did you mean port?",
         "env KVRELAY_ROUTER__PORT: router.port: should be greater than or equal to 1, not -1",
     ]
+
+
+@pytest.mark.parametrize(
+    "value", ["[{}]", "{{a: {}}}", "[[{}, 1]]"], ids=["in a list", "in a mapping", "in a list in a list"]
+)
+@pytest.mark.parametrize("url", ["redis://:sekret@h:1/0", "rediss://me:sekret@h", "unix:///run/r?db=0&password=sekret"])
+def test_no_message_shows_a_password(tmp_path: Path, value: str, url: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(GOOD + f"storage: {{backend: redis, url: {value.format(repr(url))}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.load(tmp_path / "cluster.yaml", env={})
+    assert "storage.url: should be a valid string, not" in str(caught.value)
+    assert "sekret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("security", ["keys: somewhere", "insecure: true"])
+def test_with_keys_or_if_told_so_processes_listen_for_other_hosts(tmp_path: Path, security: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        GOOD.replace("port: 8200", "host: 10.0.0.1, port: 8200")
+        + f'router: {{control: "tcp://0.0.0.0:8100"}}\nsecurity: {{{security}}}\n'
+    )
+    assert ClusterConfig.load(tmp_path / "cluster.yaml", env={}).node("p0").host == "10.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_loopback_needs_no_keys(tmp_path: Path, host: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(GOOD.replace("port: 8200", f'host: "{host}", port: 8200'))
+    assert ClusterConfig.load(tmp_path / "cluster.yaml", env={}).node("p0").host == host

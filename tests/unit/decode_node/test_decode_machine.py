@@ -23,6 +23,7 @@ from support.machines import (
 
 from decode_node.machine import DecodeMachine
 from decode_node.request import DecodeStatus
+from decode_node.reservations import RETRY_AFTER_S
 from kvrelay.config.cluster_config import Role
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import (
@@ -37,7 +38,7 @@ from kvrelay.machine.contract import (
     TimerFired,
 )
 from kvrelay.protocol.block_hash import BlockHasher
-from kvrelay.protocol.ids import Attempt, RequestId
+from kvrelay.protocol.ids import Attempt, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat
 from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, ReservationEnded, ReservationRefused
 from kvrelay.protocol.messages.engine import StepResult
@@ -56,6 +57,7 @@ from kvrelay.protocol.messages.router_to_node import (
     Abort,
     Drain,
     Generate,
+    PrefillNodes,
     RegisterAgain,
     Registered,
     RegistrationRefused,
@@ -85,6 +87,34 @@ def reserve(harness: NodeHarness, name: str = "r", num_tokens: int = 10, epoch: 
         max_tokens=5,
     )
     return harness.receive(peer, message)
+
+
+def test_only_prefill_nodes_that_a_router_has_named_get_reservations() -> None:
+    """Before, a stranger's ReserveBlocks took the whole pool."""
+    harness = decode_harness()
+    harness.receive(ROUTER, PrefillNodes(peers=[PeerId(P0)]))
+    for number in range(20):
+        [refused] = sent(reserve(harness, f"x{number}", peer="x#1"), ReservationRefused)
+        assert refused.retry_after_s == RETRY_AFTER_S
+    assert harness.num_used == 0
+    reserve(harness)
+    assert len(harness.sent(ExpectKV)) == 1
+    harness.receive(ROUTER, PrefillNodes(peers=[]))
+    assert sent(reserve(harness, "late"), ReservationRefused)
+
+
+def test_who_may_reserve_is_nobody_elses_word() -> None:
+    harness = decode_harness()
+    harness.receive(ROUTER, PrefillNodes(peers=[PeerId(P0)]))
+    for peer in ("x#1", P0, MESSAGER):
+        harness.receive(peer, PrefillNodes(peers=[PeerId("x#1")]))
+    assert sent(reserve(harness, peer="x#1"), ReservationRefused)
+
+
+def test_the_messager_is_told_whose_frames_to_take() -> None:
+    harness = decode_harness()
+    reserve(harness)
+    assert [expect.sender for expect in harness.sent(ExpectKV)] == ["p0.messager#1"]
 
 
 def expected(harness: NodeHarness, name: str = "r", epoch: int = 1) -> list[Any]:
@@ -498,7 +528,7 @@ def test_a_lease_runs_out_unless_it_is_renewed() -> None:
         assert not sent(harness.pass_time(LEASE_S / 2), ReservationEnded)
     harness.receive(P0, Heartbeat())  # a sign of life is no word about this reservation
     actions = harness.pass_time(LEASE_S / 2)
-    assert [ended.reason for ended in sent(actions, ReservationEnded, P0)] == ["p0#1 let its lease run out"]
+    assert [ended.reason for ended in sent(actions, ReservationEnded, P0)] == ["p0 let its lease run out"]
     [failed] = sent(actions, RequestFailed)
     assert failed.error.code == "transfer_timeout"
     harness.machine.assert_quiescent()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvrelay.machine.contract import Log
+from kvrelay.machine.log_limit import INTERVAL_S, MAX_KEYS
 from kvrelay.machine.outbox import Outbox
-from kvrelay.machine.unexpected import LOG_INTERVAL_S, MAX_LOGGED, UnexpectedMessages
+from kvrelay.machine.unexpected import UnexpectedMessages
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving
 
@@ -32,7 +33,7 @@ def test_each_sender_and_kind_is_logged_once_and_every_message_counted() -> None
 def test_they_are_logged_again_after_the_interval() -> None:
     unexpected, outbox = make()
     unexpected.take(PeerId("a"), Leaving())
-    outbox.now += LOG_INTERVAL_S - 1
+    outbox.now += INTERVAL_S - 1
     unexpected.take(PeerId("a"), Leaving())
     assert logged(outbox) == [("a", "Leaving", 1)]
     outbox.now += 1
@@ -43,10 +44,10 @@ def test_they_are_logged_again_after_the_interval() -> None:
 
 def test_a_sender_with_many_names_fills_neither_log_nor_memory() -> None:
     unexpected, outbox = make()
-    for number in range(10 * MAX_LOGGED):
+    for number in range(10 * MAX_KEYS):
         unexpected.take(PeerId(f"x#{number}"), Leaving())
-    assert len(logged(outbox)) == MAX_LOGGED
-    assert unexpected.count == 10 * MAX_LOGGED
-    outbox.now += LOG_INTERVAL_S
+    assert len(logged(outbox)) == MAX_KEYS
+    assert unexpected.count == 10 * MAX_KEYS
+    outbox.now += INTERVAL_S
     unexpected.take(PeerId("x#last"), Leaving())
     assert len(logged(outbox)) == 1

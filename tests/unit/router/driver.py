@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fake_nodes import register
 
 from kvrelay.config.sections import RoutingPolicy
 from kvrelay.machine.contract import CancelTimer, Exit, Received, Send, SetTimer, Started, TimerFired
-from kvrelay.protocol.ids import PeerId, RequestId, peer_id
+from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams
 from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, Submitted, TokensDelivered
+from router.expected_nodes import ExpectedNode
 from router.limits import Limits
 from router.machine import RouterEvent, RouterMachine, RouterSettings
 
@@ -39,6 +40,7 @@ class Driver:
         policy: RoutingPolicy = "least_loaded",
         first_epoch: int = 0,
         local_prefill_tokens: int | None = None,
+        expected_nodes: Mapping[NodeId, ExpectedNode] | None = None,
     ) -> None:
         settings = RouterSettings(
             model="demo",
@@ -48,6 +50,7 @@ class Driver:
             prefill_routing=policy,
             decode_routing=policy,
             local_prefill_tokens=local_prefill_tokens,
+            expected_nodes=expected_nodes,
         )
         self.machine = RouterMachine(settings)
         self.now = 1000.0

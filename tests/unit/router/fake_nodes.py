@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,14 +22,17 @@ from kvrelay.protocol.messages.node_to_router import Register, RequestFailed, Re
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, TokenLogprobs
 from kvrelay.runtime.transport import Transport
+from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.protocol import HttpProtocol
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
-from router.server import HttpServer, http_limits, http_server
+from router.server import HttpServer, http_limits, http_server, tls_files
 from router.service import RouterService
 
-GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="digest")
+GEOMETRY = KVGeometry(
+    num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="fake-1024"
+)
 ANSWER = "The fox says: 🦊! Twice: 🦊. END of it, and then some more words follow."
 
 
@@ -197,13 +201,17 @@ class FakeCluster:
         return [cast(HttpProtocol, connection) for connection in self.http.server_state.connections]
 
 
-def config(**router: object) -> ClusterConfig:
+def config(roles: str = "", /, **router: object) -> ClusterConfig:
+    """Return a config with a node ``n0``, ``n1``, ... for each of ``roles``, and nodes that are never there."""
+    names = {f"n{number}": role for number, role in enumerate(roles.split())}
+    names |= {"p": "prefill", "d": "decode", "m": "mixed"}
     return ClusterConfig.from_data(
         {
             "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
             "router": {"control": "tcp://127.0.0.1:0", **router},
-            "engine": {"kind": "fake"},
-            "nodes": [{"name": "m0", "role": "mixed", "port": 1}],
+            "engine": {"kind": "fake", "fake": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}},
+            "security": {"insecure": True},
+            "nodes": [{"name": name, "role": role, "host": name, "port": 1} for name, role in names.items()],
         }
     )
 
@@ -213,7 +221,7 @@ async def fake_cluster(
     script: Script | None = None, roles: str = "prefill decode", **router: object
 ) -> AsyncIterator[FakeCluster]:
     script = script or Script()
-    settings, clock = config(**router), Clock()
+    settings, clock = config(roles, **router), Clock()
     model = load_model(settings)
     service = RouterService(settings, model, clock)
     running = asyncio.create_task(service.run())
@@ -223,14 +231,16 @@ async def fake_cluster(
         node.partners = {peer_id(other.node_id, "a"): other for other in nodes}
         node.join(service.control_addresses[0])
     beating = asyncio.create_task(_beat(nodes))
-    app = make_app(service, Metrics(service.machine, clock.now))
-    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router))
+    app = make_app(service, Metrics(service.machine, clock.now), ApiKeys.of(settings.router, clock.now, env={}))
+    tls = tls_files(settings.router)
+    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router), tls)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         http = asyncio.create_task(server.serve([listener]))
         await until(lambda: len(list(service.machine.node_table)) == len(nodes))
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+            verify = ssl.create_default_context(cafile=tls[0]) if tls else False
+            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=verify) as client:
                 yield FakeCluster(service, model, nodes, client, url, script, server)
         finally:
             service.stop()

@@ -31,9 +31,9 @@ class Service(RouterService):
     """With one node, and without sockets: what is posted to the machine is kept."""
 
     def __init__(self) -> None:
-        settings = config()
+        settings = config("mixed")
         super().__init__(settings, load_model(settings), Clock())
-        self.machine.handle(Received(peer_id("m0", "a1b2"), register("m0", "mixed", "a1b2")), 0.0)
+        self.machine.handle(Received(peer_id("n0", "a1b2"), register("n0", "mixed", "a1b2")), 0.0)
         self.posted: list[object] = []
 
     def _post(self, event: object) -> None:
@@ -66,11 +66,11 @@ def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> 
 @pytest.mark.parametrize(("action", "stay_down"), [("drain", False), ("stop", True)])
 def test_a_node_is_drained_by_operators_and_not_by_clients(action: str, stay_down: bool) -> None:
     service = Service()
-    path = f"/cluster/nodes/m0/{action}"
+    path = f"/cluster/nodes/n0/{action}"
     assert ask(make_app(service, Metrics(service.machine, service.clock.now)), "POST", path).status_code == 404
     assert service.posted == []
     assert ask(make_operators_app(service), "POST", path).status_code == 202
-    assert service.posted == [DrainRequested("m0", stay_down)]  # type: ignore[arg-type]
+    assert service.posted == [DrainRequested("n0", stay_down)]  # type: ignore[arg-type]
     unknown = ask(make_operators_app(service), "POST", f"/cluster/nodes/other/{action}")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
 
@@ -93,7 +93,7 @@ def test_with_the_key_or_where_there_is_none_they_are() -> None:
 def test_a_page_in_an_operators_browser_is_not_let_in() -> None:
     service = Service()
     app = OperatorsOnly(make_operators_app(service), None)
-    response = ask(app, "POST", "/cluster/nodes/m0/drain", Origin="http://evil.example")
+    response = ask(app, "POST", "/cluster/nodes/n0/drain", Origin="http://evil.example")
     assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
     assert service.posted == []
 

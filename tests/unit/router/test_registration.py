@@ -6,11 +6,21 @@ import msgspec
 import pytest
 from driver import Driver, peer
 from fake_nodes import GEOMETRY, register
+from support.messages import EXAMPLES
 
 from kvrelay.machine.contract import Log, PeerLost, Received
-from kvrelay.protocol.ids import PeerId
-from kvrelay.protocol.messages.base import Heartbeat, Load
-from kvrelay.protocol.messages.router_to_node import Drain, Prefill, RegisterAgain, Registered, RegistrationRefused
+from kvrelay.protocol.ids import NodeId, PeerId
+from kvrelay.protocol.messages.base import Heartbeat, Load, Message
+from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.messages.router_to_node import (
+    Drain,
+    Prefill,
+    PrefillNodes,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from router.expected_nodes import ExpectedNode
 
 
 def names(driver: Driver) -> list[str]:
@@ -76,14 +86,28 @@ def test_silent_node_is_lost_and_one_that_speaks_is_not() -> None:
     assert driver.machine.requests.counters.nodes_lost == 1
 
 
-def test_restarted_node_at_the_same_address_replaces_its_earlier_self_at_once() -> None:
+def test_restarted_node_at_the_same_address_replaces_its_earlier_self_when_that_cannot_be_reached() -> None:
     driver = Driver("p0 d0")
     driver.submit()
     driver.take_sent(Prefill)
     driver.join("p0", "b")
+    assert driver.take_sent(Heartbeat) == [(peer("p0"), Heartbeat())]
+    driver.do(PeerLost(PeerId(peer("p0")), "Host unreachable"))
     assert names(driver) == [peer("d0"), peer("p0", "b")]
     ((to, again),) = driver.take_sent(Prefill)
     assert (to, again.request.epoch) == (peer("p0", "b"), 2)
+
+
+def test_a_stranger_with_name_and_address_of_a_live_node_does_not_replace_it() -> None:
+    """Before, one Register removed the node and failed its requests."""
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.take_sent(Prefill)
+    driver.join("p0", "b")
+    driver.receive(peer("p0"), Heartbeat())
+    assert names(driver) == [peer("p0"), peer("d0")]
+    assert driver.take_sent(Prefill) == []
+    assert [to for to, _ in driver.take_sent(RegistrationRefused)] == [peer("p0", "b")]
 
 
 def test_name_taken_by_a_live_node_elsewhere_is_refused_once_that_shows_life() -> None:
@@ -103,3 +127,55 @@ def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_
     driver.join("p0", "b", address="tcp://elsewhere:1")
     driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     assert names(driver) == [peer("p0", "b")]
+
+
+# ---------------------------------------------------------------- strangers
+
+EXPECTED = {
+    NodeId("p0"): ExpectedNode("prefill", register("p0", "prefill").address, {"block_size": 16, "num_layers": 2}),
+    NodeId("d0"): ExpectedNode("decode", register("d0", "decode").address, {"block_size": 16, "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "fields", "said"),
+    [
+        ("m0", "mixed", {}, "the router's config has no node m0"),
+        ("d0", "mixed", {}, "d0 is a mixed node, in the router's config a decode node"),
+        ("d0", "decode", {"address": "tcp://evil:1"}, "d0 listens at tcp://evil:1"),
+        ("d0", "decode", {"geometry": msgspec.structs.replace(GEOMETRY, num_layers=7)}, "num_layers: 2 != 7"),
+    ],
+)
+def test_a_node_that_the_config_does_not_have_is_refused_and_gets_no_prompt(
+    name: str, role: str, fields: dict[str, Any], said: str
+) -> None:
+    """Before, a rogue mixed node got prompts, and the first to register fixed the geometry for all others."""
+    driver = Driver(expected_nodes=EXPECTED)
+    driver.receive(peer(name, "x"), register(name, role, "x", **fields))
+    ((to, refusal),) = driver.take_sent(RegistrationRefused)
+    assert to == peer(name, "x")
+    assert said in refusal.reason
+    driver.join("p0")
+    driver.join("d0")
+    assert names(driver) == [peer("p0"), peer("d0")]
+
+
+@pytest.mark.parametrize("message", [message for message in EXAMPLES if not isinstance(message, Register | Heartbeat)])
+def test_nothing_but_registration_is_taken_from_who_is_not_registered(message: Message) -> None:
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.sent.clear()
+    driver.receive(peer("x"), message)
+    assert driver.sent == []
+    assert driver.machine.counters["unexpected_messages"] == 1
+    assert driver.delivered == {}
+
+
+def test_decode_nodes_are_told_of_every_prefill_node_that_comes_or_goes() -> None:
+    driver = Driver()
+    for name in ("p0", "d0", "p1"):
+        driver.join(name)
+    told = [(to, message.peers) for to, message in driver.take_sent(PrefillNodes)]
+    assert told == [(peer("d0"), [peer("p0")]), (peer("d0"), [peer("p0"), peer("p1")])]
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
+    assert driver.take_sent(PrefillNodes) == [(peer("d0"), PrefillNodes(peers=[PeerId(peer("p1"))]))]

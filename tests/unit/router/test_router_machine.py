@@ -64,6 +64,23 @@ def test_one_token_needs_no_decode_node() -> None:
     driver.machine.assert_quiescent()
 
 
+@pytest.mark.parametrize("name", ["d1", "p1", "x9"])
+def test_tokens_of_who_has_no_part_in_the_attempt_are_not_delivered(name: str) -> None:
+    """Before, whoever knew request id and epoch could write into the answer."""
+    driver = Driver("p0 d0")
+    driver.submit()
+    if name != "x9":
+        driver.join(name)
+    driver.tokens(name, 0, [66, 66], finish=STOP)
+    driver.tokens("p0", 0, [10])
+    driver.tokens("d0", 1, [11])
+    driver.tokens(name, 2, [66], finish=STOP)
+    driver.tokens("d0", 2, [12], finish=LENGTH)
+    assert driver.output() == [10, 11, 12]
+    assert driver.endings() == [RequestEnded(LENGTH)]
+    driver.machine.assert_quiescent()
+
+
 # ---------------------------------------------------------------- order of output
 
 
@@ -211,6 +228,8 @@ def test_request_that_comes_while_the_only_node_restarts_waits_for_it(how: str) 
     assert driver.machine.unready_reason() is not None
     driver.submit()
     driver.join("m0", "b")
+    if how == "leaving":  # the router asked whether it is still there
+        driver.do(PeerLost(PeerId(peer("m0")), "Host unreachable"))
     assert driver.dispatched()[0] == peer("m0", "b")
 
 

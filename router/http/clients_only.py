@@ -1,0 +1,96 @@
+"""Serves only clients with an API key, within the limits of their key. Not in use without keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvrelay.protocol.messages.base import ErrorInfo
+from router.http.access_log import note_key
+from router.http.api_keys import ApiKey, ApiKeys
+from router.http.asgi import send_error
+from router.http.key_limits import KeyUse
+from router.openai.choice import Choice, num_prompt_tokens
+from router.openai.errors import AnswerError
+
+OPEN = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/readyz"})
+"""Paths that need no key: whether the process lives, and whether it can serve."""
+
+_GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+_USE = "kvrelay.key_use"
+_SCHEME = "bearer "
+
+
+class ClientsOnly:
+    """Middleware. ``now`` returns the time in seconds."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, now: Callable[[], float]) -> None:
+        self._app = app
+        self._keys = keys
+        self._now = now
+        self._uses: dict[str, KeyUse] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request: 401 without a valid key, 429 beyond the limits of the key."""
+        path = scope["path"]
+        if path in OPEN or scope["method"] == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        secret = _secret(Headers(scope=scope))
+        key = None if secret is None else self._keys.find(secret)
+        if key is None:
+            await send_error(send, _unauthorized(is_given=secret is not None), [(b"www-authenticate", b"Bearer")])
+            return
+        note_key(scope, key.name)
+        if path in _GENERATING:
+            await self._generate(key, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _generate(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+        use = self._uses.setdefault(key.name, KeyUse(self._now()))
+        wait_s = use.wait_s(key, self._now())
+        if wait_s > 0:
+            await send_error(send, _too_much(key, wait_s), use.headers(key, self._now()))
+            return
+        use.begin()
+        scope[_USE] = use
+
+        def with_limits(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *use.headers(key, self._now())]
+            return send(message)
+
+        try:
+            await self._app(scope, receive, with_limits)
+        finally:
+            use.end()
+
+
+def charge(scope: Scope, choices: Sequence[Choice]) -> None:
+    """Count the tokens of an answer for the client's key, if it has one."""
+    use: KeyUse | None = scope.get(_USE)
+    if use is not None:
+        use.charge(sum(choice.num_tokens for choice in choices) + num_prompt_tokens(choices))
+
+
+def _secret(headers: Headers) -> str | None:
+    given = headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
+    return given[len(_SCHEME) :].strip() if given.lower().startswith(_SCHEME) else None
+
+
+def _unauthorized(*, is_given: bool) -> AnswerError:
+    message = "the API key is not valid" if is_given else "an API key is required: Authorization: Bearer KEY"
+    return AnswerError(ErrorInfo(code="invalid_api_key", message=message, http_status=401))
+
+
+def _too_much(key: ApiKey, wait_s: float) -> AnswerError:
+    if math.isinf(wait_s):
+        message, wait_s = f"{key.max_requests} requests with this API key are in progress, its limit", 1.0
+    else:
+        message = f"the {key.tokens_per_minute} tokens a minute of this API key are used"
+    error = ErrorInfo(code="rate_limit_exceeded", message=message, http_status=429)
+    return AnswerError(error, retry_after_s=wait_s)
