@@ -16,6 +16,7 @@ from kvrelay.engine.device.graphs import chunk_shapes
 from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLauncher, outcomes
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.pool import LayersReady
+from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
@@ -43,6 +44,7 @@ class DeviceEngine:
         geometry: KVGeometry,
         framework: Framework,
         operations: Operations,
+        projections: Projections,
         limits: DeviceEngineLimits,
     ) -> None:
         self.geometry = geometry
@@ -53,7 +55,9 @@ class DeviceEngine:
         self._framework = framework
         self._operations = operations
         self._limits = limits
-        self.launcher = StepLauncher(config, weights, self.memory, framework, operations, limits, PLANS_IN_FLIGHT)
+        self.launcher = StepLauncher(
+            config, weights, self.memory, framework, operations, projections, limits, PLANS_IN_FLIGHT
+        )
         self._grammars = GrammarMasks(config.vocab_size)
         self._steps = StepQueue(self.launcher, self._grammars)
 

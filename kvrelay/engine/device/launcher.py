@@ -18,6 +18,7 @@ from kvrelay.engine.device.graphs import StepGraphs
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.outcomes import outcomes_of
 from kvrelay.engine.device.pool import Announce, DevicePool
+from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.step_slot import Results, StepSlot
@@ -67,8 +68,8 @@ class StepLauncher:
 
     def __init__(
         self, config: DecoderConfig, weights: DecoderWeights, memory: KVMemory | DeviceMemory,
-        framework: Framework,
-        operations: Operations, limits: DeviceEngineLimits, num_slots: int,
+        framework: Framework, operations: Operations, projections: Projections, limits: DeviceEngineLimits,
+        num_slots: int,
     ) -> None:  # fmt: skip
         self.state = threading.Lock()
         self.stream = framework.stream()
@@ -87,7 +88,7 @@ class StepLauncher:
             words = self._buffer.num_words + _MORE_UPLOAD_WORDS
             most = limits.max_num_batched_tokens
             self.slots = [StepSlot(framework, most, words) for _ in range(num_slots)]
-        self.decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
+        self.decoder = DeviceDecoder(config, weights, operations, projections, self._tables, last_tokens)
         self.capture([])
 
     def capture(self, shapes: list[StepShape]) -> None:

@@ -1,4 +1,4 @@
-"""What the decoder does between GEMMs, as the device's kernels or their references do it.
+"""What the decoder does between linear layers, as the device's kernels or their references do it.
 
 Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S sampling rows.
 """
@@ -89,6 +89,13 @@ class Sampled(NamedTuple):
     logprobs: Tensor
 
 
+class Quantized(NamedTuple):
+    """Rows in float8 (e4m3): ``values`` [N, width] and ``scales`` float32 [N, 1]."""
+
+    values: Tensor
+    scales: Tensor
+
+
 class Operations(Protocol):
     """``tile_rows``: how many consecutive queries of a sequence form a tile at most. ``room`` for gathered contexts."""
 
@@ -125,3 +132,16 @@ class Operations(Protocol):
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
+
+
+class QuantizingOperations(Operations, Protocol):
+    """Operations that give rows in float8 too."""
+
+    def quantized(self, x: Tensor) -> Quantized:
+        """Return ``x`` [N, width] in float8."""
+
+    def quantized_norm(self, residual: Tensor, due: Tensor | None, weight: Tensor, eps: float) -> Quantized:
+        """Add ``due`` to ``residual`` [N, width] in place, unless it is None; return the RMS norm of that in float8."""
+
+    def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
+        """Return what ``silu_mul`` does, in float8."""

@@ -20,7 +20,7 @@ from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine, DeviceStep
 from kvrelay.engine.device.launcher import DeviceEngineLimits
-from kvrelay.engine.device.load import DeviceOptions, make_operations
+from kvrelay.engine.device.load import DeviceOptions, make_operations, make_projections
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.errors import EngineError
 from kvrelay.node.plans import Chunk, PlanWriter
@@ -45,8 +45,10 @@ def make(tiny_dir: Path) -> Iterator[Make]:
         sizes = DeviceEngineLimits(
             **{"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
         )
-        operations = make_operations(config, framework, sizes, DeviceOptions("cpu", "float32", 16))
-        engine = DeviceEngine(config, weights, geometry, framework, LateOperations(operations, framework), sizes)
+        options = DeviceOptions("cpu", "float32", 16)
+        late = LateOperations(make_operations(config, framework, sizes, options), framework)
+        projections = make_projections(config, framework, late, options)
+        engine = DeviceEngine(config, weights, geometry, framework, late, projections, sizes)
         engine.warm_up()
         made.append(engine)
         return engine, computes_late(engine, framework)
