@@ -149,7 +149,7 @@ class RouterService:
         """Report that the text contains a stop string, so that no more tokens are needed."""
         self._post(StopMatched(request_id))
 
-    def client_gone(self, request_id: RequestId) -> None:
+    def client_disconnected(self, request_id: RequestId) -> None:
         """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
 
