@@ -90,7 +90,7 @@ def step_of_one_sequence(spans: list[tuple[int, int]], tile_rows: int, device: s
     rows = torch.zeros(len(positions), dtype=torch.int32)
     shape = StepShape(len(positions), singles, paged.shape[1], 0)
     tiles = torch.tensor(np.ascontiguousarray(paged))
-    step = StepTensors(shape, rows, torch.tensor(positions), rows, rows, tiles, tiles, tiles, *[none] * 5)
+    step = StepTensors(shape, rows, torch.tensor(positions), rows, rows, tiles, tiles, tiles, *[none] * 6)
     return moved(step, device)
 
 
