@@ -60,6 +60,7 @@ class BlockMover:
         self.pool = pool
         self.checksum = settings.checksum
         self.peer_timeout_s = settings.peer_timeout_s
+        self.is_only_kind = len(settings.links) == 1
         self._links: dict[str, KVLink] = {kind: link_class(kind)(self) for kind in settings.links}
         self._accepted: dict[int, KVLink] = {}
         self._thread = threading.get_ident()

@@ -21,12 +21,14 @@ class LinkHost(Protocol):
     """The interface of the messager for links. Methods may be called from any thread.
 
     ``pool``: the node's KV pool. ``checksum``: whether payload is verified (``transfer.checksum``).
-    ``peer_timeout_s``: seconds of silence after which a peer counts as lost.
+    ``peer_timeout_s``: seconds of silence after which a peer counts as lost. ``is_only_kind``: the config asks for one
+    kind of link, so a kind that is possible but not the best is used all the same.
     """
 
     pool: KVPool
     checksum: bool
     peer_timeout_s: float
+    is_only_kind: bool
 
     def send(self, peer: PeerId, frame: KVFrame, payload: Sequence[memoryview] = ()) -> None:
         """Send ``frame``, complete with its digest, and post the FrameSent that answers ``KVLink.send``."""

@@ -9,7 +9,7 @@ memory too. A thread owns the library; it is loaded with the first link.
 from __future__ import annotations
 
 from cache_messager.links.interface import HOST_FRAME_BYTES, LinkHost
-from cache_messager.links.nixl.agent import create_agent, reason_against
+from cache_messager.links.nixl.agent import create_agent, has_rdma, reason_against
 from cache_messager.links.nixl.receiver import FrameReader
 from cache_messager.links.nixl.sender import FrameWriter
 from cache_messager.links.nixl.staging import NUM_SLOTS, Areas
@@ -48,6 +48,8 @@ class Link:
     def offer(self) -> bytes | None:
         """Return the kind of memory of the pool, whose digests the receiver must be able to compare."""
         reason = reason_against()
+        if reason is None and not (self._host.is_only_kind or has_rdma()):
+            reason = "no RDMA device, so tcp is faster; transfer.link: nixl uses it all the same"
         if reason is not None:
             log_event("info", "link not possible", {"kind": "nixl", "reason": reason})
             return None

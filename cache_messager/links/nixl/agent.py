@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from kvrelay.errors import TransferError
@@ -16,6 +17,9 @@ _MODULES = ("nixl_cu13", "nixl_cu12")
 """The library's module in each of its wheels. Host memory needs no CUDA, so any of them will do."""
 
 _BACKEND = "UCX"
+
+RDMA_DEVICES = Path("/sys/class/infiniband")
+"""Where Linux lists RDMA devices, RoCE ones included."""
 
 
 class Write(Protocol):
@@ -53,6 +57,11 @@ class Agent(Protocol):
 def reason_against() -> str | None:
     """Return why no agent can be created in this process, as far as that is known without loading the library."""
     return None if any(find_spec(name) for name in _MODULES) else "the library nixl is not installed"
+
+
+def has_rdma() -> bool:
+    """Return whether this host has an RDMA device. Without one the library writes over TCP, slower than ZMQ."""
+    return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
 
 
 def create_agent() -> Agent:

@@ -44,6 +44,7 @@ class Host:
 
     checksum = True
     peer_timeout_s = TIMEOUT_S
+    is_only_kind = True
 
     def __init__(self, pool: Pool) -> None:
         self.pool: KVPool = pool
@@ -354,11 +355,27 @@ def test_without_the_library_there_is_no_offer_and_none_is_accepted(
             link.accept(1, b"host")
 
 
+@pytest.mark.parametrize("has_devices", [False, True])
+@pytest.mark.parametrize("is_only_kind", [False, True])
+def test_without_rdma_it_is_offered_only_if_the_config_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_devices: bool, is_only_kind: bool
+) -> None:
+    monkeypatch.setattr(nixl, "reason_against", lambda: None)
+    monkeypatch.setattr(nixl_agent, "RDMA_DEVICES", tmp_path if has_devices else tmp_path / "none")
+    (tmp_path / "mlx5_0").mkdir()
+    with closing(make_pool(GEOMETRY, NUM_BLOCKS, on_device=False)) as pool:
+        host = Host(pool)
+        host.is_only_kind = is_only_kind
+        with closing(nixl.Link(host)) as link:
+            assert (link.offer() is not None) is (has_devices or is_only_kind)
+
+
 @pytest.fixture
 def fabric(monkeypatch: pytest.MonkeyPatch) -> Fabric:
     """The double of the library in the place of the library."""
     fabric = Fabric()
     monkeypatch.setattr(nixl, "reason_against", lambda: None)
+    monkeypatch.setattr(nixl, "has_rdma", lambda: True)
     monkeypatch.setattr(nixl.Link, "create_agent", staticmethod(fabric.create_agent))
     return fabric
 

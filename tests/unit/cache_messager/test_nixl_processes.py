@@ -51,7 +51,7 @@ def test_blocks_move_by_nixl(directory: Path, on_device: bool) -> None:
         in_one_piece = block_ids(*range(100)), block_ids(*range(100, 200))
         assert await transfer(p, d, *in_one_piece, request_id="in one piece") == "nixl"
 
-    run(scenario, directory, links=("nixl", "tcp"), on_device=on_device)
+    run(scenario, directory, links=("nixl",), on_device=on_device)
 
 
 async def move_to_both(p: MessagerNode, lost: MessagerNode, other: MessagerNode) -> None:

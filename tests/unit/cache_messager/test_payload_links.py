@@ -78,6 +78,7 @@ class Host:
         self.pool: KVPool = pool
         self.checksum = checksum
         self.peer_timeout_s = 5.0
+        self.is_only_kind = True
         self.sent: list[tuple[KVFrame, list[memoryview]]] = []
         self.events: list[object] = []
 

@@ -30,6 +30,7 @@ class Host:
 
     checksum = True
     peer_timeout_s = 5.0
+    is_only_kind = True
 
     def __init__(self, pool: Pool) -> None:
         self.pool: KVPool = pool
