@@ -10,6 +10,8 @@ vLLM lives in an environment of its own (``--vllm``), made on the first run; its
 
 Usage: python benchmarks/accuracy.py [--prompts 50] [--tokens 64] [--models random demo]
            [--quantization w8a8 w8a16] [--vllm DIR | --no-vllm]
+       python benchmarks/accuracy.py --torch [--quantization fp8] --no-vllm
+           the torch engine on the CPU, where float8 is emulated
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ HELD_OUT = 30_000
 
 SHORTEST, LONGEST = 16, 512
 MAX_MODEL_LEN = 1024
-TOP, NUM_LOGPROBS = 10, 100
+TOP, NUM_LOGPROBS, NUM_LOGPROBS_OF_TORCH = 10, 100, 20
 """The tokens of the reference that are compared; so many of a candidate's are looked through for them."""
 
 Logprobs = dict[int, float]
@@ -83,12 +85,22 @@ def ask_kvrelay(
         return Told(own.outputs, along.logprobs)
 
 
+def settings_of(kind: str, is_torch: bool) -> list[str]:
+    """Return the settings of a candidate in bfloat16 with quantization ``kind``."""
+    return [*engine_settings(is_torch), "model.dtype=bfloat16", f"engine.quantization={kind}"]
+
+
+def engine_settings(is_torch: bool) -> list[str]:
+    return ["engine.kind=torch"] if is_torch else []
+
+
 def _follow(
     engine: BareEngine, prompts: list[list[int]], num_tokens: int, room: int, forced: list[list[int]] | None
 ) -> Told:
     """Decode all prompts at once: after ``forced`` tokens whatever is sampled, or after what is sampled."""
+    most = NUM_LOGPROBS if engine.engine.max_plans_in_flight == 1 else NUM_LOGPROBS_OF_TORCH
     sequences = [
-        engine.sequence(prompt, list(map(BlockId, range(room * index, room * (index + 1)))), num_tokens, NUM_LOGPROBS)
+        engine.sequence(prompt, list(map(BlockId, range(room * index, room * (index + 1)))), num_tokens, most)
         for index, prompt in enumerate(prompts)
     ]
     told = Told([[] for _ in prompts], [[] for _ in prompts])
@@ -178,13 +190,14 @@ def table(title: str, distances: dict[str, Distance], num_tokens: int) -> Table:
 def compare(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Distance]:
     """Return the differences of each candidate from kvrelay's float32."""
     num_tokens = arguments.tokens
-    reference = ask_kvrelay(model, prompts, num_tokens, None, ["model.dtype=float32"])
+    reference = ask_kvrelay(
+        model, prompts, num_tokens, None, [*engine_settings(arguments.torch), "model.dtype=float32"]
+    )
     forced = reference.outputs
     told = {}
     for kind in ("none", *arguments.quantization):
-        settings = ["model.dtype=bfloat16", f"engine.quantization={kind}"]
         name = f"kvrelay bfloat16{'' if kind == 'none' else f', {kind}'}"
-        told[name] = ask_kvrelay(model, prompts, num_tokens, forced, settings)
+        told[name] = ask_kvrelay(model, prompts, num_tokens, forced, settings_of(kind, arguments.torch))
     for dtype in () if arguments.no_vllm else ("bfloat16", "float32"):
         job = {"model": str(model), "dtype": dtype, "max_model_len": MAX_MODEL_LEN, "prompts": prompts}
         job |= {"forced": forced, "num_tokens": num_tokens, "num_logprobs": NUM_LOGPROBS}
@@ -201,11 +214,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--models", nargs="+", choices=["random", "demo"], default=["random", "demo"])
-    parser.add_argument("--quantization", nargs="+", choices=["w8a8", "w8a16"], default=[], help="measure these too")
+    parser.add_argument("--quantization", nargs="+", choices=["w8a8", "w8a16", "fp8"], default=[])
+    parser.add_argument("--torch", action="store_true", help="measure the torch engine")
     parser.add_argument("--vllm", type=Path, default=DEFAULT_ENVIRONMENT, help="environment; made if missing")
     parser.add_argument("--no-vllm", action="store_true", help="kvrelay's own numbers only")
     arguments = parser.parse_args()
-    if fastest_dtype() != "bfloat16":
+    if not arguments.torch and fastest_dtype() != "bfloat16":
         sys.exit("this CPU has no bf16 GEMMs: kvrelay computes in float32 here, which is the reference")
     if not arguments.no_vllm:
         make_environment(arguments.vllm.resolve())

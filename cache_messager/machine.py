@@ -127,8 +127,8 @@ class MessagerMachine:
             else:
                 self._unexpected.take(peer, message)
             return
-        self._sender.heard(peer)
-        self._receiver.heard(peer)
+        self._sender.record_message(peer)
+        self._receiver.record_message(peer)
         if isinstance(message, LinkMessage):
             self._from_messager(peer, message, payload)
         else:

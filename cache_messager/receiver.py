@@ -139,9 +139,9 @@ class Receiver:
 
     # ------------------------------------------------------------ time
 
-    def heard(self, peer: PeerId) -> None:
+    def record_message(self, peer: PeerId) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
-        self._links.heard(peer)
+        self._links.record_message(peer)
 
     def resumed(self, paused_s: float) -> None:
         """This process did not run for ``paused_s``: no sender is to blame for its silence."""

@@ -157,9 +157,9 @@ class Sender:
 
     # ------------------------------------------------------------ time
 
-    def heard(self, peer: PeerId) -> None:
+    def record_message(self, peer: PeerId) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
-        self._link_table.heard(peer)
+        self._link_table.record_message(peer)
 
     def resumed(self, paused_s: float) -> None:
         """This process did not run for ``paused_s``: neither peers nor transfers are to blame for it."""

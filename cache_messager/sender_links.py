@@ -116,9 +116,9 @@ class SenderLinks:
 
     # ------------------------------------------------------------ time
 
-    def heard(self, peer: PeerId) -> None:
+    def record_message(self, peer: PeerId) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
-        self._liveness.heard(peer, self._outbox.now)
+        self._liveness.record_message(peer, self._outbox.now)
 
     def resumed(self, paused_s: float) -> None:
         """This process did not run for ``paused_s``: no peer is to blame for its silence."""

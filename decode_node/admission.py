@@ -132,4 +132,4 @@ class Admission:
         self._requests.order.admitted(request, request.num_uncomputed_tokens)
         if self._kv.prefix_caching:
             # A copy: the request's own list grows with its output, what is promised does not.
-            self._requests.pending.promise(request, tuple(request.hashes), len(matched))
+            self._requests.pending.add(request, tuple(request.hashes), len(matched))

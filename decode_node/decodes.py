@@ -21,7 +21,7 @@ class Decodes:
         self._token_budget = config.max_num_batched_tokens
         self._watermark_blocks = int(config.watermark * kv.num_blocks)
         self._block_size = block_size
-        self._turn = 0
+        self._next = 0
 
     def after(
         self,
@@ -42,12 +42,12 @@ class Decodes:
         after += [request for request in prefilling if request in in_flight and _goes_on(request, in_flight[request])]
         return after
 
-    def in_turn(self, decodes: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Return all of ``decodes`` or, if they are more than the token budget, those whose turn it is."""
+    def within_budget(self, decodes: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Return all of ``decodes`` or, if they are more than the token budget, the next of them, in rotation."""
         if len(decodes) <= self._token_budget:
             return decodes
-        first = self._turn % len(decodes)
-        self._turn += self._token_budget
+        first = self._next % len(decodes)
+        self._next += self._token_budget
         return (decodes[first:] + decodes[:first])[: self._token_budget]
 
     def grow(self, chunks: Sequence[tuple[DecodeRequest, int]]) -> bool:

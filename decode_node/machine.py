@@ -149,8 +149,8 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
     def _messager_ready(self, message: MessagerReady) -> None:
         self._reservations.link = message.link
 
-    def _heard(self, peer: PeerId) -> None:
-        self._reservations.heard(peer)
+    def _record_message(self, peer: PeerId) -> None:
+        self._reservations.record_message(peer)
 
     def _beat_to_nodes(self) -> None:
         self._reservations.heartbeat()

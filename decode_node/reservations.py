@@ -69,9 +69,9 @@ class Reservations:
         self.link: LinkAddress | None = None
         self.counters = {"reservations_refused": 0.0, "kv_bytes_received": 0.0}
 
-    def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` was heard."""
-        self._alive.heard(peer, self._outbox.now)
+    def record_message(self, peer: PeerId) -> None:
+        """Note that a message of ``peer`` arrived."""
+        self._alive.record_message(peer, self._outbox.now)
 
     def resumed(self, paused_s: float) -> None:
         """This process did not run for ``paused_s``: renewals of leases may be unread, and the like."""
@@ -101,7 +101,7 @@ class Reservations:
         attempt = Attempt(message.request_id, message.epoch)
         known = self._requests.find(attempt)
         if known is not None and known.sender == peer and known.is_reserved:
-            self._say_again(known)
+            self._repeat_answer(known)
             return
         if not self._is_introduced(peer):
             refusal: Refusal | None = Refusal("no router has named the prefill node yet", RETRY_AFTER_S)
@@ -165,7 +165,7 @@ class Reservations:
         self._send_reserved(request)
         self._begin_if_ready(request)
 
-    def _say_again(self, request: DecodeRequest) -> None:
+    def _repeat_answer(self, request: DecodeRequest) -> None:
         """Answer P, which has asked twice for one reservation. Before the messager is ready ``expected`` will."""
         if request.status is DecodeStatus.RECEIVING:
             self._send_reserved(request)

@@ -62,7 +62,7 @@ class Scheduler:
         stalled = self.preemption.make_room(schedule, now, is_staging=self._offloader.is_staging)
         if self._by_priority and requests.waiting and not schedule.preempted:
             self.preemption.preempt_for_priority(schedule, requests.waiting.ordered(now)[0], now)
-        decodes = self._decodes.in_turn([request for request in requests.decoding if request not in stalled])
+        decodes = self._decodes.within_budget([request for request in requests.decoding if request not in stalled])
         self._fill(schedule, decodes, {}, now)
         if not schedule.chunks and not requests.num_holding and not requests.waiting:
             self.reserve.idle()
@@ -78,7 +78,7 @@ class Scheduler:
         waiting = requests.waiting
         if self._by_priority and waiting and self.preemption.displaced(waiting.ordered(now)[0], now):
             return schedule
-        decodes = self._decodes.in_turn(self._decodes.after(in_flight, requests.decoding, requests.prefilling))
+        decodes = self._decodes.within_budget(self._decodes.after(in_flight, requests.decoding, requests.prefilling))
         if self._decodes.grow([(request, _next_end(request, in_flight)) for request in decodes]):
             self._fill(schedule, decodes, in_flight, now)
         return schedule

@@ -65,7 +65,7 @@ class Storage:
     def preempted(self, request: DecodeRequest) -> None:
         """Save what ``request`` had in the pool, then let the router look for a node that has room sooner."""
         if self._config.write_policy == "off" or self._config.resume == "recompute":
-            self._tell_router(request)
+            self._report_preempted(request)
             return
         request.is_saving = True
         self._on_saved(self._offloader.save(request.hashes, PreemptedKV(request, request.num_preemptions)))
@@ -88,9 +88,9 @@ class Storage:
             return  # preempted again meanwhile: the later save counts
         request.is_saving = False
         request.num_stored_blocks = saved.num_blocks
-        self._tell_router(request)
+        self._report_preempted(request)
 
-    def _tell_router(self, request: DecodeRequest) -> None:
+    def _report_preempted(self, request: DecodeRequest) -> None:
         if request.status is DecodeStatus.PREEMPTED:
             preempted = RequestPreempted(
                 request_id=request.spec.request_id,

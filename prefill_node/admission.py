@@ -56,7 +56,7 @@ class Admission:
         self._kv.record_query(request.num_tokens, request.num_cached_tokens)
         self._requests.order.admitted(request, request.num_uncomputed_tokens)
         if self._kv.prefix_caching:
-            self._requests.pending.promise(request, request.hashes, len(matched))
+            self._requests.pending.add(request, request.hashes, len(matched))
 
     def publish(self, request: PrefillRequest) -> None:
         """Make the full blocks of ``request`` that are computed matchable."""
@@ -66,6 +66,6 @@ class Admission:
         self._requests.pending.published(request, num_blocks)
         self._requests.queued.published(hashes)
 
-    def forget(self, request: PrefillRequest) -> None:
+    def withdraw(self, request: PrefillRequest) -> None:
         """Have the blocks of ``request`` computed anew for the next request."""
-        self._kv.forget(request.hashes)
+        self._kv.withdraw(request.hashes)

@@ -135,7 +135,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
             case TransferFailed(error=error):
                 request.holders.discard(Holder.MESSAGER)
                 if error.code == CorruptKVError.code:
-                    self._admission.forget(request)  # else the next attempt would find the same block
+                    self._admission.withdraw(request)  # else the next attempt would find the same block
                 if not request.is_over:
                     self._endings.fail(request, error)
             case TransferClosed():
@@ -178,8 +178,8 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
 
     # ------------------------------------------------------------ decode nodes
 
-    def _heard(self, peer: PeerId) -> None:
-        self._reservations.heard(peer)
+    def _record_message(self, peer: PeerId) -> None:
+        self._reservations.record_message(peer)
 
     def _beat_to_nodes(self) -> None:
         self._reservations.renew()

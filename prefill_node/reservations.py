@@ -39,9 +39,9 @@ class Reservations:
         self._alive = Liveness(node.cluster.peer_timeout_s)
         self._connected: set[PeerId] = set()
 
-    def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` was heard."""
-        self._alive.heard(peer, self._outbox.now)
+    def record_message(self, peer: PeerId) -> None:
+        """Note that a message of ``peer`` arrived."""
+        self._alive.record_message(peer, self._outbox.now)
 
     def resumed(self, paused_s: float) -> None:
         """This process did not run for ``paused_s``: no decode node is to blame for its silence."""

@@ -76,7 +76,7 @@ class Attempts:
             return
         self._begin_again(request, backoff_s)
 
-    def forgotten(self, request: RoutedRequest, by: PeerId) -> None:
+    def dropped(self, request: RoutedRequest, by: PeerId) -> None:
         """``by`` dropped the attempt without a failure: begin another at once, not counted in ``attempts``."""
         self.abort_nodes(request, exclude=by)
         request.attempts -= 1

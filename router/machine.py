@@ -180,7 +180,7 @@ class RouterMachine:
                 assert_never(event)
 
     def _receive(self, peer: PeerId, message: Message) -> None:
-        self._nodes.heard(peer)
+        self._nodes.record_message(peer)
         may_send = isinstance(message, Register | Heartbeat) or self.node_table.get(peer) is not None
         if may_send and isinstance(message, RouterMessage):
             self._on_message(peer, message)

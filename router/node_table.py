@@ -254,7 +254,7 @@ class NodeTable:
         node = self._nodes.setdefault(peer, Node(peer, registration))
         node.registration = registration
         self._liveness.watch(peer, now)
-        self._liveness.heard(peer, now)
+        self._liveness.record_message(peer, now)
         return node
 
     # ------------------------------------------------------------ liveness and removal
@@ -263,9 +263,9 @@ class NodeTable:
         """Note that nodes may register soon: this router has just started, or a node that left is being restarted."""
         self._expecting_since_s = now
 
-    def heard(self, peer: PeerId, now: float) -> None:
+    def record_message(self, peer: PeerId, now: float) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
-        self._liveness.heard(peer, now)
+        self._liveness.record_message(peer, now)
 
     def resumed(self, paused_s: float, now: float) -> None:
         """This process did not run for ``paused_s``: no node is to blame for its silence."""

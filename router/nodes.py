@@ -52,9 +52,9 @@ class Nodes:
         self._peer_timeout_s = peer_timeout_s
         self._may_have_lost_us: set[PeerId] = set()
 
-    def heard(self, peer: PeerId) -> None:
+    def record_message(self, peer: PeerId) -> None:
         """Record a message from ``peer``: any message counts as a heartbeat."""
-        self._node_table.heard(peer, self._outbox.now)
+        self._node_table.record_message(peer, self._outbox.now)
 
     def take(self, peer: PeerId, message: AboutNode) -> None:
         """Handle a message in which ``peer`` reports its own state."""
@@ -120,7 +120,7 @@ class Nodes:
             self._requests.node_joined()
         elif lost_us and peer in self._may_have_lost_us:
             self._may_have_lost_us.discard(peer)
-            self._requests.node_forgot(node)
+            self._requests.node_dropped_requests(node)
         elif lost_us:
             self._requests.node_lost(node, "it had taken this router for lost")
 

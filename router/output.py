@@ -28,7 +28,7 @@ class OutputOrder:
                 ready.append(following)
         return ready
 
-    def forget_early(self) -> None:
+    def drop_early(self) -> None:
         """Drop buffered outputs, because the attempt they belong to has ended."""
         self._early.clear()
 

@@ -147,7 +147,7 @@ class RoutedRequest:
         self.attempts += 1
         self.epoch = epoch
         self.num_preempted_blocks = None
-        self.output.forget_early()
+        self.output.drop_early()
         self.participants = set(self.nodes)
         self.refused_by.clear()
         return RequestSpec(

@@ -147,7 +147,7 @@ class Requests:
             return
         node = self._node_table.get(peer)
         if node is not None and node.leaving and failure.error.retryable:
-            self._attempts.forgotten(request, peer)  # it hands back what it cannot finish in time
+            self._attempts.dropped(request, peer)  # it hands back what it cannot finish in time
         else:
             self._attempts.failed(request, failure.error, peer)
 
@@ -192,10 +192,10 @@ class Requests:
             error = ErrorInfo.of(PeerLostError(message, request_id=request.request_id))
             self._attempts.failed(request, error, node.peer, backoff_s=0.0)
 
-    def node_forgot(self, node: Node) -> None:
+    def node_dropped_requests(self, node: Node) -> None:
         """Restart all requests of a node that dropped them because this router was paused. Not counted as failures."""
         for request in self._requests_of(node):
-            self._attempts.forgotten(request, node.peer)
+            self._attempts.dropped(request, node.peer)
 
     def _requests_of(self, node: Node) -> list[RoutedRequest]:
         """Return the requests on ``node``, without those that have left it since it was removed from the table."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 
 import zmq
 
 from kvrelay.config.cluster_config import ClusterConfig
-from kvrelay.errors import ConfigError, InvalidRequestError
+from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
@@ -22,6 +23,7 @@ from router.events import (
     Delivery,
     DrainRequested,
     NewRequest,
+    RequestErrored,
     StopMatched,
     Submitted,
     TokensDelivered,
@@ -32,6 +34,9 @@ from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
 from router.preparation_pool import Preparer
+
+STOPPING = "the router is stopping"
+"""Why a router that ends serves nothing more."""
 
 Sink = Callable[[RequestId, Delivery], None]
 
@@ -76,6 +81,8 @@ class RouterService:
         self.machine = RouterMachine(router_settings(config, self._incarnation))
         self._sinks: dict[RequestId, Sink] = {}
         self._shell: Shell | None = None
+        self.ended = asyncio.Event()
+        """Set when the machine takes no requests any more."""
         self.control_addresses: list[str] = []
 
     async def run(self) -> str:
@@ -93,8 +100,16 @@ class RouterService:
             async with following(self.config.registry, shell.post, self.config.cluster.heartbeat_s):
                 return await shell.run(transport)
         finally:
+            self.ended.set()
+            self._end_all()
             transport.close()
             await self.preparer.close()
+
+    def _end_all(self) -> None:
+        """End what was submitted too late for the machine to take it."""
+        left, self._sinks = self._sinks, {}
+        for request_id, sink in left.items():
+            sink(request_id, RequestErrored.of(NoNodeError(STOPPING)))
 
     def _bind(self, transport: Transport) -> list[str]:
         address = self.config.router.control
@@ -113,8 +128,10 @@ class RouterService:
     def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
         """Submit ``requests``; ``deliver(request_id, delivery)`` is called for each delivery until all have ended.
 
-        Raises InvalidRequestError if one of the ids is in use.
+        Raises InvalidRequestError if one of the ids is in use, NoNodeError if this router has ended.
         """
+        if self.ended.is_set():
+            raise NoNodeError(STOPPING)
         for request in requests:
             if request.request_id in self._sinks:
                 raise InvalidRequestError(
@@ -132,7 +149,7 @@ class RouterService:
         """Report that the text contains a stop string, so that no more tokens are needed."""
         self._post(StopMatched(request_id))
 
-    def client_gone(self, request_id: RequestId) -> None:
+    def client_disconnected(self, request_id: RequestId) -> None:
         """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
 

@@ -24,6 +24,8 @@ PARTS = {
     "golden": 90,
     "link": 90,
     "memory": 40,
+    "float8": 50,
+    "deterministic": 60,
     "attention": 60,
     "gemm": 40,
     "sampling": 30,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 
 from gpu_check.context import Context
-from gpu_check.driving import AheadDriver, Driver, engine_of, sequence
+from gpu_check.driving import PLAIN, AheadDriver, Driver, Mode, engine_of, sequence
 from gpu_check.profile import report_kernels
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.batch import Batch
@@ -31,17 +31,20 @@ STEPS = 24
 def run(context: Context) -> None:
     """Measure the 8B shape, then the small one."""
     for name in ("llama3-8b", "qwen3-0.6b"):
-        _measure(context, name)
+        measure(context, "decode", name, BATCHES)
         context.clean_up()
 
 
 def weight_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
-    """Return the bytes of all matrices that a step of few tokens reads: all but the embedding's."""
+    """Return the bytes of all matrices that a step of few tokens reads: all but the embedding's.
+
+    ``itemsize``: of those of the layers; the head's is 2.
+    """
     hidden = config.hidden_size
     layer = (
         config.qkv_size * hidden + config.num_heads * config.head_dim * hidden + 3 * config.intermediate_size * hidden
     )
-    return itemsize * (config.num_layers * layer + config.vocab_size * hidden)
+    return itemsize * config.num_layers * layer + 2 * config.vocab_size * hidden
 
 
 def kv_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
@@ -49,17 +52,19 @@ def kv_bytes(config: DecoderConfig, itemsize: int = 2) -> int:
     return itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-def _measure(context: Context, name: str) -> None:
-    length, batches = (40, (1, 4)) if context.tiny else (CONTEXT, BATCHES)
+def measure(context: Context, part: str, name: str, batches: tuple[int, ...], mode: Mode = PLAIN) -> None:
+    """Measure steps of several batches of a shape; what goes on around them only in the plain mode."""
+    length, batches = (40, (1, 4)) if context.tiny else (CONTEXT, batches)
     blocks = -(-(length + 3 * STEPS) // 16) * batches[-1]
     engine = engine_of(
         context, name, num_blocks=blocks, max_num_seqs=batches[-1], tokens=max(512, batches[-1]),
-        max_model_len=length + 1024, decode_graphs=batches,
+        max_model_len=length + 1024, decode_graphs=batches, mode=mode,
     )  # fmt: skip
     _fill_pool(context, engine)
     config = context.config(name)
+    num_bytes = weight_bytes(config, 1 if mode.fp8 else 2)
     for batch in batches:
-        limit = (weight_bytes(config) + batch * length * kv_bytes(config)) / context.copy_bytes_per_s * 1e3
+        limit = (num_bytes + batch * length * kv_bytes(config)) / context.copy_bytes_per_s * 1e3
         driver = Driver(engine)
         running = [_prefilled(config, length, index) for index in range(batch)]
         whole, assembling = _whole_steps(engine, driver, running, 3 if context.tiny else STEPS)
@@ -67,13 +72,14 @@ def _measure(context: Context, name: str) -> None:
         assert graph is not None
         with context.framework.on(engine.launcher.stream):
             device = context.seconds(graph.replay, repeats=3 if context.tiny else 20) * 1e3
-        what = f"{name}, batch {batch}, context {length}"
-        context.report.add("decode", f"{what}, on the device", device, "ms", limit, f"{device / limit:.2f}x")
-        context.report.add("decode", f"{what}, whole run", whole * 1e3, "ms", limit, f"{whole * 1e3 / limit:.2f}x")
-        context.report.add("decode", f"{what}, host before the launch", assembling * 1e3, "ms")
-        _report_two_in_flight(context, engine, driver, running, graph, what, limit)
-        if context.device == "gpu":
-            report_kernels(context, "decode", what, graph.replay)
+        what = f"{name}, batch {batch}, context {length}{mode.suffix}"
+        context.report.add(part, f"{what}, on the device", device, "ms", limit, f"{device / limit:.2f}x")
+        if mode == PLAIN:
+            context.report.add(part, f"{what}, whole run", whole * 1e3, "ms", limit, f"{whole * 1e3 / limit:.2f}x")
+            context.report.add(part, f"{what}, host before the launch", assembling * 1e3, "ms")
+            _report_two_in_flight(context, engine, driver, running, graph, what, limit)
+        if context.device == "gpu" and (mode == PLAIN or batch == batches[0]):
+            report_kernels(context, part, what, graph.replay)
         driver.give_back(running)
     engine.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,21 @@ from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.engine import StepPlan
 from kvrelay.protocol.request import RequestSpec, SamplingParams, Sequence
+
+
+class Mode(NamedTuple):
+    """As in DeviceOptions."""
+
+    fp8: bool = False
+    deterministic: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """What it adds to the name of a measurement."""
+        return ", fp8" * self.fp8 + ", deterministic" * self.deterministic
+
+
+PLAIN = Mode()
 
 
 def sequence(tokens: Seq[int], name: str, **sampling: Any) -> Sequence:
@@ -134,9 +149,12 @@ class AheadDriver:
 def engine_of(
     context: Context, name: str, *, num_blocks: int, max_num_seqs: int, tokens: int, max_model_len: int,
     decode_graphs: tuple[int, ...], chunk_graphs: tuple[int, ...] = (), dtype: str = "bfloat16", digests: bool = False,
+    mode: Mode = PLAIN,
 ) -> DeviceEngine:  # fmt: skip
     """Return an engine of the shape ``name`` with random weights and a pool that others can open."""
     limits = DeviceEngineLimits(
         num_blocks, max_model_len, max_num_seqs, tokens, decode_graphs, chunk_graphs, device_pool=True, digests=digests
     )
-    return random_engine(context.config(name), limits, DeviceOptions(context.device, dtype, 16))
+    interpreted = context.interpreted and mode.deterministic  # the others have references
+    how = DeviceOptions(context.device, dtype, 16, interpreted, *mode)
+    return random_engine(context.config(name), limits, how)

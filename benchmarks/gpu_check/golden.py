@@ -10,13 +10,13 @@ import torch
 from golden.cases import CASES, GoldenCase, load_golden
 
 from gpu_check.context import Context
-from gpu_check.driving import Driver, sequence
+from gpu_check.driving import PLAIN, Driver, Mode, sequence
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.launcher import DeviceEngineLimits
-from kvrelay.engine.device.load import DeviceOptions, build_engine
+from kvrelay.engine.device.load import DeviceOptions, build_engine, quantizer
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.protocol.geometry import KVGeometry
 
@@ -29,7 +29,7 @@ def run(context: Context) -> None:
     every = [(graphs, digests) for graphs in (True, False) for digests in (True, False)]
     for case in CASES[:1] if context.tiny else CASES:
         for graphs, digests in every if case is CASES[0] and not context.tiny else [(True, True)]:
-            _check(context, case, graphs, digests, wrong)
+            check_case(context, case, graphs, digests, wrong)
     right = _leading_tokens(context, CASES[0], "bfloat16")
     context.report.add("golden", f"{CASES[0].name} in bfloat16: output tokens before the first that differs", right)
     _check_gathered(context, CASES[0], wrong)
@@ -38,7 +38,7 @@ def run(context: Context) -> None:
 
 def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> None:
     """Compare keys and values of a prompt computed at once, over its gathered context, with those of its chunks."""
-    engine = _engine(context, case, "bfloat16", True, False)
+    engine = engine_of_case(context, case, "bfloat16", True, False)
     tokens = np.random.default_rng(0).integers(0, engine.vocab_size, 40 if context.tiny else 1200).tolist()
     driver, kv = Driver(engine), []
     for chunk in (1 << 20, 97):
@@ -56,8 +56,11 @@ def _check_gathered(context: Context, case: GoldenCase, wrong: list[str]) -> Non
         wrong.append(name)
 
 
-def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str]) -> None:
-    engine = _engine(context, case, "float32", graphs, digests)
+def check_case(
+    context: Context, case: GoldenCase, graphs: bool, digests: bool, wrong: list[str], mode: Mode = PLAIN
+) -> None:
+    """Compare the tokens of ``case`` in float32."""
+    engine = engine_of_case(context, case, "float32", graphs, digests, mode)
     goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
     expected = [golden.output_token_ids for golden in goldens]
     count = len(expected[0])
@@ -76,14 +79,14 @@ def _check(context: Context, case: GoldenCase, graphs: bool, digests: bool, wron
         driver.give_back([one])
     results["alone"] = sum(ours == theirs for ours, theirs in zip(alone, expected, strict=True))
     engine.close()
-    name = f"{case.name}, graphs {graphs}, digests {digests}"
+    name = f"{case.name}, graphs {graphs}, digests {digests}{mode.suffix}"
     context.report.add("golden", name, " ".join(f"{how}: {right}/{len(goldens)}" for how, right in results.items()))
     if any(right != len(goldens) for right in results.values()):
         wrong.append(name)
 
 
 def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
-    engine = _engine(context, case, dtype, True, False)
+    engine = engine_of_case(context, case, dtype, True, False)
     goldens = [golden for golden in load_golden(case) if not context.tiny or len(golden.prompt_token_ids) < 20]
     made = [sequence(golden.prompt_token_ids, str(index)) for index, golden in enumerate(goldens)]
     outputs = Driver(engine).complete(made, len(goldens[0].output_token_ids), 1 << 20)
@@ -98,12 +101,19 @@ def _leading_tokens(context: Context, case: GoldenCase, dtype: str) -> str:
     return " ".join(map(str, leading))
 
 
-def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool) -> DeviceEngine:
+def engine_of_case(
+    context: Context, case: GoldenCase, dtype: str, graphs: bool, digests: bool, mode: Mode = PLAIN
+) -> DeviceEngine:
+    """Return an engine of a golden case's weights."""
+    interpreted = context.interpreted and dtype != "bfloat16"  # which Triton's interpreter does not multiply
+    how = DeviceOptions(context.device, dtype, 16, interpreted, *mode)
     with tempfile.TemporaryDirectory() as folder:
         case.write_checkpoint(Path(folder))
         config = read_decoder_config(Path(folder))
         checkpoint = Checkpoint.open(Path(folder), config, lambda done, total: None)
-        weights = load_weights(checkpoint, DevicePacking(context.framework, dtype))
+        weights = load_weights(
+            checkpoint, DevicePacking(context.framework, dtype, quantizer(context.framework, config, how))
+        )
         geometry = KVGeometry(
             config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype, checkpoint.digest(case.name)
         )
@@ -113,5 +123,4 @@ def _engine(context: Context, case: GoldenCase, dtype: str, graphs: bool, digest
         decode_graphs=(1, 4, 8) if graphs else (), chunk_graphs=(64, 256) if graphs else (), device_pool=True,
         digests=digests,
     )  # fmt: skip
-    options = DeviceOptions(context.device, dtype, 16, context.interpreted)
-    return build_engine(config, weights, geometry, context.framework, limits, options)
+    return build_engine(config, weights, geometry, context.framework, limits, how)

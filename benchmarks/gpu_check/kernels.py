@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from sampling_checks import check_drafts, check_non_finite, check_none_left, check_tokens_and_logprobs
+from sampling_checks import check_drafts, check_masks, check_non_finite, check_none_left, check_tokens_and_logprobs
 from steps import Case, Shape, copy_of, operations
 
 from gpu_check.context import Context, PoisonedFramework
@@ -94,6 +94,7 @@ def _check_sampling(context: Context, vocab_size: int, wrong: list[str]) -> None
     checks: list[tuple[str, Callable[[], None]]] = [
         ("tokens and logprobs", lambda: check_tokens_and_logprobs(ours, vocab_size, vocab_size, context.device)),
         ("drafts", lambda: check_drafts(ours, vocab_size, context.device)),
+        ("masks", lambda: check_masks(ours, vocab_size, context.device)),
         ("not finite", lambda: check_non_finite(ours, context.device)),
         ("no token left", lambda: check_none_left(ours, context.device)),
     ]

@@ -84,6 +84,35 @@ def _jobs() -> list[Callable[[], object]]:
     jobs += [partial(_dense, shape, DENSE_TILINGS[0]) for shape in small]
     jobs += [partial(_decode, eight, tiling) for tiling in DECODE_TILINGS]
     jobs += [partial(_sampling, 128256, tiling) for tiling in TILINGS]
+    jobs += [partial(_float8, width) for width in (96, 192, 1024, 4096, 14336)]
+    jobs += _deterministic_jobs()
+    return jobs
+
+
+def _deterministic_jobs() -> list[Callable[[], object]]:
+    """Return the launches of the deterministic mode's kernels: attention, and products of few rows and of many."""
+    from steps import Shape  # noqa: PLC0415
+
+    from gpu_check.deterministic import HEADS  # noqa: PLC0415
+    from gpu_check.gemm import SHAPES as WEIGHTS  # noqa: PLC0415
+
+    jobs: list[Callable[[], object]] = [
+        partial(_invariant_attention, shape, window) for shape in HEADS for window in (None, 100)
+    ]
+    jobs += [
+        partial(_invariant_attention, shape, None)
+        for shape in (Shape(16, 8, 128, 16, "bfloat16", 4096), Shape(6, 2, 16, 16, "float32", 2048))
+    ]
+    small = {"qkv": (4096, 1024), "out": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
+    small["lm_head"] = (151936, 1024)
+    for weights, is_checked in ((WEIGHTS, True), (small, False)):
+        for name, (rows, columns) in weights.items():
+            for count in (1, 300):
+                jobs.append(partial(_invariant_gemm, name, count, rows, columns, False))
+                if is_checked:
+                    jobs.append(partial(_invariant_gemm, name, count, rows, columns, True))
+    golden = {"qkv": (160, 96), "out": (96, 96), "gate_up": (384, 96), "down": (96, 192), "lm_head": (384, 96)}
+    jobs += [partial(_invariant_gemm, name, 1, *sizes, False, "float32") for name, sizes in golden.items()]
     return jobs
 
 
@@ -141,7 +170,7 @@ def _sampling(vocab: int, tiling: Any) -> None:
     from kvrelay.engine.device.kernels.sampling import SamplingTiling, sample  # noqa: PLC0415
 
     logits = torch.empty((4, vocab))
-    reals, numbers = torch.zeros((4, 8), dtype=torch.float64), torch.zeros((5, 8), dtype=torch.int32)
+    reals, numbers = torch.zeros((4, 8), dtype=torch.float64), torch.zeros((6, 8), dtype=torch.int32)
     entries = torch.zeros(16, dtype=torch.int32), torch.zeros((3, 16))
     ints, tops = torch.zeros(16, dtype=torch.int32), torch.zeros((4, 21), dtype=torch.int32)
     sample(
@@ -150,6 +179,7 @@ def _sampling(vocab: int, tiling: Any) -> None:
         reals,
         numbers,
         entries,
+        torch.zeros((1, vocab // 32 + 1), dtype=torch.int32),
         ints,
         ints,
         tops,
@@ -204,6 +234,51 @@ def _decode(shape: Any, tiling: Any) -> None:
         False,
         tiling,
     )
+
+
+def _float8(width: int) -> None:
+    import torch  # noqa: PLC0415
+    from steps import Shape, operations  # noqa: PLC0415
+
+    ours, _ = operations(Shape(dtype="bfloat16"))
+    make = partial(torch.empty, dtype=torch.bfloat16)
+    x, weight = make(4, width), make(width)
+    ours.quantized(x)
+    ours.quantized_norm(x, None, weight, 1e-6)
+    ours.quantized_norm(x, x, weight, 1e-6)
+    ours.quantized_silu_mul(make(4, 2 * width))
+
+
+def _invariant_attention(shape: Any, window: int | None) -> None:
+    from steps import Case  # noqa: PLC0415
+
+    from kvrelay.engine.device.invariant import MOST_SPREAD, InvariantOperations  # noqa: PLC0415
+    from kvrelay.engine.device.torch_framework import TorchFramework  # noqa: PLC0415
+
+    ours = InvariantOperations(TorchFramework("cpu"), shape.head_shape(), shape.limits(1))
+    for singles in (1, MOST_SPREAD + 1):
+        step, tables, layer = Case(shape, [(3, 1)] * singles + [(0, 2)], ours.tile_rows).build()
+        queries = layer.keys.new_empty((step.shape.rows, shape.heads, shape.dim))
+        ours.attention(queries, layer, step, tables, window)
+
+
+def _invariant_gemm(name: str, count: int, rows: int, columns: int, checked: bool, dtype: str = "bfloat16") -> None:
+    """Compile a product as the engine launches it, or as the check of its bits does: biased, in float32."""
+    import torch  # noqa: PLC0415
+
+    from kvrelay.engine.device.invariant import InvariantProjections  # noqa: PLC0415
+    from kvrelay.engine.device.torch_framework import TorchFramework  # noqa: PLC0415
+    from kvrelay.engine.device.weights import Linear  # noqa: PLC0415
+
+    project = InvariantProjections(TorchFramework("cpu"), None, 1e-6, dtype)  # type: ignore[arg-type]
+    make = partial(torch.empty, dtype=getattr(torch, dtype))
+    linear = Linear(make(rows, columns), make(rows) if checked else None)
+    x = make(count, columns)
+    project._product(x, linear, "float32" if checked or name == "lm_head" else dtype)
+    if checked:
+        project.add(torch.empty(count, rows), x, linear)
+    if name in ("out", "down"):
+        project.add(make(count, rows), x, linear._replace(bias=None))
 
 
 def main() -> None:

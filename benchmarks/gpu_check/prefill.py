@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_check.context import Context
 from gpu_check.decode import weight_bytes
-from gpu_check.driving import Driver, engine_of, sequence
+from gpu_check.driving import PLAIN, Driver, Mode, engine_of, sequence
 from gpu_check.profile import report_kernels
 from kvrelay.engine.decoder_config import DecoderConfig
 
@@ -18,12 +18,12 @@ from kvrelay.engine.decoder_config import DecoderConfig
 def run(context: Context) -> None:
     """Measure the 8B shape, then the small one, which its launches bound: with and without graphs."""
     lengths = (40,) if context.tiny else (512, 2048, 8192)
-    _measure(context, "llama3-8b", lengths, chunk_graphs=())
+    measure(context, "prefill", "llama3-8b", lengths)
     context.clean_up()
     short = (40,) if context.tiny else (128, 512, 1024)
-    _measure(context, "qwen3-0.6b", short, chunk_graphs=())
+    measure(context, "prefill", "qwen3-0.6b", short)
     context.clean_up()
-    _measure(context, "qwen3-0.6b", short, chunk_graphs=short)
+    measure(context, "prefill", "qwen3-0.6b", short, chunk_graphs=short)
 
 
 def flops(config: DecoderConfig, length: int) -> float:
@@ -34,13 +34,18 @@ def flops(config: DecoderConfig, length: int) -> float:
     return 2 * matrices * length + attention + 2 * head
 
 
-def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs: tuple[int, ...]) -> None:
+def measure(
+    context: Context, part: str, name: str, lengths: tuple[int, ...], chunk_graphs: tuple[int, ...] = (),
+    mode: Mode = PLAIN,
+) -> None:  # fmt: skip
+    """Measure prompts of several lengths of a shape."""
     longest = lengths[-1]
     engine = engine_of(
         context, name, num_blocks=4 * -(-longest // 16), max_num_seqs=4, tokens=longest, max_model_len=longest + 16,
-        decode_graphs=(), chunk_graphs=chunk_graphs,
+        decode_graphs=(), chunk_graphs=chunk_graphs, mode=mode,
     )  # fmt: skip
     config = context.config(name)
+    peak = context.gemm_flops_per_s * (2 if mode.fp8 else 1)  # the card multiplies float8 twice as fast
     for length in lengths:
         driver = Driver(engine)
         times = []
@@ -53,12 +58,12 @@ def _measure(context: Context, name: str, lengths: tuple[int, ...], chunk_graphs
             times.append(time.perf_counter() - began)
             driver.give_back([one])
         seconds = statistics.median(times[2:])
-        limit = flops(config, length) / context.gemm_flops_per_s * 1e3
-        what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}"
+        limit = flops(config, length) / peak * 1e3
+        what = f"{name}, {length} tokens{', graph' if chunk_graphs else ''}{mode.suffix}"
         note = f"{flops(config, length) / seconds / 1e12:.0f} TFLOP/s, share of the GEMM's {limit / seconds / 1e3:.2f}"
-        context.report.add("prefill", what, seconds * 1e3, "ms", limit, note)
+        context.report.add(part, what, seconds * 1e3, "ms", limit, note)
         if context.device == "gpu" and not chunk_graphs:
             one = sequence([1] * length, "profile")
             plan = driver.plan([(one, length)])
-            report_kernels(context, "prefill", what, partial(engine.run, plan, lambda layers: None))
+            report_kernels(context, part, what, partial(engine.run, plan, lambda layers: None))
     engine.close()

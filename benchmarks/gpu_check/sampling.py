@@ -45,12 +45,15 @@ def _measure(context: Context, rows: int, vocab: int, kinds: dict[str, Any], til
     tops = torch.empty((rows, 21), dtype=torch.int32, device=device)
     logprobs = torch.empty((rows, 21), dtype=torch.float32, device=device)
     adjusted = torch.zeros(4, dtype=torch.int32, device=device), torch.zeros((3, 4), device=device)
+    masks = torch.zeros((1, vocab // 32 + 1), dtype=torch.int32, device=device)
     limit = logits.nbytes / context.copy_bytes_per_s * 1e6
     for kind, (temperature, top_p, min_p, top_k, num_logprobs) in kinds.items():
         reals = torch.tensor([[0.5], [temperature], [top_p], [min_p]], dtype=torch.float64).repeat(1, rows).to(device)
         reals[0] = torch.rand(rows, dtype=torch.float64, device=device)
-        numbers = torch.tensor([[top_k], [num_logprobs], [-1], [0], [0]], dtype=torch.int32).repeat(1, rows).to(device)
-        work = partial(sample, logits, room, reals, numbers, adjusted, last, tokens, tops, logprobs, tiling)
+        numbers = (
+            torch.tensor([[top_k], [num_logprobs], [-1], [0], [0], [-1]], dtype=torch.int32).repeat(1, rows).to(device)
+        )
+        work = partial(sample, logits, room, reals, numbers, adjusted, masks, last, tokens, tops, logprobs, tiling)
         name = f"{rows} x {vocab}, {kind}, block {tiling.block} warps {tiling.num_warps}"
         try:
             seconds = context.seconds_in_graph([work] * 4, repeats=8)

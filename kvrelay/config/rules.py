@@ -17,7 +17,7 @@ from kvrelay.addresses import check_host, is_loopback, netloc, split_tcp_address
 from kvrelay.config.base import Section
 from kvrelay.config.document import Key
 from kvrelay.config.scheduling import SchedulerConfig
-from kvrelay.config.sections import DEVICE_ENGINES, CacheConfig, ModelConfig, Role, RouterConfig
+from kvrelay.config.sections import DEVICE_ENGINES, CacheConfig, EngineConfig, ModelConfig, Role, RouterConfig
 from kvrelay.config.storage import STORED_BACKENDS
 
 Problem: TypeAlias = tuple[Key, str]
@@ -28,6 +28,7 @@ _EQUAL_ON_ALL_NODES: tuple[tuple[str, str, type[Section]], ...] = (
     ("cache", "block_size", CacheConfig),
     ("cache", "dtype", CacheConfig),
     ("model", "served_name", ModelConfig),
+    ("engine", "deterministic", EngineConfig),
 )
 
 
@@ -44,6 +45,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _budgets,
         _storage_needs_prefix_caching,
         _cuda_needs_pools_on_devices,
+        _what_engines_compute,
         _other_hosts_need_keys,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
@@ -154,6 +156,26 @@ def _cuda_needs_pools_on_devices(data: dict[str, Any], nodes: list[tuple[int, di
                 ("nodes", index, "transfer", "link"),
                 "cuda copies between pools of device engines: engine.kind torch, paddle-device",
             )
+
+
+def _what_engines_compute(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Quantization and determinism depend on the kind of engine."""
+    fields = ("kind", "device", "quantization", "deterministic")
+    shared = [_get(data, "engine", field, EngineConfig.model_fields[field].default) for field in fields]
+    for index, node in nodes:
+        kind, device, quantization, is_deterministic = (
+            _get(node, "engine", field, value) for field, value in zip(fields, shared, strict=True)
+        )
+        key = ("nodes", index, "engine")
+        if quantization == "fp8" and kind != "torch":
+            yield (*key, "quantization"), f"fp8 needs engine.kind: torch, not {kind}"
+        if quantization in ("w8a8", "w8a16") and kind in DEVICE_ENGINES:
+            yield (*key, "quantization"), f"{quantization} is not for engine.kind: {kind}"
+        if is_deterministic is True and not (kind in DEVICE_ENGINES and device == "gpu"):
+            reason = "" if kind != "paddle" else ": engine.kernels: native of paddle needs no such mode"
+            yield (*key, "deterministic"), f"true needs engine.kind: torch and engine.device: gpu{reason}"
+        if is_deterministic is True and quantization == "fp8":
+            yield (*key, "deterministic"), "true is not for quantization: fp8, whose sums may depend on the batch"
 
 
 def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:

@@ -369,9 +369,14 @@ class EngineConfig(Section):
         "auto",
         description="native: oneDNN and compiled kernels; portable: Paddle's operators; auto: native if available.",
     )
-    quantization: Literal["none", "w8a8", "w8a16"] = Field(
+    quantization: Literal["none", "w8a8", "w8a16", "fp8"] = Field(
         "none",
-        description="Linear layers in int8; w8a16: weights; w8a8: weights and activations; none: model.dtype.",
+        description="Linear layers but the head, in int8 (paddle; w8a16: weights; w8a8: weights and activations) or in "
+        "float8 (torch; fp8: both); none: model.dtype.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="torch on a GPU: a token has the same bits in any batch and in any chunk of its prompt; slower.",
     )
     fake: FakeEngineConfig = Field(default_factory=FakeEngineConfig)
 

@@ -207,7 +207,8 @@ def sample_fake(config: FakeEngineConfig, sequence: TokenSequence, context_hash:
     params = sequence.sampling
     eos = () if params.ignore_eos else tuple(params.eos_token_ids)
     favourite = favourite_token(context_hash, config.vocab_size, eos, config.eos_every)
-    if params.temperature < GREEDY_BELOW and params.num_logprobs is None and not changes_logits(sequence):
+    is_changed = changes_logits(sequence) or sequence.constraint is not None
+    if params.temperature < GREEDY_BELOW and params.num_logprobs is None and not is_changed:
         return SampledTokens([favourite], [])
     logits = fake_logits(context_hash, config.vocab_size, favourite)
     return sample(logits[None], [sequence])[0]

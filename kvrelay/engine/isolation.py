@@ -29,8 +29,8 @@ def compute_isolated(
     each layer once, in order, when the whole batch has computed it.
     """
     layers = _Layers(on_layers)
-    outcomes = _outcomes(step, batch, compute, layers.tell, layers.note)
-    layers.tell_noted()
+    outcomes = _outcomes(step, batch, compute, layers.report, layers.record)
+    layers.report_recorded()
     return outcomes
 
 
@@ -61,19 +61,19 @@ class _Layers:
 
     def __init__(self, on_layers: OnLayers) -> None:
         self._on_layers = on_layers
-        self._num_told = 0
-        self._num_noted = 0
+        self._num_reported = 0
+        self._num_recorded = 0
 
-    def tell(self, layers: range) -> None:
+    def report(self, layers: range) -> None:
         """Report ``layers``."""
-        self._num_told = layers.stop
+        self._num_reported = layers.stop
         self._on_layers(layers)
 
-    def note(self, layers: range) -> None:
+    def record(self, layers: range) -> None:
         """Record that a part of the step has computed ``layers``."""
-        self._num_noted = max(self._num_noted, layers.stop)
+        self._num_recorded = max(self._num_recorded, layers.stop)
 
-    def tell_noted(self) -> None:
+    def report_recorded(self) -> None:
         """Report the layers that are recorded but not reported."""
-        if self._num_noted > self._num_told:
-            self.tell(range(self._num_told, self._num_noted))
+        if self._num_recorded > self._num_reported:
+            self.report(range(self._num_reported, self._num_recorded))

@@ -25,13 +25,16 @@ import xxhash
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
-from kvrelay.protocol.request import SamplingParams, TokenLogprobs, TokenSequence
+from kvrelay.protocol.request import Constraint, SamplingParams, TokenLogprobs, TokenSequence
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow."""
+
+_FEW_WORDS = 64
+"""Words of a mask up to which its tokens are listed, which is quicker than a pass over the vocabulary."""
 
 _SEED_MASK = (1 << 64) - 1
 _FLOAT32 = np.finfo(np.float32)
@@ -118,9 +121,36 @@ def changes_logits(sequence: TokenSequence) -> bool:
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
-        or sequence.constraint is not None
         or sequence.num_output_tokens < params.min_tokens
     )
+
+
+def _constrained(row: Float32, token: int, sequence: TokenSequence, constraint: Constraint) -> tuple[int, Float32]:
+    """Return the highest token that the grammar allows, and ``row`` without the others; ``token`` is its highest.
+
+    A greedy token that is allowed is the usual case, and needs no more than that bit.
+    """
+    words = constraint.words(sequence.num_output_tokens)
+    is_greedy = sequence.sampling.temperature < GREEDY_BELOW
+    if is_greedy and words[token // 32] >> token % 32 & 1:
+        return token, row
+    if np.count_nonzero(words) <= _FEW_WORDS:
+        tokens = _few_tokens(words, len(row))
+        if tokens.size and is_greedy:
+            return int(tokens[np.argmax(row[tokens])]), row
+        allowed = np.full_like(row, -np.inf)
+        allowed[tokens] = row[tokens]
+    else:
+        allowed = np.where(constraint.allowed(sequence.num_output_tokens), row, np.float32(-np.inf))
+    return int(np.argmax(allowed)), allowed
+
+
+def _few_tokens(words: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.intp]:
+    """Return the tokens of a mask in which few words are not 0."""
+    used = np.flatnonzero(words)
+    bits = np.unpackbits(words[used].view(np.uint8), bitorder="little").reshape(-1, 32)
+    tokens: npt.NDArray[np.intp] = (used[:, None] * 32 + np.arange(32))[bits == 1]
+    return tokens[tokens < vocab_size]
 
 
 def _sample_row(row: Float32, greedy: int, sequence: TokenSequence) -> SequenceOutcome:
@@ -140,8 +170,10 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sample
     if changes_logits(sequence):
         adjusted = _adjust(row, sequence)
         token = int(np.argmax(adjusted))
-        if not math.isfinite(adjusted[token]):
-            raise EngineError("the sampling parameters leave no token to choose")
+    if sequence.constraint is not None:
+        token, adjusted = _constrained(adjusted, token, sequence, sequence.constraint)
+    if not math.isfinite(adjusted[token]):
+        raise EngineError("the sampling parameters leave no token to choose")
     if params.temperature >= GREEDY_BELOW:
         token = _draw(_filtered(adjusted, params), uniform(params.seed, sequence.num_tokens))
     if params.num_logprobs is None:
@@ -150,7 +182,7 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sample
 
 
 def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
-    """Return a copy of ``row`` with logit_bias, penalties, min_tokens and grammar applied."""
+    """Return a copy of ``row`` with logit_bias, penalties and min_tokens applied."""
     params, adjusted = sequence.sampling, row.copy()
     for token_id, bias in params.logit_bias.items():
         adjusted[token_id] += bias
@@ -163,8 +195,6 @@ def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
         adjusted[output] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
     if sequence.num_output_tokens < params.min_tokens:
         adjusted[[*params.eos_token_ids, *params.stop_token_ids]] = -np.inf
-    if sequence.constraint is not None:
-        adjusted[~sequence.constraint.allowed(sequence.num_output_tokens)] = -np.inf
     return adjusted
 
 

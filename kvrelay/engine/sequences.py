@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 
 import msgspec
 
@@ -80,6 +81,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
         return [*self.sequence.token_ids[self.start : end], *drafts]
 
     @property
+    def is_missing_token(self) -> bool:
+        """Whether the step before has yet to sample the newest token, or has not sampled it."""
+        return self.awaits and len(self.sequence.token_ids) < self.start + self.num_tokens
+
+    @property
     def without_drafts(self) -> ScheduledSequence:
         """The same step without drafts."""
         num_tokens = self.num_tokens - len(self.drafts or ())
@@ -125,17 +131,21 @@ class EngineSequences:
             for item in plan.batch
         ]
 
-    def begin_masks(self, items: Iterable[ScheduledSequence]) -> None:
-        """Begin to compute what grammars allow ``items`` to sample, whose tokens are all known."""
+    def begin_masks(self, items: Iterable[ScheduledSequence]) -> Future[None] | None:
+        """Begin to compute what grammars allow ``items`` to sample, those apart whose newest token is unknown.
+
+        Returns when it is done; None if there is nothing to do.
+        """
         if not self._constrained:
-            return
+            return None
         wanted = [
             Wanted(constraint, _untold(item.sequence, constraint), item.drafts or ())
             for item in items
-            if item.samples and isinstance(constraint := item.sequence.constraint, GrammarConstraint)
+            if item.samples
+            and isinstance(constraint := item.sequence.constraint, GrammarConstraint)
+            and not item.is_missing_token
         ]
-        if wanted:
-            self._grammars.begin(wanted)
+        return self._grammars.begin(wanted) if wanted else None
 
     def _find(self, id: SequenceId) -> EngineSequence:
         return self._sequences.get(id) or EngineSequence(NOBODY)

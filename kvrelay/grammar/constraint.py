@@ -19,6 +19,11 @@ Words = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 
+def mask_words(vocab_size: int) -> int:
+    """Return the words of a mask: a bit for each token and one for the end of the text, in 32-bit integers."""
+    return vocab_size // 32 + 1
+
+
 class GrammarConstraint:
     """What the grammar in ``sampling`` allows after the output tokens so far: see ``protocol.request.Constraint``.
 

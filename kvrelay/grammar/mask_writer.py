@@ -11,7 +11,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 
 from kvrelay.grammar.compiler import CompiledGrammars, GrammarError, check
-from kvrelay.grammar.constraint import Wanted, Words
+from kvrelay.grammar.constraint import Wanted, Words, mask_words
 from kvrelay.grammar.vocabulary import Vocabulary
 
 _MOST_THREADS = 8
@@ -36,7 +36,7 @@ class MaskWriter:
         """Tell each matcher its new tokens, then write all masks. A grammar that fails fails alone."""
         ready = [(item, matcher) for item in wanted if (matcher := self._advanced(item)) is not None]
         counts = [1 + len(item.drafts) for item, _ in ready]
-        masks: Words = np.zeros((sum(counts), self._vocabulary.num_words), np.int32)
+        masks: Words = np.zeros((sum(counts), mask_words(self._vocabulary.size)), np.int32)
         firsts = (np.cumsum(counts) - counts).tolist()
         self._fill(ready, firsts, masks)
         for (item, matcher), first, count in zip(ready, firsts, counts, strict=True):

@@ -40,12 +40,13 @@ class GrammarMasks:
         """Return the constraint of a new sequence with a grammar."""
         return GrammarConstraint(sampling, self._vocab_size)
 
-    def begin(self, wanted: Sequence[Wanted]) -> None:
-        """Begin to compute masks. Each constraint may be in ``wanted`` once."""
+    def begin(self, wanted: Sequence[Wanted]) -> Future[None]:
+        """Begin to compute masks; return when that is done. Each constraint may be in ``wanted`` once."""
         computed: Future[None] = self._thread.submit(partial(self._compute, wanted))
         for constraint, output, _ in wanted:
             constraint.num_told += len(output)
             constraint.computed = computed
+        return computed
 
     def _opened(self) -> MaskWriter:
         if self._writer is None:

@@ -22,8 +22,6 @@ class Vocabulary:
     def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int]) -> None:
         self.size = len(tokens)
         self.end = self.size
-        self.num_words = self.size // 32 + 1
-        """The words of a mask: 32 bits each, one for every token and for ``end``."""
         self.tokens = LLTokenizer(_Tokens([*tokens, b"<end>"], [*special_ids, self.end], self.end))  # type: ignore[arg-type]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Heartbeats: when each peer was last heard, and when this process itself did not run."""
+"""Heartbeats: when the last message of each peer arrived, and when this process itself did not run."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ READ_FIRST_S = 0.1
 
 
 class Liveness:
-    """Peers and when each was last heard. Any message counts."""
+    """Peers and when the last message of each arrived."""
 
     def __init__(self, peer_timeout_s: float) -> None:
         self.peer_timeout_s = peer_timeout_s
-        self._heard_s: dict[PeerId, float] = {}
+        self._last_message_s: dict[PeerId, float] = {}
 
     @property
     def peers(self) -> list[PeerId]:
         """The peers that are watched, in the order in which that began."""
-        return list(self._heard_s)
+        return list(self._last_message_s)
 
     def __contains__(self, peer: PeerId) -> bool:
-        return peer in self._heard_s
+        return peer in self._last_message_s
 
     def watch(self, peer: PeerId, now: float) -> None:
         """Expect messages from ``peer`` from ``now`` on. Has no effect on a peer that is watched already."""
-        self._heard_s.setdefault(peer, now)
+        self._last_message_s.setdefault(peer, now)
 
-    def heard(self, peer: PeerId, now: float) -> None:
-        """Note that ``peer`` was heard, if it is watched."""
-        if peer in self._heard_s:
-            self._heard_s[peer] = now
+    def record_message(self, peer: PeerId, now: float) -> None:
+        """Note that a message of ``peer`` arrived, if it is watched."""
+        if peer in self._last_message_s:
+            self._last_message_s[peer] = now
 
     def forget(self, peer: PeerId) -> None:
         """Stop watching ``peer``."""
-        self._heard_s.pop(peer, None)
+        self._last_message_s.pop(peer, None)
 
     def resumed(self, paused_s: float, now: float) -> None:
         """Count no silence for the last ``paused_s``, in which this process did not run and could hear nobody."""
-        for peer, heard_s in self._heard_s.items():
-            self._heard_s[peer] = min(now, heard_s + paused_s)
+        for peer, last_message_s in self._last_message_s.items():
+            self._last_message_s[peer] = min(now, last_message_s + paused_s)
 
     def lost(self, now: float) -> list[PeerId]:
-        """Return the peers not heard for ``peer_timeout_s``, and forget them."""
-        lost = [peer for peer, heard_s in self._heard_s.items() if now - heard_s >= self.peer_timeout_s]
+        """Return the peers silent for ``peer_timeout_s``, and forget them."""
+        lost = [
+            peer for peer, last_message_s in self._last_message_s.items() if now - last_message_s >= self.peer_timeout_s
+        ]
         for peer in lost:
-            del self._heard_s[peer]
+            del self._last_message_s[peer]
         return lost
 
 

@@ -83,9 +83,9 @@ class Membership:
         for router in self._registered:
             self._outbox.send(router, Heartbeat(load=load))
 
-    def heard(self, peer: PeerId) -> None:
-        """Note that ``peer`` was heard, if it is a router."""
-        self._alive.heard(peer, self._outbox.now)
+    def record_message(self, peer: PeerId) -> None:
+        """Note that a message of ``peer`` arrived, if it is a router."""
+        self._alive.record_message(peer, self._outbox.now)
 
     def receive(self, peer: PeerId, message: RegistrationMessage) -> bool:
         """Take one of a router's registration messages, or anybody's heartbeat.
@@ -129,7 +129,7 @@ class Membership:
         self._alive.resumed(paused_s, self._outbox.now)
 
     def silent(self) -> list[PeerId]:
-        """Return the routers not heard for ``peer_timeout_s``; each is returned once."""
+        """Return the routers silent for ``peer_timeout_s``; each is returned once."""
         return self._alive.lost(self._outbox.now)
 
     def lost(self, router: PeerId) -> bool:

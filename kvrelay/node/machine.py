@@ -133,8 +133,8 @@ class NodeMachine(ABC, Generic[R, S]):
         """Take a message that is not common to all nodes; ``peer`` may send it."""
 
     @abstractmethod
-    def _heard(self, peer: PeerId) -> None:
-        """Note that another node was heard, if ``peer`` is one."""
+    def _record_message(self, peer: PeerId) -> None:
+        """Note that a message of ``peer`` arrived, if it is another node."""
 
     @abstractmethod
     def _beat_to_nodes(self) -> None:
@@ -175,8 +175,8 @@ class NodeMachine(ABC, Generic[R, S]):
             case LayersComputed():
                 self._layers_computed(event)
             case Received(peer=peer, message=message):
-                self._heard(peer)
-                self._membership.heard(peer)
+                self._record_message(peer)
+                self._membership.record_message(peer)
                 self._on_message(peer, message)
             case KVStaged() | KVStored() | StoreCounted():
                 self._store_answered(event)

@@ -27,7 +27,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
         return self.start + self.num_tokens
 
 
-class _Told:
+class _EngineCopy:
     """The engine's state of one sequence after all plans written so far."""
 
     __slots__ = ("id", "num_blocks", "num_tokens", "replaced")
@@ -47,13 +47,13 @@ class PlanWriter:
     """
 
     def __init__(self) -> None:
-        self._told: dict[Sequence, _Told] = {}
+        self._copies: dict[Sequence, _EngineCopy] = {}
         self._left: list[SequenceId] = []
         self._ids: Iterator[int] = itertools.count(1)
 
     def __len__(self) -> int:
         """Return the number of sequences the engine holds."""
-        return len(self._told)
+        return len(self._copies)
 
     def write(self, step: int, sequences: Iterable[Sequence], chunks: Iterable[Chunk]) -> StepPlan:
         """Return the plan that computes ``chunks[i]`` of ``sequences[i]``. Every plan must be submitted, in order.
@@ -63,49 +63,49 @@ class PlanWriter:
         batch: list[ScheduledTokens] = []
         new: list[NewSequence] = []
         changed: list[SequenceChange] = []
-        told_of = self._told
+        copies = self._copies
         for sequence, chunk in zip(sequences, chunks, strict=True):
-            told = told_of.get(sequence)
-            if told is None:
-                told = told_of[sequence] = _Told(SequenceId(next(self._ids)))
-                new.append(_introduce(sequence, told))
+            copy = copies.get(sequence)
+            if copy is None:
+                copy = copies[sequence] = _EngineCopy(SequenceId(next(self._ids)))
+                new.append(_introduce(sequence, copy))
             elif (
-                told.num_blocks != len(sequence.block_table)
-                or told.num_tokens < len(sequence.token_ids)
-                or told.replaced
+                copy.num_blocks != len(sequence.block_table)
+                or copy.num_tokens < len(sequence.token_ids)
+                or copy.replaced
             ):
-                changed.append(_update(sequence, told))
+                changed.append(_update(sequence, copy))
             start, computed, samples = chunk.start, sequence.num_computed_tokens, chunk.samples
             if samples:
-                told.num_tokens += 1
+                copy.num_tokens += 1
             writes_from = start if start >= computed else computed
             batch.append(
-                ScheduledTokens(told.id, start, chunk.num_tokens, samples, writes_from, chunk.drafts, chunk.awaits)
+                ScheduledTokens(copy.id, start, chunk.num_tokens, samples, writes_from, chunk.drafts, chunk.awaits)
             )
         left, self._left = self._left, []
         return StepPlan(step=step, batch=batch, new=new, changed=changed, left=left)
 
     def replaced(self, sequence: Sequence, blocks: Iterable[tuple[int, BlockId]]) -> None:
         """Record that ``blocks`` [(index in the table, block)] replaced others in the block table of ``sequence``."""
-        told = self._told.get(sequence)
-        if told is not None:
-            told.replaced += [(place, block) for place, block in blocks if place < told.num_blocks]
+        copy = self._copies.get(sequence)
+        if copy is not None:
+            copy.replaced += [(place, block) for place, block in blocks if place < copy.num_blocks]
 
     def accepted(self, sequence: Sequence, num_drafts: int) -> None:
         """Record that the engine appended ``num_drafts`` drafts to ``sequence``, and the token sampled after them."""
-        self._told[sequence].num_tokens += num_drafts
+        self._copies[sequence].num_tokens += num_drafts
 
     def leave(self, sequence: Sequence) -> None:
         """Have the engine drop ``sequence`` with the next plan, if it holds it."""
-        told = self._told.pop(sequence, None)
-        if told is not None:
-            self._left.append(told.id)
+        copy = self._copies.pop(sequence, None)
+        if copy is not None:
+            self._left.append(copy.id)
 
 
-def _introduce(sequence: Sequence, told: _Told) -> NewSequence:
-    told.num_blocks, told.num_tokens = len(sequence.block_table), len(sequence.token_ids)
+def _introduce(sequence: Sequence, copy: _EngineCopy) -> NewSequence:
+    copy.num_blocks, copy.num_tokens = len(sequence.block_table), len(sequence.token_ids)
     return NewSequence(
-        id=told.id,
+        id=copy.id,
         request_id=sequence.spec.request_id,
         token_ids=list(sequence.token_ids),
         num_prompt_tokens=sequence.num_prompt_tokens,
@@ -114,13 +114,13 @@ def _introduce(sequence: Sequence, told: _Told) -> NewSequence:
     )
 
 
-def _update(sequence: Sequence, told: _Told) -> SequenceChange:
+def _update(sequence: Sequence, copy: _EngineCopy) -> SequenceChange:
     change = SequenceChange(
-        id=told.id,
-        block_ids=sequence.block_table[told.num_blocks :],
-        replaced=told.replaced,
-        token_ids=sequence.token_ids[told.num_tokens :],
+        id=copy.id,
+        block_ids=sequence.block_table[copy.num_blocks :],
+        replaced=copy.replaced,
+        token_ids=sequence.token_ids[copy.num_tokens :],
     )
-    told.num_blocks, told.replaced = len(sequence.block_table), []
-    told.num_tokens = max(told.num_tokens, len(sequence.token_ids))
+    copy.num_blocks, copy.replaced = len(sequence.block_table), []
+    copy.num_tokens = max(copy.num_tokens, len(sequence.token_ids))
     return change

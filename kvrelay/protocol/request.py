@@ -105,6 +105,9 @@ class Constraint(Protocol):
     def allowed(self, num_output_tokens: int) -> npt.NDArray[np.bool_]:
         """Return for each token of the vocabulary whether it may follow so many. Raises EngineError."""
 
+    def words(self, num_output_tokens: int) -> npt.NDArray[np.int32]:
+        """Return the same as bits, 32 to a word."""
+
 
 class TokenSequence:
     """Tokens, prompt first, and sampling parameters: the input of the sampler.

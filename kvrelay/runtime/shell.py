@@ -92,7 +92,7 @@ class Shell:
         """Turn SIGTERM and SIGINT into StopRequested from now on. ``run`` calls this too."""
         if not self._listening:
             self._listening = True
-            handle_stop_signals(self._loop, self._told_to_stop)
+            handle_stop_signals(self._loop, self._stop_requested)
 
     async def run(self, transport: Transport) -> str:
         """Run until the machine exits; return its reason. SIGTERM and SIGINT ask it to stop."""
@@ -115,7 +115,7 @@ class Shell:
             for timer in self._timers.values():
                 timer.cancel()
 
-    def _told_to_stop(self) -> None:
+    def _stop_requested(self) -> None:
         if self._stop_requests.is_new(self._clock.now()):
             self.post(StopRequested())
 

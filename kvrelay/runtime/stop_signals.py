@@ -36,7 +36,7 @@ def exit_on_stop_signals() -> None:
     up, so whatever outlives the process (files, children) is made after ``handle_stop_signals``.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, _HAND_OVER))
-    thread = Thread(target=_exit_when_told, name="stop signals", daemon=True)
+    thread = Thread(target=_exit_on_stop_signal, name="stop signals", daemon=True)
     thread.start()
     _waiting.append(thread)
 
@@ -66,7 +66,7 @@ def ignore_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def _exit_when_told() -> None:
+def _exit_on_stop_signal() -> None:
     if signal.sigwait((*STOP_SIGNALS, _HAND_OVER)) != _HAND_OVER:
         os._exit(0)
 

@@ -126,15 +126,15 @@ class Transport:
         ZMQ looks up either IPv4 or IPv6 addresses. It is given the name, not the address found here, because the
         address may have changed when it reconnects.
         """
-        is_told = False
+        has_warned = False
         while True:
             try:
                 ipv6 = await has_only_ipv6(host, port)
                 break
             except OSError as error:
-                if not is_told:
+                if not has_warned:
                     logger.warning("no address for %s yet: %s", address, error.strerror)
-                is_told = True
+                has_warned = True
             await asyncio.sleep(_LOOKUP_INTERVAL_S)
         del self._lookups[peer]
         self._reach(self._sockets[peer], address, ipv6=ipv6)

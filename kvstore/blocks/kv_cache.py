@@ -10,7 +10,7 @@ Use::
     cache.pin(block_ids)                                a copy to the store's staging memory begins
     cache.unpin(block_ids)                              the copy is done
     cache.unpin(block_table)                            the request has ended and nothing uses its blocks any more
-    cache.forget(hashes)                                a block of it is damaged: the next request computes it anew
+    cache.withdraw(hashes)                              a block of it is damaged: the next request computes it anew
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.prefix_cache import PrefixCache
 
-_MAX_TOLD = 8
+_MAX_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class KVCache:
 
     __slots__ = (
         "_evicted",
-        "_forgotten",
         "_hit_tokens",
         "_pool",
         "_prefixes",
         "_queries",
         "_query_tokens",
+        "_withdrawn",
         "prefix_caching",
     )
 
@@ -69,7 +69,7 @@ class KVCache:
         self._query_tokens = 0
         self._hit_tokens = 0
         self._evicted = 0
-        self._forgotten: set[BlockId] = set()
+        self._withdrawn: set[BlockId] = set()
 
     @property
     def num_blocks(self) -> int:
@@ -169,7 +169,7 @@ class KVCache:
 
         Always from the sequence's first block on; what is published already costs nothing. A hash that another
         block has published keeps that block: the duplicate stays its request's own and is freed with it, and the blocks
-        after it continue the chain of the old one. Blocks that were forgotten, and those after them, are not published.
+        after it continue the chain of the old one. Blocks that were withdrawn, and those after them, are not published.
 
         Raises LocalProtocolError if a block is not referenced, or is published with another hash, or if the
         two lists differ in length.
@@ -178,27 +178,27 @@ class KVCache:
             raise LocalProtocolError(f"publish: {len(hashes)} hashes for {len(block_ids)} blocks")
         if not self.prefix_caching:
             return
-        if self._forgotten:
-            num_sound = next((i for i, block in enumerate(block_ids) if block in self._forgotten), len(block_ids))
+        if self._withdrawn:
+            num_sound = next((i for i, block in enumerate(block_ids) if block in self._withdrawn), len(block_ids))
             hashes, block_ids = hashes[:num_sound], block_ids[:num_sound]
         num_settled = self._prefixes.num_settled(hashes, block_ids)
         self._pool.require("publish", block_ids[num_settled:], min_refs=1)
         self._prefixes.insert(hashes, block_ids, num_settled)
 
-    def forget(self, hashes: Sequence[bytes]) -> None:
+    def withdraw(self, hashes: Sequence[bytes]) -> None:
         """Match nothing of this sequence any more, nor of others that begin as it does: one of its blocks is damaged.
 
         Referenced blocks remain with their requests, and are never published again. Looks at the whole tree.
         """
         if hashes:
             removed = self._prefixes.remove(hashes[0])
-            self._forgotten.update(removed)
+            self._withdrawn.update(removed)
             self._recycle([block for block in removed if not self._pool.ref_count(block)])
 
     def _recycle(self, blocks: list[BlockId]) -> None:
         self._pool.recycle(blocks)
-        if self._forgotten:
-            self._forgotten.difference_update(blocks)
+        if self._withdrawn:
+            self._withdrawn.difference_update(blocks)
 
     # ------------------------------------------------------------ for routers
 
@@ -231,10 +231,10 @@ class KVCache:
         """Raise LocalProtocolError with the referenced blocks if there are any."""
         referenced = self._pool.referenced()
         if referenced:
-            told = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_TOLD])
+            shown = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_SHOWN])
             raise LocalProtocolError(
-                f"{len(referenced)} of {self.num_blocks} KV blocks are still referenced: {told}"
-                + (", ..." if len(referenced) > _MAX_TOLD else "")
+                f"{len(referenced)} of {self.num_blocks} KV blocks are still referenced: {shown}"
+                + (", ..." if len(referenced) > _MAX_SHOWN else "")
             )
 
     def check_invariants(self) -> None:

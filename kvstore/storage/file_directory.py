@@ -64,8 +64,12 @@ class FileDirectory:
 
     @classmethod
     def _joined(cls, path: Path, wanted: Layout, lock_fd: int) -> FileDirectory:
-        index_fd = os.open(path / "index", os.O_RDWR | os.O_CLOEXEC)
-        layout = _read_layout(path)
+        try:
+            layout = _read_layout(path)
+            index_fd = os.open(path / "index", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(lock_fd)
+            raise StorageError(f"cannot use the KV in {path}: {error}") from error
         if layout is None or layout.namespace != wanted.namespace or layout.slot_bytes != wanted.slot_bytes:
             os.close(index_fd)
             os.close(lock_fd)

@@ -60,9 +60,9 @@ async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers
 
 
 @asynccontextmanager
-async def watching(receive: Receive, on_gone: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``on_gone`` if the client disconnects inside the context. The body must have been read."""
-    watcher = asyncio.create_task(_watch(receive, on_gone))
+async def watching(receive: Receive, on_disconnect: Callable[[], None]) -> AsyncIterator[None]:
+    """Call ``on_disconnect`` if the client disconnects inside the context. The body must have been read."""
+    watcher = asyncio.create_task(_watch(receive, on_disconnect))
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ async def watching(receive: Receive, on_gone: Callable[[], None]) -> AsyncIterat
             await watcher
 
 
-async def _watch(receive: Receive, on_gone: Callable[[], None]) -> None:
+async def _watch(receive: Receive, on_disconnect: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    on_gone()
+    on_disconnect()

@@ -6,13 +6,14 @@ import asyncio
 
 from starlette.types import Receive, Scope
 
+from kvrelay.errors import NoNodeError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.body_memory import BodyShare
 from router.http.asgi import watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError
 from router.preparation import Job, Outcome, Task, too_large
-from router.service import RouterService
+from router.service import STOPPING, RouterService
 
 
 async def prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
@@ -20,6 +21,13 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
 
     Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if the client disconnects.
     """
+    try:
+        return await _prepared(task, service, scope, receive)
+    except asyncio.CancelledError:  # the server, which is ending, waits no longer
+        raise AnswerError.of(NoNodeError(STOPPING)) from None
+
+
+async def _prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
     router = service.config.router
     headers = dict(scope["headers"])
     with BodyShare(service.body_memory) as share:

@@ -27,7 +27,7 @@ class Backend(Protocol):
     def stop_matched(self, request_id: RequestId) -> None:
         """End a request whose text has reached a stop string."""
 
-    def client_gone(self, request_id: RequestId) -> None:
+    def client_disconnected(self, request_id: RequestId) -> None:
         """Abort a request whose client has disconnected."""
 
 
@@ -97,7 +97,7 @@ class Generation:
     def close(self) -> None:
         """Abort the choices that have not finished."""
         for choice in list(self._running.values()):
-            self._backend.client_gone(choice.request_id)
+            self._backend.client_disconnected(choice.request_id)
             self._end(choice, "aborted")
 
     def _take(self, choice: Choice, tokens: TokensDelivered) -> Delta:

@@ -60,8 +60,11 @@ class ChatTemplate:
         """Return the prompt text for ``messages`` (each with ``role`` and ``content``).
 
         ``continue_final_message`` leaves the last message open. ``variables`` are further ones for the template. Raises
-        InvalidRequestError if the template refuses the messages or has no use for the last one.
+        InvalidRequestError if one of them is a special token's, which is the checkpoint's, or if the template refuses
+        the messages or has no use for the last one.
         """
+        for name in self._special_tokens.keys() & (variables or {}).keys():
+            raise InvalidRequestError(f"{name} is the checkpoint's and cannot be set", param="chat_template_kwargs")
         shown = [self._forms.fit(message) for message in messages]
         final = shown[-1].get("content")
         if continue_final_message:

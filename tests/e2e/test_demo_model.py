@@ -126,6 +126,14 @@ def test_weights_in_int8_answer_right_and_the_same_on_a_pair(quantization: str) 
     assert share_right(found[0], SHORT[:NUM_INT8]) >= INT8_BAR
 
 
+def test_weights_in_float8_answer_right_on_a_pair_of_torch_engines() -> None:
+    pytest.importorskip("torch", reason="kvrelay[torch] is not installed")
+    asked = SHORT[:NUM_INT8]
+    for cluster in _running(p(), d(), engine={"kind": "torch", "quantization": "fp8"}):
+        assert share_right(said(cluster, asked), asked) >= INT8_BAR
+        assert cluster.status()["requests"]["kv_bytes_moved"] > 0
+
+
 def test_one_prefill_and_three_decode_nodes_answer_the_same(
     one_prefill_three_decode: Cluster, reference: list[str]
 ) -> None:

@@ -569,7 +569,6 @@ CHATS: dict[str, Chat] = {
             "date_string": "1 May",
             "documents": [{"title": "a", "text": "über"}, {"text": "b"}],
             "controls": {"length": "short"},
-            "bos_token": "<B>",
         },
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.world import EOS, Client, World
 
+from kvrelay.protocol.messages.messager_to_messager import KVFrame
 from kvrelay.protocol.request import FinishReason
 
 BLOCK_SIZES = [1, 4, 16]
@@ -91,6 +92,10 @@ def test_hosts_apart_use_tcp_whatever_is_quicker_at_home() -> None:
 def test_checksums_may_be_off() -> None:
     with World(transfer={"checksum": False, "link": "tcp"}) as world:
         world.submit(33, 9)
+        world.serve_all()
+        messages = [getattr(event, "message", None) for _, _, event in world.history]
+        frames = [message for message in messages if isinstance(message, KVFrame)]
+        assert frames and all(frame.digest == 0 for frame in frames)
 
 
 @pytest.mark.parametrize("max_inflight_bytes", [1 << 16, 1 << 20])
@@ -105,6 +110,7 @@ def test_many_long_prompts_share_a_small_credit(max_inflight_bytes: int) -> None
     ) as world:
         for _ in range(40):
             world.submit(128, 3)
+        world.serve_all()
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -114,6 +120,7 @@ def test_mixed_node_gives_the_same_tokens(block_size: int) -> None:
         with World(prefill=0, decode=0, mixed=1, cache=cache, scheduler={"max_num_batched_tokens": budget}) as world:
             for length in lengths(block_size):
                 world.submit(length, 5)
+            world.serve_all()
 
 
 STYLES: list[dict[str, Any]] = [
@@ -233,6 +240,8 @@ def test_prompts_that_arrive_together_share_a_beginning_without_harm() -> None:
             common = world.prompt(21)
             for _ in range(6):
                 world.submit(common + world.prompt(world.rng.randrange(0, 9)), 10)
+            world.serve_all()
+            assert any(client.num_cached_tokens for client in world.clients.values())
 
 
 @pytest.mark.parametrize("output_caching", [True, False])

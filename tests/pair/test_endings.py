@@ -200,7 +200,9 @@ def test_abort_and_then_the_prefill_node_dies() -> None:
         world.link.drop("CancelReservation")
         world.abort(client)
         world.kill("p0")
+        assert world.nodes["d0"].machine.kv.num_used > 0
         world.settle(10.0)
+        assert world.nodes["d0"].machine.kv.num_used == 0
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["prefill", "decode"])

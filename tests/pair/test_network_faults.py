@@ -85,6 +85,7 @@ def test_a_cancellation_is_lost(message: str) -> None:
                 world.link.drop(message, nth)
                 world.abort(client)
                 world.settle(30.0)
+                assert client.finish_reason is FinishReason.ABORT
 
 
 @pytest.mark.parametrize("message", ["RequestFailed", "DecodeNeeded", "AssignDecode", "ReservationRefused"])
@@ -288,3 +289,4 @@ def test_chaos(seed: int) -> None:
         world.run_until(world.all_ended, 100.0)
         world.link.heal()
         world.settle(60.0)
+        assert sum(client.error is None for client in world.clients.values()) >= 5

@@ -91,6 +91,7 @@ def test_a_request_that_seeks_a_decode_node_and_was_forgotten_gives_its_blocks_b
         world.run_for(5.0)
         world.link.heal()
         world.settle(30.0)
+        assert first.error is None and second.finish_reason is FinishReason.ABORT
 
 
 def test_a_reserve_for_decodes_keeps_prompts_out_but_never_an_idle_node() -> None:

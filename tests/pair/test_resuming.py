@@ -13,6 +13,7 @@ from decode_node.machine import DecodeMachine
 from decode_node.preemption import Preemption
 from decode_node.schedule import Schedule
 from kvrelay.config.cluster_config import Role
+from kvrelay.protocol.request import FinishReason
 
 STORE = {"backend": "file", "min_read_tokens": 1, "resume": "storage"}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "num_logprobs": 2}
@@ -129,7 +130,7 @@ def test_whatever_the_store_does_the_tokens_are_right_and_nobody_is_stuck(
         fault(world)
         for number in range(6):
             world.submit(10 + 3 * number, max_tokens=24, ignore_eos=True)
-        world.settle_clients()
+        world.serve_all()
 
 
 def test_a_store_that_recovers_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +168,10 @@ def test_a_client_that_leaves_while_kv_is_on_its_way(moment: str, monkeypatch: p
         world.run_until(lambda: counted(world, moment) > 0)
         for client in clients:
             world.abort(client)
-        world.submit(60, max_tokens=8)
+        last = world.submit(60, max_tokens=8)
         world.settle_clients()
+        assert [client.finish_reason for client in clients] == [FinishReason.ABORT] * 2
+        assert last.error is None, "it needs blocks of those that left"
 
 
 def test_a_node_that_stops_writes_what_it_has_begun_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +191,7 @@ def test_a_node_that_is_killed_while_it_writes_and_reads() -> None:
             world.submit(30, max_tokens=30, ignore_eos=True)
         world.run_until(lambda: counted(world, "preemptions") > 0)
         world.restart("d0")
-        world.settle_clients()
+        world.serve_all()
 
 
 # ---------------------------------------------------------------- moving
@@ -293,7 +296,7 @@ def test_a_read_that_fails_is_late_or_partial_costs_nothing_but_the_recompute(fa
         fault(world)
         for chat in chats:
             continue_chat(world, chat, 10, max_tokens=5)
-        world.settle_clients()
+        world.serve_all()
 
 
 def test_other_prompts_are_computed_while_one_is_read() -> None:

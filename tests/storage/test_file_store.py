@@ -104,6 +104,26 @@ def test_a_path_that_cannot_be_a_directory(tmp_path: Path) -> None:
     run(check())
 
 
+def test_an_index_that_this_user_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, which may write everything: the system call is made to refuse."""
+
+    async def check() -> None:
+        async with opened(tmp_path):
+            pass
+
+    run(check())
+    real = os.open
+
+    def refuse_index(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if str(path).endswith("index") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse_index)
+    with pytest.raises(StorageError, match=r"cannot use the KV in .*Permission denied"):
+        run(check())
+
+
 def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path) -> None:
     async def check() -> None:
         with pytest.raises(StorageError, match="No space left"):

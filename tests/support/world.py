@@ -368,6 +368,12 @@ class World:
         for client in self.clients.values():
             client.check()
 
+    def serve_all(self, limit_s: float = 300.0) -> None:
+        """Let every request come to its end; none may end with an error."""
+        self.settle_clients(limit_s)
+        errors = {client.request_id: client.error for client in self.clients.values() if client.error is not None}
+        assert not errors, self.told()
+
     def settle(self, limit_s: float = 300.0) -> None:
         """Let everything come to rest: every request ended, nothing held or owed, all blocks back."""
         self.settle_clients(limit_s)

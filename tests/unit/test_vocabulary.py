@@ -168,7 +168,7 @@ def test_a_peer_is_lost_after_the_timeout_and_only_once() -> None:
 def test_signs_of_life_put_the_deadline_off() -> None:
     liveness = Liveness(peer_timeout_s=5.0)
     liveness.watch(PeerId("d0"), 0.0)
-    liveness.heard(PeerId("d0"), 4.0)
+    liveness.record_message(PeerId("d0"), 4.0)
     liveness.watch(PeerId("d0"), 4.5)  # watching again is not a sign of life
     assert liveness.lost(8.9) == []
     assert liveness.lost(9.0) == ["d0"]
@@ -176,7 +176,7 @@ def test_signs_of_life_put_the_deadline_off() -> None:
 
 def test_a_word_from_somebody_not_watched_changes_nothing() -> None:
     liveness = Liveness(peer_timeout_s=5.0)
-    liveness.heard(PeerId("stranger"), 0.0)
+    liveness.record_message(PeerId("stranger"), 0.0)
     assert PeerId("stranger") not in liveness
     liveness.watch(PeerId("d0"), 0.0)
     liveness.forget(PeerId("d0"))

@@ -27,8 +27,13 @@ def adjusts(sampling: SamplingParams) -> bool:
 
 
 def needs_tokens(sampling: SamplingParams) -> bool:
-    """Return whether the changes of logits depend on what the tokens so far are, not only on how many."""
-    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+    """Return whether the choice of a token depends on what the tokens so far are, not only on how many."""
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.grammar is not None
+    )
 
 
 def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tuple[Int32, Float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,13 @@ class Adjustments(NamedTuple):
     ends: Int32
 
 
+class Masks(NamedTuple):
+    """The tokens that grammars allow: ``words`` [masks, words], and for each sampling row its mask or -1."""
+
+    words: Int32
+    by_sample: Int32
+
+
 class Batch(NamedTuple):
     """A plan's batch by row: ``rows`` [4, N] as in StepArrays, ``tiles``; what samples.
 
@@ -63,6 +71,7 @@ class Batch(NamedTuple):
     tiles: Tiles
     samples: Samples
     adjustments: Adjustments | None
+    masks: Masks | None
 
     @property
     def slots(self) -> Int32:
@@ -72,10 +81,14 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The tokens that a step computes of one sequence, and for each place that samples how its logits change."""
+    """The tokens that a step computes of one sequence, and for each place that samples how its logits change.
+
+    ``masks``: for each of these places what the sequence's grammar allows.
+    """
 
     token_ids: list[int]
-    adjustments: list[tuple[Int32, npt.NDArray[np.float32]]] | None
+    adjustments: list[tuple[Int32, npt.NDArray[np.float32]]] | None = None
+    masks: Sequence[Int32] = ()
 
 
 class BatchAssembler:
@@ -109,9 +122,11 @@ class BatchAssembler:
         items: list[ScheduledSequence] = []
         parts: list[_Part] = []
         failed: dict[int, SequenceFailed] = {}
+        num_masks = 0
         for place, item in enumerate(scheduled):
             part = self._part(item)
-            if isinstance(part, SequenceFailed) and item.drafts:
+            most_masks = self._rows.num_rows - num_masks - (len(scheduled) - place - 1)  # every sequence may need one
+            if item.drafts and (isinstance(part, SequenceFailed) or len(part.masks) > most_masks):
                 item = item.without_drafts  # noqa: PLW2901 (a guess beyond the limits is a wrong one)
                 part = self._part(item)
             if isinstance(part, SequenceFailed):
@@ -119,6 +134,7 @@ class BatchAssembler:
             else:
                 items.append(item)
                 parts.append(part)
+                num_masks += len(part.masks)
         num_tokens = sum(item.num_tokens for item in items)
         if num_tokens > self._max_num_tokens:
             raise EngineError(f"a step of {num_tokens} tokens is more than {self._max_num_tokens}")
@@ -138,13 +154,12 @@ class BatchAssembler:
             token_ids = [sequence.token_ids[item.start]] if item.num_tokens == 1 else item.token_ids
             if failed := outside_vocabulary(token_ids, limits.vocab_size):
                 return failed
-        if failed := _unsupported(item):
+        if failed := _too_many_logprobs(item):
             return failed
-        if not (item.samples and adjusts(sequence.sampling)):
-            return _Part(token_ids, None)
+        if not (item.samples and (sequence.constraint is not None or adjusts(sequence.sampling))):
+            return _Part(token_ids)
         try:
-            places = range(len(item.drafts or ()) + 1)
-            return _Part(token_ids, [row_adjustments(item, ahead, limits.vocab_size) for ahead in places])
+            return _changed_part(item, token_ids, limits.vocab_size)
         except Exception as error:  # the border of a sequence, as in the host's sampler
             reason = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             position = item.start + item.num_tokens - sequence.num_prompt_tokens - len(item.drafts or ())
@@ -167,8 +182,8 @@ class BatchAssembler:
         ]
         tiles = self._cutter.cut(chunks)
         samples = _samples(items, rows, first_rows)
-        adjustments = _adjustments(items, parts)
-        if not failed and adjustments is None and all(_is_plain_decode(item) for item in items):
+        adjustments, masks = _adjustments(items, parts), _masks(items, parts)
+        if not failed and adjustments is None and masks is None and all(_is_plain_decode(item) for item in items):
             self._steady = SteadyBatch(items, rows)
         paged, dense, pieces = (one.shape[1] for one in tiles)
         return Batch(
@@ -180,6 +195,7 @@ class BatchAssembler:
             tiles=tiles,
             samples=samples,
             adjustments=adjustments,
+            masks=masks,
         )
 
     def _steady_batch(self, items: list[ScheduledSequence], steady: SteadyBatch, by_row: Int32) -> Batch:
@@ -194,7 +210,7 @@ class BatchAssembler:
             num_logprobs=_num_logprobs(items),
         )
         shape = StepShape(count, count, 0, count)
-        return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None)
+        return Batch(items, {}, shape, by_row, list(places), self._cutter.cut([]), samples, None, None)
 
     def _by_row(self, items: list[tuple[ScheduledSequence, SequenceRow]], counts: Int64, firsts: Int64) -> Int32:
         """Return position, slot and table row of every row, after room for its token."""
@@ -224,6 +240,8 @@ class BatchAssembler:
                 tokens, changes, ends = batch.adjustments
                 arrays.numbers[3, 1:count], arrays.numbers[4, :count] = ends[:-1], ends
                 buffer.upload_adjustments(arena, tokens, changes)
+            if batch.masks is not None:
+                arrays.numbers[5, :count] = batch.masks.by_sample
         buffer.upload(arrays)
 
     def _fill_samples(self, arrays: StepArrays, batch: Batch) -> None:
@@ -235,9 +253,18 @@ class BatchAssembler:
         arrays.numbers[2, :count] = samples.noted
 
 
-def _unsupported(item: ScheduledSequence) -> SequenceFailed | None:
-    if item.sequence.constraint is not None:
-        return SequenceFailed("structured output is not supported by the torch engine")
+def _changed_part(item: ScheduledSequence, token_ids: list[int], vocab_size: int) -> _Part:
+    """Return the part of ``item``, whose logits change. Raises EngineError if they cannot."""
+    sequence, places = item.sequence, range(len(item.drafts or ()) + 1)
+    adjustments = None
+    if adjusts(sequence.sampling):
+        adjustments = [row_adjustments(item, ahead, vocab_size) for ahead in places]
+    if sequence.constraint is None:
+        return _Part(token_ids, adjustments)
+    return _Part(token_ids, adjustments, [sequence.constraint.words(sequence.num_output_tokens + at) for at in places])
+
+
+def _too_many_logprobs(item: ScheduledSequence) -> SequenceFailed | None:
     asked = item.sequence.sampling.num_logprobs
     if asked is None or asked <= MOST_LOGPROBS:
         return None
@@ -258,6 +285,20 @@ def _adjustments(items: list[ScheduledSequence], parts: list[_Part]) -> Adjustme
             counts += [0] * (len(item.drafts or ()) + 1)
     tokens, changes = (np.concatenate(one, axis=-1) for one in zip(*changed, strict=True))
     return Adjustments(tokens, changes, np.cumsum(counts, dtype=np.int32))
+
+
+def _masks(items: list[ScheduledSequence], parts: list[_Part]) -> Masks | None:
+    """Return the masks of all sampling rows, None if there are none."""
+    words = [mask for part in parts for mask in part.masks]
+    if not words:
+        return None
+    by_sample: list[int] = []
+    num_masks = 0
+    for item, part in zip(items, parts, strict=True):
+        count = len(item.drafts or ()) + 1 if item.samples else 0
+        by_sample += range(num_masks, num_masks + count) if part.masks else [-1] * count
+        num_masks += len(part.masks)
+    return Masks(np.stack(words), np.array(by_sample, np.int32))
 
 
 def _samples(items: list[ScheduledSequence], rows: list[SequenceRow], first_rows: list[int]) -> Samples:

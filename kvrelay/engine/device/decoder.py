@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from kvrelay.engine.decoder import DecoderWeights
 from kvrelay.engine.decoder_config import DecoderConfig
-from kvrelay.engine.device.framework import Framework, Tensor
+from kvrelay.engine.device.framework import Tensor
 from kvrelay.engine.device.operations import Operations, Sampled, StepTensors
-from kvrelay.engine.device.weights import Linear
+from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.kernels import LayerKV
 
 
@@ -30,13 +30,13 @@ class DeviceDecoder:
     """A loaded model. ``tables`` [rows, blocks] are block tables, ``last_tokens`` [rows] what was sampled last."""
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, framework: Framework, operations: Operations,
+        self, config: DecoderConfig, weights: DecoderWeights, operations: Operations, projections: Projections,
         tables: Tensor, last_tokens: Tensor,
     ) -> None:  # fmt: skip
         self._config = config
         self._weights = weights
-        self._framework = framework
         self._operations = operations
+        self._projections = projections
         self._tables = tables
         self._last_tokens = last_tokens
 
@@ -51,31 +51,25 @@ class DeviceDecoder:
         broken_rows = self._operations.broken_rows(residual)
         if not step.shape.samples:
             return Computed(None, broken_rows)
-        eps, head = self._config.rms_norm_eps, self._weights.lm_head
-        chosen = self._operations.rms_norm(residual, self._weights.final_norm, eps, step.sample_rows)
-        logits = self._framework.linear(chosen, head.weight, head.bias, "float32")
+        norm, head = self._weights.final_norm, self._weights.lm_head
+        logits = self._projections.logits(residual, step.sample_rows, norm, head)
         return Computed(self.sample(logits, step), broken_rows)
 
     def _forward(self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
         """Return what the last layer gives: [N, hidden]."""
-        do, weights, eps = self._operations, self._weights, self._config.rms_norm_eps
+        do, project, weights, eps = self._operations, self._projections, self._weights, self._config.rms_norm_eps
         residual = do.embed(step, self._last_tokens, weights.embedding)
+        due: Tensor | None = None
         for index, layer in enumerate(weights.layers):
-            qkv = self._linear(do.rms_norm(residual, layer.input_norm, eps), layer.qkv)
+            qkv = project.normed(residual, due, layer.input_norm, layer.qkv)
             queries = do.apply_rope_and_write_kv(qkv, layer.head_norms, eps, step, pool[index])
             on_layer(index)
             attended = do.attention(queries, pool[index], step, self._tables, self._config.windows[index])
-            self._add_linear(residual, attended, layer.out)
-            gate_up = self._linear(do.rms_norm(residual, layer.post_attention_norm, eps), layer.gate_up)
-            self._add_linear(residual, do.silu_mul(gate_up), layer.down)
-        return residual
+            due = project.add(residual, attended, layer.out)
+            gate_up = project.normed(residual, due, layer.post_attention_norm, layer.gate_up)
+            due = project.add_activated(residual, gate_up, layer.down)
+        return residual if due is None else residual.add_(due)
 
     def sample(self, logits: Tensor, step: StepTensors) -> Sampled:
         """Return the tokens sampled from ``logits``."""
         return self._operations.sample(logits, step, self._last_tokens)
-
-    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
-        return self._framework.linear(x, linear.weight, linear.bias)
-
-    def _add_linear(self, residual: Tensor, x: Tensor, linear: Linear) -> None:
-        self._framework.add_linear(residual, x, linear.weight, linear.bias)

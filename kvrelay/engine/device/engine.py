@@ -16,6 +16,7 @@ from kvrelay.engine.device.graphs import chunk_shapes
 from kvrelay.engine.device.launcher import DeviceEngineLimits, Launched, StepLauncher, outcomes
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.pool import LayersReady
+from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.device.step_slot import StepSlot
 from kvrelay.engine.isolation import Compute, OnLayers, compute_isolated
 from kvrelay.engine.sequences import EngineSequence, EngineSequences, ScheduledSequence
@@ -43,7 +44,9 @@ class DeviceEngine:
         geometry: KVGeometry,
         framework: Framework,
         operations: Operations,
+        projections: Projections,
         limits: DeviceEngineLimits,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         self.geometry = geometry
         self.memory = _make_memory(geometry, limits, framework)
@@ -53,9 +56,11 @@ class DeviceEngine:
         self._framework = framework
         self._operations = operations
         self._limits = limits
-        self.launcher = StepLauncher(config, weights, self.memory, framework, operations, limits, PLANS_IN_FLIGHT)
-        self._grammars = GrammarMasks(config.vocab_size)
-        self._steps = StepQueue(self.launcher, self._grammars)
+        self.launcher = StepLauncher(
+            config, weights, self.memory, framework, operations, projections, limits, PLANS_IN_FLIGHT
+        )
+        self.grammars = grammars or GrammarMasks(config.vocab_size)
+        self._steps = StepQueue(self.launcher, self.grammars)
 
     def warm_up(self) -> None:
         """Compile all kernels and capture the graphs, so that no request waits for compilation."""
@@ -96,7 +101,7 @@ class DeviceEngine:
         return step.finish(on_layers)
 
     def close(self) -> None:
-        self._grammars.close()
+        self.grammars.close()
         self.launcher.close()
         self.memory.close()
 
@@ -120,6 +125,13 @@ class StepQueue:
         self.sequences = EngineSequences(grammars)
         self.deferred: deque[DeviceStep] = deque()
         self._count = 0
+
+    def compute_masks(self, items: list[ScheduledSequence]) -> None:
+        """Compute what grammars allow ``items`` to sample. Masks are sent with a step, so they must be there first."""
+        with self.launcher.state:
+            computed = self.sequences.begin_masks(items)
+        if computed is not None:
+            computed.result()
 
     def begin(self, plan: StepPlan) -> DeviceStep:
         """Return the next step."""
@@ -159,6 +171,7 @@ class DeviceStep:
             with self._launcher.state:
                 self._items = self._steps.sequences.apply(self._plan)
             if self._items and not self._steps.deferred:
+                self._steps.compute_masks(self._items)
                 self._launched = self._launch(self._items)
         except AwaitedTokenError:
             pass
@@ -192,6 +205,7 @@ class DeviceStep:
         """Launch the step and wait for it; if that raises, its halves, and so on."""
         if not self._items:
             raise EngineError("a step without sequences")
+        self._steps.compute_masks(self._items)
 
         def compute(items: list[ScheduledSequence], on_layers: OnLayers) -> list[SequenceOutcome]:
             try:
@@ -229,11 +243,11 @@ class DeviceStep:
         launched.slot.done.synchronize()
         found = outcomes(launched)
         items = launched.batch.items
-        if not any(item.drafts or _is_missing(item) for item in items):
+        if not any(item.drafts or item.is_missing_token for item in items):
             return found
         places = [place for place in range(len(found)) if place not in launched.batch.failed]
         for place, item in zip(places, items, strict=True):
-            if _is_missing(item):
+            if item.is_missing_token:
                 found[place] = SequenceFailed(f"no token was sampled for position {item.start}")
             elif item.drafts and isinstance(found[place], SequenceFailed):
                 # Perhaps a guess is what is not finite: masked or not, it can spoil the rows before it.
@@ -250,11 +264,6 @@ class DeviceStep:
             return outcomes(launched)
 
         return self._isolated([item.without_drafts], compute, lambda layers: None)[0]
-
-
-def _is_missing(item: ScheduledSequence) -> bool:
-    """Return whether the step before was to sample the newest token of ``item`` and did not."""
-    return item.awaits and len(item.sequence.token_ids) < item.start + item.num_tokens
 
 
 def _warm_up_item(num_tokens: int, geometry: KVGeometry) -> ScheduledSequence:

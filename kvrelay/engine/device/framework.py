@@ -52,10 +52,14 @@ class Graph(Protocol, Generic[T_co]):
 
 
 class Framework(Protocol):
-    """One device. Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32 and float64."""
+    """One device. ``has_fp8``: it multiplies float8.
+
+    Data types go by the names of ``ITEM_BYTES`` in kvrelay.protocol.geometry, and int32, float64 and float8_e4m3.
+    """
 
     name: Literal["torch", "paddle"]
     is_gpu: bool
+    has_fp8: bool
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Return memory on the device with undefined content."""
@@ -89,6 +93,12 @@ class Framework(Protocol):
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Add ``x @ weight.T + bias`` to ``residual`` [N, out] in place."""
+
+    def scaled_linear(self, x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: str) -> Tensor:
+        """Return ``(x * x_scales) @ (weight * weight_scales).T`` for x [N, in] and weight [out, in] in float8.
+
+        Scales are float32, [N, 1] and [out, 1]. Sums are float32.
+        """
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         """Return random numbers made on the device."""

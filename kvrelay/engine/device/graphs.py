@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvrelay.engine.device.decoder import Computed, DeviceDecoder
-from kvrelay.engine.device.framework import Framework, Graph, Stream
+from kvrelay.engine.device.framework import Framework, Graph, Stream, Tensor
 from kvrelay.engine.device.operations import StepShape
 from kvrelay.engine.device.step_buffer import StepBuffer, fits
 from kvrelay.engine.device.step_slot import UploadArena
@@ -33,11 +33,11 @@ class StepGraph:
     """A captured step of at most ``shape`` with the buffer that it reads."""
 
     def __init__(
-        self, shape: StepShape, decoder: DeviceDecoder, pool: Sequence[LayerKV], framework: Framework, stream: Stream,
-        arena: UploadArena,
+        self, shape: StepShape, decoder: DeviceDecoder, pool: Sequence[LayerKV], masks: Tensor, framework: Framework,
+        stream: Stream, arena: UploadArena,
     ) -> None:  # fmt: skip
         with framework.on(stream):
-            self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples)
+            self.buffer = StepBuffer(framework, shape, ADJUSTMENTS_PER_ROW * shape.samples, masks)
             step = self.buffer.tensors(shape)
 
         def work() -> Computed:
@@ -64,12 +64,13 @@ class StepGraphs:
         shapes: Sequence[StepShape],
         decoder: DeviceDecoder,
         pool: Sequence[LayerKV],
+        masks: Tensor,
         framework: Framework,
         stream: Stream,
         arena: UploadArena,
     ) -> None:
         ordered = sorted(shapes, key=lambda shape: shape.rows * max(shape.samples, 1), reverse=True)
-        self._graphs = [StepGraph(shape, decoder, pool, framework, stream, arena) for shape in ordered]
+        self._graphs = [StepGraph(shape, decoder, pool, masks, framework, stream, arena) for shape in ordered]
         self._graphs.sort(key=lambda graph: graph.buffer.capacity.rows)
 
     def find(self, shape: StepShape, num_adjustments: int) -> StepGraph | None:

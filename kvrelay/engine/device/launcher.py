@@ -18,12 +18,14 @@ from kvrelay.engine.device.graphs import StepGraphs
 from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.outcomes import outcomes_of
 from kvrelay.engine.device.pool import Announce, DevicePool
+from kvrelay.engine.device.projections import Projections
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.step_slot import Results, StepSlot
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import DeviceError
+from kvrelay.grammar.constraint import mask_words
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
@@ -67,8 +69,8 @@ class StepLauncher:
 
     def __init__(
         self, config: DecoderConfig, weights: DecoderWeights, memory: KVMemory | DeviceMemory,
-        framework: Framework,
-        operations: Operations, limits: DeviceEngineLimits, num_slots: int,
+        framework: Framework, operations: Operations, projections: Projections, limits: DeviceEngineLimits,
+        num_slots: int,
     ) -> None:  # fmt: skip
         self.state = threading.Lock()
         self.stream = framework.stream()
@@ -82,18 +84,21 @@ class StepLauncher:
         with framework.on(self.stream):
             self._tables = framework.zeros((limits.max_num_seqs, max_blocks), "int32")
             last_tokens = framework.zeros((limits.max_num_seqs,), "int32")
+            self._masks = framework.zeros((limits.max_num_seqs, mask_words(config.vocab_size)), "int32")
             self.pool = DevicePool(memory, framework, self.stream, digests=limits.digests)
             self._buffer = self._make_buffer(entries=0)
             words = self._buffer.num_words + _MORE_UPLOAD_WORDS
             most = limits.max_num_batched_tokens
             self.slots = [StepSlot(framework, most, words) for _ in range(num_slots)]
-        self.decoder = DeviceDecoder(config, weights, framework, operations, self._tables, last_tokens)
+        self.decoder = DeviceDecoder(config, weights, operations, projections, self._tables, last_tokens)
         self.capture([])
 
     def capture(self, shapes: list[StepShape]) -> None:
         """Have steps of ``shapes`` as graphs."""
         arena = self.slots[0].arena
-        self.graphs = StepGraphs(shapes, self.decoder, self.pool.layers, self._framework, self.stream, arena)
+        self.graphs = StepGraphs(
+            shapes, self.decoder, self.pool.layers, self._masks, self._framework, self.stream, arena
+        )
 
     def forget_sequences(self) -> None:
         """Treat the device's block tables and last tokens as unknown."""
@@ -130,6 +135,8 @@ class StepLauncher:
         graph = self.graphs.find(batch.shape, entries)
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self.assembler.fill(buffer, slot.arena, batch)
+        if batch.masks is not None:
+            slot.arena.copy_to(self._masks[: len(batch.masks.words)], batch.masks.words)
         step = buffer.tensors(batch.shape)
         layers = self.pool.layer_events(batch.slots, announce)
         if graph is not None:
@@ -156,7 +163,7 @@ class StepLauncher:
     def _make_buffer(self, entries: int) -> StepBuffer:
         rows, seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
         paged, dense, pieces = self._cutter.most(rows, seqs)
-        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries)
+        return StepBuffer(self._framework, StepShape(rows, seqs, paged, rows, dense, pieces), entries, self._masks)
 
     @contextlib.contextmanager
     def checking_device(self) -> Iterator[None]:

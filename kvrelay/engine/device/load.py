@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import DecoderWeights, load_weights
@@ -16,12 +17,14 @@ from kvrelay.engine.device.framework import Framework
 from kvrelay.engine.device.frameworks import make_framework, own_operations
 from kvrelay.engine.device.graphs import decode_sizes
 from kvrelay.engine.device.launcher import DeviceEngineLimits
-from kvrelay.engine.device.operations import OperationLimits, Operations
+from kvrelay.engine.device.operations import OperationLimits, Operations, QuantizingOperations
 from kvrelay.engine.device.pool_size import num_blocks_that_fit
-from kvrelay.engine.device.weights import DevicePacking, RandomWeights
+from kvrelay.engine.device.projections import Float8Projections, FrameworkProjections, Projections
+from kvrelay.engine.device.weights import DevicePacking, Quantize, RandomWeights
 from kvrelay.engine.kernels import HeadShape
 from kvrelay.engine.rope import Rotation, inverse_frequencies
 from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.protocol.geometry import KVGeometry
 
 if TYPE_CHECKING:
@@ -46,12 +49,22 @@ tokens and 500 at 8,192.
 
 @dataclass(frozen=True, slots=True)
 class DeviceOptions:
-    """Where and in what type to compute. ``interpreted``: Triton's kernels on a CPU, by its interpreter."""
+    """Where and in what type to compute. ``interpreted``: Triton's kernels on a CPU, by its interpreter.
+
+    ``fp8``: linear layers in float8. ``deterministic``: the same bits in any batch, by kernels; not with ``fp8``.
+    """
 
     device: str
     dtype: str
     block_size: int
     interpreted: bool = False
+    fp8: bool = False
+    deterministic: bool = False
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels compute, and not torch's operators."""
+        return self.device == "gpu" or self.interpreted
 
 
 def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]) -> DeviceEngine:
@@ -64,10 +77,6 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         longest_sequence,
     )
 
-    if node.engine.quantization != "none":
-        raise ConfigError(
-            [f"engine.quantization: {node.engine.quantization} is not for engine.kind: {node.engine.kind}"]
-        )
     model_dir = Path(node.model.path)
     config = read_decoder_config(model_dir)
     max_model_len = longest_sequence(node, config)
@@ -88,24 +97,31 @@ def load_device_engine(node: NodeConfig, on_progress: Callable[[int, int], None]
         digests=node.role == "prefill",
     )
     framework = make_framework(node.engine.framework or "torch", node.engine.device, node.threads)
+    options = DeviceOptions(
+        node.engine.device, dtype, node.cache.block_size, fp8=node.engine.quantization == "fp8",
+        deterministic=node.engine.deterministic,
+    )  # fmt: skip
+    quantize = quantizer(framework, config, options)
     if node.model.load_format == "dummy":
-        weights = RandomWeights(framework, config, dtype).make()
+        weights = RandomWeights(framework, config, dtype, quantize).make()
         geometry = dummy_geometry(node, config, dtype, max_model_len)
     else:
         checkpoint = Checkpoint.open(model_dir, config, on_progress)
-        weights = load_weights(checkpoint, DevicePacking(framework, dtype))
+        weights = load_weights(checkpoint, DevicePacking(framework, dtype, quantize))
         geometry = checkpoint_geometry(node, checkpoint, dtype, max_model_len)
-    options = DeviceOptions(node.engine.device, dtype, node.cache.block_size)
 
     def build(limits: DeviceEngineLimits) -> DeviceEngine:
-        return build_engine(config, weights, geometry, framework, limits, options)
+        grammars = GrammarMasks(config.vocab_size, model_dir)
+        return build_engine(config, weights, geometry, framework, limits, options, grammars)
 
     if node.cache.num_blocks == "auto":
         share = node.cache.device_memory_share
         num_blocks = num_blocks_that_fit(build, framework, geometry, limits, share)
         logger.info("cache.num_blocks: auto: %d blocks, %d tokens", num_blocks, num_blocks * geometry.block_size)
         limits = replace(limits, num_blocks=num_blocks)
-    return build(limits)
+    engine = build(limits)
+    engine.grammars.open()
+    return engine
 
 
 def chunk_graphs(config: DecoderConfig, max_num_tokens: int) -> tuple[int, ...]:
@@ -128,7 +144,7 @@ def random_engine(config: DecoderConfig, limits: DeviceEngineLimits, options: De
         dtype=options.dtype,
         model_digest="random",
     )
-    weights = RandomWeights(framework, config, options.dtype).make()
+    weights = RandomWeights(framework, config, options.dtype, quantizer(framework, config, options)).make()
     return build_engine(config, weights, geometry, framework, limits, options)
 
 
@@ -139,10 +155,12 @@ def build_engine(
     framework: Framework,
     limits: DeviceEngineLimits,
     options: DeviceOptions,
+    grammars: GrammarMasks | None = None,
 ) -> DeviceEngine:
     """Return an engine of its parts, compiled and with its graphs captured."""
     operations = make_operations(config, framework, limits, options)
-    engine = DeviceEngine(config, weights, geometry, framework, operations, limits)
+    projections = make_projections(config, framework, operations, options)
+    engine = DeviceEngine(config, weights, geometry, framework, operations, projections, limits, grammars)
     engine.warm_up()
     return engine
 
@@ -164,8 +182,55 @@ def make_operations(
         gathered=gathered,
         gathered_from=max(GATHERED_FROM, 1 + max(limits.chunk_graphs, default=0)),  # graphs have no room for them
     )
-    if not framework.is_gpu and not options.interpreted:
+    if not options.has_kernels:
         return own_operations(framework, heads, sizes)
+    if options.deterministic:
+        from kvrelay.engine.device.invariant import InvariantOperations  # noqa: PLC0415
+
+        return InvariantOperations(framework, heads, sizes)
     from kvrelay.engine.device.triton_operations import TritonOperations  # noqa: PLC0415
 
     return TritonOperations(framework, heads, sizes)
+
+
+def make_projections(
+    config: DecoderConfig, framework: Framework, operations: Operations, options: DeviceOptions
+) -> Projections:
+    """Return the linear layers as ``options`` want them computed."""
+    eps = config.rms_norm_eps
+    if options.deterministic:
+        from kvrelay.engine.device.invariant import InvariantProjections  # noqa: PLC0415
+
+        return InvariantProjections(framework, operations, eps, options.dtype)
+    if options.fp8:
+        return Float8Projections(framework, cast(QuantizingOperations, operations), eps, options.dtype)
+    return FrameworkProjections(framework, operations, eps)
+
+
+def quantizer(framework: Framework, config: DecoderConfig, options: DeviceOptions) -> Quantize | None:
+    """Return what quantizes the weights, None if they are not. Raises ConfigError if this device or model cannot."""
+    if not options.fp8:
+        return None
+    _check_fp8(framework, config, options.dtype)
+    if not options.has_kernels:
+        from kvrelay.engine.device.torch_operations import quantized_rows  # noqa: PLC0415
+
+        return quantized_rows
+    from kvrelay.engine.device import triton_operations  # noqa: PLC0415
+
+    return partial(triton_operations.quantized_rows, framework)
+
+
+def _check_fp8(framework: Framework, config: DecoderConfig, dtype: str) -> None:
+    """Raise ConfigError unless the framework's scaled GEMM takes the model's weights."""
+    sizes = (config.hidden_size, config.intermediate_size, config.qkv_size, config.num_heads * config.head_dim)
+    problems = [
+        (not framework.has_fp8, "needs torch, and a GPU of compute capability 8.9 or higher"),
+        (framework.is_gpu and dtype != "bfloat16", f"computes in bfloat16, not model.dtype {dtype}"),
+        (
+            framework.is_gpu and any(size % 16 for size in sizes),
+            f"needs layers whose sizes are multiples of 16, not {sizes}",
+        ),
+    ]
+    if found := [f"engine.quantization: fp8 {problem}" for is_one, problem in problems if is_one]:
+        raise ConfigError(found)

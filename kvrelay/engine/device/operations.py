@@ -1,4 +1,4 @@
-"""What the decoder does between GEMMs, as the device's kernels or their references do it.
+"""What the decoder does between linear layers, as the device's kernels or their references do it.
 
 Letters in shapes: N rows (tokens) of a step, H query heads, G key/value heads, D elements of a head, S sampling rows.
 """
@@ -58,8 +58,9 @@ class StepTensors:
     By row [N]: ``tokens`` (below 0: the last one sampled for its sequence), ``positions``, ``slots`` to write keys and
     values to (below 0: none), ``table_rows`` (below 0: padding). ``tiles`` [4, T], ``dense_tiles`` [4, U], ``pieces``
     [3, P]: see Tiles.
-    By sampling row [S]: ``sample_rows``, ``reals`` float64 [4, capacity] and ``numbers`` [5, capacity]: see sample.
-    ``adjusted_tokens`` [entries] and ``changes`` float32 [3, entries]: see sample.
+    By sampling row [S]: ``sample_rows``, ``reals`` float64 [4, capacity] and ``numbers`` [6, capacity]: see sample.
+    ``adjusted_tokens`` [entries] and ``changes`` float32 [3, entries]: see sample. ``masks`` [masks, words]: a bit for
+    each token, 1 where a grammar allows it.
     """
 
     shape: StepShape
@@ -75,6 +76,7 @@ class StepTensors:
     numbers: Tensor
     adjusted_tokens: Tensor
     changes: Tensor
+    masks: Tensor
 
 
 class Sampled(NamedTuple):
@@ -87,6 +89,13 @@ class Sampled(NamedTuple):
     tokens: Tensor
     top_tokens: Tensor
     logprobs: Tensor
+
+
+class Quantized(NamedTuple):
+    """Rows in float8 (e4m3): ``values`` [N, width] and ``scales`` float32 [N, 1]."""
+
+    values: Tensor
+    scales: Tensor
 
 
 class Operations(Protocol):
@@ -125,3 +134,16 @@ class Operations(Protocol):
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
+
+
+class QuantizingOperations(Operations, Protocol):
+    """Operations that give rows in float8 too."""
+
+    def quantized(self, x: Tensor) -> Quantized:
+        """Return ``x`` [N, width] in float8."""
+
+    def quantized_norm(self, residual: Tensor, due: Tensor | None, weight: Tensor, eps: float) -> Quantized:
+        """Add ``due`` to ``residual`` [N, width] in place, unless it is None; return the RMS norm of that in float8."""
+
+    def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
+        """Return what ``silu_mul`` does, in float8."""

@@ -29,6 +29,7 @@ class PaddleFramework:
     """The Framework on Paddle. ``device``: ``gpu`` for the current CUDA device, or ``cpu`` with ``threads`` threads."""
 
     name: Literal["torch", "paddle"] = "paddle"
+    has_fp8 = False
 
     def __init__(self, device: str, threads: int = 1) -> None:
         self.is_gpu = device == "gpu"
@@ -91,6 +92,9 @@ class PaddleFramework:
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         residual.add_(self.linear(x, weight, bias))
+
+    def scaled_linear(self, x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: str) -> Tensor:
+        raise EngineError("Paddle multiplies no float8 with scales by row")
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         paddle.seed(seed)

@@ -108,10 +108,14 @@ class PaddleOperations:
 
     def _sample_row(self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled) -> None:
         uniform, temperature, top_p, min_p = step.reals[:, row].tolist()
-        top_k, num_logprobs, table_row, begin, end = step.numbers[:, row].tolist()
+        top_k, num_logprobs, table_row, begin, end, mask = step.numbers[:, row].tolist()
         token = NOT_FINITE
         if math.isfinite(logits.max()):  # NaN if any is
             adjusted = _adjusted(logits, step.adjusted_tokens[begin:end], step.changes[:, begin:end])
+            if mask >= 0:
+                bits = step.masks[mask].unsqueeze(-1) & _bits()
+                is_banned = bits.reshape([-1])[: logits.shape[0]] == 0
+                adjusted = paddle.where(is_banned, paddle.full_like(adjusted, -math.inf), adjusted)
             token = int(adjusted.argmax()) if math.isfinite(adjusted.max()) else NONE_LEFT
         if token >= 0:
             if temperature >= GREEDY_BELOW:
@@ -129,6 +133,11 @@ class PaddleOperations:
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         table.view([-1])[entries[0]] = entries[1]
+
+
+def _bits() -> Tensor:
+    """Return the 32 bits of a word, from the lowest on."""
+    return paddle.bitwise_left_shift(paddle.ones([32], "int32"), paddle.arange(32, dtype="int32"))
 
 
 def _adjusted(logits: Tensor, tokens: Tensor, changes: Tensor) -> Tensor:

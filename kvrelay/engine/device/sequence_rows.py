@@ -63,6 +63,7 @@ class SequenceRows:
         self.tables: Int32 = np.zeros((num_rows, max_blocks), np.int32)
         self.reals: npt.NDArray[np.float64] = np.zeros((3, num_rows))
         self.numbers: Int32 = np.zeros((2, num_rows), np.int32)
+        self.num_rows = num_rows
         self._num_pool_blocks = num_pool_blocks
         self._free = list(range(num_rows - 1, -1, -1))
         self._rows: OrderedDict[EngineSequence, SequenceRow] = OrderedDict()

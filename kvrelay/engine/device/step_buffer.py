@@ -16,7 +16,7 @@ class StepArrays(NamedTuple):
     """What a step buffer is to hold, on the host; ``staging`` is the memory of all of it.
 
     ``rows`` [4, N] (token, position, slot, table row), ``tiles`` [4, T], ``dense_tiles`` [4, U], ``pieces`` [3, P],
-    ``sample_rows`` [S], ``reals`` float64 [4, S], ``numbers`` [5, S].
+    ``sample_rows`` [S], ``reals`` float64 [4, S], ``numbers`` [6, S].
     """
 
     reals: npt.NDArray[np.float64]
@@ -32,13 +32,14 @@ class StepArrays(NamedTuple):
 class StepBuffer:
     """Room on the device for a step of at most ``capacity`` and ``entries`` adjustments of logits.
 
-    It is padded: what is not filled computes nothing.
+    It is padded: what is not filled computes nothing. ``masks`` are not part of it: all buffers share them.
     """
 
-    def __init__(self, framework: Framework, capacity: StepShape, entries: int) -> None:
+    def __init__(self, framework: Framework, capacity: StepShape, entries: int, masks: Tensor) -> None:
         self._framework = framework
         self.capacity = capacity
         self.entries = entries
+        self._masks = masks
         self._widths = _Widths(*(padded(size) for size in capacity))
         sizes = self._widths.words()
         self.num_words = sum(sizes.values())
@@ -53,10 +54,10 @@ class StepBuffer:
         words, staging = arena.take(self.num_words)
         parts = {name: words[place] for name, place in self._places.items()}
         reals = parts["reals"].view(np.float64).reshape(4, -1)
-        rows, numbers = parts["rows"].reshape(4, -1), parts["numbers"].reshape(5, -1)
+        rows, numbers = parts["rows"].reshape(4, -1), parts["numbers"].reshape(6, -1)
         words[:] = 0
         rows[2:] = -1  # slots and table rows
-        numbers[1:3] = -1  # number of logprobs, row of the last tokens
+        numbers[[1, 2, 5]] = -1  # number of logprobs, row of the last tokens, mask
         return StepArrays(
             reals=reals,
             rows=rows,
@@ -93,11 +94,12 @@ class StepBuffer:
             tiles=parts["tiles"].view(4, -1)[:, :tiles],
             sample_rows=parts["sample_rows"][:samples],
             reals=self._framework.typed(parts["reals"], "float64", (4, -1)),
-            numbers=parts["numbers"].view(5, -1),
+            numbers=parts["numbers"].view(6, -1),
             dense_tiles=parts["dense_tiles"].view(4, -1)[:, :dense],
             pieces=parts["pieces"].view(3, -1)[:, :pieces],
             adjusted_tokens=self._adjusted_tokens,
             changes=self._changes,
+            masks=self._masks,
         )
 
 
@@ -118,7 +120,7 @@ class _Widths(NamedTuple):
             "rows": 4 * self.rows,
             "tiles": 4 * self.tiles,
             "sample_rows": self.samples,
-            "numbers": 5 * self.samples,
+            "numbers": 6 * self.samples,
             "dense_tiles": 4 * self.dense,
             "pieces": 3 * self.pieces,
         }

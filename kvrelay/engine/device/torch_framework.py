@@ -24,6 +24,7 @@ DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "float8_e4m3": torch.float8_e4m3fn,
     "int32": torch.int32,
 }
 
@@ -40,6 +41,7 @@ class TorchFramework:
         self._device = torch.device("cuda", torch.cuda.current_device()) if self.is_gpu else torch.device("cpu")
         torch.set_num_threads(threads)
         self._graph_pool = torch.cuda.graph_pool_handle() if self.is_gpu else None
+        self.has_fp8 = not self.is_gpu or torch.cuda.get_device_capability(self._device) >= (8, 9)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
@@ -88,6 +90,14 @@ class TorchFramework:
         if bias is not None:
             residual.add_(bias)
         residual.addmm_(x, weight.t())
+
+    def scaled_linear(self, x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: str) -> Tensor:
+        if self.is_gpu:
+            # sums in float32 throughout: the fast ones of Hopper keep fewer bits
+            return torch._scaled_mm(
+                x, weight.t(), x_scales, weight_scales.t(), out_dtype=DTYPES[dtype], use_fast_accum=False
+            )
+        return (torch.mm(x.float(), weight.float().t()) * x_scales * weight_scales.t()).to(DTYPES[dtype])
 
     def normal(self, shape: tuple[int, ...], dtype: str, deviation: float, seed: int) -> Tensor:
         generator = torch.Generator(self._device).manual_seed(seed)

@@ -8,10 +8,21 @@ import numpy as np
 import torch
 
 from kvrelay.engine.device.framework import Framework, Tensor
-from kvrelay.engine.device.operations import MOST_LOGPROBS, NONE_LEFT, NOT_FINITE, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.operations import (
+    MOST_LOGPROBS,
+    NONE_LEFT,
+    NOT_FINITE,
+    OperationLimits,
+    Quantized,
+    Sampled,
+    StepTensors,
+)
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 from kvrelay.engine.sampler import GREEDY_BELOW
+
+LARGEST = 448.0
+"""The largest number of float8 e4m3."""
 
 
 class TorchOperations:
@@ -93,6 +104,17 @@ class TorchOperations:
         gate, up = gate_up.float().chunk(2, -1)
         return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
+    def quantized(self, x: Tensor) -> Quantized:
+        return quantized_rows(x)
+
+    def quantized_norm(self, residual: Tensor, due: Tensor | None, weight: Tensor, eps: float) -> Quantized:
+        if due is not None:
+            residual.add_(due)
+        return quantized_rows(self.rms_norm(residual.float(), weight, eps))
+
+    def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
+        return quantized_rows(self.silu_mul(gate_up.float()))
+
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         count, width = len(logits), 1 + MOST_LOGPROBS
         sampled = Sampled(
@@ -106,10 +128,13 @@ class TorchOperations:
 
     def _sample_row(self, logits: Tensor, row: int, step: StepTensors, last_tokens: Tensor, sampled: Sampled) -> None:
         uniform, temperature, top_p, min_p = step.reals[:, row].tolist()
-        top_k, num_logprobs, table_row, begin, end = step.numbers[:, row].tolist()
+        top_k, num_logprobs, table_row, begin, end, mask = step.numbers[:, row].tolist()
         token = NOT_FINITE
         if math.isfinite(logits.max()):  # NaN if any is
             adjusted = _adjusted(logits, step.adjusted_tokens[begin:end], step.changes[:, begin:end])
+            if mask >= 0:
+                bits = step.masks[mask, :, None] >> torch.arange(32, device=logits.device) & 1
+                adjusted = adjusted.masked_fill(bits.view(-1)[: len(logits)] == 0, float("-inf"))
             token = int(adjusted.argmax()) if math.isfinite(adjusted.max()) else NONE_LEFT
         if token >= 0:
             if temperature >= GREEDY_BELOW:
@@ -126,6 +151,13 @@ class TorchOperations:
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         table.view(-1)[entries[0]] = entries[1]
+
+
+def quantized_rows(x: Tensor) -> Quantized:
+    """Return ``x`` [N, width] in float8, with the rounding of the kernels."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return Quantized((wide * (LARGEST / largest)).to(torch.float8_e4m3fn), largest / LARGEST)
 
 
 def _adjusted(logits: Tensor, tokens: Tensor, changes: Tensor) -> Tensor:

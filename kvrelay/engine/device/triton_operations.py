@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from kvrelay.engine.device.framework import Framework, Tensor
-from kvrelay.engine.device.kernels import activation, blocks, embedding, norm, rope_kv, sampling
+from kvrelay.engine.device.kernels import activation, blocks, embedding, norm, quantize, rope_kv, sampling
 from kvrelay.engine.device.kernels import decode_attention as decode
 from kvrelay.engine.device.kernels import dense_attention as dense
 from kvrelay.engine.device.kernels import prefill_attention as prefill
-from kvrelay.engine.device.operations import MOST_LOGPROBS, OperationLimits, Sampled, StepTensors
+from kvrelay.engine.device.operations import MOST_LOGPROBS, OperationLimits, Quantized, Sampled, StepTensors
 from kvrelay.engine.device.tiles import DenseRoom
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 
@@ -142,6 +142,19 @@ class TritonOperations:
         activation.silu_mul(gate_up, out)
         return out
 
+    def quantized(self, x: Tensor) -> Quantized:
+        return quantized_rows(self._framework, x)
+
+    def quantized_norm(self, residual: Tensor, due: Tensor | None, weight: Tensor, eps: float) -> Quantized:
+        out = _float8_rows(self._framework, *residual.shape)
+        quantize.add_norm_quantize(residual, due, weight, eps, *out)
+        return out
+
+    def quantized_silu_mul(self, gate_up: Tensor) -> Quantized:
+        out = _float8_rows(self._framework, gate_up.shape[0], gate_up.shape[1] // 2)
+        quantize.silu_mul_quantize(gate_up, *out)
+        return out
+
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         make, count = self._framework, logits.shape[0]
         room = make.empty((count, self.sampling_tiling.room(logits.shape[1])), "float32")
@@ -150,10 +163,22 @@ class TritonOperations:
             make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
         )
         sampling.sample(
-            logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), last_tokens, *sampled,
+            logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), step.masks, last_tokens,
+            *sampled,
             self.sampling_tiling,
         )  # fmt: skip
         return sampled
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         blocks.set_entries(table, entries)
+
+
+def quantized_rows(framework: Framework, x: Tensor) -> Quantized:
+    """Return ``x`` [N, width] in float8: rows of a step, or a weight."""
+    out = _float8_rows(framework, *x.shape)
+    quantize.quantize(x, *out)
+    return out
+
+
+def _float8_rows(framework: Framework, count: int, width: int) -> Quantized:
+    return Quantized(framework.empty((count, width), "float8_e4m3"), framework.empty((count, 1), "float32"))

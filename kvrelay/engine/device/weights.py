@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,24 +11,33 @@ import numpy.typing as npt
 from kvrelay.engine.decoder import DecoderWeights, LayerWeights
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.device.framework import Framework, Tensor
+from kvrelay.engine.device.operations import Quantized
 from kvrelay.engine.kernels import HeadNorms
 from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor
 
 
 class Linear(NamedTuple):
-    """A weight [out, in] and perhaps a bias [out]. ``never_quantize``: it is never quantized."""
+    """A weight [out, in] and perhaps a bias [out]. ``scales`` float32 [out, 1]: the weight is in float8."""
 
     weight: Tensor
     bias: Tensor | None
-    never_quantize: bool
+    scales: Tensor | None = None
+
+
+Quantize: TypeAlias = Callable[[Tensor], Quantized]
+"""Returns a weight [out, in] in float8."""
 
 
 class DevicePacking:
-    """WeightPacking that copies every weight to the device as ``dtype``, in its original layout."""
+    """WeightPacking that copies every weight to the device as ``dtype``, in its original layout.
 
-    def __init__(self, framework: Framework, dtype: str) -> None:
+    ``quantize``: done to the weights of linear layers but the head.
+    """
+
+    def __init__(self, framework: Framework, dtype: str, quantize: Quantize | None = None) -> None:
         self._framework = framework
         self._dtype = dtype
+        self._quantize = quantize
 
     def upload(self, array: npt.NDArray[np.float32]) -> Tensor:
         return self._framework.upload(array, self._dtype)
@@ -53,16 +62,23 @@ class DevicePacking:
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, fp32_output: bool = False, never_quantize: bool = False
     ) -> Linear:
-        return Linear(weight, bias, never_quantize)
+        if self._quantize is None or never_quantize:
+            return Linear(weight, bias)
+        values, scales = self._quantize(weight)
+        return Linear(values, bias, scales)
 
 
 class RandomWeights:
     """Makes the weights of any config on the device: normal with a deviation of 0.02, biases and norms likewise.
 
     Each tensor has a seed of its own, so the same config gives the same weights on the same kind of device.
+    ``quantize``: see DevicePacking.
     """
 
-    def __init__(self, framework: Framework, config: DecoderConfig, dtype: str) -> None:
+    def __init__(
+        self, framework: Framework, config: DecoderConfig, dtype: str, quantize: Quantize | None = None
+    ) -> None:
+        self._packing = DevicePacking(framework, dtype, quantize)
         self._framework = framework
         self._config = config
         self._dtype = dtype
@@ -74,7 +90,7 @@ class RandomWeights:
         table = self._normal(config.vocab_size, config.hidden_size)
         head = table if config.tied_embeddings else self._normal(config.vocab_size, config.hidden_size)
         layers = [self._layer() for _ in range(config.num_layers)]
-        return DecoderWeights(table, layers, self._norm(config.hidden_size), Linear(head, None, True))
+        return DecoderWeights(table, layers, self._norm(config.hidden_size), Linear(head, None))
 
     def _layer(self) -> LayerWeights:
         config = self._config
@@ -90,7 +106,7 @@ class RandomWeights:
         )
 
     def _linear(self, rows: int, columns: int, has_bias: bool) -> Linear:
-        return Linear(self._normal(rows, columns), self._normal(rows) if has_bias else None, False)
+        return self._packing.pack_linear(self._normal(rows, columns), self._normal(rows) if has_bias else None)
 
     def _normal(self, *shape: int) -> Tensor:
         self._seed += 1

@@ -221,7 +221,38 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown quantization": (
         GOOD + "engine:\n  quantization: w4a16\n",
-        ["7: engine.quantization: should be 'none', 'w8a8' or 'w8a16', not 'w4a16'"],
+        ["7: engine.quantization: should be 'none', 'w8a8', 'w8a16' or 'fp8', not 'w4a16'"],
+    ),
+    "float8 on another engine": (
+        GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "engine: {quantization: fp8}\n",
+        ["4: nodes.p0.engine.quantization: fp8 needs engine.kind: torch, not paddle"],
+    ),
+    "int8 on the torch engine": (
+        GOOD + "engine: {kind: torch, quantization: w8a8}\n",
+        [
+            "4: nodes.p0.engine.quantization: w8a8 is not for engine.kind: torch",
+            "5: nodes.d0.engine.quantization: w8a8 is not for engine.kind: torch",
+        ],
+    ),
+    "deterministic on a CPU": (
+        GOOD.replace("8300}", "8300, engine: {kind: torch}}") + "engine: {deterministic: true}\n",
+        [
+            "4: nodes.p0.engine.deterministic: true needs engine.kind: torch and engine.device: gpu: "
+            "engine.kernels: native of paddle needs no such mode",
+            "5: nodes.d0.engine.deterministic: true needs engine.kind: torch and engine.device: gpu",
+        ],
+    ),
+    "deterministic in float8": (
+        GOOD + "engine: {kind: torch, device: gpu, quantization: fp8, deterministic: true}\n",
+        [
+            "4: nodes.p0.engine.deterministic: true is not for quantization: fp8, whose sums may depend on the batch",
+            "5: nodes.d0.engine.deterministic: true is not for quantization: fp8, whose sums may depend on the batch",
+        ],
+    ),
+    "deterministic on one node only": (
+        GOOD.replace("8300}", "8300, engine: {deterministic: false}}")
+        + "engine: {kind: torch, device: gpu, deterministic: true}\n",
+        ["5: nodes.d0.engine.deterministic: must be equal on all nodes: False here, True on p0"],
     ),
     "not a mapping": ("- a\n- b\n", ["1: should contain sections such as model: and nodes:, not ['a', 'b']"]),
     "empty file": ("", ["1: should contain sections such as model: and nodes:, not nothing"]),

@@ -16,9 +16,10 @@ from kvrelay.engine.fake import FakeEngine
 from kvrelay.engine.interface import Engine
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.messages.engine import SampledTokens
-from kvrelay.protocol.request import Sequence
+from kvrelay.protocol.request import Grammar, GrammarKind, Sequence
 
 LENGTH, OUTPUTS = 33, 12
+GRAMMAR = {"grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")}
 
 
 @pytest.fixture(params=[*KERNELS, "staged", "fake"])
@@ -54,7 +55,7 @@ def verified(runner: Runner, one: Sequence, drafts: tuple[int, ...]) -> SampledT
     return sampled
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}, GRAMMAR])
 @pytest.mark.parametrize("num_right", [0, 1, 2, 3])
 def test_drafts_are_accepted_as_far_as_they_are_right(
     any_engine: Engine, sampling: dict[str, Any], num_right: int

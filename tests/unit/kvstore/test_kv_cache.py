@@ -336,7 +336,7 @@ def test_forgotten_prefixes_are_computed_anew_by_whoever_comes_next() -> None:
     other = run(cache, "xy")
     cache.unpin(done)
     cache.unpin(other)
-    cache.forget(hashes_of("abc"))
+    cache.withdraw(hashes_of("abc"))
     assert counts(cache) == (7, 2, 3), "block c is free, those of the running request are its own"
     assert cache.match(hashes_of("abc")) == []
     assert cache.match(hashes_of("xy")) == other
@@ -344,7 +344,7 @@ def test_forgotten_prefixes_are_computed_anew_by_whoever_comes_next() -> None:
     assert not set(again) & set(running)
     grown = [*running, *cache.allocate(1)]
     cache.publish(hashes_of("abde"), grown)
-    assert cache.match(hashes_of("abd")) == again[:2], "a running request publishes no forgotten block again"
+    assert cache.match(hashes_of("abd")) == again[:2], "a running request publishes no withdrawn block again"
     cache.unpin(grown)
     renewed = run(cache, "abde")
     assert set(renewed) & set(running), "the blocks are used again"

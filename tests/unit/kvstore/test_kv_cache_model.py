@@ -28,14 +28,14 @@ def hashes_of(text: str) -> list[bytes]:
 class Model:
     """``published`` maps a prefix to its block; a prefix is the text from the first token on.
 
-    ``forgotten`` are blocks that were published and are not, while somebody has them: they are not published again.
+    ``withdrawn`` are blocks that were published and are not, while somebody has them: they are not published again.
     """
 
     num_blocks: int
     refs: dict[BlockId, int] = field(default_factory=dict)
     published: dict[str, BlockId] = field(default_factory=dict)
     idle_since: dict[str, int] = field(default_factory=dict)
-    forgotten: set[BlockId] = field(default_factory=set)
+    withdrawn: set[BlockId] = field(default_factory=set)
     operations: int = 0
 
     def held(self, prefix: str) -> bool:
@@ -61,12 +61,12 @@ class Model:
             self.refs[block] -= 1
             if not self.refs[block]:
                 del self.refs[block]
-                self.forgotten.discard(block)
+                self.withdrawn.discard(block)
         self.note_idle()
 
     def publish(self, text: str, blocks: list[BlockId]) -> None:
         for end, block in enumerate(blocks, start=1):
-            if block in self.forgotten:
+            if block in self.withdrawn:
                 break
             self.published.setdefault(text[:end], block)
         self.note_idle()
@@ -168,11 +168,11 @@ class Driver:
     def forget(self) -> None:
         """Damage is found in what somebody reads, or in what nobody does."""
         text = self.some_text(10)
-        self.cache.forget(hashes_of(text))
+        self.cache.withdraw(hashes_of(text))
         for prefix in [prefix for prefix in self.model.published if prefix[0] == text[0]]:
             block = self.model.published.pop(prefix)
             if block in self.model.refs:
-                self.model.forgotten.add(block)
+                self.model.withdrawn.add(block)
         self.model.note_idle()
 
     def misuse(self) -> None:

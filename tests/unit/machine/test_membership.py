@@ -49,9 +49,9 @@ class Driver:
         self.membership.drained()
         return self.outbox.take()
 
-    def heard(self, peer: PeerId, now: float) -> None:
+    def record_message(self, peer: PeerId, now: float) -> None:
         self.outbox.now = now
-        self.membership.heard(peer)
+        self.membership.record_message(peer)
 
     def silent(self, now: float) -> list[PeerId]:
         self.outbox.now = now
@@ -150,7 +150,7 @@ def test_heartbeats_of_prefill_nodes_are_not_those_of_routers() -> None:
 def test_only_a_silent_router_is_gone() -> None:
     membership = membership_of("redis")
     registered(membership, PeerId(A), PeerId(B))
-    membership.heard(PeerId(B), 4.0)
+    membership.record_message(PeerId(B), 4.0)
     assert membership.silent(5.0) == [A]
     membership.lost(PeerId(A))
     actions = membership.beat(Load(num_waiting=3))

@@ -44,7 +44,7 @@ class InstantService(RouterService):
     def stop_matched(self, request_id: str) -> None:
         pass
 
-    def client_gone(self, request_id: str) -> None:
+    def client_disconnected(self, request_id: str) -> None:
         pass
 
 

@@ -211,3 +211,13 @@ def test_calls_that_are_none_are_refused(message: list[dict[str, Any]], fault: s
     with pytest.raises(InvalidRequestError, match=fault) as caught:
         rendered(CALLS, message)
     assert caught.value.param == "messages" and len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("name", sorted(SPECIAL_TOKENS))
+def test_special_tokens_are_the_checkpoints(name: str) -> None:
+    template = template_of("{{ bos_token }}{{ mood }}{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(messages, variables={"mood": "calm "}).endswith("calm hi")
+    with pytest.raises(InvalidRequestError, match=f"{name} is the checkpoint's") as caught:
+        template.render(messages, variables={name: "mine", "mood": ""})
+    assert caught.value.param == "chat_template_kwargs"

@@ -420,3 +420,33 @@ def test_stopping_router_finishes_the_stream_and_refuses_what_is_new() -> None:
         assert (await running).json()["usage"]["completion_tokens"] == 40
 
     run(scenario, Script(pace_s=0.005))
+
+
+def test_a_request_that_comes_when_the_router_has_ended_is_refused_like_others() -> None:
+    """Its connection may be open still: clients are given time to read."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        ended = asyncio.create_task(cluster.service.ended.wait())
+        cluster.service.stop()
+        await ended
+        for stream in (False, True):
+            late = await cluster.client.post("/v1/completions", json={"prompt": "a", "stream": stream})
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "no_node_available")
+
+    run(scenario)
+
+
+def test_a_body_that_is_not_whole_when_the_server_ends_is_refused_like_others() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(cluster.url.rpartition(":")[2]))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: router\r\nContent-Length: 100\r\n\r\n{")
+        await until(lambda: any(connection.cycle for connection in cluster.connections))
+        cluster.http.config.timeout_graceful_shutdown = 0
+        cluster.http.should_exit = True
+        answer = await reader.read()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["message"] == "the router is stopping"
+        writer.close()
+
+    run(scenario)

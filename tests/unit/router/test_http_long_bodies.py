@@ -170,5 +170,6 @@ def test_many_prompts_of_a_client_that_leaves() -> None:
         asked = asyncio.create_task(cluster.client.post(COMPLETIONS, content=content, timeout=None))
         await until(lambda: len(cluster.service.machine.requests) == NUM_PROMPTS)
         asked.cancel()
+        await until(lambda: not len(cluster.service.machine.requests))
 
     run(scenario, pace_s=60.0, max_queued_requests=NUM_PROMPTS)

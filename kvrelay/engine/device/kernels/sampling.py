@@ -224,10 +224,23 @@ def _adjust(values, adjusted, tokens, changes, capacity, begin, end, V: tl.const
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["capacity", "entries"])
+@triton.jit
+def _mask(adjusted, bits, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Set the values whose bit is 0 to minus infinity."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        place = start + columns
+        inside = place < V
+        word = tl.load(bits + place // 32, mask=inside, other=0)
+        value = tl.load(adjusted + place, mask=inside, other=0.0)
+        tl.store(adjusted + place, tl.where((word >> (place % 32)) & 1 == 1, value, -float("inf")), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["capacity", "entries", "words"])
 def sample_kernel(
-    logits, room, reals, numbers, capacity, adjusted_tokens, changes, entries, last_tokens, tokens, top_tokens,
-    logprobs, V: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, room, reals, numbers, capacity, adjusted_tokens, changes, entries, masks, words, last_tokens, tokens,
+    top_tokens, logprobs, V: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     row = tl.program_id(0).to(tl.int64)
@@ -243,10 +256,14 @@ def sample_kernel(
     table_row = tl.load(numbers + 2 * capacity + row)
     begin = tl.load(numbers + 3 * capacity + row)
     end = tl.load(numbers + 4 * capacity + row)
+    mask = tl.load(numbers + 5 * capacity + row).to(tl.int64)
+    is_changed = (end > begin) | (mask >= 0)
     raw_top, token, wrong = _highest(values, V, BLOCK)
     top = raw_top
-    if end > begin:
+    if is_changed:
         _adjust(values, mine, adjusted_tokens, changes, entries, begin, end, V, BLOCK)
+        if mask >= 0:
+            _mask(mine, masks + mask * words, V, BLOCK)
         top, token, _unused = _highest(mine, V, BLOCK)
     failure = tl.where(top == -float("inf"), NONE_LEFT, 0)
     failure = tl.where((wrong > 0) | (raw_top == -float("inf")), NOT_FINITE, failure)
@@ -254,7 +271,7 @@ def sample_kernel(
         inverse = (1.0 / temperature).to(tl.float32)
         low = tl.maximum(min_p.to(tl.float32).to(tl.int32, bitcast=True), 0)
         source = values
-        if end > begin:
+        if is_changed:
             source = mine
         total, last = _weigh(source, mine, top, inverse, low, V, BLOCK)
         tl.debug_barrier()
@@ -302,19 +319,21 @@ class SamplingTiling:
 
 
 def sample(
-    logits: Any, room: Any, reals: Any, numbers: Any, adjustments: tuple[Any, Any], last_tokens: Any, tokens: Any,
-    top_tokens: Any, logprobs: Any, tiling: SamplingTiling,
+    logits: Any, room: Any, reals: Any, numbers: Any, adjustments: tuple[Any, Any], masks: Any, last_tokens: Any,
+    tokens: Any, top_tokens: Any, logprobs: Any, tiling: SamplingTiling,
 ) -> None:  # fmt: skip
     """Sample one token for each row of ``logits`` float32 [N, vocab]; ``room`` float32 [N, tiling.room(vocab)].
 
-    ``reals`` float64 [4, capacity]: uniform number, temperature, top_p, min_p. ``numbers`` int32 [5, capacity]: top_k,
+    ``reals`` float64 [4, capacity]: uniform number, temperature, top_p, min_p. ``numbers`` int32 [6, capacity]: top_k,
     number of logprobs or -1, row of ``last_tokens`` to note the token in or -1, begin and end of its ``adjustments``:
-    tokens int32 [entries] and float32 [3, entries] bias, repetition penalty, what to subtract.
+    tokens int32 [entries] and float32 [3, entries] bias, repetition penalty, what to subtract; row of ``masks`` int32
+    [masks, words], whose bits say which tokens may be sampled, or -1.
     Writes ``tokens`` int32 [N]; ``logprobs`` float32 [N, 1 + most] has the token's own first, and ``top_tokens`` int32
     of the same shape the tokens of the others.
     """
     rows, vocab = logits.shape
     sample_kernel[(rows,)](
-        logits, room, reals, numbers, numbers.shape[1], *adjustments, adjustments[0].shape[0], last_tokens, tokens,
-        top_tokens, logprobs, vocab, logprobs.shape[1] - 1, tiling.block_of(vocab), num_warps=tiling.num_warps,
+        logits, room, reals, numbers, numbers.shape[1], *adjustments, adjustments[0].shape[0], masks, masks.shape[1],
+        last_tokens, tokens, top_tokens, logprobs, vocab, logprobs.shape[1] - 1, tiling.block_of(vocab),
+        num_warps=tiling.num_warps,
     )  # fmt: skip

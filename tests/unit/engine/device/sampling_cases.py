@@ -17,6 +17,7 @@ from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.grammar.constraint import mask_words
 from kvrelay.protocol.ids import RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence
 from kvrelay.protocol.request import SamplingParams
@@ -79,14 +80,18 @@ def logits(vocab_size: int, count: int, seed: int) -> np.ndarray:
 def sample_on(operations: Any, device: str, batch: list[ScheduledSequence], values: np.ndarray) -> Sampled:
     """Return what ``operations`` sample from ``values``, on the host."""
     framework = TorchFramework(device)
-    rows = SequenceRows(len(batch), 4, 8)
+    rows = SequenceRows(4 * len(batch), 4, 8)
     limits = StepLimits(block_size=16, num_blocks=8, max_model_len=64, vocab_size=values.shape[1])
     assembler = BatchAssembler(limits, rows, TileCutter(operations.tile_rows, None), max_num_tokens=1024)
     assembled = assembler.assemble(batch)
     count = len(batch)
     most = 0 if assembled.adjustments is None else len(assembled.adjustments.tokens)
-    buffer = StepBuffer(framework, StepShape(4 * count, count, count, 4 * count), most)
+    masks = framework.zeros((4 * count, mask_words(values.shape[1])), "int32")
+    buffer = StepBuffer(framework, StepShape(4 * count, count, count, 4 * count), most, masks)
     assembler.fill(buffer, UploadArena(framework, buffer.num_words + 5 * most), assembled)
+    if assembled.masks is not None:
+        words = assembled.masks.words
+        masks[: len(words)] = framework.upload(words, "int32")
     last_tokens = framework.zeros((count,), "int32")
     step = buffer.tensors(assembled.shape)
     sampled = operations.sample(framework.upload(values, "float32"), step, last_tokens)

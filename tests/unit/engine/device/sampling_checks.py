@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sampling_cases import KINDS, logits, sample_on, sequence, sequences
 from support.ids import block_ids
 
 from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
 from kvrelay.engine.sampler import sample, sample_step
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
+from kvrelay.grammar.constraint import mask_words
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 
 
@@ -73,3 +75,35 @@ def check_none_left(operations: Any, device: str = "cpu") -> None:
 def token_of(outcome: SequenceOutcome) -> SampledTokens:
     assert isinstance(outcome, SampledTokens)
     return outcome
+
+
+class EveryThird:
+    """A constraint that allows every third token, from one on that depends on the place."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def allowed(self, num_output_tokens: int) -> npt.NDArray[np.bool_]:
+        is_third: npt.NDArray[np.bool_] = (np.arange(self._vocab_size) + num_output_tokens) % 3 == 0
+        return is_third
+
+    def words(self, num_output_tokens: int) -> npt.NDArray[np.int32]:
+        bits = np.zeros(mask_words(self._vocab_size) * 32, bool)
+        bits[: self._vocab_size] = self.allowed(num_output_tokens)
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def check_masks(operations: Any, vocab_size: int, device: str = "cpu") -> None:
+    """Every other sequence of every kind has a grammar, with drafts and without."""
+    made = sequences(vocab_size, 2 * len(KINDS), 7)
+    for one in made[::2]:
+        one.constraint = EveryThird(vocab_size)
+    values = logits(vocab_size, 2 * len(made), 8).reshape(len(made), 2, vocab_size)
+    drafts = [tuple(token_of(sample(rows[:1], [one])[0]).token_ids) for rows, one in zip(values, made, strict=True)]
+    batch = [scheduled(one, guess) for one, guess in zip(made, drafts, strict=True)]
+    sampled = sample_on(operations, device, batch, values.reshape(-1, vocab_size))
+    expected = [token_of(one).token_ids for one in sample_step(values.reshape(-1, vocab_size), batch)]
+    assert sampled.tokens.view(-1, 2).tolist() == expected
+    assert all(
+        (token + one.num_output_tokens) % 3 == 0 for one, (token, _) in zip(made[::2], expected[::2], strict=True)
+    )

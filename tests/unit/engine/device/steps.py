@@ -67,7 +67,7 @@ class Case:
         none = torch.zeros(4, dtype=torch.int32)
         paged, dense, pieces = (one.shape[1] for one in by_tile)
         shape = StepShape(len(rows), singles, paged, 0, dense, pieces)
-        step = StepTensors(shape, *by_row, *by_tile, *[none] * 5)
+        step = StepTensors(shape, *by_row, *by_tile, *[none] * 6)
         kv = torch.tensor(rng.standard_normal((2, num_blocks * size, self.shape.groups, self.shape.dim)))
         layer = LayerKV(*kv.to(getattr(torch, self.shape.dtype)))
         return moved(step, self.device), torch.tensor(tables.astype(np.int32)).to(self.device), to(layer, self.device)
@@ -76,6 +76,22 @@ class Case:
         """Return random activations."""
         values = torch.tensor(np.random.default_rng([self.seed, seed]).standard_normal(shape))
         return values.to(self.device, getattr(torch, self.shape.dtype))
+
+
+def step_of_one_sequence(spans: list[tuple[int, int]], tile_rows: int, device: str = "cpu") -> StepTensors:
+    """Return a step over ``spans`` of the sequence in row 0 of the block tables, for attention alone; see Case."""
+    counts = [count for _, count in spans]
+    firsts = np.cumsum([0, *counts])[:-1].tolist()
+    singles = counts.count(1)
+    chunks = [Chunk(first, count, before, 0) for first, (before, count) in zip(firsts, spans, strict=True)][singles:]
+    paged = TileCutter(tile_rows, None).cut(chunks).paged
+    positions = np.concatenate([np.arange(before, before + count, dtype=np.int32) for before, count in spans])
+    none = torch.zeros(4, dtype=torch.int32)
+    rows = torch.zeros(len(positions), dtype=torch.int32)
+    shape = StepShape(len(positions), singles, paged.shape[1], 0)
+    tiles = torch.tensor(np.ascontiguousarray(paged))
+    step = StepTensors(shape, rows, torch.tensor(positions), rows, rows, tiles, tiles, tiles, *[none] * 6)
+    return moved(step, device)
 
 
 def moved(step: StepTensors, device: str) -> StepTensors:

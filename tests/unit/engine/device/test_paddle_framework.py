@@ -19,7 +19,7 @@ from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.errors import ConfigError, DeviceError, EngineError
 from kvrelay.node.plans import Chunk
 from kvrelay.protocol.messages.engine import SequenceFailed
-from kvrelay.protocol.request import Sequence
+from kvrelay.protocol.request import Grammar, GrammarKind, Sequence
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -27,6 +27,7 @@ KINDS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3, "num_logprobs": 3},
     {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
     {"temperature": 1.2, "min_p": 0.02, "num_logprobs": 0},
+    {"temperature": 1.0, "num_logprobs": 1, "grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")},
 ]
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from sampling_checks import check_drafts, check_non_finite, check_none_left, check_tokens_and_logprobs
+from sampling_checks import check_drafts, check_masks, check_non_finite, check_none_left, check_tokens_and_logprobs
 from steps import Shape
 
 from kvrelay.engine.device.torch_framework import TorchFramework
@@ -21,6 +21,10 @@ def test_tokens_and_logprobs_are_those_of_the_host(references: TorchOperations, 
 
 def test_drafts(references: TorchOperations) -> None:
     check_drafts(references, 60)
+
+
+def test_masks(references: TorchOperations) -> None:
+    check_masks(references, 100)
 
 
 def test_a_logit_that_is_not_finite(references: TorchOperations) -> None:

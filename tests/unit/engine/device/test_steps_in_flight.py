@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import Runner, output, planes_of, sequence
+from engine_runs import Runner, outcomes_in_order, output, planes_of, run_batch, sequence
 from late_device import LateFramework, LateOperations, LateStream, computes_late
 
 from kvrelay.engine.checkpoint import Checkpoint
@@ -20,13 +20,13 @@ from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
 from kvrelay.engine.device.engine import DeviceEngine, DeviceStep
 from kvrelay.engine.device.launcher import DeviceEngineLimits
-from kvrelay.engine.device.load import DeviceOptions, make_operations
+from kvrelay.engine.device.load import DeviceOptions, make_operations, make_projections
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.errors import EngineError
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepResult
-from kvrelay.protocol.request import Sequence
+from kvrelay.protocol.request import Grammar, GrammarKind, Sequence
 
 Make = Callable[..., tuple[DeviceEngine, LateStream]]
 
@@ -45,8 +45,10 @@ def make(tiny_dir: Path) -> Iterator[Make]:
         sizes = DeviceEngineLimits(
             **{"num_blocks": 64, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, **limits}
         )
-        operations = make_operations(config, framework, sizes, DeviceOptions("cpu", "float32", 16))
-        engine = DeviceEngine(config, weights, geometry, framework, LateOperations(operations, framework), sizes)
+        options = DeviceOptions("cpu", "float32", 16)
+        late = LateOperations(make_operations(config, framework, sizes, options), framework)
+        projections = make_projections(config, framework, late, options)
+        engine = DeviceEngine(config, weights, geometry, framework, late, projections, sizes)
         engine.warm_up()
         made.append(engine)
         return engine, computes_late(engine, framework)
@@ -63,6 +65,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
 ]
 NEEDS_TOKENS: dict[str, Any] = {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.5}
+GRAMMAR: dict[str, Any] = {"temperature": 0.7, "grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")}
 
 
 def sequences(kinds: list[dict[str, Any]], count: int = 8) -> list[Sequence]:
@@ -187,7 +190,9 @@ def expected(kinds: list[dict[str, Any]], make: Make) -> list[list[int]]:
     return [output(one) for one in alone]
 
 
-@pytest.mark.parametrize("kinds", [KINDS, [*KINDS, NEEDS_TOKENS]], ids=["any", "with penalties"])
+@pytest.mark.parametrize(
+    "kinds", [KINDS, [*KINDS, NEEDS_TOKENS], [*KINDS, GRAMMAR]], ids=["any", "penalties", "grammars"]
+)
 @pytest.mark.parametrize("chunk", [11, 1 << 20])
 def test_tokens_are_those_of_one_plan_at_a_time(make: Make, kinds: list[dict[str, Any]], chunk: int) -> None:
     tokens = expected(kinds, make)
@@ -231,9 +236,10 @@ def test_the_next_step_is_launched_before_the_device_has_computed_one(make: Make
         assert device.num_done < device.num_told, "finishing has waited for the step after"
 
 
-def test_a_step_waits_for_tokens_that_its_penalties_need(make: Make) -> None:
+@pytest.mark.parametrize("kind", [NEEDS_TOKENS, GRAMMAR], ids=["penalties", "grammar"])
+def test_a_step_waits_for_tokens_that_its_penalties_or_grammar_need(make: Make, kind: dict[str, Any]) -> None:
     engine, device = make()
-    ahead, (one,) = Ahead(engine), sequences([NEEDS_TOKENS], 1)
+    ahead, (one,) = Ahead(engine), sequences([kind], 1)
     ahead.submit(one)
     told = device.num_told
     ahead.submit(one)
@@ -241,9 +247,39 @@ def test_a_step_waits_for_tokens_that_its_penalties_need(make: Make) -> None:
     ahead.finish_one()
     ahead.finish_one()
     assert one.num_output_tokens == 2
-    alone = sequences([NEEDS_TOKENS], 1)[0]
+    alone = sequences([kind], 1)[0]
     Runner(make()[0]).finish(alone)
     assert output(one) == output(alone)[:2]
+
+
+@pytest.mark.parametrize("max_num_seqs", [2, 3, 8])
+def test_drafts_without_room_for_their_masks_are_left_out(make: Make, max_num_seqs: int) -> None:
+    alone, drafted = sequences([GRAMMAR], 2), sequences([GRAMMAR], 2)
+    Runner(make()[0]).finish(*alone)
+    runner = Runner(make(max_num_seqs=max_num_seqs)[0])
+    runner.run(*((one, one.num_tokens) for one in drafted))
+    batch = []
+    for one, right in zip(drafted, alone, strict=True):
+        start, drafts = one.num_tokens - 1, tuple(output(right)[1:3])
+        runner.give_blocks(one, start + 3)
+        batch.append((one, Chunk(start, 3, True, drafts)))
+    sampled = run_batch(runner.engine, *batch).sampled
+    assert [one.token_ids for one in sampled] == [
+        output(one)[1 : 1 + len(step.token_ids)] for one, step in zip(alone, sampled, strict=True)
+    ]
+    assert [len(one.token_ids) for one in sampled] == {2: [1, 1], 3: [1, 1], 8: [3, 3]}[max_num_seqs]
+
+
+def test_a_grammar_that_fails_fails_alone(make: Make) -> None:
+    fine, broken = sequences([GRAMMAR, {"grammar": Grammar(GrammarKind.REGEX, "(")}], 2)
+    runner = Runner(make()[0])
+    for one in (fine, broken):
+        runner.give_blocks(one, one.num_tokens)
+    batch = ((one, Chunk(0, one.num_tokens, True)) for one in (fine, broken))
+    first, second = outcomes_in_order(run_batch(runner.engine, *batch))
+    assert isinstance(first, SampledTokens)
+    assert isinstance(second, SequenceFailed)
+    assert second.reason.startswith("output position 0 cannot be sampled: the grammar cannot go on: ")
 
 
 def test_a_step_after_one_that_waits_waits_too(make: Make) -> None:

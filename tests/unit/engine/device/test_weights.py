@@ -15,12 +15,14 @@ from engine_runs import Runner, node_config, open_engine, output, sequence
 from kvrelay.engine.checkpoint import expected_shapes
 from kvrelay.engine.decoder_config import parse_decoder_config
 from kvrelay.engine.device.frameworks import make_framework
+from kvrelay.engine.device.load import DeviceOptions, quantizer
+from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.device.weights import DevicePacking
 from kvrelay.engine.geometry import node_geometry
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.presets import SHAPES, write_shape
 from kvrelay.engine.safetensors_file import StoredTensor, read_safetensors, write_safetensors
-from kvrelay.engine.tiny import tiny_config
+from kvrelay.engine.tiny import tiny_config, write_tiny_checkpoint
 from kvrelay.errors import ConfigError
 
 
@@ -84,3 +86,42 @@ def test_a_shape_has_a_config_and_a_tokenizer_of_its_vocabulary(tmp_path: Path) 
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 151936
     with pytest.raises(ConfigError, match="'qwen9' is unknown"):
         write_shape(tmp_path, "qwen9")
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_linear_layers_but_the_head_in_float8(load_format: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, "llama")
+    model = {"load_format": load_format, "max_model_len": 128}
+    engines = [
+        open_engine(tmp_path, model=model, engine={"kind": "torch", "quantization": kind}) for kind in ("none", "fp8")
+    ]
+    plain, quantized = (engine.launcher.decoder._weights for engine in engines)  # type: ignore[attr-defined]
+    for before, after in zip(plain.layers, quantized.layers, strict=True):
+        for name in ("qkv", "out", "gate_up", "down"):
+            linear, reference = getattr(after, name), getattr(before, name).weight.float()
+            assert linear.weight.dtype == torch.float8_e4m3fn
+            rounded = linear.weight.float() * linear.scales
+            assert torch.allclose(rounded.abs().amax(1), reference.abs().amax(1), rtol=1e-6)
+            assert 0 < float((rounded - reference).norm() / reference.norm()) < 0.04
+    assert quantized.lm_head.scales is None
+    assert torch.equal(quantized.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(quantized.embedding, plain.embedding)
+    digests = {engine.geometry.model_digest for engine in engines}
+    assert len(digests) == 2
+    for kind, engine in zip(("none", "fp8"), engines, strict=True):
+        node = node_config(tmp_path, model=model, engine={"kind": "torch", "quantization": kind})
+        assert node_geometry(node, lambda done, total: None) == engine.geometry
+        engine.close()
+
+
+def test_float8_needs_a_card_a_type_and_sizes_that_its_gemm_takes(tmp_path: Path) -> None:
+    config = parse_decoder_config({**tiny_config("llama"), "hidden_size": 72, "head_dim": 18})
+    framework = TorchFramework("cpu")
+    framework.is_gpu, framework.has_fp8 = True, False
+    with pytest.raises(ConfigError) as caught:
+        quantizer(framework, config, DeviceOptions("gpu", "float16", 16, fp8=True))
+    assert [problem.partition(" fp8 ")[2].split()[0] for problem in caught.value.problems] == [
+        "needs",
+        "computes",
+        "needs",
+    ]
