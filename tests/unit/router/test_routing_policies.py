@@ -9,13 +9,14 @@ from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 
 from kvrelay.config.sections import RoutingPolicy
+from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered
 from router.node_table import Node
-from router.policies import CacheAware, LeastLoaded, PowerOfTwo, RandomChoice, RoundRobin, Session
+from router.policies import UNCACHED_WEIGHT, CacheAware, LeastLoaded, PowerOfTwo, RandomChoice, RoundRobin, Session
 from router.prefixes import EXPECTED_HEARTBEATS, NodePrefixes
 from router.request import RoutedRequest
 
@@ -202,11 +203,13 @@ def with_prefix(name: str, role: str, tokens: list[int], **registration: Any) ->
     return found
 
 
-def test_a_prompt_goes_where_its_prefix_is_unless_the_wait_there_is_longer_than_computing_it() -> None:
+def test_a_prompt_goes_where_its_prefix_is_unless_the_wait_there_is_much_longer_than_computing_it() -> None:
     request = prompt(10 * BLOCK)
     has, lacks = with_prefix("a", "prefill", request.new.prompt_token_ids[: 8 * BLOCK]), with_prefix("b", "prefill", [])
     assert CacheAware().choose([lacks, has], request) is has
-    has.pending[RequestId("other")] = 9 * BLOCK
+    has.pending[RequestId("other")] = 8 * UNCACHED_WEIGHT * BLOCK - 4 * BLOCK
+    assert CacheAware().choose([lacks, has], request) is has
+    has.pending[RequestId("other")] += 4 * BLOCK
     assert CacheAware().choose([lacks, has], request) is lacks
 
 
@@ -264,6 +267,7 @@ def test_a_node_that_missed_a_report_registers_again_and_a_restarted_one_has_no_
     assert driver.sent[-1] == (peer("p0"), RegisterAgain())
     driver.receive(peer("p0"), changed(0, mine))
     driver.receive(peer("p0"), Heartbeat(load=Load()))
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     driver.join("p0", "b")
     node_table = driver.machine.node_table
     p0 = node_table.get(PeerId(peer("p0", "b")))
