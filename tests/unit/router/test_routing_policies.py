@@ -16,7 +16,16 @@ from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered
 from router.node_table import Node
-from router.policies import UNCACHED_WEIGHT, CacheAware, LeastLoaded, PowerOfTwo, RandomChoice, RoundRobin, Session
+from router.policies import (
+    REQUEST_TOKENS,
+    UNCACHED_WEIGHT,
+    CacheAware,
+    LeastLoaded,
+    PowerOfTwo,
+    RandomChoice,
+    RoundRobin,
+    Session,
+)
 from router.prefixes import EXPECTED_HEARTBEATS, NodePrefixes
 from router.request import RoutedRequest
 
@@ -207,9 +216,9 @@ def test_a_prompt_goes_where_its_prefix_is_unless_the_wait_there_is_much_longer_
     request = prompt(10 * BLOCK)
     has, lacks = with_prefix("a", "prefill", request.new.prompt_token_ids[: 8 * BLOCK]), with_prefix("b", "prefill", [])
     assert CacheAware().choose([lacks, has], request) is has
-    has.pending[RequestId("other")] = 8 * UNCACHED_WEIGHT * BLOCK - 4 * BLOCK
+    has.pending[RequestId("other")] = 8 * UNCACHED_WEIGHT * BLOCK - REQUEST_TOKENS - 1
     assert CacheAware().choose([lacks, has], request) is has
-    has.pending[RequestId("other")] += 4 * BLOCK
+    has.pending[RequestId("other")] += 2
     assert CacheAware().choose([lacks, has], request) is lacks
 
 
