@@ -130,3 +130,8 @@ def listen_at(host: str, port: int, backlog: int) -> socket.socket:
     family, address = resolve(host, port)
     dualstack = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=dualstack)
+
+
+def loopback_like(host: str) -> str:
+    """Return the loopback address of the IP version of ``host``; that of version 4 for a name."""
+    return "::1" if ":" in host else "127.0.0.1"

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvrelay.addresses import check_host, is_loopback, netloc, split_tcp_address
+from kvrelay.addresses import check_host, is_loopback, loopback_like, netloc, split_tcp_address
 from kvrelay.config.base import Section
 from kvrelay.config.document import Key
 from kvrelay.config.scheduling import SchedulerConfig
@@ -90,7 +90,7 @@ def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) ->
         yield ("router", "control"), f"{control} is also the address of router.port"
     taken[control] = "router.control"
     if "admin_port" in router:
-        admin = netloc(str(router.get("admin_host", "127.0.0.1")), router["admin_port"])
+        admin = netloc(str(router.get("admin_host") or loopback_like(str(host))), router["admin_port"])
         if admin in taken:
             yield ("router", "admin_port"), f"{admin} is also the address of {taken[admin]}"
         taken[admin] = "router.admin_port"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, model_validator
 
-from kvrelay.addresses import netloc
+from kvrelay.addresses import loopback_like, netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
 from kvrelay.errors import ConfigError
 
@@ -68,9 +68,10 @@ class RouterConfig(Section):
         description="Address of the HTTP server; :: (with IPv6) means all IPv4 and IPv6 addresses.",
     )
     port: Port = Field(8000, description="Port of the HTTP server.")
-    admin_host: Host = Field(
-        "127.0.0.1",
-        description="Address of the operators' HTTP server; other than loopback it needs a key.",
+    admin_host: Host | None = Field(
+        None,
+        description="Address of the operators' HTTP server; other than loopback it needs a key. Default: 127.0.0.1, or "
+        "::1 if host is an IPv6 address.",
     )
     admin_port: Port | None = Field(
         None, description="Port of the operators' HTTP server; default: 90 above port (below it, beyond 65535)."
@@ -200,10 +201,11 @@ class RouterConfig(Section):
     @property
     def admin_address(self) -> tuple[str, int]:
         """Host and port of the operators' HTTP server."""
+        host = self.admin_host or loopback_like(self.host)
         if self.admin_port is not None:
-            return self.admin_host, self.admin_port
+            return host, self.admin_port
         above = self.port + _ADMIN_PORT_OFFSET
-        return self.admin_host, above if above <= _MAX_PORT else self.port - _ADMIN_PORT_OFFSET
+        return host, above if above <= _MAX_PORT else self.port - _ADMIN_PORT_OFFSET
 
     @property
     def admin_url(self) -> str:

@@ -42,10 +42,9 @@ class OperatorsOnly:
     def of(cls, config: RouterConfig, app: ASGIApp) -> OperatorsOnly:
         """Return the guard that ``config`` wants. Raises ConfigError if there must be a key and is none."""
         key = read_admin_key(config.admin_key_file)
-        if key is None and not is_loopback(config.admin_host):
-            raise ConfigError(
-                [f"router.admin_host: {config.admin_host} is not loopback: set router.admin_key_file or {VARIABLE}"]
-            )
+        host, _ = config.admin_address
+        if key is None and not is_loopback(host):
+            raise ConfigError([f"router.admin_host: {host} is not loopback: set router.admin_key_file or {VARIABLE}"])
         return cls(app, key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

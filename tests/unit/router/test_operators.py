@@ -144,3 +144,4 @@ def test_the_port_follows_the_clients_unless_it_is_set() -> None:
     assert config(port=8000).router.admin_address == ("127.0.0.1", 8090)
     assert config(port=65500).router.admin_address == ("127.0.0.1", 65410)
     assert config(admin_port=7, admin_host="::1").router.admin_url == "http://[::1]:7"
+    assert config(port=8000, host="::").router.admin_url == "http://[::1]:8090"
