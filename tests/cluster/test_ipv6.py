@@ -78,11 +78,11 @@ def test_nothing_listens_at_ipv4(cluster: Cluster) -> None:
 def test_urls_have_brackets_and_commands_take_them(cluster: Cluster) -> None:
     port = cluster.config.router.port
     assert cluster.url == f"http://[::1]:{port}"
-    assert f"ready: http://[::1]:{port}/v1 serves demo" in cluster.log()
+    until("the URL is shown", lambda: f"ready: http://[::1]:{port}/v1 serves demo" in cluster.log())
     assert {node["address"] for node in cluster.status()["nodes"]} == {
         f"tcp://[::1]:{node.port}" for node in cluster.config.nodes
     }
-    shown = kvrelay("status", cluster.url)
+    shown = kvrelay("status", cluster.config.router.admin_url)
     assert all(f"[::1]:{node.port}" in shown for node in cluster.config.nodes)
     assert kvrelay("chat", cluster.url, "--max-tokens", "4", "hello").strip()
 

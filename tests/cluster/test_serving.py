@@ -59,14 +59,14 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(fake_cluster: Clu
 
 
 def test_prefix_hits_on_both_nodes_save_compute_and_transfer(fake_cluster: Cluster) -> None:
-    # Ten full blocks, which are found again, and a partial one. Idle decode nodes take turns: each is asked twice.
+    # Ten full blocks, which are found again, and a partial one. The router knows the decode node that has them.
     ask = Ask(random_prompt(random.Random(4), 165), 8)
     block_bytes = fake_geometry(fake_cluster.fake(), 16).block_bytes
 
     rounds = [asked_alone(fake_cluster, ask) for _ in range(6)]
 
     given = [answer for (answer,), _ in rounds]
-    assert [moved_bytes // block_bytes for _, moved_bytes in rounds] == [11, 11, 11, 1, 1, 1]
+    assert [moved_bytes // block_bytes for _, moved_bytes in rounds] == [11, 1, 1, 1, 1, 1]
     cached = [answer.body["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in given]
     assert cached == [0, 160, 160, 160, 160, 160]
     assert assert_right(fake_cluster, [ask] * 6, given) == 6
