@@ -27,6 +27,11 @@ class NodePrefixes:
         self._number = 0
         self._num_heartbeats = 0
 
+    @property
+    def num_expected(self) -> int:
+        """Number of keys that the node will have but has not reported."""
+        return len(self._expected)
+
     def take(self, message: PrefixCacheChanged) -> bool:
         """Apply a report. Return False, and know nothing any more, if one before it is missing."""
         if message.number == 0:

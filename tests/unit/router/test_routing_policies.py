@@ -14,11 +14,11 @@ from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
-from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered
+from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from router.node_table import Node
 from router.policies import UNCACHED_WEIGHT, CacheAware, LeastLoaded, PowerOfTwo, RandomChoice, RoundRobin, Session
 from router.prefixes import EXPECTED_HEARTBEATS, NodePrefixes
-from router.request import RoutedRequest
+from router.request import MAX_ROUTED_BLOCKS, RoutedRequest
 
 BLOCK = GEOMETRY.block_size
 
@@ -207,7 +207,7 @@ def test_a_prompt_goes_where_its_prefix_is_unless_the_wait_there_is_much_longer_
     request = prompt(10 * BLOCK)
     has, lacks = with_prefix("a", "prefill", request.new.prompt_token_ids[: 8 * BLOCK]), with_prefix("b", "prefill", [])
     assert CacheAware().choose([lacks, has], request) is has
-    has.pending[RequestId("other")] = 8 * UNCACHED_WEIGHT * BLOCK - 4 * BLOCK
+    has.pending[RequestId("other")] = 8 * UNCACHED_WEIGHT * BLOCK - 5 * BLOCK
     assert CacheAware().choose([lacks, has], request) is has
     has.pending[RequestId("other")] += 4 * BLOCK
     assert CacheAware().choose([lacks, has], request) is lacks
@@ -249,6 +249,30 @@ def test_equal_prompts_go_to_one_node_and_others_elsewhere() -> None:
     assert sent["r0"] != sent["r1"]
 
 
+def num_expected(driver: Driver, node_id: str) -> int:
+    found = driver.machine.node_table.get(PeerId(peer(node_id)))
+    assert found is not None
+    return found.prefixes.num_expected
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_prompts_that_are_dispatched_together_share_the_blocks_that_are_hashed(waits: bool) -> None:
+    driver = Driver("d0" if waits else "p0 d0", policy="cache_aware")
+    num_blocks = MAX_ROUTED_BLOCKS // 2
+    prompts = [list(range(first, first + num_blocks * BLOCK)) for first in range(0, 4_000_000, 1_000_000)]
+    driver.submit(*(new_request(f"r{i}", prompt=tokens) for i, tokens in enumerate(prompts)))
+    if waits:
+        driver.join("p0")
+    assert sum(isinstance(message, Prefill) for _, message in driver.sent) == 4
+    assert num_expected(driver, "p0") == MAX_ROUTED_BLOCKS
+
+
+def test_one_long_prompt_is_compared_with_all_the_blocks() -> None:
+    driver = Driver("p0 d0", policy="cache_aware")
+    driver.submit(new_request("r", prompt=list(range((MAX_ROUTED_BLOCKS + 2) * BLOCK))))
+    assert num_expected(driver, "p0") == MAX_ROUTED_BLOCKS
+
+
 def test_only_uncached_tokens_are_pending_on_the_node() -> None:
     driver = Driver("p0 d0", policy="cache_aware")
     tokens = list(range(8 * BLOCK))
@@ -259,12 +283,15 @@ def test_only_uncached_tokens_are_pending_on_the_node() -> None:
     assert p0.pending == {"r": 2 * BLOCK}
 
 
-def test_a_node_that_missed_a_report_registers_again_and_a_restarted_one_has_no_prefixes() -> None:
+def test_a_node_whose_report_was_missed_begins_anew_and_a_restarted_one_has_no_prefixes() -> None:
     driver = Driver("p0 d0", policy="cache_aware")
     mine = keys(list(range(4 * BLOCK)))
     driver.receive(peer("p0"), changed(0, mine))
     driver.receive(peer("p0"), changed(2, mine))
-    assert driver.sent[-1] == (peer("p0"), RegisterAgain())
+    to, message = driver.sent[-1]
+    assert to == peer("p0")
+    assert isinstance(message, Registered)
+    assert message.wants_prefixes
     driver.receive(peer("p0"), changed(0, mine))
     driver.receive(peer("p0"), Heartbeat(load=Load()))
     driver.do(PeerLost(PeerId(peer("p0")), "killed"))
