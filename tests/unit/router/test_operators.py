@@ -108,9 +108,9 @@ def test_a_name_that_points_to_this_host_is_not_let_in_without_a_key() -> None:
 
 @pytest.mark.parametrize(
     ("location", "is_it"),
-    [("127.0.0.1", False), ("127.0.0.1:8090", False), ("[::1]:8090", False), ("[::1]", False), ("LOCALHOST:8090", False),
-     ("", False), ("10.0.0.1:80", False), ("evil.example", True), ("evil.example:8090", True), ("127.0.0.1.nip.io", True),
-     ("localhost.evil.example", True), ("[evil]:1", True)],
+    [("127.0.0.1", False), ("127.0.0.1:8090", False), ("[::1]:8090", False), ("[::1]", False),
+     ("LOCALHOST:8090", False), ("", False), ("10.0.0.1:80", False), ("evil.example", True),
+     ("evil.example:8090", True), ("127.0.0.1.nip.io", True), ("localhost.evil.example", True), ("[evil]:1", True)],
 )  # fmt: skip
 def test_what_has_a_name(location: str, is_it: bool) -> None:
     assert is_named(location) is is_it
