@@ -246,6 +246,22 @@ def test_tokens_beyond_those_of_a_minute_are_429_with_the_wait(tmp_path: Path) -
     asyncio.run(check())
 
 
+def test_a_request_that_is_refused_costs_no_tokens(tmp_path: Path) -> None:
+    path = write_keys(tmp_path / "keys", f"alice {ALICE} tokens_per_minute=1000", f"bob {BOB}")
+
+    async def check() -> None:
+        async with fake_cluster(Script(pace_s=0.01), api_keys_file=path, max_queued_requests=1) as cluster:
+            running = asyncio.create_task(ask(cluster, BOB, max_tokens=50))
+            await until(lambda: len(cluster.service.machine.requests) == 1)
+            for _ in range(2):
+                refused = await ask(cluster)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+                assert refused.headers["x-ratelimit-remaining-tokens"] == "1000"
+            assert (await running).status_code == 200
+
+    asyncio.run(check())
+
+
 def test_tokens_become_available_evenly() -> None:
     key, use = ApiKey("a", b"", tokens_per_minute=60), KeyUse(0.0)
     assert use.wait_s(key, 0.0) == 0
