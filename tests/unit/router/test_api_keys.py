@@ -145,6 +145,17 @@ def test_a_changed_file_counts_without_a_restart_and_a_damaged_one_does_not(
     assert BOB not in caplog.text
 
 
+def test_a_file_that_takes_the_place_of_another_counts_whatever_its_time(tmp_path: Path) -> None:
+    path, now = tmp_path / "keys", [100.0]
+    keys = ApiKeys.of(RouterConfig(api_keys_file=write_keys(path, f"alice {ALICE}")), lambda: now[0], env={})
+    assert keys is not None
+    new = Path(write_keys(tmp_path / "new", f"bob {BOB}"))
+    os.utime(new, ns=(0, path.stat().st_mtime_ns))
+    new.replace(path)
+    now[0] += 2
+    assert [secret for secret in (ALICE, BOB) if keys.find(secret)] == [BOB]
+
+
 def test_keys_from_the_environment() -> None:
     keys = ApiKeys.of(RouterConfig(), lambda: 0.0, env={VARIABLE: f"alice {ALICE} requests=2\nbob {BOB}"})
     assert keys is not None
