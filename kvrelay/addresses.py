@@ -59,6 +59,17 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def is_named(location: str) -> bool:
+    """Return whether ``location`` (``host``, ``host:port``) has the name of a host, other than localhost."""
+    bracketed, _, _ = location.removeprefix("[").partition("]")
+    host = bracketed if location.startswith("[") else location.partition(":")[0]
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() not in ("", "localhost")
+    return False
+
+
 def is_ipv6(address: str) -> bool:
     """Return whether ZMQ address ``address`` has an IPv6 host."""
     return address.startswith("tcp://[")

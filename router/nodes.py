@@ -162,8 +162,9 @@ class Nodes:
 
     def _prefixes_changed(self, peer: PeerId, message: PrefixCacheChanged) -> None:
         node = self._node_table.get(peer)
-        if node is None or not node.prefixes.take(message):
-            self._outbox.send(peer, RegisterAgain())
+        if node is not None and not node.prefixes.take(message):
+            # It begins anew. To register again it would first forget this router, and drop what is on its way to it.
+            self._outbox.send(peer, self._registered)
 
     # ------------------------------------------------------------ draining and loss
 

@@ -19,16 +19,18 @@ class NodePrefixes:
     costs time, never a wrong token: nodes match whole hashes themselves. ``reported`` are the keys of published blocks.
     """
 
-    __slots__ = ("_expected", "_num_heartbeats", "_number", "reported")
+    __slots__ = ("_expected", "_num_heartbeats", "_number", "_reports", "reported")
 
     def __init__(self) -> None:
         self.reported: set[bytes] = set()
         self._expected: dict[bytes, int] = {}
         self._number = 0
+        self._reports = False
         self._num_heartbeats = 0
 
     def take(self, message: PrefixCacheChanged) -> bool:
         """Apply a report. Return False, and know nothing any more, if one before it is missing."""
+        self._reports = True
         if message.number == 0:
             self.reported = set()
         elif message.number != self._number:
@@ -43,8 +45,8 @@ class NodePrefixes:
         return True
 
     def expect(self, keys: Sequence[bytes]) -> None:
-        """Record that a prompt with these ``keys`` was sent to the node."""
-        for key in keys:
+        """Record that a prompt with these ``keys`` was sent to the node. One that reports nothing caches nothing."""
+        for key in keys if self._reports else ():
             if key not in self.reported:
                 self._expected.pop(key, None)  # the dictionary stays in order of age
                 self._expected[key] = self._num_heartbeats

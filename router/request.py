@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -15,7 +16,10 @@ from router.node_table import Node
 from router.output import OutputOrder
 
 MAX_ROUTED_BLOCKS = 4096
-"""Blocks of a prompt that routing compares with prefix caches. Their hashes take about 3 ms of the router's loop."""
+"""Blocks that routing compares with prefix caches for prompts that are dispatched together.
+
+Their hashes take about 3 ms of the router's loop.
+"""
 
 TimerKind: TypeAlias = Literal["deadline", "retry", "seek"]
 TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
@@ -64,6 +68,7 @@ class RoutedRequest:
     """
 
     __slots__ = (
+        "_num_routed_blocks",
         "_prefix_keys",
         "arrival_s",
         "attempts",
@@ -94,6 +99,7 @@ class RoutedRequest:
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
+        self._num_routed_blocks = MAX_ROUTED_BLOCKS
         self._prefix_keys: list[bytes] | None = None
 
     @property
@@ -126,16 +132,20 @@ class RoutedRequest:
         return self.new.sampling.max_tokens - len(self.output.token_ids) == 1
 
     def prefix_keys(self, node: Node) -> list[bytes]:
-        """Return the prefix keys of the first ``MAX_ROUTED_BLOCKS`` full blocks of the prompt.
+        """Return the prefix keys of the first full blocks of the prompt: its share of ``MAX_ROUTED_BLOCKS``.
 
         All nodes have one KV geometry, so the keys are the same for each. They are computed at the first call.
         """
         if self._prefix_keys is None:
             geometry = node.registration.geometry
             hasher = BlockHasher(geometry.model_digest, geometry.block_size)
-            hashes = hasher.hashes(self.new.prompt_token_ids[: MAX_ROUTED_BLOCKS * geometry.block_size])
+            hashes = hasher.hashes(self.new.prompt_token_ids[: self._num_routed_blocks * geometry.block_size])
             self._prefix_keys = [block_hash[:PREFIX_KEY_BYTES] for block_hash in hashes]
         return self._prefix_keys
+
+    def route_by(self, num_blocks: int) -> None:
+        """Compare at most ``num_blocks`` blocks with prefix caches. No effect on keys that are computed already."""
+        self._num_routed_blocks = num_blocks
 
     def num_cached_on(self, node: Node) -> int:
         """Return how many tokens ``node`` need not compute because its prefix cache has them. One it always must."""
@@ -167,3 +177,9 @@ class RoutedRequest:
         if self.status is Status.WAITING:
             return NoNodeError(f"no node could take the request within {timeout_s:g} s")
         return TransferTimeoutError(f"the request was not done within {timeout_s:g} s")
+
+
+def share_routed_blocks(requests: Sequence[RoutedRequest]) -> None:
+    """Give each of ``requests``, which one event dispatches, an equal share of ``MAX_ROUTED_BLOCKS``, at least 1."""
+    for request in requests:
+        request.route_by(max(1, MAX_ROUTED_BLOCKS // len(requests)))

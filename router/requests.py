@@ -24,7 +24,7 @@ from router.limits import Limits
 from router.moves import Moves
 from router.node_table import Node, NodeTable
 from router.placement import Placement
-from router.request import RequestTimer, RoutedRequest, Status
+from router.request import RequestTimer, RoutedRequest, Status, share_routed_blocks
 from router.request_table import RequestTable
 from router.timeline import Timelines
 
@@ -82,8 +82,10 @@ class Requests:
         if refusal is not None:
             self.refuse(requests, refusal)
             return
-        for new in requests:
-            self._attempts.dispatch(self._table.open(new, self._limits.request_timeout_s))
+        opened = [self._table.open(new, self._limits.request_timeout_s) for new in requests]
+        share_routed_blocks(opened)
+        for request in opened:
+            self._attempts.dispatch(request)
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
         """Refuse ``requests`` with ``error``."""
@@ -175,6 +177,7 @@ class Requests:
 
     def node_joined(self) -> None:
         """Dispatch the requests that wait for a node, after one has registered."""
+        share_routed_blocks([request for request in self._table if request.status is Status.WAITING])
         for request in self._table:
             if request.status is Status.WAITING:
                 self._attempts.dispatch(request)

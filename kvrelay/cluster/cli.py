@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -250,17 +251,20 @@ def chat(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer, in tokens.")] = 256,
 ) -> None:
-    """Send TEXT to the model and stream its answer. Without TEXT: a conversation."""
+    """Send TEXT to the model and stream its answer. Without TEXT: a conversation.
+
+    If the router has API keys, set KVRELAY_API_KEY to one.
+    """
     from kvrelay.cluster.talk import converse, say
 
-    words = words or []
+    words, key = words or [], os.environ.get("KVRELAY_API_KEY")
     url = _router_url(words.pop(0) if words and _ADDRESS.fullmatch(words[0]) else DEFAULT_URL)
     if words:
-        say(url, " ".join(words), max_tokens)
+        say(url, " ".join(words), max_tokens, key=key)
     elif sys.stdin.isatty():
-        converse(url, max_tokens)
+        converse(url, max_tokens, key=key)
     else:
-        say(url, sys.stdin.read(), max_tokens)
+        say(url, sys.stdin.read(), max_tokens, key=key)
 
 
 # ---------------------------------------------------------------- configs and models

@@ -131,12 +131,16 @@ class Supervisor:
         """Run ``spec`` once, until it ends."""
         started_s = self._now()
         self._starting[spec.name] = "starting"
-        child = await Child.start(
-            spec,
-            self._env,
-            lambda line: self._display.line(spec.name, line),
-            lambda stage: self._take_stage(spec.name, stage),
-        )
+        try:
+            child = await Child.start(
+                spec,
+                self._env,
+                lambda line: self._display.line(spec.name, line),
+                lambda stage: self._take_stage(spec.name, stage),
+            )
+        except OSError as error:  # too many processes, no memory, an executable that is gone: maybe only now
+            self._display.warn(f"{spec.name} cannot be started: {error}")
+            return Life(EXIT_ERROR, self._now() - started_s, was_ready=False)
         self._children[spec.name] = child
         try:
             if self._hurrying.is_set():

@@ -40,16 +40,16 @@ def _watch(cluster: ClusterClient, console: Console) -> None:
         return
 
 
-def say(url: str, text: str, max_tokens: int) -> None:
-    """Stream the model's answer to ``text`` to the terminal."""
-    with ClusterClient(url) as cluster:
+def say(url: str, text: str, max_tokens: int, *, key: str | None = None) -> None:
+    """Stream the model's answer to ``text`` to the terminal. ``key``: the API key, if the router has keys."""
+    with ClusterClient(url, key=key) as cluster:
         _answer(cluster, [{"role": "user", "content": text}], max_tokens)
 
 
-def converse(url: str, max_tokens: int) -> None:
-    """Run a conversation at the terminal until end of input or Ctrl-C."""
+def converse(url: str, max_tokens: int, *, key: str | None = None) -> None:
+    """Run a conversation at the terminal until end of input or Ctrl-C. ``key``: as for ``say``."""
     history: list[dict[str, str]] = []
-    with ClusterClient(url) as cluster:
+    with ClusterClient(url, key=key) as cluster:
         while True:
             try:
                 text = input("> ")

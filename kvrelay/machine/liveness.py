@@ -12,6 +12,9 @@ TICK_S = 0.25
 PAUSE_S = 1.0
 """A process that did not run for this long was paused: it has not read what peers sent."""
 
+MAX_PAUSES = 5
+"""Pauses in a row that count as no silence of a peer. A peer not heard between so many is silent, not unread."""
+
 READ_FIRST_S = 0.1
 """How long after a pause messages are read before timers fire."""
 
@@ -22,6 +25,8 @@ class Liveness:
     def __init__(self, peer_timeout_s: float) -> None:
         self.peer_timeout_s = peer_timeout_s
         self._last_message_s: dict[PeerId, float] = {}
+        self._unheard_pauses: dict[PeerId, int] = {}
+        """Pauses since the last message of a peer, for peers with any."""
 
     @property
     def peers(self) -> list[PeerId]:
@@ -39,15 +44,24 @@ class Liveness:
         """Note that a message of ``peer`` arrived, if it is watched."""
         if peer in self._last_message_s:
             self._last_message_s[peer] = now
+            if self._unheard_pauses:
+                self._unheard_pauses.pop(peer, None)
 
     def forget(self, peer: PeerId) -> None:
         """Stop watching ``peer``."""
         self._last_message_s.pop(peer, None)
+        self._unheard_pauses.pop(peer, None)
 
     def resumed(self, paused_s: float, now: float) -> None:
-        """Count no silence for the last ``paused_s``, in which this process did not run and could hear nobody."""
+        """Count no silence for the last ``paused_s``, in which this process did not run and could hear nobody.
+
+        A loop that is slow again and again would never find a dead peer, so each is excused ``MAX_PAUSES`` in a row.
+        """
         for peer, last_message_s in self._last_message_s.items():
-            self._last_message_s[peer] = min(now, last_message_s + paused_s)
+            num_pauses = self._unheard_pauses.get(peer, 0)
+            if num_pauses < MAX_PAUSES:
+                self._unheard_pauses[peer] = num_pauses + 1
+                self._last_message_s[peer] = min(now, last_message_s + paused_s)
 
     def lost(self, now: float) -> list[PeerId]:
         """Return the peers silent for ``peer_timeout_s``, and forget them."""
@@ -55,7 +69,7 @@ class Liveness:
             peer for peer, last_message_s in self._last_message_s.items() if now - last_message_s >= self.peer_timeout_s
         ]
         for peer in lost:
-            del self._last_message_s[peer]
+            self.forget(peer)
         return lost
 
 

@@ -12,7 +12,10 @@ from kvstore.blocks.kv_cache import KVCache
 
 
 class PrefixReports:
-    """Sends each router that wants it the whole prefix cache once, then what changes. Costs nothing without one."""
+    """Sends each router that wants it the whole prefix cache once, then what changes.
+
+    Costs nothing without such a router. A node without prefix caching reports nothing.
+    """
 
     def __init__(self, kv: KVCache, outbox: Outbox) -> None:
         self._kv = kv
@@ -22,7 +25,7 @@ class PrefixReports:
     def registered(self, router: PeerId, *, wanted: bool) -> None:
         """Begin anew with ``router``, which has just registered this node."""
         self._next_number.pop(router, None)
-        if wanted:
+        if wanted and self._kv.prefix_caching:
             self._report_changes()  # to the others: the new one begins with the state after these
             self._kv.follow_changes()
             self._next_number[router] = 0

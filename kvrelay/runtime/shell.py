@@ -32,8 +32,6 @@ from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
 from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
 from kvrelay.runtime.transport import Transport
 
-"""How long the shell has the loop at a time: actions, such as sending, may cost as much as a request is long."""
-
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any], None]
@@ -171,9 +169,12 @@ class Shell:
 
     def _fire(self, key: Hashable) -> None:
         reading_s = self._pauses.reading_s(self._clock.now())
-        if reading_s > 0:
-            self._timers[key] = self._loop.call_later(reading_s, self._fire, key)
-            return
+        if reading_s > 0:  # once: a loop that is slow again and again still has timers
+            self._timers[key] = self._loop.call_later(reading_s, self._fired, key)
+        else:
+            self._fired(key)
+
+    def _fired(self, key: Hashable) -> None:
         del self._timers[key]
         self.post(TimerFired(key))
 

@@ -10,8 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvrelay.runtime.logging import log_event
 from router.openai.choice import Choice, usage
 
-PROBES = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/metrics", "/cluster"})
-"""Paths of periodic probes, logged at level debug only."""
+PROBES = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/readyz", "/metrics", "/cluster"})
+"""Paths of periodic probes, logged at level debug only, unless somebody is not let in."""
+
+_NOT_LET_IN = (401, 403)
 
 CLIENT_LEFT = 499
 """Logged status of a request whose client disconnected before the answer, as in nginx."""
@@ -76,7 +78,8 @@ class AccessLog:
             fields["client"] = client[0]
         if not entry.is_complete:
             fields["client_left"] = True
-        log_event("debug" if path in PROBES else "info", "http request", fields)
+        is_probe = path in PROBES and entry.status not in _NOT_LET_IN
+        log_event("debug" if is_probe else "info", "http request", fields)
 
 
 def note_key(scope: Scope, name: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
@@ -22,6 +23,8 @@ _DIGEST_PREFIX = "sha256:"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LIMIT = re.compile(r"(requests|tokens_per_minute)=([0-9]{1,12})")
+
+_Version: TypeAlias = tuple[int, int, int]
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +85,16 @@ def _parse(words: Sequence[str], default: RouterConfig) -> ApiKey | None:
 
 
 class ApiKeys:
-    """The keys that are valid now. ``now`` returns the time in seconds."""
+    """The keys that are valid now. ``now`` returns the time in seconds; ``version``: that of the file they are from."""
 
-    def __init__(self, keys: Sequence[ApiKey], config: RouterConfig, now: Callable[[], float]) -> None:
+    def __init__(
+        self, keys: Sequence[ApiKey], config: RouterConfig, now: Callable[[], float], version: _Version | None = None
+    ) -> None:
         self._keys = keys
         self._config = config
         self._now = now
         self._path = None if config.api_keys_file is None else Path(config.api_keys_file)
-        self._changed_ns = None if self._path is None else _changed_ns(self._path)
+        self._version = version
         self._read_s = now()
 
     @classmethod
@@ -99,7 +104,9 @@ class ApiKeys:
         Raises ConfigError if they cannot be read.
         """
         if config.api_keys_file is not None:
-            return cls(_read(Path(config.api_keys_file), config), config, now)
+            path = Path(config.api_keys_file)
+            version = _version(path)  # before it is read: what is changed meanwhile is read again
+            return cls(_read(path, config), config, now, version)
         if env.get(VARIABLE, "").strip():
             return cls(parse_api_keys(env[VARIABLE], VARIABLE, config), config, now)
         return None
@@ -118,10 +125,10 @@ class ApiKeys:
         if self._path is None or self._now() - self._read_s < _REREAD_INTERVAL_S:
             return
         self._read_s = self._now()
-        changed_ns = _changed_ns(self._path)
-        if changed_ns == self._changed_ns:
+        version = _version(self._path)
+        if version == self._version:
             return
-        self._changed_ns = changed_ns
+        self._version = version
         try:
             self._keys = _read(self._path, self._config)
             logger.info("API keys read again: %s", ", ".join(key.name for key in self._keys))
@@ -137,11 +144,13 @@ def _read(path: Path, config: RouterConfig) -> list[ApiKey]:
     return parse_api_keys(text, str(path), config)
 
 
-def _changed_ns(path: Path) -> int | None:
+def _version(path: Path) -> _Version | None:
+    """Return what differs after any change, of the permissions too: a file that could not be read may be readable."""
     try:
-        return path.stat().st_mtime_ns
+        status = path.stat()
     except OSError:
         return None
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _digest(secret: str) -> bytes:

@@ -102,16 +102,21 @@ class GenerateEndpoint:
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
         generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
         generation.start()
+        refused = False
         try:
             async with watching(receive, generation.client_left):
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:
                     await send_pieces(send, await answer.full(generation.deltas()), headers)
+        except AnswerError:
+            refused = not any(choice.num_tokens for choice in choices)
+            raise
         finally:
             generation.close()
             note_tokens(scope, choices)
-            charge(scope, choices)
+            if not refused:
+                charge(scope, choices)
 
     def _ids(self, name: str, count: int) -> tuple[str, Sequence[RequestId]]:
         """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvrelay.addresses import is_loopback
+from kvrelay.addresses import is_loopback, is_named
 from kvrelay.admin_key import VARIABLE, read_admin_key
 from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
@@ -32,6 +32,8 @@ class OperatorsOnly:
     """Serves ``app`` to those who have the key, in ``Authorization: Bearer``; without a key to whoever reaches it.
 
     A browser that shows a page of somebody else's reaches loopback too. What pages send has an ``Origin``: refused.
+    A page whose name its owner lets point to this host may read without one, so that without a key ``Host`` must be an
+    address, or localhost.
     """
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
@@ -60,6 +62,8 @@ class OperatorsOnly:
         if "origin" in headers:
             return _error("forbidden", "web pages may not use the operators' endpoints", 403)
         if self._digest is None:
+            if is_named(headers.get("host", "")):
+                return _error("forbidden", "without a key, Host must be an IP address or localhost", 403)
             return None
         given = headers.get("authorization", "")
         key = given[len(_SCHEME) :].strip() if given.lower().startswith(_SCHEME) else ""

@@ -137,8 +137,6 @@ def _json_schema(wish: Wish) -> str:
         schema = {}
     if not isinstance(schema, dict):
         _refuse(wish.field, f"should be a JSON schema: an object, not {shown(schema)}")
-    if wish.options.get("disable_additional_properties"):
-        schema = _closed(schema)
     return _encoded(schema, wish)
 
 
@@ -150,6 +148,8 @@ def _encoded(schema: dict[str, Any], wish: Wish) -> str:
     compact = wish.options.get("disable_any_whitespace")
     whitespace = {"whitespace_flexible": False} if compact else {"whitespace_pattern": pattern}
     try:
+        if wish.options.get("disable_additional_properties"):
+            schema = _closed(schema)
         return msgspec.json.encode({**schema, "x-guidance": whitespace}).decode()
     except (UnicodeEncodeError, RecursionError) as error:
         _refuse(wish.field, f"cannot be written as JSON: {error}")

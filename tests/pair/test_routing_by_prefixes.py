@@ -38,6 +38,16 @@ def test_the_turns_of_a_chat_go_to_the_nodes_that_have_it() -> None:
         assert len({name for used in nodes for (name, *_) in used}) == 2  # and chats use both prefill nodes
 
 
+def test_nodes_without_prefix_caching_share_equal_prompts() -> None:
+    with cluster(cache={"prefix_caching": False}) as world:
+        prompt, used = world.prompt(20), []
+        for _ in range(4):
+            client = world.submit(prompt, 4)
+            world.settle()
+            used.append(client.nodes[0])
+        assert {used.count(name) for name in set(used)} == {2}
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_evictions_are_reported(seed: int) -> None:
     with cluster(seed, cache={"num_blocks": 24}) as world:

@@ -210,6 +210,20 @@ async def test_a_process_that_was_told_to_end_by_others_is_started_again(role: s
 
 
 @in_loop
+async def test_a_process_that_cannot_be_started_is_tried_again_and_ends_the_cluster() -> None:
+    screen, time = Screen(), Time()
+    supervisor = supervisor_of(
+        ProcessSpec("d0", "decode", ("/nowhere/python",)), spec("d1", POLITE), screen=screen, time=time
+    )
+
+    assert await supervisor.run(os.environ) == 1
+    found = await screen.wait_for("d0 cannot be started: ", count=3)
+    assert len(found) == 3
+    assert "No such file" in found[0]
+    assert time.waits == [0.5, 1.0]
+
+
+@in_loop
 async def test_a_process_that_an_operator_stopped_stays_down() -> None:
     screen = Screen()
     supervisor = supervisor_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvrelay.machine.liveness import PAUSE_S, READ_FIRST_S, TICK_S, Liveness, Pauses
+from kvrelay.machine.liveness import MAX_PAUSES, PAUSE_S, READ_FIRST_S, TICK_S, Liveness, Pauses
 from kvrelay.protocol.ids import PeerId
 
 PEER = PeerId("p0#1")
@@ -24,6 +24,27 @@ def test_a_peer_heard_since_the_pause_is_not_heard_in_the_future() -> None:
     alive.resumed(7.0, 109.0)
     assert alive.lost(113.9) == []
     assert alive.lost(114.0) == [PEER]
+
+
+def test_a_dead_peer_is_found_by_a_loop_that_is_always_slow() -> None:
+    alive = Liveness(peer_timeout_s=5.0)
+    alive.watch(PEER, 0.0)
+    alive.record_message(PEER, 0.0)
+    lost_s = []
+    for now in range(1, 100):
+        alive.resumed(PAUSE_S, float(now))
+        if alive.lost(float(now)):
+            lost_s.append(now)
+    assert lost_s == [MAX_PAUSES + 5]
+
+
+def test_a_peer_that_is_heard_between_pauses_is_excused_each_time() -> None:
+    alive = Liveness(peer_timeout_s=5.0)
+    alive.watch(PEER, 0.0)
+    for now in range(10, 1000, 10):
+        alive.resumed(9.0, float(now))
+        assert alive.lost(float(now)) == []
+        alive.record_message(PEER, float(now))
 
 
 def test_a_process_that_runs_has_no_pauses() -> None:

@@ -5,6 +5,7 @@ import logging
 import re
 from typing import Any
 
+import httpx
 import pytest
 from fake_nodes import config
 from instant_router import InstantRouter
@@ -76,7 +77,7 @@ def test_refused_requests_are_logged_too(
     assert (f" request_id={given}" in line) if given else ("request_id" not in line)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/cluster"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/readyz", "/metrics", "/cluster"])
 def test_probes_are_logged_for_debugging_only(
     router: InstantRouter, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
@@ -85,6 +86,24 @@ def test_probes_are_logged_for_debugging_only(
     caplog.set_level(logging.DEBUG)
     router.request("GET", path)
     assert len(lines(caplog)) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_is_not_let_in_is_logged_at_every_path(caplog: pytest.LogCaptureFixture, status: int) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def refuse(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(AccessLog(refuse, lambda: 0.0))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            await client.get("/cluster")
+
+    asyncio.run(scenario())
+    (line,) = lines(caplog)
+    assert f"path=/cluster status={status}" in line
 
 
 def test_a_path_cannot_forge_a_line_and_is_cut(router: InstantRouter, caplog: pytest.LogCaptureFixture) -> None:

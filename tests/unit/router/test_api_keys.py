@@ -145,6 +145,17 @@ def test_a_changed_file_counts_without_a_restart_and_a_damaged_one_does_not(
     assert BOB not in caplog.text
 
 
+def test_a_file_that_takes_the_place_of_another_counts_whatever_its_time(tmp_path: Path) -> None:
+    path, now = tmp_path / "keys", [100.0]
+    keys = ApiKeys.of(RouterConfig(api_keys_file=write_keys(path, f"alice {ALICE}")), lambda: now[0], env={})
+    assert keys is not None
+    new = Path(write_keys(tmp_path / "new", f"bob {BOB}"))
+    os.utime(new, ns=(0, path.stat().st_mtime_ns))
+    new.replace(path)
+    now[0] += 2
+    assert [secret for secret in (ALICE, BOB) if keys.find(secret)] == [BOB]
+
+
 def test_keys_from_the_environment() -> None:
     keys = ApiKeys.of(RouterConfig(), lambda: 0.0, env={VARIABLE: f"alice {ALICE} requests=2\nbob {BOB}"})
     assert keys is not None
@@ -242,6 +253,22 @@ def test_tokens_beyond_those_of_a_minute_are_429_with_the_wait(tmp_path: Path) -
             assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
             assert refused.headers["x-ratelimit-reset-tokens"].endswith("s")
             assert (await ask(cluster, BOB)).status_code == 200
+
+    asyncio.run(check())
+
+
+def test_a_request_that_is_refused_costs_no_tokens(tmp_path: Path) -> None:
+    path = write_keys(tmp_path / "keys", f"alice {ALICE} tokens_per_minute=1000", f"bob {BOB}")
+
+    async def check() -> None:
+        async with fake_cluster(Script(pace_s=0.01), api_keys_file=path, max_queued_requests=1) as cluster:
+            running = asyncio.create_task(ask(cluster, BOB, max_tokens=50))
+            await until(lambda: len(cluster.service.machine.requests) == 1)
+            for _ in range(2):
+                refused = await ask(cluster)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+                assert refused.headers["x-ratelimit-remaining-tokens"] == "1000"
+            assert (await running).status_code == 200
 
     asyncio.run(check())
 

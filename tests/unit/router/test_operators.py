@@ -11,7 +11,7 @@ import pytest
 from fake_nodes import config, register
 from starlette.types import ASGIApp
 
-from kvrelay.addresses import is_loopback
+from kvrelay.addresses import is_loopback, is_named
 from kvrelay.admin_key import VARIABLE, read_admin_key
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
@@ -42,7 +42,7 @@ class Service(RouterService):
 
 def ask(app: ASGIApp, method: str, path: str, **headers: str) -> httpx.Response:
     async def scenario() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
             return await client.request(method, path, headers=headers)
 
     return asyncio.run(scenario())
@@ -96,6 +96,24 @@ def test_a_page_in_an_operators_browser_is_not_let_in() -> None:
     response = ask(app, "POST", "/cluster/nodes/n0/drain", Origin="http://evil.example")
     assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
     assert service.posted == []
+
+
+def test_a_name_that_points_to_this_host_is_not_let_in_without_a_key() -> None:
+    app = make_operators_app(Service())
+    response = ask(OperatorsOnly(app, None), "GET", "/cluster", Host="evil.example:8090")
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
+    with_key = {"Authorization": f"Bearer {KEY}", "Host": "router.example:8090"}
+    assert ask(OperatorsOnly(app, KEY), "GET", "/cluster", **with_key).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("location", "is_it"),
+    [("127.0.0.1", False), ("127.0.0.1:8090", False), ("[::1]:8090", False), ("[::1]", False),
+     ("LOCALHOST:8090", False), ("", False), ("10.0.0.1:80", False), ("evil.example", True),
+     ("evil.example:8090", True), ("127.0.0.1.nip.io", True), ("localhost.evil.example", True), ("[evil]:1", True)],
+)  # fmt: skip
+def test_what_has_a_name(location: str, is_it: bool) -> None:
+    assert is_named(location) is is_it
 
 
 # ---------------------------------------------------------------- the key

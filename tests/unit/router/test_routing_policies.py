@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
-from kvrelay.protocol.messages.router_to_node import Prefill, RegisterAgain, Registered
+from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from router.node_table import Node
 from router.policies import (
     REQUEST_TOKENS,
@@ -27,7 +28,7 @@ from router.policies import (
     Session,
 )
 from router.prefixes import EXPECTED_HEARTBEATS, NodePrefixes
-from router.request import RoutedRequest
+from router.request import MAX_ROUTED_BLOCKS, RoutedRequest
 
 BLOCK = GEOMETRY.block_size
 
@@ -194,6 +195,7 @@ def test_after_a_lost_report_nothing_counts_until_the_whole_comes_again() -> Non
 
 def test_a_prompt_counts_as_cached_from_when_it_is_sent_until_it_should_have_been_reported() -> None:
     prefixes, mine = NodePrefixes(), keys(list(range(4 * BLOCK)))
+    prefixes.take(changed(0, []))
     prefixes.expect(mine[:2])
     for _ in range(EXPECTED_HEARTBEATS):
         prefixes.count_heartbeat()
@@ -246,8 +248,24 @@ def test_the_router_asks_for_prefixes_only_if_a_policy_uses_them() -> None:
         assert [message.wants_prefixes for message in registered] == [wanted, wanted]
 
 
-def test_equal_prompts_go_to_one_node_and_others_elsewhere() -> None:
+def reporting(nodes: str) -> Driver:
+    """Return a router with ``nodes`` whose prefix caches are empty."""
+    driver = Driver(nodes, policy="cache_aware")
+    for name in nodes.split():
+        driver.receive(peer(name), changed(0, []))
+    return driver
+
+
+def test_nothing_is_expected_of_nodes_without_prefix_caching() -> None:
     driver = Driver("p0 p1 d0", policy="cache_aware")
+    for index in range(4):
+        driver.submit(new_request(f"r{index}", prompt=list(range(8 * BLOCK))))
+    sent = [to for to, message in driver.sent if isinstance(message, Prefill)]
+    assert sorted(sent) == [peer("p0"), peer("p0"), peer("p1"), peer("p1")]
+
+
+def test_equal_prompts_go_to_one_node_and_others_elsewhere() -> None:
+    driver = reporting("p0 p1 d0")
     first, second = list(range(8 * BLOCK)), list(range(1000, 1000 + 8 * BLOCK))
     driver.submit(new_request("r0", prompt=first))
     driver.submit(new_request("r1", prompt=second))
@@ -256,6 +274,37 @@ def test_equal_prompts_go_to_one_node_and_others_elsewhere() -> None:
     sent = {str(m.request.request_id): to for to, m in driver.sent if isinstance(m, Prefill)}
     assert sent == {"r0": sent["r0"], "r3": sent["r0"], "r1": sent["r1"], "r2": sent["r1"]}
     assert sent["r0"] != sent["r1"]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of blocks hashed for each prompt."""
+    counts: list[int] = []
+    hashes = BlockHasher.hashes
+
+    def counted(self: BlockHasher, token_ids: Sequence[int]) -> list[bytes]:
+        counts.append(len(token_ids) // self.block_size)
+        return hashes(self, token_ids)
+
+    monkeypatch.setattr(BlockHasher, "hashes", counted)
+    return counts
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_prompts_that_are_dispatched_together_share_the_blocks_that_are_hashed(hashed: list[int], waits: bool) -> None:
+    driver = Driver("d0" if waits else "p0 d0", policy="cache_aware")
+    tokens = list(range(MAX_ROUTED_BLOCKS // 2 * BLOCK))
+    driver.submit(*(new_request(f"r{index}", prompt=tokens) for index in range(4)))
+    if waits:
+        driver.join("p0")
+    assert sum(isinstance(message, Prefill) for _, message in driver.sent) == 4
+    assert hashed == [MAX_ROUTED_BLOCKS // 4] * 4
+
+
+def test_one_long_prompt_is_compared_with_all_the_blocks(hashed: list[int]) -> None:
+    driver = Driver("p0 d0", policy="cache_aware")
+    driver.submit(new_request(prompt=list(range((MAX_ROUTED_BLOCKS + 2) * BLOCK))))
+    assert hashed == [MAX_ROUTED_BLOCKS]
 
 
 def test_only_uncached_tokens_are_pending_on_the_node() -> None:
@@ -268,12 +317,15 @@ def test_only_uncached_tokens_are_pending_on_the_node() -> None:
     assert p0.pending == {"r": 2 * BLOCK}
 
 
-def test_a_node_that_missed_a_report_registers_again_and_a_restarted_one_has_no_prefixes() -> None:
+def test_a_node_whose_report_was_missed_begins_anew_and_a_restarted_one_has_no_prefixes() -> None:
     driver = Driver("p0 d0", policy="cache_aware")
     mine = keys(list(range(4 * BLOCK)))
     driver.receive(peer("p0"), changed(0, mine))
     driver.receive(peer("p0"), changed(2, mine))
-    assert driver.sent[-1] == (peer("p0"), RegisterAgain())
+    to, message = driver.sent[-1]
+    assert to == peer("p0")
+    assert isinstance(message, Registered)
+    assert message.wants_prefixes
     driver.receive(peer("p0"), changed(0, mine))
     driver.receive(peer("p0"), Heartbeat(load=Load()))
     driver.do(PeerLost(PeerId(peer("p0")), "killed"))

@@ -89,6 +89,9 @@ def test_options_of_json() -> None:
     assert schema["items"]["properties"]["a"]["additionalProperties"] is True
 
 
+DEEP = '{"items":' * 700 + "{}" + "}" * 700
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"structured_outputs": {"json": None}}],
@@ -120,6 +123,10 @@ def test_no_structure(fields: dict[str, Any]) -> None:
         ({"guided_regex": ""}, "guided_regex: should be a text, and not empty"),
         ({"structured_outputs": {"json": {}, "whitespace_pattern": 1}}, "structured_outputs.json: whitespace_pattern"),
         ({"guided_json": {"x": "y" * MAX_GRAMMAR_BYTES}}, f"guided_json: is longer than {MAX_GRAMMAR_BYTES} bytes"),
+        (
+            {"structured_outputs": {"json": DEEP, "disable_additional_properties": True}},
+            "structured_outputs.json: cannot be written as JSON",
+        ),
         ({"guided_json": {}, "ignore_eos": True}, "ignore_eos: not together with guided_json"),
         ({"guided_json": {}, "min_tokens": 2}, "min_tokens: not together with guided_json"),
         ({"guided_json": {}, "stop_token_ids": None}, "guided_json: the model has no token that ends a text"),

@@ -33,6 +33,7 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.machine.liveness import PAUSE_S
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort
 from kvrelay.runtime.shell import Shell
@@ -142,6 +143,33 @@ def test_after_a_pause_the_machine_is_told_first_and_timers_wait_until_messages_
     assert [type(event) for event in machine.events] == [Started, Resumed, Work, TimerFired]
     (resumed,) = [event for event in machine.events if isinstance(event, Resumed)]
     assert resumed.paused_s == pytest.approx(7.0, abs=0.5)
+
+
+def test_timers_fire_in_a_loop_that_is_always_slow() -> None:
+    clock = StoppedClock()
+
+    def answer(event: object, now: float) -> list[object]:
+        match event:
+            case Started():
+                return [SetTimer("due", now + 0.06), Work(0)]
+            case TimerFired():
+                return [Exit("fired")]
+            case Work(2):
+                return [Exit("never fired")]
+            case _:
+                return []
+
+    def be_slow(_: Work) -> None:
+        def pause() -> None:
+            clock.paused_s += PAUSE_S
+            loop.call_later(0.04, pause)
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.04, pause)
+        loop.call_later(1.5, shells[0].post, Work(2))
+
+    shells: list[Shell] = []
+    assert drive(Scripted(answer), {Work: be_slow}, shells.append, clock) == "fired"
 
 
 def test_an_event_posted_while_another_is_handled_waits_its_turn() -> None:
