@@ -108,7 +108,7 @@ def engine_of_case(
     interpreted = context.interpreted and dtype != "bfloat16"  # which Triton's interpreter does not multiply
     how = DeviceOptions(context.device, dtype, 16, interpreted, *mode)
     with tempfile.TemporaryDirectory() as folder:
-        case.write_checkpoint(Path(folder))
+        case.write_checkpoint(Path(folder), tokenizer=False)
         config = read_decoder_config(Path(folder))
         checkpoint = Checkpoint.open(Path(folder), config, lambda done, total: None)
         weights = load_weights(

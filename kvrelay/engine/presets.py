@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvrelay.engine.tiny_tokenizer import BOS_ID, EOS_ID, write_tokenizer
 from kvrelay.errors import ConfigError
 
 _QWEN2_0_5B: dict[str, Any] = {
@@ -78,8 +79,6 @@ def write_shape(path: Path, preset: str) -> None:
 
     Raises ConfigError for an unknown ``preset``.
     """
-    from kvrelay.engine.tiny_tokenizer import BOS_ID, EOS_ID, write_tokenizer  # noqa: PLC0415 (gpu-check has no tokenizers)
-
     if preset not in SHAPES:
         raise ConfigError([f"preset {preset!r} is unknown; there are {', '.join(SHAPES)}"])
     config = {"hidden_act": "silu", **SHAPES[preset], "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}

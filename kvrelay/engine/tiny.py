@@ -77,18 +77,20 @@ def write_tiny_checkpoint(
     dtype: DiskDType | None = None,
     overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int | None = None,
+    tokenizer: bool = True,
 ) -> None:
     """Write a random checkpoint of ``arch`` (one of ARCHS) into directory ``path``, which is created if needed.
 
-    ``overrides`` replace keys of ``config.json``; ``max_shard_bytes`` splits the tensors over several files.
-    Raises ConfigError for an unknown ``arch`` or ``preset``.
+    ``overrides`` replace keys of ``config.json``; ``max_shard_bytes`` splits the tensors over several files;
+    without ``tokenizer`` there are no files of one. Raises ConfigError for an unknown ``arch`` or ``preset``.
     """
     config = tiny_config(arch, preset, overrides or {})
     on_disk = dtype or PRESETS[preset].dtype
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "dtype": on_disk})
     _write_json(path / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False})
-    write_tokenizer(path, config["vocab_size"])
+    if tokenizer:
+        write_tokenizer(path, config["vocab_size"])
     shapes = expected_shapes(parse_decoder_config(config))
     _write_shards(path, shapes, seed, PRESETS[preset].gain, on_disk, max_shard_bytes)
 

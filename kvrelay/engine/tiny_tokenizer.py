@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 
@@ -52,6 +50,9 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 
     Ids beyond the bytes are letter combinations, so every id that a random model can generate has a text.
     """
+    # scripts/gpu-check uses the rest of this module where this package is not installed
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = _merges(vocab_size - len(SPECIAL_TOKENS) - len(alphabet))
     words = [*SPECIAL_TOKENS, *alphabet, *(left + right for left, right in merges)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -60,7 +61,9 @@ class CudaBlocks:
         self._driver = driver
         self._shape = shape
         self._address = address
-        self._give_back = give_back
+        # an engine that fails while it is made closes nothing
+        self._give_back = weakref.finalize(self, give_back, address)
+        self._give_back.atexit = False  # the driver does that with the process
         self._stream = api.stream()
         self._works: deque[_Work] = deque()
         self._lock = threading.Lock()
@@ -120,7 +123,7 @@ class CudaBlocks:
         with contextlib.suppress(DeviceError):  # a broken device: the driver gives the memory back with the process
             with _device_errors(self._api):
                 self._stream.synchronize()
-            self._give_back(self._address)
+            self._give_back()
 
     def _staging(self, planes: range, block_ids: list[BlockId]) -> tuple[Words, BlockIds]:
         """Return pinned memory for blocks, and ids: theirs in the pool and in that memory."""

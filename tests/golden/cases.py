@@ -44,11 +44,12 @@ class GoldenCase:
     max_shard_bytes: int | None = None
     max_model_len: int | None = None
 
-    def write_checkpoint(self, path: Path) -> None:
+    def write_checkpoint(self, path: Path, *, tokenizer: bool = True) -> None:
         """Write the case's checkpoint into ``path``."""
         write_tiny_checkpoint(
-            path, self.arch, dtype=self.dtype, overrides=self.overrides, max_shard_bytes=self.max_shard_bytes
-        )
+            path, self.arch, dtype=self.dtype, overrides=self.overrides, max_shard_bytes=self.max_shard_bytes,
+            tokenizer=tokenizer,
+        )  # fmt: skip
 
 
 CASES = (

@@ -26,7 +26,7 @@ class DecodeTiling:
     num_stages: int = 3
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["positions", "table_rows"])
 def decode_attention_kernel(
     q, k, v, positions, table_rows, tables, table_stride, out, parts, stats, tickets, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr,

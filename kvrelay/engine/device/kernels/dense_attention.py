@@ -29,7 +29,10 @@ class DenseTiling:
     num_stages: int = 3
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["piece_tables", "piece_positions", "piece_ends"],
+)
 def gather_kernel(
     k, v, piece_tables, piece_positions, piece_ends, tables, table_stride, k_out, v_out, WORDS: tl.constexpr,
     BLOCK: tl.constexpr, BS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
@@ -72,7 +75,7 @@ def _attend(
     return acc, total, new_highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tile_first_rows", "tile_counts", "tile_positions", "tile_bases"])
 def dense_attention_kernel(
     q, k, v, tile_first_rows, tile_counts, tile_positions, tile_bases, out, scale, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

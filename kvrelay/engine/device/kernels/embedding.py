@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "table_rows"])
 def embed_kernel(tokens, table_rows, last_tokens, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One piece of one row. A token below 0 stands for the last one sampled for the row's sequence."""
     row = tl.program_id(0).to(tl.int64)

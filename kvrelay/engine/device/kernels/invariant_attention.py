@@ -106,7 +106,10 @@ def _join(acc, total, highest, one, one_total, one_highest):
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_pieces"])
+@triton.jit(
+    do_not_specialize=["table_stride", "max_pieces"],
+    do_not_specialize_on_alignment=["first_rows", "counts", "positions", "table_rows"],
+)
 def attention_kernel(
     q, k, v, first_rows, counts, positions, table_rows, tables, table_stride, out, parts, stats, tickets, max_pieces,
     scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
@@ -206,7 +209,7 @@ def attention_of_singles(
     ``scratch``: see ``scratch_sizes``; tickets are zero before and after. None: no programs for pieces.
     """
     spread = 1 if scratch is None else SPREAD
-    room = (out, out, table_rows) if scratch is None else scratch
+    room = (out, out, tables) if scratch is None else scratch
     _launch(
         queries, keys, values, (table_rows, table_rows, positions, table_rows), tables, out, room, max_len, block_size,
         window, exact, tiling, True, spread,

@@ -78,7 +78,10 @@ def _attend(
     return acc, total, new_highest
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["tile_first_rows", "tile_counts", "tile_positions", "tile_tables"],
+)
 def prefill_attention_kernel(
     q, k, v, tile_first_rows, tile_counts, tile_positions, tile_tables, tables, table_stride, out, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -214,3 +215,11 @@ def test_each_process_uses_the_framework_of_its_own_node(driver: Driver, names: 
     assert names == ["paddle", "torch", "paddle"]
     for pool in (messager, peer, own):
         pool.close()
+
+
+def test_memory_is_given_back_if_nobody_is_left_to_close_it(driver: Driver) -> None:
+    blocks = cuda_blocks.CudaBlocks.create((6, 10, 32), Api())
+    assert driver.memory
+    del blocks
+    gc.collect()
+    assert driver.memory == {}

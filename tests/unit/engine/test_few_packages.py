@@ -1,0 +1,29 @@
+"""What ``scripts/gpu-check`` uses of kvrelay works with the few packages of a machine that has a GPU and no network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"llguidance", "orjson", "pydantic", "starlette", "tokenizers", "yaml", "zmq"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import cache_messager.links.cuda, cache_messager.links.ipc, cache_messager.machine, cache_messager.mover
+import kvrelay.engine.compute_thread, kvrelay.engine.device.load, kvrelay.engine.presets, kvrelay.node.plans
+from kvrelay.engine.tiny import write_tiny_checkpoint
+
+write_tiny_checkpoint(Path(sys.argv[1]), "llama", tokenizer=False)
+"""
+
+
+def test_engine_links_and_checkpoints_need_no_other_package(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "model.safetensors").exists()
