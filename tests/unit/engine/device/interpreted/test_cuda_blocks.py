@@ -87,7 +87,7 @@ class Stream:
 class Api:
     """A framework's CUDA. Only what it says is pinned memory may be given to kernels."""
 
-    errors = (RuntimeError,)
+    errors: tuple[type[Exception], ...] = (RuntimeError,)
 
     def start(self) -> None:
         pass
