@@ -119,9 +119,11 @@ def test_every_policy_serves_under_faults(policy: str, seed: int) -> None:
     with World(seed, prefill=2, decode=2, router={"prefill_routing": policy, "decode_routing": policy}) as world:
         world.link.disturb(drop=0.01, duplicate=0.02, delay=0.05)
         for number in range(12):
-            world.submit(world.rng.randint(5, 40), 8)
+            world.submit(world.rng.randint(5, 40), 8, session=f"session {number % 3}")
             if number == 6:
                 world.kill("p0" if seed % 2 else "d0")
             world.run_for(0.05)
         world.link.heal()
         world.settle_clients()
+        errors = [client.error for client in world.clients.values() if client.error is not None]
+        assert len(errors) <= 4  # of messages that are given up when they are lost

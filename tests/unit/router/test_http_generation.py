@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
-from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -450,3 +450,27 @@ def test_a_body_that_is_not_whole_when_the_server_ends_is_refused_like_others() 
         writer.close()
 
     run(scenario)
+
+
+def test_requests_of_a_session_go_to_one_node() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        timelines = cluster.service.machine.requests.timelines
+        used: dict[str, set[str]] = {}
+        for index in range(28):
+            session = f"user {index % 7}"  # an odd number: taking turns does not look like it
+            headers = {"X-Session-ID": session, "X-Request-ID": f"r{index}"}
+            body = {"model": "demo", "prompt": "hi", "max_tokens": 1}
+            response = await cluster.client.post("/v1/completions", json=body, headers=headers)
+            assert response.status_code == 200, response.text
+            request_id = RequestId(f"cmpl-r{index}")
+            await until(lambda: nodes_of(timelines.get(request_id)))  # noqa: B023 (it is awaited here)
+            used.setdefault(session, set()).update(nodes_of(timelines.get(request_id)))
+        assert all(len(nodes) == 1 for nodes in used.values())
+        assert set().union(*used.values()) == {"n0", "n1"}
+
+    run(scenario, roles="mixed mixed", prefill_routing="session", decode_routing="session")
+
+
+def nodes_of(timeline: Any) -> set[str]:
+    """Return the nodes that have reported what they did of a request."""
+    return {mark["node"] for mark in timeline["marks"] if mark["node"] != "router"}
