@@ -20,6 +20,7 @@ from router.openai.field_types import (
     NoFunction,
     NumChoices,
     NumLogprobs,
+    OnlyText,
     Penalty,
     Positive,
     Probability,
@@ -31,6 +32,7 @@ from router.openai.field_types import (
     Temperature,
     TokenIds,
     TopK,
+    Verbosity,
     shown,
     wrong,
 )
@@ -53,6 +55,9 @@ REFUSED_FIELDS = {
     "chat_template": "only the model's own chat template is used",
     "documents": "documents are not supported",
     "audio": "only text is supported",
+    "moderation": "moderation is not supported",
+    "web_search_options": "there is no web search",
+    "lora_path": "LoRA adapters are not supported",
     "prompt_embeds": "prompt_embeds is not supported",
 }
 """Unsupported fields that would change the answer, unless they are null, empty, zero or false."""
@@ -61,7 +66,10 @@ IGNORED_FIELDS = frozenset(
     {
         "guided_decoding_backend",
         "metadata",
+        "prediction",
         "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
@@ -73,10 +81,11 @@ unknown_fields = UnknownFields()
 
 
 class StreamOptions(Fields):
-    """Options of a stream: ``usage`` in a last chunk, or in every chunk."""
+    """Options of a stream: ``usage`` in a last chunk, or in every chunk. Nothing is obfuscated."""
 
     include_usage: Flag = None
     continuous_usage_stats: Flag = None
+    include_obfuscation: Flag = None
 
 
 class ResponseFormat(Fields):
@@ -149,7 +158,7 @@ class CompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.num_choices:
+        if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
         if self.echo and self.logprobs is not None:
             raise wrong("logprobs: not supported together with echo (no logprobs of the prompt)")
@@ -243,6 +252,8 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     parallel_tool_calls: Flag = None
     include_reasoning: Flag = None
     function_call: NoFunction | None = None
+    modalities: OnlyText | None = None
+    verbosity: Verbosity | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatCompletionRequest:
