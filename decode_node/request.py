@@ -47,8 +47,8 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
 
     ``sender`` is the P whose reservation it began as, None if the router sent it to this node. Until the hand-off a
     reserved request's tokens are unknown and ``spec`` is a stand-in with nothing but the maximum output, priority and
-    router; ``num_cached_blocks`` of its blocks, with ``num_matched_tokens``, need not come from P. After a preemption its first ``num_stored_blocks``
-    blocks are in the store, once it is no longer ``is_saving``.
+    router; ``num_cached_blocks`` of its blocks, with ``num_matched_tokens``, need not come from P. After a preemption
+    its first ``num_stored_blocks`` blocks are in the store, once it is no longer ``is_saving``.
     """
 
     __slots__ = (

@@ -119,7 +119,7 @@ class Steps:
             self._outbox.send(router, TokensOut(outputs=its))
 
     def _measure(self, ended: PlanInFlight[DecodeRequest]) -> float:
-        """Return the seconds of the step, and note how fast prompts are computed if it computed hardly anything else."""
+        """Return the seconds of the step. Note how fast prompts are computed if it computed hardly anything else."""
         prefilling, num_prefill = self._requests.prefilling, 0
         if prefilling:
             chunks = zip(ended.requests, ended.chunks, strict=True)

@@ -17,7 +17,8 @@ class NodeTotals:
     def __init__(self) -> None:
         self.preemptions = 0.0
         self.stages = {
-            name: Histogram(histograms.BOUNDS[name]) for name in (histograms.QUEUE, histograms.PREFILL, histograms.DECODE)
+            name: Histogram(histograms.BOUNDS[name])
+            for name in (histograms.QUEUE, histograms.PREFILL, histograms.DECODE)
         }
 
     def add_growth(self, before: Load, after: Load) -> None:

@@ -86,7 +86,10 @@ class VllmFamilies:
     def prompt_tokens_by_source(self, computed: float, cached: float, received: float) -> Metric:
         """Return where the KV of prompts came from, in tokens. ``received``: from another node or from the store."""
         return self._counters(
-            "prompt_tokens_by_source", "Prompt tokens by source.", "source", dict(zip(SOURCES, (computed, cached, received), strict=True))
+            "prompt_tokens_by_source",
+            "Prompt tokens by source.",
+            "source",
+            dict(zip(SOURCES, (computed, cached, received), strict=True)),
         )
 
     def request_success(self, by_reason: dict[str, float]) -> Metric:

@@ -30,12 +30,21 @@ class Holder(StrEnum):
 class NodeRequest(Sequence, Generic[S]):
     """One attempt at a request: its sequence, its status, and who uses its blocks.
 
-    ``hashes`` are those of its full blocks. ``num_stored_tokens`` of its ``num_cached_tokens`` are from the store. ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only.
-    ``OVER`` are the statuses in which nothing more is sent about it. ``is_over`` says whether it has one of them; every
-    step asks this of each of its requests.
+    ``hashes`` are those of its full blocks. ``num_stored_tokens`` of its ``num_cached_tokens`` are from the store.
+    ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only. ``OVER`` are the statuses in which
+    nothing more is sent about it. ``is_over`` says whether it has one of them; every step asks this of its requests.
     """
 
-    __slots__ = ("arrival_s", "hashes", "holders", "is_over", "lifecycle", "marks", "num_cached_tokens", "num_stored_tokens")
+    __slots__ = (
+        "arrival_s",
+        "hashes",
+        "holders",
+        "is_over",
+        "lifecycle",
+        "marks",
+        "num_cached_tokens",
+        "num_stored_tokens",
+    )
 
     OVER: ClassVar[frozenset[StrEnum]]
 
