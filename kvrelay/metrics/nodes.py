@@ -42,13 +42,20 @@ def node_families(nodes: Iterable[NodeLoad]) -> Iterator[Metric]:
         up.add_metric(node.labels, 1)
         for kind, values in ((GaugeMetricFamily, gauges(node.load)), (CounterMetricFamily, node.load.counters)):
             for name, value in values.items():
-                metric = f"kvrelay_node_{_NOT_A_NAME.sub('_', name)}"
+                metric = _metric_name(name)
                 family = families.setdefault(metric, kind(metric, words(name), labels=_NODE))
                 family.add_metric(node.labels, value)
     yield up
     yield from families.values()
     yield from _prompts(nodes)
     yield from _stages(nodes)
+
+
+def _metric_name(name: str) -> str:
+    """Return the metric of a node's number called ``name``. Prometheus wants units in full."""
+    if name.endswith("_s"):
+        name = name.removesuffix("_s") + "_seconds"
+    return f"kvrelay_node_{_NOT_A_NAME.sub('_', name)}"
 
 
 def gauges(load: Load) -> dict[str, float]:

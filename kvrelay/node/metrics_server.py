@@ -112,18 +112,23 @@ class MetricsServer:
             return _response("405 Method Not Allowed", b"GET or HEAD\n")
         match path.partition(b"?")[0]:
             case b"/metrics":
-                answer = _response("200 OK", self._fresh_text(), _TEXT)
+                answer = self._metrics()
             case b"/health":
                 answer = _response("200 OK", b"ok\n")
             case _:
                 answer = _response("404 Not Found", b"/metrics is here\n")
         return answer if method == b"GET" else answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
-    def _fresh_text(self) -> bytes:
+    def _metrics(self) -> bytes:
         now = self._now()
         if self._made_s is None or not 0 <= now - self._made_s < TEXT_AGE_S:
-            self._text, self._made_s = self._exposition(), now
-        return self._text
+            try:
+                self._text = self._exposition()
+            except Exception:
+                logger.exception("the metrics cannot be read")
+                return _response("500 Internal Server Error", b"see the node's log\n")
+            self._made_s = now
+        return _response("200 OK", self._text, _TEXT)
 
 
 def _response(status: str, body: bytes, content_type: str = "text/plain; charset=utf-8") -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -173,3 +175,14 @@ def test_a_port_in_use_is_named_before_anything_starts(model: Path) -> None:
             assert "nodes.p0.metrics_port: cannot listen at 127.0.0.1" in cluster.log()
         finally:
             cluster.close()
+
+
+@pytest.mark.parametrize("process", ["router", "p0", "d0"])
+def test_promtool_has_no_complaints(scrapes: Scrapes, process: str) -> None:
+    """Of vLLM's names it only dislikes the colon, which is vLLM's."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: the package prometheus)")
+    text = scrapes.text[process].replace("vllm:", "vllm_")
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
