@@ -66,8 +66,7 @@ class DeviceDecoder:
             on_layer(index)
             attended = do.attention(queries, pool[index], step, self._tables, self._config.windows[index])
             due = project.add(residual, attended, layer.out)
-            gate_up = project.normed(residual, due, layer.post_attention_norm, layer.gate_up)
-            due = project.add_activated(residual, gate_up, layer.down)
+            due = project.feed_forward(residual, due, layer.post_attention_norm, layer.gate_up, layer.down)
         return residual if due is None else residual.add_(due)
 
     def sample(self, logits: Tensor, step: StepTensors) -> Sampled:
