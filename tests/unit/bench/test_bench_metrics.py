@@ -108,7 +108,7 @@ def test_a_constant_ratio_has_a_narrow_interval_around_it() -> None:
     ratio = ratio_of([1.0, 2.0, 4.0], [1.5, 3.0, 6.0])
 
     assert ratio.mean == pytest.approx(1.5)
-    assert (ratio.low, ratio.high) == (pytest.approx(1.5), pytest.approx(1.5))
+    assert [ratio.low, ratio.high] == pytest.approx([1.5, 1.5])
     assert ratio.is_significant
 
 

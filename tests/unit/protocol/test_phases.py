@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ MARKS = {
 }
 
 
-def timeline(marks: dict[str, list[tuple[str, float]]], *layers: tuple[float, float]) -> dict[str, Any]:
+def timeline(marks: Mapping[str, Sequence[tuple[str, float]]], *layers: tuple[float, float]) -> dict[str, Any]:
     return {
         "request_id": "cmpl-1",
         "marks": [{"name": name, "at_s": at, "node": node} for node, its in marks.items() for name, at in its],
