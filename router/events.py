@@ -120,6 +120,9 @@ class RequestErrored:
 
 Delivery: TypeAlias = TokensDelivered | PromptLogprobsDelivered | RequestEnded | RequestErrored
 
+PARTS = (TokensDelivered, PromptLogprobsDelivered)
+"""The kinds of deliveries that are not terminal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deliver:

@@ -132,9 +132,9 @@ class FakeEngine:
         spans = {span.index: span for span in batch.spans}
 
         def compute(piece: PromptRows) -> PromptLogprobs:
-            slots = spans[piece.index].slots(0)[: piece.start + len(piece.targets) - 1]
+            slots = spans[piece.place].slots(0)[: piece.start + len(piece.targets) - 1]
             hashes = self._words.context_hashes(np.take(self._pool, slots, axis=1, mode="clip"))
-            params = batch.items[piece.index].sequence.sampling
+            params = batch.items[piece.place].sequence.sampling
             return fake_prompt_logprobs(self._config, params, hashes[piece.start - 1 :], piece)
 
         wanted = prompt_rows(batch.items, batch.first_rows, self.vocab_size)

@@ -79,7 +79,8 @@ class KVWords:
     def _weighted(self, words: UInt64, first_position: int) -> UInt64:
         per_token = np.einsum("ptw,pw->t", words, self._weights)
         positions = np.arange(first_position, first_position + len(per_token), dtype=np.uint64)
-        return per_token * (np.uint64(2) * positions + np.uint64(1))
+        weighted: UInt64 = per_token * (np.uint64(2) * positions + np.uint64(1))
+        return weighted
 
 
 def favourite_token(context_hash: int, vocab_size: int, eos_token_ids: Sequence[int], eos_every: int) -> int:

@@ -26,10 +26,10 @@ MAX_ENTRIES = 4096
 class PromptRows(NamedTuple):
     """Rows of a step after which prompt tokens come: those from position ``start`` on are ``targets``.
 
-    ``index``: the sequence's place among the batch's items.
+    ``place``: that of the sequence among the batch's items.
     """
 
-    index: int
+    place: int
     rows: Int64
     targets: list[int]
     start: int
@@ -46,14 +46,14 @@ class PromptRows(NamedTuple):
 def prompt_rows(items: Sequence[ScheduledSequence], first_rows: Sequence[int], vocab_size: int) -> list[PromptRows]:
     """Return the rows of ``items`` whose log probabilities are wanted. ``first_rows[i]`` is the first one of item i."""
     found: list[PromptRows] = []
-    for index, (item, first_row) in enumerate(zip(items, first_rows, strict=True)):
+    for place, (item, first_row) in enumerate(zip(items, first_rows, strict=True)):
         sequence, start = item.sequence, item.start
         wanted = sequence.sampling.num_prompt_logprobs
         count = min(start + item.num_tokens, sequence.num_prompt_tokens - 1) - start
         if wanted is not None and count > 0:
             targets = sequence.token_ids[start + 1 : start + 1 + count]
             rows = np.arange(first_row, first_row + count)
-            found.append(PromptRows(index, rows, targets, start + 1, min(wanted, vocab_size)))
+            found.append(PromptRows(place, rows, targets, start + 1, min(wanted, vocab_size)))
     return found
 
 
@@ -65,15 +65,15 @@ def add_prompt_logprobs(
 ) -> None:
     """Add to the ``outcomes`` those of the ``wanted`` rows. ``compute`` gets pieces of them; EngineError: it fails."""
     for rows in wanted:
-        outcome = outcomes[rows.index]
+        outcome = outcomes[rows.place]
         if isinstance(outcome, SequenceFailed):
             continue
         try:
             pieces = tuple(compute(piece) for piece in rows.pieces(vocab_size))
         except EngineError as error:
-            outcomes[rows.index] = SequenceFailed(error.message, retryable=error.retryable)
+            outcomes[rows.place] = SequenceFailed(error.message, retryable=error.retryable)
         else:
-            outcomes[rows.index] = SampledTokens(outcome.token_ids, outcome.logprobs, pieces)
+            outcomes[rows.place] = SampledTokens(outcome.token_ids, outcome.logprobs, pieces)
 
 
 def logprobs_of(logits: Float32, rows: PromptRows) -> PromptLogprobs:
@@ -88,7 +88,7 @@ def logprobs_of(logits: Float32, rows: PromptRows) -> PromptLogprobs:
         if not np.isfinite(row.max()):
             raise EngineError(f"the model's logits are not finite at prompt position {rows.start + len(entries)}")
         entries.append(token_logprobs(row, target, rows.num_alternatives))
-        ranks.append(np.count_nonzero(row >= row[target]))
+        ranks.append(int(np.count_nonzero(row >= row[target])))
     return packed(rows, ranks, entries)
 
 

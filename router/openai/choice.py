@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvrelay.protocol.ids import RequestId
-from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
@@ -16,7 +16,8 @@ from router.text.output_text import OutputText, TextOptions
 class Delta:
     """New output of choice ``index``. The last one has a ``finish_reason``.
 
-    ``stop_reason``: the stop string, or the client's stop token id, that ended it.
+    ``stop_reason``: the stop string, or the client's stop token id, that ended it. Deltas with ``prompt_logprobs`` have
+    nothing else and come before all others.
     """
 
     index: int
@@ -25,11 +26,12 @@ class Delta:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def is_news(self) -> bool:
         """Whether it needs a chunk. Tokens do even without text, because clients count and time chunks."""
-        return bool(self.token_ids or self.text or self.finish_reason)
+        return bool(self.token_ids or self.text or self.finish_reason or self.prompt_logprobs)
 
 
 class Choice:

@@ -90,7 +90,15 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    PromptLogprobs,
+    RequestSpec,
+    SamplingParams,
+    TokenLogprobs,
+)
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}

@@ -93,8 +93,8 @@ class StepPlan(Message, frozen=True, kw_only=True):
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="sampled"):
     """Output tokens of one sequence in one step: none if it does not sample, several if drafts were accepted.
 
-    ``logprobs`` has one entry per token if the request asked for them, else it is empty. ``prompt_logprobs``, in pieces,
-    are those of the prompt tokens that follow the tokens computed, if the request asked for them.
+    ``logprobs`` has one entry per token if the request asked for them, else it is empty. ``prompt_logprobs``, in
+    pieces, are those of the prompt tokens that follow the tokens computed, if the request asked for them.
     """
 
     token_ids: list[int]

@@ -15,8 +15,8 @@ from test_resuming import STORE, counted, preempt_often
 from kvrelay.engine import prompt_logprobs
 from kvrelay.protocol.request import FinishReason
 
-DISAGGREGATED = {"prefill": 1, "decode": 1}
-MIXED = {"prefill": 0, "decode": 0, "mixed": 1}
+DISAGGREGATED: dict[str, Any] = {"prefill": 1, "decode": 1}
+MIXED: dict[str, Any] = {"prefill": 0, "decode": 0, "mixed": 1}
 SHAPES: list[dict[str, Any]] = [DISAGGREGATED, MIXED]
 LENGTHS = (1, 2, 3, 4, 5, 16, 17, 33, 70)
 
@@ -31,7 +31,7 @@ def num_scored(client: Client) -> int:
 
 @pytest.mark.parametrize("budget", [1, 3, 16, 64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks(shape: dict[str, int], budget: int) -> None:
+def test_chunks(shape: dict[str, Any], budget: int) -> None:
     scheduler = {"max_num_batched_tokens": budget}
     with World(**shape, scheduler=scheduler, cache={"num_blocks": 200}) as world:
         clients = [submit(world, length, alternatives=length % 4) for length in LENGTHS]
@@ -42,7 +42,7 @@ def test_chunks(shape: dict[str, int], budget: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_token_is_generated_if_only_the_prompt_is_wanted(shape: dict[str, int]) -> None:
+def test_no_token_is_generated_if_only_the_prompt_is_wanted(shape: dict[str, Any]) -> None:
     with World(**shape) as world:
         clients = [submit(world, length, max_tokens=0) for length in LENGTHS]
         world.serve_all()
@@ -52,7 +52,7 @@ def test_no_token_is_generated_if_only_the_prompt_is_wanted(shape: dict[str, int
 
 @pytest.mark.parametrize("storage", [{}, STORE])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_prompts_are_computed_again(shape: dict[str, int], storage: dict[str, Any]) -> None:
+def test_cached_prompts_are_computed_again(shape: dict[str, Any], storage: dict[str, Any]) -> None:
     """A prefix cache and a store have KV and no logprobs. D's hits still need no transfer."""
     with World(**shape, storage=storage) as world:
         prompt = world.prompt(41)
@@ -72,7 +72,7 @@ def test_cached_prompts_are_computed_again(shape: dict[str, int], storage: dict[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_prompts_at_once_wait_for_no_block(shape: dict[str, int]) -> None:
+def test_equal_prompts_at_once_wait_for_no_block(shape: dict[str, Any]) -> None:
     with World(**shape, careful=True, cache={"num_blocks": 200}) as world:
         prompt = world.prompt(45)
         for number in range(6):
@@ -82,7 +82,8 @@ def test_equal_prompts_at_once_wait_for_no_block(shape: dict[str, int]) -> None:
 
 def test_resumed_requests_compute_no_logprobs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     preempt_often(monkeypatch)
-    for options in ({}, {"storage": STORE}):
+    both: list[dict[str, Any]] = [{}, {"storage": STORE}]
+    for options in both:
         for shape in SHAPES:
             with World(3, **shape, **options) as world:
                 clients = [submit(world, length, 20, ignore_eos=True) for length in LENGTHS]
@@ -107,7 +108,7 @@ def test_the_node_dies_after_a_part_of_the_logprobs(nth: int, budget: int) -> No
     with World(6, prefill=2, scheduler={"max_num_batched_tokens": budget}) as world:
         clients = [submit(world, 40 + number) for number in range(4)]
         world.run_until_arrived("PromptLogprobsOut", nth)
-        assert any(0 < num_scored(client) for client in clients)
+        assert any(num_scored(client) > 0 for client in clients)
         world.kill("p0")
         world.serve_all()
 
@@ -161,7 +162,8 @@ def test_a_token_before_the_logprobs_fails_the_attempt() -> None:
     """Should messages be lost, nothing is missing in an answer."""
     with World() as world:
         requests = world.router.machine.requests
-        take, dropped = requests.take_prompt_logprobs, []
+        take = requests.take_prompt_logprobs
+        dropped: list[object] = []
 
         def drop_first(peer: Any, message: Any) -> None:
             if dropped:
