@@ -413,6 +413,9 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
+    )
 
     @model_validator(mode="after")
     def _timeout_above_heartbeat(self) -> Self:

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
@@ -85,7 +86,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("error while serving %s", scope["path"])
+            logger.exception(Event("error while serving", {"path": scope["path"], "request_id": name}))
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
