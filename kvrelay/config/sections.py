@@ -90,8 +90,8 @@ class RouterConfig(Section):
         "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
         "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
-        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
-        "of two random nodes.",
+        "node for all requests with the same X-Session-ID (or X-Session-Token) header; round_robin; random; "
+        "power_of_two: the less loaded of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
         "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."

@@ -96,7 +96,8 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
-        session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
+        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import zmq
@@ -26,7 +27,7 @@ KEY = "nodes.p0.kv_events"
 class Node:
     """A publisher with its addresses, and the sockets of its clients."""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, **options: Any) -> None:
         events, replay = (f"tcp://127.0.0.1:{port}" for port in free_ports(2))
         self.config = KVEventsConfig(endpoint=events, replay_endpoint=replay, **options)
         self.publisher = KVEventPublisher(KEY, self.config, "kv@p0@demo")
