@@ -27,6 +27,7 @@ from router.openai.models import model_name
 from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
 from router.service import RouterService
+from router.text.output_text import NO_IDS
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
@@ -134,11 +135,13 @@ class GenerateEndpoint:
     ) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
-        sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
+        sampling, parsing = RequestSampling(request, service.model, service.max_model_len), self._api.parsing(request)
+        options = text_options(request, parsing.shown_ids if parsing else NO_IDS)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
             new = NewRequest(request_id, prompt, params, request.priority or 0, session, answer_id)
-            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)
+            parser = parsing.parser(prompt) if parsing else None
+            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options, parser)
