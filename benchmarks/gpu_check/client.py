@@ -32,7 +32,7 @@ async def perform(job: Job, begin_s: float) -> list[Answer]:
 
 def main() -> None:
     """Perform jobs until standard input ends."""
-    output = open(1, "wb", closefd=False)  # noqa: SIM115, PTH123 (PYTHONUNBUFFERED makes that of sys write only a part)
+    output = open(1, "wb", closefd=False)  # noqa: SIM115 (PYTHONUNBUFFERED makes that of sys write only a part)
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         print("ready", flush=True)

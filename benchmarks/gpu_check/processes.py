@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import yaml
-
 from support.ports import free_ports
 
 from gpu_check.jobs import Answer, Ask, Done, Job
