@@ -119,6 +119,11 @@ async def _run(port: int, load: Load, seconds: float) -> float:
     return time.perf_counter() - began_s
 
 
+def _percentiles_ms(values_s: list[float]) -> list[float]:
+    """Return percentiles 1 to 99; none of fewer than two values."""
+    return [value * 1e3 for value in statistics.quantiles(values_s, n=100)] if len(values_s) > 1 else []
+
+
 def main() -> None:
     port, connections, max_tokens, pace_us, stream = map(int, sys.argv[1:6])
     load = Load(connections, max_tokens, pace_us, bool(stream))
@@ -128,7 +133,7 @@ def main() -> None:
         "requests": load.num_requests,
         "chunks": load.num_chunks,
         "tokens": load.num_tokens,
-        "latencies_ms": [value * 1e3 for value in statistics.quantiles(load.latencies_s, n=100)],
+        "latencies_ms": _percentiles_ms(load.latencies_s),
         "wrong": load.wrong[:3],
     }
     print(json.dumps(result))
