@@ -18,6 +18,7 @@ from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.api_keys import ApiKeys
 from router.http.clients_only import ClientsOnly
 from router.http.generate import GenerateEndpoint
+from router.http.unsupported import unsupported_routes
 from router.metrics import Metrics
 from router.openai.errors import AnswerError
 from router.service import RouterService
@@ -58,6 +59,7 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         Route("/metrics", exposition),
         Route("/cluster", admin.cluster),
         Route("/cluster/requests/{request_id}", admin.timeline),
+        *unsupported_routes(),
     ]
     middleware = _cors(service.config.router.cors_allow_origins)
     if keys is not None:

@@ -30,6 +30,7 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
 async def _prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
     router = service.config.router
     headers = dict(scope["headers"])
+    _check_content_type(headers)
     with BodyShare(service.body_memory) as share:
         job = Job(
             task=task,
@@ -41,6 +42,17 @@ async def _prepared(task: Task, service: RouterService, scope: Scope, receive: R
         )
         outcome = service.preparer.prepare_now(job)
         return await _in_worker(service, job, receive) if outcome is None else outcome
+
+
+def _check_content_type(headers: dict[bytes, bytes]) -> None:
+    """Raise AnswerError (415) if the body is said to be something else than JSON, as forms of web pages are."""
+    given = headers.get(b"content-type", b"application/json")
+    media_type = given.partition(b";")[0].strip().lower()
+    if media_type == b"application/json" or (media_type.startswith(b"application/") and media_type.endswith(b"+json")):
+        return
+    message = f"Content-Type: should be 'application/json', not {given[:80].decode('latin-1')!r}"
+    error = ErrorInfo(code="unsupported_media_type", message=message, http_status=415)
+    raise AnswerError(error, param="Content-Type")
 
 
 def _is_gzipped(headers: dict[bytes, bytes]) -> bool:

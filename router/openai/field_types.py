@@ -115,6 +115,19 @@ def _no_tool(value: object) -> object:
     return value
 
 
+def _only_text(value: object) -> object:
+    if value != ["text"]:
+        raise wrong("only ['text'] is supported")
+    return value
+
+
+def _verbosity(value: object) -> object:
+    """Accept what OpenAI's models do anyway: nothing tells the served model to write less or more."""
+    if value != "medium":
+        raise wrong("only 'medium' is supported")
+    return value
+
+
 Whole = BeforeValidator(_whole)
 Positive = Annotated[int, Field(ge=1, le=INT64), Whole]
 Natural = Annotated[int, Field(ge=0, le=INT64), Whole]
@@ -135,4 +148,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[int, Bias], BeforeValidator(_biases)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
 NoTool = Annotated[str, PlainValidator(_no_tool)]
+OnlyText = Annotated[list[str], PlainValidator(_only_text)]
+Verbosity = Annotated[str, PlainValidator(_verbosity)]
 JsonSchema = Annotated[object, PlainValidator(_schema)]

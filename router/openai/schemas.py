@@ -20,6 +20,7 @@ from router.openai.field_types import (
     NoTool,
     NumChoices,
     NumLogprobs,
+    OnlyText,
     Penalty,
     Positive,
     Probability,
@@ -31,6 +32,7 @@ from router.openai.field_types import (
     Temperature,
     TokenIds,
     TopK,
+    Verbosity,
     shown,
     wrong,
 )
@@ -51,6 +53,9 @@ REFUSED_FIELDS = {
     "chat_template": "only the model's own chat template is used",
     "documents": "documents are not supported",
     "audio": "only text is supported",
+    "moderation": "moderation is not supported",
+    "web_search_options": "there is no web search",
+    "lora_path": "LoRA adapters are not supported",
     "prompt_embeds": "prompt_embeds is not supported",
 }
 """Unsupported fields that would change the answer, unless they are null, empty, zero or false."""
@@ -60,7 +65,10 @@ IGNORED_FIELDS = frozenset(
         "guided_decoding_backend",
         "metadata",
         "parallel_tool_calls",
+        "prediction",
         "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
@@ -87,10 +95,11 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """Options of a stream: ``usage`` in a last chunk, or in every chunk."""
+    """Options of a stream: ``usage`` in a last chunk, or in every chunk. Nothing is obfuscated."""
 
     include_usage: Flag = None
     continuous_usage_stats: Flag = None
+    include_obfuscation: Flag = None
 
 
 class ResponseFormat(Fields):
@@ -163,7 +172,7 @@ class CompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.num_choices:
+        if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
         if self.echo and self.logprobs is not None:
             raise wrong("logprobs: not supported together with echo (no logprobs of the prompt)")
@@ -248,6 +257,8 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     top_logprobs: NumLogprobs | None = None
     tool_choice: NoTool | None = None
     function_call: NoTool | None = None
+    modalities: OnlyText | None = None
+    verbosity: Verbosity | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatCompletionRequest:

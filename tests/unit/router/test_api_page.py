@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from kvrelay.errors import KVRelayError
+from router.http.unsupported import NAME, UNSUPPORTED
 from router.openai.schemas import (
     IGNORED_FIELDS,
     REFUSED_FIELDS,
@@ -92,12 +93,18 @@ def test_every_endpoint_is_on_the_page() -> None:
     routes = {
         f"{method} {route.path}"
         for route in app.routes
-        if isinstance(route, Route)
+        if isinstance(route, Route) and route.name != NAME
         for method in route.methods or ()
         if method != "HEAD"
     }
     assert routes <= set(names("Endpoints"))
     assert set(names("Endpoints")) <= routes
+
+
+def test_every_unsupported_endpoint_is_on_the_page_with_its_reason() -> None:
+    written = {f"{method} {path}": reason for path, (reason, methods) in UNSUPPORTED.items() for method in methods}
+    rows = [row for row in sections()["Unsupported endpoints"] if row[0].startswith("`")]
+    assert {name: row[1] for row in rows for name in re.findall(r"`([^`]+)`", row[0])} == written
 
 
 def test_every_error_code_is_on_the_page_with_its_status() -> None:

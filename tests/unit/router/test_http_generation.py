@@ -201,6 +201,7 @@ def test_a_character_of_four_tokens_makes_four_chunks() -> None:
     run(scenario, Script(answer="🦊"))
 
 
+@pytest.mark.fault("F25")
 def test_stream_and_answer_have_the_same_text_for_hostile_model_text() -> None:
     hostile = 'line\r\n\r\ndata: [DONE]\n\n"quoted\\" \x00 \u2028 🦊'
 
@@ -331,6 +332,7 @@ def test_request_id_of_the_client_is_used_and_told_back() -> None:
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.fault("F04", "F08")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("pace_s", [0.02, 60.0], ids=["after some tokens", "before the first"])
 def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: float) -> None:

@@ -116,6 +116,7 @@ class Life:
         return f"a{self.incarnations[name]}" if self.incarnations[name] else "a"
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("local_prefill_tokens", [None, 0])
 def test_every_request_ends_once_with_its_tokens_in_order_and_nothing_is_left(
