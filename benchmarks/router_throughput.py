@@ -3,9 +3,9 @@
     python benchmarks/router_throughput.py [--seconds 5] [--streams 64] [--baselines DIRECTORY]
 
 One router process, a node without an engine (``support/router_node.py``) and a load client with keep-alive connections
-(``support/router_client.py``), each in a process of its own. Rates per core are per CPU second of the router process, so
-they do not depend on what else runs on the machine; rates per second do. Baselines, in the same run: the load client at
-a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it, if DIRECTORY is a
+(``support/router_client.py``), each in a process of its own. Rates per core are per CPU second of the router process,
+so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run: the load client
+at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it, if DIRECTORY is a
 virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
 
 - added latency: 16 requests at once whose node answers after 40 ms, minus the same directly at the mock;
@@ -198,7 +198,8 @@ def report(console: Console, results: dict[str, dict[str, Result]]) -> None:
     for name, row in rows.items():
         table.add_row(name, *(f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in row.values()))
     other = next((name for name in rows if name.endswith("-router")), "direct")
-    table.add_row(f"ratio to {other}", *(f"{value / rows[other][name]:.2f}x" for name, value in rows["kvrelay"].items()))
+    ours, theirs = rows["kvrelay"], rows[other]
+    table.add_row(f"ratio to {other}", *(f"{ours[name] / theirs[name]:.2f}x" if theirs[name] else "" for name in ours))
     console.print(table)
 
 

@@ -1,8 +1,8 @@
-"""The load client of ``benchmarks/router_throughput.py``, a process of its own: keep-alive connections that ask over and over.
+"""The load client of ``benchmarks/router_throughput.py``: keep-alive connections that ask over and over.
 
 ``python router_client.py PORT CONNECTIONS MAX_TOKENS PACE_US STREAM SECONDS`` prints one line of JSON: requests, chunks
-and tokens in the measured time, and percentiles 1 to 99 of the latency of requests that ended in it. Tokens are counted as letters of
-``text``. The first connection of a stream compares the joined text of its answers with what the node said.
+and tokens in the measured time, and percentiles 1 to 99 of the latency of requests that ended in it. Tokens are counted
+as letters of ``text``. The first connection of a stream compares the text of its answers with what the node said.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import httptools
@@ -110,7 +111,8 @@ class Connection(asyncio.Protocol):
 async def _run(port: int, load: Load, seconds: float) -> float:
     loop = asyncio.get_running_loop()
     for index in range(load.connections):
-        await loop.create_connection(lambda: Connection(load, checks=load.stream and index == 0), "127.0.0.1", port)
+        checks = load.stream and index == 0
+        await loop.create_connection(partial(Connection, load, checks=checks), "127.0.0.1", port)
     await asyncio.sleep(WARM_UP_S)
     print("measuring", flush=True)
     load.measuring, began_s = True, time.perf_counter()

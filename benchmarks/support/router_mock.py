@@ -1,4 +1,4 @@
-"""A bare HTTP server that answers completions as an engine would, for ``benchmarks/router_throughput.py``: the baselines' node.
+"""A bare HTTP server that answers completions: the baselines' node in ``benchmarks/router_throughput.py``.
 
 ``python router_mock.py PORT``. A completion's pace is its seed, in microseconds per token, as in ``router_node.py``.
 """

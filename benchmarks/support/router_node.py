@@ -1,7 +1,7 @@
 """A mixed node without an engine, for ``benchmarks/router_throughput.py``: ``python router_node.py CONTROL_ADDRESS``.
 
 The pace of a request is its seed: microseconds per step, 0 for steps without pause. All requests of one pace take their
-steps together, with one message per step. Token ``i`` of an answer is the ``i``-th letter of the alphabet, over and over.
+steps together, with one message per step. Token ``i`` of an answer is letter ``i % 26`` of the alphabet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from kvrelay.protocol.request import RequestSpec
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.tokenizer.plain import plain_tokens
 
-GEOMETRY = KVGeometry(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="fake-1024")
+GEOMETRY = KVGeometry(
+    num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_digest="fake-1024"
+)
 HEARTBEAT_S = 1.0
 LETTERS: list[int] = plain_tokens(1024).encode(ascii_lowercase).ids
 
@@ -32,7 +34,7 @@ class Node:
     """Answers over one connection."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, f"{peer_id(NodeId('m0'), 'a')}/benchmark".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
@@ -61,7 +63,7 @@ class Node:
 
     def _register(self) -> None:
         registration = Register(
-            node_id="m0", incarnation="a", role="mixed", address="tcp://127.0.0.1:1", pid=1, model="demo",
+            node_id=NodeId("m0"), incarnation="a", role="mixed", address="tcp://127.0.0.1:1", pid=1, model="demo",
             max_model_len=1 << 20, max_num_seqs=1 << 12, num_blocks=1 << 20, geometry=GEOMETRY,
         )  # fmt: skip
         self._socket.send(encode(registration))

@@ -88,6 +88,10 @@ class ChatStyle:
         content = {"role": ROLE, "content": delta.text} if first else {"content": delta.text}
         return {"delta": content, "logprobs": self.logprobs(choice, delta)}
 
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
+        return not self._with_logprobs
+
     def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
         """Return the message."""
         return {"message": {"role": ROLE, "content": text, "refusal": None}}
