@@ -52,7 +52,7 @@ class Node:
                 self._socket.send(encode(Heartbeat(load=Load(free_blocks=1 << 20))))
                 self._heartbeat_s = now + HEARTBEAT_S
             next_s = min([self._heartbeat_s, *self._due_s.values(), *(at_s for at_s, _ in self._single[:1])])
-            if self._socket.poll(max(0.0, next_s - now) * 1e3):
+            if self._socket.poll(int(max(0.0, next_s - now) * 1e3)):
                 self._read()
             now = time.monotonic()
             while self._single and self._single[0][0] <= now:

@@ -104,6 +104,13 @@ class RouterConfig(Section):
         "prompt itself if every prefill node has at least this many more prompt tokens to compute than it has, or if "
         "there is no prefill node; null: off.",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1 << 20,
+        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
+        "fewer and larger chunks anyway.",
+    )
     max_queued_requests: int = Field(
         512, ge=1, le=1_000_000, description="Maximum requests admitted and not finished; more get 429."
     )

@@ -100,7 +100,9 @@ class GenerateEndpoint:
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
-        generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
+        interval = self._service.config.router.stream_interval if request.stream else 1
+        observer = self._metrics.observer(self._api.name, arrival_s)
+        generation = Generation(choices, self._service, observer, interval=interval)
         generation.start()
         refused = False
         try:
