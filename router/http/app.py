@@ -31,6 +31,7 @@ class App:
     """
 
     def __init__(self, routes: Sequence[Route], guard: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> None:
+        self.routes = routes
         self._posted = {route.path: route.app for route in routes if route.app is route.endpoint}
         self._starlette = Starlette(routes=routes, exception_handlers={HTTPException: http_error})
         self._guarded = guard(self._route)

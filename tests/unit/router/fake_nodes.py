@@ -137,7 +137,7 @@ class FakeNode:
             if self._script.pace_s:
                 await asyncio.sleep(self._script.pace_s)
             if self._script.in_step:
-                await until(lambda at_least=done: self.num_taken(spec.request_id) >= at_least)
+                await self._taken(spec, done)
             output = self._output(spec, done)
             self.say(TokensOut(outputs=[output]))
             done += 1
@@ -150,6 +150,9 @@ class FakeNode:
         marks = [Mark("prefill", spec.arrival_s, self.node_id)]
         layers = [LayerTransfer(0, spec.arrival_s, spec.arrival_s, 1024)] if partner else []
         self.say(RequestTimeline(request_id=spec.request_id, epoch=spec.epoch, marks=marks, layers=layers))
+
+    async def _taken(self, spec: RequestSpec, num_tokens: int) -> None:
+        await until(lambda: self.num_taken(spec.request_id) >= num_tokens)
 
     def _output(self, spec: RequestSpec, index: int) -> RequestOutput:
         token_id = self._tokens[(index + spec.sampling.seed % 2) % len(self._tokens)]

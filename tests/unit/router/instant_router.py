@@ -24,22 +24,30 @@ MOST_TOKENS = 4
 
 
 class InstantService(RouterService):
-    """Gives each request up to four letters, each in a delivery of its own, and keeps what was submitted."""
+    """Gives each request up to four letters, each in a chunk of its own, and keeps what was submitted."""
 
     def __init__(self, settings: ClusterConfig, model: ServedModel) -> None:
         super().__init__(settings, model, Clock())
         self.submitted: list[NewRequest] = []
+        self._answering: set[asyncio.Task[None]] = set()
 
     def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
         self.submitted += requests
         for request in requests:
-            count = min(MOST_TOKENS, request.sampling.max_tokens)
-            top = request.sampling.num_logprobs
-            entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
-            for index in range(count):
-                finish = FinishReason.LENGTH if index == count - 1 else None
-                deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
-            deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
+            task = asyncio.get_running_loop().create_task(self._answer(request, deliver))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, request: NewRequest, deliver: Sink) -> None:
+        count = min(MOST_TOKENS, request.sampling.max_tokens)
+        top = request.sampling.num_logprobs
+        entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
+        for index in range(count):
+            finish = FinishReason.LENGTH if index == count - 1 else None
+            deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
+            for _ in range(3):  # it wakes, takes it, and sends it
+                await asyncio.sleep(0)
+        deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
 
     def stop_matched(self, request_id: str) -> None:
         pass

@@ -156,7 +156,7 @@ def test_chat_stream_has_the_role_with_the_first_text_and_whole_characters() -> 
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert "usage" not in chunks[-1]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
