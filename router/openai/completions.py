@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from kvrelay.errors import InvalidRequestError
 from router.model import ServedModel
@@ -11,6 +10,7 @@ from router.openai.choice import Choice, Delta
 from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest
+from router.tools.parts import Part
 
 
 class Completions:
@@ -19,7 +19,6 @@ class Completions:
     name = "completions"
     id_prefix = "cmpl-"
     schema = CompletionRequest
-    without_content: ClassVar[dict[str, object]] = {"prompt": "-"}
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
@@ -42,6 +41,13 @@ class Completions:
     def texts(self, request: CompletionRequest) -> list[str] | None:
         """Return each prompt as text for an echo."""
         return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
+
+    def without_content(self, request: CompletionRequest) -> CompletionRequest:
+        """Return ``request`` without its prompt."""
+        return request.model_copy(update={"prompt": "-"})
+
+    def parsing(self, request: CompletionRequest) -> None:
+        """Return nothing: all output is text."""
 
     def style(
         self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
@@ -93,7 +99,7 @@ class CompletionStyle:
         """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
         return self._logprobs is None
 
-    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+    def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the text and the prompt's part."""
         return {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
 
