@@ -7,7 +7,6 @@ import socket
 
 from kvrelay.addresses import netloc, resolve
 
-
 LISTENER_FD = "KVRELAY_LISTENER_FD"
 """Environment variable with the file descriptor of a listening socket that outlives this process."""
 
