@@ -14,7 +14,7 @@ from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
+from router.http.asgi import Headers, Watching, send_error, send_events, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
 from router.metrics import Metrics
@@ -107,7 +107,7 @@ class GenerateEndpoint:
         generation.start()
         refused = False
         try:
-            async with watching(receive, generation.client_left):
+            async with Watching(scope, receive, generation.client_left):
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:

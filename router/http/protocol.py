@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
+from router.http.asgi import CONNECTION
 from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
@@ -52,6 +53,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
+        self._watchers: set[Callable[[], None]] = set()
+        self._is_lost = False
 
     # ------------------------------------------------------------ the connection
 
@@ -72,6 +75,25 @@ class HttpProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self._is_lost = True
+        self._tell_watchers()
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        """Call ``on_disconnect`` when the client disconnects, at once if it has."""
+        self._watchers.add(on_disconnect)
+        if self._is_lost:
+            self._tell_watchers()
+        else:
+            self.flow.resume_reading()  # a connection that is not read does not tell of its end
+
+    def unwatch(self, on_disconnect: Callable[[], None]) -> None:
+        """Do not call it any more."""
+        self._watchers.discard(on_disconnect)
+
+    def _tell_watchers(self) -> None:
+        watchers, self._watchers = self._watchers, set()
+        for on_disconnect in watchers:
+            on_disconnect()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection if a complete request has arrived, because the client may have only half-closed it."""
@@ -112,6 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         """Called for a part of the body."""
@@ -183,6 +206,7 @@ class HttpProtocol(HttpToolsProtocol):
             begun = self.cycle.response_started or not self.cycle.more_body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._tell_watchers()
             if begun:
                 self.transport.close()
                 return

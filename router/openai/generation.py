@@ -116,7 +116,8 @@ class Generation:
             if isinstance(delivery, RequestEnded):
                 delivery = TokensDelivered([], finish_reason=delivery.finish_reason)
             yield self._take(choice, delivery)
-            await time_slice.pause()
+            if self._waiting:
+                await time_slice.pause()
 
     def close(self) -> None:
         """Abort the choices that have not finished."""
@@ -128,6 +129,8 @@ class Generation:
 
     def _next_due(self) -> RequestId | None:
         """Return the choice that has waited longest of those whose deliveries are due."""
+        if self._interval == 1:
+            return next(iter(self._waiting), None)
         return next((name for name, waiting in self._waiting.items() if self._is_due(name, waiting)), None)
 
     def _is_due(self, request_id: RequestId, waiting: Sequence[Delivery]) -> bool:
