@@ -106,6 +106,7 @@ class Generation:
                 self._wakeup = None
                 time_slice.begin()
                 continue
+            await time_slice.pause()
             delivery = self._take_merged(request_id)
             choice = self._running.get(request_id)
             if choice is None:
@@ -116,8 +117,6 @@ class Generation:
             if isinstance(delivery, RequestEnded):
                 delivery = TokensDelivered([], finish_reason=delivery.finish_reason)
             yield self._take(choice, delivery)
-            if self._waiting:
-                await time_slice.pause()
 
     def close(self) -> None:
         """Abort the choices that have not finished."""
