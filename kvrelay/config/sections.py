@@ -111,13 +111,6 @@ class RouterConfig(Section):
         "prompt itself if every prefill node has at least this many more prompt tokens to compute than it has, or if "
         "there is no prefill node; null: off.",
     )
-    stream_interval: int = Field(
-        1,
-        ge=1,
-        le=1 << 20,
-        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
-        "fewer and larger chunks anyway.",
-    )
     tool_parser: ToolFormat = Field(
         "auto",
         description="Format in which the model writes tool calls. auto: the one that its chat template shows; hermes: "
@@ -138,6 +131,13 @@ class RouterConfig(Section):
         le=3600,
         description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
         "router started, no longer ago.",
+    )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1 << 20,
+        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
+        "fewer and larger chunks anyway.",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."

@@ -17,6 +17,20 @@ MAX_MERGED = 64
 """Deliveries of one choice that become one delta at most: a client that has been slow must not cost a long turn."""
 
 
+def merged(deliveries: Sequence[TokensDelivered]) -> TokensDelivered:
+    """Return consecutive deliveries of one request as one. Only the last may have a finish reason."""
+    last = deliveries[-1]
+    if len(deliveries) == 1:
+        return last
+    return TokensDelivered(
+        [token_id for delivery in deliveries for token_id in delivery.token_ids],
+        [logprobs for delivery in deliveries for logprobs in delivery.logprobs],
+        last.num_cached_tokens,
+        last.finish_reason,
+        last.stop_token_id,
+    )
+
+
 class ClientLeftError(Exception):
     """The client has closed its connection."""
 
@@ -171,17 +185,3 @@ class Generation:
     def _end(self, choice: Choice, outcome: str) -> None:
         del self._running[choice.request_id]
         self._observer.ended(choice, outcome)
-
-
-def merged(deliveries: Sequence[TokensDelivered]) -> TokensDelivered:
-    """Return consecutive deliveries of one request as one. Only the last may have a finish reason."""
-    last = deliveries[-1]
-    if len(deliveries) == 1:
-        return last
-    return TokensDelivered(
-        [token_id for delivery in deliveries for token_id in delivery.token_ids],
-        [logprobs for delivery in deliveries for logprobs in delivery.logprobs],
-        last.num_cached_tokens,
-        last.finish_reason,
-        last.stop_token_id,
-    )

@@ -12,8 +12,9 @@ from starlette.types import ASGIApp
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, TokenLogprobs
-from router.events import NewRequest, RequestEnded, TokensDelivered
+from router.events import Delivery, NewRequest, RequestEnded, TokensDelivered
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
@@ -29,25 +30,34 @@ class InstantService(RouterService):
     def __init__(self, settings: ClusterConfig, model: ServedModel) -> None:
         super().__init__(settings, model, Clock())
         self.submitted: list[NewRequest] = []
-        self._answering: set[asyncio.Task[None]] = set()
+        self._delivering: set[asyncio.Task[None]] = set()
 
-    def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
+    def submit(self, requests: Sequence[NewRequest], sink: Sink) -> None:
+        deliver = self._one_by_one(sink)
         self.submitted += requests
         for request in requests:
-            task = asyncio.get_running_loop().create_task(self._answer(request, deliver))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            count = min(MOST_TOKENS, request.sampling.max_tokens)
+            top = request.sampling.num_logprobs
+            entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
+            for index in range(count):
+                finish = FinishReason.LENGTH if index == count - 1 else None
+                deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
+            deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
 
-    async def _answer(self, request: NewRequest, deliver: Sink) -> None:
-        count = min(MOST_TOKENS, request.sampling.max_tokens)
-        top = request.sampling.num_logprobs
-        entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
-        for index in range(count):
-            finish = FinishReason.LENGTH if index == count - 1 else None
-            deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
-            for _ in range(3):  # it wakes, takes it, and sends it
-                await asyncio.sleep(0)
-        deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
+    def _one_by_one(self, sink: Sink) -> Sink:
+        """Return a sink that passes to ``sink`` the next delivery when the one before has been taken."""
+        waiting: asyncio.Queue[tuple[RequestId, Delivery]] = asyncio.Queue()
+
+        async def pass_on() -> None:
+            while True:
+                sink(*await waiting.get())
+                for _ in range(3):  # it wakes, takes it, and sends it
+                    await asyncio.sleep(0)
+
+        task = asyncio.get_running_loop().create_task(pass_on())
+        self._delivering.add(task)
+        task.add_done_callback(self._delivering.discard)
+        return lambda request_id, delivery: waiting.put_nowait((request_id, delivery))
 
     def stop_matched(self, request_id: str) -> None:
         pass
