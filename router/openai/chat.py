@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.model import ServedModel
+from router.openai.answer import Answer, AnswerHead, Writer
 from router.openai.choice import Choice, Delta
+from router.openai.dialect import Reading
 from router.openai.logprobs import Logprobs, chat_logprobs
 from router.openai.reading import reading
-from router.openai.sampling import check_text_ids, check_text_length
-from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
+from router.openai.sampling import check_num_messages, check_text_ids, check_text_length
+from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage, parse
 
 ROLE = "assistant"
 
@@ -49,6 +51,11 @@ class ChatCompletions:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError, PromptTooLongError for too many messages."""
+        check_num_messages(body.get("messages"), max_model_len)
+        return Reading(parse(ChatCompletionRequest, body))
+
     def num_prompts(self, request: ChatCompletionRequest) -> int:
         """Return 1: a chat is one prompt."""
         return 1
@@ -65,11 +72,16 @@ class ChatCompletions:
     def texts(self, request: ChatCompletionRequest) -> None:
         """Return nothing: a chat has no echo."""
 
-    def style(
-        self, request: ChatCompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
-    ) -> ChatStyle:
-        """Return the style of the answer."""
-        return ChatStyle(self._model.tokenizer.token_bytes, request)
+    def writer(
+        self,
+        head: AnswerHead,
+        request: ChatCompletionRequest,
+        choices: Sequence[Choice],
+        texts: Sequence[str] | None,
+        echo: bytes,
+    ) -> Writer:
+        """Return what writes the answer."""
+        return Answer(head, ChatStyle(self._model.tokenizer.token_bytes, request), choices, request)
 
 
 class ChatStyle:

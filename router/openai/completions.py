@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvrelay.errors import InvalidRequestError
 from router.model import ServedModel
+from router.openai.answer import Answer, AnswerHead, Writer
 from router.openai.choice import Choice, Delta
+from router.openai.dialect import Reading
 from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
-from router.openai.schemas import CompletionRequest
+from router.openai.schemas import CompletionRequest, parse
 
 
 class Completions:
@@ -23,6 +25,10 @@ class Completions:
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
+
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError."""
+        return Reading(parse(CompletionRequest, body))
 
     def num_prompts(self, request: CompletionRequest) -> int:
         """Return the number of prompts."""
@@ -43,11 +49,16 @@ class Completions:
         """Return each prompt as text for an echo."""
         return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
 
-    def style(
-        self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
-    ) -> CompletionStyle:
-        """Return the style of the answer."""
-        return CompletionStyle(self._model, request, choices, texts)
+    def writer(
+        self,
+        head: AnswerHead,
+        request: CompletionRequest,
+        choices: Sequence[Choice],
+        texts: Sequence[str] | None,
+        echo: bytes,
+    ) -> Writer:
+        """Return what writes the answer."""
+        return Answer(head, CompletionStyle(self._model, request, choices, texts), choices, request)
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
         if isinstance(prompt, str):
