@@ -10,15 +10,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.anthropic.api import Messages
 from router.known_grammars import KnownGrammars
 from router.model import ServedModel
-from router.anthropic.api import Messages
 from router.openai.answer import AnswerHead, Writer
 from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice
@@ -26,6 +26,7 @@ from router.openai.completions import Completions
 from router.openai.dialect import Reading
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
+from router.openai.parsing import Parsing
 from router.openai.sampling import RequestSampling
 from router.openai.schemas import ChatFields, GenerationFields
 from router.openai.tokens import detokenized, tokenized
@@ -70,14 +71,10 @@ class PreparedRequest:
 
 
 class Api(Protocol):
-    """The parts specific to one API. From all of them comes the same kind of request: that of completions or of chats.
-
-    ``without_content``: fields that replace a request's prompt or messages after tokenization.
-    """
+    """The parts specific to one API. What they read is the same kind of request: that of completions or of chats."""
 
     name: str
     id_prefix: str
-    without_content: ClassVar[dict[str, object]]
 
     @property
     def schema(self) -> type[GenerationFields]:
@@ -99,6 +96,12 @@ class Api(Protocol):
         self, head: AnswerHead, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None, echo: bytes
     ) -> Writer:
         """Return what writes the answer."""
+
+    def without_content(self, request: Any) -> GenerationFields:
+        """Return ``request`` without what is long and not needed after tokenization."""
+
+    def parsing(self, request: Any) -> Parsing | None:
+        """Return how the outputs are parsed; None: all of them is text."""
 
 
 Outcome: TypeAlias = PreparedRequest | bytes
@@ -187,7 +190,7 @@ class Preparation:
         sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
-        request = prepared.request.model_copy(update=self.apis[job.task].without_content)
+        request = self.apis[job.task].without_content(prepared.request)
         return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.echo)
 
 

@@ -60,6 +60,13 @@ RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "ro
 """Policies that choose a request's nodes (``router/policies.py``)."""
 
 
+ToolFormat: TypeAlias = Literal["auto", "none", "hermes"]
+"""Formats of tool calls (``router/tools``)."""
+
+ReasoningFormat: TypeAlias = Literal["auto", "none", "think"]
+"""Formats of reasoning (``router/tools/reasoning.py``)."""
+
+
 class RouterConfig(Section):
     """The router: its HTTP address for clients, its control address for nodes, and its limits."""
 
@@ -103,6 +110,16 @@ class RouterConfig(Section):
         description="Threshold of conditional disaggregation, in prompt tokens: a decode node with room computes a "
         "prompt itself if every prefill node has at least this many more prompt tokens to compute than it has, or if "
         "there is no prefill node; null: off.",
+    )
+    tool_parser: ToolFormat = Field(
+        "auto",
+        description="Format in which the model writes tool calls. auto: the one that its chat template shows; hermes: "
+        "<tool_call>{...}</tool_call> (Hermes, Qwen).",
+    )
+    reasoning_parser: ReasoningFormat = Field(
+        "auto",
+        description="Format in which the model writes its reasoning. think: <think>...</think> before the answer; "
+        "auto: think if the chat template has <think>.",
     )
     max_queued_requests: int = Field(
         512, ge=1, le=1_000_000, description="Maximum requests admitted and not finished; more get 429."

@@ -8,12 +8,12 @@ from typing import Any
 from router.anthropic import schemas
 from router.anthropic.writer import MessageWriter
 from router.openai.answer import AnswerHead, Writer
-from router.openai.chat import ChatCompletions, chat_prompt
+from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice
 from router.openai.dialect import Reading
-from router.openai.models import model_name
 from router.openai.sampling import check_num_messages
-from router.openai.schemas import ChatCompletionRequest, ChatFields
+from router.openai.schemas import ChatCompletionRequest
+from router.openai.tokens import num_chat_tokens
 
 
 class Messages(ChatCompletions):
@@ -42,8 +42,5 @@ class Messages(ChatCompletions):
     ) -> dict[str, object]:
         """Return the answer to ``/v1/messages/count_tokens``; ``check`` may raise when the request has been read."""
         check_num_messages(body.get("messages"), max_model_len)
-        request, _ = schemas.read_prompt(body)
-        assert isinstance(request, ChatFields)
-        model_name(request.model, self._model)
-        check(request)
-        return {"input_tokens": len(chat_prompt(request, self._model))}
+        num_tokens = num_chat_tokens(schemas.read_prompt(body), self._model, check)
+        return {"input_tokens": num_tokens}

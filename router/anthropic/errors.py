@@ -16,14 +16,16 @@ _TYPES = {
     503: "overloaded_error",
 }
 _NAMES = tuple(
-    (re.compile(rf"^{name}(?![\w])"), there)
+    (re.compile(rf"^{name}"), there)
     for name, there in (
-        (r"response_format\.json_schema", "output_config.format"),
-        ("response_format", "output_config.format"),
-        ("reasoning_effort", "output_config.effort"),
-        ("stop", "stop_sequences"),
-        (r"(tools\.\d+)\.function\.parameters", r"\1.input_schema"),
-        (r"(tools\.\d+)\.function", r"\1"),
+        (r"response_format\.json_schema\b", "output_config.format"),
+        (r"response_format\b", "output_config.format"),
+        (r"reasoning_effort\b", "output_config.effort"),
+        (r"stop\b", "stop_sequences"),
+        (r"(tools\.\d+)\.function\.parameters\b", r"\1.input_schema"),
+        (r"(tools\.\d+)\.function\b", r"\1"),
+        (r"(tools\.\d+: )function\.parameters", r"\1input_schema"),
+        (r"(tools\.\d+: )function\.", r"\1"),
     )
 )
 """Paths of fields of chat completions, and the same here."""

@@ -11,7 +11,7 @@ from router.anthropic.messages import chat_messages, text_of
 from router.openai.dialect import EXTRA_FIELDS, Reading, chat_request, object_at, refuse, text_at
 from router.openai.field_types import Positive, Stops, shown, wrong
 from router.openai.fields import Fields, Flag
-from router.openai.schemas import parse
+from router.openai.schemas import ChatCompletionRequest, parse
 
 _COPIED = EXTRA_FIELDS | {"max_tokens", "model", "stream", "temperature", "top_p"}
 _THINKING = ("adaptive", "between_tools", "disabled", "enabled")
@@ -42,13 +42,14 @@ class PromptFields(Fields):
     """What makes the prompt: fields of ``/v1/messages`` and of ``/v1/messages/count_tokens``."""
 
     copied: ClassVar[frozenset[str]] = _COPIED
+    # An error names what a field is called here, also if it is about the one of chat completions.
     refused: ClassVar[dict[str, str]] = {
         "container": "containers are not supported",
         "context_management": "contexts are not edited or compacted",
-        "max_completion_tokens": "is called max_tokens here",
+        "max_completion_tokens": "use max_tokens",
         "mcp_servers": "MCP servers are not supported: call their tools yourself",
-        "response_format": "is called output_config.format here",
-        "stop": "is called stop_sequences here",
+        "response_format": "use it instead of response_format",
+        "stop": "use it instead of stop",
     }
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"betas", "cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id"}
@@ -74,7 +75,9 @@ class MessagesRequest(PromptFields):
 def read(body: dict[str, Any]) -> Reading:
     """Return the chat request that ``body`` is. Raises InvalidRequestError."""
     request = parse(MessagesRequest, body)
-    hides = request.thinking is not None and (request.thinking.display == "omitted" or request.thinking.type == "disabled")
+    hides = request.thinking is not None and (
+        request.thinking.display == "omitted" or request.thinking.type == "disabled"
+    )
     fields = {
         **_chat_fields(request),
         "stop": request.stop_sequences,
@@ -83,10 +86,10 @@ def read(body: dict[str, Any]) -> Reading:
     return Reading(chat_request(body, _COPIED, fields))
 
 
-def read_prompt(body: dict[str, Any]) -> Reading:
+def read_prompt(body: dict[str, Any]) -> ChatCompletionRequest:
     """Return the chat request of a body of which only the prompt counts. Raises InvalidRequestError."""
     request = parse(PromptFields, body)
-    return Reading(chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request)))
+    return chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request))
 
 
 def _chat_fields(request: PromptFields) -> dict[str, object]:

@@ -40,11 +40,10 @@ class MessageWriter:
             async for delta in deltas:
                 if not delta.is_news:
                     continue
+                written = [] if begun else list(self._begin())
+                begun = True
                 self._take(delta)
-                written = [self._event(event) for event in self._blocks.push(delta)]
-                if not begun:
-                    written[:0] = self._begin()
-                    begun = True
+                written += [self._event(event) for event in self._blocks.push(delta)]
                 if written:
                     yield b"".join(written)
         except AnswerError as error:

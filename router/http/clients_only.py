@@ -79,7 +79,7 @@ def charge(scope: Scope, choices: Sequence[Choice]) -> None:
 
 
 def _secrets(headers: Headers) -> list[str]:
-    """Return what may be the key: the bearer token, as OpenAI's clients send it, and ``x-api-key``, as Anthropic's do."""
+    """Return what may be the key: the bearer token, for OpenAI's clients, or ``x-api-key``, for Anthropic's."""
     bearer, plain = (
         headers.get(name, "").encode("latin-1").decode("utf-8", "replace") for name in ("authorization", "x-api-key")
     )
@@ -88,7 +88,11 @@ def _secrets(headers: Headers) -> list[str]:
 
 
 def _unauthorized(*, is_given: bool) -> AnswerError:
-    message = "the API key is not valid" if is_given else "an API key is required: Authorization: Bearer KEY, or x-api-key: KEY"
+    message = (
+        "the API key is not valid"
+        if is_given
+        else "an API key is required: Authorization: Bearer KEY, or x-api-key: KEY"
+    )
     return AnswerError(ErrorInfo(code="invalid_api_key", message=message, http_status=401))
 
 

@@ -26,6 +26,7 @@ from router.openai.models import model_name
 from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
 from router.service import RouterService
+from router.text.output_text import NO_IDS
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
@@ -87,8 +88,8 @@ class GenerateEndpoint:
         except Exception:
             logger.exception("error while serving %s", scope["path"])
             message = "internal error, see the router's log"
-            error = AnswerError(ErrorInfo(code="internal_error", message=message))
-            await send_error(send, error, headers, scope["path"])
+            internal = AnswerError(ErrorInfo(code="internal_error", message=message))
+            await send_error(send, internal, headers, scope["path"])
 
     async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         arrival_s = self._service.clock.now()
@@ -131,11 +132,13 @@ class GenerateEndpoint:
     def _choices(self, request_ids: Sequence[RequestId], prepared: PreparedRequest, session: str) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
-        sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
+        sampling, parsing = RequestSampling(request, service.model, service.max_model_len), self._api.parsing(request)
+        options = text_options(request, parsing.shown_ids if parsing else NO_IDS)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
             new = NewRequest(request_id, prompt, params, request.priority or 0, session)
-            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)
+            parser = parsing.parser(prompt) if parsing else None
+            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options, parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from kvrelay.errors import InvalidRequestError
 from router.model import ServedModel
@@ -13,6 +13,7 @@ from router.openai.dialect import Reading
 from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest, parse
+from router.tools.parts import Part
 
 
 class Completions:
@@ -21,7 +22,6 @@ class Completions:
     name = "completions"
     id_prefix = "cmpl-"
     schema = CompletionRequest
-    without_content: ClassVar[dict[str, object]] = {"prompt": "-"}
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
@@ -59,6 +59,13 @@ class Completions:
     ) -> Writer:
         """Return what writes the answer."""
         return Answer(head, CompletionStyle(self._model, request, choices, texts), choices, request)
+
+    def without_content(self, request: CompletionRequest) -> CompletionRequest:
+        """Return ``request`` without its prompt."""
+        return request.model_copy(update={"prompt": "-"})
+
+    def parsing(self, request: CompletionRequest) -> None:
+        """Return nothing: all output is text."""
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
         if isinstance(prompt, str):
@@ -100,7 +107,7 @@ class CompletionStyle:
         item: dict[str, object] = {"text": text, "logprobs": self.logprobs(choice, delta)}
         return item | self._prompt_ids(choice) if first else item
 
-    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
+    def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the text and the prompt's part."""
         return {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
 

@@ -11,7 +11,7 @@ from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.openai.structured import Structure
-from router.text.output_text import TextOptions
+from router.text.output_text import NO_IDS, TextOptions
 from router.text.stop import NO_STOPS, StopStrings
 
 _LONG_TEXT_CHARS = 64 << 10
@@ -96,13 +96,14 @@ def _grammar(request: GenerationFields, structure: Structure, model: ServedModel
     return structure.grammar
 
 
-def text_options(request: GenerationFields) -> TextOptions:
-    """Return the text options of the request."""
+def text_options(request: GenerationFields, shown_ids: frozenset[int] = NO_IDS) -> TextOptions:
+    """Return the text options of the request. ``shown_ids``: special tokens that are shown in any case."""
     return TextOptions(
         stop=StopStrings(request.stop) if request.stop else NO_STOPS,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         min_tokens=request.min_tokens or 0,
+        shown_ids=shown_ids,
     )
 
 

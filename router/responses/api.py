@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from router.openai.answer import AnswerHead, Writer
-from router.openai.chat import ChatCompletions, chat_prompt
+from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice
 from router.openai.dialect import Reading, refuse
-from router.openai.models import model_name
 from router.openai.sampling import check_num_messages
-from router.openai.schemas import ChatCompletionRequest, ChatFields
+from router.openai.schemas import ChatCompletionRequest
+from router.openai.tokens import num_chat_tokens
 from router.responses import schemas
 from router.responses.writer import ResponseWriter
 
@@ -47,8 +47,5 @@ class Responses(ChatCompletions):
     ) -> dict[str, object]:
         """Return the answer to ``/v1/responses/input_tokens``; ``check`` may raise when the request has been read."""
         check_num_messages(body.get("input"), max_model_len, "input")
-        request, _ = schemas.read_prompt(body)
-        assert isinstance(request, ChatFields)
-        model_name(request.model, self._model)
-        check(request)
-        return {"object": "response.input_tokens", "input_tokens": len(chat_prompt(request, self._model))}
+        num_tokens = num_chat_tokens(schemas.read_prompt(body), self._model, check)
+        return {"object": "response.input_tokens", "input_tokens": num_tokens}

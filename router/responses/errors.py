@@ -7,14 +7,15 @@ import re
 from router.openai.errors import AnswerError
 
 _NAMES = tuple(
-    (re.compile(rf"^{name}(?![\w])"), there)
+    (re.compile(rf"^{name}"), there)
     for name, there in (
-        ("messages", "input"),
-        ("max_completion_tokens", "max_output_tokens"),
-        (r"response_format\.json_schema", "text.format"),
-        ("response_format", "text.format"),
-        ("reasoning_effort", "reasoning.effort"),
-        (r"(tools\.\d+)\.function", r"\1"),
+        (r"messages\b", "input"),
+        (r"max_completion_tokens\b", "max_output_tokens"),
+        (r"response_format\.json_schema\b", "text.format"),
+        (r"response_format\b", "text.format"),
+        (r"reasoning_effort\b", "reasoning.effort"),
+        (r"(tools\.\d+)\.function\b", r"\1"),
+        (r"(tools\.\d+: )function\.", r"\1"),
     )
 )
 """Paths of fields of chat completions, and the same here."""

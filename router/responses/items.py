@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from router.openai.dialect import list_at, object_at, refuse, text_at
 from router.openai.field_types import shown
 
@@ -78,9 +80,19 @@ def _turn(messages: list[Message], after: Sequence[str]) -> Message:
 
 
 def _call(item: dict[str, Any], path: str) -> dict[str, Any]:
-    name, arguments = (text_at(item.get(key), f"{path}.{key}") for key in ("name", "arguments"))
-    call_id = text_at(item.get("call_id"), f"{path}.call_id")
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    name, arguments, call_id = (text_at(item.get(key), f"{path}.{key}") for key in ("name", "arguments", "call_id"))
+    function = {"name": name, "arguments": _json_object(arguments, f"{path}.arguments")}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _json_object(text: str, path: str) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        refuse(path, "should be a JSON object in a string")
+    return value
 
 
 def _output(item: dict[str, Any], path: str) -> Message:

@@ -11,7 +11,7 @@ from router.model import ServedModel
 from router.openai.dialect import EXTRA_FIELDS, Reading, chat_request, list_at, object_at, refuse, text_at
 from router.openai.field_types import Positive, Verbosity, shown, wrong
 from router.openai.fields import Fields, Flag
-from router.openai.schemas import parse
+from router.openai.schemas import ChatCompletionRequest, parse
 from router.responses.items import chat_messages
 
 LOGPROBS = "message.output_text.logprobs"
@@ -86,17 +86,18 @@ class ResponsesFields(Fields):
     """What makes the prompt: fields of ``/v1/responses`` and of ``/v1/responses/input_tokens``."""
 
     copied: ClassVar[frozenset[str]] = _COPIED
+    # An error names what a field is called here, also if it is about the one of chat completions.
     refused: ClassVar[dict[str, str]] = {
         "background": "answers are not made in the background: use stream",
         "conversation": _NOT_STORED,
         "context_management": "contexts are not compacted",
-        "max_completion_tokens": "is called max_output_tokens here",
-        "max_tokens": "is called max_output_tokens here",
-        "messages": "is called input here",
+        "max_completion_tokens": "use it instead of max_completion_tokens",
+        "max_tokens": "use max_output_tokens",
+        "messages": "use it instead of messages",
         "previous_response_id": _NOT_STORED,
         "prompt": "prompt templates are not stored; send instructions and input",
-        "reasoning_effort": "is called reasoning.effort here",
-        "response_format": "is called text.format here",
+        "reasoning_effort": "use it instead of reasoning_effort",
+        "response_format": "use it instead of response_format",
     }
     ignored: ClassVar[frozenset[str]] = frozenset({"access_programs", "background_options", "image", "max_tool_calls"})
 
@@ -141,10 +142,10 @@ def read(body: dict[str, Any], model: ServedModel) -> Reading:
     return Reading(chat, msgspec.json.encode(_echo(request, body, model)))
 
 
-def read_prompt(body: dict[str, Any]) -> Reading:
+def read_prompt(body: dict[str, Any]) -> ChatCompletionRequest:
     """Return the chat request of a body of which only the prompt counts. Raises InvalidRequestError."""
     request = parse(ResponsesFields, body)
-    return Reading(chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request)))
+    return chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request))
 
 
 def _chat_fields(request: ResponsesFields) -> dict[str, object]:
@@ -180,15 +181,14 @@ def _tool(value: object, path: str) -> dict[str, Any]:
 def _tool_choice(value: str | dict[str, Any] | None) -> object:
     if not isinstance(value, dict):
         return value
-    match value.get("type"):
-        case "function":
-            return {"type": "function", "function": _chosen(value, ("name",))}
-        case "allowed_tools":
-            tools = list_at(value.get("tools"), "tool_choice.tools")
-            allowed = [_tool(tool, f"tool_choice.tools.{index}") for index, tool in enumerate(tools)]
-            return {"type": "allowed_tools", "allowed_tools": {"mode": value.get("mode"), "tools": allowed}}
-        case kind:
-            refuse("tool_choice", f"type {shown(kind)} is not supported, only 'function' and 'allowed_tools' are")
+    kind = value.get("type")
+    if kind == "function":
+        return {"type": "function", "function": _chosen(value, ("name",))}
+    if kind != "allowed_tools":
+        refuse("tool_choice", f"type {shown(kind)} is not supported, only 'function' and 'allowed_tools' are")
+    tools = list_at(value.get("tools"), "tool_choice.tools")
+    allowed = [_tool(tool, f"tool_choice.tools.{index}") for index, tool in enumerate(tools)]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": value.get("mode"), "tools": allowed}}
 
 
 def _chosen(value: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -52,11 +52,11 @@ class ResponseWriter:
             async for delta in deltas:
                 if not delta.is_news:
                     continue
+                names = () if begun else ("created", "in_progress")
+                written = [self._life(name, "in_progress") for name in names]
+                begun = True
                 logprobs = self._take(delta)
-                written = [self._event(event, logprobs) for event in self._blocks.push(delta)]
-                if not begun:
-                    written[:0] = [self._life("created", "in_progress"), self._life("in_progress", "in_progress")]
-                    begun = True
+                written += [self._event(event, logprobs) for event in self._blocks.push(delta)]
                 if written:
                     yield b"".join(written)
         except AnswerError as error:
