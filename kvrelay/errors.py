@@ -12,6 +12,7 @@ KVRelayError
 │   └── NeverFitsError
 ├── QueueFullError              try later (429)
 ├── NoNodeError                 no node can serve the request now (503)
+├── RequestCancelledError       an operator has cancelled the request (410)
 ├── PreparationError            a long body could not be prepared (503)
 ├── TransferError               a KV transfer failed (503)
 │   ├── TransferTimeoutError
@@ -118,6 +119,13 @@ class NoNodeError(KVRelayError):
 
     http_status = 503
     code = "no_node_available"
+
+
+class RequestCancelledError(KVRelayError):
+    """An operator has cancelled the request. The status is one that clients do not retry."""
+
+    http_status = 410
+    code = "request_cancelled"
 
 
 class PreparationError(KVRelayError):

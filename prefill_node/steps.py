@@ -50,7 +50,9 @@ class Steps:
         self._outbox = outbox
         self._number = 0
         self._spans: dict[int, list[tuple[PrefillRequest, KVSpan]]] = {}
-        self.counters = {"steps": 0.0, "prefill_tokens": 0.0}
+        self.counters = dict.fromkeys(
+            ("steps", "prefill_tokens", "first_tokens", "finished_stop", "finished_length"), 0.0
+        )
 
     # ------------------------------------------------------------ starting
 
@@ -120,7 +122,9 @@ class Steps:
         """Hand the request to D, unless its first token ends it. Only the messager uses the blocks then."""
         request.mark("first_token", self._outbox.now)
         output = request.take(sampled)
+        self.counters["first_tokens"] += 1
         if output.finish_reason is not None:
+            self.counters[f"finished_{output.finish_reason}"] += 1
             self._storage.finished(request)
             self._endings.close(request, "finished with its first token")
             return output

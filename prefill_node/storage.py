@@ -47,7 +47,8 @@ class Storage:
         request, _ = self.transfers.loaded(event)
         if not request.is_over:
             request.mark("loaded", self._outbox.now)
-            request.num_cached_tokens += event.num_blocks * self._block_size
+            request.num_stored_tokens = event.num_blocks * self._block_size
+            request.num_cached_tokens += request.num_stored_tokens
             request.num_computed_tokens = request.num_cached_tokens
         return request
 

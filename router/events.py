@@ -19,7 +19,8 @@ from kvrelay.registry.node_entry import NodeEntry
 class NewRequest:
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
 
-    ``session``: the client's name for requests that share a prefix, or empty.
+    ``session``: the client's name for requests that share a prefix, or empty. ``answer_id``: the id of the answer that
+    the choice is a part of, for operators.
     """
 
     request_id: RequestId
@@ -27,6 +28,7 @@ class NewRequest:
     sampling: SamplingParams
     priority: int = 0
     session: str = ""
+    answer_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,13 @@ class Submitted:
 @dataclass(frozen=True, slots=True)
 class ClientGone:
     """The client of this request has disconnected."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """An operator cancels this request. Its client gets an error."""
 
     request_id: RequestId
 

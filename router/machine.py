@@ -35,6 +35,7 @@ from kvrelay.protocol.messages.node_to_router import (
     TokensOut,
 )
 from router.events import (
+    CancelRequested,
     ClientGone,
     Deliver,
     DrainRequested,
@@ -64,6 +65,7 @@ RouterEvent: TypeAlias = (
     | StopRequested
     | Submitted
     | ClientGone
+    | CancelRequested
     | StopMatched
     | DrainRequested
     | NodesFound
@@ -157,10 +159,8 @@ class RouterMachine:
                 self._receive(peer, message)
             case Submitted(requests=requests):
                 self._submit(requests)
-            case ClientGone(request_id=request_id):
-                self.requests.abort(request_id)
-            case StopMatched(request_id=request_id):
-                self.requests.stop_matched(request_id)
+            case ClientGone() | CancelRequested() | StopMatched():
+                self._end_request(event)
             case TimerFired(key=key):
                 self._on_timer(key)
             case PeerLost(peer=peer, reason=reason):
@@ -176,6 +176,17 @@ class RouterMachine:
                 self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
+            case _:
+                assert_never(event)
+
+    def _end_request(self, event: ClientGone | CancelRequested | StopMatched) -> None:
+        match event:
+            case ClientGone(request_id=request_id):
+                self.requests.abort(request_id)
+            case CancelRequested(request_id=request_id):
+                self.requests.cancel(request_id)
+            case StopMatched(request_id=request_id):
+                self.requests.stop_matched(request_id)
             case _:
                 assert_never(event)
 

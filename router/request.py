@@ -107,6 +107,12 @@ class RoutedRequest:
         """The id used by client, router and nodes."""
         return self.new.request_id
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Its id, the id of its answer, and the client's own part of that."""
+        answer_id = self.new.answer_id
+        return self.request_id, answer_id, answer_id.partition("-")[2]
+
     def timer(self, kind: TimerKind) -> RequestTimer:
         """Return the key of its timer of ``kind``."""
         return RequestTimer(self.new.request_id, kind)

@@ -55,6 +55,14 @@ class RequestTable:
         """Return the request in progress, or None."""
         return self._requests.get(request_id)
 
+    def named(self, name: str) -> list[RoutedRequest]:
+        """Return the requests in progress that a client knows by ``name``.
+
+        That is the id of one choice, or for all choices of an answer: the answer's id, or that id without ``cmpl-`` or
+        ``chatcmpl-``, which is the client's own if it gave one.
+        """
+        return [request for request in self._requests.values() if name in request.names]
+
     def current(self, request_id: RequestId, epoch: int) -> RoutedRequest | None:
         """Return the request if ``epoch`` is its current attempt; else count a stale message and return None."""
         request = self._requests.get(request_id)
@@ -88,10 +96,10 @@ class RequestTable:
         self.counters.failed += 1
         self._end(request, Status.FAILED, RequestErrored(error))
 
-    def abort(self, request: RoutedRequest) -> None:
-        """End ``request``, whose client disconnected."""
+    def abort(self, request: RoutedRequest, delivery: Delivery) -> None:
+        """End ``request``, whose client disconnected or which an operator cancelled, with ``delivery``."""
         self.counters.aborted += 1
-        self._end(request, Status.ABORTED, RequestEnded(FinishReason.ABORT))
+        self._end(request, Status.ABORTED, delivery)
 
     def _end(self, request: RoutedRequest, status: Status, delivery: Delivery) -> None:
         request.lifecycle.move(status, self._outbox.now)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from kvrelay.errors import KVRelayError, LocalProtocolError, NoNodeError, PeerLostError, QueueFullError
+from kvrelay.errors import (
+    KVRelayError,
+    LocalProtocolError,
+    NoNodeError,
+    PeerLostError,
+    QueueFullError,
+    RequestCancelledError,
+)
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
@@ -19,7 +26,7 @@ from kvrelay.protocol.request import FinishReason
 from router.attempts import Attempts
 from router.counters import Counters
 from router.decode_search import DecodeSearch
-from router.events import Deliver, NewRequest, RequestErrored, RouterOutbox, TokensDelivered
+from router.events import Deliver, NewRequest, RequestEnded, RequestErrored, RouterOutbox, TokensDelivered
 from router.limits import Limits
 from router.moves import Moves
 from router.node_table import Node, NodeTable
@@ -66,6 +73,10 @@ class Requests:
         """Return the nodes that may hold state of this request's current attempt."""
         request = self._table.get(request_id)
         return request.nodes if request is not None else []
+
+    def named(self, name: str) -> list[RoutedRequest]:
+        """Return the requests in progress that a client knows by ``name``, see ``RequestTable.named``."""
+        return self._table.named(name)
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no request is held."""
@@ -212,7 +223,15 @@ class Requests:
         request = self._table.get(request_id)
         if request is not None:
             self._attempts.abort_nodes(request)
-            self._table.abort(request)
+            self._table.abort(request, RequestEnded(FinishReason.ABORT))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a request that an operator has cancelled."""
+        request = self._table.get(request_id)
+        if request is not None:
+            self._attempts.abort_nodes(request)
+            error = RequestCancelledError("an operator has cancelled the request", request_id=request_id)
+            self._table.abort(request, RequestErrored.of(error))
 
     def stop_matched(self, request_id: RequestId) -> None:
         """End a request whose text contains a stop string."""

@@ -18,6 +18,7 @@ from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
 from router.events import (
+    CancelRequested,
     ClientGone,
     Deliver,
     Delivery,
@@ -152,6 +153,10 @@ class RouterService:
     def client_disconnected(self, request_id: RequestId) -> None:
         """Report that the client has disconnected."""
         self._post(ClientGone(request_id))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Cancel a request for an operator: its client gets an error."""
+        self._post(CancelRequested(request_id))
 
     def drain(self, node_id: str, *, stay_down: bool) -> None:
         """Drain this node: send it nothing new and let it finish its requests and leave, for good if ``stay_down``."""

@@ -9,6 +9,7 @@ import pytest
 import uvloop
 import zmq
 from hypothesis import settings
+from support.faults import FAULTS
 from support.leaks import Belongings
 
 pytest_plugins = ["support.cluster_fixtures"]
@@ -52,5 +53,19 @@ def no_leaks(request: pytest.FixtureRequest, runtime_dir: None, libraries_own_th
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this suite."""
     parser.addoption("--regenerate-golden", action="store_true", help="write golden files anew from what the code does")
+    parser.addoption("--fault", choices=sorted(FAULTS), help="run only the tests of this fault")
     parser.addoption("--schedules", type=int, help="how many random schedules of each kind the pair tests run")
     parser.addoption("--first-seed", type=int, default=0, help="the seed of the first of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse unknown faults, and leave out the tests of others if one is asked for."""
+    wanted = config.getoption("--fault")
+    faults = {item: {fault for mark in item.iter_markers("fault") for fault in mark.args} for item in items}
+    for item, marked in faults.items():
+        if not marked <= FAULTS.keys() or any(mark.kwargs or not mark.args for mark in item.iter_markers("fault")):
+            raise pytest.UsageError(f"{item.nodeid}: there is no such fault: {sorted(marked)}")
+    if wanted is not None:
+        left_out = [item for item in items if wanted not in faults[item]]
+        items[:] = [item for item in items if wanted in faults[item]]
+        config.hook.pytest_deselected(items=left_out)

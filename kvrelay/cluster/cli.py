@@ -245,6 +245,21 @@ def restart(
 
 
 @app.command()
+def cancel(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the answer, or the client's X-Request-Id.")],
+    url: AdminURL = DEFAULT_ADMIN_URL,
+    key_file: KeyFile = None,
+) -> None:
+    """Cancel a request in progress. Its client gets an error."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster import operate
+    from kvrelay.cluster.client import ClusterClient
+
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        operate.cancel(cluster, request_id, say=typer.echo)
+
+
+@app.command()
 def chat(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[URL] [TEXT]", help="Address of the router, and the message.")

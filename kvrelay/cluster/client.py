@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -60,6 +61,17 @@ class ClusterClient:
             raise self._unreachable(error) from error
         if not response.is_success:
             raise KVRelayError(_error_text(response))
+
+    def cancel(self, request_id: str) -> list[dict[str, str]]:
+        """Cancel a request by its client's id; return ``request_id`` and last ``state`` of each choice."""
+        try:
+            response = self._http.delete(f"/cluster/requests/{quote(request_id, safe='')}")
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise KVRelayError(_error_text(response))
+        cancelled: list[dict[str, str]] = response.json()["requests"]
+        return cancelled
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
         """Stream the answer to ``messages`` as (request id, new text) pairs."""

@@ -1,4 +1,4 @@
-"""``kvrelay drain`` and ``kvrelay restart``: what operators do to the nodes of a running cluster."""
+"""``kvrelay drain``, ``restart`` and ``cancel``: what operators do to the nodes and requests of a running cluster."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def drain(cluster: ClusterClient, node: str, *, stay_down: bool, timeout_s: floa
     say(f"{node} drains")
     _wait(lambda: _incarnation(cluster, node) != started, f"{node} has not left", timeout_s)
     say(f"{node} has left")
+
+
+def cancel(cluster: ClusterClient, request_id: str, *, say: Callable[[str], None]) -> None:
+    """Cancel a request. Raises KVRelayError if none of that id is in progress."""
+    for request in cluster.cancel(request_id):
+        say(f"{request['request_id']} cancelled, it was {request['state']}")
 
 
 def restart(cluster: ClusterClient, nodes: list[str], *, timeout_s: float, say: Callable[[str], None]) -> None:

@@ -336,6 +336,7 @@ class NodeMachine(ABC, Generic[R, S]):
         """Return what every node counts. They only grow."""
         return {
             **self._transfers.counters,
+            **self._endings.stages.counters,
             **asdict(self.kv.stats),
             COUNTER: float(self._unexpected.count),
             **self._messager_stats.counters,

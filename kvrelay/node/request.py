@@ -30,12 +30,21 @@ class Holder(StrEnum):
 class NodeRequest(Sequence, Generic[S]):
     """One attempt at a request: its sequence, its status, and who uses its blocks.
 
-    ``hashes`` are those of its full blocks. ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only.
-    ``OVER`` are the statuses in which nothing more is sent about it. ``is_over`` says whether it has one of them; every
-    step asks this of each of its requests.
+    ``hashes`` are those of its full blocks. ``num_stored_tokens`` of its ``num_cached_tokens`` are from the store.
+    ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only. ``OVER`` are the statuses in which
+    nothing more is sent about it. ``is_over`` says whether it has one of them; every step asks this of its requests.
     """
 
-    __slots__ = ("arrival_s", "hashes", "holders", "is_over", "lifecycle", "marks", "num_cached_tokens")
+    __slots__ = (
+        "arrival_s",
+        "hashes",
+        "holders",
+        "is_over",
+        "lifecycle",
+        "marks",
+        "num_cached_tokens",
+        "num_stored_tokens",
+    )
 
     OVER: ClassVar[frozenset[StrEnum]]
 
@@ -47,6 +56,7 @@ class NodeRequest(Sequence, Generic[S]):
         self.is_over = lifecycle.status in self.OVER
         self.holders = {Holder.REQUEST}
         self.num_cached_tokens = 0
+        self.num_stored_tokens = 0
         self.marks: list[tuple[str, float]] = []
 
     @property
@@ -88,6 +98,16 @@ class NodeRequest(Sequence, Generic[S]):
     def mark(self, name: str, now: float) -> None:
         """Note a moment for the timeline."""
         self.marks.append((name, now))
+
+    def prompt_sources(self) -> dict[str, int]:
+        """Return where the KV of its prompt came from on this node, in tokens by source."""
+        num_cached = min(self.num_cached_tokens, self.num_prompt_tokens)
+        num_stored = min(self.num_stored_tokens, num_cached)
+        return {
+            "computed": self.num_prompt_tokens - num_cached,
+            "cached": num_cached - num_stored,
+            "stored": num_stored,
+        }
 
     def layer_transfers(self) -> list[LayerTransfer]:
         """Return how its KV travelled from here, layer by layer: nothing, unless this node sent it."""

@@ -98,7 +98,7 @@ class GenerateEndpoint:
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
         session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
-        choices = list(self._choices(request_ids, outcome, session))
+        choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = self._api.writer(head, request, choices, outcome.texts, outcome.echo)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
@@ -129,7 +129,9 @@ class GenerateEndpoint:
             return self._ids(_new_name(), count)
         return answer_id, request_ids
 
-    def _choices(self, request_ids: Sequence[RequestId], prepared: PreparedRequest, session: str) -> Iterator[Choice]:
+    def _choices(
+        self, answer_id: str, request_ids: Sequence[RequestId], prepared: PreparedRequest, session: str
+    ) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, parsing = RequestSampling(request, service.model, service.max_model_len), self._api.parsing(request)
@@ -139,6 +141,6 @@ class GenerateEndpoint:
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
-            new = NewRequest(request_id, prompt, params, request.priority or 0, session)
+            new = NewRequest(request_id, prompt, params, request.priority or 0, session, answer_id)
             parser = parsing.parser(prompt) if parsing else None
             yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options, parser)

@@ -80,6 +80,7 @@ def make_operators_app(service: RouterService) -> App:
         Route("/ready", info.ready),
         Route("/cluster", endpoints.cluster),
         Route("/cluster/requests/{request_id}", info.timeline),
+        Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
     ]
@@ -95,6 +96,21 @@ class OperatorEndpoints:
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: as for clients, and each node's address, pid and incarnation."""
         return JSONResponse(cluster_status(self._service, for_operators=True))
+
+    async def cancel(self, request: Request) -> Response:
+        """``DELETE /cluster/requests/{request_id}``: both nodes drop it, and its client gets 410 ``request_cancelled``.
+
+        The answer names each choice that was in progress and its status then.
+        """
+        name = request.path_params["request_id"]
+        found = self._service.machine.requests.named(name)
+        if not found:
+            error = _error("not_found", f"no request {shown(name)} is in progress", 404)
+            return JSONResponse(error.body, error.status)
+        for item in found:
+            self._service.cancel(item.request_id)
+        requests = [{"request_id": item.request_id, "state": item.status.value} for item in found]
+        return JSONResponse({"status": "cancelled", "requests": requests})
 
     async def drain(self, request: Request) -> Response:
         """``POST /cluster/nodes/{node_id}/drain``: it gets no new requests, finishes its own and ends.

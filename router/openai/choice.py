@@ -84,9 +84,14 @@ class Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.stop_matched = False
-        self.finished = False
+        self.finish_reason: FinishReason | None = None
         self._text = OutputText(token_bytes, request.prompt_token_ids, options)
         self._parser = parser
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its last delta."""
+        return self.finish_reason is not None
 
     @property
     def request_id(self) -> RequestId:
@@ -110,7 +115,7 @@ class Choice:
             finish_reason, stop_reason, self.stop_matched = FinishReason.STOP, None, True
         self.num_tokens += num_tokens
         self.num_cached_tokens = max(self.num_cached_tokens, tokens.num_cached_tokens)
-        self.finished = finish_reason is not None
+        self.finish_reason = finish_reason
         delta = Delta(
             self.index,
             text,

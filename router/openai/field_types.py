@@ -147,7 +147,7 @@ Stops = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS),
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[int, Bias], BeforeValidator(_biases)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
+NoFunction = Annotated[str, PlainValidator(_no_function)]
 OnlyText = Annotated[list[str], PlainValidator(_only_text)]
 Verbosity = Annotated[str, PlainValidator(_verbosity)]
-NoFunction = Annotated[str, PlainValidator(_no_function)]
 JsonSchema = Annotated[object, PlainValidator(_schema)]

@@ -248,12 +248,12 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_completion_tokens: Positive | None = None
     logprobs: Flag = None
     top_logprobs: NumLogprobs | None = None
-    modalities: OnlyText | None = None
-    verbosity: Verbosity | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: Flag = None
     include_reasoning: Flag = None
     function_call: NoFunction | None = None
+    modalities: OnlyText | None = None
+    verbosity: Verbosity | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatCompletionRequest:

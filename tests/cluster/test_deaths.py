@@ -18,16 +18,19 @@ ANSWERED_BEFORE = 10
 FATAL = 383
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize("node", ["d0", "d1", "p0"])
 def test_node_is_killed_under_load(fake_cluster: Cluster, node: str) -> None:
     assert_admitted_requests_survive(fake_cluster, node, fake_cluster.pid(node))
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize("node", ["p0", "d2"])
 def test_messager_is_killed_under_load(fake_cluster: Cluster, node: str) -> None:
     assert_admitted_requests_survive(fake_cluster, node, fake_cluster.messager_pid(node))
 
 
+@pytest.mark.fault("F13")
 def test_router_is_killed_under_load(fake_cluster: Cluster) -> None:
     victim, nodes = fake_cluster.pid("router"), fake_cluster.incarnations()
     asks = random_asks(12, NUM_REQUESTS, max_tokens=60)
@@ -61,6 +64,7 @@ def test_a_device_is_lost_under_load(model: Path) -> None:
         assert "exited with 1" in cluster.log()
 
 
+@pytest.mark.fault("F13")
 def test_one_process_after_the_other_is_killed_under_load(model: Path) -> None:
     """Nodes and messagers of 2P3D in a random order, the next as soon as the last has been replaced."""
     rng = random.Random(14)

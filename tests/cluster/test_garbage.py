@@ -26,6 +26,8 @@ from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
 from kvrelay.protocol.messages.router_to_node import Abort
 
+pytestmark = pytest.mark.fault("F28")
+
 NUM_CONNECTIONS = 20
 
 

@@ -95,6 +95,7 @@ def _say(cluster: Cluster, own: Keys | None, server: Keys, name: str) -> None:
                         dealer.send(message)
 
 
+@pytest.mark.fault("F28")
 def test_no_key_a_wrong_key_and_the_name_of_another(keyed_cluster: Cluster, keys: Path, tmp_path: Path) -> None:
     make_keys(tmp_path, ["router", "d1"])
     nodes = sorted(set(re.findall(r"node registered.*node=(\w+#[0-9a-f]+)", keyed_cluster.log())))
@@ -117,6 +118,7 @@ def test_no_key_a_wrong_key_and_the_name_of_another(keyed_cluster: Cluster, keys
     assert len(lines) < 100
 
 
+@pytest.mark.fault("F28")
 def test_floods_huge_prefixes_and_slow_handshakes(keyed_cluster: Cluster) -> None:
     """Many connections that say nothing, one byte at a time, or announce 2 GB."""
     greeting = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE".ljust(65, b"\0")
@@ -144,6 +146,7 @@ def _sent(plain: socket.socket, content: bytes) -> bool:
     return True
 
 
+@pytest.mark.fault("F28")
 def test_recorded_bytes_of_a_real_connection_are_worth_nothing(keyed_cluster: Cluster, keys: Path) -> None:
     """Replays what a process with a key sent: the server's part of each handshake is new."""
     d0, d1 = Keys.load(keys, "d0"), Keys.load(keys, "d1")

@@ -1,4 +1,4 @@
-"""F09: a process stands still for longer than the peer timeout and goes on. Clients see a pause and no error."""
+"""A process stands still for longer than the peer timeout and goes on. Clients see a pause and no error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from support.asking import Ask, answers_while, assert_right, random_asks
 from support.cluster import Cluster, running, until
 from support.cluster_config import Config, cluster_config, d, fake_engine, p
 from support.redis_server import binary, redis_server
+
+pytestmark = pytest.mark.fault("F09")
 
 PEER_TIMEOUT_S = 2.0
 PAUSE_S = 5.0

@@ -35,6 +35,7 @@ def tight(model: Path) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.fault("F10", "F11")
 def test_preempted_requests_go_on_as_if_nothing_had_happened(tight: Cluster) -> None:
     rng = random.Random(30)
     asks = [
@@ -50,6 +51,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(tight: Cluster) -> 
     assert tight.counters()["preemptions"] > 0
 
 
+@pytest.mark.fault("F09")
 def test_decode_node_stands_still_until_everything_is_full(tight: Cluster) -> None:
     asks = random_asks(31, 60, longest=150, max_tokens=20)
     still = [tight.pid("d0"), tight.messager_pid("d0")]
@@ -67,6 +69,7 @@ def test_decode_node_stands_still_until_everything_is_full(tight: Cluster) -> No
     assert assert_right(tight, asks, given) == len(asks)
 
 
+@pytest.mark.fault("F03")
 def test_a_request_larger_than_the_pool_is_refused_for_good(tight: Cluster) -> None:
     too_long, good = Ask([9] * (POOL * 16 + 1), 4), Ask([9] * 100, 4)
 
@@ -87,6 +90,7 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error(tight: Cluster) -> 
     tight.wait_until_quiescent()
 
 
+@pytest.mark.fault("F09")
 def test_decode_node_stands_still_for_so_long_that_it_is_given_up(model: Path) -> None:
     """Its requests go on elsewhere; back again, it holds nothing of them and serves."""
     config = cluster_config(

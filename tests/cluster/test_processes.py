@@ -23,6 +23,7 @@ def test_ps_shows_role_and_name_of_each_process(fake_cluster: Cluster) -> None:
     assert titles == {supervisor, "kvrelay router", *nodes, *messagers}
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [

@@ -195,8 +195,9 @@ def test_router_and_node_are_killed_and_another_node_comes(model: Path) -> None:
         assert_clean(running)
 
 
+@pytest.mark.fault("F30")
 def test_redis_is_killed_and_started_again_under_load(model: Path) -> None:
-    """F30: no request fails, a known node may restart, and a new one is found when Redis is back, empty."""
+    """No request fails, a known node may restart, and a new one is found when Redis is back, empty."""
     with fleet(model) as (running, server), ThreadPoolExecutor(2) as pool:
         loads = [Load(pool, cluster, 9000 + 500 * number) for number, cluster in enumerate(running.clusters)]
 

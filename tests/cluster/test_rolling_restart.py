@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from support.asking import CONNECTION_LOST, Ask, answers, answers_while, assert_right, random_asks
 from support.cluster import PATIENCE_S, Cluster, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
@@ -26,6 +27,7 @@ def long_asks(seed: int, count: int) -> list[Ask]:
     return [Ask(ask.prompt, 400, ask.temperature, ask.seed) for ask in random_asks(seed, count)]
 
 
+@pytest.mark.fault("F20")
 def test_all_nodes_are_restarted_one_after_another_under_load(model: Path) -> None:
     """2P2D with 16 streams. D's deadline is short: what it cannot finish goes on elsewhere."""
     config = cluster_config(

@@ -32,6 +32,7 @@ def test_streams_hold_the_same_tokens(fake_cluster: Cluster) -> None:
     assert play(fake_cluster, stream) == [ask.expected(fake_cluster.fake()) for ask in asks]
 
 
+@pytest.mark.fault("F08")
 def test_clients_that_leave_at_any_moment_leave_nothing_behind(fake_cluster: Cluster) -> None:
     rng = random.Random(3)
     stayers = random_asks(3, 20)
@@ -81,6 +82,7 @@ def asked_alone(cluster: Cluster, *asks: Ask) -> tuple[list[Answer], float]:
     return given, cluster.status()["requests"]["kv_bytes_moved"] - before
 
 
+@pytest.mark.fault("F17")
 def test_one_token_needs_no_decode_node(fake_cluster: Cluster) -> None:
     asks = [Ask(random_prompt(random.Random(5), 50), 1)]
 
@@ -90,6 +92,7 @@ def test_one_token_needs_no_decode_node(fake_cluster: Cluster) -> None:
     assert moved_bytes == 0
 
 
+@pytest.mark.fault("F04")
 def test_several_prompts_and_choices_in_one_request(fake_cluster: Cluster) -> None:
     rng = random.Random(6)
     prompts = [random_prompt(rng, length) for length in (5, 40, 100)]

@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 from support.asking import CONNECTION_LOST, NO_NODE, answers_while, assert_right, random_asks
 from support.cluster import assert_ended_well, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
 
 
+@pytest.mark.fault("F20")
 def test_drained_nodes_fail_no_request(model: Path) -> None:
     """Two nodes are ended by a signal and come back, one is stopped for good, while others of their kind go on."""
     config = cluster_config(model, p("p0"), p("p1"), d("d0"), d("d1"), d("d2"), engine=fake_engine(step_s=0.005))

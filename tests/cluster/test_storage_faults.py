@@ -174,6 +174,7 @@ def stopped(pids: Sequence[int]) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.timeout(300)
 def test_decode_nodes_are_killed_while_they_write_to_files(model: Path, tmp_path: Path) -> None:
     config = storing_cluster(model, {"backend": "file", "path": str(tmp_path / "kv"), "capacity": 24 * MiB})
@@ -223,6 +224,7 @@ def redis_storage(server: RedisServer) -> dict[str, object]:
     return {"backend": "redis", "url": server.url, "timeout_s": 1.0, "read_timeout_s": 0.3}
 
 
+@pytest.mark.fault("F22", "F30")
 def test_redis_is_gone_for_a_while(model: Path) -> None:
     if binary() is None:
         pytest.skip("no redis-server here")
@@ -245,6 +247,7 @@ def go_on_without(storing: Cluster, server: RedisServer) -> None:
     assert storing.status()["requests"]["failed"] == 0
 
 
+@pytest.mark.fault("F22")
 def test_redis_stands_still_for_a_while(storing: Cluster, server: RedisServer) -> None:
     def stop() -> None:
         before = counted(storing, "store_timeouts") + counted(storing, "store_errors")
@@ -261,6 +264,7 @@ def test_redis_stands_still_for_a_while(storing: Cluster, server: RedisServer) -
     assert storing.status()["requests"]["failed"] == 0
 
 
+@pytest.mark.fault("F22")
 def test_redis_has_other_bytes_than_were_written(storing: Cluster, server: RedisServer) -> None:
     """Flipped, missing, surplus and foreign ones, in all values again and again."""
     rng = random.Random(52)
@@ -302,6 +306,7 @@ def spoil_all(client: redis.Redis, rng: random.Random) -> None:
         last = value
 
 
+@pytest.mark.fault("F22")
 def test_redis_is_full(storing: Cluster, server: RedisServer) -> None:
     with server.client() as client:
 

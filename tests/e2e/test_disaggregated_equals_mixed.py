@@ -73,6 +73,7 @@ def logprobs(answer: Answer) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("real_cluster", ["qwen2"], indirect=True)
 def test_random_requests(real_cluster: Cluster, mixed_node: Cluster) -> None:

@@ -40,6 +40,7 @@ def asked(number: int, length: int) -> Ask:
     return Ask(prompt, 110, more={"logprobs": 1, "frequency_penalty": 0.2 * (number % 3), **sampled})
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.timeout(300)
 def test_preempted_requests_give_the_tokens_of_undisturbed_ones(tight: Cluster, mixed_node: Cluster) -> None:
     asks = list(starmap(asked, enumerate([20, 33, 48, 5, 64, 17] * 5)))

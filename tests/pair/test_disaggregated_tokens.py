@@ -50,6 +50,7 @@ def test_chunk_boundaries(block_size: int, budget: int, layers: int) -> None:
     assert world.counted("kv_bytes_received", "d") == kv_bytes(world, clients) == world.counted("kv_bytes_sent", "p")
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize(("block_size", "budget", "layers"), MATRIX)
 def test_layer_signals_come_before_the_reservation(block_size: int, budget: int, layers: int) -> None:
     """FastDeploy's layer-0 race: the messager keeps what is signalled too early, in order, and loses nothing."""
@@ -98,6 +99,7 @@ def test_checksums_may_be_off() -> None:
         assert frames and all(frame.digest == 0 for frame in frames)
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("max_inflight_bytes", [1 << 16, 1 << 20])
 def test_many_long_prompts_share_a_small_credit(max_inflight_bytes: int) -> None:
     """40 prompts of 8 blocks of 4 KiB per layer through a credit of 16 blocks: all get there, none is passed over."""
@@ -113,6 +115,7 @@ def test_many_long_prompts_share_a_small_credit(max_inflight_bytes: int) -> None
         world.serve_all()
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_mixed_node_gives_the_same_tokens(block_size: int) -> None:
     for budget in budgets(block_size):
@@ -132,6 +135,7 @@ STYLES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.fault("F17")
 def test_sampling_penalties_and_logprobs_go_on_behind_the_hand_off() -> None:
     logprobs = []
     shapes: list[dict[str, Any]] = [{"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 1}]
@@ -149,6 +153,7 @@ def first_token_is_eos(world: World) -> list[int]:
     return next(prompt for prompt in iter(lambda: world.prompt(9), None) if world.greedy_reference(prompt)[0] == EOS)
 
 
+@pytest.mark.fault("F17")
 def test_a_request_for_one_token_needs_no_decode_node() -> None:
     with World() as world:
         client = world.submit(30, 1)
@@ -157,6 +162,7 @@ def test_a_request_for_one_token_needs_no_decode_node() -> None:
     assert world.link.sent["ReserveBlocks"] == 0
 
 
+@pytest.mark.fault("F17")
 def test_a_first_token_that_ends_the_request_gives_the_reservation_back() -> None:
     with World(engine={"eos_every": 4}) as world:
         client = world.submit(first_token_is_eos(world), 20)
@@ -166,6 +172,7 @@ def test_a_first_token_that_ends_the_request_gives_the_reservation_back() -> Non
     assert world.link.sent["HandOff"] == 0
 
 
+@pytest.mark.fault("F17")
 def test_a_first_token_that_ends_nothing_if_eos_is_to_be_ignored() -> None:
     with World(engine={"eos_every": 4}) as world:
         client = world.submit(first_token_is_eos(world), 20, ignore_eos=True)
@@ -215,6 +222,7 @@ def test_the_same_prompt_again_moves_only_what_is_no_full_block(length: int) -> 
         assert world.counted("prefix_hit_tokens", "d") == length // 4 * 4
 
 
+@pytest.mark.fault("F17")
 def test_a_whole_prompt_hit_on_both_nodes_computes_one_token_and_moves_nothing() -> None:
     with World(engine={"eos_every": 0}) as world:
         prompt = world.prompt(32)

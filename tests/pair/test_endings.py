@@ -48,9 +48,10 @@ def begun(world: World, message: str, arrived: bool) -> Client:
     return client
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize(("message", "arrived"), MOMENTS)
 def test_client_leaves(message: str, arrived: bool) -> None:
-    """F08: both legs are cancelled at once, without waiting for a lease or a timeout."""
+    """Both legs are cancelled at once, without waiting for a lease or a timeout."""
     with World(scheduler={"max_num_batched_tokens": 8}, engine={"eos_every": 0}) as world:
         client = begun(world, message, arrived)
         world.abort(client)
@@ -62,6 +63,7 @@ def test_client_leaves(message: str, arrived: bool) -> None:
         assert other.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize("nth", [1, 2, 3, 5, 8])
 def test_client_leaves_while_decoding(nth: int) -> None:
     with World(engine={"eos_every": 0}) as world:
@@ -73,6 +75,7 @@ def test_client_leaves_while_decoding(nth: int) -> None:
         assert nth <= len(client.token_ids) <= nth + 1
 
 
+@pytest.mark.fault("F08")
 def test_client_leaves_a_mixed_node_at_any_step() -> None:
     for seconds in range(12):
         with World(prefill=0, decode=0, mixed=1, scheduler={"max_num_batched_tokens": 8}) as world:
@@ -84,10 +87,11 @@ def test_client_leaves_a_mixed_node_at_any_step() -> None:
             assert other.error is None
 
 
+@pytest.mark.fault("F01")
 def test_blocks_of_a_client_that_left_are_not_given_away_while_they_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """F01: P still sends into D's blocks when the client leaves; pools are so small that the next one gets the same."""
+    """P still sends into D's blocks when the client leaves; pools are so small that the next one gets the same."""
     for seed in range(12):
         with World(
             seed,
@@ -107,6 +111,7 @@ def test_blocks_of_a_client_that_left_are_not_given_away_while_they_are_written(
 # ---------------------------------------------------------------- deaths
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize("victim", [0, 1], ids=["prefill", "decode"])
 @pytest.mark.parametrize(("message", "arrived"), MOMENTS)
 def test_a_node_dies(message: str, arrived: bool, victim: int) -> None:
@@ -118,10 +123,11 @@ def test_a_node_dies(message: str, arrived: bool, victim: int) -> None:
         assert client.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.parametrize("victim", ["p0", "d0"])
 @pytest.mark.parametrize(("message", "arrived"), MOMENTS[::3])
 def test_the_only_node_of_its_role_dies_and_comes_back(message: str, arrived: bool, victim: str) -> None:
-    """F13: at the same address or at another, at once or after it was missed."""
+    """At the same address or at another, at once or after it was missed."""
     for port in (None, 9999):
         with World(scheduler={"max_num_batched_tokens": 8}, engine={"eos_every": 0}) as world:
             client = begun(world, message, arrived)
@@ -192,8 +198,9 @@ def test_a_device_is_lost_and_its_node_leaves(name: str, step: int) -> None:
         assert {client.finish_reason for client in clients} == {FinishReason.LENGTH}
 
 
+@pytest.mark.fault("F02")
 def test_abort_and_then_the_prefill_node_dies() -> None:
-    """F02: D's blocks come back although nobody is left to say that the reservation is over."""
+    """D's blocks come back although nobody is left to say that the reservation is over."""
     with World(engine={"eos_every": 0}) as world:
         client = begun(world, "BlocksReserved", arrived=True)
         world.link.drop("Abort")
@@ -205,10 +212,11 @@ def test_abort_and_then_the_prefill_node_dies() -> None:
         assert world.nodes["d0"].machine.kv.num_used == 0
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize("which", [0, 1], ids=["prefill", "decode"])
 @pytest.mark.parametrize("seconds", [2.0, 20.0])
 def test_a_node_is_stopped_and_goes_on(which: int, seconds: float) -> None:
-    """F09: SIGSTOP, shorter and longer than the peer timeout. What it then says of old attempts is ignored."""
+    """SIGSTOP, shorter and longer than the peer timeout. What it then says of old attempts is ignored."""
     with World(prefill=2, decode=2, engine={"eos_every": 0}) as world:
         client = begun(world, "LayerSignal", arrived=False)
         node = world.nodes[client.nodes[which]]
@@ -220,10 +228,11 @@ def test_a_node_is_stopped_and_goes_on(which: int, seconds: float) -> None:
         world.run_until(world.is_ready)
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize("name", ["p0", "d0", "router"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_process_that_stopped_blames_nobody_else(name: str, seed: int) -> None:
-    """F09: SIGSTOP for longer than the peer timeout. Others may give it up; it gives nobody up."""
+    """SIGSTOP for longer than the peer timeout. Others may give it up; it gives nobody up."""
     with World(seed, prefill=2, decode=2, engine={"decode_token_s": 0.02, "eos_every": 0}) as world:
         clients = [world.submit(world.rng.randrange(1, 60), 190) for _ in range(6)]
         world.run_for(world.rng.random())
@@ -248,9 +257,10 @@ def test_a_process_that_stopped_blames_nobody_else(name: str, seed: int) -> None
 # ---------------------------------------------------------------- failing steps, draining
 
 
+@pytest.mark.fault("F07", "F23")
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_a_prefill_step_fails(step: int) -> None:
-    """F07, F23: D never decodes from its empty blocks, another try serves the request, and others are served too."""
+    """D never decodes from its empty blocks, another try serves the request, and others are served too."""
     with World(scheduler={"max_num_batched_tokens": 8}, engine={"eos_every": 0}) as world:
         world.nodes["p0"].failing_steps = {step}
         client = world.submit(PROMPT_LEN, MAX_TOKENS)
@@ -288,9 +298,9 @@ def test_every_step_fails(roles: dict[str, Any]) -> None:
         assert other.error is None
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("name", ["p0", "d0"])
 def test_a_node_drains_under_load_and_no_request_fails(name: str) -> None:
-    """F20."""
     for delay_s in (0.0, 0.002, 0.006, 0.02):
         with World(prefill=2, decode=2, engine={"eos_every": 0}) as world:
             node = world.nodes[name]
@@ -317,6 +327,7 @@ def test_a_node_that_is_told_twice_to_stop_hands_its_requests_back_at_once() -> 
             assert client.error is None
 
 
+@pytest.mark.fault("F20")
 def test_a_drain_that_takes_too_long_hands_requests_back() -> None:
     with World(prefill=0, decode=0, mixed=2, engine={"eos_every": 0, "step_s": 1.0}) as world:
         client = world.submit(4, 60)
@@ -330,6 +341,7 @@ def test_a_drain_that_takes_too_long_hands_requests_back() -> None:
 # ---------------------------------------------------------------- the router
 
 
+@pytest.mark.fault("F13")
 def test_a_router_that_comes_anew_makes_the_nodes_drop_what_they_hold() -> None:
     """Nobody waits for requests of a router that is gone; the nodes register with the new one and serve."""
     for message in ("KVFrame", "HandOff", "TokensOut"):

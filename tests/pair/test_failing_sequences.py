@@ -90,6 +90,7 @@ def test_chunks_of_prompts_of_which_a_later_one_fails(shape: dict[str, int], see
         assert_each_got_what_is_its_own(clients)
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize("link", ["tcp", "auto"])
 def test_kv_of_a_failing_step_that_has_arrived_is_shared_with_nobody(link: str) -> None:
     """All of it is on D, and said to be good, before D hears that the prompt has failed."""

@@ -51,6 +51,7 @@ def test_a_hundred_schemas(role: str) -> None:
             serve(world, range(first, first + 20))
 
 
+@pytest.mark.fault("F10")
 def test_preempted_every_three_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     preempt_often(monkeypatch)
     with World(2, cache=ROOM, storage=STORE) as world:

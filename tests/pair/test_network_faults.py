@@ -50,10 +50,10 @@ def cluster(seed: int = 7, **options: Any) -> World:
     )
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("nth", [1, 2, 5])
 @pytest.mark.parametrize("message", RECOVERED)
 def test_a_message_is_lost_and_the_request_served_all_the_same(message: str, nth: int) -> None:
-    """F16."""
     with cluster() as world:
         fault = world.link.drop(message, nth)
         clients = [world.submit(length, 12) for length in (5, 17, 40, 30)]
@@ -64,6 +64,7 @@ def test_a_message_is_lost_and_the_request_served_all_the_same(message: str, nth
         assert [client.finish_reason for client in clients] == [FinishReason.LENGTH] * 4
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("nth", [1, 3])
 @pytest.mark.parametrize("message", GIVEN_UP)
 def test_a_message_is_lost_and_the_request_ends_at_its_deadline(message: str, nth: int) -> None:
@@ -74,6 +75,7 @@ def test_a_message_is_lost_and_the_request_ends_at_its_deadline(message: str, nt
         assert sorted(client.error or "" for client in clients) == ["", "", "", "transfer_timeout"]
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("message", ["Abort", "CancelReservation"])
 def test_a_cancellation_is_lost(message: str) -> None:
     """Whoever goes on with what nobody wants is told so, or finds its lease over."""
@@ -88,9 +90,10 @@ def test_a_cancellation_is_lost(message: str) -> None:
                 assert client.finish_reason is FinishReason.ABORT
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("message", ["RequestFailed", "DecodeNeeded", "AssignDecode", "ReservationRefused"])
 def test_an_answer_to_a_failure_is_lost(message: str) -> None:
-    """F16: the request ends in time, one way or the other, and nothing is left of it."""
+    """The request ends in time, one way or the other, and nothing is left of it."""
     with World(
         decode=2,
         cache={"num_blocks": 24, "prefix_caching": False},
@@ -110,6 +113,7 @@ def test_an_answer_to_a_failure_is_lost(message: str) -> None:
         assert fault.num_seen > 0
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("seconds", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize(
     "message",
@@ -151,6 +155,7 @@ def test_a_message_is_overtaken(message: str) -> None:
                 assert [client.finish_reason for client in clients] == [FinishReason.LENGTH] * 4
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("message", ["Prefill", "ReserveBlocks", "BlocksReserved", "HandOff", "KVFrame", "KVArrived"])
 @pytest.mark.parametrize("seconds", [2.0, 12.0])
 def test_a_connection_is_slow(message: str, seconds: float) -> None:
@@ -203,6 +208,7 @@ def test_a_damaged_block_of_the_prefix_cache_on_a_device_costs_one_retry() -> No
         assert world.router.machine.requests.counters.retries == 1
 
 
+@pytest.mark.fault("F14")
 def test_what_is_overwritten_on_p_under_way_is_noticed() -> None:
     """The pages are read when a frame leaves: were P's blocks given away too early, the digest would tell."""
     with World(transfer={"link": "tcp"}, engine={"eos_every": 0}, cache={"prefix_caching": False}) as world:
@@ -221,8 +227,9 @@ def test_what_is_overwritten_on_p_under_way_is_noticed() -> None:
 # ---------------------------------------------------------------- leases
 
 
+@pytest.mark.fault("F05")
 def test_a_reservation_outlives_its_lease_while_p_says_that_it_works_on_it() -> None:
-    """F05: P needs three times the lease for the prompt."""
+    """P needs three times the lease for the prompt."""
     with World(transfer={"lease_s": 2.0}, engine={"eos_every": 0, "prefill_token_s": 0.2}) as world:
         client = world.submit(30, 5)
         world.settle(20.0)
@@ -231,8 +238,9 @@ def test_a_reservation_outlives_its_lease_while_p_says_that_it_works_on_it() -> 
         assert world.router.machine.requests.counters.retries == 0
 
 
+@pytest.mark.fault("F05")
 def test_a_reservation_nobody_renews_is_given_up() -> None:
-    """F05: D hears of P, but nothing of this reservation."""
+    """D hears of P, but nothing of this reservation."""
     with World(transfer={"lease_s": 2.0}, engine={"eos_every": 0, "prefill_token_s": 0.2}) as world:
         lost = world.link.drop("RenewReservations")
         client = world.submit(30, 5)
@@ -253,8 +261,9 @@ def test_one_lost_renewal_does_no_harm(nth: int) -> None:
         assert world.router.machine.requests.counters.retries == 0
 
 
+@pytest.mark.fault("F06")
 def test_a_renewal_of_what_is_over_is_answered_at_once() -> None:
-    """F06: D gave the reservation up; P hears of it with its next word and does not go on sending."""
+    """D gave the reservation up; P hears of it with its next word and does not go on sending."""
     with World(engine={"eos_every": 0, "prefill_token_s": 0.2}) as world:
         client = world.submit(30, 5)
         world.run_until_arrived("BlocksReserved")
@@ -270,6 +279,7 @@ def test_a_renewal_of_what_is_over_is_answered_at_once() -> None:
 # ---------------------------------------------------------------- everything at once
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("seed", range(25))
 def test_chaos(seed: int) -> None:
     """A few per cent of all messages between hosts are lost, repeated, late, out of order or damaged."""

@@ -135,6 +135,7 @@ def test_random_arrivals_lengths_priorities_and_departures(seeds: Iterator[int])
     check_all(seeds, check)
 
 
+@pytest.mark.fault("F11")
 def test_long_outputs_in_small_pools(seeds: Iterator[int]) -> None:
     """Preemption all the time; requests that outgrow even the whole pool end with an error and all they generated."""
 
@@ -155,6 +156,7 @@ def test_long_outputs_in_small_pools(seeds: Iterator[int]) -> None:
     check_all(seeds, check)
 
 
+@pytest.mark.fault("F13", "F18")
 def test_random_faults_and_restarts(seeds: Iterator[int]) -> None:
     def check(rng: random.Random, seed: int) -> None:
         limits = {"request_timeout_s": 100.0, "max_attempts": 10}

@@ -18,6 +18,7 @@ def small(num_blocks: int) -> dict[str, dict[str, int]]:
     return {"cache": {"num_blocks": num_blocks}}
 
 
+@pytest.mark.fault("F03")
 def test_a_full_decode_node_refuses_and_another_takes_the_request() -> None:
     with World(decode=2, engine=NO_EOS, nodes={"d0": small(8), "d1": small(8)}) as world:
         clients = [world.submit(20, 8) for _ in range(6)]
@@ -52,6 +53,7 @@ def test_a_decode_node_asked_after_the_first_token_reserves_for_the_prompt(lengt
         node.machine.kv.unpin(block_ids(*range(node.machine.kv.num_blocks)))
 
 
+@pytest.mark.fault("F03")
 def test_a_prompt_that_fits_no_pool_is_a_typed_error_at_once() -> None:
     for name in ("p0", "d0"):
         with World(engine=NO_EOS, nodes={name: small(6)}) as world:
@@ -81,6 +83,7 @@ def test_a_refused_request_asks_the_router_again(message: str) -> None:
         assert [client.error for client in clients] == [None] * 6
 
 
+@pytest.mark.fault("F03")
 def test_a_request_that_seeks_a_decode_node_and_was_forgotten_gives_its_blocks_back() -> None:
     with World(engine=NO_EOS, nodes={"d0": small(8)}) as world:
         first, second = world.submit(20, 12), world.submit(20, 12)
@@ -116,11 +119,12 @@ def test_a_reserve_for_decodes_keeps_prompts_out_but_never_an_idle_node() -> Non
 # ---------------------------------------------------------------- preemption
 
 
+@pytest.mark.fault("F10", "F11")
 @pytest.mark.parametrize("order", ["latest_first", "shortest_output_first"])
 @pytest.mark.parametrize("requeue", ["front", "tail"])
 @pytest.mark.parametrize("policy", ["none", "fixed_blocks", "sglang", "new_token_ratio"])
 def test_preempted_requests_go_on_as_if_nothing_had_happened(policy: str, order: str, requeue: str) -> None:
-    """F10, F11: drawn tokens, penalties and logprobs included."""
+    """Drawn tokens, penalties and logprobs included."""
     scheduler = {
         "reserve_policy": policy,
         "preemption_order": order,
@@ -151,6 +155,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(policy: str, order:
             assert all(len(client.logprobs) == 30 for client in clients)
 
 
+@pytest.mark.fault("F11")
 def test_a_request_that_outgrows_the_pool_alone_ends_with_an_error_and_all_it_generated() -> None:
     with World(engine=NO_EOS, nodes={"d0": small(10)}) as world:
         client = world.submit(20, 60)

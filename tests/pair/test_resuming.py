@@ -58,6 +58,7 @@ def counted(world: World, *names: str) -> float:
 # ---------------------------------------------------------------- preempted requests
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.parametrize("role", ["decode", "mixed"])
 @pytest.mark.parametrize("resume", ["storage", "recompute", "auto"])
 def test_preempted_every_three_steps_the_tokens_are_those_of_an_undisturbed_run(
@@ -119,6 +120,7 @@ def copy_slowly(world: World) -> None:
     world.store.stage_s = 0.3
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.parametrize("fault", [break_down, fill_up, lose_much, crawl, copy_slowly])
 @pytest.mark.parametrize("role", ["decode", "mixed"])
 @pytest.mark.parametrize("resume", ["storage", "auto"])
@@ -146,6 +148,7 @@ def test_a_store_that_recovers_is_used_again(monkeypatch: pytest.MonkeyPatch) ->
         assert world.store.blocks
 
 
+@pytest.mark.fault("F12")
 def test_staging_memory_is_a_bound_and_what_is_beyond_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     preempt_often(monkeypatch)
     with shape("mixed", storage={**STORE, "staging": 1 << 16}, engine={"head_dim": 512}) as world:
@@ -158,6 +161,7 @@ def test_staging_memory_is_a_bound_and_what_is_beyond_is_computed_again(monkeypa
         assert counted(world, "kv_blocks_saved") > 0
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize("moment", ["kv_loads", "preemptions"])
 def test_a_client_that_leaves_while_kv_is_on_its_way(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks stay until the store has let go of them: the World looks for that after every event."""
@@ -287,6 +291,7 @@ def test_short_beginnings_are_not_looked_for() -> None:
         assert world.counted("kv_loads", "p") == 1
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.parametrize("fault", [break_down, lose_much, crawl])
 def test_a_read_that_fails_is_late_or_partial_costs_nothing_but_the_recompute(fault: Callable[[World], None]) -> None:
     with World(7, careful=True, storage=STORE) as world:

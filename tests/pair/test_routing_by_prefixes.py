@@ -48,6 +48,7 @@ def test_nodes_without_prefix_caching_share_equal_prompts() -> None:
         assert {used.count(name) for name in set(used)} == {2}
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize("seed", range(8))
 def test_evictions_are_reported(seed: int) -> None:
     with cluster(seed, cache={"num_blocks": 24}) as world:
@@ -60,6 +61,7 @@ def test_evictions_are_reported(seed: int) -> None:
         assert any(process.machine.kv.stats.evicted_blocks for process in world.nodes.values())
 
 
+@pytest.mark.fault("F16", "F19")
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("fault", ["drop", "duplicate"])
 def test_a_report_is_lost_or_comes_twice(fault: str, nth: int) -> None:
@@ -83,6 +85,7 @@ def test_a_report_is_lost_or_comes_twice(fault: str, nth: int) -> None:
         check_prefixes(world)
 
 
+@pytest.mark.fault("F19")
 def test_a_router_that_restarts_learns_the_prefix_caches() -> None:
     with cluster() as world:
         for _ in range(4):
@@ -94,6 +97,7 @@ def test_a_router_that_restarts_learns_the_prefix_caches() -> None:
         check_prefixes(world)
 
 
+@pytest.mark.fault("F19")
 def test_a_node_that_restarts_begins_with_an_empty_prefix_cache() -> None:
     with cluster() as world:
         for _ in range(4):

@@ -29,6 +29,7 @@ def test_routers_share_prefill_decode_and_mixed_nodes(seed: int) -> None:
         assert all(client.error is None for client in world.clients.values())
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("nodes", [{}, {"prefill": 0, "decode": 0, "mixed": 1}])
 def test_clients_that_give_two_routers_one_id_get_each_its_own_answer(nodes: dict[str, int]) -> None:
     with ManyRouters(**nodes) as world:
@@ -78,6 +79,7 @@ def test_a_router_that_is_only_silent_is_given_up_in_the_end() -> None:
         assert client.error is None
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("pause_s", [3.0, 8.0])
 def test_a_router_that_stops_for_a_while_loses_no_request(seed: int, pause_s: float) -> None:
@@ -120,9 +122,10 @@ def test_a_node_restarted_at_once_at_its_address_is_found_again(seed: int) -> No
         assert all(client.error is None for client in world.clients.values())
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_registry_lost_and_back_under_load(seed: int) -> None:
-    """F30: serving goes on with the nodes that are known; a node that came meanwhile is found afterwards."""
+    """Serving goes on with the nodes that are known; a node that came meanwhile is found afterwards."""
     with ManyRouters(seed, prefill=2, decode=2) as world:
         submit_some(world)
         world.lose_registry()
@@ -141,10 +144,11 @@ def test_registry_lost_and_back_under_load(seed: int) -> None:
         assert all(client.error is None for client in world.clients.values())
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.parametrize("how", ["restarts", "stands still"])
 @pytest.mark.parametrize("name", ["p0", "d0"])
 def test_a_known_node_is_back_although_the_registry_is_lost(name: str, how: str) -> None:
-    """F30: routers call the nodes that the registry last had, until it says otherwise."""
+    """Routers call the nodes that the registry last had, until it says otherwise."""
     with ManyRouters(prefill=2, decode=2) as world:
         submit_some(world)
         world.lose_registry()

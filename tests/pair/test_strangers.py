@@ -1,4 +1,4 @@
-"""F28: anybody can reach a port. What strangers say, sensible or not, breaks nothing and nobody."""
+"""Anybody can reach a port. What strangers say, sensible or not, breaks nothing and nobody."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.node_to_messager import StopMessager
 from kvrelay.protocol.messages.node_to_router import Leaving
 from kvrelay.protocol.messages.router_to_node import Drain, RegistrationRefused
+
+pytestmark = pytest.mark.fault("F28")
 
 NODES = [Role.PREFILL, Role.DECODE, Role.MIXED]
 

@@ -180,6 +180,7 @@ def test_every_field_refuses_what_is_of_another_type(message: Message) -> None:
         refusal(packed(type(message).__name__, wrong))
 
 
+@pytest.mark.fault("F28")
 @settings(max_examples=400)
 @given(st.binary(max_size=200))
 @example(b"\x92\xa8Leaving\x80")
@@ -216,6 +217,7 @@ def test_real_messages_with_a_field_exchanged_are_a_message_or_refused(message: 
         return
 
 
+@pytest.mark.fault("F28")
 @settings(max_examples=300)
 @given(st.sampled_from(EXAMPLES), st.integers(0, 1 << 20), st.integers(0, 255))
 def test_real_messages_with_a_byte_flipped_are_a_message_or_refused(message: Message, at: int, flip: int) -> None:

@@ -37,6 +37,7 @@ def test_golden_value() -> None:
     assert sealed()[:HEADER_BYTES].tobytes().hex() == HEADER
 
 
+@pytest.mark.fault("F29")
 def test_namespaces_are_the_same_in_another_process() -> None:
     script = f"""
 from kvrelay.protocol.geometry import KVGeometry

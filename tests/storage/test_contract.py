@@ -225,6 +225,7 @@ FAULTS = ["magic", "version", "namespace", "hash", "length", "digest", "first by
 FAULTS += ["cut", "cut in the header", "another block", "zeros"]
 
 
+@pytest.mark.fault("F22")
 def test_a_bad_value_is_a_miss_counted_and_deleted(room: Room) -> None:
     async def check(store: KVStore, how: str, num_before: int) -> None:
         value, other = await room.read(store, HASHES[1]), await room.read(store, HASHES[2])

@@ -232,6 +232,7 @@ def preempt_often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return num_full
 
 
+@pytest.mark.fault("F10")
 def test_preempted_every_three_steps_and_read_back_each_time(
     room: Room, node: NodeConfig, engine: Engine, alone: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

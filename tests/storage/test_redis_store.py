@@ -59,6 +59,7 @@ async def hits(store: KVStore, count: int) -> list[int]:
 # ---------------------------------------------------------------- down, slow, full
 
 
+@pytest.mark.fault("F30")
 def test_a_server_that_is_killed_and_started_again(server: RedisServer) -> None:
     async def check() -> None:
         clock = HandClock()

@@ -15,6 +15,7 @@ from kvrelay.protocol.ids import Attempt, BlockId, NodeId, PeerId, RequestId, Se
 from kvrelay.protocol.messages.base import (
     ErrorInfo,
     Heartbeat,
+    HistogramReport,
     LayerTransfer,
     LinkAddress,
     Load,
@@ -148,6 +149,7 @@ _LOAD = Load(
     waiting_tokens=10,
     num_preempted=11,
     headroom_blocks=12,
+    histograms=[HistogramReport("transfer", "shm", [1, 0, 2], 0.75)],
 )
 
 EXAMPLES: list[Message] = [

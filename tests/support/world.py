@@ -29,12 +29,13 @@ from kvrelay.config.cluster_config import (
 )
 from kvrelay.engine.fake import reference_tokens
 from kvrelay.errors import LocalProtocolError
-from kvrelay.machine.contract import StopRequested
+from kvrelay.machine.contract import StopRequested, TimerFired
 from kvrelay.node.request_table import RequestTable
 from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
 from router.events import (
+    CancelRequested,
     ClientGone,
     Deliver,
     NewRequest,
@@ -45,6 +46,7 @@ from router.events import (
 )
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
+from router.request import RequestTimer
 from support.fake_link import FakeLink, Parcel, Payload
 from support.fake_store import FakeStore
 from support.processes import MessagerProcess, NodeProcess, Process, RouterProcess
@@ -346,6 +348,14 @@ class World:
     def abort(self, client: Client) -> None:
         """The client leaves."""
         self.router.handle(ClientGone(RequestId(client.request_id)))
+
+    def cancel(self, client: Client) -> None:
+        """An operator cancels the request."""
+        self.router.handle(CancelRequested(RequestId(client.request_id)))
+
+    def pass_deadline(self, client: Client) -> None:
+        """The time that the request may take is over."""
+        self.router.handle(TimerFired(RequestTimer(RequestId(client.request_id), "deadline")))
 
     def deliver(self, action: Deliver) -> None:
         """Hand a delivery of the router to its client."""

@@ -154,6 +154,7 @@ def test_blocks_changed_under_a_reader_are_a_failure_and_never_kv() -> None:
         assert failure(pair, D).error.code == "corrupt_kv"
 
 
+@pytest.mark.fault("F14")
 def test_frame_of_an_earlier_epoch_does_not_touch_the_slot_it_aimed_at() -> None:
     with Pair(links=("ipc",)) as pair:
         old, new = Attempt(RequestId("a"), 1), Attempt(RequestId("a"), 2)
@@ -357,6 +358,7 @@ def test_payload_of_another_length_is_refused(payload: tuple[memoryview, ...]) -
         assert "bytes of payload" in failure(pair, D).error.message
 
 
+@pytest.mark.fault("F12")
 def test_receiver_takes_no_more_than_its_credit() -> None:
     with Pair(d={"max_inflight_bytes": 2 * BLOCK_BYTES}) as pair:
         _, targets = started(pair)
@@ -419,6 +421,7 @@ def test_impossible_expectation_is_a_failure(change: dict[str, object]) -> None:
 # ---------------------------------------------------------------- links
 
 
+@pytest.mark.fault("F27")
 def test_other_geometry_is_refused_and_fails_the_transfer_for_good() -> None:
     other = msgspec.structs.replace(GEOMETRY, block_size=8)
     with Pair(d={"geometry": other}) as pair:
@@ -732,6 +735,7 @@ def test_close_without_an_acknowledgement_is_answered_in_time() -> None:
         assert pair.endings(P, A) == ["TransferClosed"]
 
 
+@pytest.mark.fault("F24")
 def test_close_drops_signals_that_never_saw_a_reservation() -> None:
     with Pair() as pair:
         pair.signal_all(A, block_ids(1, 2, 3))
@@ -759,6 +763,7 @@ def test_open_after_close_is_answered() -> None:
         pair.assert_quiescent()
 
 
+@pytest.mark.fault("F01")
 def test_cancel_waits_for_the_write_under_way() -> None:
     with Pair() as pair:
         sources, _ = started(pair)
@@ -787,6 +792,7 @@ def test_frames_after_a_cancel_are_stale_even_while_a_write_ends() -> None:
         assert pair.counter(D, "stale_frames") == 2
 
 
+@pytest.mark.fault("F28")
 def test_frames_of_another_messager_than_the_prefill_nodes_are_not_written() -> None:
     """Before, any process that knew request id and epoch could write into the blocks, or end the transfer."""
     stranger = PeerId("x.messager#1")
@@ -811,6 +817,7 @@ def test_frames_of_another_messager_than_the_prefill_nodes_are_not_written() -> 
         assert not pair.ends[D].pool.planes.any()
 
 
+@pytest.mark.fault("F14")
 def test_copy_of_a_frame_is_stale_once_its_blocks_were_given_up() -> None:
     with Pair(links=("ipc",)) as pair:
         sources, _ = started(pair)
@@ -842,9 +849,10 @@ def test_failed_expectation_waits_for_the_other_writes() -> None:
 EVENTS = ("open", "signals", "close", "acks", "cancel")
 
 
+@pytest.mark.fault("F15", "F24")
 @pytest.mark.parametrize("order", list(itertools.permutations(EVENTS)), ids="-".join)
 def test_every_order_of_open_signals_close_acks_and_cancel(order: tuple[str, ...]) -> None:
-    """F15, F24: whatever comes first, both nodes get their answers, once, and no block is touched after them."""
+    """Whatever comes first, both nodes get their answers, once, and no block is touched after them."""
     with Pair(links=("ipc",)) as pair:
         sources, targets = one_of_each(pair, A)
         pair.run()
@@ -873,9 +881,10 @@ def test_every_order_of_open_signals_close_acks_and_cancel(order: tuple[str, ...
         pair.assert_quiescent()  # nor is a late signal kept for ever
 
 
+@pytest.mark.fault("F01", "F14", "F16")
 @pytest.mark.parametrize("seed", range(60))
 def test_any_mishap_in_any_order_ends_once_and_leaves_nothing(seed: int) -> None:
-    """F01, F14, F16: frames and acks lost, doubled and damaged, attempts closed and cancelled, slots used again."""
+    """Frames and acks lost, doubled and damaged, attempts closed and cancelled, slots used again."""
     rng = random.Random(seed)
     with Pair(seed, links=(rng.choice(["shm", "ipc"]),), d={"max_inflight_bytes": 6 * BLOCK_BYTES}) as pair:
         pair.on_wire = lambda _src, _dst, message: _mishap(rng, message)

@@ -129,6 +129,7 @@ def test_payload_moves_between_pools_on_devices(directory: Path) -> None:
     run(scenario, directory, links=("tcp",), on_device=True)
 
 
+@pytest.mark.fault("F13")
 def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: Path, on_device: bool) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         await transfer(p, d, block_ids(1, 2), block_ids(3, 4))
@@ -146,6 +147,7 @@ def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: 
     run(scenario, directory, leftovers=1, peer_timeout_s=1.0, on_device=on_device)
 
 
+@pytest.mark.fault("F09")
 def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -> None:
     async def scenario(p: MessagerNode, d: MessagerNode) -> None:
         await transfer(p, d, block_ids(1, 2), block_ids(3, 4))

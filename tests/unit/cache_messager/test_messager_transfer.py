@@ -110,6 +110,7 @@ def test_layer_times_span_first_frame_to_last_acknowledgement() -> None:
         ]
 
 
+@pytest.mark.fault("F24")
 def test_signals_before_the_reservation_are_kept_and_sent_as_one_frame() -> None:
     with Pair() as pair:
         sources, targets = one_of_each(pair, A)
@@ -233,6 +234,7 @@ def test_link_is_kept_for_the_next_transfer() -> None:
 # ---------------------------------------------------------------- credit
 
 
+@pytest.mark.fault("F12")
 def test_credit_is_never_exceeded_and_transfers_take_turns() -> None:
     credit = 8 * BLOCK_BYTES
     with Pair(d={"max_inflight_bytes": credit}) as pair:
@@ -300,6 +302,7 @@ def test_without_layerwise_nothing_is_sent_before_the_last_signal() -> None:
 # ---------------------------------------------------------------- any order
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("seed", range(40))
 def test_any_chunking_in_any_order_moves_every_block_once(seed: int) -> None:
     rng = random.Random(seed)

@@ -207,6 +207,7 @@ def test_what_is_in_the_prefix_cache_is_not_asked_for_again() -> None:
     assert (reserved.num_cached_blocks, len(reserved.block_ids)) == (2, 1)
 
 
+@pytest.mark.fault("F03")
 @pytest.mark.parametrize(
     ("sections", "told", "retry"),
     [
@@ -284,6 +285,7 @@ def test_a_reservation_is_nobodys_but_its_senders() -> None:
     assert harness.plan is not None
 
 
+@pytest.mark.fault("F14")
 def test_a_new_attempt_is_another_reservation_than_the_one_before() -> None:
     harness = decode_harness()
     reserve(harness, epoch=1)
@@ -341,8 +343,9 @@ def test_the_last_token_tells_why_and_everything_is_given_back() -> None:
     harness.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F06")
 def test_a_hand_off_nobody_asked_for_is_answered_to_both() -> None:
-    """F06: P stops, and the router tries again."""
+    """P stops, and the router tries again."""
     harness = decode_harness()
     actions = hand_off(harness)
     assert sent(actions, ReservationEnded, P0)
@@ -360,6 +363,7 @@ def test_a_hand_off_of_another_length_than_reserved_is_refused() -> None:
     harness.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F23")
 def test_blocks_are_matchable_only_when_their_kv_is_verified() -> None:
     harness = decode_harness()
     reserve(harness)
@@ -370,6 +374,7 @@ def test_blocks_are_matchable_only_when_their_kv_is_verified() -> None:
     assert len(harness.machine.kv.match(HASHES)) == 2
 
 
+@pytest.mark.fault("F23")
 def test_failed_kv_is_told_to_p_and_router_and_never_decoded() -> None:
     harness = decode_harness()
     reserve(harness)
@@ -404,8 +409,8 @@ def test_prompts_that_arrived_side_by_side_keep_one_copy_of_what_they_share() ->
 # ---------------------------------------------------------------- who still uses the blocks
 
 
+@pytest.mark.fault("F01")
 def test_blocks_stay_until_the_messager_says_that_nothing_writes_to_them() -> None:
-    """F01."""
     for ending in (Abort(**ID), CancelReservation(**ID, reason="over")):
         harness = decode_harness()
         harness.messager_answers = False
@@ -459,7 +464,7 @@ def test_a_request_that_outgrows_the_pool_fails_after_all_its_tokens_went_out() 
     harness.machine.assert_quiescent()
 
 
-# ---------------------------------------------------------------- every order (F15)
+# ---------------------------------------------------------------- every order
 
 EVENTS = ("arrived", "hand_off", "abort", "peer lost", "lease over", "cancel")
 
@@ -482,6 +487,7 @@ def perform(harness: NodeHarness, event: str) -> None:
             harness.receive(P0, CancelReservation(**ID, reason="over"))
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("messager_answers", [True, False])
 @pytest.mark.parametrize("first", EVENTS)
 def test_every_order_of_what_can_befall_a_reservation(first: str, messager_answers: bool) -> None:
@@ -519,6 +525,7 @@ def check_story(harness: NodeHarness, order: tuple[str, ...]) -> None:
 # ---------------------------------------------------------------- leases
 
 
+@pytest.mark.fault("F05")
 def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     harness = decode_harness()
     reserve(harness)
@@ -534,6 +541,7 @@ def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     harness.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F06")
 def test_a_renewal_of_an_unknown_reservation_is_answered() -> None:
     harness = decode_harness()
     [ended] = sent(harness.receive(P0, RenewReservations(attempts=[Attempt(RequestId("r"), 1)])), ReservationEnded, P0)

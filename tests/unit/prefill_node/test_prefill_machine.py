@@ -29,6 +29,7 @@ from kvrelay.machine.contract import (
     Exit,
     LayersComputed,
     PeerLost,
+    Send,
     SetTimer,
     StopRequested,
     TimerFired,
@@ -381,6 +382,7 @@ def test_who_is_asked_after_the_first_token_is_asked_for_the_prompt_only() -> No
     assert (reserve.num_tokens, reserve.max_tokens) == (8, 5)
 
 
+@pytest.mark.fault("F03")
 def test_a_node_that_can_never_take_it_ends_the_request() -> None:
     harness = prefill_harness()
     prefill(harness)
@@ -413,6 +415,7 @@ def test_a_refused_request_asks_again_while_nobody_answers() -> None:
     harness.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F06")
 def test_a_grant_that_comes_too_late_is_given_back() -> None:
     harness = prefill_harness()
     prefill(harness)
@@ -438,6 +441,7 @@ def test_what_another_node_says_of_the_reservation_means_nothing(answer: str) ->
     assert sent(granted(harness, D1), OpenTransfer)
 
 
+@pytest.mark.fault("F06")
 def test_a_grant_of_a_request_that_is_over_is_given_back() -> None:
     harness = prefill_harness()
     prefill(harness)
@@ -446,6 +450,7 @@ def test_a_grant_of_a_request_that_is_over_is_given_back() -> None:
     assert sent(granted(harness), CancelReservation, D0)
 
 
+@pytest.mark.fault("F06")
 def test_a_reservation_that_d_ended_fails_the_attempt() -> None:
     harness = prefill_harness()
     prefill(harness)
@@ -506,6 +511,7 @@ def test_a_decode_node_that_comes_again_takes_the_place_of_its_earlier_incarnati
 # ---------------------------------------------------------------- endings
 
 
+@pytest.mark.fault("F01")
 def test_an_abort_in_a_step_keeps_the_blocks_until_step_and_messager_are_done() -> None:
     for order in itertools.permutations(("step", "messager")):
         harness = prefill_harness()
@@ -595,6 +601,67 @@ def test_a_failed_step_ends_its_requests_and_not_the_others() -> None:
     harness.machine.assert_quiescent()
 
 
+EVENTS = ("granted", "step", "reservation ended", "decode node lost", "abort", "transfer failed", "transfer done")
+
+
+def perform(harness: NodeHarness, event: str, done: tuple[str, ...]) -> None:
+    """Let ``event`` come. The messager tells of a transfer only once, after it was opened and before it was closed."""
+    is_open = bool(harness.sent(OpenTransfer)) and not harness.sent(CloseTransfer)
+    match event:
+        case "granted":
+            granted(harness)
+        case "step":
+            harness.run_steps()
+        case "reservation ended":
+            harness.receive(D0, ReservationEnded(**ID, reason="over"))
+        case "decode node lost":
+            harness.post(PeerLost(D0, "gone"))
+        case "abort":
+            harness.receive(ROUTER, Abort(**ID))
+        case "transfer failed":
+            if is_open:
+                error = ErrorInfo(code="peer_lost", message="gone", http_status=503, retryable=True)
+                harness.receive(MESSAGER, TransferFailed(**ID, error=error))
+        case "transfer done":
+            if is_open and "step" in done:
+                transferred(harness)
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("messager_answers", [True, False])
+@pytest.mark.parametrize("first", EVENTS)
+def test_every_order_of_what_can_befall_a_prompt(first: str, messager_answers: bool) -> None:
+    for rest in itertools.permutations([event for event in EVENTS if event != first]):
+        order = (first, *rest)
+        harness = prefill_harness()
+        harness.messager_answers = messager_answers
+        prefill(harness)
+        for number, event in enumerate(order):
+            perform(harness, event, order[:number])
+        if not messager_answers:
+            for _ in harness.sent(CloseTransfer):
+                harness.receive(MESSAGER, TransferClosed(**ID))
+        harness.run_steps()
+        harness.machine.assert_quiescent()
+        check_story(harness, order)
+
+
+def check_story(harness: NodeHarness, order: tuple[str, ...]) -> None:
+    """D's blocks are handed off or given back, and the router hears of one failure at most, none after its abort."""
+    told = [action.message for action in harness.actions if isinstance(action, Send) and action.peer == ROUTER]
+    assert len([message for message in told if isinstance(message, RequestFailed)]) <= 1, order
+    assert len(harness.sent(CloseTransfer)) <= 1, order
+    assert len(harness.sent(OpenTransfer)) <= 1, order
+    assert len(harness.sent(RequestTimeline)) == 1, order
+    if order[0] == "abort":
+        assert [type(message) for message in told] == [RequestTimeline], order
+    granted_at, over_at = order.index("granted"), order.index("abort")
+    ended_by_d_at = min(order.index("reservation ended"), order.index("decode node lost"))
+    is_kept_on_d = granted_at > over_at or max(granted_at, over_at) < ended_by_d_at
+    assert not is_kept_on_d or harness.sent(HandOff) != [] or harness.sent(CancelReservation) != [], order
+
+
+@pytest.mark.fault("F15")
 def test_the_end_of_a_transfer_and_a_cancellation_may_cross() -> None:
     for late in ("done", "failed"):
         harness = prefill_harness()

@@ -5,11 +5,13 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
 from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.http.operators import make_operators_app
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 Scenario = Callable[[FakeCluster], Awaitable[None]]
@@ -201,6 +203,7 @@ def test_a_character_of_four_tokens_makes_four_chunks() -> None:
     run(scenario, Script(answer="🦊"))
 
 
+@pytest.mark.fault("F25")
 def test_stream_and_answer_have_the_same_text_for_hostile_model_text() -> None:
     hostile = 'line\r\n\r\ndata: [DONE]\n\n"quoted\\" \x00 \u2028 🦊'
 
@@ -331,6 +334,7 @@ def test_request_id_of_the_client_is_used_and_told_back() -> None:
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.fault("F04", "F08")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("pace_s", [0.02, 60.0], ids=["after some tokens", "before the first"])
 def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: float) -> None:
@@ -343,6 +347,60 @@ def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: 
         await until(lambda: len({item.partition(":")[2] for item in cluster.script.aborted}) == 4)
         text = cluster.client.get("/metrics")
         assert 'kvrelay_requests_total{api="completions",outcome="aborted"} 4.0' in (await text).text
+
+    run(scenario, Script(pace_s=pace_s))
+
+
+def delete(cluster: FakeCluster, name: str) -> Awaitable[httpx.Response]:
+    """Cancel a request as an operator does."""
+    app = make_operators_app(cluster.service)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.delete(f"/cluster/requests/{name}")
+
+    return ask()
+
+
+@pytest.mark.fault("F04", "F08")
+@pytest.mark.parametrize("name", ["mine", "cmpl-mine", "cmpl-mine-1"])
+@pytest.mark.parametrize("pace_s", [0.02, 60.0], ids=["after some tokens", "before the first"])
+def test_cancelled_request_is_410_or_an_event_and_all_its_choices_end(name: str, pace_s: float) -> None:
+    """By the client's id, the answer's, or one choice's: an answer without one of its choices is none."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 400, "stream": True}
+        lines: asyncio.Queue[str] = asyncio.Queue()
+
+        async def ask() -> int:
+            async with cluster.client.stream(
+                "POST", "/v1/completions", json=body, headers={"X-Request-Id": "mine"}
+            ) as response:
+                async for line in response.aiter_lines():
+                    lines.put_nowait(line)
+                return response.status_code
+
+        request = asyncio.create_task(ask())
+        await until(lambda: len(cluster.script.specs) == 4 if pace_s > 1 else not lines.empty())
+        answer = (await delete(cluster, name)).json()
+        assert answer["status"] == "cancelled"
+        cancelled = {item["request_id"]: item["state"] for item in answer["requests"]}
+        assert cancelled == dict.fromkeys(
+            [name] if name.endswith("1") else [f"cmpl-mine-{i}" for i in range(4)], "running"
+        )
+        status = await request
+        said = [line for line in (lines.get_nowait() for _ in range(lines.qsize())) if line]
+        if pace_s < 1:
+            assert (status, said.pop()) == (200, "data: [DONE]")
+        else:
+            assert (status, len(said)) == (410, 1)
+        assert json.loads(said[-1].removeprefix("data: "))["error"]["code"] == "request_cancelled"
+        await until(lambda: not cluster.service.machine.requests)
+        await until(lambda: len({item.partition(":")[2] for item in cluster.script.aborted}) == 4)
+        assert cluster.service.machine.requests.counters.aborted == 4
+        again = await delete(cluster, name)
+        assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
+        assert (await cluster.client.delete(f"/cluster/requests/{name}")).status_code == 405
 
     run(scenario, Script(pace_s=pace_s))
 

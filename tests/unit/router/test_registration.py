@@ -35,6 +35,7 @@ def test_node_is_told_that_it_is_registered() -> None:
     assert names(driver) == [peer("p0")]
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -98,6 +99,7 @@ def test_restarted_node_at_the_same_address_replaces_its_earlier_self_when_that_
     assert (to, again.request.epoch) == (peer("p0", "b"), 2)
 
 
+@pytest.mark.fault("F28")
 def test_a_stranger_with_name_and_address_of_a_live_node_does_not_replace_it() -> None:
     """Before, one Register removed the node and failed its requests."""
     driver = Driver("p0 d0")

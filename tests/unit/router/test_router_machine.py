@@ -64,6 +64,7 @@ def test_one_token_needs_no_decode_node() -> None:
     driver.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("name", ["d1", "p1", "x9"])
 def test_tokens_of_who_has_no_part_in_the_attempt_are_not_delivered(name: str) -> None:
     """Before, whoever knew request id and epoch could write into the answer."""
@@ -110,6 +111,7 @@ def test_tokens_said_twice_are_delivered_once() -> None:
     assert driver.output() == [1, 2, 3]
 
 
+@pytest.mark.fault("F06")
 def test_tokens_of_an_ended_request_are_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
@@ -124,6 +126,7 @@ def test_tokens_of_an_ended_request_are_answered_with_abort() -> None:
     assert driver.machine.requests.counters.stale_messages == 2
 
 
+@pytest.mark.fault("F14")
 def test_an_id_used_again_is_not_taken_for_its_earlier_use() -> None:
     driver = Driver("m0")
     driver.submit()
@@ -176,6 +179,7 @@ def test_the_word_of_a_client_whose_request_has_ended_changes_nothing() -> None:
 # ---------------------------------------------------------------- admission
 
 
+@pytest.mark.fault("F03", "F04")
 def test_too_many_requests_are_refused_all_together() -> None:
     driver = Driver("m0", limits=Limits(max_queued_requests=2))
     driver.submit(new_request("a"))
@@ -339,6 +343,7 @@ def test_decode_nodes_that_stay_full_end_the_request_at_its_deadline() -> None:
     driver.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F06")
 def test_decode_needed_for_an_ended_request_is_answered_with_abort() -> None:
     driver = Driver("p0 d0")
     driver.submit()
@@ -637,6 +642,7 @@ def test_pauses_do_not_keep_a_dead_node_alive() -> None:
     assert not list(driver.machine.node_table)
 
 
+@pytest.mark.fault("F09")
 def test_silent_nodes_are_all_gone_before_their_requests_are_retried() -> None:
     driver = Driver("m0 m1 m2", limits=Limits(max_attempts=2))
     driver.submit()

@@ -14,7 +14,7 @@ from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded
 from kvrelay.protocol.messages.router_to_node import AssignDecode, Generate, Prefill
 from kvrelay.protocol.request import FinishReason
-from router.events import ClientGone, RequestEnded, RequestErrored, StopMatched
+from router.events import CancelRequested, ClientGone, RequestEnded, RequestErrored, StopMatched
 from router.limits import Limits
 
 NODES = ("p0", "p1", "d0", "d1", "m0")
@@ -109,13 +109,14 @@ class Life:
 
     def leave(self) -> None:
         if self.submitted:
-            kind = self.random.choice((ClientGone, StopMatched))
+            kind = self.random.choice((ClientGone, CancelRequested, StopMatched))
             self.driver.do(kind(RequestId(f"r{self.random.randrange(self.submitted)}")))
 
     def incarnation(self, name: str) -> str:
         return f"a{self.incarnations[name]}" if self.incarnations[name] else "a"
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("local_prefill_tokens", [None, 0])
 def test_every_request_ends_once_with_its_tokens_in_order_and_nothing_is_left(

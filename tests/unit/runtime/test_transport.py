@@ -163,6 +163,7 @@ def test_a_peer_that_was_never_there_is_lost(bound: bool) -> None:
     run(check())
 
 
+@pytest.mark.fault("F09")
 def test_a_peer_that_does_not_read_is_lost_and_nothing_blocks() -> None:
     async def check() -> None:
         async with transport("p0#1", send_queue=5) as (client, at_client):
@@ -288,6 +289,7 @@ def test_a_peer_that_connects_again_is_heard_and_answered() -> None:
     run(check())
 
 
+@pytest.mark.fault("F13")
 def test_a_peer_that_reconnects_before_its_old_connection_is_seen_to_end_takes_its_place() -> None:
     async def check() -> None:
         async with transport("d0#1") as (server, at_server):
@@ -304,10 +306,11 @@ def test_a_peer_that_reconnects_before_its_old_connection_is_seen_to_end_takes_i
     run(check())
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("routing_id", [b"p0#1", b"p0#1/", b"p0#1/guessed", b"p0#1/a/b"])
 @pytest.mark.parametrize("said", [b"\xc1", encode(abort(9)), encode(ProtocolViolation(reason="no")), b""])
 def test_a_stranger_with_the_name_of_a_peer_is_told_and_the_peer_goes_on(routing_id: bytes, said: bytes) -> None:
-    """F28: before, it took the peer's place, and one garbage message made this process deaf to the peer for ever."""
+    """Before, it took the peer's place, and one garbage message made this process deaf to the peer for ever."""
 
     async def check() -> None:
         async with pair() as (server, at_server, client, at_client):
@@ -360,6 +363,7 @@ def test_of_too_many_peers_the_one_silent_longest_is_forgotten(monkeypatch: pyte
     assert names.routing_id(PeerId("x0")) is None
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -408,6 +412,7 @@ def test_a_name_that_is_not_text_does_no_harm() -> None:
     run(check())
 
 
+@pytest.mark.fault("F28")
 def test_a_part_beyond_the_limit_is_not_read_at_all() -> None:
     async def check() -> None:
         async with pair() as (server, at_server, client, _):
@@ -488,6 +493,7 @@ def test_sending_and_receiving_at_once_loses_no_wake_up() -> None:
     run(check())
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("taken", [b"router", b"messager"])
 def test_nobody_who_reaches_out_can_pass_for_a_connection_of_our_own(taken: bytes, tmp_path: Path) -> None:
     async def main() -> None:
