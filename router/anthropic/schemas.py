@@ -46,10 +46,10 @@ class PromptFields(Fields):
     refused: ClassVar[dict[str, str]] = {
         "container": "containers are not supported",
         "context_management": "contexts are not edited or compacted",
-        "max_completion_tokens": "use max_tokens",
+        "max_completion_tokens": "the field is called max_tokens",
         "mcp_servers": "MCP servers are not supported: call their tools yourself",
-        "response_format": "use it instead of response_format",
-        "stop": "use it instead of stop",
+        "response_format": "the field is called output_config.format, not response_format",
+        "stop": "the field is called stop_sequences, not stop",
     }
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"betas", "cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id"}

@@ -91,13 +91,13 @@ class ResponsesFields(Fields):
         "background": "answers are not made in the background: use stream",
         "conversation": _NOT_STORED,
         "context_management": "contexts are not compacted",
-        "max_completion_tokens": "use it instead of max_completion_tokens",
-        "max_tokens": "use max_output_tokens",
-        "messages": "use it instead of messages",
+        "max_completion_tokens": "the field is called max_output_tokens, not max_completion_tokens",
+        "max_tokens": "the field is called max_output_tokens",
+        "messages": "the field is called input, not messages",
         "previous_response_id": _NOT_STORED,
         "prompt": "prompt templates are not stored; send instructions and input",
-        "reasoning_effort": "use it instead of reasoning_effort",
-        "response_format": "use it instead of response_format",
+        "reasoning_effort": "the field is called reasoning.effort, not reasoning_effort",
+        "response_format": "the field is called text.format, not response_format",
     }
     ignored: ClassVar[frozenset[str]] = frozenset({"access_programs", "background_options", "image", "max_tool_calls"})
 

@@ -19,12 +19,9 @@ from router.anthropic.messages import chat_messages
 MESSAGES = "/v1/messages"
 END = "\x00"
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400}
+FUNCTIONS: list[Any] = [tool["function"] for tool in TOOLS]
 FLAT_TOOLS = [
-    {
-        "name": tool["function"]["name"],  # type: ignore[index]
-        "input_schema": tool["function"].get("parameters", {"type": "object"}),  # type: ignore[attr-defined]
-    }
-    for tool in TOOLS
+    {"name": function["name"], "input_schema": function.get("parameters", {"type": "object"})} for function in FUNCTIONS
 ]
 
 
@@ -90,7 +87,7 @@ def rebuilt(events: list[dict[str, Any]]) -> dict[str, Any]:
             case other:
                 pytest.fail(f"{other}")
     assert not is_open
-    return message | events[-2]["delta"] | {"usage": message["usage"] | events[-2]["usage"]}
+    return {**message, **events[-2]["delta"], "usage": message["usage"] | events[-2]["usage"]}
 
 
 async def stream(cluster: FakeCluster, **body: object) -> list[dict[str, Any]]:
@@ -342,7 +339,7 @@ def test_tool_choices_that_any_model_can_have(choice: dict[str, Any]) -> None:
         ),
         ({"container": "c"}, "container: containers are not supported"),
         ({"mcp_servers": [{}]}, "mcp_servers: MCP servers are not supported"),
-        ({"stop": ["a"]}, "stop_sequences: use it instead of stop"),
+        ({"stop": ["a"]}, "stop_sequences: the field is called stop_sequences"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "prompt is too long: This model's maximum context"),
     ],
 )

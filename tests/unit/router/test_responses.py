@@ -18,7 +18,8 @@ from router.responses.items import chat_messages
 
 RESPONSES = "/v1/responses"
 END = "\x00"
-FLAT_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+FUNCTIONS: list[Any] = [tool["function"] for tool in TOOLS]
+FLAT_TOOLS = [{"type": "function", **function} for function in FUNCTIONS]
 NO_ITEM: dict[str, Any] = {"type": "message", "role": "assistant", "status": "completed"}
 
 
@@ -369,8 +370,8 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
             "text",
             "text.format.schema: Invalid type: strng",
         ),
-        ({"input": "a", "messages": [{"role": "user"}]}, "input", "input: use it instead of messages"),
-        ({"input": "a", "max_tokens": 3}, "max_tokens", "max_tokens: use max_output_tokens"),
+        ({"input": "a", "messages": [{"role": "user"}]}, "input", "input: the field is called input"),
+        ({"input": "a", "max_tokens": 3}, "max_tokens", "max_tokens: the field is called max_output_tokens"),
         ({"input": "x" * 600}, "input", "This model's maximum context length is 512 tokens."),
     ],
 )
