@@ -301,7 +301,8 @@ Request = TypeVar("Request", bound=Fields)
 def _names(kind: type[Fields]) -> tuple[dict[str, str], frozenset[str]]:
     """Return the fields that are refused for ``kind``, with the reasons, and the names of all that are no surprise."""
     names = kind.model_fields.keys() | kind.copied
-    refused = {name: reason for name, reason in {**REFUSED_FIELDS, **kind.refused}.items() if name not in names}
+    own = {name: f"{name}: {reason}" for name, reason in kind.refused.items()}
+    refused = {name: reason for name, reason in {**REFUSED_FIELDS, **own}.items() if name not in names}
     return refused, frozenset(names | refused.keys() | IGNORED_FIELDS | kind.ignored)
 
 
@@ -310,7 +311,7 @@ def parse(kind: type[Request], body: dict[str, Any]) -> Request:
     refused, known = _names(kind)
     for name in () if refused.keys().isdisjoint(body) else refused:
         if body.get(name) not in (None, False, 0, "", [], {}):
-            raise InvalidRequestError(f"{name}: {refused[name]}", param=name)
+            raise InvalidRequestError(refused[name], param=name)
     with reading("the request cannot be read"):
         try:
             request = kind.model_validate(body)
