@@ -68,7 +68,6 @@ class Blocks:
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.num_reasoning_tokens = 0
         self._is_open = False
         self._whitespace = ""
 
@@ -80,8 +79,6 @@ class Blocks:
             return
         for part in delta.parts:
             yield from self._take(part)
-        if self._is_open and self.blocks[-1].kind is BlockKind.REASONING:
-            self.num_reasoning_tokens += len(delta.token_ids)
 
     def finish(self, *, needs_text: bool = False) -> Iterator[BlockEvent]:
         """Yield the end of the last block. ``needs_text``: if there are none, there is one with an empty text."""

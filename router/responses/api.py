@@ -40,7 +40,8 @@ class Responses(ChatCompletions):
         echo: bytes,
     ) -> Writer:
         [choice] = choices
-        return ResponseWriter(head, choice, echo, self._model.tokenizer.token_bytes if request.logprobs else None)
+        token_bytes = self._model.tokenizer.token_bytes
+        return ResponseWriter(head, choice, echo, token_bytes, with_logprobs=bool(request.logprobs))
 
     def prompt_tokens(
         self, body: dict[str, Any], max_model_len: int, check: Callable[[object], None]

@@ -13,23 +13,25 @@ from router.openai.blocks import Block, BlockBegun, BlockEnded, BlockEvent, Bloc
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
 from router.openai.logprobs import chat_logprobs
+from router.responses.reasoning_tokens import ReasoningTokens
 
 _ID_PREFIXES = {BlockKind.REASONING: "rs", BlockKind.TEXT: "msg", BlockKind.CALL: "fc"}
 _NO_LOGPROBS = msgspec.Raw(b"[]")
 
 
 class ResponseWriter:
-    """Writes one response. ``echo``: JSON of the object with the fields of the request that it repeats.
+    """Writes one response. ``echo``: JSON of the object with the fields of the request that it repeats."""
 
-    ``token_bytes``: None if the client wants no logprobs.
-    """
-
-    def __init__(self, head: AnswerHead, choice: Choice, echo: bytes, token_bytes: TokenBytes | None) -> None:
+    def __init__(
+        self, head: AnswerHead, choice: Choice, echo: bytes, token_bytes: TokenBytes, *, with_logprobs: bool
+    ) -> None:
         self._head = head
         self._choice = choice
         self._echo = echo
         self._token_bytes = token_bytes
+        self._with_logprobs = with_logprobs
         self._blocks = Blocks()
+        self._reasoning_tokens = ReasoningTokens(token_bytes)
         self._logprobs: list[bytes] = []
         self._finish_reason: str | None = None
         self._is_over = False
@@ -101,7 +103,7 @@ class ResponseWriter:
             "input_tokens": num_input,
             "input_tokens_details": {"cached_tokens": self._choice.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": num_output,
-            "output_tokens_details": {"reasoning_tokens": self._blocks.num_reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens.count},
             "total_tokens": num_input + num_output,
         }
 
@@ -137,7 +139,8 @@ class ResponseWriter:
     def _take(self, delta: Delta) -> msgspec.Raw:
         """Note the end, and return the logprobs of ``delta``."""
         self._finish_reason = delta.finish_reason or self._finish_reason
-        if self._token_bytes is None or not delta.token_ids:
+        self._reasoning_tokens.add(delta)
+        if not self._with_logprobs or not delta.token_ids:
             return _NO_LOGPROBS
         entries = chat_logprobs(self._token_bytes, delta.token_ids, delta.logprobs)["content"]
         encoded = msgspec.json.encode(entries)

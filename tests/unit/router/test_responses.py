@@ -194,7 +194,7 @@ def test_reasoning_and_calls_are_items_whole_and_streamed() -> None:
         assert len({item["id"] for item in answer["output"]}) == 4
         assert answer["tools"] == FLAT_TOOLS
         details = answer["usage"]["output_tokens_details"]
-        assert len("Both.") <= details["reasoning_tokens"] < len(TWO_CALLS.partition("I look")[0])
+        assert details["reasoning_tokens"] == len("Both.")  # this tokenizer has a token for each byte
         assert without_ids(rebuilt(await stream(cluster, **body))) == without_ids(answer)
 
     run(scenario, Script(TWO_CALLS + END), tool_parser="hermes", reasoning_parser="think")
