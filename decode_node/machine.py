@@ -202,6 +202,7 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
             },
             prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
+            histograms=self._endings.stages.report(),
         )
 
     def assert_quiescent(self) -> None:

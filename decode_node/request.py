@@ -47,8 +47,8 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
 
     ``sender`` is the P whose reservation it began as, None if the router sent it to this node. Until the hand-off a
     reserved request's tokens are unknown and ``spec`` is a stand-in with nothing but the maximum output, priority and
-    router; ``num_cached_blocks`` of its blocks need not come from P. After a preemption its first ``num_stored_blocks``
-    blocks are in the store, once it is no longer ``is_saving``.
+    router; ``num_cached_blocks`` of its blocks, with ``num_matched_tokens``, need not come from P. After a preemption
+    its first ``num_stored_blocks`` blocks are in the store, once it is no longer ``is_saving``.
     """
 
     __slots__ = (
@@ -58,6 +58,7 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
         "lease_until_s",
         "ngrams",
         "num_cached_blocks",
+        "num_matched_tokens",
         "num_preemptions",
         "num_reserved_tokens",
         "num_stored_blocks",
@@ -74,6 +75,7 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
         self.sender = sender
         self.priority = spec.priority
         self.num_cached_blocks = 0
+        self.num_matched_tokens = 0
         self.num_reserved_tokens = 0
         self.num_preemptions = 0
         self.num_stored_blocks = 0
@@ -112,6 +114,13 @@ class DecodeRequest(NodeRequest[DecodeStatus]):
     def accepts(self, spec: RequestSpec) -> bool:
         """Return whether the reserved blocks are for all tokens of ``spec`` but the newest, whose KV nobody has yet."""
         return len(spec.prompt_token_ids) + len(spec.output_token_ids) - 1 == self.num_reserved_tokens
+
+    def prompt_sources(self) -> dict[str, int]:
+        """Return where the KV of its prompt came from on this node, in tokens by source."""
+        if self.sender is None:
+            return super().prompt_sources()
+        num_cached = min(self.num_matched_tokens, self.num_prompt_tokens)
+        return {"cached": num_cached, "received": self.num_prompt_tokens - num_cached}
 
     def hand_off(self, message: HandOff) -> None:
         """Take over from P: the tokens are known now, all but the newest have their KV in the reserved blocks."""

@@ -69,7 +69,7 @@ class Reservations:
         self.refused_a_stranger = False
         """A prefill node that no router has named asked for blocks: PrefillNodes may have been lost."""
         self.link: LinkAddress | None = None
-        self.counters = {"reservations_refused": 0.0, "kv_bytes_received": 0.0}
+        self.counters = {"reservations_refused": 0.0, "reservations_expired": 0.0, "kv_bytes_received": 0.0}
 
     def record_message(self, peer: PeerId) -> None:
         """Note that a message of ``peer`` arrived."""
@@ -146,7 +146,8 @@ class Reservations:
         kv.pin(matched)
         request.take_blocks([*matched, *kv.allocate(num_new)])
         request.num_cached_blocks = len(matched)
-        kv.record_query(message.num_tokens, len(matched) * self._block_size)
+        request.num_matched_tokens = len(matched) * self._block_size
+        kv.record_query(message.num_tokens, request.num_matched_tokens)
         request.lease_until_s = self._outbox.now + self._lease_s
         self._requests.add(request)
         self._requests.order.passed(message.priority, message.num_tokens)
@@ -252,6 +253,7 @@ class Reservations:
         """End reservations whose lease is over and those of silent prefill nodes; send the others a heartbeat."""
         now, receiving = self._outbox.now, self._requests.receiving
         overdue = [request for request in receiving if request.lease_until_s <= now]
+        self.counters["reservations_expired"] += len(overdue)
         for request in overdue:
             self.give_up(request, ErrorInfo.of(TransferTimeoutError(f"{request.sender_name} let its lease run out")))
         senders = {request.sender for request in receiving}

@@ -46,7 +46,16 @@ class Steps:
         self._number = 0
         self._last_ended_s = 0.0
         self.counters = dict.fromkeys(
-            ("steps", "decode_tokens", "prefill_tokens", "draft_tokens", "accepted_draft_tokens"), 0.0
+            (
+                "steps",
+                "decode_tokens",
+                "prefill_tokens",
+                "draft_tokens",
+                "accepted_draft_tokens",
+                "finished_stop",
+                "finished_length",
+            ),
+            0.0,
         )
 
     # ------------------------------------------------------------ starting
@@ -92,7 +101,8 @@ class Steps:
         """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
         ended = self._scheduler.in_flight.end(event)
         self.counters["steps"] += 1
-        self._measure(ended)
+        step_s = self._measure(ended)
+        num_outputs = 0
         outputs: defaultdict[PeerId, list[RequestOutput]] = defaultdict(list)
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
             if request.is_over:
@@ -101,31 +111,36 @@ class Steps:
                 self._endings.fail(request, ErrorInfo.of(outcome.error))
             elif output := self._computed(request, chunk, outcome):
                 outputs[request.spec.router].append(output)
+                num_outputs += 1
+        if num_outputs:
+            self._endings.stages.step(step_s, num_outputs)
         for router, its in outputs.items():
             self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
             self._outbox.send(router, TokensOut(outputs=its))
 
-    def _measure(self, ended: PlanInFlight[DecodeRequest]) -> None:
-        """Note how fast prompts are computed, from steps that computed hardly anything else."""
+    def _measure(self, ended: PlanInFlight[DecodeRequest]) -> float:
+        """Return the seconds of the step. Note how fast prompts are computed if it computed hardly anything else."""
         prefilling, num_prefill = self._requests.prefilling, 0
         if prefilling:
             chunks = zip(ended.requests, ended.chunks, strict=True)
             num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
+        seconds = max(0.0, self._outbox.now - max(ended.submitted_s, self._last_ended_s))
         if num_prefill > len(ended.chunks):
-            began_s = max(ended.submitted_s, self._last_ended_s)
-            self._reload_policy.prefill_speed.add(num_prefill, self._outbox.now - began_s, self._outbox.now)
+            self._reload_policy.prefill_speed.add(num_prefill, seconds, self._outbox.now)
         self._last_ended_s = self._outbox.now
+        return seconds
 
     def _computed(self, request: DecodeRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
         """Take tokens whose KV is good, and what was sampled after them."""
         num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
         request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
         if request in self._requests.prefilling:
-            self._chunk_done(request, chunk.num_tokens)
+            self._chunk_done(request, chunk.num_tokens, sampled)
         if not sampled.token_ids:
             return None
         output = request.take(sampled)
         if output.finish_reason is not None:
+            self.counters[f"finished_{output.finish_reason}"] += 1
             self._finished(request)
         return output
 
@@ -137,10 +152,13 @@ class Steps:
         self.counters["accepted_draft_tokens"] += num_accepted
         return len(drafts) - num_accepted
 
-    def _chunk_done(self, request: DecodeRequest, num_tokens: int) -> None:
+    def _chunk_done(self, request: DecodeRequest, num_tokens: int, sampled: SampledTokens) -> None:
         self.counters["prefill_tokens"] += num_tokens
         self._scheduler.publisher.publish(request)
+        for message in request.prompt_logprobs_out(sampled) if sampled.prompt_logprobs else ():
+            self._outbox.send(request.spec.router, message)
         if request.num_computed_tokens == len(request.token_ids):
+            request.prompt_computed()
             self._requests.move(request, DecodeStatus.RUNNING_DECODE, self._outbox.now)
             request.mark("decode", self._outbox.now)
 

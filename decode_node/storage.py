@@ -120,6 +120,7 @@ class Storage:
             request.mark("loaded", now)
             request.num_computed_tokens += event.num_blocks * self._block_size
             if request.num_preemptions == 0:
+                request.num_stored_tokens = event.num_blocks * self._block_size
                 request.num_cached_tokens = request.num_computed_tokens
             self._publisher.publish(request)
             self._requests.move(request, DecodeStatus.RUNNING_PREFILL, now)

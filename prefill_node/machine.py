@@ -130,6 +130,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
         match message:
             case TransferDone(num_bytes=num_bytes, layers=layers):
                 request.layers = layers
+                self._endings.stages.transferred(request, message.link, num_bytes, layers)
                 request.mark("transferred", self._outbox.now)
                 self._kv_bytes_sent += num_bytes
             case TransferFailed(error=error):
@@ -212,6 +213,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
             counters={**self._steps.counters, "kv_bytes_sent": self._kv_bytes_sent, **self._common_counters()},
             prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
+            histograms=self._endings.stages.report(),
         )
 
     def assert_quiescent(self) -> None:

@@ -50,7 +50,9 @@ class Steps:
         self._outbox = outbox
         self._number = 0
         self._spans: dict[int, list[tuple[PrefillRequest, KVSpan]]] = {}
-        self.counters = {"steps": 0.0, "prefill_tokens": 0.0}
+        self.counters = dict.fromkeys(
+            ("steps", "prefill_tokens", "first_tokens", "finished_stop", "finished_length"), 0.0
+        )
 
     # ------------------------------------------------------------ starting
 
@@ -114,13 +116,18 @@ class Steps:
         """Take a chunk whose KV is good; return the first token if it was the prompt's last chunk."""
         request.num_computed_tokens = chunk.end
         self._admission.publish(request)
+        for message in request.prompt_logprobs_out(sampled) if sampled.prompt_logprobs else ():
+            self._outbox.send(request.spec.router, message)
         return self._first_token(request, sampled) if sampled.token_ids else None
 
     def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
         """Hand the request to D, unless its first token ends it. Only the messager uses the blocks then."""
         request.mark("first_token", self._outbox.now)
         output = request.take(sampled)
+        request.prompt_computed()
+        self.counters["first_tokens"] += 1
         if output.finish_reason is not None:
+            self.counters[f"finished_{output.finish_reason}"] += 1
             self._storage.finished(request)
             self._endings.close(request, "finished with its first token")
             return output

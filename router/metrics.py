@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from kvrelay.protocol.messages.base import WAIT_BOUNDS_S
-from kvrelay.protocol.prompt_lengths import LENGTH_NAMES
+from kvrelay.config.cluster_config import Role
+from kvrelay.machine.histogram import Histogram
+from kvrelay.metrics.buckets import cumulative
+from kvrelay.metrics.nodes import NodeLoad, node_families, words
+from kvrelay.metrics.vllm import VllmFamilies
+from kvrelay.protocol import histograms
 from router.machine import RouterMachine
+from router.node_table import Node
 from router.openai.choice import Choice
+from router.request import Status
 
 _SHORT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _LONG_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
-_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
 class Metrics:
@@ -30,14 +33,18 @@ class Metrics:
         self.requests = Counter(
             "kvrelay_requests", "Choices answered, by API and outcome.", ["api", "outcome"], registry=self.registry
         )
-        self.prompt_tokens = self._counter("kvrelay_prompt_tokens", "Tokens of prompts.")
-        self.cached_tokens = self._counter("kvrelay_cached_prompt_tokens", "Tokens of prompts no node had to compute.")
-        self.output_tokens = self._counter("kvrelay_output_tokens", "Tokens generated.")
-        self.ttft = self._histogram("kvrelay_ttft_seconds", "Arrival to first token.", _LONG_S)
-        self.itl = self._histogram("kvrelay_itl_seconds", "Each gap between tokens.", _SHORT_S)
-        self.tpot = self._histogram("kvrelay_tpot_seconds", "Mean gap between tokens, per choice.", _SHORT_S)
-        self.e2e = self._histogram("kvrelay_e2e_seconds", "Arrival to last token.", _LONG_S)
+        self.finished: dict[str, float] = {}
+        """Choices that have ended, by vLLM's reasons."""
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.ttft = Histogram(histograms.FIRST_TOKEN_BOUNDS_S)
+        self.itl = Histogram(histograms.TOKEN_BOUNDS_S)
+        self.tpot = Histogram(histograms.TOKEN_BOUNDS_S)
+        self.e2e = Histogram(histograms.STAGE_BOUNDS_S)
+        self.registry.register(_Latencies(self))
         self.registry.register(_MachineCollector(machine))
+        self.registry.register(_VllmCollector(self, machine, clock))
 
     def observer(self, api: str, arrival_s: float) -> RequestObserver:
         """Return the observer of an HTTP request that arrived at ``arrival_s``."""
@@ -50,12 +57,6 @@ class Metrics:
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-    def _counter(self, name: str, help_text: str) -> Counter:
-        return Counter(name, help_text, registry=self.registry)
-
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, help_text, buckets=buckets, registry=self.registry)
 
 
 class RequestObserver:
@@ -72,84 +73,136 @@ class RequestObserver:
     def tokens(self, choice: Choice, num_tokens: int) -> None:
         """Record ``num_tokens`` tokens of ``choice`` delivered together."""
         now = self._clock()
-        self._metrics.output_tokens.inc(num_tokens)
+        self._metrics.output_tokens += num_tokens
         if choice.index in self._last_s:
             self._metrics.itl.observe(now - self._last_s[choice.index])
         else:
             self._first_s[choice.index] = now
             self._metrics.ttft.observe(now - self._arrival_s)
-            self._metrics.prompt_tokens.inc(choice.num_prompt_tokens)
-            self._metrics.cached_tokens.inc(choice.num_cached_tokens)
+            self._metrics.prompt_tokens += choice.num_prompt_tokens
+            self._metrics.cached_tokens += choice.num_cached_tokens
         self._last_s[choice.index] = now
 
     def ended(self, choice: Choice, outcome: str) -> None:
         """Record the end of ``choice``. ``outcome``: ``ok``, ``aborted``, or an error code."""
-        self._metrics.requests.labels(self._api, outcome).inc()
+        metrics = self._metrics
+        metrics.requests.labels(self._api, outcome).inc()
+        reason = {"ok": str(choice.finish_reason), "aborted": "abort", "request_cancelled": "abort"}.get(
+            outcome, "error"
+        )
+        metrics.finished[reason] = metrics.finished.get(reason, 0) + 1
         if outcome != "ok":
             return
         now = self._clock()
-        self._metrics.e2e.observe(now - self._arrival_s)
+        metrics.e2e.observe(now - self._arrival_s)
         if choice.num_tokens > 1:
-            self._metrics.tpot.observe((now - self._first_s[choice.index]) / (choice.num_tokens - 1))
+            metrics.tpot.observe((now - self._first_s[choice.index]) / (choice.num_tokens - 1))
 
 
-class _MachineCollector(Collector):
+class _NoDescriptions(Collector):
+    """Collectors whose families are known when they are collected."""
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing."""
+        return ()
+
+
+class _Latencies(_NoDescriptions):
+    """What clients wait for, under kvrelay's names."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield counters of tokens and histograms of latencies."""
+        metrics = self._metrics
+        yield CounterMetricFamily("kvrelay_prompt_tokens", "Tokens of prompts.", metrics.prompt_tokens)
+        yield CounterMetricFamily(
+            "kvrelay_cached_prompt_tokens", "Tokens of prompts no node had to compute.", metrics.cached_tokens
+        )
+        yield CounterMetricFamily("kvrelay_output_tokens", "Tokens generated.", metrics.output_tokens)
+        yield _histogram("kvrelay_ttft_seconds", "Arrival to first token.", metrics.ttft, _LONG_S)
+        yield _histogram("kvrelay_itl_seconds", "Each gap between tokens.", metrics.itl, _SHORT_S)
+        yield _histogram("kvrelay_tpot_seconds", "Mean gap between tokens, per choice.", metrics.tpot, _SHORT_S)
+        yield _histogram("kvrelay_e2e_seconds", "Arrival to last token.", metrics.e2e, _LONG_S)
+
+
+class _MachineCollector(_NoDescriptions):
     """Reads the machine at each scrape: counters, requests, nodes and their last reported load."""
 
     def __init__(self, machine: RouterMachine) -> None:
         self._machine = machine
 
-    def describe(self) -> Iterable[Metric]:
-        """Return nothing, because the metrics depend on the nodes."""
-        return ()
-
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics of the machine."""
         for name, value in self._machine.counters.items():
-            yield CounterMetricFamily(f"kvrelay_router_{name}", _words(name), value)
+            yield CounterMetricFamily(f"kvrelay_router_{name}", words(name), value)
         by_status = GaugeMetricFamily("kvrelay_requests_in_progress", "Requests, by status.", labels=["status"])
         for status, count in self._machine.requests.by_status.items():
             by_status.add_metric([status], count)
         yield by_status
-        yield from self._nodes()
-
-    def _nodes(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("kvrelay_node_up", "Registered nodes.", labels=["node", "role"])
-        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for node in self._machine.node_table:
-            labels = [node.node_id, node.role.value]
-            up.add_metric(labels, 1)
-            load = node.load_as_dict()
-            counters, gauges = load.pop("counters"), load.pop("gauges")
-            del load["prompt_tokens"], load["prompt_waits"]
-            for kind, values in ((GaugeMetricFamily, {**load, **gauges}), (CounterMetricFamily, counters)):
-                for name, value in values.items():
-                    metric = f"kvrelay_node_{_NOT_A_NAME.sub('_', name)}"
-                    family = families.setdefault(metric, kind(metric, _words(name), labels=["node", "role"]))
-                    family.add_metric(labels, value)
-        yield up
-        yield from families.values()
-        yield from self._prompts()
-
-    def _prompts(self) -> Iterator[Metric]:
-        """Yield the nodes' prompt metrics by prompt length."""
-        labels = ["node", "role", "prompt_tokens"]
-        tokens = GaugeMetricFamily(
-            "kvrelay_node_queued_prompt_tokens", "Prompt tokens still to compute.", labels=labels
+        yield from node_families(
+            NodeLoad(node.node_id, node.role.value, node.load) for node in self._machine.node_table
         )
-        waits = HistogramMetricFamily(
-            "kvrelay_node_prompt_wait_seconds", "Arrival at the node to first computed token.", labels=labels
+
+
+class _VllmCollector(_NoDescriptions):
+    """The cluster as one vLLM server."""
+
+    def __init__(self, metrics: Metrics, machine: RouterMachine, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._machine = machine
+        self._families = VllmFamilies(machine.node_table.model)
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield vLLM's families. What this router counts is exact; what nodes count is as of their last heartbeats."""
+        families, metrics = self._families, self._metrics
+        totals = self._machine.node_table.totals
+        yield from self._gauges()
+        yield families.counter("prompt_tokens", metrics.prompt_tokens)
+        yield families.counter("generation_tokens", metrics.output_tokens)
+        yield families.prompt_tokens_by_source(
+            metrics.prompt_tokens - metrics.cached_tokens, metrics.cached_tokens, 0.0
         )
-        for node in self._machine.node_table:
-            for name, value in zip(LENGTH_NAMES, node.load.prompt_tokens, strict=False):
-                tokens.add_metric([node.node_id, node.role.value, name], value)
-            for name, wait in zip(LENGTH_NAMES, node.load.prompt_waits, strict=False):
-                totals = itertools.accumulate(wait.counts)
-                buckets = [(str(bound), total) for bound, total in zip((*WAIT_BOUNDS_S, "+Inf"), totals, strict=False)]
-                waits.add_metric([node.node_id, node.role.value, name], buckets, wait.total_s)
-        yield tokens
-        yield waits
+        yield families.counter("prefix_cache_queries", metrics.prompt_tokens)
+        yield families.counter("prefix_cache_hits", metrics.cached_tokens)
+        yield families.counter("num_preemptions", totals.preemptions)
+        yield families.request_success(metrics.finished)
+        by_name: Mapping[str, Histogram] = {
+            histograms.FIRST_TOKEN: metrics.ttft,
+            histograms.INTER_TOKEN: metrics.itl,
+            histograms.PER_OUTPUT_TOKEN: metrics.tpot,
+            histograms.REQUEST: metrics.e2e,
+            histograms.INFERENCE: self._machine.requests.timelines.inference,
+            **totals.stages,
+        }
+        for name, histogram in by_name.items():
+            yield families.histogram(histogram.report(name))
+
+    def _gauges(self) -> Iterator[Metric]:
+        """Yield requests, and the KV cache of the nodes that decode: what a request needs room in until it ends."""
+        families, nodes = self._families, list(self._machine.node_table)
+        by_status = self._machine.requests.by_status
+        num_requests = sum(by_status.values())
+        num_undispatched = by_status[Status.WAITING] + by_status[Status.SEEKING_DECODE]
+        num_waiting = min(num_requests, num_undispatched + sum(node.load.num_waiting for node in nodes))
+        yield families.gauge("num_requests_running", num_requests - num_waiting)
+        yield families.gauge("num_requests_waiting", num_waiting)
+        decoding = [node for node in nodes if node.role is not Role.PREFILL] or nodes
+        num_blocks = sum(node.registration.num_blocks for node in decoding)
+        num_used = sum(node.load.used_blocks for node in decoding)
+        yield families.gauge("kv_cache_usage_perc", num_used / num_blocks if num_blocks else 0.0)
+        yield families.cache_config_info(_block_size(decoding), num_blocks)
+        yield families.lora_requests_info(self._clock())
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize() + "."
+def _block_size(nodes: Sequence[Node]) -> int:
+    """Return the block size of all nodes, 0 without any."""
+    return nodes[0].block_size if nodes else 0
+
+
+def _histogram(name: str, help_text: str, histogram: Histogram, bounds: Sequence[float]) -> Metric:
+    family = HistogramMetricFamily(name, help_text)
+    family.add_metric([], cumulative(histogram.bounds, histogram.counts, bounds), histogram.total)
+    return family

@@ -13,6 +13,7 @@ from kvrelay.errors import CheckpointError
 from kvrelay.runtime.logging import log_event
 from router.text.plain_tokenizer import plain_tokenizer
 from router.text.tokenizer import TextTokenizer
+from router.tools.formats import REASONING_MARKS, ToolFamily, has_reasoning, tool_family
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -22,6 +23,8 @@ class ServedModel:
     """The one model of this cluster.
 
     ``default_sampling``: defaults for requests. ``tokenizer_config``: content of ``tokenizer_config.json``.
+    ``tool_family``: the format of its tool calls, if it has any. ``reasons``: its output may begin with reasoning.
+    ``mark_ids``: special tokens in these formats.
     """
 
     name: str
@@ -33,6 +36,9 @@ class ServedModel:
     default_sampling: dict[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    tool_family: ToolFamily | None = None
+    reasons: bool = False
+    mark_ids: frozenset[int] = frozenset()
 
 
 def load_model(config: ClusterConfig) -> ServedModel:
@@ -52,12 +58,16 @@ def load_model(config: ClusterConfig) -> ServedModel:
             fake.vocab_size,
             length,
             aliases=config.model.aliases,
+            tool_family=tool_family(config.router.tool_parser, None),
+            reasons=has_reasoning(config.router.reasoning_parser, None),
         )
     tokenizer = TextTokenizer.load(model_dir)
     settings = read_json_object(model_dir / "config.json", required=fake is None)
     generation = read_json_object(model_dir / "generation_config.json", required=False)
     vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
     _require_known(tokenizer, vocab_size)
+    family = tool_family(config.router.tool_parser, tokenizer.chat_template)
+    reasons = has_reasoning(config.router.reasoning_parser, tokenizer.chat_template)
     return ServedModel(
         name=config.model.name,
         root=str(model_dir),
@@ -68,6 +78,9 @@ def load_model(config: ClusterConfig) -> ServedModel:
         default_sampling=_default_sampling(generation),
         aliases=config.model.aliases,
         tokenizer_config=read_json_object(model_dir / "tokenizer_config.json", required=False),
+        tool_family=family,
+        reasons=reasons,
+        mark_ids=tokenizer.special_ids([*(family.marks if family else ()), *(REASONING_MARKS if reasons else ())]),
     )
 
 

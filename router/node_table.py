@@ -17,6 +17,7 @@ from kvrelay.protocol.messages.base import Load, NodeAddress
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.prompt_lengths import length_class
 from router.expected_nodes import ExpectedNode
+from router.node_totals import NodeTotals
 from router.prefixes import NodePrefixes
 
 
@@ -57,8 +58,9 @@ class Node:
         return NodeAddress(peer=self.peer, address=self.registration.address)
 
     def load_as_dict(self) -> dict[str, Any]:
-        """Return its last reported load."""
+        """Return its last reported load, without histograms."""
         loads: dict[str, Any] = msgspec.to_builtins(self.load)
+        del loads["histograms"]
         return loads
 
     @property
@@ -167,13 +169,14 @@ class NodeTable:
         decode_alone: bool = False,
         expected: Mapping[NodeId, ExpectedNode] | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._expected = expected
         self._decode_alone = decode_alone
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
         self._expecting_since_s = -math.inf
         self._rivals: dict[PeerId, tuple[PeerId, Register]] = {}
+        self.totals = NodeTotals()
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
@@ -217,8 +220,8 @@ class NodeTable:
             return f"unknown role {registration.role!r}"
         if registration.geometry.protocol_version != PROTOCOL_VERSION:
             return f"protocol version {registration.geometry.protocol_version}, the router's is {PROTOCOL_VERSION}"
-        if registration.model != self._model:
-            return f"model {registration.model!r}, the cluster serves {self._model!r}"
+        if registration.model != self.model:
+            return f"model {registration.model!r}, the cluster serves {self.model!r}"
         return self._difference_from_config(registration) or self._difference_from_others(registration)
 
     def _difference_from_config(self, registration: Register) -> str | None:
@@ -256,6 +259,12 @@ class NodeTable:
         self._liveness.watch(peer, now)
         self._liveness.record_message(peer, now)
         return node
+
+    def take_load(self, node: Node, load: Load) -> None:
+        """Store the load that a heartbeat of ``node`` reports, and count what it has counted since the last one."""
+        if node.num_heartbeats:
+            self.totals.add_growth(node.load, load)
+        node.take_load(load)
 
     # ------------------------------------------------------------ liveness and removal
 

@@ -147,7 +147,7 @@ class Nodes:
             self._outbox.send(peer, RegisterAgain())
             return
         if load is not None:
-            node.take_load(load)
+            self._node_table.take_load(node, load)
         node.num_heartbeats += 1
         node.prefixes.count_heartbeat()
         self._requests.node_reported()

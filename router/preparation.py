@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -24,6 +24,7 @@ from router.openai.choice import Choice
 from router.openai.completions import Completions
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
+from router.openai.parsing import Parsing
 from router.openai.sampling import RequestSampling, too_long
 from router.openai.schemas import ChatFields, GenerationFields, parse
 from router.openai.tokens import detokenized, tokenized
@@ -64,14 +65,10 @@ class PreparedRequest:
 
 
 class Api(Protocol):
-    """The parts specific to one OpenAI API, ``completions`` or ``chat``.
-
-    ``without_content``: fields that replace a request's prompt or messages after tokenization.
-    """
+    """The parts specific to one OpenAI API, ``completions`` or ``chat``."""
 
     name: str
     id_prefix: str
-    without_content: ClassVar[dict[str, object]]
 
     @property
     def schema(self) -> type[GenerationFields]:
@@ -85,6 +82,12 @@ class Api(Protocol):
 
     def texts(self, request: Any) -> list[str] | None:
         """Return each prompt as text if the client requested an echo, else None."""
+
+    def without_content(self, request: Any) -> GenerationFields:
+        """Return ``request`` without what is long and not needed after tokenization."""
+
+    def parsing(self, request: Any) -> Parsing | None:
+        """Return how the outputs are parsed; None: all of them is text."""
 
     def style(self, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None) -> Style:
         """Return the formatter of the response."""
@@ -167,7 +170,7 @@ class Preparation:
         sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
-        request = prepared.request.model_copy(update=self.apis[job.task].without_content)
+        request = self.apis[job.task].without_content(prepared.request)
         return PreparedRequest(request, prepared.prompts, prepared.texts)
 
 

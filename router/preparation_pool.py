@@ -14,7 +14,17 @@ from router.model import ServedModel
 from router.openai import schemas
 from router.openai.errors import AnswerError
 from router.preparation import Job, Outcome, Preparation, PreparedRequest, TooLongForLoopError
-from router.preparation_wire import LENGTH, Answer, Generate, Refusal, decode_prompt, decode_reply, encode, framed
+from router.preparation_wire import (
+    LENGTH,
+    WORKER_SETTINGS,
+    Answer,
+    Generate,
+    Refusal,
+    decode_prompt,
+    decode_reply,
+    encode,
+    framed,
+)
 
 _IDLE_S = 60.0
 """Seconds an idle worker is kept."""
@@ -93,7 +103,7 @@ class PreparationPool:
     """At most ``router.preparation_workers`` workers, started on demand and ended when idle."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._settings = config.model_dump_json(include={"model", "engine"}).encode()
+        self._settings = config.model_dump_json(include=WORKER_SETTINGS).encode()
         self._timeout_s = config.router.preparation_timeout_s
         self._num_workers = config.router.preparation_workers
         self._free = asyncio.Semaphore(self._num_workers)

@@ -1,13 +1,15 @@
 """Protocol between the router and its preparation workers, over a worker's standard input and output.
 
 Each message is preceded by its length in four bytes, little-endian. The first message to a worker is the ``model`` and
-``engine`` sections of the config, as JSON. Each ``Job`` after it is answered by one ``Reply``.
+``engine`` sections of the config and the formats of the model's output, as JSON. Each ``Job`` after it is answered by
+one ``Reply``.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,9 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from router.preparation import Job
 
 LENGTH = struct.Struct("<I")
+
+WORKER_SETTINGS: dict[str, Any] = {"model": True, "engine": True, "router": {"tool_parser", "reasoning_parser"}}
+"""The part of the config that a worker gets."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

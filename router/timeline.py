@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvrelay.protocol.ids import RequestId
+from kvrelay.machine.histogram import Histogram
+from kvrelay.protocol.histograms import STAGE_BOUNDS_S
+from kvrelay.protocol.ids import ROUTER, RequestId
 from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import RequestTimeline
 
@@ -18,12 +20,19 @@ MAX_PARTS = 64
 class Timeline:
     """Marks and layer transfers of one request, over all attempts."""
 
-    __slots__ = ("layers", "marks", "num_parts")
+    __slots__ = ("layers", "marks", "num_parts", "was_counted")
 
     def __init__(self) -> None:
         self.marks: list[Mark] = []
         self.layers: list[LayerTransfer] = []
         self.num_parts = 0
+        self.was_counted = False
+
+    def inference_s(self) -> float | None:
+        """Return the seconds from the first begin of prefill to the end; None: one of them is not known yet."""
+        done_s = next((mark.at_s for mark in self.marks if mark.name == "done" and mark.node == ROUTER), None)
+        begun_s = min((mark.at_s for mark in self.marks if mark.name == "prefill"), default=None)
+        return None if done_s is None or begun_s is None else max(0.0, done_s - begun_s)
 
     def as_dict(self, request_id: RequestId) -> dict[str, object]:
         """Return the response of ``/cluster/requests/{request_id}``: marks sorted by time, layers by number."""
@@ -47,11 +56,15 @@ class Timeline:
 
 
 class Timelines:
-    """Timelines of requests in progress and of recently ended ones, whose nodes may still report."""
+    """Timelines of requests in progress and of recently ended ones, whose nodes may still report.
+
+    ``inference`` counts how long requests took from the begin of prefill, for metrics.
+    """
 
     def __init__(self) -> None:
         self._open: dict[RequestId, Timeline] = {}
         self._ended: OrderedDict[RequestId, Timeline] = OrderedDict()
+        self.inference = Histogram(STAGE_BOUNDS_S)
 
     def open(self, request_id: RequestId) -> None:
         """Begin the timeline of a new request."""
@@ -60,11 +73,13 @@ class Timelines:
 
     def mark(self, request_id: RequestId, name: str, now: float) -> None:
         """Add a mark of the router at time ``now``."""
-        self._open[request_id].marks.append(Mark(name, now, "router"))
+        self._open[request_id].marks.append(Mark(name, now, ROUTER))
 
     def close(self, request_id: RequestId) -> None:
         """Mark the request as ended; drop the oldest ended timeline beyond ``MAX_KEPT``."""
-        self._ended[request_id] = self._open.pop(request_id)
+        timeline = self._ended[request_id] = self._open.pop(request_id)
+        if timeline.num_parts:
+            self._count(timeline)
         if len(self._ended) > MAX_KEPT:
             self._ended.popitem(last=False)
 
@@ -76,7 +91,14 @@ class Timelines:
         timeline.num_parts += 1
         timeline.marks += report.marks
         timeline.layers += report.layers
+        self._count(timeline)
         return sum(layer.num_bytes for layer in report.layers)
+
+    def _count(self, timeline: Timeline) -> None:
+        """Count the request once its end and the begin of its prefill are known."""
+        if not timeline.was_counted and (seconds := timeline.inference_s()) is not None:
+            timeline.was_counted = True
+            self.inference.observe(seconds)
 
     def get(self, request_id: RequestId) -> dict[str, object] | None:
         """Return one request's timeline, or None if it is not kept."""

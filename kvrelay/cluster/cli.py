@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from kvrelay.cluster.bench import bench
 from kvrelay.config.cluster_config import ClusterConfig, Role
 from kvrelay.errors import (
     CheckpointError,
@@ -139,7 +140,7 @@ def router(config: ConfigPath, overrides: Overrides = None) -> None:
     from kvrelay.cluster.process import become, require_checkpoint
 
     cluster = _load(config, overrides)
-    become("router", "router", cluster.cluster.log_level)
+    become("router", "router", cluster.cluster)
     require_checkpoint(cluster.model)
     from router.__main__ import run
 
@@ -171,7 +172,7 @@ def _run_node(role: Role, path: Path, name: str, overrides: list[str] | None) ->
     node = cluster.node(name)
     if node.role is not role:
         raise ConfigError([f"node {name} is a {node.role} node: run it with kvrelay {node.role}"])
-    become(role, name, node.cluster.log_level)
+    become(role, name, node.cluster)
     bind_to_cpus(node)
     if node.engine.kind != "fake":
         require_checkpoint(node.model)
@@ -280,6 +281,9 @@ def chat(
         converse(url, max_tokens, key=key)
     else:
         say(url, sys.stdin.read(), max_tokens, key=key)
+
+
+app.command()(bench)
 
 
 # ---------------------------------------------------------------- configs and models

@@ -16,9 +16,10 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from kvrelay.addresses import tcp_address
+from kvrelay.addresses import loopback_like, tcp_address
 from kvrelay.config.base import Host, Port, Section
 from kvrelay.config.document import Document, Key
+from kvrelay.config.kv_events import KVEventsConfig
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.scheduling import (
     FixedBlocksConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "EngineConfig",
     "FakeEngineConfig",
     "FixedBlocksConfig",
+    "KVEventsConfig",
     "ModelConfig",
     "NewTokenRatioConfig",
     "NodeConfig",
@@ -78,6 +80,7 @@ class Sections(Section):
     speculative: SpeculativeConfig = Field(default_factory=SpeculativeConfig)
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
+    kv_events: KVEventsConfig = Field(default_factory=KVEventsConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -93,10 +96,23 @@ class NodeConfig(Sections):
     role: Role = Field(strict=False, description="prefill, decode, or mixed (both, alone).")
     host: Host = Field("127.0.0.1", description="Address the node listens on and others reach it at.")
     port: Port = Field(description="Port the node listens on for other nodes.")
+    metrics_port: Port | None = Field(
+        None, description="Port of the node's own /metrics for Prometheus (HTTP, without keys); default: none."
+    )
+    metrics_host: Host | None = Field(
+        None, description="Address of metrics_port. Default: 127.0.0.1, or ::1 if host is an IPv6 address."
+    )
     threads: int = Field(1, ge=1, le=1024, description="Threads the engine computes with.")
     cpus: tuple[int, ...] | None = Field(
         None, min_length=1, strict=False, description="CPUs the node's processes are pinned to; default: not pinned."
     )
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Host and port of the node's ``/metrics``, or None."""
+        if self.metrics_port is None:
+            return None
+        return self.metrics_host or loopback_like(self.host), self.metrics_port
 
     @property
     def address(self) -> str:

@@ -60,6 +60,13 @@ RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "ro
 """Policies that choose a request's nodes (``router/policies.py``)."""
 
 
+ToolFormat: TypeAlias = Literal["auto", "none", "hermes"]
+"""Formats of tool calls (``router/tools``)."""
+
+ReasoningFormat: TypeAlias = Literal["auto", "none", "think"]
+"""Formats of reasoning (``router/tools/reasoning.py``)."""
+
+
 class RouterConfig(Section):
     """The router: its HTTP address for clients, its control address for nodes, and its limits."""
 
@@ -90,8 +97,8 @@ class RouterConfig(Section):
         "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
         "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
-        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
-        "of two random nodes.",
+        "node for all requests with the same X-Session-ID (or X-Session-Token) header; round_robin; random; "
+        "power_of_two: the less loaded of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
         "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."
@@ -103,6 +110,16 @@ class RouterConfig(Section):
         description="Threshold of conditional disaggregation, in prompt tokens: a decode node with room computes a "
         "prompt itself if every prefill node has at least this many more prompt tokens to compute than it has, or if "
         "there is no prefill node; null: off.",
+    )
+    tool_parser: ToolFormat = Field(
+        "auto",
+        description="Format in which the model writes tool calls. auto: the one that its chat template shows; hermes: "
+        "<tool_call>{...}</tool_call> (Hermes, Qwen).",
+    )
+    reasoning_parser: ReasoningFormat = Field(
+        "auto",
+        description="Format in which the model writes its reasoning. think: <think>...</think> before the answer; "
+        "auto: think if the chat template has <think>.",
     )
     max_queued_requests: int = Field(
         512, ge=1, le=1_000_000, description="Maximum requests admitted and not finished; more get 429."
@@ -413,6 +430,9 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
+    )
 
     @model_validator(mode="after")
     def _timeout_above_heartbeat(self) -> Self:

@@ -11,6 +11,7 @@ from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
 from kvrelay.node.request import Holder, NodeRequest
 from kvrelay.node.request_table import RequestTable
+from kvrelay.node.stage_times import StageTimes
 from kvrelay.protocol.ids import MESSAGER
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_messager import CancelKV, CloseTransfer
@@ -34,7 +35,7 @@ class Endings(Generic[R, S]):
 
     ``stop_messager`` is the message that makes the messager stop using a request's blocks. The caller reports its
     answer, and the end of everything else that held blocks, with ``release``. After each plan it calls
-    ``end_if_unused`` for the requests of the plan that are over.
+    ``end_if_unused`` for the requests of the plan that are over. ``stages`` are for metrics.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Endings(Generic[R, S]):
         self._plans = plans
         self._in_flight = in_flight
         self._outbox = outbox
+        self.stages = StageTimes()
 
     def report(self, spec: RequestSpec, error: ErrorInfo) -> None:
         """Tell the router whose request it is that it has failed."""
@@ -103,6 +105,7 @@ class Endings(Generic[R, S]):
         self._plans.leave(request)
         self._kv.unpin(request.block_table)
         self._requests.move(request, self._last.ended, self._outbox.now)
+        self.stages.ended(request)
         self._outbox.send(request.spec.router, request.timeline(self._node_id))
 
     def assert_quiescent(self) -> None:

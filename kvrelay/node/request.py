@@ -5,11 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
+import msgspec
+
 from kvrelay.machine.lifecycle import Lifecycle
 from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.engine import SampledTokens
-from kvrelay.protocol.messages.node_to_router import RequestOutput, RequestTimeline
-from kvrelay.protocol.request import RequestSpec, Sequence
+from kvrelay.protocol.messages.node_to_router import PromptLogprobsOut, RequestOutput, RequestTimeline
+from kvrelay.protocol.request import FinishReason, RequestSpec, Sequence
 
 S = TypeVar("S", bound=StrEnum)
 
@@ -30,12 +32,21 @@ class Holder(StrEnum):
 class NodeRequest(Sequence, Generic[S]):
     """One attempt at a request: its sequence, its status, and who uses its blocks.
 
-    ``hashes`` are those of its full blocks. ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only.
-    ``OVER`` are the statuses in which nothing more is sent about it. ``is_over`` says whether it has one of them; every
-    step asks this of each of its requests.
+    ``hashes`` are those of its full blocks. ``num_stored_tokens`` of its ``num_cached_tokens`` are from the store.
+    ``status``, and with it ``is_over``, changes by ``RequestTable.move`` only. ``OVER`` are the statuses in which
+    nothing more is sent about it. ``is_over`` says whether it has one of them; every step asks this of its requests.
     """
 
-    __slots__ = ("arrival_s", "hashes", "holders", "is_over", "lifecycle", "marks", "num_cached_tokens")
+    __slots__ = (
+        "arrival_s",
+        "hashes",
+        "holders",
+        "is_over",
+        "lifecycle",
+        "marks",
+        "num_cached_tokens",
+        "num_stored_tokens",
+    )
 
     OVER: ClassVar[frozenset[StrEnum]]
 
@@ -47,12 +58,21 @@ class NodeRequest(Sequence, Generic[S]):
         self.is_over = lifecycle.status in self.OVER
         self.holders = {Holder.REQUEST}
         self.num_cached_tokens = 0
+        self.num_stored_tokens = 0
         self.marks: list[tuple[str, float]] = []
 
     @property
     def status(self) -> S:
         """Where it stands."""
         return self.lifecycle.status
+
+    @property
+    def reusable_hashes(self) -> list[bytes]:
+        """The hashes of the full blocks that need not be computed if their KV is found.
+
+        None if the logprobs of the prompt are still to be computed: they need the hidden states of all its tokens.
+        """
+        return self.hashes if self.sampling.num_prompt_logprobs is None else []
 
     @property
     def next_position(self) -> int:
@@ -74,6 +94,8 @@ class NodeRequest(Sequence, Generic[S]):
             if finish is not None:
                 token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
                 break
+        if finish is not None and not self.sampling.max_tokens:  # only the prompt was wanted
+            token_ids, logprobs, finish = [], [], (FinishReason.LENGTH, None)
         return RequestOutput(
             request_id=spec.request_id,
             epoch=spec.epoch,
@@ -85,9 +107,33 @@ class NodeRequest(Sequence, Generic[S]):
             num_cached_tokens=self.num_cached_tokens,
         )
 
+    def prompt_logprobs_out(self, sampled: SampledTokens) -> list[PromptLogprobsOut]:
+        """Return what the router is to know of the prompt after a chunk of it."""
+        request_id, epoch = self.spec.request_id, self.spec.epoch
+        return [
+            PromptLogprobsOut(request_id=request_id, epoch=epoch, logprobs=logprobs)
+            for logprobs in sampled.prompt_logprobs
+        ]
+
+    def prompt_computed(self) -> None:
+        """Note that the router has been told all logprobs of the prompt: nobody needs to compute them again."""
+        if self.sampling.num_prompt_logprobs is not None:
+            self.sampling = msgspec.structs.replace(self.sampling, num_prompt_logprobs=None)
+            self.spec = msgspec.structs.replace(self.spec, sampling=self.sampling)
+
     def mark(self, name: str, now: float) -> None:
         """Note a moment for the timeline."""
         self.marks.append((name, now))
+
+    def prompt_sources(self) -> dict[str, int]:
+        """Return where the KV of its prompt came from on this node, in tokens by source."""
+        num_cached = min(self.num_cached_tokens, self.num_prompt_tokens)
+        num_stored = min(self.num_stored_tokens, num_cached)
+        return {
+            "computed": self.num_prompt_tokens - num_cached,
+            "cached": num_cached - num_stored,
+            "stored": num_stored,
+        }
 
     def layer_transfers(self) -> list[LayerTransfer]:
         """Return how its KV travelled from here, layer by layer: nothing, unless this node sent it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import uvloop
 import zmq
@@ -21,9 +21,12 @@ from kvrelay.engine.interface import Engine, EnginePort
 from kvrelay.engine.load import load_engine
 from kvrelay.errors import ConfigError, StorageError, StorageUnavailableError
 from kvrelay.machine.clock import Clock
-from kvrelay.machine.contract import Announce, Machine, PeerLost, RunStep
+from kvrelay.machine.contract import Announce, PeerLost, PublishKVEvents, RunStep
 from kvrelay.machine.membership import REFUSED
-from kvrelay.node.machine import DRAINED, STOPPED
+from kvrelay.node.kv_event_publisher import KVEventPublisher
+from kvrelay.node.machine import DRAINED, STOPPED, NodeMachine
+from kvrelay.node.metrics_server import MetricsServer
+from kvrelay.node.node_metrics import NodeMetrics
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
@@ -39,7 +42,7 @@ from kvrelay.runtime.transport import Transport
 from kvstore.offload.kv_offloader import num_staging_slots
 from kvstore.storage.factory import make_store
 
-MakeMachine: TypeAlias = Callable[[Register, int], Machine]
+MakeMachine: TypeAlias = Callable[[Register, int], NodeMachine[Any, Any]]
 """Builds a role's machine from its registration and the engine's maximum plans in flight."""
 
 
@@ -65,7 +68,9 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     incarnation = new_incarnation()
     me = peer_id(node.name, incarnation)
     registration = _registration(node, incarnation, engine)
-    shell = Shell(make_machine(registration, engine.max_plans_in_flight), clock=Clock())
+    clock = Clock()
+    machine = make_machine(registration, engine.max_plans_in_flight)
+    shell = Shell(machine, clock=clock)
     shell.listen_for_stop()
     startup.report("connecting")
     compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
@@ -77,20 +82,26 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     try:
         with runtime_dir() as directory:
             _bind(transport, node)
-            async with _storage(node, engine, shell, keys), _registry(node, registration, shell, transport):
-                if node.role == "mixed":
-                    return await shell.run(transport)
-                return await _run_with_messager(node, engine, me, directory, shell, transport)
+            async with (
+                _metrics(node, registration, machine, clock),
+                _storage(node, engine, shell, keys),
+                _registry(node, registration, shell, transport),
+            ):
+                with _kv_events(node, shell):
+                    if node.role == "mixed":
+                        return await shell.run(transport)
+                    return await _run_with_messager(node, engine, me, directory, shell, transport)
     finally:
         compute.stop()
         transport.close()
 
 
 def _require_free_port(node: NodeConfig) -> None:
-    """Raise ConfigError if the node's port is in use. Checked before loading the checkpoint, which may take minutes."""
-    problem = listen_problem(node.host, node.port)
-    if problem is not None:
-        raise ConfigError([f"nodes.{node.name}.port: {problem}"])
+    """Raise ConfigError if a port of the node is in use. Checked before loading the checkpoint: it may take minutes."""
+    for key, address in (("port", (node.host, node.port)), ("metrics_port", node.metrics_address)):
+        problem = listen_problem(*address) if address is not None else None
+        if problem is not None:
+            raise ConfigError([f"nodes.{node.name}.{key}: {problem}"])
 
 
 def _bind(transport: Transport, node: NodeConfig) -> None:
@@ -99,6 +110,31 @@ def _bind(transport: Transport, node: NodeConfig) -> None:
         transport.bind(node.address)
     except zmq.ZMQError as error:
         raise ConfigError([f"nodes.{node.name}.port: cannot listen at {node.address}: {error.strerror}"]) from error
+
+
+@asynccontextmanager
+async def _metrics(
+    node: NodeConfig, registration: Register, machine: NodeMachine[Any, Any], clock: Clock
+) -> AsyncIterator[None]:
+    """Serve ``/metrics`` for the context, if the node has a port for it. Raises ConfigError if the port is in use."""
+    if node.metrics_address is None:
+        yield
+        return
+    server = MetricsServer(NodeMetrics(registration, machine.load, clock.now).exposition, clock.now)
+    async with server.listening(f"nodes.{node.name}.metrics_port", *node.metrics_address):
+        yield
+
+
+@contextmanager
+def _kv_events(node: NodeConfig, shell: Shell) -> Iterator[None]:
+    """Publish KV events for the context, if they are wanted. Raises ConfigError if an address is in use."""
+    if node.kv_events.endpoint is None:
+        yield
+        return
+    key = f"nodes.{node.name}.kv_events"
+    with KVEventPublisher(key, node.kv_events, f"kv@{node.name}@{node.model.name}") as publisher:
+        shell.handle_with(PublishKVEvents, publisher.publish)
+        yield
 
 
 @asynccontextmanager

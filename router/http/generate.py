@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
@@ -26,6 +27,7 @@ from router.openai.models import model_name
 from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
 from router.service import RouterService
+from router.text.output_text import NO_IDS
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
@@ -85,7 +87,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("error while serving %s", scope["path"])
+            logger.exception(Event("error while serving", {"path": scope["path"], "request_id": name}))
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
@@ -95,7 +97,8 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
-        session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
+        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)
@@ -132,11 +135,13 @@ class GenerateEndpoint:
     ) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
-        sampling, options = RequestSampling(request, service.model, service.max_model_len), text_options(request)
+        sampling, parsing = RequestSampling(request, service.model, service.max_model_len), self._api.parsing(request)
+        options = text_options(request, parsing.shown_ids if parsing else NO_IDS)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
             new = NewRequest(request_id, prompt, params, request.priority or 0, session, answer_id)
-            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options)
+            parser = parsing.parser(prompt) if parsing else None
+            yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options, parser)

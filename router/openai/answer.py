@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,9 @@ from kvrelay.runtime.time_slice import TimeSlice
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
 from router.openai.logprobs import Logprobs, WholeLogprobs
+from router.openai.sampling import num_logprobs
 from router.openai.schemas import GenerationFields
+from router.tools.parts import Part
 
 DONE = b"data: [DONE]\n\n"
 
@@ -26,8 +28,11 @@ class Style(Protocol):
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
 
-    def full_choice(self, choice: Choice, text: str) -> dict[str, object]:
-        """Return a complete choice as an item of ``choices``, without the common fields and logprobs."""
+    def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
+        """Return a complete choice as an item of ``choices``, without the common fields and logprobs.
+
+        ``parts``: what a parser has found in the output; None: it is not parsed.
+        """
 
     def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
         """Return the logprobs of ``delta``; None if not requested. Call once per delta."""
@@ -59,6 +64,7 @@ class Answer:
         self._with_token_ids = bool(request.return_token_ids)
         options = request.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
+        self._shows_tokens = self._with_token_ids or num_logprobs(request) is not None
         self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
         self._begun = [False] * len(choices)
 
@@ -88,7 +94,11 @@ class Answer:
             async for delta in deltas:
                 if delta.is_news:
                     begun = True
-                    yield event(self._chunk(delta))
+                    if delta.parts is None:
+                        yield event(self._chunk(delta))
+                    else:
+                        for chunk in self._chunks_of_parts(delta):
+                            yield event(chunk)
         except AnswerError as error:
             if not begun:
                 raise
@@ -98,6 +108,12 @@ class Answer:
         if self._with_usage:
             yield event({**self._chunk_head(), "choices": [], "usage": usage(self._choices)})
         yield DONE
+
+    def _chunks_of_parts(self, delta: Delta) -> Iterator[dict[str, object]]:
+        """Yield a chunk for each part. What is held back needs none, but the first token does."""
+        for piece in delta.pieces():
+            if piece.parts or piece.finish_reason or self._shows_tokens or not self._begun[delta.index]:
+                yield self._chunk(piece)
 
     def _chunk(self, delta: Delta) -> dict[str, object]:
         choice, first = self._choices[delta.index], not self._begun[delta.index]
@@ -122,7 +138,7 @@ class Answer:
     def _full_choice(self, choice: Choice, whole: _Whole) -> dict[str, object]:
         item: dict[str, object] = {
             "index": choice.index,
-            **self._style.full_choice(choice, "".join(whole.texts)),
+            **self._style.full_choice(choice, "".join(whole.texts), whole.parts),
             "logprobs": whole.logprobs.as_json() if whole.logprobs else None,
             "finish_reason": whole.finish_reason,
             "stop_reason": whole.stop_reason,
@@ -134,19 +150,23 @@ class Answer:
 
 @dataclass(slots=True)
 class _Whole:
-    """The received parts of one choice. ``logprobs``: None if not requested."""
+    """What has been received of one choice. ``logprobs``: None if not requested; ``parts``: as in ``Delta``."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: WholeLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    parts: list[Part] | None = None
 
     def add(self, delta: Delta, logprobs: Logprobs | None) -> None:
         """Add a delta."""
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.parts is not None:
+            self.parts = self.parts or []
+            self.parts += delta.parts
         if logprobs is not None:
             self.logprobs = self.logprobs or WholeLogprobs()
             self.logprobs.add(logprobs)

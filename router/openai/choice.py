@@ -3,40 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvrelay.protocol.ids import RequestId
-from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
+from router.tools.output_parser import OutputParser
+from router.tools.parts import CallArguments, CallBegun, Part, Text, merged
+
+TOOL_CALLS = "tool_calls"
+"""The finish reason of an output that ended by itself and has tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New output of choice ``index``. The last one has a ``finish_reason``.
 
-    ``stop_reason``: the stop string, or the client's stop token id, that ended it.
+    ``stop_reason``: the stop string, or the client's stop token id, that ended it. ``parts``: what a parser has found
+    in the text, which ``text`` then has the content of; None: the output is not parsed. Deltas with ``prompt_logprobs``
+    have nothing else and come before all others.
     """
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
     stop_reason: str | int | None = None
+    parts: list[Part] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def is_news(self) -> bool:
         """Whether it needs a chunk. Tokens do even without text, because clients count and time chunks."""
-        return bool(self.token_ids or self.text or self.finish_reason)
+        return bool(self.token_ids or self.text or self.finish_reason or self.prompt_logprobs)
+
+    def pieces(self) -> list[Delta]:
+        """Return deltas of one part each, since OpenAI's clients expect no more in a chunk.
+
+        The first has the tokens. The end of an output with calls is a delta of its own.
+        """
+        parts = self.parts or []
+        ends = self.finish_reason is not None
+        alone = ends and any(isinstance(part, CallBegun | CallArguments) for part in parts)
+        groups = [[part] for part in parts] + ([[]] if alone or not parts else [])
+        last = len(groups) - 1
+        return [
+            replace(
+                self,
+                text=_content(group),
+                token_ids=[] if index else self.token_ids,
+                logprobs=[] if index else self.logprobs,
+                finish_reason=self.finish_reason if index == last else None,
+                stop_reason=self.stop_reason if index == last else None,
+                parts=group,
+            )
+            for index, group in enumerate(groups)
+        ]
+
+
+def _content(parts: Iterable[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Text))
 
 
 class Choice:
     """Makes deltas of the deliveries for one request, and counts its tokens."""
 
     def __init__(
-        self, index: int, prompt_index: int, request: NewRequest, token_bytes: TokenBytes, options: TextOptions
+        self,
+        index: int,
+        prompt_index: int,
+        request: NewRequest,
+        token_bytes: TokenBytes,
+        options: TextOptions,
+        parser: OutputParser | None = None,
     ) -> None:
         self.index = index
         self.prompt_index = prompt_index
@@ -44,8 +86,14 @@ class Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.stop_matched = False
-        self.finished = False
+        self.finish_reason: FinishReason | None = None
         self._text = OutputText(token_bytes, request.prompt_token_ids, options)
+        self._parser = parser
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its last delta."""
+        return self.finish_reason is not None
 
     @property
     def request_id(self) -> RequestId:
@@ -69,8 +117,8 @@ class Choice:
             finish_reason, stop_reason, self.stop_matched = FinishReason.STOP, None, True
         self.num_tokens += num_tokens
         self.num_cached_tokens = max(self.num_cached_tokens, tokens.num_cached_tokens)
-        self.finished = finish_reason is not None
-        return Delta(
+        self.finish_reason = finish_reason
+        delta = Delta(
             self.index,
             text,
             tokens.token_ids[:num_tokens],
@@ -78,6 +126,18 @@ class Choice:
             finish_reason,
             stop if stop is not None else stop_reason,
         )
+        return delta if self._parser is None else _parsed(delta, self._parser)
+
+
+def _parsed(delta: Delta, parser: OutputParser) -> Delta:
+    """Return ``delta`` with the parts of its text."""
+    parts = parser.push(delta.text)
+    finish_reason = delta.finish_reason
+    if finish_reason is not None:
+        parts = merged([*parts, *parser.finish()])
+    if finish_reason == FinishReason.STOP and parser.has_calls:
+        finish_reason = TOOL_CALLS
+    return replace(delta, text=_content(parts), finish_reason=finish_reason, parts=parts)
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, object]:

@@ -108,10 +108,10 @@ def _schema(value: object) -> object:
     return value
 
 
-def _no_tool(value: object) -> object:
-    """Accept values that need no tools. Others need ``tools``, which are refused."""
+def _no_function(value: object) -> object:
+    """Accept values that need no functions. Others need ``functions``, which are refused."""
     if value not in ("none", "auto"):
-        raise wrong("only 'none' and 'auto' are supported, since there are no tools")
+        raise wrong("only 'none' and 'auto' are supported, since there are no functions; tool_choice is its successor")
     return value
 
 
@@ -147,7 +147,7 @@ Stops = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS),
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[int, Bias], BeforeValidator(_biases)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
-NoTool = Annotated[str, PlainValidator(_no_tool)]
+NoFunction = Annotated[str, PlainValidator(_no_function)]
 OnlyText = Annotated[list[str], PlainValidator(_only_text)]
 Verbosity = Annotated[str, PlainValidator(_verbosity)]
 JsonSchema = Annotated[object, PlainValidator(_schema)]

@@ -10,14 +10,14 @@ import functools
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from kvrelay.errors import InvalidRequestError
 from router.openai.field_types import (
     Biases,
     JsonSchema,
     Natural,
-    NoTool,
+    NoFunction,
     NumChoices,
     NumLogprobs,
     OnlyText,
@@ -36,16 +36,17 @@ from router.openai.field_types import (
     shown,
     wrong,
 )
+from router.openai.fields import Fields, Flag
 from router.openai.reading import reading
 from router.openai.structured import Structure, structure_of
+from router.openai.tool_fields import ToolChoice, Tools, ToolUse, tool_use
 from router.openai.unknown_fields import UnknownFields
 from router.openai.wording import first_problem
 
 REFUSED_FIELDS = {
-    "tools": "tools are not supported",
-    "functions": "functions are not supported",
+    "tools": "tools are only supported in chats",
+    "functions": "functions are not supported, tools are",
     "suffix": "suffix is not supported",
-    "prompt_logprobs": "prompt_logprobs is not supported",
     "use_beam_search": "beam search is not supported",
     "truncate_prompt_tokens": "truncate_prompt_tokens is not supported",
     "allowed_token_ids": "allowed_token_ids is not supported",
@@ -64,7 +65,6 @@ IGNORED_FIELDS = frozenset(
     {
         "guided_decoding_backend",
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -77,21 +77,6 @@ IGNORED_FIELDS = frozenset(
 """Fields that do not affect the answer. They are ignored without a log line."""
 
 unknown_fields = UnknownFields()
-
-Flag = bool | None
-
-
-class Fields(BaseModel):
-    """Base class of requests and of their objects: no conversion of types, no null."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: object) -> object:
-        if not isinstance(value, dict) or None not in value.values():
-            return value
-        return {name: item for name, item in value.items() if item is not None}
 
 
 class StreamOptions(Fields):
@@ -133,6 +118,7 @@ class GenerationFields(Fields):
     stream: Flag = None
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
+    prompt_logprobs: NumLogprobs | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: JsonSchema | None = None
@@ -147,6 +133,8 @@ class GenerationFields(Fields):
     def _consistent(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options: only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong("prompt_logprobs: not available when stream is true")
         return self
 
     @functools.cached_property
@@ -161,7 +149,10 @@ class GenerationFields(Fields):
 
 
 class CompletionRequest(GenerationFields):
-    """Body of ``/v1/completions``. ``max_tokens`` 0 generates no tokens; with ``echo`` it returns the prompt."""
+    """Body of ``/v1/completions``. ``max_tokens`` 0 generates no tokens; with ``echo`` it returns the prompt.
+
+    With ``echo``, ``logprobs`` are those of the prompt too.
+    """
 
     prompt: Prompt
     max_tokens: Natural = 16
@@ -174,8 +165,6 @@ class CompletionRequest(GenerationFields):
     def _supported(self) -> CompletionRequest:
         if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
-        if self.echo and self.logprobs is not None:
-            raise wrong("logprobs: not supported together with echo (no logprobs of the prompt)")
         return self
 
 
@@ -236,6 +225,8 @@ class ChatFields(Fields):
     """Fields for rendering a chat."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
+    tools: Tools | None = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     add_special_tokens: Flag = None
@@ -247,6 +238,11 @@ class ChatFields(Fields):
             raise wrong("continue_final_message: not together with add_generation_prompt")
         return self
 
+    @property
+    def rendered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of."""
+        return self.tools
+
 
 class ChatCompletionRequest(GenerationFields, ChatFields):
     """Body of ``/v1/chat/completions``."""
@@ -255,8 +251,10 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_completion_tokens: Positive | None = None
     logprobs: Flag = None
     top_logprobs: NumLogprobs | None = None
-    tool_choice: NoTool | None = None
-    function_call: NoTool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Flag = None
+    include_reasoning: Flag = None
+    function_call: NoFunction | None = None
     modalities: OnlyText | None = None
     verbosity: Verbosity | None = None
 
@@ -265,6 +263,15 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs: needs logprobs to be true")
         return self
+
+    @functools.cached_property
+    def tool_use(self) -> ToolUse | None:
+        """What the output may call. Raises InvalidRequestError."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls is not False)
+
+    @property
+    def rendered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools
 
 
 class TokenizeTextRequest(Fields):

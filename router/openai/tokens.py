@@ -7,9 +7,10 @@ from typing import Any
 
 from router.model import ServedModel
 from router.openai.chat import chat_prompt
+from router.openai.fields import Fields
 from router.openai.models import model_name
 from router.openai.sampling import check_token_ids
-from router.openai.schemas import DetokenizeRequest, Fields, TokenizeChatRequest, TokenizeTextRequest, parse
+from router.openai.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest, parse
 
 
 def tokenized(

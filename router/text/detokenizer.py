@@ -16,10 +16,16 @@ class Detokenizer:
     """
 
     def __init__(
-        self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        token_bytes: TokenBytes,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._token_bytes = token_bytes
         self._skip_special_tokens = skip_special_tokens
+        self._shown_ids = shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._prompt_token_ids = prompt_token_ids
         self._begun = False
@@ -47,7 +53,7 @@ class Detokenizer:
         return not all(map(self._skips, reversed(self._prompt_token_ids)))
 
     def _skips(self, token_id: int) -> bool:
-        return self._skip_special_tokens and self._token_bytes.is_special(token_id)
+        return self._skip_special_tokens and self._token_bytes.is_special(token_id) and token_id not in self._shown_ids
 
 
 def decode(token_bytes: TokenBytes, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -10,15 +10,21 @@ from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.detokenizer import Detokenizer
 from router.text.stop import NO_STOPS, StopMatcher, StopStrings
 
+NO_IDS: frozenset[int] = frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Text options of a request. ``min_tokens``: a stop string ends the text only after more than this many tokens."""
+    """Text options of a request. ``min_tokens``: a stop string ends the text only after more than this many tokens.
+
+    ``shown_ids``: special tokens that are not skipped.
+    """
 
     stop: StopStrings = NO_STOPS
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    shown_ids: frozenset[int] = NO_IDS
 
 
 class TextDelta(NamedTuple):
@@ -34,7 +40,12 @@ class OutputText:
 
     def __init__(self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int], options: TextOptions) -> None:
         self._options = options
-        self._detokenizer = Detokenizer(token_bytes, prompt_token_ids, skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            token_bytes,
+            prompt_token_ids,
+            skip_special_tokens=options.skip_special_tokens,
+            shown_ids=options.shown_ids,
+        )
         self._matcher = StopMatcher(options.stop, include_stop=options.include_stop)
         self._num_tokens = 0
 

@@ -80,6 +80,11 @@ class TextTokenizer:
         """Return the vocabulary's own spelling of each id, empty for an id that is no token."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
+    def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Return the ids of those ``tokens`` that are special tokens."""
+        ids = (self._tokenizer.token_to_id(token) for token in tokens)
+        return frozenset(token_id for token_id in ids if token_id is not None and self.token_bytes.is_special(token_id))
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt text for ``messages``; ``options`` as for ``ChatTemplate.render``.
 

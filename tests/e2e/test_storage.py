@@ -21,7 +21,7 @@ LENGTHS = (20, 33, 48, 5, 64, 17)
 STORAGE = {"resume": "storage", "min_read_tokens": BLOCK_SIZE, "timeout_s": 20.0, "read_timeout_s": 20.0}
 """Times for a busy machine: what is not read in time is computed, and that would be seen here."""
 
-TIGHT = {
+TIGHT: dict[str, Any] = {
     "router": {"prefill_routing": "round_robin", "decode_routing": "round_robin"},
     "scheduler": {"reserve_policy": "none", "watermark": 0.0},
 }

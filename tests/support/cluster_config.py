@@ -14,9 +14,15 @@ EOS_TOKEN_ID = 2
 Config = dict[str, Any]
 
 
-def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], **sections: Any) -> Config:
-    """Return the config of a cluster with free ports; each of ``nodes`` has its name, role and sections."""
-    http, admin, control, *ports = free_ports(3 + len(nodes))
+def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], metrics: bool = False, **sections: Any) -> Config:
+    """Return the config of a cluster with free ports; each of ``nodes`` has its name, role and sections.
+
+    ``metrics``: each node has a port for its own ``/metrics`` too.
+    """
+    http, admin, control, *ports = free_ports(3 + 2 * len(nodes))
+    of_nodes = [{"port": port} for port in ports[: len(nodes)]]
+    if metrics:
+        of_nodes = [{**its, "metrics_port": port} for its, port in zip(of_nodes, ports[len(nodes) :], strict=True)]
     return {
         **sections,
         "model": {"path": str(checkpoint), "served_name": "demo", **sections.get("model", {})},
@@ -32,7 +38,7 @@ def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], **sections: Any)
             "restart_backoff_s": 0.1,
             **sections.get("cluster", {}),
         },
-        "nodes": [{**node, "port": port} for node, port in zip(nodes, ports, strict=True)],
+        "nodes": [{**node, **its} for node, its in zip(nodes, of_nodes, strict=True)],
     }
 
 

@@ -74,12 +74,27 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
     total_s: float
 
 
+class HistogramReport(msgspec.Struct, frozen=True, array_like=True):
+    """A histogram of a node. ``name`` gives its bounds (``kvrelay.protocol.histograms.BOUNDS``).
+
+    ``label``: the kind of link for those of transfers, else empty. ``counts[i]`` are the values up to bound ``i`` and
+    above the bound before; the last count is of those above all. ``total`` is the sum of all values.
+    """
+
+    name: str
+    label: str
+    counts: list[int]
+    total: float
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """The load of a node. The router decides by the fields; ``gauges`` and ``counters`` are for metrics only.
+    """The load of a node. The router decides by the fields; ``gauges``, ``counters`` and ``histograms`` are for metrics
+    only.
 
     ``num_waiting`` requests wait for KV blocks, with ``waiting_tokens`` tokens in all; ``num_preempted`` of them were
     preempted. ``queued_tokens``: uncached prompt tokens still to compute, of waiting and running prompts.
-    ``headroom_blocks``: free blocks kept for running requests. ``counters`` never decrease while the process lives.
+    ``headroom_blocks``: free blocks kept for running requests. ``counters`` and ``histograms`` never decrease while the
+    process lives.
 
     By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the ``queued_tokens`` of each
     class, ``prompt_waits`` histograms of waits, which never decrease.
@@ -100,6 +115,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     waiting_tokens: int = 0
     num_preempted: int = 0
     headroom_blocks: int = 0
+    histograms: list[HistogramReport] = msgspec.field(default_factory=list)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from kvrelay.errors import InvalidRequestError
 from router.openai import schemas
 from router.openai.field_types import MAX_BIASES, MAX_IDS, MAX_STOPS, shown
+from router.openai.fields import Fields
 from router.openai.reading import reading
 from router.openai.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Fields,
     TokenizeChatRequest,
     TokenizeTextRequest,
     parse,

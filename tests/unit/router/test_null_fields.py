@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instant_router import InstantRouter
 
+from router.openai.fields import Fields
 from router.openai.schemas import (
     IGNORED_FIELDS,
     REFUSED_FIELDS,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Fields,
     ResponseFormat,
     StreamOptions,
     TokenizeChatRequest,

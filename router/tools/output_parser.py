@@ -1,0 +1,41 @@
+"""Finds all parts of an output: reasoning first, calls in what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from router.tools.parts import CallBegun, Parser, Part, Text, merged
+
+
+class OutputParser:
+    """A ``parts.Parser`` of up to two: ``calls`` gets the text that ``reasoning`` leaves.
+
+    ``has_calls``: a call has begun. ``with_reasoning``: whether reasoning is shown.
+    """
+
+    def __init__(self, reasoning: Parser | None, calls: Parser | None, *, with_reasoning: bool = True) -> None:
+        self._reasoning = reasoning
+        self._calls = calls
+        self._with_reasoning = with_reasoning
+        self.has_calls = False
+
+    def push(self, text: str) -> list[Part]:
+        return self._noted(self._behind_reasoning(self._reasoning.push(text) if self._reasoning else [Text(text)]))
+
+    def finish(self) -> list[Part]:
+        parts = self._behind_reasoning(self._reasoning.finish()) if self._reasoning else []
+        return self._noted(parts + self._calls.finish() if self._calls else parts)
+
+    def _behind_reasoning(self, found: Iterable[Part]) -> list[Part]:
+        """Return ``found`` with what the other parser makes of its text."""
+        parts: list[Part] = []
+        for part in found:
+            if isinstance(part, Text) and self._calls is not None:
+                parts += self._calls.push(part.text)
+            elif isinstance(part, Text) or self._with_reasoning:
+                parts.append(part)
+        return parts
+
+    def _noted(self, parts: list[Part]) -> list[Part]:
+        self.has_calls = self.has_calls or any(isinstance(part, CallBegun) for part in parts)
+        return [part for part in merged(parts) if part != Text("")]
