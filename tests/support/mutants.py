@@ -188,7 +188,7 @@ MUTANTS = [
         "router/requests.py",
         "            self._attempts.abort_nodes(request)\n            error = RequestCancelledError",
         "            error = RequestCancelledError",
-        "tests/pair/test_cancelling.py::test_a_request_is_cancelled_and_nothing_is_left",
+        f"{ROUTER}::test_cancelled_request_is_aborted_on_both_nodes_at_once_and_ends_with_an_error",
     ),
     Mutant(
         "deadline",
