@@ -20,6 +20,7 @@ from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
 from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.listening import CONNECTION_BACKLOG, inherited_listener
 from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
@@ -34,8 +35,8 @@ from router.service import RouterService
 
 logger = logging.getLogger(__name__)
 
-CONNECTION_BACKLOG = 2048
-"""Length of the kernel's queue of connections not yet accepted."""
+CLIENTS = "router.port"
+"""The key of the address for clients. ``kvrelay up`` holds its socket, so that connections wait for the next router."""
 
 FLUSH_TIMEOUT_S = 5
 """Seconds clients may take to read the rest of their responses when the router stops."""
@@ -94,7 +95,8 @@ def tls_files(config: RouterConfig) -> tuple[str, str] | None:
 
 def _listen(key: str, host: str, port: int) -> socket.socket:
     try:
-        return listen_at(host, port, CONNECTION_BACKLOG)
+        inherited = inherited_listener(host, port) if key == CLIENTS else None
+        return inherited or listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
         raise ConfigError([f"{key}: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
@@ -123,7 +125,7 @@ async def serve(config: ClusterConfig) -> str:
     limits, tls = http_limits(config.router), tls_files(config.router)
     tune_gc()
     async with (
-        _serving(clients, "router.port", (config.router.host, config.router.port), limits, tls),
+        _serving(clients, CLIENTS, (config.router.host, config.router.port), limits, tls),
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
         startup.report(READY)

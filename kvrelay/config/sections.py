@@ -132,6 +132,13 @@ class RouterConfig(Section):
         description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
         "router started, no longer ago.",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1 << 20,
+        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
+        "fewer and larger chunks anyway.",
+    )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."
     )

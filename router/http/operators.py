@@ -6,7 +6,6 @@ import hashlib
 import hmac
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,7 +18,7 @@ from kvrelay.errors import ConfigError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.cluster_status import cluster_status
 from router.http.admin import AdminEndpoints
-from router.http.app import App, http_error
+from router.http.app import App
 from router.http.asgi import send_error
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
@@ -84,7 +83,7 @@ def make_operators_app(service: RouterService) -> App:
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
     ]
-    return App(routes=routes, exception_handlers={HTTPException: http_error})
+    return App(routes)
 
 
 class OperatorEndpoints:
