@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ class ServedModel:
     tool_family: ToolFamily | None = None
     reasons: bool = False
     mark_ids: frozenset[int] = frozenset()
+
+    def mark(self, text: str) -> str:
+        """Return the terminal of ``text`` in a grammar: the special token if it is one, else a string."""
+        [*ids] = self.tokenizer.special_ids([text])
+        return f"<[{ids[0]}]>" if ids else json.dumps(text)
 
 
 def load_model(config: ClusterConfig) -> ServedModel:

@@ -27,6 +27,7 @@ from router.openai.models import model_name
 from router.openai.parsing import Parsing
 from router.openai.sampling import RequestSampling, too_long
 from router.openai.schemas import ChatFields, GenerationFields, parse
+from router.openai.structured import Structure
 from router.openai.tokens import detokenized, tokenized
 
 INLINE_BYTES = 16 << 10
@@ -56,12 +57,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class PreparedRequest:
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client requested an echo.
+    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be.
     """
 
     request: GenerationFields
     prompts: Sequence[list[int]]
     texts: Sequence[str] | None = None
+    structure: Structure | None = None
 
 
 class Api(Protocol):
@@ -89,6 +91,9 @@ class Api(Protocol):
     def parsing(self, request: Any) -> Parsing | None:
         """Return how the outputs are parsed; None: all of them is text."""
 
+    def structure(self, request: Any, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return what the outputs must be, if not any text. Raises InvalidRequestError."""
+
     def style(self, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None) -> Style:
         """Return the formatter of the response."""
 
@@ -113,7 +118,7 @@ class Preparation:
         """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
         if len(job.body) > INLINE_BYTES:
             raise TooLongForLoopError
-        return self._prepare(job, _inflate_inline, self._check_inline)
+        return self._prepare(job, _inflate_inline, _check_inline, self._check_known)
 
     def prepare(self, job: Job) -> Outcome:
         """Prepare any body.
@@ -121,9 +126,15 @@ class Preparation:
         Raises InvalidRequestError, ModelNotFoundError or PromptTooLongError if it cannot be served, AnswerError (413)
         if it is too long once decompressed.
         """
-        return self._prepare(job, inflate, self._check_grammar)
+        return self._prepare(job, inflate, _accept, self._check_grammar)
 
-    def _prepare(self, job: Job, inflate: Callable[[bytes, int], bytes], check: Callable[[object], None]) -> Outcome:
+    def _prepare(
+        self,
+        job: Job,
+        inflate: Callable[[bytes, int], bytes],
+        check: Callable[[object], None],
+        check_structure: Callable[[Structure], None],
+    ) -> Outcome:
         body = inflate(job.body, job.max_body_bytes) if job.gzipped else job.body
         content = json_object(body)
         match job.task:
@@ -132,9 +143,15 @@ class Preparation:
             case "detokenize":
                 return msgspec.json.encode(detokenized(content, self._model))
             case "completions" | "chat":
-                return self._generation(job, content, check)
+                return self._generation(job, content, check, check_structure)
 
-    def _generation(self, job: Job, content: dict[str, Any], check: Callable[[object], None]) -> PreparedRequest:
+    def _generation(
+        self,
+        job: Job,
+        content: dict[str, Any],
+        check: Callable[[object], None],
+        check_structure: Callable[[Structure], None],
+    ) -> PreparedRequest:
         api = self.apis[job.task]
         _check_num_messages(content.get("messages"), job.max_model_len)
         request = parse(api.schema, content)
@@ -142,20 +159,19 @@ class Preparation:
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
         prompts = api.prompts(request, job.max_model_len)
-        return PreparedRequest(request, prompts, api.texts(request))
+        structure = api.structure(request, prompts)
+        if structure is not None:
+            check_structure(structure)
+        return PreparedRequest(request, prompts, api.texts(request), structure)
 
-    def _check_inline(self, request: object) -> None:
-        """Raise TooLongForLoopError if preparing ``request`` takes long: many messages, or a grammar to compile."""
-        if isinstance(request, ChatFields) and not _renders_fast(request):
-            raise TooLongForLoopError
-        structure = request.structure if isinstance(request, GenerationFields) else None
-        if structure is not None and not self.known_grammars.has(structure.grammar):
+    def _check_known(self, structure: Structure) -> None:
+        """Raise TooLongForLoopError if the grammar must be compiled to know whether it is valid."""
+        if not self.known_grammars.has(structure.grammar):
             raise TooLongForLoopError
 
-    def _check_grammar(self, request: object) -> None:
-        """Raise InvalidRequestError if the grammar of ``request`` is invalid. A worker may take long."""
-        structure = request.structure if isinstance(request, GenerationFields) else None
-        if structure is None or self.known_grammars.has(structure.grammar):
+    def _check_grammar(self, structure: Structure) -> None:
+        """Raise InvalidRequestError if the grammar is invalid. A worker may take long."""
+        if self.known_grammars.has(structure.grammar):
             return
         from router.grammar_check import check_structure  # noqa: PLC0415 (loads the grammar library)
 
@@ -167,11 +183,11 @@ class Preparation:
 
         Raises the errors the router would raise for these prompts, so that refused prompts are not sent.
         """
-        sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
+        sampling = RequestSampling(prepared.request, self._model, job.max_model_len, prepared.structure)
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
         request = self.apis[job.task].without_content(prepared.request)
-        return PreparedRequest(request, prepared.prompts, prepared.texts)
+        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.structure)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -213,6 +229,16 @@ def _inflate_inline(body: bytes, max_body_bytes: int) -> bytes:
         return inflate(body, min(INLINE_BYTES, max_body_bytes))
     except AnswerError:
         raise TooLongForLoopError from None
+
+
+def _accept(request: object) -> None:
+    """Accept what a worker may prepare: anything."""
+
+
+def _check_inline(request: object) -> None:
+    """Raise TooLongForLoopError if rendering ``request`` takes long."""
+    if isinstance(request, ChatFields) and not _renders_fast(request):
+        raise TooLongForLoopError
 
 
 def _renders_fast(chat: ChatFields) -> bool:

@@ -9,10 +9,12 @@ from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import Logprobs, chat_logprobs
+from router.openai.output_grammar import chat_structure
 from router.openai.parsing import Parsing, check_tool_use, parsing_of
 from router.openai.reading import reading
 from router.openai.sampling import check_text_ids, check_text_length
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
+from router.openai.structured import Structure
 from router.tools.parts import CallArguments, CallBegun, Message, Part, Reasoning, Text, joined
 
 ROLE = "assistant"
@@ -83,6 +85,10 @@ class ChatCompletions:
         if request.tools:
             update["tools"] = [{"function": {"name": tool["function"]["name"]}} for tool in request.tools]
         return request.model_copy(update=update)
+
+    def structure(self, request: ChatCompletionRequest, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return what the output must be: structured, calls, or either of the two."""
+        return chat_structure(request, self._model, prompts[0])
 
     def parsing(self, request: ChatCompletionRequest) -> Parsing | None:
         """Return how reasoning and tool calls are found in the outputs; None: they are all content."""

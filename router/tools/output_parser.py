@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from router.tools.parts import CallBegun, Parser, Part, Text, merged
+from router.tools.parts import CallArguments, CallBegun, Parser, Part, Text, merged
 
 
 class OutputParser:
     """A ``parts.Parser`` of up to two: ``calls`` gets the text that ``reasoning`` leaves.
 
-    ``has_calls``: a call has begun. ``with_reasoning``: whether reasoning is shown.
+    ``has_calls``: a call has begun. ``with_reasoning``: reasoning is shown; ``parallel``: more calls than one are.
     """
 
-    def __init__(self, reasoning: Parser | None, calls: Parser | None, *, with_reasoning: bool = True) -> None:
+    def __init__(
+        self,
+        reasoning: Parser | None,
+        calls: Parser | None,
+        *,
+        with_reasoning: bool = True,
+        parallel: bool = True,
+    ) -> None:
         self._reasoning = reasoning
         self._calls = calls
         self._with_reasoning = with_reasoning
+        self._parallel = parallel
         self.has_calls = False
 
     def push(self, text: str) -> list[Part]:
@@ -38,4 +46,8 @@ class OutputParser:
 
     def _noted(self, parts: list[Part]) -> list[Part]:
         self.has_calls = self.has_calls or any(isinstance(part, CallBegun) for part in parts)
-        return [part for part in merged(parts) if part != Text("")]
+        return [part for part in merged(parts) if part != Text("") and (self._parallel or not _is_later_call(part))]
+
+
+def _is_later_call(part: Part) -> bool:
+    return isinstance(part, CallBegun | CallArguments) and part.index > 0
