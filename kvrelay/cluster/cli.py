@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from kvrelay.cluster.bench import bench
 from kvrelay.config.cluster_config import ClusterConfig, Role
 from kvrelay.errors import (
     CheckpointError,
@@ -280,6 +281,9 @@ def chat(
         converse(url, max_tokens, key=key)
     else:
         say(url, sys.stdin.read(), max_tokens, key=key)
+
+
+app.command()(bench)
 
 
 # ---------------------------------------------------------------- configs and models
