@@ -54,7 +54,7 @@ FIRST: dict[str, Any] = {}
 
 @pytest.mark.parametrize("name", WISHES)
 def test_answers_are_valid_and_the_same_everywhere(cluster: Cluster, name: str) -> None:
-    body = {"messages": QUESTION, "tools": TOOLS, "max_tokens": 1000, "temperature": 0.0, "seed": 7, **WISHES[name]}
+    body = {"messages": QUESTION, "tools": TOOLS, "max_tokens": 2500, "temperature": 0.0, "seed": 7, **WISHES[name]}
 
     async def both(asker: Asker) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         whole = await asker.post("/v1/chat/completions", body)
@@ -90,7 +90,7 @@ def test_the_openai_package_reads_a_stream_and_goes_on_with_the_results(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="any", max_retries=0) as client:
-        common: dict[str, Any] = {"model": "demo", "temperature": 1.0, "seed": 5, "max_tokens": 1000}
+        common: dict[str, Any] = {"model": "demo", "temperature": 1.0, "seed": 5, "max_tokens": 2500}
         with client.chat.completions.stream(messages=QUESTION, tools=TOOLS, tool_choice="required", **common) as stream:
             events = [event.type for event in stream]
             [choice] = stream.get_final_completion().choices
