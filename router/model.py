@@ -72,7 +72,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
     generation = read_json_object(model_dir / "generation_config.json", required=False)
     vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
     _require_known(tokenizer, vocab_size)
-    family = tool_family(config.router.tool_parser, tokenizer.chat_template)
+    family = tool_family(config.router.tool_parser, tokenizer.tool_template)
     reasons = has_reasoning(config.router.reasoning_parser, tokenizer.chat_template)
     return ServedModel(
         name=config.model.name,

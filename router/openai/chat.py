@@ -31,6 +31,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
             [dict(message) for message in fields.messages],
             add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
             continue_final_message=bool(fields.continue_final_message),
+            with_tools=bool(fields.rendered_tools),
             variables=_variables(fields),
         )
     if max_model_len is not None:
