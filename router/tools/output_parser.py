@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from router.tools.parts import CallArguments, CallBegun, Parser, Part, Text, merged
 
+_PIECE_CHARS = 1024
+"""Parsers copy the rest of a text for each of its tokens, so a long one comes in pieces."""
+
 
 class OutputParser:
     """A ``parts.Parser`` of up to two: ``calls`` gets the text that ``reasoning`` leaves.
@@ -28,7 +31,11 @@ class OutputParser:
         self.has_calls = False
 
     def push(self, text: str) -> list[Part]:
-        return self._noted(self._behind_reasoning(self._reasoning.push(text) if self._reasoning else [Text(text)]))
+        parts: list[Part] = []
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            parts += self._behind_reasoning(self._reasoning.push(piece) if self._reasoning else [Text(piece)])
+        return self._noted(parts)
 
     def finish(self) -> list[Part]:
         parts = self._behind_reasoning(self._reasoning.finish()) if self._reasoning else []

@@ -9,7 +9,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "fal
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?|[+-]?\.\d+(?:[eE][+-]?\d+)?")
 _MAX_WORD_CHARS = 64
 _WORD = re.compile(r"[\w.+-]*")
-_PLAIN = re.compile(r"[^\\'\"]*")
+_PLAIN = {quote: re.compile(rf"[^\\{quote}]*") for quote in "'\""}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 _HEX = re.compile("[0-9a-fA-F]+")
@@ -122,7 +122,7 @@ class PythonValue:
 
     def _string(self, text: str) -> str | None:
         """Read a part of a string."""
-        match = _PLAIN.match(text)
+        match = _PLAIN[self._quote].match(text)
         assert match is not None
         self._write(match[0])
         text = text[match.end() :]
@@ -130,12 +130,9 @@ class PythonValue:
             return None if not match[0] else ""
         if text[0] == "\\":
             return self._escape(text)
-        if text[0] == self._quote:
-            self._quote = ""
-            self._out.append('"')
-            self._end_item()
-        else:
-            self._write(text[0])
+        self._quote = ""
+        self._out.append('"')
+        self._end_item()
         return text[1:]
 
     def _escape(self, text: str) -> str | None:
