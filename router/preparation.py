@@ -14,21 +14,24 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from kvrelay.errors import InvalidRequestError, PromptTooLongError
+from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.anthropic.api import Messages
 from router.known_grammars import KnownGrammars
 from router.model import ServedModel
-from router.openai.answer import Style
+from router.openai.answer import AnswerHead, Writer
 from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice
 from router.openai.completions import Completions
+from router.openai.dialect import Reading
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
 from router.openai.parsing import Parsing
-from router.openai.sampling import RequestSampling, too_long
-from router.openai.schemas import ChatFields, GenerationFields, parse
+from router.openai.sampling import RequestSampling
+from router.openai.schemas import ChatFields, GenerationFields
 from router.openai.structured import Structure
 from router.openai.tokens import detokenized, tokenized
+from router.responses.api import Responses
 
 INLINE_BYTES = 16 << 10
 """Bodies up to this length may be prepared on the event loop: some milliseconds at most."""
@@ -36,7 +39,9 @@ INLINE_BYTES = 16 << 10
 INLINE_MESSAGES = 64
 """Chats with more messages are rendered in a worker: rendering may take time quadratic in their number."""
 
-Task: TypeAlias = Literal["completions", "chat", "tokenize", "detokenize"]
+Task: TypeAlias = Literal[
+    "completions", "chat", "responses", "messages", "tokenize", "detokenize", "responses_tokens", "messages_tokens"
+]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,17 +62,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class PreparedRequest:
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be.
+    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be. ``echo``:
+    what else the answer repeats of the body.
     """
 
     request: GenerationFields
     prompts: Sequence[list[int]]
     texts: Sequence[str] | None = None
     structure: Structure | None = None
+    echo: bytes = b""
 
 
 class Api(Protocol):
-    """The parts specific to one OpenAI API, ``completions`` or ``chat``."""
+    """The parts specific to one API. What they read is the same kind of request: that of completions or of chats."""
 
     name: str
     id_prefix: str
@@ -75,6 +82,9 @@ class Api(Protocol):
     @property
     def schema(self) -> type[GenerationFields]:
         """The schema of its requests."""
+
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError, and PromptTooLongError if it is certain."""
 
     def num_prompts(self, request: Any) -> int:
         """Return the number of prompts."""
@@ -85,6 +95,11 @@ class Api(Protocol):
     def texts(self, request: Any) -> list[str] | None:
         """Return each prompt as text if the client requested an echo, else None."""
 
+    def writer(
+        self, head: AnswerHead, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None, echo: bytes
+    ) -> Writer:
+        """Return what writes the answer."""
+
     def without_content(self, request: Any) -> GenerationFields:
         """Return ``request`` without what is long and not needed after tokenization."""
 
@@ -93,9 +108,6 @@ class Api(Protocol):
 
     def structure(self, request: Any, prompts: Sequence[list[int]]) -> Structure | None:
         """Return what the outputs must be, if not any text. Raises InvalidRequestError."""
-
-    def style(self, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None) -> Style:
-        """Return the formatter of the response."""
 
 
 Outcome: TypeAlias = PreparedRequest | bytes
@@ -112,7 +124,13 @@ class Preparation:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.known_grammars = KnownGrammars()
-        self.apis: dict[str, Api] = {"completions": Completions(model), "chat": ChatCompletions(model)}
+        self._responses, self._messages = Responses(model), Messages(model)
+        self.apis: dict[str, Api] = {
+            "completions": Completions(model),
+            "chat": ChatCompletions(model),
+            "responses": self._responses,
+            "messages": self._messages,
+        }
 
     def prepare_inline(self, job: Job) -> Outcome:
         """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
@@ -142,7 +160,11 @@ class Preparation:
                 return msgspec.json.encode(tokenized(content, self._model, job.max_model_len, check))
             case "detokenize":
                 return msgspec.json.encode(detokenized(content, self._model))
-            case "completions" | "chat":
+            case "responses_tokens":
+                return msgspec.json.encode(self._responses.prompt_tokens(content, job.max_model_len, check))
+            case "messages_tokens":
+                return msgspec.json.encode(self._messages.prompt_tokens(content, job.max_model_len, check))
+            case "completions" | "chat" | "responses" | "messages":
                 return self._generation(job, content, check, check_structure)
 
     def _generation(
@@ -153,8 +175,7 @@ class Preparation:
         check_structure: Callable[[Structure], None],
     ) -> PreparedRequest:
         api = self.apis[job.task]
-        _check_num_messages(content.get("messages"), job.max_model_len)
-        request = parse(api.schema, content)
+        request, echo = api.read(content, job.max_model_len)
         model_name(request.model, self._model)
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
@@ -162,7 +183,7 @@ class Preparation:
         structure = api.structure(request, prompts)
         if structure is not None:
             check_structure(structure)
-        return PreparedRequest(request, prompts, api.texts(request), structure)
+        return PreparedRequest(request, prompts, api.texts(request), structure, echo)
 
     def _check_known(self, structure: Structure) -> None:
         """Raise TooLongForLoopError if the grammar must be compiled to know whether it is valid."""
@@ -187,7 +208,7 @@ class Preparation:
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
         request = self.apis[job.task].without_content(prepared.request)
-        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.structure)
+        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.structure, prepared.echo)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -245,12 +266,6 @@ def _renders_fast(chat: ChatFields) -> bool:
     """Return whether rendering is fast: few messages, and only bool, str or None variables."""
     variables = (chat.chat_template_kwargs or {}).values()
     return len(chat.messages) <= INLINE_MESSAGES and all(isinstance(value, bool | str | None) for value in variables)
-
-
-def _check_num_messages(messages: object, max_model_len: int) -> None:
-    """Raise PromptTooLongError for more messages than ``max_model_len``, before any work per message."""
-    if isinstance(messages, list) and len(messages) > max_model_len:
-        raise PromptTooLongError(too_long(len(messages), 1, max_model_len, "messages", at_least=True), param="messages")
 
 
 def _check_count(num_prompts: int, num_choices: int, limit: int) -> None:

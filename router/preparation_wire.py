@@ -30,6 +30,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     prompts: list[msgspec.Raw]
     texts: list[str] | None
     structure: Structure | None = None
+    echo: bytes = b""
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
