@@ -15,6 +15,7 @@ from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.prompt_logprobs import PromptLogprobsField, entries
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest, parse
+from router.openai.structured import Structure, structure_of
 from router.tools.parts import Part
 
 
@@ -65,6 +66,10 @@ class Completions:
     def without_content(self, request: CompletionRequest) -> CompletionRequest:
         """Return ``request`` without its prompt."""
         return request.model_copy(update={"prompt": "-"})
+
+    def structure(self, request: CompletionRequest, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return the structured output that the request asks for."""
+        return structure_of(request)
 
     def parsing(self, request: CompletionRequest) -> None:
         """Return nothing: all output is text."""

@@ -38,7 +38,6 @@ from router.openai.field_types import (
 )
 from router.openai.fields import Fields, Flag
 from router.openai.reading import reading
-from router.openai.structured import Structure, structure_of
 from router.openai.tool_fields import ToolChoice, Tools, ToolUse, tool_use
 from router.openai.unknown_fields import UnknownFields
 from router.openai.wording import first_problem
@@ -136,11 +135,6 @@ class GenerationFields(Fields):
         if self.prompt_logprobs is not None and self.stream:
             raise wrong("prompt_logprobs: not available when stream is true")
         return self
-
-    @functools.cached_property
-    def structure(self) -> Structure | None:
-        """The grammar of the output, if any. Raises InvalidRequestError."""
-        return structure_of(self)
 
     @property
     def num_choices(self) -> int:
