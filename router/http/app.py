@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
@@ -34,8 +34,17 @@ class App(Starlette):
         await super().__call__(scope, receive, send)
 
 
-def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = None) -> App:
-    """Return the HTTP application; with ``keys`` for clients that have one.
+def _untraced(app: ASGIApp) -> ASGIApp:
+    return app
+
+
+def make_app(
+    service: RouterService,
+    metrics: Metrics,
+    keys: ApiKeys | None = None,
+    traced: Callable[[ASGIApp], ASGIApp] = _untraced,
+) -> App:
+    """Return the HTTP application; with ``keys`` for clients that have one. ``traced`` wraps what generates.
 
     There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
     """
@@ -46,8 +55,8 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
+        Route("/v1/completions", traced(GenerateEndpoint("completions", service, metrics)), methods=["POST"]),
+        Route("/v1/chat/completions", traced(GenerateEndpoint("chat", service, metrics)), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model_id:path}", admin.model),
         Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),

@@ -17,6 +17,7 @@ from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
 from router.http.body import prepared
 from router.http.clients_only import charge
+from router.http.request_span import note_requests
 from router.metrics import Metrics
 from router.openai.answer import Answer, AnswerHead
 from router.openai.choice import Choice
@@ -96,6 +97,7 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
+        note_requests(scope, request_ids)
         session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))

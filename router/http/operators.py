@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -24,8 +25,11 @@ from router.http.asgi import send_error
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.service import RouterService
+from router.timeline import MAX_KEPT
 
 _SCHEME = "bearer "
+_DEFAULT_LIMIT = 50
+_LIMIT = re.compile(r"[0-9]{1,4}")
 
 
 class OperatorsOnly:
@@ -79,6 +83,7 @@ def make_operators_app(service: RouterService) -> App:
         Route("/health", info.health),
         Route("/ready", info.ready),
         Route("/cluster", endpoints.cluster),
+        Route("/cluster/requests", endpoints.requests),
         Route("/cluster/requests/{request_id}", info.timeline),
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
@@ -96,6 +101,15 @@ class OperatorEndpoints:
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: as for clients, and each node's address, pid and incarnation."""
         return JSONResponse(cluster_status(self._service, for_operators=True))
+
+    async def requests(self, request: Request) -> Response:
+        """``GET /cluster/requests?limit=N``: the newest requests whose timelines are kept, those in progress first."""
+        given = request.query_params.get("limit", str(_DEFAULT_LIMIT))
+        limit = int(given) if _LIMIT.fullmatch(given) else 0
+        if not 1 <= limit <= MAX_KEPT:
+            error = _error("invalid_request_error", f"limit should be 1 to {MAX_KEPT}, not {shown(given)}", 400)
+            return JSONResponse(error.body, error.status)
+        return JSONResponse({"requests": self._service.machine.requests.timelines.newest(limit)})
 
     async def cancel(self, request: Request) -> Response:
         """``DELETE /cluster/requests/{request_id}``: both nodes drop it, and its client gets 410 ``request_cancelled``.
