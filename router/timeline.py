@@ -93,7 +93,8 @@ class Timelines:
     def close(self, request_id: RequestId) -> None:
         """Mark the request as ended; drop the oldest ended timeline beyond ``max_kept``."""
         timeline = self._ended[request_id] = self._open.pop(request_id)
-        self._count(timeline)
+        if timeline.num_parts:
+            self._count(timeline)
         if len(self._ended) > self.max_kept:
             self._ended.popitem(last=False)
 

@@ -68,6 +68,7 @@ def _jobs() -> list[Callable[[], object]]:
     models += [
         Model(eight, 4096, 14336, 128256, (None,), False),
         Model(Shape(16, 8, 128, 16, "bfloat16"), 1024, 3072, 151936, (None,), True),
+        Model(eight, 4096, 12288, 151936, (None,), True),
         Model(Shape(6, 2, 16, 16, "float32"), 96, 192, 384, (None, 100, 24), True),
         Model(Shape(6, 2, 16, 16, "float32"), 96, 192, 384, (), False),
         Model(Shape(6, 3, 16, 16, "float32"), 96, 192, 384, (None, 33), True),

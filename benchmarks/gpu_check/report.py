@@ -33,6 +33,11 @@ class Report:
         print(f"{part}: {what}: {rounded} {unit}{shown} {note}".rstrip(), flush=True)
         self._write()
 
+    def keep(self, name: str, text: str) -> None:
+        """Append ``text`` to a file beside the results."""
+        with (self._folder / name).open("a") as file:
+            file.write(text)
+
     def finish(self, failed: list[str], seconds: float) -> None:
         """Write and print the table."""
         lines = [f"# {name}: {value}" for name, value in self._facts.items()]

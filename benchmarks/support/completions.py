@@ -13,12 +13,16 @@ import msgspec
 
 @dataclass
 class Completion:
-    """One answer, with the moments (``time.monotonic``) of its request and of each of its parts with tokens."""
+    """One answer, with the moments (``time.monotonic``) of its request and of each of its parts with tokens.
+
+    ``num_tokens``: tokens of each of these parts.
+    """
 
     sent_s: float
     request_id: str = ""
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
 
     @property
@@ -60,6 +64,7 @@ class _Stream(asyncio.Protocol):
             if choice["token_ids"]:
                 completion.token_ids += choice["token_ids"]
                 completion.token_s.append(time.monotonic())
+                completion.num_tokens.append(len(choice["token_ids"]))
         if chunk.get("usage"):
             details = chunk["usage"].get("prompt_tokens_details") or {}  # other servers may leave them out
             completion.num_cached_tokens = details.get("cached_tokens", 0)

@@ -8,8 +8,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from gpu_check.stream_times import Prefilled, marks_of, prefilled
 from support.completions import complete
 from support.cpu_time import cpu_s
 from support.running_cluster import RunningCluster, cluster_config, running
@@ -19,15 +20,6 @@ from kvrelay.cluster.client import ClusterClient
 REPORT_TIMEOUT_S = 20.0
 POLL_S = 0.05
 VOCABULARY = 384
-
-
-class Prefilled(NamedTuple):
-    """Times of one prompt on P, in seconds. ``moving_s``: while at least one layer was being transferred."""
-
-    prefill_s: float
-    moving_s: float
-    hidden_s: float
-    exposed_s: float
 
 
 @dataclass
@@ -70,21 +62,7 @@ async def _one_of_each(cluster: RunningCluster, port: int, length: int, seed: in
         timeline = _timeline(cluster.url, completion.request_id, last_mark)
         spent.append(cpu_s(pids) - before_s)
         if max_tokens > 1:
-            prompts.with_transfer.append(_prefilled(timeline))
-
-
-def _prefilled(timeline: dict[str, Any]) -> Prefilled:
-    marks = _p_marks(timeline)
-    end_s, moving_s, hidden_s, until_s = marks["first_token"], 0.0, 0.0, 0.0
-    for sent_s, written_s in sorted((layer["first_sent_s"], layer["last_written_s"]) for layer in timeline["layers"]):
-        from_s, until_s = max(sent_s, until_s), max(written_s, until_s)
-        moving_s += until_s - from_s
-        hidden_s += max(0.0, min(until_s, end_s) - min(from_s, end_s))
-    return Prefilled(end_s - marks["prefill"], moving_s, hidden_s, max(0.0, until_s - end_s))
-
-
-def _p_marks(timeline: dict[str, Any]) -> dict[str, float]:
-    return {mark["name"]: mark["at_s"] for mark in timeline["marks"] if mark["node"] == "p0"}
+            prompts.with_transfer.append(prefilled(timeline))
 
 
 def _timeline(url: str, request_id: str, mark: str) -> dict[str, Any]:
@@ -93,7 +71,7 @@ def _timeline(url: str, request_id: str, mark: str) -> dict[str, Any]:
     with ClusterClient(url) as client:
         while True:
             timeline = client.timeline(request_id)
-            if mark in _p_marks(timeline):
+            if mark in marks_of(timeline, "p0"):
                 return timeline
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"P did not report {mark!r} of {request_id} in time")

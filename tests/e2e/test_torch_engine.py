@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from support.cluster_fixtures import WriteCheckpoint
 pytest.importorskip("torch", reason="kvrelay[torch] is not installed")
 
 TORCH = {"engine": {"kind": "torch"}}
-ON_DEVICE = {**TORCH, "transfer": {"link": "cuda"}}
+ON_DEVICE: dict[str, Any] = {**TORCH, "transfer": {"link": "cuda"}}
 PADDLE_ON_DEVICE = {"engine": {"kind": "paddle-device"}, "transfer": {"link": "cuda"}}
 PADDLE = {"engine": {"kind": "paddle", "kernels": "portable"}}
 
@@ -46,5 +47,33 @@ def test_tokens_are_those_of_transformers(cluster: Cluster) -> None:
     golden = list(load_golden(next(case for case in CASES if case.name == "qwen3")))[:5]
 
     given = answers(cluster, [Ask(one.prompt_token_ids, NUM_OUTPUT_TOKENS) for one in golden])
+
+    assert [answer.token_ids for answer in given] == [one.output_token_ids for one in golden]
+
+
+NO_PADDLE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "paddle":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_no_process_imports_paddle(
+    checkpoint: WriteCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_PADDLE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    golden = list(load_golden(next(case for case in CASES if case.name == "qwen3")))[:2]
+    nodes = p(**ON_DEVICE), d(**ON_DEVICE)
+    sections: dict[str, Any] = {"cache": {"num_blocks": 64}, "scheduler": {"max_num_seqs": 4}}
+
+    with running(cluster_config(checkpoint("qwen3"), *nodes, model={"dtype": "float32"}, **sections)) as cluster:
+        given = answers(cluster, [Ask(one.prompt_token_ids, NUM_OUTPUT_TOKENS) for one in golden])
+        cluster.wait_until_quiescent()
 
     assert [answer.token_ids for answer in given] == [one.output_token_ids for one in golden]
