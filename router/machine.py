@@ -28,6 +28,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Leaving,
     NodeToRouter,
     PrefixCacheChanged,
+    PromptLogprobsOut,
     Register,
     RequestFailed,
     RequestPreempted,
@@ -203,6 +204,8 @@ class RouterMachine:
             case TokensOut(outputs=outputs):
                 for output in outputs:
                     self.requests.take_output(peer, output)
+            case PromptLogprobsOut():
+                self.requests.take_prompt_logprobs(peer, message)
             case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
             case RequestFailed():
