@@ -83,7 +83,7 @@ class AdminEndpoints:
 
 
 class TokenEndpoint:
-    """``POST /tokenize`` or ``/detokenize``."""
+    """``POST /tokenize``, ``/detokenize``, or an endpoint that counts the tokens of a prompt."""
 
     def __init__(self, task: Task, service: RouterService) -> None:
         self._task = task
@@ -98,9 +98,9 @@ class TokenEndpoint:
         except ClientLeftError:
             return
         except AnswerError as error:
-            await send_error(send, error)
+            await send_error(send, error, path=scope["path"])
         except KVRelayError as error:
-            await send_error(send, AnswerError.of(error))
+            await send_error(send, AnswerError.of(error), path=scope["path"])
 
 
 def _phase(phase: Phase) -> dict[str, object]:
