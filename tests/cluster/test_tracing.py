@@ -151,6 +151,22 @@ def test_what_is_not_sampled_sends_nothing(traced: Cluster, collector: Collector
     assert {span.trace_id for span in collector.spans} <= before | {marker}
 
 
+def test_every_endpoint_that_generates_is_traced(traced: Cluster, collector: Collector) -> None:
+    message = [{"role": "user", "content": "a b"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": message, "max_tokens": 2},
+        "/v1/responses": {"input": "a b", "max_output_tokens": 16},
+        "/v1/messages": {"messages": message, "max_tokens": 2},
+    }
+    for number, (path, body) in enumerate(bodies.items()):
+        trace_id = f"{number + 1:032x}"
+        headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
+        response = traced.http.post(path, json={"model": "demo", **body}, headers=headers)
+        assert response.status_code == 200, response.text
+        names = {span.name for span in collector.of(trace_id, 10)}
+        assert {f"POST {path}", "request", "prefill"} <= names
+
+
 def test_a_request_that_is_refused_has_its_span(traced: Cluster, collector: Collector) -> None:
     trace_id = TRACE_ID[2:] + "aa"
     headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
