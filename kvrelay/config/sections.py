@@ -97,8 +97,8 @@ class RouterConfig(Section):
         "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
         "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
-        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
-        "of two random nodes.",
+        "node for all requests with the same X-Session-ID (or X-Session-Token) header; round_robin; random; "
+        "power_of_two: the less loaded of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
         "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."
@@ -430,6 +430,9 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
+    )
 
     @model_validator(mode="after")
     def _timeout_above_heartbeat(self) -> Self:

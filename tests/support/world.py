@@ -20,6 +20,7 @@ from kvrelay.config.cluster_config import (
     ClusterSettings,
     EngineConfig,
     FakeEngineConfig,
+    KVEventsConfig,
     NodeConfig,
     Role,
     SchedulerConfig,
@@ -268,6 +269,7 @@ class World:
             storage=StorageConfig(**sections["storage"]),
             transfer=TransferConfig(**sections["transfer"]),
             engine=EngineConfig(kind="fake", fake=FakeEngineConfig(**sections["engine"])),
+            kv_events=KVEventsConfig(**self._overrides.get(name, {}).get("kv_events", {})),
             cluster=ClusterSettings(drain_timeout_s=20.0),
         )
 
