@@ -7,6 +7,7 @@ they do not delay streams.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from router.openai.completions import Completions
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
 from router.openai.parsing import Parsing
-from router.openai.sampling import RequestSampling, too_long
+from router.openai.sampling import RequestSampling, num_kept_tokens, too_long
 from router.openai.schemas import ChatFields, GenerationFields, parse
 from router.openai.tokens import detokenized, tokenized
 
@@ -141,7 +142,11 @@ class Preparation:
         model_name(request.model, self._model)
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
-        prompts = api.prompts(request, job.max_model_len)
+        if request.truncate_prompt_tokens is None:
+            prompts = api.prompts(request, job.max_model_len)
+        else:
+            most = num_kept_tokens(request.truncate_prompt_tokens, job.max_model_len)
+            prompts = [prompt[-most:] for prompt in api.prompts(request, sys.maxsize)]
         return PreparedRequest(request, prompts, api.texts(request))
 
     def _check_inline(self, request: object) -> None:

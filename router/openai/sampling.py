@@ -122,6 +122,19 @@ def num_logprobs(request: GenerationFields) -> int | None:
     return None
 
 
+def num_kept_tokens(asked: int, max_model_len: int) -> int:
+    """Return how many tokens at the end of a prompt ``truncate_prompt_tokens`` keeps; -1 leaves room for one token.
+
+    Raises InvalidRequestError if it is more than the model takes.
+    """
+    if asked > max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens: {asked} is more than max_model_len, which is {max_model_len}",
+            param="truncate_prompt_tokens",
+        )
+    return max_model_len - 1 if asked == -1 else asked
+
+
 def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
     """Raise PromptTooLongError if ``text`` is certainly too long, without tokenizing it."""
     if (
