@@ -7,7 +7,6 @@ they do not delay streams.
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from router.openai.dialect import Reading
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
 from router.openai.parsing import Parsing
-from router.openai.sampling import RequestSampling, num_kept_tokens
+from router.openai.sampling import RequestSampling
 from router.openai.schemas import ChatFields, GenerationFields
 from router.openai.tokens import detokenized, tokenized
 from router.responses.api import Responses
@@ -162,11 +161,7 @@ class Preparation:
         model_name(request.model, self._model)
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
-        if request.truncate_prompt_tokens is None:
-            prompts = api.prompts(request, job.max_model_len)
-        else:
-            most = num_kept_tokens(request.truncate_prompt_tokens, job.max_model_len)
-            prompts = [prompt[-most:] for prompt in api.prompts(request, sys.maxsize)]
+        prompts = api.prompts(request, job.max_model_len)
         return PreparedRequest(request, prompts, api.texts(request), echo)
 
     def _check_inline(self, request: object) -> None:
