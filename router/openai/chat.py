@@ -15,7 +15,7 @@ from router.openai.output_grammar import chat_structure
 from router.openai.parsing import Parsing, check_tool_use, parsing_of
 from router.openai.prompt_logprobs import PromptLogprobsField
 from router.openai.reading import reading
-from router.openai.sampling import check_num_messages, check_text_ids, check_text_length
+from router.openai.sampling import check_num_messages, check_text_ids, check_text_length, truncated
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage, parse
 from router.openai.structured import Structure
 from router.tools.parts import CallArguments, CallBegun, Message, Part, Reasoning, Text, joined
@@ -81,9 +81,9 @@ class ChatCompletions:
         Raises what ``chat_prompt`` raises, and InvalidRequestError if it has tokens that the model does not have.
         """
         check_tool_use(request, self._model)
-        token_ids = chat_prompt(request, self._model, max_model_len)
+        token_ids = chat_prompt(request, self._model, None if request.truncate_prompt_tokens else max_model_len)
         check_text_ids(token_ids, self._model, "messages")
-        return [token_ids]
+        return [truncated(token_ids, request, max_model_len)]
 
     def texts(self, request: ChatCompletionRequest) -> None:
         """Return nothing: a chat has no echo."""

@@ -128,6 +128,22 @@ def num_logprobs(request: GenerationFields) -> int | None:
     return None
 
 
+def truncated(prompt: list[int], request: GenerationFields, max_model_len: int) -> list[int]:
+    """Return the tokens at the end of ``prompt`` that ``truncate_prompt_tokens`` keeps; -1 leaves room for one token.
+
+    Raises InvalidRequestError if it is more than the model takes.
+    """
+    asked = request.truncate_prompt_tokens
+    if asked is None:
+        return prompt
+    if asked > max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens: {asked} is more than max_model_len, which is {max_model_len}",
+            param="truncate_prompt_tokens",
+        )
+    return prompt[-(max_model_len - 1 if asked == -1 else asked) :]
+
+
 def check_num_messages(messages: object, max_model_len: int, param: str = "messages") -> None:
     """Raise PromptTooLongError for more messages than ``max_model_len``, before any work per message."""
     if isinstance(messages, list) and len(messages) > max_model_len:

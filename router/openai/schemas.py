@@ -47,7 +47,6 @@ REFUSED_FIELDS = {
     "functions": "functions are not supported, tools are",
     "suffix": "suffix is not supported",
     "use_beam_search": "beam search is not supported",
-    "truncate_prompt_tokens": "truncate_prompt_tokens is not supported",
     "allowed_token_ids": "allowed_token_ids is not supported",
     "bad_words": "bad_words is not supported",
     "chat_template": "only the model's own chat template is used",
@@ -118,6 +117,7 @@ class GenerationFields(Fields):
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
     prompt_logprobs: NumLogprobs | None = None
+    truncate_prompt_tokens: TopK | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: JsonSchema | None = None
@@ -134,6 +134,8 @@ class GenerationFields(Fields):
             raise wrong("stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None and self.stream:
             raise wrong("prompt_logprobs: not available when stream is true")
+        if self.truncate_prompt_tokens == 0:
+            raise wrong("truncate_prompt_tokens: should be 1 or more, or -1 for as many as the model takes, not 0")
         return self
 
     @property
@@ -159,6 +161,8 @@ class CompletionRequest(GenerationFields):
     def _supported(self) -> CompletionRequest:
         if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise wrong("echo: not together with truncate_prompt_tokens")
         return self
 
 

@@ -161,16 +161,24 @@ class TritonOperations:
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         make, count = self._framework, logits.shape[0]
         room = make.empty((count, self.sampling_tiling.room(logits.shape[1])), "float32")
-        width = 1 + MOST_LOGPROBS
-        sampled = Sampled(
-            make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
-        )
+        sampled = self._room_for_sampled(count)
         sampling.sample(
             logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), step.masks, last_tokens,
             *sampled,
             self.sampling_tiling,
         )  # fmt: skip
         return sampled
+
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        scored = self._room_for_sampled(logits.shape[0])
+        sampling.prompt_logprobs(logits, targets, num_alternatives, *scored, self.sampling_tiling)
+        return scored
+
+    def _room_for_sampled(self, count: int) -> Sampled:
+        make, width = self._framework, 1 + MOST_LOGPROBS
+        return Sampled(
+            make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
+        )
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         blocks.set_entries(table, entries)
