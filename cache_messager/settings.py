@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kvrelay.config.sections import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
@@ -43,6 +44,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     peer_timeout_s: float = 5.0
     log_level: str = "info"
     keys: str | None = None
+    self_check: SelfCheckMode = "report"
 
     @classmethod
     def for_node(
@@ -73,6 +75,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             peer_timeout_s=config.cluster.peer_timeout_s,
             log_level=config.cluster.log_level,
             keys=config.security.keys,
+            self_check=config.cluster.self_check,
         )
 
 

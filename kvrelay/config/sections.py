@@ -405,6 +405,10 @@ class EngineConfig(Section):
         return DEVICE_ENGINES.get(self.kind)
 
 
+SelfCheckMode: TypeAlias = Literal["off", "report", "fatal"]
+"""What a process does about its conservation laws (``kvrelay/machine/self_check.py``)."""
+
+
 class ClusterSettings(Section):
     """Heartbeats, start, restart and end of processes, logging."""
 
@@ -430,6 +434,11 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    self_check: SelfCheckMode = Field(
+        "report",
+        description="Check of blocks, slots, sequences, transfers and reservations that each idle process makes of "
+        "itself. report: log and count violations; fatal: the process ends with an error, for tests; off.",
+    )
 
     @model_validator(mode="after")
     def _timeout_above_heartbeat(self) -> Self:

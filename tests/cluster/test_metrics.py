@@ -186,3 +186,13 @@ def test_promtool_has_no_complaints(scrapes: Scrapes, process: str) -> None:
     text = scrapes.text[process].replace("vllm:", "vllm_")
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_idle_processes_check_themselves_and_find_nothing(scrapes: Scrapes) -> None:
+    def counted(name: str) -> list[float]:
+        text = scrapes.cluster.http.get("/metrics").text
+        kinds = ("router", "node", "node_messager")
+        return [sample.value for kind in kinds for sample in samples(text, f"kvrelay_{kind}_{name}_total")]
+
+    until("router, nodes and messagers have checked", lambda: len([c for c in counted("self_checks") if c > 0]) == 5)
+    assert counted("self_check_violations") == [0.0] * 5
