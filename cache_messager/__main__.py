@@ -28,7 +28,7 @@ def main() -> int:
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=MessagerSettings)
     name = peer_name(settings.node)
     setproctitle.setproctitle(f"kvrelay messager {name}")
-    set_up_logging(f"{name}.messager", settings.log_level)
+    set_up_logging(f"{name}.messager", settings.log_level, settings.log_format)
     keep_freed_memory()
     os.sched_setaffinity(0, settings.cpus or range(os.cpu_count() or 1))
     reason = uvloop.run(serve(settings, sys.stdin.fileno()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -43,6 +43,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 5.0
     log_level: str = "info"
+    log_format: Literal["auto", "text", "json"] = "auto"
     keys: str | None = None
     self_check: SelfCheckMode = "report"
 
@@ -74,6 +75,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             heartbeat_s=config.cluster.heartbeat_s,
             peer_timeout_s=config.cluster.peer_timeout_s,
             log_level=config.cluster.log_level,
+            log_format=config.cluster.log_format,
             keys=config.security.keys,
             self_check=config.cluster.self_check,
         )

@@ -46,7 +46,7 @@ class Publisher:
         copies they are kept, because their next owner would write to them; ``share_late`` exchanges them afterwards.
         """
         hashes, table = request.hashes[:num_blocks], request.block_table
-        self._kv.publish(hashes, table[:num_blocks])
+        self._kv.publish(hashes, table[:num_blocks], request.token_ids)
         self._requests.waiting.published(hashes)
         shared = [(place, block) for place, block in enumerate(self._kv.match(hashes)) if table[place] != block]
         if not shared:

@@ -50,7 +50,7 @@ class ReloadPolicy:
         """Return how many blocks behind the first ``num_matched`` are to be read: all that may be there, or none."""
         if not self._is_on or request.is_saving:
             return 0
-        num_stored = len(request.hashes)
+        num_stored = len(request.reusable_hashes)
         if request.status is DecodeStatus.PREEMPTED:
             num_stored = request.num_stored_blocks
             if self._resume == "recompute" or (self._resume == "auto" and self._computing_is_faster(now)):

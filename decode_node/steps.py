@@ -135,7 +135,7 @@ class Steps:
         num_rejected = 0 if chunk.drafts is None else self._rejected(request, chunk.drafts, sampled)
         request.num_computed_tokens = chunk.start + chunk.num_tokens - num_rejected
         if request in self._requests.prefilling:
-            self._chunk_done(request, chunk.num_tokens)
+            self._chunk_done(request, chunk.num_tokens, sampled)
         if not sampled.token_ids:
             return None
         output = request.take(sampled)
@@ -152,10 +152,13 @@ class Steps:
         self.counters["accepted_draft_tokens"] += num_accepted
         return len(drafts) - num_accepted
 
-    def _chunk_done(self, request: DecodeRequest, num_tokens: int) -> None:
+    def _chunk_done(self, request: DecodeRequest, num_tokens: int, sampled: SampledTokens) -> None:
         self.counters["prefill_tokens"] += num_tokens
         self._scheduler.publisher.publish(request)
+        for message in request.prompt_logprobs_out(sampled) if sampled.prompt_logprobs else ():
+            self._outbox.send(request.spec.router, message)
         if request.num_computed_tokens == len(request.token_ids):
+            request.prompt_computed()
             self._requests.move(request, DecodeStatus.RUNNING_DECODE, self._outbox.now)
             request.mark("decode", self._outbox.now)
 

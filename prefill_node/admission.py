@@ -62,7 +62,7 @@ class Admission:
         """Make the full blocks of ``request`` that are computed matchable."""
         num_blocks = request.num_computed_tokens // self._block_size
         hashes = request.hashes[:num_blocks]
-        self._kv.publish(hashes, request.block_table[:num_blocks])
+        self._kv.publish(hashes, request.block_table[:num_blocks], request.token_ids)
         self._requests.pending.published(request, num_blocks)
         self._requests.queued.published(hashes)
 

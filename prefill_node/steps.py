@@ -116,12 +116,15 @@ class Steps:
         """Take a chunk whose KV is good; return the first token if it was the prompt's last chunk."""
         request.num_computed_tokens = chunk.end
         self._admission.publish(request)
+        for message in request.prompt_logprobs_out(sampled) if sampled.prompt_logprobs else ():
+            self._outbox.send(request.spec.router, message)
         return self._first_token(request, sampled) if sampled.token_ids else None
 
     def _first_token(self, request: PrefillRequest, sampled: SampledTokens) -> RequestOutput:
         """Hand the request to D, unless its first token ends it. Only the messager uses the blocks then."""
         request.mark("first_token", self._outbox.now)
         output = request.take(sampled)
+        request.prompt_computed()
         self.counters["first_tokens"] += 1
         if output.finish_reason is not None:
             self.counters[f"finished_{output.finish_reason}"] += 1

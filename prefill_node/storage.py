@@ -32,7 +32,7 @@ class Storage:
         The request is LOADING until the answer is given to ``loaded``.
         """
         first = request.num_cached_tokens // self._block_size
-        hashes = request.hashes[first:]
+        hashes = request.reusable_hashes[first:]
         if self._config.backend == "none" or len(hashes) < self.transfers.min_blocks:
             return False
         self._requests.move(request, PrefillStatus.LOADING, self._outbox.now)

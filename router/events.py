@@ -9,7 +9,7 @@ from kvrelay.errors import KVRelayError, QueueFullError
 from kvrelay.machine.outbox import RoleOutbox
 from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
-from kvrelay.protocol.request import FinishReason, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, SamplingParams, TokenLogprobs
 from kvrelay.registry.node_entry import NodeEntry
 
 # ---------------------------------------------------------------- events
@@ -99,6 +99,13 @@ class TokensDelivered:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobsDelivered:
+    """The next log probabilities of the prompt, in order, each delivered once and all before the first token."""
+
+    logprobs: PromptLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class RequestEnded:
     """Terminal: all tokens are delivered, or the request was aborted or stopped."""
 
@@ -120,7 +127,10 @@ class RequestErrored:
         return cls(ErrorInfo.of(error), error.param, retry_after_s)
 
 
-Delivery: TypeAlias = TokensDelivered | RequestEnded | RequestErrored
+Delivery: TypeAlias = TokensDelivered | PromptLogprobsDelivered | RequestEnded | RequestErrored
+
+PARTS = (TokensDelivered, PromptLogprobsDelivered)
+"""The kinds of deliveries that are not terminal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Leaving,
     NodeToRouter,
     PrefixCacheChanged,
+    PromptLogprobsOut,
     Register,
     RequestFailed,
     RequestPreempted,
@@ -207,6 +208,8 @@ class RouterMachine:
             case TokensOut(outputs=outputs):
                 for output in outputs:
                     self.requests.take_output(peer, output)
+            case PromptLogprobsOut():
+                self.requests.take_prompt_logprobs(peer, message)
             case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
             case RequestFailed():

@@ -87,7 +87,9 @@ class RequestObserver:
         """Record the end of ``choice``. ``outcome``: ``ok``, ``aborted``, or an error code."""
         metrics = self._metrics
         metrics.requests.labels(self._api, outcome).inc()
-        reason = {"ok": str(choice.finish_reason), "aborted": "abort"}.get(outcome, "error")
+        reason = {"ok": str(choice.finish_reason), "aborted": "abort", "request_cancelled": "abort"}.get(
+            outcome, "error"
+        )
         metrics.finished[reason] = metrics.finished.get(reason, 0) + 1
         if outcome != "ok":
             return

@@ -1,10 +1,11 @@
-"""Reordering of one request's output tokens."""
+"""Reordering of one request's output tokens, and which log probabilities of its prompt are delivered."""
 
 from __future__ import annotations
 
 import msgspec
 
 from kvrelay.protocol.messages.node_to_router import RequestOutput
+from kvrelay.protocol.request import PromptLogprobs
 
 
 class OutputOrder:
@@ -45,3 +46,30 @@ class OutputOrder:
             token_ids=output.token_ids[known:],
             logprobs=output.logprobs[known:],
         )
+
+
+class PromptOrder:
+    """Accepts the log probabilities of a prompt from each attempt, and returns each once.
+
+    They come over one connection, in order, so they are complete or the attempt has failed. ``num_positions``: prompt
+    tokens, or 0 if no log probabilities are wanted; there are none of the first one.
+    """
+
+    __slots__ = ("_next", "_num_positions")
+
+    def __init__(self, num_positions: int) -> None:
+        self._next = 1
+        self._num_positions = num_positions
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is wanted any more."""
+        return self._next >= self._num_positions
+
+    def take(self, logprobs: PromptLogprobs) -> PromptLogprobs | None:
+        """Return the part of ``logprobs`` that can be delivered now, or None if there is none."""
+        if not logprobs.start <= self._next < logprobs.end <= self._num_positions:
+            return None
+        following = logprobs.starting_at(self._next)
+        self._next = logprobs.end
+        return following

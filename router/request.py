@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+import msgspec
+
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId, RequestId
-from kvrelay.protocol.request import RequestSpec
+from kvrelay.protocol.request import RequestSpec, SamplingParams
 from router.events import NewRequest
 from router.node_table import Node
-from router.output import OutputOrder
+from router.output import OutputOrder, PromptOrder
+
+WITHOUT_PROMPT_LOGPROBS = PromptOrder(0)
+"""Of requests that want none: it takes nothing, so all of them share it."""
 
 MAX_ROUTED_BLOCKS = 4096
 """Blocks that routing compares with prefix caches for prompts that are dispatched together.
@@ -82,6 +87,7 @@ class RoutedRequest:
         "output",
         "participants",
         "prefill",
+        "prompt",
         "refused_by",
     )
 
@@ -90,6 +96,9 @@ class RoutedRequest:
         self.arrival_s = now
         self.lifecycle = Lifecycle(f"request {new.request_id}", TRANSITIONS, Status.WAITING, now)
         self.output = OutputOrder()
+        self.prompt = WITHOUT_PROMPT_LOGPROBS
+        if new.sampling.num_prompt_logprobs is not None:
+            self.prompt = PromptOrder(len(new.prompt_token_ids))
         self.attempts = 0
         self.epoch = 0
         self.prefill: PeerId | None = None
@@ -134,8 +143,8 @@ class RoutedRequest:
 
     @property
     def wants_one_token(self) -> bool:
-        """Whether the next token is the last, so that no decode node is needed."""
-        return self.new.sampling.max_tokens - len(self.output.token_ids) == 1
+        """Whether the next token is the last, or none is wanted, so that no decode node is needed."""
+        return self.new.sampling.max_tokens - len(self.output.token_ids) <= 1
 
     def prefix_keys(self, node: Node) -> list[bytes]:
         """Return the prefix keys of the first full blocks of the prompt: its share of ``MAX_ROUTED_BLOCKS``.
@@ -154,7 +163,12 @@ class RoutedRequest:
         self._num_routed_blocks = num_blocks
 
     def num_cached_on(self, node: Node) -> int:
-        """Return how many tokens ``node`` need not compute because its prefix cache has them. One it always must."""
+        """Return how many tokens ``node`` need not compute because its prefix cache has them.
+
+        One it always must, and all of them for log probabilities of the prompt.
+        """
+        if not self.prompt.is_complete:
+            return 0
         num_blocks = node.prefixes.num_cached_blocks(self.prefix_keys(node))
         return min(num_blocks * node.block_size, self.num_tokens - 1)
 
@@ -170,11 +184,18 @@ class RoutedRequest:
             request_id=self.request_id,
             epoch=epoch,
             prompt_token_ids=self.new.prompt_token_ids,
-            sampling=self.new.sampling,
+            sampling=self._sampling(),
             output_token_ids=list(self.output.token_ids),
             priority=self.new.priority,
             arrival_s=self.arrival_s,
         )
+
+    def _sampling(self) -> SamplingParams:
+        """Return the sampling params of the next attempt: without what the client has of the prompt already."""
+        sampling = self.new.sampling
+        if sampling.num_prompt_logprobs is None or not self.prompt.is_complete:
+            return sampling
+        return msgspec.structs.replace(sampling, num_prompt_logprobs=None)
 
     def overdue(self, timeout_s: float) -> KVRelayError:
         """Return the error of a request that exceeded ``timeout_s``."""

@@ -12,12 +12,14 @@ from kvrelay.errors import (
     PeerLostError,
     QueueFullError,
     RequestCancelledError,
+    TransferError,
 )
 from kvrelay.machine.laws import Laws
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
+    PromptLogprobsOut,
     RequestFailed,
     RequestOutput,
     RequestPreempted,
@@ -27,7 +29,15 @@ from kvrelay.protocol.request import FinishReason
 from router.attempts import Attempts
 from router.counters import Counters
 from router.decode_search import DecodeSearch
-from router.events import Deliver, NewRequest, RequestEnded, RequestErrored, RouterOutbox, TokensDelivered
+from router.events import (
+    Deliver,
+    NewRequest,
+    PromptLogprobsDelivered,
+    RequestEnded,
+    RequestErrored,
+    RouterOutbox,
+    TokensDelivered,
+)
 from router.limits import Limits
 from router.moves import Moves
 from router.node_table import Node, NodeTable
@@ -133,6 +143,10 @@ class Requests:
             # All KV has arrived and been handed off: nothing depends on P any more.
             self._placement.release_prefill(request)
         request.num_preempted_blocks = None
+        if output.index == 0 and not request.prompt.is_complete:
+            lost = TransferError("logprobs of the prompt were lost", request_id=request.request_id)
+            self._attempts.failed(request, ErrorInfo.of(lost), peer)
+            return
         for ready in request.output.take(output):
             self._deliver(request, ready)
 
@@ -153,6 +167,14 @@ class Requests:
             self._outbox.do(Deliver(request.request_id, tokens))
         if output.finish_reason is not None:
             self._table.finish(request, output.finish_reason)
+
+    def take_prompt_logprobs(self, peer: PeerId, message: PromptLogprobsOut) -> None:
+        """Deliver what is new. A node that has no part in the current attempt gets an Abort."""
+        request = self._table.current(message.request_id, message.epoch)
+        if request is None or peer not in request.participants:
+            self._attempts.abort(peer, message.request_id, message.epoch)
+        elif (logprobs := request.prompt.take(message.logprobs)) is not None:
+            self._outbox.do(Deliver(request.request_id, PromptLogprobsDelivered(logprobs)))
 
     def take_failure(self, peer: PeerId, failure: RequestFailed) -> None:
         """Retry on other nodes, or end the request with the node's error."""

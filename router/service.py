@@ -18,6 +18,7 @@ from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
 from router.events import (
+    PARTS,
     CancelRequested,
     ClientGone,
     Deliver,
@@ -27,7 +28,6 @@ from router.events import (
     RequestErrored,
     StopMatched,
     Submitted,
-    TokensDelivered,
 )
 from router.expected_nodes import expected_nodes
 from router.follower import following
@@ -173,7 +173,7 @@ class RouterService:
         self._shell.post(event)
 
     def _deliver(self, action: Deliver) -> None:
-        if isinstance(action.delivery, TokensDelivered):
+        if isinstance(action.delivery, PARTS):
             sink = self._sinks[action.request_id]
         else:
             sink = self._sinks.pop(action.request_id)

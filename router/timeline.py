@@ -78,7 +78,8 @@ class Timelines:
     def close(self, request_id: RequestId) -> None:
         """Mark the request as ended; drop the oldest ended timeline beyond ``MAX_KEPT``."""
         timeline = self._ended[request_id] = self._open.pop(request_id)
-        self._count(timeline)
+        if timeline.num_parts:
+            self._count(timeline)
         if len(self._ended) > MAX_KEPT:
             self._ended.popitem(last=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from support.faults import FAULTS
 from support.leaks import Belongings
 
 pytest_plugins = ["support.cluster_fixtures"]
+
+os.environ.setdefault("KVRELAY_CLUSTER__LOG_FORMAT", "text")  # tests read what processes write
 
 # Reproducible, and no files: a failing example belongs into the test as an @example.
 settings.register_profile("kvrelay", derandomize=True, database=None, deadline=None)

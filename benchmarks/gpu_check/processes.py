@@ -118,7 +118,12 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"XDG_RUNTIME_DIR": str(self._folder / "run"), "NO_COLOR": "1", "COLUMNS": "200"},
+                env={
+                    "XDG_RUNTIME_DIR": str(self._folder / "run"),
+                    "NO_COLOR": "1",
+                    "COLUMNS": "200",
+                    "KVRELAY_CLUSTER__LOG_FORMAT": "text",
+                },
                 cwd=self._folder,
             )
 

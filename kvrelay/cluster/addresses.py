@@ -20,6 +20,9 @@ def addresses(config: ClusterConfig) -> dict[str, tuple[str, int]]:
         found[f"nodes.{node.name}.port"] = (node.host, node.port)
         if node.metrics_address is not None:
             found[f"nodes.{node.name}.metrics_port"] = node.metrics_address
+        for key in ("endpoint", "replay_endpoint"):
+            if (address := getattr(node.kv_events, key)) is not None:
+                found[f"nodes.{node.name}.kv_events.{key}"] = split_tcp_address(address)
     return found
 
 

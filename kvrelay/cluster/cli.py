@@ -140,7 +140,7 @@ def router(config: ConfigPath, overrides: Overrides = None) -> None:
     from kvrelay.cluster.process import become, require_checkpoint
 
     cluster = _load(config, overrides)
-    become("router", "router", cluster.cluster.log_level)
+    become("router", "router", cluster.cluster)
     require_checkpoint(cluster.model)
     from router.__main__ import run
 
@@ -172,7 +172,7 @@ def _run_node(role: Role, path: Path, name: str, overrides: list[str] | None) ->
     node = cluster.node(name)
     if node.role is not role:
         raise ConfigError([f"node {name} is a {node.role} node: run it with kvrelay {node.role}"])
-    become(role, name, node.cluster.log_level)
+    become(role, name, node.cluster)
     bind_to_cpus(node)
     if node.engine.kind != "fake":
         require_checkpoint(node.model)

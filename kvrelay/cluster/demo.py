@@ -89,6 +89,7 @@ def _runnable(path: Path, console: Console) -> tuple[ClusterConfig, list[str]]:
     if not (Path(config.model.path) / "config.json").is_file():
         overrides.append(f"model.path={_tiny_model(config.model.path, console)}")
     overrides += _other_ports(config, console)
+    overrides.append("cluster.log_format=text")  # it is for people
     return ClusterConfig.load(path, overrides), overrides
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from kvrelay.runtime.logging import parse_progress
+from kvrelay.runtime.logging import Event, JsonFormatter, parse_progress
 from kvrelay.runtime.startup import READY
 
 _COLOURS = ("cyan", "green", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta", "bright_blue")
@@ -30,10 +31,15 @@ class _Bar(NamedTuple):
 
 
 class Display:
-    """Writes to one console: with colours and bars on a terminal, else in plain lines."""
+    """Writes to one console: with colours and bars on a terminal, else in plain lines.
 
-    def __init__(self, console: Console, names: Iterable[str]) -> None:
+    ``as_json``: every line is a JSON object, and nothing else is written. Lines of processes are passed on unchanged if
+    they are objects, else as the field ``text`` of one.
+    """
+
+    def __init__(self, console: Console, names: Iterable[str], *, as_json: bool = False) -> None:
         self._console = console
+        self._as_json = as_json
         self._styles = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
         self._width = max(map(len, self._styles), default=0)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -46,18 +52,31 @@ class Display:
 
     def say(self, text: str) -> None:
         """Show a message of the supervisor."""
-        self._print("kvrelay", Text(text, "bold"))
+        if self._as_json:
+            self._write_json("info", "kvrelay", text, {})
+        else:
+            self._print("kvrelay", Text(text, "bold"))
 
     def warn(self, text: str) -> None:
         """Show a warning of the supervisor."""
-        self._print("kvrelay", Text(text, "bold yellow"))
+        if self._as_json:
+            self._write_json("warning", "kvrelay", text, {})
+        else:
+            self._print("kvrelay", Text(text, "bold yellow"))
 
     def show(self, renderable: RenderableType) -> None:
-        """Show a renderable, such as a table."""
-        self._console.print(renderable)
+        """Show a renderable, such as a table, but not as JSON."""
+        if not self._as_json:
+            self._console.print(renderable)
 
     def line(self, name: str, line: str) -> None:
         """Show a line of process ``name``. A progress line moves its bar instead."""
+        if self._as_json:
+            if line.startswith("{") and line.endswith("}"):
+                self._write(line)
+            else:
+                self._write_json("info", name, "output", {"text": line})
+            return
         progress = parse_progress(line)
         if progress is not None and self._console.is_terminal:
             self._move_bar(name, *progress)
@@ -71,7 +90,9 @@ class Display:
 
     def stage(self, name: str, stage: str) -> None:
         """Show the start-up stage of process ``name``: as a bar until it is ready, or as one line per stage."""
-        if not self._console.is_terminal:
+        if self._as_json:
+            self._write_json("info", name, "stage", {"stage": stage})
+        elif not self._console.is_terminal:
             self._print(name, Text(stage))
         elif stage == READY:
             self._remove_bar(name)
@@ -107,6 +128,15 @@ class Display:
         """Remove all bars."""
         for name in list(self._bars):
             self._remove_bar(name)
+
+    def _write_json(self, level: str, name: str, event: str, fields: Mapping[str, object]) -> None:
+        record = logging.LogRecord("kvrelay", getattr(logging, level.upper()), "", 0, Event(event, fields), None, None)
+        self._write(JsonFormatter(name).format(record))
+
+    def _write(self, line: str) -> None:
+        self._num_shown += 1
+        self._console.file.write(line + "\n")
+        self._console.file.flush()
 
     def _print(self, name: str, text: Text) -> None:
         self._num_shown += 1

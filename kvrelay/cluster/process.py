@@ -9,7 +9,7 @@ from pathlib import Path
 import setproctitle
 
 import kvrelay
-from kvrelay.config.cluster_config import ModelConfig, NodeConfig
+from kvrelay.config.cluster_config import ClusterSettings, ModelConfig, NodeConfig
 from kvrelay.errors import ConfigError
 from kvrelay.runtime.logging import set_up_logging
 
@@ -59,8 +59,8 @@ def require_checkpoint(model: ModelConfig) -> None:
         raise ConfigError([f"model.path: no checkpoint in {model.path}; 'kvrelay model tiny DIR' creates a small one"])
 
 
-def become(role: str, name: str, log_level: str) -> None:
+def become(role: str, name: str, settings: ClusterSettings) -> None:
     """Set this process's title and log."""
     refuse_foreign_packages()
     name_process(role, "" if name == role else name)
-    set_up_logging(name, log_level)
+    set_up_logging(name, settings.log_level, settings.log_format)

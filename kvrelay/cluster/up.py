@@ -21,6 +21,7 @@ from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
 from kvrelay.config.cluster_config import OVERRIDES, ClusterConfig
+from kvrelay.runtime.logging import resolved_format
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
 
@@ -33,11 +34,14 @@ async def up(
 ) -> int:
     """Run the cluster of ``config``, read from ``path`` with ``overrides``, until a signal; return the exit code.
 
+    The processes write to pipes: ``cluster.log_format: auto`` goes by the ``console``.
+
     Raises ConfigError if one of its addresses is taken or is not this host's.
     """
     require_free_addresses(config)
     specs = process_specs(config, path)
-    display = Display(console, [spec.name for spec in specs])
+    log_format = resolved_format(config.cluster.log_format, is_terminal=console.is_terminal)
+    display = Display(console, [spec.name for spec in specs], as_json=log_format == "json")
 
     async def probe() -> str | None:
         return await asyncio.to_thread(_not_up_because, client, config)
@@ -53,7 +57,7 @@ async def up(
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:
             with runtime_dir() as directory, closing(display):
-                return await supervisor.run(process_env(directory, overrides))
+                return await supervisor.run(process_env(directory, overrides, log_format=log_format))
         finally:
             ignore_stop_signals()
 
@@ -79,7 +83,11 @@ def process_specs(config: ClusterConfig, path: Path) -> list[ProcessSpec]:
     return [router, *nodes]
 
 
-def process_env(directory: Path, overrides: Sequence[str], env: Mapping[str, str] = os.environ) -> dict[str, str]:
+def process_env(
+    directory: Path, overrides: Sequence[str], env: Mapping[str, str] = os.environ, *, log_format: str | None = None
+) -> dict[str, str]:
     """Return the environment of the processes. It has ``overrides``, which may contain passwords."""
     texts = [*json.loads(env.get(OVERRIDES, "[]")), *overrides]
+    if log_format is not None:
+        texts.append(f"cluster.log_format={log_format}")
     return {**env, VARIABLE: str(directory), OVERRIDES: json.dumps(texts), "PYTHONUNBUFFERED": "1"}

@@ -106,6 +106,14 @@ def _addresses(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) ->
             if address in taken:
                 yield ("nodes", index, "metrics_port"), f"{address} is also the address of {taken[address]}"
             taken.setdefault(address, f"the metrics of node {node.get('name', index)}")
+        for field in ("endpoint", "replay_endpoint"):
+            endpoint = _get(node, "kv_events", field, _get(data, "kv_events", field, None))
+            if not isinstance(endpoint, str):
+                continue
+            address = endpoint.removeprefix("tcp://")
+            if address in taken:
+                yield ("nodes", index, "kv_events", field), f"{address} is also the address of {taken[address]}"
+            taken.setdefault(address, f"the KV events of node {node.get('name', index)}")
 
 
 def _equal_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:

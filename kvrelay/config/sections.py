@@ -97,8 +97,8 @@ class RouterConfig(Section):
         "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
         "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
-        "node for all requests with the same X-Session-ID header; round_robin; random; power_of_two: the less loaded "
-        "of two random nodes.",
+        "node for all requests with the same X-Session-ID (or X-Session-Token) header; round_robin; random; "
+        "power_of_two: the less loaded of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
         "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."
@@ -438,6 +438,9 @@ class ClusterSettings(Section):
         "report",
         description="Check of blocks, slots, sequences, transfers and reservations that each idle process makes of "
         "itself. report: log and count violations; fatal: the process ends with an error, for tests; off.",
+    )
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
     )
 
     @model_validator(mode="after")

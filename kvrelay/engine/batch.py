@@ -75,6 +75,14 @@ class RaggedBatch:
         """Whether there are logits for each row."""
         return len(self.sampling_rows) == len(self.token_ids)
 
+    @property
+    def first_rows(self) -> list[int]:
+        """The first row of each of ``items``."""
+        first_rows = [0] * len(self.items)
+        for span in self.spans:
+            first_rows[span.index] = span.first_row
+        return first_rows
+
     def outcomes(self, computed: Iterable[SequenceOutcome]) -> list[SequenceOutcome]:
         """Return the outcome of each sequence of the plan; ``computed`` are those of ``items``."""
         if not self.failed:

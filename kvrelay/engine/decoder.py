@@ -12,10 +12,12 @@ from kvrelay.engine.batch import Bools, RaggedBatch
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.kernels import HeadNorms, Kernels, KVPool, LayerKV, PackedLinear, Tensor, WeightPacking
+from kvrelay.engine.prompt_logprobs import PromptRows, add_prompt_logprobs
 from kvrelay.engine.rope import half_split_order
 from kvrelay.engine.safetensors_file import StoredTensor
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
+from kvrelay.protocol.request import PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,14 @@ class Decoder:
         """Return the pool in ``memory`` as ``forward`` takes it."""
         return self._kernels.map_pool(memory)
 
-    def forward(self, batch: RaggedBatch, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Forward:
-        """Compute ``batch``, which must not be empty.
+    def forward(
+        self,
+        batch: RaggedBatch,
+        pool: Sequence[LayerKV],
+        on_layer: Callable[[int], None],
+        wanted: Sequence[PromptRows] = (),
+    ) -> Forward:
+        """Compute ``batch``, which must not be empty, and the log probabilities of the ``wanted`` rows.
 
         Calls ``on_layer(layer)`` when the layer's KV is in ``pool``.
         """
@@ -146,7 +154,10 @@ class Decoder:
             gate_up = kernels.linear(kernels.normalize(residual, layer.post_attention_norm, eps), layer.gate_up)
             residual = kernels.add_linear(kernels.silu_mul(gate_up), layer.down, residual)
         broken = None if batch.samples_after_every_row else ~kernels.finite_rows(residual)
-        return Forward(self._sample(residual, batch), broken)
+        outcomes = self._sample(residual, batch)
+        if wanted:
+            self._add_prompt_logprobs(outcomes, residual, wanted)
+        return Forward(outcomes, broken)
 
     def _sample(self, residual: Tensor, batch: RaggedBatch) -> list[SequenceOutcome]:
         kernels, weights = self._kernels, self._weights
@@ -155,3 +166,14 @@ class Decoder:
         eps = self._config.rms_norm_eps
         logits = kernels.logits(residual, batch.sampling_rows, weights.final_norm, eps, weights.lm_head)
         return kernels.sample(logits, batch.items)
+
+    def _add_prompt_logprobs(
+        self, outcomes: list[SequenceOutcome], residual: Tensor, wanted: Sequence[PromptRows]
+    ) -> None:
+        kernels, weights, eps = self._kernels, self._weights, self._config.rms_norm_eps
+
+        def compute(piece: PromptRows) -> PromptLogprobs:
+            logits = kernels.logits(residual, piece.rows, weights.final_norm, eps, weights.lm_head)
+            return kernels.prompt_logprobs(logits, piece)
+
+        add_prompt_logprobs(outcomes, wanted, self._config.vocab_size, compute)

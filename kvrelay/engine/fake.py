@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine.batch import BatchAssembler, RaggedBatch, Span, StepLimits
 from kvrelay.engine.fake_words import Context, KVWords, fake_logits, favourite_token
+from kvrelay.engine.prompt_logprobs import PromptRows, add_prompt_logprobs, logprobs_of, prompt_rows
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import DeviceError, EngineError
@@ -42,7 +43,14 @@ from kvrelay.protocol.messages.engine import (
     StepPlan,
     StepResult,
 )
-from kvrelay.protocol.request import RequestSpec, Sequence, TokenLogprobs, TokenSequence
+from kvrelay.protocol.request import (
+    PromptLogprobs,
+    RequestSpec,
+    SamplingParams,
+    Sequence,
+    TokenLogprobs,
+    TokenSequence,
+)
 
 
 class FakeEngine:
@@ -116,7 +124,21 @@ class FakeEngine:
         outcomes: list[SequenceOutcome] = [SampledTokens([], []) for _ in batch.items]
         for span in batch.spans:
             outcomes[span.index] = self._outcome(span, batch.items[span.index])
+        if self._sequences.want_prompt_logprobs:
+            self._add_prompt_logprobs(outcomes, batch)
         return outcomes
+
+    def _add_prompt_logprobs(self, outcomes: list[SequenceOutcome], batch: RaggedBatch) -> None:
+        spans = {span.index: span for span in batch.spans}
+
+        def compute(piece: PromptRows) -> PromptLogprobs:
+            slots = spans[piece.place].slots(0)[: piece.start + len(piece.targets) - 1]
+            hashes = self._words.context_hashes(np.take(self._pool, slots, axis=1, mode="clip"))
+            params = batch.items[piece.place].sequence.sampling
+            return fake_prompt_logprobs(self._config, params, hashes[piece.start - 1 :], piece)
+
+        wanted = prompt_rows(batch.items, batch.first_rows, self.vocab_size)
+        add_prompt_logprobs(outcomes, wanted, self.vocab_size, compute)
 
     def _require_device(self, items: list[ScheduledSequence], fatal: int) -> None:
         """Raise DeviceError from the first step on that computes token ``fatal``."""
@@ -205,13 +227,35 @@ def step_seconds(config: FakeEngineConfig, batch: Seq[ScheduledTokens]) -> float
 def sample_fake(config: FakeEngineConfig, sequence: TokenSequence, context_hash: int) -> SequenceOutcome:
     """Return the token after a context of ``context_hash``, by the same sampler that real logits go through."""
     params = sequence.sampling
-    eos = () if params.ignore_eos else tuple(params.eos_token_ids)
-    favourite = favourite_token(context_hash, config.vocab_size, eos, config.eos_every)
+    favourite = _favourite(config, params, context_hash)
     is_changed = changes_logits(sequence) or sequence.constraint is not None
     if params.temperature < GREEDY_BELOW and params.num_logprobs is None and not is_changed:
         return SampledTokens([favourite], [])
     logits = fake_logits(context_hash, config.vocab_size, favourite)
     return sample(logits[None], [sequence])[0]
+
+
+def fake_prompt_logprobs(
+    config: FakeEngineConfig, params: SamplingParams, context_hashes: npt.NDArray[np.uint64], rows: PromptRows
+) -> PromptLogprobs:
+    """Return the log probabilities of ``rows``, each after a context of ``context_hashes[i]``."""
+    hashes = context_hashes.tolist()
+    logits = [fake_logits(value, config.vocab_size, _favourite(config, params, value)) for value in hashes]
+    return logprobs_of(np.stack(logits), rows)
+
+
+def _favourite(config: FakeEngineConfig, params: SamplingParams, context_hash: int) -> int:
+    eos = () if params.ignore_eos else tuple(params.eos_token_ids)
+    return favourite_token(context_hash, config.vocab_size, eos, config.eos_every)
+
+
+def reference_prompt_logprobs(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> PromptLogprobs:
+    """Return the log probabilities of a prompt of two tokens or more, computed at once and without a pool."""
+    words, prompt, wanted = KVWords(fake_geometry(config, block_size)), spec.prompt_token_ids, spec.sampling
+    assert wanted.num_prompt_logprobs is not None
+    hashes = words.context_hashes(words.of_tokens(Context().extend(prompt[:-1])))
+    rows = PromptRows(0, np.arange(len(hashes)), prompt[1:], 1, min(wanted.num_prompt_logprobs, config.vocab_size))
+    return fake_prompt_logprobs(config, wanted, hashes, rows)
 
 
 def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> list[int]:

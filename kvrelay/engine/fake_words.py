@@ -70,10 +70,17 @@ class KVWords:
         Each word is multiplied by an odd weight of its plane and an odd weight of its position, so swapped words change
         the hash.
         """
+        return int(self._weighted(words, first_position).sum(dtype=np.uint64))
+
+    def context_hashes(self, words: UInt64) -> UInt64:
+        """Return ``context_hash`` of the first, of the first two, and so on to all of ``words``, from position 0 on."""
+        return np.cumsum(self._weighted(words, 0), dtype=np.uint64)
+
+    def _weighted(self, words: UInt64, first_position: int) -> UInt64:
         per_token = np.einsum("ptw,pw->t", words, self._weights)
         positions = np.arange(first_position, first_position + len(per_token), dtype=np.uint64)
-        weighted = per_token * (np.uint64(2) * positions + np.uint64(1))
-        return int(weighted.sum(dtype=np.uint64))
+        weighted: UInt64 = per_token * (np.uint64(2) * positions + np.uint64(1))
+        return weighted
 
 
 def favourite_token(context_hash: int, vocab_size: int, eos_token_ids: Sequence[int], eos_every: int) -> int:

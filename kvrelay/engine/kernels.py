@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvrelay.engine.batch import RaggedBatch
+from kvrelay.engine.prompt_logprobs import PromptRows
 from kvrelay.engine.rope import Rotation
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import KVRelayError
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
+from kvrelay.protocol.request import PromptLogprobs
 
 Tensor: TypeAlias = Any
 """A tensor of the implementation."""
@@ -145,13 +147,22 @@ class Kernels(WeightPacking, Protocol):
     def logits(
         self, residual: Tensor, rows: npt.NDArray[np.int64], weight: Tensor, eps: float, head: PackedLinear
     ) -> Tensor:
-        """Return linear(normalize(residual[rows], weight, eps), head): [len(rows), vocab], for ``sample``."""
+        """Return linear(normalize(residual[rows], weight, eps), head): [len(rows), vocab].
+
+        For ``sample`` or ``prompt_logprobs``.
+        """
 
     def sample(self, logits: Tensor | None, batch: Sequence[ScheduledSequence]) -> list[SequenceOutcome]:
         """Return the output tokens of each of ``batch``, or its error, as ``kvrelay.engine.sampler`` does on the host.
 
         ``logits`` has, in order of the batch, a row for each one that samples and one more for each of its drafts; None
         if no sequence samples.
+        """
+
+    def prompt_logprobs(self, logits: Tensor, rows: PromptRows) -> PromptLogprobs:
+        """Return the log probabilities of ``rows``, whose logits these are, as ``prompt_logprobs.logprobs_of`` does.
+
+        Raises EngineError if logits are not finite.
         """
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:

@@ -24,11 +24,13 @@ from kvrelay.engine.native.library import AttentionCall, HeadsCall, NativeLibrar
 from kvrelay.engine.native_linear import Int8Linear, NativeLinear, OwnLinear, QuantizedRows, SmallBatchGemm
 from kvrelay.engine.onednn import ITEM_BYTES, Array, OneDNN, rows_with_padding, to_bfloat16
 from kvrelay.engine.paddle_runtime import set_num_threads
+from kvrelay.engine.prompt_logprobs import PromptRows, logprobs_of
 from kvrelay.engine.rope import RotationTables
 from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
+from kvrelay.protocol.request import PromptLogprobs
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -227,6 +229,9 @@ class NativeKernels:
 
     def sample(self, logits: Float32 | None, batch: Sequence[ScheduledSequence]) -> list[SequenceOutcome]:
         return sample_step(logits, batch)
+
+    def prompt_logprobs(self, logits: Float32, rows: PromptRows) -> PromptLogprobs:
+        return logprobs_of(logits, rows)
 
     def finite_rows(self, residual: Rows) -> npt.NDArray[np.bool_]:
         finite: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(self._on_host("residual", residual)), axis=-1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvrelay.engine.batch import BatchAssembler, Bools, RaggedBatch, StepLimits
 from kvrelay.engine.decoder import Decoder
 from kvrelay.engine.isolation import OnLayers, compute_isolated
 from kvrelay.engine.kernels import KVPool
 from kvrelay.engine.kv_pool import StagedPool
 from kvrelay.engine.paddle_runtime import paddle
+from kvrelay.engine.prompt_logprobs import PromptRows, prompt_rows
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.grammar.masks import GrammarMasks
@@ -66,7 +69,7 @@ class PaddleEngine:
 
         with paddle.no_grad():
             pool.before_step(batch.items)
-            outcomes, broken_rows = self._decoder.forward(batch, pool.layers, layer_written)
+            outcomes, broken_rows = self._decoder.forward(batch, pool.layers, layer_written, self._prompt_rows(batch))
         if broken_rows is not None:
             _fail_broken(outcomes, batch, broken_rows)
         for index, item in enumerate(batch.items):
@@ -74,6 +77,11 @@ class PaddleEngine:
                 # Perhaps a guess is what is not finite, and spoils the rows before it (see _fail_broken).
                 [outcomes[index]] = self._compute([item.without_drafts], lambda layers: None)
         return outcomes
+
+    def _prompt_rows(self, batch: RaggedBatch) -> Sequence[PromptRows]:
+        if not self._sequences.want_prompt_logprobs:
+            return ()
+        return prompt_rows(batch.items, batch.first_rows, self.vocab_size)
 
     def close(self) -> None:
         self._grammars.close()

@@ -18,11 +18,13 @@ from kvrelay.engine.int8 import LARGEST, Quantization, rounded_rows
 from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV, PackedLinear, Tensor
 from kvrelay.engine.kv_pool import MappedPool
 from kvrelay.engine.paddle_runtime import paddle
+from kvrelay.engine.prompt_logprobs import PromptRows, logprobs_of
 from kvrelay.engine.rope import rotation_tables
 from kvrelay.engine.sampler import sample_step
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
+from kvrelay.protocol.request import PromptLogprobs
 
 Int64 = npt.NDArray[np.int64]
 
@@ -161,6 +163,9 @@ class PortableKernels:
         self, logits: npt.NDArray[np.float32] | None, batch: Sequence[ScheduledSequence]
     ) -> list[SequenceOutcome]:
         return sample_step(logits, batch)
+
+    def prompt_logprobs(self, logits: npt.NDArray[np.float32], rows: PromptRows) -> PromptLogprobs:
+        return logprobs_of(logits, rows)
 
     def finite_rows(self, residual: Tensor) -> npt.NDArray[np.bool_]:
         finite: npt.NDArray[np.bool_] = paddle.isfinite(residual).all(-1).numpy()

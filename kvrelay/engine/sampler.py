@@ -239,6 +239,8 @@ def _highest(row: Float32, count: int) -> list[int]:
     """Return the indices of the ``count`` highest entries in falling order, lower indices first in ties."""
     if count == 0:
         return []
+    if count == 1:
+        return [int(row.argmax())]
     threshold = np.partition(row, -count)[-count] if count < len(row) else row.min()
     candidates = np.flatnonzero(row >= threshold)
     order: list[int] = candidates[np.argsort(-row[candidates], kind="stable")][:count].tolist()

@@ -102,20 +102,29 @@ class EngineSequences:
         self._sequences: dict[SequenceId, EngineSequence] = {}
         self._grammars = grammars
         self._constrained: set[SequenceId] = set()
+        self._with_prompt_logprobs: set[SequenceId] = set()
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    @property
+    def want_prompt_logprobs(self) -> bool:
+        """Whether any sequence wants log probabilities of its prompt."""
+        return bool(self._with_prompt_logprobs)
 
     def apply(self, plan: StepPlan) -> list[ScheduledSequence]:
         """Apply the sequence changes of ``plan`` and return its batch. Call once per plan."""
         for id in plan.left:
             self._sequences.pop(id, None)
             self._constrained.discard(id)
+            self._with_prompt_logprobs.discard(id)
         for new in plan.new:
             sequence = self._sequences[new.id] = EngineSequence(new)
             if new.sampling.grammar is not None:
                 sequence.constraint = self._grammars.constraint(new.sampling)
                 self._constrained.add(new.id)
+            if new.sampling.num_prompt_logprobs is not None:
+                self._with_prompt_logprobs.add(new.id)
         for change in plan.changed:
             self._find(change.id).change(change)
         return [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from kvrelay.protocol.ids import BlockId, PeerId
+from kvrelay.protocol.kv_events import KVEvent
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
@@ -262,6 +263,14 @@ class Exit:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PublishKVEvents:
+    """Publish what has changed in the prefix cache at ``at_s``. Not answered."""
+
+    at_s: float
+    events: list[KVEvent]
+
+
 CoreAction: TypeAlias = (
     Send
     | Connect
@@ -273,6 +282,7 @@ CoreAction: TypeAlias = (
     | StoreKV
     | LoadKV
     | Announce
+    | PublishKVEvents
     | Ready
     | Log
     | Exit

@@ -23,6 +23,7 @@ from kvrelay.machine.contract import (
     LayersComputed,
     Log,
     PeerLost,
+    PublishKVEvents,
     Received,
     Resumed,
     SetTimer,
@@ -93,6 +94,7 @@ class NodeMachine(ABC, Generic[R, S]):
 
     def __init__(self, node: NodeConfig, registration: Register) -> None:
         self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
+        self._kv_events = self.kv.log_events(node.cache.block_size) if node.kv_events.endpoint is not None else None
         self._node = node
         self._limits = RequestLimits(registration.vocab_size, registration.max_model_len)
         self._hasher = BlockHasher(registration.geometry.model_digest, node.cache.block_size)
@@ -165,6 +167,8 @@ class NodeMachine(ABC, Generic[R, S]):
         self._outbox.now = self.kv.history.now = now
         self._on_event(event)
         self._start_steps()
+        if self._kv_events:
+            self._outbox.do(PublishKVEvents(now, self._kv_events.take()))
         if self._leaving and not self.requests and self._transfers.is_idle:
             self._leave()
         return self._outbox.take()

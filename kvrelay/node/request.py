@@ -5,11 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
+import msgspec
+
 from kvrelay.machine.lifecycle import Lifecycle
 from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.engine import SampledTokens
-from kvrelay.protocol.messages.node_to_router import RequestOutput, RequestTimeline
-from kvrelay.protocol.request import RequestSpec, Sequence
+from kvrelay.protocol.messages.node_to_router import PromptLogprobsOut, RequestOutput, RequestTimeline
+from kvrelay.protocol.request import FinishReason, RequestSpec, Sequence
 
 S = TypeVar("S", bound=StrEnum)
 
@@ -65,6 +67,14 @@ class NodeRequest(Sequence, Generic[S]):
         return self.lifecycle.status
 
     @property
+    def reusable_hashes(self) -> list[bytes]:
+        """The hashes of the full blocks that need not be computed if their KV is found.
+
+        None if the logprobs of the prompt are still to be computed: they need the hidden states of all its tokens.
+        """
+        return self.hashes if self.sampling.num_prompt_logprobs is None else []
+
+    @property
     def next_position(self) -> int:
         """Where its next chunk begins: the newest token is always computed, for the next one's logits."""
         return min(self.num_computed_tokens, len(self.token_ids) - 1)
@@ -84,6 +94,8 @@ class NodeRequest(Sequence, Generic[S]):
             if finish is not None:
                 token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
                 break
+        if finish is not None and not self.sampling.max_tokens:  # only the prompt was wanted
+            token_ids, logprobs, finish = [], [], (FinishReason.LENGTH, None)
         return RequestOutput(
             request_id=spec.request_id,
             epoch=spec.epoch,
@@ -94,6 +106,20 @@ class NodeRequest(Sequence, Generic[S]):
             stop_token_id=finish[1] if finish else None,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+    def prompt_logprobs_out(self, sampled: SampledTokens) -> list[PromptLogprobsOut]:
+        """Return what the router is to know of the prompt after a chunk of it."""
+        request_id, epoch = self.spec.request_id, self.spec.epoch
+        return [
+            PromptLogprobsOut(request_id=request_id, epoch=epoch, logprobs=logprobs)
+            for logprobs in sampled.prompt_logprobs
+        ]
+
+    def prompt_computed(self) -> None:
+        """Note that the router has been told all logprobs of the prompt: nobody needs to compute them again."""
+        if self.sampling.num_prompt_logprobs is not None:
+            self.sampling = msgspec.structs.replace(self.sampling, num_prompt_logprobs=None)
+            self.spec = msgspec.structs.replace(self.spec, sampling=self.sampling)
 
     def mark(self, name: str, now: float) -> None:
         """Note a moment for the timeline."""

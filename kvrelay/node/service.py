@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +21,9 @@ from kvrelay.engine.interface import Engine, EnginePort
 from kvrelay.engine.load import load_engine
 from kvrelay.errors import ConfigError, StorageError, StorageUnavailableError
 from kvrelay.machine.clock import Clock
-from kvrelay.machine.contract import Announce, PeerLost, RunStep
+from kvrelay.machine.contract import Announce, PeerLost, PublishKVEvents, RunStep
 from kvrelay.machine.membership import REFUSED
+from kvrelay.node.kv_event_publisher import KVEventPublisher
 from kvrelay.node.machine import DRAINED, STOPPED, NodeMachine
 from kvrelay.node.metrics_server import MetricsServer
 from kvrelay.node.node_metrics import NodeMetrics
@@ -86,9 +87,10 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
                 _storage(node, engine, shell, keys),
                 _registry(node, registration, shell, transport),
             ):
-                if node.role == "mixed":
-                    return await shell.run(transport)
-                return await _run_with_messager(node, engine, me, directory, shell, transport)
+                with _kv_events(node, shell):
+                    if node.role == "mixed":
+                        return await shell.run(transport)
+                    return await _run_with_messager(node, engine, me, directory, shell, transport)
     finally:
         compute.stop()
         transport.close()
@@ -120,6 +122,18 @@ async def _metrics(
         return
     server = MetricsServer(NodeMetrics(registration, machine.load, clock.now).exposition, clock.now)
     async with server.listening(f"nodes.{node.name}.metrics_port", *node.metrics_address):
+        yield
+
+
+@contextmanager
+def _kv_events(node: NodeConfig, shell: Shell) -> Iterator[None]:
+    """Publish KV events for the context, if they are wanted. Raises ConfigError if an address is in use."""
+    if node.kv_events.endpoint is None:
+        yield
+        return
+    key = f"nodes.{node.name}.kv_events"
+    with KVEventPublisher(key, node.kv_events, f"kv@{node.name}@{node.model.name}") as publisher:
+        shell.handle_with(PublishKVEvents, publisher.publish)
         yield
 
 

@@ -60,6 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Alternatives to report with each output token; 0: only the token's own logprob; None: no logprobs."""
     grammar: Grammar | None = None
     """The output ends only where it satisfies the grammar: with an EOS or stop token there, or at ``max_tokens``."""
+    num_prompt_logprobs: int | None = None
+    """Alternatives to report with each prompt token but the first; None: no logprobs of the prompt."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -68,6 +70,38 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top_token_ids: list[int]
     top_logprobs: list[float]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of the prompt tokens from position ``start`` on, each after the tokens before it.
+
+    ``ranks`` int32 [n]: how many tokens of the vocabulary are at least as likely. ``token_ids`` int32 and ``logprobs``
+    float64 [n, 1 + num_alternatives], row by row: the token itself, then the most likely ones in falling order. All
+    little-endian bytes: a prompt may have very many.
+    """
+
+    start: int
+    num_alternatives: int
+    ranks: bytes
+    token_ids: bytes
+    logprobs: bytes
+
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.ranks) // 4
+
+    def starting_at(self, start: int) -> PromptLogprobs:
+        """Return those from position ``start`` on, which is one of them."""
+        skipped = start - self.start
+        entries = skipped * (1 + self.num_alternatives)
+        return PromptLogprobs(
+            start,
+            self.num_alternatives,
+            self.ranks[4 * skipped :],
+            self.token_ids[4 * entries :],
+            self.logprobs[8 * entries :],
+        )
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):

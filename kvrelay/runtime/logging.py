@@ -1,17 +1,20 @@
-"""Log lines, one per event: ``time LEVEL process event key=value ...``.
+"""Log lines, one per event: ``time LEVEL process event key=value ...``, or a JSON object.
 
-Machines emit ``Log`` actions, and shells write them with ``log_event``. Tracebacks follow, indented.
+Machines emit ``Log`` actions, and shells write them with ``log_event``. In text, tracebacks follow, indented; in
+JSON they are a field.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Literal
 
 _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -26,7 +29,23 @@ _SECRETS = (
     (re.compile(r"://[^/\s@]+@"), "://***@"),
 )
 
+LogFormat = Literal["auto", "text", "json"]
+"""auto: text on a terminal, else json."""
+
 logger = logging.getLogger("kvrelay")
+
+
+class Event:
+    """What a record is about: the event and its fields. As text: ``event key=value ...``."""
+
+    __slots__ = ("fields", "name")
+
+    def __init__(self, name: str, fields: Mapping[str, object]) -> None:
+        self.name = name
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return " ".join((self.name, *_pairs(self.fields)))
 
 
 class LineFormatter(logging.Formatter):
@@ -46,10 +65,53 @@ class LineFormatter(logging.Formatter):
         return redacted("  " + super().formatException(ei).replace("\n", "\n  "))
 
 
-def set_up_logging(process: str, level: str = "info") -> None:
+class JsonFormatter(logging.Formatter):
+    """Formats a record as a JSON object without secrets: ``time``, ``level``, ``process``, ``event`` and its fields.
+
+    A field with one of these names is called ``field_NAME``. ``traceback`` is that of an error.
+    """
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of ``record``."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        event = record.msg if isinstance(record.msg, Event) else Event(record.getMessage(), {})
+        line: dict[str, object] = {
+            "time": f"{at}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "event": redacted(event.name),
+        }
+        own = frozenset({*line, "traceback"})
+        for key, value in event.fields.items():
+            name = f"field_{key}" if key in own else key
+            line[name] = "***" if key in _SECRET_FIELDS else _json_value(value)
+        if record.exc_info and record.exc_info[0] is not None:
+            line["traceback"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+def formatter(process: str, log_format: LogFormat, *, is_terminal: bool) -> logging.Formatter:
+    """Return the formatter for ``log_format``."""
+    if resolved_format(log_format, is_terminal=is_terminal) == "json":
+        return JsonFormatter(process)
+    return LineFormatter(process)
+
+
+def resolved_format(log_format: LogFormat, *, is_terminal: bool) -> Literal["text", "json"]:
+    """Return what ``log_format`` means for an output that is a terminal or not."""
+    if log_format == "auto":
+        return "text" if is_terminal else "json"
+    return log_format
+
+
+def set_up_logging(process: str, level: str = "info", log_format: LogFormat = "text") -> None:
     """Write all log records to standard error from now on, with ``process`` in each line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(process))
+    handler.setFormatter(formatter(process, log_format, is_terminal=sys.stderr.isatty()))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for chatty in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -57,7 +119,7 @@ def set_up_logging(process: str, level: str = "info") -> None:
 
 def log_event(level: str, event: str, fields: Mapping[str, object]) -> None:
     """Log ``event`` with ``fields``; ``level`` is debug, info, warning or error."""
-    logger.log(logging.getLevelNamesMapping()[level.upper()], "%s", " ".join((event, *_pairs(fields))))
+    logger.log(logging.getLevelNamesMapping()[level.upper()], Event(event, fields))
 
 
 def progress_log(what: str, now: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
@@ -84,6 +146,15 @@ def redacted(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _json_value(value: object) -> object:
+    """Return ``value`` if JSON has its type, else as text."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return redacted(str(value))
 
 
 def _pairs(fields: Mapping[str, object]) -> list[str]:

@@ -23,6 +23,7 @@ from kvrelay.machine.laws import Laws, Violation, parts_of, require
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_history import BlockHistory
 from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.kv_event_log import KVEventLog
 from kvstore.blocks.prefix_cache import PrefixCache
 
 _MAX_SHOWN = 8
@@ -166,8 +167,10 @@ class KVCache:
         """
         self._recycle(self._prefixes.release(self._pool.unpin(block_ids)))
 
-    def publish(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
+    def publish(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId], token_ids: Sequence[int] = ()) -> None:
         """Make a sequence's first blocks matchable: ``block_ids[i]``, computed or verified, has hash ``hashes[i]``.
+
+        ``token_ids`` are the sequence's, as many as fill the blocks or more; only events need them.
 
         Always from the sequence's first block on; what is published already costs nothing. A hash that another
         block has published keeps that block: the duplicate stays its request's own and is freed with it, and the blocks
@@ -185,7 +188,7 @@ class KVCache:
             hashes, block_ids = hashes[:num_sound], block_ids[:num_sound]
         num_settled = self._prefixes.num_settled(hashes, block_ids)
         self._pool.require("publish", block_ids[num_settled:], min_refs=1)
-        self._prefixes.insert(hashes, block_ids, num_settled)
+        self._prefixes.insert(hashes, block_ids, num_settled, token_ids)
 
     def withdraw(self, hashes: Sequence[bytes]) -> None:
         """Match nothing of this sequence any more, nor of others that begin as it does: one of its blocks is damaged.
@@ -202,7 +205,7 @@ class KVCache:
         if self._withdrawn:
             self._withdrawn.difference_update(blocks)
 
-    # ------------------------------------------------------------ for routers
+    # ------------------------------------------------------------ for routers and subscribers
 
     def follow_changes(self) -> None:
         """Record what is published and removed from now on, for ``take_changes``."""
@@ -221,6 +224,15 @@ class KVCache:
         published = [block_hash for block_hash, is_published in changes.items() if is_published]
         return published, [block_hash for block_hash, is_published in changes.items() if not is_published]
 
+    def log_events(self, block_size: int) -> KVEventLog:
+        """Log every change from now on, for subscribers; the log begins with an event that says that there is nothing.
+
+        To be called before anything is published.
+        """
+        self._prefixes.events = log = KVEventLog(block_size)
+        log.cleared()
+        return log
+
     def published(self) -> list[bytes]:
         """Return the hashes of all published blocks. Looks at every block."""
         return self._prefixes.published()
@@ -228,6 +240,8 @@ class KVCache:
     def clear(self) -> None:
         """Evict every evictable block."""
         self._recycle(self._prefixes.evict(self._prefixes.num_evictable))
+        if self._prefixes.events is not None and not self._prefixes.published():
+            self._prefixes.events.cleared()
 
     @property
     def history(self) -> BlockHistory:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.laws import Laws, Violation, parts_of
 from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.kv_event_log import KVEventLog
 
 _UNPUBLISHED = b""
 
@@ -44,6 +45,7 @@ class PrefixCache:
         "_parent_of",
         "_root",
         "changes",
+        "events",
     )
 
     def __init__(self, num_blocks: int) -> None:
@@ -58,6 +60,8 @@ class PrefixCache:
         self._evictable: OrderedDict[BlockId, None] = OrderedDict()
         self.changes: dict[bytes, bool] | None = None
         """If not None: the hashes published (True) or removed (False) since its owner last emptied it."""
+        self.events: KVEventLog | None = None
+        """If not None: what is published and removed, with tokens, in order."""
 
     @property
     def num_evictable(self) -> int:
@@ -105,8 +109,16 @@ class PrefixCache:
                 return length
         return 0
 
-    def insert(self, hashes: Sequence[bytes], block_ids: Sequence[BlockId], num_settled: int) -> None:
+    def insert(
+        self,
+        hashes: Sequence[bytes],
+        block_ids: Sequence[BlockId],
+        num_settled: int,
+        token_ids: Sequence[int] = (),
+    ) -> None:
         """Publish what is not published of ``block_ids[num_settled:]``, which must be referenced.
+
+        ``token_ids``: of the whole sequence, for events.
 
         Raises LocalProtocolError if one of these blocks is published already, as a part of another prefix, or if
         the hashes repeat.
@@ -118,6 +130,8 @@ class PrefixCache:
         if new_ids:
             self._require_unpublished(new_hashes, new_ids)
             self._append(duplicated[-1] if duplicated else node, new_hashes, new_ids)
+            if self.events is not None:
+                self.events.stored(hashes, num_published, token_ids)
 
     def _append(self, parent: BlockId, hashes: Sequence[bytes], block_ids: Sequence[BlockId]) -> None:
         """Add a chain of referenced blocks below ``parent``."""
@@ -228,6 +242,8 @@ class PrefixCache:
     def _note_removed(self, block_ids: Sequence[BlockId]) -> None:
         if self.changes is not None:
             self.changes.update((self._hash_of[block], False) for block in block_ids)
+        if self.events is not None and block_ids:
+            self.events.removed([self._hash_of[block] for block in block_ids])
 
     def _below(self, block: BlockId) -> list[BlockId]:
         """Return ``block`` and its descendants."""

@@ -10,9 +10,11 @@ from kvstore.blocks.kv_cache import KVCache
 
 
 class Hashed(Hashable, Protocol):
-    """A request whose full blocks have chained ``hashes``."""
+    """A request whose blocks may be replaced by published ones with ``reusable_hashes``, in order."""
 
-    hashes: list[bytes]
+    @property
+    def reusable_hashes(self) -> list[bytes]:
+        """The chained hashes of its first full blocks."""
 
 
 R = TypeVar("R", bound=Hashed)
@@ -33,7 +35,7 @@ class QueuedPrefixes(Generic[R]):
 
     def add(self, request: R) -> int:
         """Track ``request``; return the number of matched blocks."""
-        return self._note(request, self._kv.match(request.hashes))
+        return self._note(request, self._kv.match(request.reusable_hashes))
 
     def remove(self, request: R) -> None:
         """Stop tracking ``request``, if it is tracked."""
@@ -42,12 +44,12 @@ class QueuedPrefixes(Generic[R]):
 
     def lacks(self, request: R) -> bytes | None:
         """Return the hash of the first full block of ``request`` that is not published, as of the last match."""
-        num_matched, hashes = self._num_matched[request], request.hashes
+        num_matched, hashes = self._num_matched[request], request.reusable_hashes
         return hashes[num_matched] if num_matched < len(hashes) else None
 
     def match(self, request: R) -> list[BlockId]:
         """Return the published blocks of ``request``."""
-        matched = self._kv.match(request.hashes)
+        matched = self._kv.match(request.reusable_hashes)
         before = self._num_matched[request]
         if len(matched) != before:
             self._forget_lacking(request)

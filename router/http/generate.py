@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
@@ -86,7 +87,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers)
         except Exception:
-            logger.exception("error while serving %s", scope["path"])
+            logger.exception(Event("error while serving", {"path": scope["path"], "request_id": name}))
             message = "internal error, see the router's log"
             await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
 
@@ -96,7 +97,8 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
-        session = _header(scope, b"x-session-id")[:_MAX_SESSION_BYTES].decode("latin-1")
+        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)

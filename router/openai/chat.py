@@ -10,6 +10,7 @@ from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import Logprobs, chat_logprobs
 from router.openai.parsing import Parsing, check_tool_use, parsing_of
+from router.openai.prompt_logprobs import PromptLogprobsField
 from router.openai.reading import reading
 from router.openai.sampling import check_text_ids, check_text_length
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
@@ -105,6 +106,9 @@ class ChatStyle:
         self._token_bytes = token_bytes
         self._with_logprobs = bool(request.logprobs)
         self._with_token_ids = bool(request.return_token_ids)
+        self._prompt_logprobs = None
+        if request.prompt_logprobs is not None:
+            self._prompt_logprobs = PromptLogprobsField(token_bytes, request.prompt_logprobs)
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return the new text and logprobs if asked for. The role comes with the first token, not before it."""
@@ -121,11 +125,20 @@ class ChatStyle:
 
     def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
         """Return the logprobs of the new tokens if asked for."""
+        if delta.prompt_logprobs is not None:
+            if self._prompt_logprobs is not None and choice.index == 0:
+                self._prompt_logprobs.add(delta.prompt_logprobs)
+            return None
         return chat_logprobs(self._token_bytes, delta.token_ids, delta.logprobs) if self._with_logprobs else None
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
-        """Return the prompt's token ids if the client wants token ids."""
-        return {"prompt_token_ids": choices[0].request.prompt_token_ids} if self._with_token_ids else {}
+        """Return the prompt's token ids and logprobs if asked for. All choices have the same prompt."""
+        fields: dict[str, object] = {}
+        if self._with_token_ids:
+            fields["prompt_token_ids"] = choices[0].request.prompt_token_ids
+        if self._prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs.as_json()
+        return fields
 
 
 def _delta_fields(parts: Sequence[Part], *, first: bool) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvrelay.protocol.ids import RequestId
-from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.events import NewRequest, TokensDelivered
 from router.text.output_text import OutputText, TextOptions
@@ -22,7 +22,8 @@ class Delta:
     """New output of choice ``index``. The last one has a ``finish_reason``.
 
     ``stop_reason``: the stop string, or the client's stop token id, that ended it. ``parts``: what a parser has found
-    in the text, which ``text`` then has the content of; None: the output is not parsed.
+    in the text, which ``text`` then has the content of; None: the output is not parsed. Deltas with ``prompt_logprobs``
+    have nothing else and come before all others.
     """
 
     index: int
@@ -32,11 +33,12 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     parts: list[Part] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def is_news(self) -> bool:
         """Whether it needs a chunk. Tokens do even without text, because clients count and time chunks."""
-        return bool(self.token_ids or self.text or self.finish_reason)
+        return bool(self.token_ids or self.text or self.finish_reason or self.prompt_logprobs)
 
     def pieces(self) -> list[Delta]:
         """Return deltas of one part each, since OpenAI's clients expect no more in a chunk.

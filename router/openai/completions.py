@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvrelay.errors import InvalidRequestError
+from kvrelay.protocol.request import PromptLogprobs
 from router.model import ServedModel
 from router.openai.choice import Choice, Delta
 from router.openai.logprobs import CompletionLogprobs, Logprobs
+from router.openai.prompt_logprobs import PromptLogprobsField, entries
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
 from router.openai.schemas import CompletionRequest
 from router.tools.parts import Part
@@ -85,9 +87,18 @@ class CompletionStyle:
         self._with_token_ids = bool(request.return_token_ids)
         self._prompt_texts = prompt_texts
         self._logprobs = None
+        self._prompt_logprobs = None
+        token_bytes = model.tokenizer.token_bytes
         if request.logprobs is not None:
-            token_bytes, num_logprobs = model.tokenizer.token_bytes, request.logprobs
-            self._logprobs = [CompletionLogprobs(token_bytes, num_logprobs) for _ in choices]
+            self._logprobs = [
+                CompletionLogprobs(
+                    token_bytes, request.logprobs, choice.request.prompt_token_ids[0] if request.echo else None
+                )
+                for choice in choices
+            ]
+        if request.prompt_logprobs is not None:
+            self._prompt_logprobs = [PromptLogprobsField(token_bytes, request.prompt_logprobs) for _ in choices]
+        self._echoes = bool(request.echo)
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return the new text, logprobs if asked for, and the prompt's part with the first."""
@@ -97,11 +108,24 @@ class CompletionStyle:
 
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the text and the prompt's part."""
-        return {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
+        item = {"text": self._echo(choice) + text, **self._prompt_ids(choice)}
+        if self._prompt_logprobs:
+            item["prompt_logprobs"] = self._prompt_logprobs[choice.index].as_json()
+        return item
 
     def logprobs(self, choice: Choice, delta: Delta) -> Logprobs | None:
-        """Return the logprobs of the new tokens if asked for."""
+        """Return the logprobs of the new tokens if asked for, with ``echo`` those of the prompt too."""
+        if delta.prompt_logprobs is not None:
+            return self._of_prompt(choice, delta.prompt_logprobs)
         return self._logprobs[choice.index].of(delta.token_ids, delta.logprobs) if self._logprobs else None
+
+    def _of_prompt(self, choice: Choice, logprobs: PromptLogprobs) -> Logprobs | None:
+        if self._prompt_logprobs:
+            self._prompt_logprobs[choice.index].add(logprobs)
+        if not self._logprobs or not self._echoes:
+            return None
+        token_ids, items = zip(*entries(logprobs), strict=True)
+        return self._logprobs[choice.index].of(token_ids, items)
 
     def prompt_fields(self, choices: Sequence[Choice]) -> dict[str, object]:
         """Return nothing, because each choice has its prompt's fields."""

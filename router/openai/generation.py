@@ -9,7 +9,14 @@ from typing import Protocol
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason
 from kvrelay.runtime.time_slice import TimeSlice
-from router.events import Delivery, NewRequest, RequestEnded, RequestErrored, TokensDelivered
+from router.events import (
+    Delivery,
+    NewRequest,
+    PromptLogprobsDelivered,
+    RequestEnded,
+    RequestErrored,
+    TokensDelivered,
+)
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
 
@@ -52,13 +59,13 @@ class Generation:
         self._queue: asyncio.Queue[tuple[RequestId, Delivery] | None] = asyncio.Queue()
 
     def start(self) -> None:
-        """Submit all choices with tokens to generate. Raises InvalidRequestError if an id is in use."""
+        """Submit all choices with tokens to compute. Raises InvalidRequestError if an id is in use."""
         requests = [choice.request for choice in self._choices.values()]
-        wanted = [request for request in requests if request.sampling.max_tokens]
+        wanted = [request for request in requests if _is_computed(request)]
         if wanted:
             self._backend.submit(wanted, self._deliver)
         for request in requests:
-            if not request.sampling.max_tokens:
+            if not _is_computed(request):
                 self._deliver(request.request_id, TokensDelivered([], finish_reason=FinishReason.LENGTH))
 
     def _deliver(self, request_id: RequestId, delivery: Delivery) -> None:
@@ -90,6 +97,9 @@ class Generation:
             if isinstance(delivery, RequestErrored):
                 self._end(choice, delivery.error.code)
                 raise AnswerError.of(delivery)
+            if isinstance(delivery, PromptLogprobsDelivered):
+                yield Delta(choice.index, "", [], prompt_logprobs=delivery.logprobs)
+                continue
             if isinstance(delivery, RequestEnded):
                 delivery = TokensDelivered([], finish_reason=delivery.finish_reason)
             yield self._take(choice, delivery)
@@ -113,3 +123,8 @@ class Generation:
     def _end(self, choice: Choice, outcome: str) -> None:
         del self._running[choice.request_id]
         self._observer.ended(choice, outcome)
+
+
+def _is_computed(request: NewRequest) -> bool:
+    """Return whether a node has anything to do for ``request``."""
+    return request.sampling.max_tokens > 0 or request.sampling.num_prompt_logprobs is not None

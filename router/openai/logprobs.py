@@ -38,25 +38,36 @@ class WholeLogprobs:
 
 
 class CompletionLogprobs:
-    """``logprobs`` of a completion's choice; tracks the text offset of each token."""
+    """``logprobs`` of a completion's choice; tracks the text offset of each token.
 
-    def __init__(self, token_bytes: TokenBytes, num_logprobs: int) -> None:
+    ``first_token_id``: of a prompt that is echoed. Nothing comes before it, so it has no logprobs.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, num_logprobs: int, first_token_id: int | None = None) -> None:
         self._token_bytes = token_bytes
         self._num_logprobs = num_logprobs
+        self._first_token_id = first_token_id
         self._text_offset = 0
 
     def of(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Logprobs:
-        """Return the next tokens' logprobs, as parallel lists."""
+        """Return the next tokens' logprobs, as parallel lists; those of the first token of the prompt before them."""
         tokens = [_name(self._token_bytes, token_id) for token_id in token_ids]
+        token_logprobs: list[object] = [max(item.logprob, LOWEST) for item in logprobs]
+        tops: list[object] = [self._top(token, item) for token, item in zip(tokens, logprobs, strict=True)]
+        if self._first_token_id is not None:
+            tokens.insert(0, _name(self._token_bytes, self._first_token_id))
+            token_logprobs.insert(0, None)
+            tops.insert(0, None)
+            self._first_token_id = None
         offsets: list[object] = []
         for token in tokens:
             offsets.append(self._text_offset)
             self._text_offset += len(token)
         return {
             "text_offset": offsets,
-            "token_logprobs": [max(item.logprob, LOWEST) for item in logprobs],
+            "token_logprobs": token_logprobs,
             "tokens": list(tokens),
-            "top_logprobs": [self._top(token, item) for token, item in zip(tokens, logprobs, strict=True)],
+            "top_logprobs": tops,
         }
 
     def _top(self, token: str, item: TokenLogprobs) -> dict[str, float]:

@@ -9,6 +9,7 @@ from kvrelay.protocol.request import Grammar, SamplingParams
 from kvrelay.protocol.request_limits import unknown_token
 from router.model import ServedModel
 from router.openai.field_types import INT64
+from router.openai.prompt_logprobs import check_num_prompt_logprobs, num_prompt_logprobs
 from router.openai.schemas import ChatCompletionRequest, CompletionRequest, GenerationFields
 from router.openai.structured import Structure
 from router.text.output_text import NO_IDS, TextOptions
@@ -28,13 +29,17 @@ class RequestSampling:
         self._request = request
         self._max_model_len = max_model_len
         self._common = _common_params(request, model)
+        self._num_prompt_tokens = 0
 
     def of(self, num_prompt_tokens: int, seed: int = 0) -> SamplingParams:
-        """Return the parameters for one prompt, with ``seed`` as its own.
+        """Return the parameters for one prompt, with ``seed`` as its own. Call it once for each choice.
 
         Raises PromptTooLongError if the model has no room for output, InvalidRequestError if ``min_tokens`` is more
-        than what may be generated.
+        than what may be generated, or if the prompts so far have too many log probabilities.
         """
+        if self._common.num_prompt_logprobs is not None:
+            self._num_prompt_tokens += num_prompt_tokens
+            check_num_prompt_logprobs(self._num_prompt_tokens, self._common.num_prompt_logprobs, self._request)
         max_tokens, min_tokens = self._max_tokens(num_prompt_tokens), self._common.min_tokens
         if min_tokens > max_tokens:
             raise InvalidRequestError(
@@ -80,6 +85,7 @@ def _common_params(request: GenerationFields, model: ServedModel) -> SamplingPar
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=num_logprobs(request),
+        num_prompt_logprobs=num_prompt_logprobs(request),
         grammar=None if request.structure is None else _grammar(request, request.structure, model),
     )
 

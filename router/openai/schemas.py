@@ -47,7 +47,6 @@ REFUSED_FIELDS = {
     "tools": "tools are only supported in chats",
     "functions": "functions are not supported, tools are",
     "suffix": "suffix is not supported",
-    "prompt_logprobs": "prompt_logprobs is not supported",
     "use_beam_search": "beam search is not supported",
     "truncate_prompt_tokens": "truncate_prompt_tokens is not supported",
     "allowed_token_ids": "allowed_token_ids is not supported",
@@ -119,6 +118,7 @@ class GenerationFields(Fields):
     stream: Flag = None
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
+    prompt_logprobs: NumLogprobs | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: JsonSchema | None = None
@@ -133,6 +133,8 @@ class GenerationFields(Fields):
     def _consistent(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options: only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong("prompt_logprobs: not available when stream is true")
         return self
 
     @functools.cached_property
@@ -147,7 +149,10 @@ class GenerationFields(Fields):
 
 
 class CompletionRequest(GenerationFields):
-    """Body of ``/v1/completions``. ``max_tokens`` 0 generates no tokens; with ``echo`` it returns the prompt."""
+    """Body of ``/v1/completions``. ``max_tokens`` 0 generates no tokens; with ``echo`` it returns the prompt.
+
+    With ``echo``, ``logprobs`` are those of the prompt too.
+    """
 
     prompt: Prompt
     max_tokens: Natural = 16
@@ -160,8 +165,6 @@ class CompletionRequest(GenerationFields):
     def _supported(self) -> CompletionRequest:
         if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
-        if self.echo and self.logprobs is not None:
-            raise wrong("logprobs: not supported together with echo (no logprobs of the prompt)")
         return self
 
 

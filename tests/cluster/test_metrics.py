@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -12,14 +14,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from support.asking import Ask, answers, assert_right, random_prompt
 from support.cluster import PATIENCE_S, Cluster, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
-from support.scrapes import as_gateway, families, samples, value
+from support.scrapes import all_samples, as_gateway, families, samples, value
 
 from kvrelay.metrics import vllm
 from kvrelay.protocol.histograms import STAGES
 
+DOCS = Path(__file__).parents[2] / "docs"
 NUM_ASKS = 24
 NUM_BLOCKS = 40
 LABELS = {"model_name": "demo", "engine": "0"}
@@ -177,6 +181,45 @@ def test_a_port_in_use_is_named_before_anything_starts(model: Path) -> None:
             cluster.close()
 
 
+@pytest.mark.parametrize("where", ["grafana/kvrelay.json", "alerts/kvrelay.rules.yml"])
+def test_each_query_of_the_docs_is_of_metrics_that_there_are(scrapes: Scrapes, where: str) -> None:
+    there = {sample.name for sample in all_samples(scrapes.text["router"])}
+    labels = {label for sample in all_samples(scrapes.text["router"]) for label in sample.labels} | {"instance"}
+    queries = dashboard_queries(DOCS / where) if where.endswith(".json") else alert_queries(DOCS / where)
+    assert len(queries) > 10
+    for query in queries:
+        names = metrics_of(query)
+        assert names, query
+        assert names <= there, query
+        assert labels_of(query) <= labels, query
+
+
+def dashboard_queries(path: Path) -> list[str]:
+    """Return the queries of a Grafana dashboard. Its panels use the data source that the user chooses."""
+    panels = [panel for panel in json.loads(path.read_text())["panels"] if panel["type"] != "row"]
+    assert all(panel["datasource"]["uid"] == "${datasource}" and panel["description"] for panel in panels)
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def alert_queries(path: Path) -> list[str]:
+    """Return the queries of Prometheus rules. Each says what it means."""
+    rules = [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+    assert all(rule["annotations"]["summary"] and rule["labels"]["severity"] for rule in rules)
+    return [rule["expr"] for rule in rules]
+
+
+def metrics_of(query: str) -> set[str]:
+    """Return the metrics in a PromQL query: names that are no function, no keyword and not in braces."""
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(?:by|without)\s*\([^)]*\)", " ", query)
+    return {name for name in re.findall(r"[a-zA-Z_:][\w:]*\b(?!\s*\()", bare) if name not in ("and", "or", "unless")}
+
+
+def labels_of(query: str) -> set[str]:
+    """Return the labels that a PromQL query groups by or selects."""
+    groups = ",".join(re.findall(r"\bby\s*\(([^)]*)\)", query)).split(",")
+    return {name.strip() for name in groups if name.strip()} | set(re.findall(r"(\w+)=~?\"", query))
+
+
 @pytest.mark.parametrize("process", ["router", "p0", "d0"])
 def test_promtool_has_no_complaints(scrapes: Scrapes, process: str) -> None:
     """Of vLLM's names it only dislikes the colon, which is vLLM's."""
@@ -186,6 +229,15 @@ def test_promtool_has_no_complaints(scrapes: Scrapes, process: str) -> None:
     text = scrapes.text[process].replace("vllm:", "vllm_")
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_promtool_has_no_complaints_about_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: the package prometheus)")
+    rules = str(DOCS / "alerts/kvrelay.rules.yml")
+    checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_idle_processes_check_themselves_and_find_nothing(scrapes: Scrapes) -> None:

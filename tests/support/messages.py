@@ -70,6 +70,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Drained,
     Leaving,
     PrefixCacheChanged,
+    PromptLogprobsOut,
     Register,
     RequestFailed,
     RequestOutput,
@@ -90,7 +91,15 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
-from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    PromptLogprobs,
+    RequestSpec,
+    SamplingParams,
+    TokenLogprobs,
+)
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -122,6 +131,7 @@ _SPEC = RequestSpec(
         ignore_eos=True,
         num_logprobs=1,
         grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
+        num_prompt_logprobs=2,
     ),
 )
 _OUTPUT = RequestOutput(
@@ -132,6 +142,9 @@ _OUTPUT = RequestOutput(
     finish_reason=FinishReason.STOP,
     stop_token_id=9,
     num_cached_tokens=32,
+)
+_PROMPT_LOGPROBS = PromptLogprobs(
+    1, 1, b"\x02\0\0\0", b"\x07\0\0\0\x09\0\0\0", b"\0\0\0\0\0\0\xf8\xbf\0\0\0\0\0\0\xe0\xbf"
 )
 _LOAD = Load(
     num_waiting=1,
@@ -180,6 +193,7 @@ EXAMPLES: list[Message] = [
         prefill_order="shortest_first",
     ),
     TokensOut(outputs=[_OUTPUT]),
+    PromptLogprobsOut(**_ID, logprobs=_PROMPT_LOGPROBS),
     PrefixCacheChanged(number=3, added=b"12345678", removed=b"abcdefgh"),
     RequestFailed(**_ID, error=_ERROR),
     RequestPreempted(**_ID, num_blocks=7),
@@ -249,7 +263,7 @@ EXAMPLES: list[Message] = [
     StepResult(
         step=12,
         outcomes={
-            SequenceId(3): SampledTokens([9, 4], [TokenLogprobs(-0.5, [9, 4], [-0.5, -1.5])]),
+            SequenceId(3): SampledTokens([9, 4], [TokenLogprobs(-0.5, [9, 4], [-0.5, -1.5])], (_PROMPT_LOGPROBS,)),
             SequenceId(4): SequenceFailed("out of memory", retryable=True),
         },
     ),

@@ -26,6 +26,7 @@ from kvrelay.machine.contract import (
     Log,
     Machine,
     PeerLost,
+    PublishKVEvents,
     Ready,
     Received,
     Resumed,
@@ -73,6 +74,7 @@ class Process:
         self._paused_since_s = 0.0
         self.exit_reason: str | None = None
         self.log: list[Log] = []
+        self.kv_events: list[PublishKVEvents] = []
         self._backlog: list[object] = []
         self._timers: dict[Hashable, int] = {}
         self._num_timers = 0
@@ -84,6 +86,7 @@ class Process:
             CancelTimer: lambda action: self._timers.pop(action.key, None),
             Ready: lambda _: None,
             Log: self.log.append,
+            PublishKVEvents: self.kv_events.append,
             Exit: lambda action: self.exit(action.reason),
         }
         world.add(self)

@@ -20,6 +20,7 @@ from kvrelay.config.cluster_config import (
     ClusterSettings,
     EngineConfig,
     FakeEngineConfig,
+    KVEventsConfig,
     NodeConfig,
     Role,
     SchedulerConfig,
@@ -27,18 +28,19 @@ from kvrelay.config.cluster_config import (
     StorageConfig,
     TransferConfig,
 )
-from kvrelay.engine.fake import reference_tokens
+from kvrelay.engine.fake import reference_prompt_logprobs, reference_tokens
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import StopRequested, TimerFired
 from kvrelay.machine.laws import require
 from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
-from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
 from router.events import (
     CancelRequested,
     ClientGone,
     Deliver,
     NewRequest,
+    PromptLogprobsDelivered,
     RequestEnded,
     RequestErrored,
     Submitted,
@@ -74,6 +76,9 @@ class Client:
     stop_token_id: int | None = None
     nodes: list[str] = field(default_factory=list)
     """The nodes that were chosen first: P and D, or a mixed node."""
+    expected_prompt: PromptLogprobs | None = None
+    """The logprobs of the prompt in a clean run, if they are wanted and there are any."""
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
     @property
     def error(self) -> str | None:
@@ -88,7 +93,10 @@ class Client:
     def take(self, delivery: object, now: float) -> None:
         """Take what the router delivers. Nothing may come after the end."""
         assert self.ended is None, f"{self.request_id}: {delivery} after {self.ended}"
-        if isinstance(delivery, TokensDelivered):
+        if isinstance(delivery, PromptLogprobsDelivered):
+            assert not self.token_ids
+            self.prompt_logprobs.append(delivery.logprobs)
+        elif isinstance(delivery, TokensDelivered):
             self.token_ids += delivery.token_ids
             self.logprobs += delivery.logprobs
             self.num_cached_tokens = delivery.num_cached_tokens
@@ -101,13 +109,40 @@ class Client:
         """The oracle: all tokens of a clean run, or a part of them and one typed error (or the client left)."""
         assert self.ended is not None, f"{self.request_id} has not ended"
         assert self.token_ids == self.expected[: len(self.token_ids)], f"{self.request_id}: wrong tokens"
+        self._check_prompt()
         if self.finish_reason not in (None, FinishReason.ABORT):
             assert self.token_ids == self.expected, f"{self.request_id}: {self.finish_reason} too soon"
             assert self.finish_reason is (FinishReason.STOP if self._stops_at_last() else FinishReason.LENGTH)
 
+    def _check_prompt(self) -> None:
+        """All logprobs of the prompt, once and in order, or as many as came before an error."""
+        expected, got, end = self.expected_prompt, self.prompt_logprobs, 1
+        for piece in got:
+            assert piece.start == end < piece.end, f"{self.request_id}: logprobs of the prompt are out of order"
+            end = piece.end
+            assert expected is not None and end <= expected.end
+        if expected is None:
+            return
+        if got:
+            whole = joined(got)
+            assert expected.starting_at(1).ranks.startswith(whole.ranks), f"{self.request_id}: wrong ranks"
+            assert expected.token_ids.startswith(whole.token_ids), f"{self.request_id}: wrong tokens of the prompt"
+            assert expected.logprobs.startswith(whole.logprobs), f"{self.request_id}: wrong logprobs of the prompt"
+        if self.token_ids or self.finish_reason not in (None, FinishReason.ABORT):
+            assert end == expected.end, f"{self.request_id}: logprobs of the prompt are missing"
+
     def _stops_at_last(self) -> bool:
+        if not self.expected:
+            return False
         last, eos = self.expected[-1], [] if self.sampling.ignore_eos else self.sampling.eos_token_ids
         return last in eos or last in self.sampling.stop_token_ids
+
+
+def joined(pieces: list[PromptLogprobs]) -> PromptLogprobs:
+    """Return consecutive pieces, one or more, as one."""
+    parts = zip(*((piece.ranks, piece.token_ids, piece.logprobs) for piece in pieces), strict=True)
+    ranks, token_ids, logprobs = (b"".join(part) for part in parts)
+    return PromptLogprobs(pieces[0].start, pieces[0].num_alternatives, ranks, token_ids, logprobs)
 
 
 class World:
@@ -234,6 +269,7 @@ class World:
             storage=StorageConfig(**sections["storage"]),
             transfer=TransferConfig(**sections["transfer"]),
             engine=EngineConfig(kind="fake", fake=FakeEngineConfig(**sections["engine"])),
+            kv_events=KVEventsConfig(**self._overrides.get(name, {}).get("kv_events", {})),
             cluster=ClusterSettings(drain_timeout_s=20.0, self_check="fatal"),
         )
 
@@ -326,6 +362,8 @@ class World:
         client = self.clients[request_id] = Client(
             request_id, token_ids, params, self.reference(token_ids, params), self.now
         )
+        if params.num_prompt_logprobs is not None and len(token_ids) > 1:
+            client.expected_prompt = self.reference_prompt(token_ids, params)
         new = NewRequest(RequestId(request_id), token_ids, params, priority, session)
         self.router.handle(Submitted((new,)))
         client.nodes = [peer_name(peer) for peer in self.router.machine.requests.nodes_of(RequestId(request_id))]
@@ -337,8 +375,17 @@ class World:
 
     def reference(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """Return the output tokens of a clean run."""
+        if not params.max_tokens:
+            return []
         spec = RequestSpec(request_id=RequestId("reference"), epoch=0, prompt_token_ids=prompt, sampling=params)
         return reference_tokens(
+            spec, FakeEngineConfig(**self._sections["engine"]), self._sections["cache"]["block_size"]
+        )
+
+    def reference_prompt(self, prompt: list[int], params: SamplingParams) -> PromptLogprobs:
+        """Return the logprobs of a prompt that are computed all at once."""
+        spec = RequestSpec(request_id=RequestId("reference"), epoch=0, prompt_token_ids=prompt, sampling=params)
+        return reference_prompt_logprobs(
             spec, FakeEngineConfig(**self._sections["engine"]), self._sections["cache"]["block_size"]
         )
 

@@ -14,7 +14,7 @@ import msgspec
 from kvrelay.errors import EngineError
 from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import Message
-from kvrelay.protocol.request import SamplingParams, TokenLogprobs
+from kvrelay.protocol.request import PromptLogprobs, SamplingParams, TokenLogprobs
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -93,11 +93,13 @@ class StepPlan(Message, frozen=True, kw_only=True):
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="sampled"):
     """Output tokens of one sequence in one step: none if it does not sample, several if drafts were accepted.
 
-    ``logprobs`` has one entry per token if the request asked for them, else it is empty.
+    ``logprobs`` has one entry per token if the request asked for them, else it is empty. ``prompt_logprobs``, in
+    pieces, are those of the prompt tokens that follow the tokens computed, if the request asked for them.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

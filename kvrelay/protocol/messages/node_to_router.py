@@ -9,7 +9,7 @@ import msgspec
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
-from kvrelay.protocol.request import FinishReason, TokenLogprobs
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 
 
 class Register(Message, frozen=True, kw_only=True):
@@ -62,6 +62,19 @@ class TokensOut(Message, frozen=True, kw_only=True):
     """
 
     outputs: list[RequestOutput]
+
+
+class PromptLogprobsOut(Message, frozen=True, kw_only=True):
+    """Node -> router, after each step that computed prompt tokens of a request with ``num_prompt_logprobs``: once for
+    each piece of bounded size, in the order of the positions, and before the request's next output token.
+
+    The reader delivers what it has not delivered before: an attempt begins again with the second prompt token. It fails
+    an attempt whose output token comes before all of them.
+    """
+
+    request_id: RequestId
+    epoch: int
+    logprobs: PromptLogprobs
 
 
 class RequestFailed(Message, frozen=True, kw_only=True):
@@ -148,6 +161,7 @@ class Drained(Message, frozen=True, kw_only=True):
 
 NodeToRouter: TypeAlias = (
     TokensOut
+    | PromptLogprobsOut
     | Register
     | RequestFailed
     | RequestPreempted

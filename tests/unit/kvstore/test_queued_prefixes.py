@@ -11,7 +11,7 @@ from kvstore.blocks.queued_prefixes import QueuedPrefixes
 
 @dataclass(eq=False)
 class Request:
-    hashes: list[bytes]
+    reusable_hashes: list[bytes]
     told: list[int] = field(default_factory=list)
 
 
@@ -90,7 +90,7 @@ def test_without_evictions_it_always_knows_what_a_match_would_find() -> None:
         else:
             publish(kv, prefixes, text)
         for request, at_first in queued.items():
-            assert [at_first, *request.told][-1] == len(kv.match(request.hashes))
+            assert [at_first, *request.told][-1] == len(kv.match(request.reusable_hashes))
     for request in queued:
         prefixes.remove(request)
     assert not prefixes._lacking

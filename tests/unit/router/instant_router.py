@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -12,8 +13,8 @@ from starlette.types import ASGIApp
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
-from kvrelay.protocol.request import FinishReason, TokenLogprobs
-from router.events import NewRequest, RequestEnded, TokensDelivered
+from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
+from router.events import NewRequest, PromptLogprobsDelivered, RequestEnded, TokensDelivered
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
@@ -35,6 +36,8 @@ class InstantService(RouterService):
         for request in requests:
             count = min(MOST_TOKENS, request.sampling.max_tokens)
             top = request.sampling.num_logprobs
+            for piece in _pieces(request):
+                deliver(request.request_id, PromptLogprobsDelivered(piece))
             entry = [] if top is None else [TokenLogprobs(-0.5, list(range(top)), [-1.0] * top)]
             for index in range(count):
                 finish = FinishReason.LENGTH if index == count - 1 else None
@@ -46,6 +49,20 @@ class InstantService(RouterService):
 
     def client_disconnected(self, request_id: str) -> None:
         pass
+
+
+def _pieces(request: NewRequest) -> Iterator[PromptLogprobs]:
+    """Yield the logprobs of the prompt, two tokens at a time: that at position p has -p/2, as have its alternatives."""
+    count, prompt = request.sampling.num_prompt_logprobs, request.prompt_token_ids
+    for start in range(1, len(prompt) if count is not None else 0, 2):
+        positions = range(start, min(start + 2, len(prompt)))
+        yield PromptLogprobs(
+            start,
+            count or 0,
+            array("i", [10 + position for position in positions]).tobytes(),
+            array("i", [id for position in positions for id in (prompt[position], *range(count or 0))]).tobytes(),
+            array("d", [-position / 2 for position in positions for _ in range(1 + (count or 0))]).tobytes(),
+        )
 
 
 class InstantRouter:

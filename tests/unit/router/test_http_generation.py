@@ -510,13 +510,14 @@ def test_a_body_that_is_not_whole_when_the_server_ends_is_refused_like_others() 
     run(scenario)
 
 
-def test_requests_of_a_session_go_to_one_node() -> None:
+@pytest.mark.parametrize("header", ["X-Session-ID", "X-Session-Token"])
+def test_requests_of_a_session_go_to_one_node(header: str) -> None:
     async def scenario(cluster: FakeCluster) -> None:
         timelines = cluster.service.machine.requests.timelines
         used: dict[str, set[str]] = {}
         for index in range(28):
             session = f"user {index % 7}"  # an odd number: taking turns does not look like it
-            headers = {"X-Session-ID": session, "X-Request-ID": f"r{index}"}
+            headers = {header: session, "X-Request-ID": f"r{index}"}
             body = {"model": "demo", "prompt": "hi", "max_tokens": 1}
             response = await cluster.client.post("/v1/completions", json=body, headers=headers)
             assert response.status_code == 200, response.text
