@@ -6,7 +6,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
-from kvrelay.config.sections import RoutingPolicy, SelfCheckMode
+from kvrelay.config.sections import RoutingPolicy
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
     CoreAction,

@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from kvrelay.addresses import loopback_like, netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import ConfigError
 
 _ADMIN_PORT_OFFSET = 90
@@ -403,10 +404,6 @@ class EngineConfig(Section):
     def framework(self) -> Literal["torch", "paddle"] | None:
         """What the device engine runs on; None: it is another engine."""
         return DEVICE_ENGINES.get(self.kind)
-
-
-SelfCheckMode: TypeAlias = Literal["off", "report", "fatal"]
-"""What a process does about its conservation laws (``kvrelay/machine/self_check.py``)."""
 
 
 class ClusterSettings(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from kvrelay.config.sections import SelfCheckMode
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import Log
 from kvrelay.machine.laws import Laws, Violation

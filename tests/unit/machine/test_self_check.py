@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvrelay.config.sections import SelfCheckMode
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import CoreAction, Log
 from kvrelay.machine.laws import Laws, Violation
