@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import yaml
-from support.ports import free_ports
+from support.server_ports import free_ports
 
 from gpu_check.jobs import Answer, Ask, Done, Job
 from gpu_check.stream_times import Stream

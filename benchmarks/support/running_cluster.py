@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 from support.cpu_time import cpu_s_by_title
-from support.ports import free_ports
+from support.server_ports import free_ports
 
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.engine.tiny import write_tiny_checkpoint
