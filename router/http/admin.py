@@ -82,7 +82,7 @@ class AdminEndpoints:
 
 
 class TokenEndpoint:
-    """``POST /tokenize`` or ``/detokenize``."""
+    """``POST /tokenize``, ``/detokenize``, or an endpoint that counts the tokens of a prompt."""
 
     def __init__(self, task: Task, service: RouterService) -> None:
         self._task = task
@@ -97,9 +97,9 @@ class TokenEndpoint:
         except ClientLeftError:
             return
         except AnswerError as error:
-            await send_error(send, error)
+            await send_error(send, error, path=scope["path"])
         except KVRelayError as error:
-            await send_error(send, AnswerError.of(error))
+            await send_error(send, AnswerError.of(error), path=scope["path"])
 
 
 def _error_response(error: AnswerError) -> Response:

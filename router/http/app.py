@@ -17,6 +17,7 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.api_keys import ApiKeys
 from router.http.clients_only import ClientsOnly
+from router.http.error_format import error_body
 from router.http.generate import GenerateEndpoint
 from router.http.unsupported import unsupported_routes
 from router.metrics import Metrics
@@ -53,6 +54,10 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),
         Route("/detokenize", TokenEndpoint("detokenize", service), methods=["POST"]),
         Route("/tokenizer_info", admin.tokenizer_info),
+        Route("/v1/responses", GenerateEndpoint("responses", service, metrics), methods=["POST"]),
+        Route("/v1/responses/input_tokens", TokenEndpoint("responses_tokens", service), methods=["POST"]),
+        Route("/v1/messages", GenerateEndpoint("messages", service, metrics), methods=["POST"]),
+        Route("/v1/messages/count_tokens", TokenEndpoint("messages_tokens", service), methods=["POST"]),
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
@@ -82,9 +87,9 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-async def http_error(_: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
     """Answer 404 and 405 of the routing in the format of all other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = AnswerError(ErrorInfo(code=code, message=error.detail, http_status=error.status_code))
-    return JSONResponse(answer.body, answer.status, headers=error.headers)
+    return JSONResponse(error_body(answer, request.url.path), answer.status, headers=error.headers)
