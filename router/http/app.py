@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,12 +11,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.api_keys import ApiKeys
 from router.http.clients_only import ClientsOnly
+from router.http.error_format import error_body
 from router.http.generate import GenerateEndpoint
 from router.http.unsupported import unsupported_routes
 from router.metrics import Metrics
@@ -34,8 +35,17 @@ class App(Starlette):
         await super().__call__(scope, receive, send)
 
 
-def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = None) -> App:
-    """Return the HTTP application; with ``keys`` for clients that have one.
+def _untraced(app: ASGIApp) -> ASGIApp:
+    return app
+
+
+def make_app(
+    service: RouterService,
+    metrics: Metrics,
+    keys: ApiKeys | None = None,
+    traced: Callable[[ASGIApp], ASGIApp] = _untraced,
+) -> App:
+    """Return the HTTP application; with ``keys`` for clients that have one. ``traced`` wraps what generates.
 
     There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
     """
@@ -46,13 +56,17 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
+        Route("/v1/completions", traced(GenerateEndpoint("completions", service, metrics)), methods=["POST"]),
+        Route("/v1/chat/completions", traced(GenerateEndpoint("chat", service, metrics)), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model_id:path}", admin.model),
         Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),
         Route("/detokenize", TokenEndpoint("detokenize", service), methods=["POST"]),
         Route("/tokenizer_info", admin.tokenizer_info),
+        Route("/v1/responses", traced(GenerateEndpoint("responses", service, metrics)), methods=["POST"]),
+        Route("/v1/responses/input_tokens", TokenEndpoint("responses_tokens", service), methods=["POST"]),
+        Route("/v1/messages", traced(GenerateEndpoint("messages", service, metrics)), methods=["POST"]),
+        Route("/v1/messages/count_tokens", TokenEndpoint("messages_tokens", service), methods=["POST"]),
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
@@ -82,9 +96,9 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-async def http_error(_: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
     """Answer 404 and 405 of the routing in the format of all other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = AnswerError(ErrorInfo(code=code, message=error.detail, http_status=error.status_code))
-    return JSONResponse(answer.body, answer.status, headers=error.headers)
+    return JSONResponse(error_body(answer, request.url.path), answer.status, headers=error.headers)

@@ -10,6 +10,7 @@ import msgspec
 from starlette.types import Receive, Send
 
 from kvrelay.runtime.time_slice import TimeSlice
+from router.http.error_format import error_body
 from router.openai.errors import AnswerError
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -44,9 +45,9 @@ async def send_pieces(send: Send, pieces: Sequence[bytes], headers: Headers = ()
         await time_slice.pause()
 
 
-async def send_error(send: Send, error: AnswerError, headers: Headers = ()) -> None:
-    """Send ``error`` as the answer."""
-    await send_json(send, error.body, error.status, [*error.headers, *headers])
+async def send_error(send: Send, error: AnswerError, headers: Headers = (), path: str = "") -> None:
+    """Send ``error`` as the answer, in the format of the API that ``path`` belongs to."""
+    await send_json(send, error_body(error, path), error.status, [*error.headers, *headers])
 
 
 async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers = ()) -> None:

@@ -41,6 +41,16 @@ class Style(Protocol):
         """Return the fields about the prompt, for the answer or its first chunk."""
 
 
+class Writer(Protocol):
+    """Writes one answer."""
+
+    async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
+        """Return the answer in pieces, when it is complete. Raises what ``deltas`` raise."""
+
+    def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+        """Yield server-sent events. An error after the first is an event; before, it is raised."""
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
     """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""

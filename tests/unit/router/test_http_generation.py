@@ -351,6 +351,23 @@ def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: 
     run(scenario, Script(pace_s=pace_s))
 
 
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_of_several_choices_fails_and_the_others_are_aborted(streaming: bool) -> None:
+    error = ErrorInfo(code="kv_cache_too_small", message="never fits", http_status=400)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 400, "stream": streaming}
+        response = await cluster.client.post("/v1/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "kv_cache_too_small")
+        await until(lambda: not cluster.service.machine.requests)
+        await until(lambda: len({item.partition(":")[2] for item in cluster.script.aborted}) >= 3)
+        counters = cluster.service.machine.requests.counters
+        assert (counters.failed, counters.aborted) == (1, 3)
+
+    run(scenario, Script(pace_s=60.0, fail_with=error, fail_times=1, fail_at="n0"))
+
+
 def delete(cluster: FakeCluster, name: str) -> Awaitable[httpx.Response]:
     """Cancel a request as an operator does."""
     app = make_operators_app(cluster.service)
