@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -32,6 +32,9 @@ from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
+
+if TYPE_CHECKING:
+    from router.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +121,8 @@ async def serve(config: ClusterConfig) -> str:
         logger.warning(
             "router.host: %s can be reached from other hosts, and clients need no API key", config.router.host
         )
-    clients: ASGIApp = make_app(service, metrics, keys)
+    tracing = _tracing(service, config.router)
+    clients: ASGIApp = make_app(service, metrics, keys, *([tracing.traced] if tracing else []))
     operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
         clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
@@ -129,7 +133,22 @@ async def serve(config: ClusterConfig) -> str:
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
         startup.report(READY)
-        return await service.run()
+        try:
+            return await service.run()
+        finally:
+            if tracing is not None:
+                await tracing.close()
+
+
+def _tracing(service: RouterService, config: RouterConfig) -> Tracing | None:
+    """Return what sends traces, or None. Raises ConfigError without the library."""
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from router.tracing import Tracing  # noqa: PLC0415 (an extra, which takes long to import)
+    except ImportError as error:
+        raise ConfigError(["router.otlp_endpoint needs OpenTelemetry: pip install 'kvrelay[otel]'"]) from error
+    return Tracing(service, config.otlp_endpoint, config.trace_sample_ratio)
 
 
 @contextlib.asynccontextmanager

@@ -201,6 +201,16 @@ class RouterConfig(Section):
         True, description="Log one line per HTTP request; probes such as /health only at log_level debug."
     )
 
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="URL of an OpenTelemetry collector that takes traces over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; needs kvrelay[otel]; default: no traces.",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of requests that are traced, of those without a traceparent that decides."
+    )
+
     @model_validator(mode="after")
     def _room_for_a_body(self) -> Self:
         if self.max_total_body_bytes < self.max_body_bytes:

@@ -48,8 +48,17 @@ class App:
         return (app or self._starlette)(scope, receive, send)
 
 
-def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = None) -> ASGIApp:
-    """Return the HTTP application; with ``keys`` for clients that have one.
+def _untraced(app: ASGIApp) -> ASGIApp:
+    return app
+
+
+def make_app(
+    service: RouterService,
+    metrics: Metrics,
+    keys: ApiKeys | None = None,
+    traced: Callable[[ASGIApp], ASGIApp] = _untraced,
+) -> ASGIApp:
+    """Return the HTTP application; with ``keys`` for clients that have one. ``traced`` wraps what generates.
 
     There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
     """
@@ -60,16 +69,16 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
+        Route("/v1/completions", traced(GenerateEndpoint("completions", service, metrics)), methods=["POST"]),
+        Route("/v1/chat/completions", traced(GenerateEndpoint("chat", service, metrics)), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model_id:path}", admin.model),
         Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),
         Route("/detokenize", TokenEndpoint("detokenize", service), methods=["POST"]),
         Route("/tokenizer_info", admin.tokenizer_info),
-        Route("/v1/responses", GenerateEndpoint("responses", service, metrics), methods=["POST"]),
+        Route("/v1/responses", traced(GenerateEndpoint("responses", service, metrics)), methods=["POST"]),
         Route("/v1/responses/input_tokens", TokenEndpoint("responses_tokens", service), methods=["POST"]),
-        Route("/v1/messages", GenerateEndpoint("messages", service, metrics), methods=["POST"]),
+        Route("/v1/messages", traced(GenerateEndpoint("messages", service, metrics)), methods=["POST"]),
         Route("/v1/messages/count_tokens", TokenEndpoint("messages_tokens", service), methods=["POST"]),
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],

@@ -18,6 +18,7 @@ from router.http.access_log import note_tokens
 from router.http.asgi import Headers, Watching, send_error, send_events, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
+from router.http.request_span import note_requests
 from router.metrics import Metrics
 from router.openai.answer import AnswerHead
 from router.openai.choice import Choice
@@ -98,6 +99,7 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
+        note_requests(scope, request_ids)
         named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
