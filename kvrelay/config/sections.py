@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from kvrelay.addresses import loopback_like, netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import ConfigError
 
 _ADMIN_PORT_OFFSET = 90
@@ -447,6 +448,11 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    self_check: SelfCheckMode = Field(
+        "report",
+        description="Check of blocks, slots, sequences, transfers and reservations that each idle process makes of "
+        "itself. report: log and count violations; fatal: the process ends with an error, for tests; off.",
+    )
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
     )
