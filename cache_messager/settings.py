@@ -23,7 +23,8 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``me``: its peer id. ``node``: the peer id of its node, which listens at ``node_address``. ``pool``: handle of the
     node's KV memory. ``links``: kinds of link for sending, best first. ``runtime_dir``: directory of link files.
-    ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
+    ``faults``: the
+    section of that name. ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
     from the config's sections ``transfer``, ``cluster`` and ``security``.
     """
 
@@ -46,6 +47,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["auto", "text", "json"] = "auto"
     keys: str | None = None
     self_check: SelfCheckMode = "report"
+    faults: dict[str, Any] = {}
 
     @classmethod
     def for_node(
@@ -78,6 +80,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             log_format=config.cluster.log_format,
             keys=config.security.keys,
             self_check=config.cluster.self_check,
+            faults=config.faults.model_dump(mode="json"),
         )
 
 

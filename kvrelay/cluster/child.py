@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvrelay.config.faults import FaultsConfig
 from kvrelay.runtime.startup import READY, STAGES_FD
 
 _PR_SET_PDEATHSIG = 1
@@ -23,11 +24,12 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to start. ``name`` is unique in the cluster."""
+    """A process to start. ``name`` is unique in the cluster. ``faults``: of these, its supervisor stops it."""
 
     name: str
     role: str
     argv: tuple[str, ...]
+    faults: FaultsConfig = FaultsConfig()
 
 
 class _Pipe:
@@ -95,6 +97,17 @@ class Child:
         """Send SIGTERM. The process drains, and stops its own children."""
         if self._process.returncode is None:
             self._process.terminate()
+            self.resume()  # a stopped process would not notice
+
+    def pause(self) -> None:
+        """Send SIGSTOP to the process, but not to those it started."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Send SIGCONT to the process."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill the process and all processes it started."""

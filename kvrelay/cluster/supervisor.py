@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from kvrelay.cluster.child import Child, ProcessSpec
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.restarts import Life, RestartPolicy
+from kvrelay.cluster.stops import stop_now_and_then
 from kvrelay.config.cluster_config import ClusterSettings
 from kvrelay.runtime.startup import READY
 from kvrelay.runtime.stop_signals import StopRequests
@@ -147,7 +148,11 @@ class Supervisor:
                 child.kill()
             elif self._stopping.is_set():
                 child.terminate()
+            stops = asyncio.create_task(
+                stop_now_and_then(child, spec.name, spec.faults, self._display.warn, self._sleep)
+            )
             code = await child.wait()
+            stops.cancel()
             return Life(code, self._now() - started_s, child.was_ready)
         finally:
             del self._children[spec.name]

@@ -75,9 +75,9 @@ def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
 def process_specs(config: ClusterConfig, path: Path) -> list[ProcessSpec]:
     """Return the processes of a cluster: the router, then each node."""
     command = (sys.executable, "-P", "-m", "kvrelay.cluster")
-    router = ProcessSpec("router", "router", (*command, "router", str(path)))
+    router = ProcessSpec("router", "router", (*command, "router", str(path)), config.faults)
     nodes = (
-        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name))
+        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name), node.faults)
         for node in config.nodes
     )
     return [router, *nodes]

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvrelay.config.faults import FaultKind
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
+from kvrelay.runtime.faults import corrupted
 
 Payload = tuple[memoryview, ...]
 
@@ -34,7 +36,7 @@ class Fault:
     ``source`` and ``target`` are process names, to tell apart who sends it to whom.
     """
 
-    kind: str
+    kind: FaultKind
     message: str
     nth: int | None = None
     seconds: float = 0.0
@@ -65,7 +67,7 @@ class FakeLink:
     arrive: Callable[[Parcel, Message, Payload], None]
     latency_s: float = 0.0002
     jitter: float = 0.5
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[FaultKind, float] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     arrived: Counter[str] = field(default_factory=Counter)
@@ -95,7 +97,7 @@ class FakeLink:
         """Change a byte of its payload."""
         return self._add(Fault("corrupt", message, nth))
 
-    def disturb(self, **rates: float) -> None:
+    def disturb(self, rates: dict[FaultKind, float]) -> None:
         """Let each message between hosts suffer each fault with this probability.
 
         Messages between a node and its own messager, over a socket on one host, are spared.
@@ -150,16 +152,7 @@ class FakeLink:
         def arrived() -> None:
             payload = tuple(memoryview(bytes(part)) for part in parcel.payload)
             message = decode(parcel.data)
-            self.arrive(parcel, message, _flipped(payload) if "corrupt" in kinds else payload)
+            self.arrive(parcel, message, corrupted(payload) if "corrupt" in kinds else payload)
             self.arrived[type(message).__name__] += 1
 
         self.schedule(at_s - self.clock(), arrived)
-
-
-def _flipped(payload: Payload) -> Payload:
-    """Return ``payload`` with one bit of its last part turned over."""
-    if not payload:
-        return payload
-    last = bytearray(payload[-1])
-    last[len(last) // 2] ^= 0x10
-    return (*payload[:-1], memoryview(bytes(last)))
