@@ -12,7 +12,6 @@ from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.settings import MessagerSettings, host_id
 from kvrelay.addresses import tcp_address
-from kvrelay.config.faults import FaultsConfig
 from kvrelay.kv_pool.attach import open_pool
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
@@ -59,8 +58,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
 
 def _transport(settings: MessagerSettings, deliver: Callable[[object], None]) -> Transport:
     keys = None if settings.keys is None else Keys.load(Path(settings.keys), peer_name(settings.node))
-    faults = FaultsConfig.model_validate(settings.faults)
-    return open_transport(settings.me, deliver, faults, send_queue=_QUEUE, keys=keys)
+    return open_transport(settings.me, deliver, settings.faults, send_queue=_QUEUE, keys=keys)
 
 
 def _log_offers(settings: MessagerSettings, offered: list[str]) -> None:

@@ -13,6 +13,7 @@ from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.runtime.faults import MessageFaults
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
     from kvrelay.config.cluster_config import NodeConfig
@@ -23,8 +24,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``me``: its peer id. ``node``: the peer id of its node, which listens at ``node_address``. ``pool``: handle of the
     node's KV memory. ``links``: kinds of link for sending, best first. ``runtime_dir``: directory of link files.
-    ``faults``: the
-    section of that name. ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
+    ``cpus``: CPUs it may run on, all by default, so that a messager does not compete with a pinned node. The rest is
     from the config's sections ``transfer``, ``cluster`` and ``security``.
     """
 
@@ -47,7 +47,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["auto", "text", "json"] = "auto"
     keys: str | None = None
     self_check: SelfCheckMode = "report"
-    faults: dict[str, Any] = {}
+    faults: MessageFaults | None = None
 
     @classmethod
     def for_node(
@@ -80,7 +80,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             log_format=config.cluster.log_format,
             keys=config.security.keys,
             self_check=config.cluster.self_check,
-            faults=config.faults.model_dump(mode="json"),
+            faults=MessageFaults.of(config.faults),
         )
 
 

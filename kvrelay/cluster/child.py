@@ -9,7 +9,7 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvrelay.config.faults import FaultsConfig
 from kvrelay.runtime.startup import READY, STAGES_FD
@@ -29,7 +29,7 @@ class ProcessSpec:
     name: str
     role: str
     argv: tuple[str, ...]
-    faults: FaultsConfig = FaultsConfig()
+    faults: FaultsConfig = field(default_factory=FaultsConfig, hash=False)
 
 
 class _Pipe:

@@ -16,7 +16,7 @@ async def stop_now_and_then(
     say: Callable[[str], None],
     sleep: Callable[[float], Awaitable[None]],
 ) -> None:
-    """Stop ``child`` (SIGSTOP) at random times and let it continue (SIGCONT), until cancelled. It continues then too."""
+    """Stop ``child`` (SIGSTOP) at random times and let it continue (SIGCONT), until cancelled."""
     if faults.stop_every_s is None:
         return
     rng = random.Random(f"{faults.seed} {name}")

@@ -80,6 +80,9 @@ class Supervisor:
         """
         self._env = env
         self._display.say(f"starting {', '.join(spec.name for spec in self._specs)}")
+        faulty = [spec.name for spec in self._specs if spec.faults.is_active]
+        if faulty:
+            self._display.warn(f"FAULTS ARE INJECTED ON PURPOSE in {', '.join(faulty)}: see faults in the config")
         keepers = {spec: asyncio.create_task(self._keep(spec)) for spec in self._specs}
         bring_up = asyncio.create_task(self._bring_up())
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,6 @@ from kvrelay.protocol.codec import MESSAGES
 
 FaultKind: TypeAlias = Literal["drop", "delay", "overtake", "duplicate", "corrupt"]
 """What may happen to a message. The fake link of the tests has the same kinds."""
-
-FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 ANY_MESSAGE = "*"
 
@@ -52,12 +50,6 @@ class FaultsConfig(Section):
         return self
 
     @property
-    def active(self) -> dict[str, Any]:
-        """What is injected, for the log; empty if nothing is."""
-        stops = {"stop_every_s": self.stop_every_s, "stop_s": self.stop_s} if self.stop_every_s is not None else {}
-        slow = {"store_delay_rate": self.store_delay_rate, "store_delay_s": self.store_delay_s}
-        return {
-            **({"messages": self.messages, "max_delay_s": self.max_delay_s} if self.messages else {}),
-            **(slow if self.store_delay_rate else {}),
-            **stops,
-        }
+    def is_active(self) -> bool:
+        """Whether any fault is injected."""
+        return bool(self.messages or self.store_delay_rate or self.stop_every_s is not None)

@@ -20,6 +20,7 @@ from kvrelay.config.faults import FaultsConfig
 from kvrelay.kv_pool.interface import KVPool
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
+from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.shell import Shell
 from kvstore.storage.interface import KVStore, PutOutcome
 
@@ -35,7 +36,11 @@ class StorageIO:
     """
 
     def __init__(
-        self, store: KVStore, pool: KVPool, num_slots: int, post: Callable[[object], None],
+        self,
+        store: KVStore,
+        pool: KVPool,
+        num_slots: int,
+        post: Callable[[object], None],
         clock: Clock,
         faults: FaultsConfig | None = None,
     ) -> None:
@@ -43,7 +48,10 @@ class StorageIO:
         self._pool = pool
         self._post = post
         self._clock = clock
-        self._faults = faults if faults is not None and faults.store_delay_rate else None
+        self._faults: FaultsConfig | None = faults if faults is not None and faults.store_delay_rate else None
+        if self._faults is not None:
+            fields = {"store_delay_rate": self._faults.store_delay_rate, "store_delay_s": self._faults.store_delay_s}
+            log_event("error", "faults are injected on purpose", fields)
         self._rng = random.Random(faults.seed if faults is not None else 0)
         # The system allocates these pages on first write, so an idle node uses no memory for them.
         geometry = pool.geometry

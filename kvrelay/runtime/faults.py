@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from kvrelay.config.faults import ANY_MESSAGE, FaultKind, FaultsConfig
+import msgspec
+
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.transport import Transport
 
+if TYPE_CHECKING:  # a messager needs no pydantic
+    from kvrelay.config.faults import FaultsConfig
+
+ANY_MESSAGE = "*"
+
+
+class MessageFaults(msgspec.Struct, frozen=True):
+    """The faults of messages in the section ``faults``: ``rates`` by message type and kind."""
+
+    rates: Mapping[str, Mapping[str, float]]
+    max_delay_s: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: FaultsConfig) -> MessageFaults | None:
+        """Return the faults of messages in ``config``, or None if there are none."""
+        rates = {message: {str(kind): rate for kind, rate in of.items()} for message, of in config.messages.items()}
+        return cls(rates, config.max_delay_s, config.seed) if rates else None
+
 
 def open_transport(
     me: PeerId,
     deliver: Callable[[object], None],
-    faults: FaultsConfig,
+    faults: MessageFaults | None,
     *,
     send_queue: int = 1000,
     keys: Keys | None = None,
 ) -> Transport:
-    """Return the transport of a process: one with faults if there are any for messages."""
-    if faults.active:
-        log_event("error", "faults are injected on purpose", faults.active)
-    if not faults.messages:
+    """Return the transport of a process, with ``faults`` if there are any."""
+    if faults is None:
         return Transport(me, deliver, send_queue=send_queue, keys=keys)
+    log_event("error", "faults are injected on purpose", {"messages": faults.rates})
     return FaultyTransport(me, deliver, faults, send_queue=send_queue, keys=keys)
 
 
@@ -40,7 +60,7 @@ class FaultyTransport(Transport):
         self,
         me: PeerId,
         deliver: Callable[[object], None],
-        faults: FaultsConfig,
+        faults: MessageFaults,
         *,
         send_queue: int = 1000,
         keys: Keys | None = None,
@@ -84,10 +104,10 @@ class FaultyTransport(Transport):
         if "duplicate" in kinds:
             self._send_at(at_s, peer, message, payload)
 
-    def _chance(self, message: str) -> set[FaultKind]:
-        rates = self._faults.messages.get(message)
+    def _chance(self, message: str) -> set[str]:
+        rates = self._faults.rates.get(message)
         if rates is None:
-            rates = self._faults.messages.get(ANY_MESSAGE, {})
+            rates = self._faults.rates.get(ANY_MESSAGE, {})
         return {kind for kind, rate in rates.items() if self._rng.random() < rate}
 
     def _send_at(self, at_s: float, peer: PeerId, message: Message, payload: Sequence[memoryview]) -> None:

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kvrelay.config.faults import FaultKind
 from kvrelay.protocol.codec import decode, encode
@@ -67,7 +67,7 @@ class FakeLink:
     arrive: Callable[[Parcel, Message, Payload], None]
     latency_s: float = 0.0002
     jitter: float = 0.5
-    rates: dict[FaultKind, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     arrived: Counter[str] = field(default_factory=Counter)
@@ -97,7 +97,7 @@ class FakeLink:
         """Change a byte of its payload."""
         return self._add(Fault("corrupt", message, nth))
 
-    def disturb(self, rates: dict[FaultKind, float]) -> None:
+    def disturb(self, **rates: float) -> None:
         """Let each message between hosts suffer each fault with this probability.
 
         Messages between a node and its own messager, over a socket on one host, are spared.
@@ -143,7 +143,7 @@ class FakeLink:
         if any(f"{name}.messager" in ends for name in ends):
             return []
         return [
-            Fault(kind, "", seconds=self.rng.random() * MAX_DELAY_S)
+            Fault(cast(FaultKind, kind), "", seconds=self.rng.random() * MAX_DELAY_S)
             for kind, rate in self.rates.items()
             if self.rng.random() < rate
         ]
