@@ -113,7 +113,7 @@ class MessagerMachine:
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
             case Started():
-                self._outbox.send(self._node, MessagerReady(link=self._link))
+                self._tell_ready()
                 self._set_heartbeat()
             case Resumed(paused_s=paused_s):
                 self._sender.resumed(paused_s)
@@ -183,10 +183,14 @@ class MessagerMachine:
 
     def _beat(self) -> None:
         self._set_heartbeat()
+        self._tell_ready()  # the first may have been lost
         self._sender.beat()
         self._receiver.beat()
         self._self_check.beat(self._activity())
         self._outbox.send(self._node, MessagerStats(counters=self.counters, gauges=self.gauges()))
+
+    def _tell_ready(self) -> None:
+        self._outbox.send(self._node, MessagerReady(link=self._link))
 
     def _set_heartbeat(self) -> None:
         self._outbox.do(SetTimer(HEARTBEAT, self._outbox.now + self._heartbeat_s))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
-from kvrelay.machine.laws import Laws, Violation
+from kvrelay.machine.laws import Violation
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
@@ -127,8 +127,8 @@ class SenderLink:
         self.inflight_bytes -= frame.num_bytes
         self._free_slots.append(frame.slot)
 
-    def laws_at_rest(self) -> Laws:
-        """Check that all credit and every slot is back, and no transfer waits; see ``kvrelay.machine.laws``."""
+    def violations_at_rest(self) -> list[Violation]:
+        """Check that all credit and every slot is back, and no transfer waits; return what is wrong."""
         found = []
         if self.inflight_bytes:
             found.append(Violation(f"sender not quiescent: {self.inflight_bytes} bytes under way to {self.peer}"))
@@ -139,4 +139,4 @@ class SenderLink:
             found.append(Violation(text))
         if self.ready or self.transfers:
             found.append(Violation(f"{len(self.transfers)} transfers to {self.peer}, {len(self.ready)} of them ready"))
-        yield found
+        return found

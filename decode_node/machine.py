@@ -154,6 +154,9 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
 
     def _beat_to_nodes(self) -> None:
         self._reservations.heartbeat()
+        if self._reservations.refused_a_stranger:
+            self._reservations.refused_a_stranger = False
+            self._membership.register_again()  # the answer names the prefill nodes
 
     def _resumed(self, paused_s: float) -> None:
         self._reservations.resumed(paused_s)

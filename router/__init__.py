@@ -1,6 +1,7 @@
 """Lifecycle of a request in the router.
 
-1. ``openai`` parses and validates the HTTP request and makes one request per choice. ``text`` renders the chat
+1. ``openai`` parses and validates the HTTP request and makes one request per choice; ``responses`` and ``anthropic``
+   make it of the requests of other APIs, and format its answers for them. ``text`` renders the chat
    template and tokenizes once. Nodes receive token ids only.
 2. ``service`` posts Submitted to the machine in ``machine``. It admits all of them or none. Each admitted
    request gets exactly one terminal delivery, even if nodes fail.

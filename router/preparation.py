@@ -14,20 +14,23 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from kvrelay.errors import InvalidRequestError, PromptTooLongError
+from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.anthropic.api import Messages
 from router.known_grammars import KnownGrammars
 from router.model import ServedModel
-from router.openai.answer import Style
+from router.openai.answer import AnswerHead, Writer
 from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice
 from router.openai.completions import Completions
+from router.openai.dialect import Reading
 from router.openai.errors import AnswerError
 from router.openai.models import model_name
 from router.openai.parsing import Parsing
-from router.openai.sampling import RequestSampling, too_long
-from router.openai.schemas import ChatFields, GenerationFields, parse
+from router.openai.sampling import RequestSampling
+from router.openai.schemas import ChatFields, GenerationFields
 from router.openai.tokens import detokenized, tokenized
+from router.responses.api import Responses
 
 INLINE_BYTES = 16 << 10
 """Bodies up to this length may be prepared on the event loop: some milliseconds at most."""
@@ -35,7 +38,9 @@ INLINE_BYTES = 16 << 10
 INLINE_MESSAGES = 64
 """Chats with more messages are rendered in a worker: rendering may take time quadratic in their number."""
 
-Task: TypeAlias = Literal["completions", "chat", "tokenize", "detokenize"]
+Task: TypeAlias = Literal[
+    "completions", "chat", "responses", "messages", "tokenize", "detokenize", "responses_tokens", "messages_tokens"
+]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,16 +61,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class PreparedRequest:
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client requested an echo.
+    ``texts``: each prompt as text, if the client requested an echo. ``echo``: what else the answer repeats of the body.
     """
 
     request: GenerationFields
     prompts: Sequence[list[int]]
     texts: Sequence[str] | None = None
+    echo: bytes = b""
 
 
 class Api(Protocol):
-    """The parts specific to one OpenAI API, ``completions`` or ``chat``."""
+    """The parts specific to one API. What they read is the same kind of request: that of completions or of chats."""
 
     name: str
     id_prefix: str
@@ -73,6 +79,9 @@ class Api(Protocol):
     @property
     def schema(self) -> type[GenerationFields]:
         """The schema of its requests."""
+
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError, and PromptTooLongError if it is certain."""
 
     def num_prompts(self, request: Any) -> int:
         """Return the number of prompts."""
@@ -83,14 +92,16 @@ class Api(Protocol):
     def texts(self, request: Any) -> list[str] | None:
         """Return each prompt as text if the client requested an echo, else None."""
 
+    def writer(
+        self, head: AnswerHead, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None, echo: bytes
+    ) -> Writer:
+        """Return what writes the answer."""
+
     def without_content(self, request: Any) -> GenerationFields:
         """Return ``request`` without what is long and not needed after tokenization."""
 
     def parsing(self, request: Any) -> Parsing | None:
         """Return how the outputs are parsed; None: all of them is text."""
-
-    def style(self, request: Any, choices: Sequence[Choice], texts: Sequence[str] | None) -> Style:
-        """Return the formatter of the response."""
 
 
 Outcome: TypeAlias = PreparedRequest | bytes
@@ -107,7 +118,13 @@ class Preparation:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.known_grammars = KnownGrammars()
-        self.apis: dict[str, Api] = {"completions": Completions(model), "chat": ChatCompletions(model)}
+        self._responses, self._messages = Responses(model), Messages(model)
+        self.apis: dict[str, Api] = {
+            "completions": Completions(model),
+            "chat": ChatCompletions(model),
+            "responses": self._responses,
+            "messages": self._messages,
+        }
 
     def prepare_inline(self, job: Job) -> Outcome:
         """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
@@ -131,18 +148,21 @@ class Preparation:
                 return msgspec.json.encode(tokenized(content, self._model, job.max_model_len, check))
             case "detokenize":
                 return msgspec.json.encode(detokenized(content, self._model))
-            case "completions" | "chat":
+            case "responses_tokens":
+                return msgspec.json.encode(self._responses.prompt_tokens(content, job.max_model_len, check))
+            case "messages_tokens":
+                return msgspec.json.encode(self._messages.prompt_tokens(content, job.max_model_len, check))
+            case "completions" | "chat" | "responses" | "messages":
                 return self._generation(job, content, check)
 
     def _generation(self, job: Job, content: dict[str, Any], check: Callable[[object], None]) -> PreparedRequest:
         api = self.apis[job.task]
-        _check_num_messages(content.get("messages"), job.max_model_len)
-        request = parse(api.schema, content)
+        request, echo = api.read(content, job.max_model_len)
         model_name(request.model, self._model)
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
         prompts = api.prompts(request, job.max_model_len)
-        return PreparedRequest(request, prompts, api.texts(request))
+        return PreparedRequest(request, prompts, api.texts(request), echo)
 
     def _check_inline(self, request: object) -> None:
         """Raise TooLongForLoopError if preparing ``request`` takes long: many messages, or a grammar to compile."""
@@ -171,7 +191,7 @@ class Preparation:
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
         request = self.apis[job.task].without_content(prepared.request)
-        return PreparedRequest(request, prepared.prompts, prepared.texts)
+        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.echo)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -219,12 +239,6 @@ def _renders_fast(chat: ChatFields) -> bool:
     """Return whether rendering is fast: few messages, and only bool, str or None variables."""
     variables = (chat.chat_template_kwargs or {}).values()
     return len(chat.messages) <= INLINE_MESSAGES and all(isinstance(value, bool | str | None) for value in variables)
-
-
-def _check_num_messages(messages: object, max_model_len: int) -> None:
-    """Raise PromptTooLongError for more messages than ``max_model_len``, before any work per message."""
-    if isinstance(messages, list) and len(messages) > max_model_len:
-        raise PromptTooLongError(too_long(len(messages), 1, max_model_len, "messages", at_least=True), param="messages")
 
 
 def _check_count(num_prompts: int, num_choices: int, limit: int) -> None:

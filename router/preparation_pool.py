@@ -233,7 +233,7 @@ class Preparer:
         if request.structure is not None:
             self._preparation.known_grammars.add(request.structure.grammar)
         prompts: Sequence[list[int]] = [await _decoded(prompt) for prompt in reply.prompts]
-        return PreparedRequest(request, prompts, reply.texts)
+        return PreparedRequest(request, prompts, reply.texts, reply.echo)
 
 
 async def _decoded(prompt: bytes) -> list[int]:

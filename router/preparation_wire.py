@@ -28,6 +28,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     request: bytes
     prompts: list[msgspec.Raw]
     texts: list[str] | None
+    echo: bytes
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):

@@ -137,7 +137,7 @@ class Requests:
             self.counters.stale_messages += 1
             self._attempts.abort(peer, output.request_id, output.epoch)
             return
-        if peer not in request.nodes and self._placement.adopt_decode(request, peer):
+        if peer not in (request.prefill, request.decode) and self._placement.adopt_decode(request, peer):
             self._search.found(request)
         if peer == request.decode and request.prefill is not None:
             # All KV has arrived and been handed off: nothing depends on P any more.

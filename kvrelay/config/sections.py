@@ -133,6 +133,13 @@ class RouterConfig(Section):
         description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
         "router started, no longer ago.",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1 << 20,
+        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
+        "fewer and larger chunks anyway.",
+    )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."
     )
@@ -193,6 +200,16 @@ class RouterConfig(Section):
     tls_key: str | None = Field(None, min_length=1, description="File with the private key of tls_certificate (PEM).")
     access_log: bool = Field(
         True, description="Log one line per HTTP request; probes such as /health only at log_level debug."
+    )
+
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="URL of an OpenTelemetry collector that takes traces over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; needs kvrelay[otel]; default: no traces.",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of requests that are traced, of those without a traceparent that decides."
     )
 
     @model_validator(mode="after")

@@ -74,11 +74,24 @@ class Endings(Generic[R, S]):
         ``reason`` is for a peer that still works for it.
         """
         if Holder.MESSAGER in request.holders:
-            self._outbox.send(
-                MESSAGER, self._stop_messager(request_id=request.spec.request_id, epoch=request.spec.epoch)
-            )
+            self._stop_using_blocks_of(request)
         self._requests.move(request, self._last.closing, self._outbox.now)
         self.release(request, Holder.REQUEST)
+
+    def _stop_using_blocks_of(self, request: R) -> None:
+        stop = self._stop_messager(request_id=request.spec.request_id, epoch=request.spec.epoch)
+        self._outbox.send(MESSAGER, stop)
+
+    def remind_messager(self, after_s: float) -> None:
+        """Tell the messager again of requests that have been over for ``after_s`` and whose blocks it still holds.
+
+        Either message may have been lost. The messager answers as often as it is told.
+        """
+        for request in self._requests:
+            if request.is_over and Holder.MESSAGER in request.holders:
+                _, since_s = request.lifecycle.history[-1]
+                if self._outbox.now - since_s >= after_s:
+                    self._stop_using_blocks_of(request)
 
     def release(self, request: R, holder: Holder) -> None:
         """Note that ``holder`` uses the blocks no longer; without effect if it did not."""

@@ -237,7 +237,8 @@ class NodeMachine(ABC, Generic[R, S]):
                     self._prefix_reports.registered(peer, wanted=message.wants_prefixes)
             case MessagerReady():
                 self._messager_ready(message)
-                self._join()
+                if not self._membership.has_joined:
+                    self._join()
             case MessagerStats():
                 self._messager_stats = message
             case Drain(stay_down=stay_down):
@@ -300,6 +301,7 @@ class NodeMachine(ABC, Generic[R, S]):
             self._router_lost(router, "no heartbeat")
         self._membership.beat(self.load())
         self._prefix_reports.report(self._membership.routers)
+        self._endings.remind_messager(self._node.cluster.heartbeat_s)
         self._beat_to_nodes()
         self._self_check.beat(self._activity())
 

@@ -19,7 +19,7 @@ from router.openai.errors import AnswerError
 OPEN = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/readyz"})
 """Paths that need no key: whether the process lives, and whether it can serve."""
 
-_GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+_GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 _USE = "kvrelay.key_use"
 _SCHEME = "bearer "
 
@@ -39,10 +39,11 @@ class ClientsOnly:
         if path in OPEN or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
-        secret = _secret(Headers(scope=scope))
-        key = None if secret is None else self._keys.find(secret)
+        secrets = _secrets(Headers(scope=scope))
+        key = next(filter(None, map(self._keys.find, secrets)), None)
         if key is None:
-            await send_error(send, _unauthorized(is_given=secret is not None), [(b"www-authenticate", b"Bearer")])
+            error = _unauthorized(is_given=bool(secrets))
+            await send_error(send, error, [(b"www-authenticate", b"Bearer")], path)
             return
         note_key(scope, key.name)
         if path in _GENERATING:
@@ -54,7 +55,7 @@ class ClientsOnly:
         use = self._uses.setdefault(key.name, KeyUse(self._now()))
         wait_s = use.wait_s(key, self._now())
         if wait_s > 0:
-            await send_error(send, _too_much(key, wait_s), use.headers(key, self._now()))
+            await send_error(send, _too_much(key, wait_s), use.headers(key, self._now()), scope["path"])
             return
         use.begin()
         scope[_USE] = use
@@ -77,13 +78,21 @@ def charge(scope: Scope, choices: Sequence[Choice]) -> None:
         use.charge(sum(choice.num_tokens for choice in choices) + num_prompt_tokens(choices))
 
 
-def _secret(headers: Headers) -> str | None:
-    given = headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
-    return given[len(_SCHEME) :].strip() if given.lower().startswith(_SCHEME) else None
+def _secrets(headers: Headers) -> list[str]:
+    """Return what may be the key: the bearer token, for OpenAI's clients, or ``x-api-key``, for Anthropic's."""
+    bearer, plain = (
+        headers.get(name, "").encode("latin-1").decode("utf-8", "replace") for name in ("authorization", "x-api-key")
+    )
+    secrets = [bearer[len(_SCHEME) :].strip()] if bearer.lower().startswith(_SCHEME) else []
+    return [*secrets, plain.strip()] if plain else secrets
 
 
 def _unauthorized(*, is_given: bool) -> AnswerError:
-    message = "the API key is not valid" if is_given else "an API key is required: Authorization: Bearer KEY"
+    message = (
+        "the API key is not valid"
+        if is_given
+        else "an API key is required: Authorization: Bearer KEY, or x-api-key: KEY"
+    )
     return AnswerError(ErrorInfo(code="invalid_api_key", message=message, http_status=401))
 
 

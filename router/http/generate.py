@@ -15,11 +15,12 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
+from router.http.asgi import Headers, Watching, send_error, send_events, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
+from router.http.request_span import note_requests
 from router.metrics import Metrics
-from router.openai.answer import Answer, AnswerHead
+from router.openai.answer import AnswerHead
 from router.openai.choice import Choice
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError, Generation
@@ -82,14 +83,15 @@ class GenerateEndpoint:
             return
         except AnswerError as error:
             self._metrics.refused(self._api.name, error.error.code)
-            await send_error(send, error, headers)
+            await send_error(send, error, headers, scope["path"])
         except KVRelayError as error:
             self._metrics.refused(self._api.name, error.code)
-            await send_error(send, AnswerError.of(error), headers)
+            await send_error(send, AnswerError.of(error), headers, scope["path"])
         except Exception:
             logger.exception(Event("error while serving", {"path": scope["path"], "request_id": name}))
             message = "internal error, see the router's log"
-            await send_error(send, AnswerError(ErrorInfo(code="internal_error", message=message)), headers)
+            internal = AnswerError(ErrorInfo(code="internal_error", message=message))
+            await send_error(send, internal, headers, scope["path"])
 
     async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         arrival_s = self._service.clock.now()
@@ -97,17 +99,20 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
+        note_requests(scope, request_ids)
         named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
-        answer = Answer(head, self._api.style(request, choices, outcome.texts), choices, request)
+        answer = self._api.writer(head, request, choices, outcome.texts, outcome.echo)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
-        generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
+        interval = self._service.config.router.stream_interval if request.stream else 1
+        observer = self._metrics.observer(self._api.name, arrival_s)
+        generation = Generation(choices, self._service, observer, interval=interval)
         generation.start()
         refused = False
         try:
-            async with watching(receive, generation.client_left):
+            async with Watching(scope, receive, generation.client_left):
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.http.error_format import error_body
 from router.openai.errors import AnswerError
 
 NAME = "unsupported"
@@ -34,6 +35,8 @@ UNSUPPORTED: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("/score", "/rerank", "/pooling", "/classify"), (_EMBEDDINGS, ("POST",))),
     "/v1/chat/completions": (_STORED, ("GET",)),
     "/v1/chat/completions/{rest:path}": (_STORED, _ANY),
+    "/v1/responses/{rest:path}": (_STORED, _ANY),
+    "/v1/messages/batches{rest:path}": (_BATCHES, _ANY),
     "/v1/models/{rest:path}": (_TRAINING, ("DELETE",)),
     "/v1/files{rest:path}": (_FILES, _ANY),
     "/v1/uploads{rest:path}": (_FILES, _ANY),
@@ -72,4 +75,4 @@ class _Refusal:
         """Refuse ``request``, whatever its body is."""
         message = f"{request.method} {request.url.path[:200]}: {self._reason}"
         error = AnswerError(ErrorInfo(code="unsupported_endpoint", message=message, http_status=404))
-        return JSONResponse(error.body, error.status)
+        return JSONResponse(error_body(error, request.url.path), error.status)

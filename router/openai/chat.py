@@ -7,13 +7,15 @@ from typing import Any
 
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.model import ServedModel
+from router.openai.answer import Answer, AnswerHead, Writer
 from router.openai.choice import Choice, Delta
+from router.openai.dialect import Reading
 from router.openai.logprobs import Logprobs, chat_logprobs
 from router.openai.parsing import Parsing, check_tool_use, parsing_of
 from router.openai.prompt_logprobs import PromptLogprobsField
 from router.openai.reading import reading
-from router.openai.sampling import check_text_ids, check_text_length
-from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage
+from router.openai.sampling import check_num_messages, check_text_ids, check_text_length
+from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage, parse
 from router.tools.parts import CallArguments, CallBegun, Message, Part, Reasoning, Text, joined
 
 ROLE = "assistant"
@@ -61,6 +63,11 @@ class ChatCompletions:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError, PromptTooLongError for too many messages."""
+        check_num_messages(body.get("messages"), max_model_len)
+        return Reading(parse(ChatCompletionRequest, body))
+
     def num_prompts(self, request: ChatCompletionRequest) -> int:
         """Return 1: a chat is one prompt."""
         return 1
@@ -78,6 +85,17 @@ class ChatCompletions:
     def texts(self, request: ChatCompletionRequest) -> None:
         """Return nothing: a chat has no echo."""
 
+    def writer(
+        self,
+        head: AnswerHead,
+        request: ChatCompletionRequest,
+        choices: Sequence[Choice],
+        texts: Sequence[str] | None,
+        echo: bytes,
+    ) -> Writer:
+        """Return what writes the answer."""
+        return Answer(head, ChatStyle(self._model.tokenizer.token_bytes, request), choices, request)
+
     def without_content(self, request: ChatCompletionRequest) -> ChatCompletionRequest:
         """Return ``request`` without messages, and with nothing but the names of its tools."""
         update: dict[str, object] = {"messages": [ChatMessage(role="user")], "chat_template_kwargs": None}
@@ -88,12 +106,6 @@ class ChatCompletions:
     def parsing(self, request: ChatCompletionRequest) -> Parsing | None:
         """Return how reasoning and tool calls are found in the outputs; None: they are all content."""
         return parsing_of(request, self._model)
-
-    def style(
-        self, request: ChatCompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
-    ) -> ChatStyle:
-        """Return the style of the answer."""
-        return ChatStyle(self._model.tokenizer.token_bytes, request)
 
 
 class ChatStyle:
@@ -117,6 +129,10 @@ class ChatStyle:
         else:
             content = {"role": ROLE, "content": delta.text} if first else {"content": delta.text}
         return {"delta": content, "logprobs": self.logprobs(choice, delta)}
+
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
+        return not self._with_logprobs
 
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the message."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.request import PromptLogprobs
 from router.model import ServedModel
+from router.openai.answer import Answer, AnswerHead, Writer
 from router.openai.choice import Choice, Delta
+from router.openai.dialect import Reading
 from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.prompt_logprobs import PromptLogprobsField, entries
 from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
-from router.openai.schemas import CompletionRequest
+from router.openai.schemas import CompletionRequest, parse
 from router.tools.parts import Part
 
 
@@ -24,6 +27,10 @@ class Completions:
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
+
+    def read(self, body: dict[str, Any], max_model_len: int) -> Reading:
+        """Return the request that ``body`` is. Raises InvalidRequestError."""
+        return Reading(parse(CompletionRequest, body))
 
     def num_prompts(self, request: CompletionRequest) -> int:
         """Return the number of prompts."""
@@ -44,18 +51,23 @@ class Completions:
         """Return each prompt as text for an echo."""
         return [self._text(prompt) for prompt in _each(request.prompt)] if request.echo else None
 
+    def writer(
+        self,
+        head: AnswerHead,
+        request: CompletionRequest,
+        choices: Sequence[Choice],
+        texts: Sequence[str] | None,
+        echo: bytes,
+    ) -> Writer:
+        """Return what writes the answer."""
+        return Answer(head, CompletionStyle(self._model, request, choices, texts), choices, request)
+
     def without_content(self, request: CompletionRequest) -> CompletionRequest:
         """Return ``request`` without its prompt."""
         return request.model_copy(update={"prompt": "-"})
 
     def parsing(self, request: CompletionRequest) -> None:
         """Return nothing: all output is text."""
-
-    def style(
-        self, request: CompletionRequest, choices: Sequence[Choice], texts: Sequence[str] | None
-    ) -> CompletionStyle:
-        """Return the style of the answer."""
-        return CompletionStyle(self._model, request, choices, texts)
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
         if isinstance(prompt, str):
@@ -105,6 +117,10 @@ class CompletionStyle:
         text = self._echo(choice) + delta.text if first else delta.text
         item: dict[str, object] = {"text": text, "logprobs": self.logprobs(choice, delta)}
         return item | self._prompt_ids(choice) if first else item
+
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
+        return self._logprobs is None
 
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the text and the prompt's part."""

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, model_validator
 
 Flag = bool | None
 
 
 class Fields(BaseModel):
-    """Base class of requests and of their objects: no conversion of types, no null."""
+    """Base class of requests and of their objects: no conversion of types, no null.
+
+    ``refused``: fields that are refused in a request of this kind, and the reasons. ``ignored``: fields that change
+    nothing. ``copied``: fields that somebody else reads.
+    """
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    copied: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 

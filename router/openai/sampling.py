@@ -122,6 +122,12 @@ def num_logprobs(request: GenerationFields) -> int | None:
     return None
 
 
+def check_num_messages(messages: object, max_model_len: int, param: str = "messages") -> None:
+    """Raise PromptTooLongError for more messages than ``max_model_len``, before any work per message."""
+    if isinstance(messages, list) and len(messages) > max_model_len:
+        raise PromptTooLongError(too_long(len(messages), 1, max_model_len, param, at_least=True), param=param)
+
+
 def check_text_length(text: str, model: ServedModel, max_model_len: int, param: str) -> None:
     """Raise PromptTooLongError if ``text`` is certainly too long, without tokenizing it."""
     if (

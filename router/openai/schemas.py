@@ -301,18 +301,20 @@ Request = TypeVar("Request", bound=Fields)
 
 
 @functools.cache
-def _names(kind: type[Fields]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of fields that are refused for ``kind``, and of all that are no surprise."""
-    fields = kind.model_fields.keys()
-    return frozenset(REFUSED_FIELDS.keys() - fields), frozenset(fields | REFUSED_FIELDS.keys() | IGNORED_FIELDS)
+def _names(kind: type[Fields]) -> tuple[dict[str, str], frozenset[str]]:
+    """Return the fields that are refused for ``kind``, with the reasons, and the names of all that are no surprise."""
+    names = kind.model_fields.keys() | kind.copied
+    own = {name: f"{name}: {reason}" for name, reason in kind.refused.items()}
+    refused = {name: reason for name, reason in {**REFUSED_FIELDS, **own}.items() if name not in names}
+    return refused, frozenset(names | refused.keys() | IGNORED_FIELDS | kind.ignored)
 
 
 def parse(kind: type[Request], body: dict[str, Any]) -> Request:
     """Return ``body`` as a ``kind``. Raises InvalidRequestError that names the field, the limit and the value."""
     refused, known = _names(kind)
-    for name in REFUSED_FIELDS if not refused.isdisjoint(body) else ():
-        if name in refused and body.get(name) not in (None, False, 0, "", [], {}):
-            raise InvalidRequestError(REFUSED_FIELDS[name], param=name)
+    for name in () if refused.keys().isdisjoint(body) else refused:
+        if body.get(name) not in (None, False, 0, "", [], {}):
+            raise InvalidRequestError(refused[name], param=name)
     with reading("the request cannot be read"):
         try:
             request = kind.model_validate(body)

@@ -10,7 +10,13 @@ from router.openai.chat import chat_prompt
 from router.openai.fields import Fields
 from router.openai.models import model_name
 from router.openai.sampling import check_token_ids
-from router.openai.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest, parse
+from router.openai.schemas import (
+    ChatCompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+    parse,
+)
 
 
 def tokenized(
@@ -29,6 +35,13 @@ def tokenized(
         "tokens": token_ids,
         "token_strs": model.tokenizer.tokens_of(token_ids) if request.return_token_strs else None,
     }
+
+
+def num_chat_tokens(request: ChatCompletionRequest, model: ServedModel, check: Callable[[object], None]) -> int:
+    """Return the number of tokens of a chat; ``check`` may raise before it is rendered."""
+    model_name(request.model, model)
+    check(request)
+    return len(chat_prompt(request, model))
 
 
 def detokenized(body: dict[str, Any], model: ServedModel) -> dict[str, object]:

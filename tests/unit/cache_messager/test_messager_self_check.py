@@ -60,3 +60,15 @@ def test_a_messager_with_a_transfer_is_not_checked() -> None:
         pair.advance(3.0)
         assert pair.counter(P, "messager_self_checks") == 0
         assert pair.counter(D, "messager_self_checks") == 0
+
+
+def test_a_link_that_is_lost_during_a_check_does_no_harm() -> None:
+    with Pair() as pair:
+        transfer(pair)
+        messager = pair.ends[P].machine
+        checked = 0.0
+        while not checked:
+            pair.advance(1.0)
+            checked = pair.counter(P, "messager_self_checks")
+            pair.lose(P, next(iter(messager._sender._links), D))
+        assert pair.counter(P, "messager_self_check_violations") == 0

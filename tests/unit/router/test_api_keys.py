@@ -111,6 +111,39 @@ def test_probes_need_no_key(keys_file: str, path: str) -> None:
     asyncio.run(check())
 
 
+MESSAGE = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-api-key": ALICE},
+        {"x-api-key": ALICE, "Authorization": "Bearer nobody"},
+        {"x-api-key": "nobody", **bearer(ALICE)},
+    ],
+    ids=["alone", "with another token", "wrong with a right token"],
+)
+def test_a_key_may_be_in_the_header_of_anthropics_clients(keys_file: str, headers: dict[str, str]) -> None:
+    async def check() -> None:
+        async with fake_cluster(api_keys_file=keys_file) as cluster:
+            for path, body in (("/v1/messages", MESSAGE), ("/v1/completions", BODY)):
+                assert (await cluster.client.post(path, json=body, headers=headers)).status_code == 200
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-api-key": "nobody"}, {"x-api-key": ""}])
+def test_without_a_valid_key_it_is_401_in_anthropics_format(keys_file: str, headers: dict[str, str]) -> None:
+    async def check() -> None:
+        async with fake_cluster(api_keys_file=keys_file) as cluster:
+            answer = await cluster.client.post("/v1/messages", json=MESSAGE, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["type"] == "error"
+            assert answer.json()["error"]["type"] == "authentication_error"
+
+    asyncio.run(check())
+
+
 def test_a_web_pages_preflight_needs_no_key_and_401_can_be_read_by_the_page(keys_file: str) -> None:
     async def check() -> None:
         async with fake_cluster(api_keys_file=keys_file, cors_allow_origins=["http://page"]) as cluster:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from instant_router import InstantRouter
-from starlette.applications import Starlette
 from starlette.routing import Route
 
 from kvrelay.errors import KVRelayError
+from router.anthropic.schemas import MessagesRequest
 from router.http.unsupported import NAME, UNSUPPORTED
+from router.openai.fields import Fields
 from router.openai.schemas import (
     IGNORED_FIELDS,
     REFUSED_FIELDS,
@@ -24,6 +25,7 @@ from router.openai.schemas import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
+from router.responses.schemas import ResponsesRequest
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 BOTH = set(GenerationFields.model_fields)
@@ -77,6 +79,19 @@ def test_every_field_is_on_the_page_once(heading: str, fields: set[str]) -> None
         assert re.search(r"honoured|ignored|refused", row[3]), row
 
 
+@pytest.mark.parametrize(("heading", "kind"), [("Responses", ResponsesRequest), ("Messages", MessagesRequest)])
+def test_every_field_of_another_dialect_is_on_the_page(heading: str, kind: type[Fields]) -> None:
+    rows = [row for row in sections()[heading] if row[0].startswith("`")]
+    fields = {row[0].strip("`"): row for row in rows if len(row) == 4}
+    refused = {row[0].strip("`"): row[1] for row in rows if len(row) == 2}
+    assert set(fields) == set(kind.model_fields)
+    assert refused == kind.refused
+    section = PAGE.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    copied = section.partition("As in chat completions: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", copied)) == kind.copied - kind.model_fields.keys()
+    assert kind.ignored <= set(re.findall(r"`(\w+)`", section.rpartition("|\n\n")[2]))
+
+
 def test_every_refusal_is_on_the_page_with_its_reason() -> None:
     assert {row[0].strip("` "): row[1] for row in sections()["Refused fields"]} == REFUSED_FIELDS
 
@@ -88,8 +103,10 @@ def test_every_ignored_field_is_on_the_page() -> None:
 
 
 def test_every_endpoint_is_on_the_page() -> None:
+    from router.http.app import App
+
     app = InstantRouter().app
-    assert isinstance(app, Starlette)
+    assert isinstance(app, App)
     routes = {
         f"{method} {route.path}"
         for route in app.routes

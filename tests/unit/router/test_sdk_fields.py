@@ -10,27 +10,34 @@ import pytest
 from instant_router import InstantRouter
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
+from openai.types.responses import response_create_params as responses_types
 
 from router.openai.schemas import IGNORED_FIELDS
+from router.responses.schemas import ResponsesRequest
 
 SDK_VERSION = "3.57.0"
 """The version of the package that these are the fields of."""
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "a", "seed": 0},
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "seed": 0},
+    RESPONSES: {"input": "hi", "seed": 0},
 }
 SDK_TYPES = {
     COMPLETIONS: completion_types.CompletionCreateParamsBase,
     CHAT: chat_types.CompletionCreateParamsBase,
+    RESPONSES: responses_types.ResponseCreateParamsBase,
 }
 
 
 class Field(NamedTuple):
-    """``kind``: what happens to a request with ``value``. ``more``: other fields that it needs."""
+    """``kind``: what happens to a request with ``value``. ``more``: other fields that it needs.
 
-    kind: Literal["honoured", "ignored", "refused"]
+    What is echoed is ignored, and the answer repeats it.
+    """
+
+    kind: Literal["honoured", "ignored", "echoed", "refused"]
     value: object
     more: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
@@ -86,6 +93,41 @@ FIELDS: dict[str, dict[str, Field]] = {
         "verbosity": Field("refused", "low"),
         "web_search_options": Field("refused", {"search_context_size": "low"}),
     },
+    RESPONSES: {
+        "access_programs": Field("ignored", {"cyber": "standard"}),
+        "background": Field("refused", True),
+        "background_options": Field("ignored", {"completion_window": "soonest"}),
+        "context_management": Field("refused", [{"type": "compaction"}]),
+        "conversation": Field("refused", "conv_1"),
+        "image": Field("ignored", {"context_compression": "auto"}),
+        "include": Field("honoured", ["message.output_text.logprobs"]),
+        "input": Field("honoured", [{"role": "user", "content": "ho"}]),
+        "instructions": Field("honoured", "be brief"),
+        "max_output_tokens": Field("honoured", 2),
+        "max_tool_calls": Field("ignored", 2),
+        "metadata": Field("echoed", {"a": "b"}),
+        "model": Field("honoured", "demo"),
+        "moderation": Field("refused", {"model": "m"}),
+        "parallel_tool_calls": Field("honoured", False),
+        "previous_response_id": Field("refused", "resp_1"),
+        "prompt": Field("refused", {"id": "p"}),
+        "prompt_cache_key": Field("echoed", "k"),
+        "prompt_cache_options": Field("ignored", {"mode": "implicit", "ttl": "30m"}),
+        "prompt_cache_retention": Field("ignored", "24h"),
+        "reasoning": Field("honoured", {"effort": "low", "summary": "auto"}),
+        "safety_identifier": Field("echoed", "s"),
+        "service_tier": Field("ignored", "auto"),
+        "store": Field("refused", True),
+        "stream_options": Field("honoured", {"include_obfuscation": True}, {"stream": True}),
+        "temperature": Field("honoured", 0.5),
+        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "medium"}),
+        "tool_choice": Field("honoured", "none"),
+        "tools": Field("honoured", [{"type": "function", **FUNCTION}]),
+        "top_logprobs": Field("honoured", 2),
+        "top_p": Field("honoured", 0.5),
+        "truncation": Field("refused", "auto"),
+        "user": Field("echoed", "u"),
+    },
 }
 """By endpoint: every field, with a value that is not its default."""
 
@@ -114,11 +156,22 @@ def test_the_field_is_honoured_ignored_or_refused_by_name(path: str, name: str) 
         assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", name)
         return
     assert response.status_code == 200, response.text
-    if field.kind == "ignored":
-        submitted = router().last
-        assert router().answer(path, {**body, name: field.value}) == router().answer(path, body)
+    if field.kind in ("ignored", "echoed"):
+        submitted, given = router().last, _comparable(response.json())
+        if field.kind == "echoed":
+            assert given.pop(name) == field.value
+        without = _comparable(router().answer(path, body))
+        assert given == {key: value for key, value in without.items() if field.kind == "ignored" or key != name}
         assert router().last.sampling == submitted.sampling
         assert router().last.prompt_token_ids == submitted.prompt_token_ids
+
+
+def _comparable(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return ``answer`` without what differs between equal ones."""
+    items = [{key: value for key, value in item.items() if key != "id"} for item in answer.get("output", ())]
+    return {key: value for key, value in answer.items() if key not in ("id", "created", "created_at")} | {
+        "output": items
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,6 +188,6 @@ def test_a_value_that_asks_for_nothing_else_is_accepted(path: str, name: str, va
 
 
 def test_ignored_fields_are_not_logged_as_unknown() -> None:
-    known = {*IGNORED_FIELDS, "user", "function_call"}
+    known = {*IGNORED_FIELDS, *ResponsesRequest.ignored, "user", "function_call"}
     ignored = {name for fields in FIELDS.values() for name, field in fields.items() if field.kind == "ignored"}
     assert ignored <= known
