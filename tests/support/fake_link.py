@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -148,7 +148,7 @@ class FakeLink:
             if self.rng.random() < rate
         ]
 
-    def _deliver_at(self, at_s: float, parcel: Parcel, kinds: dict[str, Fault]) -> None:
+    def _deliver_at(self, at_s: float, parcel: Parcel, kinds: Mapping[FaultKind, Fault]) -> None:
         def arrived() -> None:
             payload = tuple(memoryview(bytes(part)) for part in parcel.payload)
             message = decode(parcel.data)

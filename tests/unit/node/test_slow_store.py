@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from support.loops import Inbox, run
 
 from kvrelay.config.cluster_config import FakeEngineConfig
@@ -18,7 +20,7 @@ HASHES = [b"h" * 32]
 BLOCKS = [BlockId(0)]
 
 
-async def answers_to(*actions: StageKV | StoreKV | LoadKV, **faults: float) -> list[object]:
+async def answers_to(*actions: StageKV | StoreKV | LoadKV, **faults: Any) -> list[object]:
     """Return the answers to ``actions``, each begun when the one before is answered."""
     engine = FakeEngine(FakeEngineConfig(), block_size=4, num_blocks=4)
     inbox, clock = Inbox(), Clock()

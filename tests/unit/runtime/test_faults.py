@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from support.loops import Inbox, run
 
@@ -49,9 +50,9 @@ async def arrived(client: Transport, inbox: Inbox, num_messages: int = NUM_MESSA
     return numbers
 
 
-def sent_with(**rates: float) -> list[int]:
+def sent_with(**options: Any) -> list[int]:
     async def scenario() -> list[int]:
-        async with connected(**rates) as (client, inbox):
+        async with connected(**options) as (client, inbox):
             return await arrived(client, inbox)
 
     return run(scenario())
