@@ -154,6 +154,9 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
 
     def _beat_to_nodes(self) -> None:
         self._reservations.heartbeat()
+        if self._reservations.refused_a_stranger:
+            self._reservations.refused_a_stranger = False
+            self._membership.register_again()  # the answer names the prefill nodes
 
     def _resumed(self, paused_s: float) -> None:
         self._reservations.resumed(paused_s)
@@ -201,9 +204,3 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
             prompt_waits=requests.order.waits.report(),
             histograms=self._endings.stages.report(),
         )
-
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless nothing is running, held or owed."""
-        super().assert_quiescent()
-        if len(self.requests.order) or len(self.requests.pending):
-            raise LocalProtocolError(f"{self._node.name} is not quiescent: prompts are still in the prefill order")

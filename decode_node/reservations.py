@@ -66,6 +66,8 @@ class Reservations:
         self._block_size = node.cache.block_size
         self._alive = Liveness(node.cluster.peer_timeout_s)
         self._prefill_nodes: dict[PeerId, frozenset[PeerId]] | None = None
+        self.refused_a_stranger = False
+        """A prefill node that no router has named asked for blocks: PrefillNodes may have been lost."""
         self.link: LinkAddress | None = None
         self.counters = {"reservations_refused": 0.0, "reservations_expired": 0.0, "kv_bytes_received": 0.0}
 
@@ -104,6 +106,7 @@ class Reservations:
             self._repeat_answer(known)
             return
         if not self._is_introduced(peer):
+            self.refused_a_stranger = True
             refusal: Refusal | None = Refusal("no router has named the prefill node yet", RETRY_AFTER_S)
         else:
             refusal = self._refusal(known, message, inadmissible) or self._try_reserve(peer, message)

@@ -43,7 +43,7 @@ class Membership:
         self._registered: dict[PeerId, str] = {}
         """Routers this node is registered with, and their incarnations."""
         self._last_incarnation: str | None = None
-        self._joined = False
+        self.has_joined = False
         self._leaving = False
 
     # ------------------------------------------------------------ who is there
@@ -69,7 +69,7 @@ class Membership:
 
     def join(self) -> None:
         """Ask to be registered: the node can serve."""
-        self._joined = True
+        self.has_joined = True
         self._outbox.do(Ready())
         if self._is_static:
             self._outbox.send(ROUTER, self._registration)
@@ -82,6 +82,11 @@ class Membership:
             self.join()
         for router in self._registered:
             self._outbox.send(router, Heartbeat(load=load))
+
+    def register_again(self) -> None:
+        """Have every router answer the registration again, and say what it says then."""
+        for router in self._registered:
+            self._outbox.send(router, self._registration)
 
     def record_message(self, peer: PeerId) -> None:
         """Note that a message of ``peer`` arrived, if it is a router."""
@@ -109,13 +114,14 @@ class Membership:
 
     def _on_router_found(self, peer: PeerId) -> None:
         """Tell a router that has found this node, and does not know it yet, what it is."""
-        if not self._is_static and self._joined and self.is_router(peer) and peer not in self._registered:
+        if not self._is_static and self.has_joined and self.is_router(peer) and peer not in self._registered:
             self._outbox.send(peer, self._registration)
 
     def _registered_with(self, peer: PeerId, incarnation: str) -> bool:
         changed = self._is_static and self._last_incarnation not in (None, incarnation)
+        if self._registered.get(peer) != incarnation:
+            self._outbox.do(Log("info", "registered", {"router": incarnation}))
         self._registered[peer] = self._last_incarnation = incarnation
-        self._outbox.do(Log("info", "registered", {"router": incarnation}))
         if not self._is_static:
             self._alive.watch(peer, self._outbox.now)
             if self._leaving:
@@ -153,7 +159,7 @@ class Membership:
     def leave(self) -> None:
         """Tell every router that the node takes nothing new."""
         self._leaving = True
-        if self._joined and not self._is_static:
+        if self.has_joined and not self._is_static:
             self._outbox.do(Announce(DRAINING))
         for router in self._routers():
             self._outbox.send(router, Leaving())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.outbox import Outbox
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
@@ -74,11 +74,24 @@ class Endings(Generic[R, S]):
         ``reason`` is for a peer that still works for it.
         """
         if Holder.MESSAGER in request.holders:
-            self._outbox.send(
-                MESSAGER, self._stop_messager(request_id=request.spec.request_id, epoch=request.spec.epoch)
-            )
+            self._stop_using_blocks_of(request)
         self._requests.move(request, self._last.closing, self._outbox.now)
         self.release(request, Holder.REQUEST)
+
+    def _stop_using_blocks_of(self, request: R) -> None:
+        stop = self._stop_messager(request_id=request.spec.request_id, epoch=request.spec.epoch)
+        self._outbox.send(MESSAGER, stop)
+
+    def remind_messager(self, after_s: float) -> None:
+        """Tell the messager again of requests that have been over for ``after_s`` and whose blocks it still holds.
+
+        Either message may have been lost. The messager answers as often as it is told.
+        """
+        for request in self._requests:
+            if request.is_over and Holder.MESSAGER in request.holders:
+                _, since_s = request.lifecycle.history[-1]
+                if self._outbox.now - since_s >= after_s:
+                    self._stop_using_blocks_of(request)
 
     def release(self, request: R, holder: Holder) -> None:
         """Note that ``holder`` uses the blocks no longer; without effect if it did not."""
@@ -95,8 +108,10 @@ class Endings(Generic[R, S]):
         self.stages.ended(request)
         self._outbox.send(request.spec.router, request.timeline(self._node_id))
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no request is left, in the engine neither."""
+    def laws_at_rest(self) -> Laws:
+        """Check that no request is left, nor a sequence in the engine; see ``kvrelay.machine.laws``."""
         if self._requests or self._in_flight or self._plans:
             histories = {request.attempt: request.lifecycle.history for request in self._requests}
-            raise LocalProtocolError(f"{self._node_id} is not quiescent: {histories}")
+            text = f"{len(self._plans)} sequences in the engine, {len(self._in_flight)} plans in flight, {histories}"
+            yield [Violation(f"requests are not over: {text}")]
+        yield from self._requests.laws_at_rest()

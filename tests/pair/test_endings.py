@@ -8,6 +8,7 @@ import pytest
 from support.processes import Process
 from support.world import Client, World
 
+from decode_node.request import DecodeStatus
 from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.request import FinishReason
 
@@ -270,6 +271,46 @@ def test_a_prefill_step_fails(step: int) -> None:
         other = world.submit(PROMPT_LEN, MAX_TOKENS)
         world.settle(1.0)
         assert other.error is None
+
+
+FREED_S = 1.0
+"""Within this time after P has given a request up, D has no slot for it any more."""
+
+
+@pytest.mark.fault("F07", "F23")
+@pytest.mark.parametrize("seed", range(4))
+def test_three_in_ten_prefill_steps_fail_under_load(seed: int) -> None:
+    """All requests are served in the end, and D does not keep slots for prompts that have failed."""
+    limits = {"request_timeout_s": 100.0, "max_attempts": 30}
+    with World(
+        seed,
+        prefill=2,
+        decode=2,
+        limits=limits,
+        scheduler={"max_num_batched_tokens": 16},
+        engine={"eos_every": 0, "step_s": 0.01},
+        careful=True,
+    ) as world:
+        for name in ("p0", "p1"):
+            world.nodes[name].failing_steps = {step for step in range(10_000) if world.rng.random() < 0.3}
+        clients = []
+        given_up_s: dict[Any, float] = {}
+        for number in range(600):
+            if number % 15 == 0:
+                clients.append(world.submit(world.rng.randrange(1, 40), MAX_TOKENS))
+            world.run_for(0.02)
+            on_p = {request.attempt for name in ("p0", "p1") for request in world.nodes[name].machine.requests.open()}
+            on_d = {
+                request.attempt
+                for name in ("d0", "d1")
+                for request in world.nodes[name].machine.requests.open()
+                if request.status in (DecodeStatus.RESERVING, DecodeStatus.RECEIVING)
+            }
+            given_up_s = {attempt: given_up_s.get(attempt, world.now) for attempt in on_d - on_p}
+            assert all(world.now - since_s < FREED_S for since_s in given_up_s.values())
+        world.settle(60.0)
+        assert [client.error for client in clients] == [None] * len(clients)
+        assert world.router.machine.requests.counters.retries > 10
 
 
 @pytest.mark.parametrize("roles", [{}, {"prefill": 0, "decode": 0, "mixed": 1}])

@@ -70,6 +70,25 @@ def test_some_fail_and_the_others_get_their_tokens(shape: dict[str, int], seed: 
         assert world.router.machine.requests.counters.retries == 0
 
 
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_one_of_several_choices_fails_and_the_others_are_aborted(shape: dict[str, int], seed: int) -> None:
+    """An answer without one of its choices is none: the router aborts the rest, wherever they are."""
+    with cluster(seed, shape, scheduler={"max_num_batched_tokens": 16}) as world:
+        prompt = without_broken(world, 20)
+        place = world.rng.randrange(len(prompt))
+        failing = [*prompt[:place], BROKEN, *prompt[place:]]
+        choices = [world.submit(failing if number == 2 else prompt, 40, temperature=1.0) for number in range(5)]
+        others = [world.submit(without_broken(world, 12), 12) for _ in range(2)]
+        world.run_until(lambda: any(choice.error for choice in choices))
+        for choice in choices:
+            if choice.ended is None:
+                world.abort(choice)
+        world.settle(10.0)
+        assert all((other.token_ids, other.error) == wanted(other) for other in others)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_an_error_says_what_is_the_matter_and_names_nobody(shape: dict[str, int]) -> None:
     with cluster(1, shape) as world:

@@ -76,6 +76,20 @@ def test_a_message_is_lost_and_the_request_ends_at_its_deadline(message: str, nt
 
 
 @pytest.mark.fault("F16")
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_decode_node_is_not_told_of_a_prefill_node(nth: int) -> None:
+    """It refuses reservations of a node that no router has named, and asks its routers for the names."""
+    with World(engine={"eos_every": 0}) as world:
+        world.link.drop("PrefillNodes", nth)
+        world.restart("p0")
+        world.run_for(8.0)
+        client = world.submit(20, 12)
+        world.settle(30.0)
+        assert client.error is None
+        assert world.router.machine.requests.counters.retries == 0
+
+
 @pytest.mark.parametrize("message", ["Abort", "CancelReservation"])
 def test_a_cancellation_is_lost(message: str) -> None:
     """Whoever goes on with what nobody wants is told so, or finds its lease over."""

@@ -110,6 +110,36 @@ def test_a_node_that_restarts_begins_with_an_empty_prefix_cache() -> None:
         assert not {str(n.node_id): n.prefixes for n in world.router.machine.node_table}["p0"].reported
 
 
+@pytest.mark.fault("F19")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_router_still_expects_blocks_that_are_gone(seed: int) -> None:
+    """The prompt goes to the node that had it and is computed anew. The next report shows that one was lost."""
+    with cluster(seed, cache={"num_blocks": 24}, engine={"eos_every": 0}) as world:
+        prompt = world.prompt(40)
+        name = world.submit(prompt, 4).nodes[0]
+        world.settle()
+        world.run_for(2.0)
+        expected = {str(node.node_id): node.prefixes for node in world.router.machine.node_table}[name].reported
+        kept = expected.copy()
+        untold = world.link.drop("PrefixCacheChanged", source=name)
+        for _ in range(10):
+            world.submit(40, 4)
+            world.run_for(0.05)
+        world.settle()
+        assert kept <= expected
+        assert not kept <= {key[:PREFIX_KEY_BYTES] for key in world.nodes[name].machine.kv.published()}
+        again = world.submit(prompt, 4)
+        world.settle()
+        assert (again.nodes[0], again.error) == (name, None)
+        world.link.faults.remove(untold)
+        for _ in range(4):
+            world.submit(40, 4)
+            world.run_for(1.0)
+        world.settle()
+        world.run_for(4.0)
+        check_prefixes(world)
+
+
 def test_nodes_record_nothing_for_a_router_that_does_not_ask() -> None:
     with World() as world:
         world.submit(20, 4)

@@ -11,9 +11,9 @@ from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress
 
 
 class MessagerReady(Message, frozen=True, kw_only=True):
-    """Messager -> its node, once, when its addresses are bound and the pool is mapped.
+    """Messager -> its node, when its addresses are bound and the pool is mapped, and again once per ``heartbeat_s``.
 
-    The reader registers with the router, or announces itself in the registry.
+    The reader registers with the router at the first one, or announces itself in the registry.
     """
 
     link: LinkAddress

@@ -61,7 +61,8 @@ class OpenTransfer(Message, frozen=True, kw_only=True):
 
 
 class CloseTransfer(Message, frozen=True, kw_only=True):
-    """P -> its messager, when the request ends on P before its transfer is done.
+    """P -> its messager, when the request ends on P before its transfer is done, and once per ``heartbeat_s`` until the
+    answer.
 
     The reader drops the request's signals and transfer, and answers TransferClosed when nothing reads P's blocks any
     more.
@@ -86,7 +87,8 @@ class ExpectKV(Message, frozen=True, kw_only=True):
 
 
 class CancelKV(Message, frozen=True, kw_only=True):
-    """D -> its messager, when the request ends on D before its KV has arrived.
+    """D -> its messager, when the request ends on D before its KV has arrived, and once per ``heartbeat_s`` until the
+    answer.
 
     The reader accepts no further frames for the blocks and answers KVCancelled when nothing writes to them any more.
     """

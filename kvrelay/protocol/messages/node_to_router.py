@@ -14,7 +14,8 @@ from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 
 class Register(Message, frozen=True, kw_only=True):
     """Node -> router, when the node can serve. With a static registry it is repeated once per ``heartbeat_s`` until
-    Registered arrives, and after RegisterAgain. With a Redis registry it answers a Heartbeat of a new router.
+    Registered arrives, and after RegisterAgain. With a Redis registry it answers a Heartbeat of a new router. D repeats
+    it when a prefill node that no router has named asks for blocks.
 
     The reader compares role, protocol version, model and KV geometry and answers Registered or RegistrationRefused. If
     another registered node has the name, the answer waits until that node sends a heartbeat or is lost. ``session``

@@ -40,7 +40,8 @@ class PrefillNodes(Message, frozen=True, kw_only=True):
     """Router -> D, after Registered, and when a prefill node has registered or is gone.
 
     The reader grants reservations only to ``peers`` and to those that its other routers have named. Requests from
-    others are refused for now: this message may still be on its way. Reservations made before are not affected.
+    others are refused for now, and D registers again: this message may be on its way, or lost. Reservations made
+    before are not affected.
     """
 
     peers: list[PeerId]

@@ -423,6 +423,33 @@ def test_blocks_stay_until_the_messager_says_that_nothing_writes_to_them() -> No
         harness.machine.assert_quiescent()
 
 
+@pytest.mark.fault("F16")
+def test_the_messager_is_reminded_of_blocks_that_it_still_holds() -> None:
+    harness = decode_harness()
+    harness.messager_answers = False
+    reserve(harness)
+    expected(harness)
+    assert len(sent(harness.receive(ROUTER, Abort(**ID)), CancelKV, MESSAGER)) == 1
+    assert not sent(harness.pass_time(0.5), CancelKV)  # the answer may be on its way
+    assert sent(harness.pass_time(0.5), CancelKV, MESSAGER) == [CancelKV(**ID)]
+    harness.receive(MESSAGER, KVCancelled(**ID))
+    assert not sent(harness.pass_time(1.0), CancelKV)
+    harness.machine.assert_quiescent()
+
+
+@pytest.mark.fault("F16")
+def test_routers_are_asked_who_may_reserve_when_a_prefill_node_is_not_known() -> None:
+    """Once per heartbeat at most, whoever asks for blocks."""
+    harness = decode_harness()
+    harness.receive(ROUTER, Registered(router_incarnation="1"))
+    harness.receive(ROUTER, PrefillNodes(peers=[]))
+    assert not sent(harness.pass_time(1.0), Register)
+    for number in range(3):
+        reserve(harness, f"r{number}")
+    assert len(sent(harness.pass_time(1.0), Register, ROUTER)) == 1
+    assert not sent(harness.pass_time(1.0), Register)
+
+
 def test_blocks_stay_until_the_running_step_is_over() -> None:
     harness = decode_harness()
     decoding(harness)

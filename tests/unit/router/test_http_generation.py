@@ -121,7 +121,7 @@ def test_echo_puts_the_prompt_before_the_text() -> None:
             chunks = await stream(cluster, "/v1/completions", prompt=ids, echo=True, max_tokens=3)
             assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hé" + ANSWER[0], ANSWER[1], ANSWER[2]]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_max_tokens_is_16_or_for_chats_all_there_is_room_for_and_never_more_than_that() -> None:
@@ -158,7 +158,7 @@ def test_chat_stream_has_the_role_with_the_first_text_and_whole_characters() -> 
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert "usage" not in chunks[-1]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
@@ -172,7 +172,7 @@ def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=3, stream_options=options)
         assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_stream_has_a_chunk_per_token_with_text_or_without(body: dict[str, Any
         assert all(list(delta) == ["content"] for delta in deltas[1:])
         assert all("usage" not in chunk for chunk in chunks)
 
-    run(scenario, Script(pace_s=0.002))
+    run(scenario, Script(in_step=True))
 
 
 def test_a_character_of_four_tokens_makes_four_chunks() -> None:
@@ -200,7 +200,7 @@ def test_a_character_of_four_tokens_makes_four_chunks() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=8)
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "", "", "🦊"] * 2
 
-    run(scenario, Script(answer="🦊"))
+    run(scenario, Script(answer="🦊", in_step=True))
 
 
 @pytest.mark.fault("F25")
@@ -284,7 +284,7 @@ def test_token_ids_as_vllm_returns_them() -> None:
         assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[i] for i in encode(ANSWER[:3])]
         assert "prompt_token_ids" not in chunks[1]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_logprobs_of_completions() -> None:
@@ -300,7 +300,7 @@ def test_logprobs_of_completions() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=2, logprobs=0)
         assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks] == [[0], [1]]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_logprobs_of_chats_tell_the_bytes_of_half_characters() -> None:
@@ -314,7 +314,7 @@ def test_logprobs_of_chats_tell_the_bytes_of_half_characters() -> None:
         assert content[0]["logprob"] == -0.5
         assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-1.0]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_request_id_of_the_client_is_used_and_told_back() -> None:
@@ -349,6 +349,23 @@ def test_client_gone_aborts_every_choice_on_every_node(streaming: bool, pace_s: 
         assert 'kvrelay_requests_total{api="completions",outcome="aborted"} 4.0' in (await text).text
 
     run(scenario, Script(pace_s=pace_s))
+
+
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_of_several_choices_fails_and_the_others_are_aborted(streaming: bool) -> None:
+    error = ErrorInfo(code="kv_cache_too_small", message="never fits", http_status=400)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 400, "stream": streaming}
+        response = await cluster.client.post("/v1/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "kv_cache_too_small")
+        await until(lambda: not cluster.service.machine.requests)
+        await until(lambda: len({item.partition(":")[2] for item in cluster.script.aborted}) >= 3)
+        counters = cluster.service.machine.requests.counters
+        assert (counters.failed, counters.aborted) == (1, 3)
+
+    run(scenario, Script(pace_s=60.0, fail_with=error, fail_times=1, fail_at="n0"))
 
 
 def delete(cluster: FakeCluster, name: str) -> Awaitable[httpx.Response]:

@@ -11,6 +11,7 @@ from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTi
 from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain, Generate, Registered
 from kvrelay.protocol.request import FinishReason
 from router.events import (
+    CancelRequested,
     ClientGone,
     DrainRequested,
     RequestEnded,
@@ -156,6 +157,20 @@ def test_client_gone_after_the_first_decode_token_aborts_decode_alone() -> None:
     assert [to for to, _ in driver.take_sent(Abort)] == [peer("d0")]
     assert driver.endings() == [RequestEnded(FinishReason.ABORT)]
     driver.machine.assert_quiescent()
+
+
+@pytest.mark.fault("F08")
+def test_cancelled_request_is_aborted_on_both_nodes_at_once_and_ends_with_an_error() -> None:
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.do(CancelRequested(RequestId("r")))
+    assert [to for to, _ in driver.take_sent(Abort)] == [peer("p0"), peer("d0")]
+    [end] = driver.endings()
+    assert isinstance(end, RequestErrored)
+    assert (end.error.code, end.error.http_status) == ("request_cancelled", 410)
+    driver.machine.assert_quiescent()
+    driver.do(CancelRequested(RequestId("r")))  # too late
+    assert driver.take_sent(Abort) == []
 
 
 def test_stop_string_aborts_and_finishes() -> None:
