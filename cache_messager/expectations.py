@@ -8,6 +8,7 @@ from cache_messager.block_mask import all_within
 from cache_messager.expectation import Expectation, ExpectationStatus
 from cache_messager.work import MessagerOutbox
 from kvrelay.errors import KVRelayError, LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.recent import Recent
 from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -29,6 +30,11 @@ class Expectations:
         self._num_blocks = num_blocks
         self._expectations: dict[Attempt, Expectation] = {}
         self._arrived: Recent[bool] = Recent()
+        self.num_begun = 0
+        """Expectations since the start."""
+
+    def __len__(self) -> int:
+        return len(self._expectations)
 
     def __iter__(self) -> Iterator[Expectation]:
         """Iterate over a snapshot: expectations may end during the iteration."""
@@ -53,6 +59,7 @@ class Expectations:
         if attempt in self._expectations:
             return  # repeated: the answers to the first also answer this one
         self._arrived.forget(attempt)
+        self.num_begun += 1
         expectation = self._expectations[attempt] = Expectation(message, self._num_layers, self._outbox.now)
         self._outbox.send(self._node, KVExpected(request_id=message.request_id, epoch=message.epoch))
         if not all_within(message.target_block_ids, self._num_blocks) or not (
@@ -103,8 +110,8 @@ class Expectations:
         if expectation.final_message is not None:
             self._outbox.send(self._node, expectation.final_message)
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no expectation is held."""
+    def laws_at_rest(self) -> Laws:
+        """Check that no expectation is held; see ``kvrelay.machine.laws``."""
         if self._expectations:
             histories = {attempt: expectation.lifecycle.history for attempt, expectation in self._expectations.items()}
-            raise LocalProtocolError(f"receiver not quiescent: {histories}")
+            yield [Violation(f"receiver not quiescent: {histories}")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeAlias, assert_never
 
 from cache_messager.counters import new_counters
@@ -22,6 +22,8 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.machine.laws import Laws, require
+from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, LinkAddress, Message
@@ -83,6 +85,7 @@ class MessagerMachine:
         self._counters = new_counters(settings.links)
         self._sender = Sender(settings, link.host_id, offers, self._outbox, self._counters)
         self._receiver = Receiver(settings, self._outbox, self._counters)
+        self._self_check = SelfCheck(settings.self_check, self.laws_at_rest, self._outbox)
 
     def handle(self, event: MessagerEvent, now: float) -> list[CoreAction | Work]:
         """Handle ``event``; see ``kvrelay.machine.contract``."""
@@ -183,6 +186,7 @@ class MessagerMachine:
         self._tell_ready()  # the first may have been lost
         self._sender.beat()
         self._receiver.beat()
+        self._self_check.beat(self._activity())
         self._outbox.send(self._node, MessagerStats(counters=self.counters, gauges=self.gauges()))
 
     def _tell_ready(self) -> None:
@@ -199,7 +203,8 @@ class MessagerMachine:
     @property
     def counters(self) -> dict[str, float]:
         """Totals by their names in the node's metrics."""
-        return {**self._counters, f"messager_{COUNTER}": float(self._unexpected.count)}
+        common = {COUNTER: self._unexpected.count, **self._self_check.counters}
+        return {**self._counters, **{f"messager_{name}": float(count) for name, count in common.items()}}
 
     def gauges(self) -> dict[str, float]:
         """Return the current values by their names in the node's metrics."""
@@ -209,7 +214,15 @@ class MessagerMachine:
             "links": self._sender.num_links + self._receiver.num_links,
         }
 
+    def laws_at_rest(self) -> Laws:
+        """Check that no transfer, signal, expectation, write or credit is held; see ``kvrelay.machine.laws``."""
+        yield from self._sender.laws_at_rest()
+        yield from self._receiver.laws_at_rest()
+
+    def _activity(self) -> Hashable:
+        begun = (self._sender.activity, self._receiver.activity)
+        return None if None in begun else begun
+
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no transfer, signal, expectation, write or credit is held."""
-        self._sender.assert_quiescent()
-        self._receiver.assert_quiescent()
+        require(self.laws_at_rest(), "the messager is not quiescent")

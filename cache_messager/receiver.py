@@ -8,7 +8,7 @@ from cache_messager.expectations import Expectations
 from cache_messager.receiver_links import ReceiverLink, ReceiverLinks
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import BlocksWritten, LinkReady, MessagerOutbox, WriteBlocks, violation
-from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.messager_to_messager import AckStatus, FrameAck, KVFrame, LinkHello
 from kvrelay.protocol.messages.node_to_messager import CancelKV, ExpectKV
@@ -162,8 +162,13 @@ class Receiver:
         """Links that senders have opened."""
         return len(self._links)
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no expectation or write is held."""
-        self._expectations.assert_quiescent()
+    @property
+    def activity(self) -> int | None:
+        """Expectations since the start, or None if one is not over."""
+        return None if len(self._expectations) else self._expectations.num_begun
+
+    def laws_at_rest(self) -> Laws:
+        """Check that no expectation or write is held; see ``kvrelay.machine.laws``."""
+        yield from self._expectations.laws_at_rest()
         if self._links.unacked_bytes:
-            raise LocalProtocolError(f"receiver not quiescent: {self._links.unacked_bytes} bytes being written")
+            yield [Violation(f"receiver not quiescent: {self._links.unacked_bytes} bytes being written")]

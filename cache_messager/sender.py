@@ -15,6 +15,7 @@ from cache_messager.transfer import Transfer, TransferStatus
 from cache_messager.transfers import Transfers, closed, failed
 from cache_messager.work import FrameSent, MessagerOutbox
 from kvrelay.errors import LocalProtocolError, TransferError, TransferTimeoutError
+from kvrelay.machine.laws import Laws
 from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, LinkAccepted, LinkOffer, LinkRefused
 from kvrelay.protocol.messages.messager_to_node import TransferClosed
@@ -206,8 +207,13 @@ class Sender:
         """Links that are open or being opened."""
         return len(self._links)
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no transfer, signal or credit is held."""
-        self._transfers.assert_quiescent()
-        if self.inflight_bytes:
-            raise LocalProtocolError(f"sender not quiescent: {self.inflight_bytes} bytes under way")
+    @property
+    def activity(self) -> int | None:
+        """Transfers since the start, or None if one is not over."""
+        return None if len(self._transfers) else self._transfers.num_begun
+
+    def laws_at_rest(self) -> Laws:
+        """Check that no transfer, signal or credit is held; see ``kvrelay.machine.laws``."""
+        yield from self._transfers.laws_at_rest()
+        # In one part: a link may be lost between two parts.
+        yield [violation for link in self._links.values() for violation in link.violations_at_rest()]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
+from kvrelay.machine.laws import Violation
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
@@ -55,6 +56,7 @@ class SenderLink:
 
     __slots__ = (
         "_free_slots",
+        "_num_slots",
         "credit_bytes",
         "has_moved",
         "inflight_bytes",
@@ -79,6 +81,7 @@ class SenderLink:
         self.ready: deque[Transfer] = deque()
         self.transfers: dict[Transfer, None] = {}
         self._free_slots: list[int] = []
+        self._num_slots = 0
 
     def accept(self, kind: str, credit_bytes: int, max_frames: int) -> None:
         """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
@@ -87,7 +90,8 @@ class SenderLink:
         self.kind = kind
         self.max_frame_bytes = link_class(kind).max_frame_bytes
         self.credit_bytes = credit_bytes
-        self._free_slots = list(range(min(max_frames, MAX_INFLIGHT_FRAMES)))
+        self._num_slots = min(max_frames, MAX_INFLIGHT_FRAMES)
+        self._free_slots = list(range(self._num_slots))
 
     def blocks_per_frame(self, layer_block_bytes: int) -> int:
         """Return the maximum blocks per frame. Several frames fit into the credit, so that the link does not idle."""
@@ -122,3 +126,17 @@ class SenderLink:
         """Return the credit of an acknowledged frame."""
         self.inflight_bytes -= frame.num_bytes
         self._free_slots.append(frame.slot)
+
+    def violations_at_rest(self) -> list[Violation]:
+        """Check that all credit and every slot is back, and no transfer waits; return what is wrong."""
+        found = []
+        if self.inflight_bytes:
+            found.append(Violation(f"sender not quiescent: {self.inflight_bytes} bytes under way to {self.peer}"))
+        if sorted(self._free_slots) != list(range(self._num_slots)):
+            text = (
+                f"{len(self._free_slots)} of {self._num_slots} frame slots to {self.peer} are free, or some are twice"
+            )
+            found.append(Violation(text))
+        if self.ready or self.transfers:
+            found.append(Violation(f"{len(self.transfers)} transfers to {self.peer}, {len(self.ready)} of them ready"))
+        return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
@@ -44,6 +45,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     log_format: Literal["auto", "text", "json"] = "auto"
     keys: str | None = None
+    self_check: SelfCheckMode = "report"
 
     @classmethod
     def for_node(
@@ -75,6 +77,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             log_level=config.cluster.log_level,
             log_format=config.cluster.log_format,
             keys=config.security.keys,
+            self_check=config.cluster.self_check,
         )
 
 

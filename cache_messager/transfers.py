@@ -9,7 +9,8 @@ from cache_messager.pending import PendingCount, PendingSignal
 from cache_messager.sender_link import SenderLink
 from cache_messager.transfer import Transfer, TransferStatus
 from cache_messager.work import MessagerOutbox
-from kvrelay.errors import KVRelayError, LocalProtocolError, TransferError
+from kvrelay.errors import KVRelayError, TransferError
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.recent import Recent
 from kvrelay.protocol.ids import Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -34,6 +35,11 @@ class Transfers:
         self._transfers: dict[Attempt, Transfer] = {}
         self._endings: Recent[type[TransferEnding]] = Recent()
         self._pending = PendingCount()
+        self.num_begun = 0
+        """Transfers since the start."""
+
+    def __len__(self) -> int:
+        return len(self._transfers)
 
     def __iter__(self) -> Iterator[Transfer]:
         """Iterate over a snapshot: transfers may end during the iteration."""
@@ -54,6 +60,7 @@ class Transfers:
         """Return the transfer of ``attempt``, created if there is none."""
         if attempt not in self._transfers:
             self._transfers[attempt] = Transfer(attempt, num_layers, self._outbox.now)
+            self.num_begun += 1
         return self._transfers[attempt]
 
     # ------------------------------------------------------------ signals before the transfer is opened
@@ -124,11 +131,12 @@ class Transfers:
         self._endings.note(attempt, type(final_message))
         self._outbox.send(self._node, final_message)
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no transfer or signal is held."""
+    def laws_at_rest(self) -> Laws:
+        """Check that no transfer or signal is held; see ``kvrelay.machine.laws``."""
         if self._transfers or self._pending.num_signals or self._pending.num_blocks:
             histories = {attempt: transfer.lifecycle.history for attempt, transfer in self._transfers.items()}
-            raise LocalProtocolError(f"sender not quiescent: {histories}, {self._pending.num_signals} pending signals")
+            text = f"sender not quiescent: {histories}, {self._pending.num_signals} pending signals"
+            yield [Violation(text)]
 
 
 def closed(attempt: Attempt) -> TransferClosed:

@@ -204,9 +204,3 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
             prompt_waits=requests.order.waits.report(),
             histograms=self._endings.stages.report(),
         )
-
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless nothing is running, held or owed."""
-        super().assert_quiescent()
-        if len(self.requests.order) or len(self.requests.pending):
-            raise LocalProtocolError(f"{self._node.name} is not quiescent: prompts are still in the prefill order")

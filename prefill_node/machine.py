@@ -7,7 +7,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from kvrelay.config.cluster_config import NodeConfig
-from kvrelay.errors import CorruptKVError, LocalProtocolError
+from kvrelay.errors import CorruptKVError
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LayersComputed, StepDone, StepFailed, StoreCounted
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.machine import NodeMachine
@@ -215,9 +215,3 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
             prompt_waits=requests.order.waits.report(),
             histograms=self._endings.stages.report(),
         )
-
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless nothing is running, held or owed."""
-        super().assert_quiescent()
-        if len(self.requests.order) or len(self.requests.pending):
-            raise LocalProtocolError(f"{self._node.name} is not quiescent: prompts are still in the prefill order")

@@ -10,7 +10,9 @@ def cluster_status(service: RouterService, *, for_operators: bool) -> dict[str, 
     """Return the state as JSON data. Clients do not learn where nodes are and which start of them runs."""
     machine = service.machine
     describe = _for_operators if for_operators else _for_clients
+    missing = {"missing_nodes": _missing(service)} if for_operators else {}
     return {
+        **missing,
         "model": service.model.name,
         "ready": machine.unready_reason() is None,
         "not_ready_because": machine.unready_reason(),
@@ -22,6 +24,14 @@ def cluster_status(service: RouterService, *, for_operators: bool) -> dict[str, 
             **machine.counters,
         },
     }
+
+
+def _missing(service: RouterService) -> list[dict[str, object]]:
+    """Return the nodes of the config that are not registered; with a Redis registry the config need not know them."""
+    if service.config.registry.kind != "static":
+        return []
+    here = {node.node_id for node in service.machine.node_table}
+    return [{"name": node.name, "role": node.role.value} for node in service.config.nodes if node.name not in here]
 
 
 def _for_clients(node: Node) -> dict[str, object]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from kvrelay.errors import KVRelayError, QueueFullError
 from kvrelay.machine.outbox import RoleOutbox
@@ -82,17 +84,17 @@ class RegistryLost:
 
 
 # ---------------------------------------------------------------- actions
+# One of each per token: a msgspec.Struct is made in a quarter of the time of a frozen dataclass.
 
 
-@dataclass(frozen=True, slots=True)
-class TokensDelivered:
+class TokensDelivered(msgspec.Struct, frozen=True):
     """The next output tokens, in order, each delivered once. ``num_cached_tokens``: prompt tokens from prefix hits.
 
     If ``finish_reason`` is set, they are the last and the terminal delivery follows.
     """
 
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
@@ -133,8 +135,7 @@ PARTS = (TokensDelivered, PromptLogprobsDelivered)
 """The kinds of deliveries that are not terminal."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """Pass ``delivery`` to the submitter of this request."""
 
     request_id: RequestId

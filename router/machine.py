@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
 from kvrelay.config.sections import RoutingPolicy
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
     CoreAction,
@@ -19,6 +20,8 @@ from kvrelay.machine.contract import (
     StopRequested,
     TimerFired,
 )
+from kvrelay.machine.laws import require
+from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Message
@@ -98,6 +101,7 @@ class RouterSettings:
     drain_timeout_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     expected_nodes: Mapping[NodeId, ExpectedNode] | None = None
+    self_check: SelfCheckMode = "report"
 
 
 class RouterMachine:
@@ -119,6 +123,7 @@ class RouterMachine:
         decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
         placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
         self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
+        self._self_check = SelfCheck(settings.self_check, self.requests.laws_at_rest, self._outbox)
         self.followed = FollowedNodes(settings.model, self._outbox)
         self._nodes = Nodes(
             self.node_table,
@@ -145,12 +150,12 @@ class RouterMachine:
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no request is held."""
-        self.requests.assert_quiescent()
+        require(self.requests.laws_at_rest(), "the router is not quiescent")
 
     @property
     def counters(self) -> dict[str, int]:
         """All counters by name."""
-        return {**self.requests.counters.as_dict(), COUNTER: self._unexpected.count}
+        return {**self.requests.counters.as_dict(), COUNTER: self._unexpected.count, **self._self_check.counters}
 
     # ------------------------------------------------------------ events
 
@@ -224,6 +229,7 @@ class RouterMachine:
             self.requests.take_timer(key)
         elif key == LIVENESS:
             self._nodes.check_liveness()
+            self._self_check.beat(None if self.requests else self.requests.counters.submitted)
         elif key == DRAIN:
             self.requests.fail_all(NoNodeError("the router is stopping"))
         else:

@@ -41,16 +41,15 @@ class Node:
     prefixes: NodePrefixes = field(default_factory=NodePrefixes)
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
+    role: Role = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.role = Role(self.registration.role)
 
     @property
     def node_id(self) -> NodeId:
         """Its name in the config."""
         return self.registration.node_id
-
-    @property
-    def role(self) -> Role:
-        """The node's role."""
-        return Role(self.registration.role)
 
     @property
     def address(self) -> NodeAddress:

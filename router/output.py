@@ -20,6 +20,9 @@ class OutputOrder:
 
     def take(self, output: RequestOutput) -> list[RequestOutput]:
         """Add ``output``; return the outputs that can be delivered now."""
+        if output.index == len(self.token_ids) and not self._early:
+            self.token_ids += output.token_ids
+            return [output]
         self._early[output.index] = output
         ready = []
         while self._early and (first := min(self._early)) <= len(self.token_ids):

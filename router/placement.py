@@ -41,6 +41,7 @@ class Placement:
         if chosen is None:
             return None
         chosen.pending[request.request_id] = request.num_tokens
+        request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:
             chosen.pending[request.request_id] -= request.num_cached_on(chosen)
             chosen.prefixes.expect(request.prefix_keys(chosen))
@@ -130,8 +131,10 @@ class Placement:
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """Record that no prompt tokens are left to compute."""
-        for node in self._nodes(request):
-            node.pending[request.request_id] = 0
+        if request.is_prompt_pending:
+            request.is_prompt_pending = False
+            for node in self._nodes(request):
+                node.pending[request.request_id] = 0
 
     def release_prefill(self, request: RoutedRequest) -> None:
         """Release the prefill node: nothing depends on its part of ``request`` any more."""

@@ -68,8 +68,9 @@ class RoutedRequest:
 
     ``prefill`` and ``decode``: nodes that may hold state of the attempt (a mixed node is ``decode``). ``avoid``: nodes
     that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
-    that refused it. ``num_preempted_blocks``: blocks it
-    waits for after a preemption, None if it is not known to wait.
+    that refused it. ``is_prompt_pending``: its nodes count prompt
+    tokens of it that are still to compute. ``num_preempted_blocks``: blocks it waits for after a preemption, None if it
+    is not known to wait.
     """
 
     __slots__ = (
@@ -80,6 +81,7 @@ class RoutedRequest:
         "avoid",
         "decode",
         "epoch",
+        "is_prompt_pending",
         "lifecycle",
         "new",
         "num_cached_tokens",
@@ -104,6 +106,7 @@ class RoutedRequest:
         self.prefill: PeerId | None = None
         self.decode: PeerId | None = None
         self.avoid: set[PeerId] = set()
+        self.is_prompt_pending = False
         self.participants: set[PeerId] = set()
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0

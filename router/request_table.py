@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import CancelTimer, SetTimer
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.request import FinishReason
@@ -112,8 +112,9 @@ class RequestTable:
         self.preempted.pop(request.request_id, None)
         self._outbox.do(Deliver(request.request_id, delivery))
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no request is held."""
+    def laws_at_rest(self) -> Laws:
+        """Check that no request is held, by this table or by a node; see ``kvrelay.machine.laws``."""
         held = self._placement.held()
         if self._requests or self.preempted or held or self.timelines.num_open:
-            raise LocalProtocolError(f"not quiescent: requests {list(self._requests)}, held by nodes {held}")
+            text = f"requests {list(self._requests)}, held by nodes {held}, {self.timelines.num_open} timelines open"
+            yield [Violation(text)]

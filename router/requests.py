@@ -14,6 +14,7 @@ from kvrelay.errors import (
     RequestCancelledError,
     TransferError,
 )
+from kvrelay.machine.laws import Laws
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
@@ -88,9 +89,9 @@ class Requests:
         """Return the requests in progress that a client knows by ``name``, see ``RequestTable.named``."""
         return self._table.named(name)
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no request is held."""
-        self._table.assert_quiescent()
+    def laws_at_rest(self) -> Laws:
+        """Check that no request is held; see ``kvrelay.machine.laws``."""
+        return self._table.laws_at_rest()
 
     # ------------------------------------------------------------ admission
 
@@ -136,7 +137,7 @@ class Requests:
             self.counters.stale_messages += 1
             self._attempts.abort(peer, output.request_id, output.epoch)
             return
-        if peer not in request.nodes and self._placement.adopt_decode(request, peer):
+        if peer not in (request.prefill, request.decode) and self._placement.adopt_decode(request, peer):
             self._search.found(request)
         if peer == request.decode and request.prefill is not None:
             # All KV has arrived and been handed off: nothing depends on P any more.

@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,6 +20,7 @@ from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
 from kvrelay.runtime.gc_tuning import tune_gc
+from kvrelay.runtime.listening import CONNECTION_BACKLOG, inherited_listener
 from kvrelay.runtime.startup import READY, startup
 from router.descriptors import raise_limit
 from router.http.access_log import AccessLog
@@ -32,10 +33,13 @@ from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
+if TYPE_CHECKING:
+    from router.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
-CONNECTION_BACKLOG = 2048
-"""Length of the kernel's queue of connections not yet accepted."""
+CLIENTS = "router.port"
+"""The key of the address for clients. ``kvrelay up`` holds its socket, so that connections wait for the next router."""
 
 FLUSH_TIMEOUT_S = 5
 """Seconds clients may take to read the rest of their responses when the router stops."""
@@ -94,7 +98,8 @@ def tls_files(config: RouterConfig) -> tuple[str, str] | None:
 
 def _listen(key: str, host: str, port: int) -> socket.socket:
     try:
-        return listen_at(host, port, CONNECTION_BACKLOG)
+        inherited = inherited_listener(host, port) if key == CLIENTS else None
+        return inherited or listen_at(host, port, CONNECTION_BACKLOG)
     except OSError as error:
         raise ConfigError([f"{key}: cannot listen at {netloc(host, port)}: {error.strerror}"]) from error
 
@@ -116,18 +121,34 @@ async def serve(config: ClusterConfig) -> str:
         logger.warning(
             "router.host: %s can be reached from other hosts, and clients need no API key", config.router.host
         )
-    clients: ASGIApp = make_app(service, metrics, keys)
+    tracing = _tracing(service, config.router)
+    clients: ASGIApp = make_app(service, metrics, keys, *([tracing.traced] if tracing else []))
     operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
         clients, operators = AccessLog(clients, clock.now), AccessLog(operators, clock.now)
     limits, tls = http_limits(config.router), tls_files(config.router)
     tune_gc()
     async with (
-        _serving(clients, "router.port", (config.router.host, config.router.port), limits, tls),
+        _serving(clients, CLIENTS, (config.router.host, config.router.port), limits, tls),
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
         startup.report(READY)
-        return await service.run()
+        try:
+            return await service.run()
+        finally:
+            if tracing is not None:
+                await tracing.close()
+
+
+def _tracing(service: RouterService, config: RouterConfig) -> Tracing | None:
+    """Return what sends traces, or None. Raises ConfigError without the library."""
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from router.tracing import Tracing  # noqa: PLC0415 (an extra, which takes long to import)
+    except ImportError as error:
+        raise ConfigError(["router.otlp_endpoint needs OpenTelemetry: pip install 'kvrelay[otel]'"]) from error
+    return Tracing(service, config.otlp_endpoint, config.trace_sample_ratio)
 
 
 @contextlib.asynccontextmanager

@@ -66,6 +66,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
             peer_timeout_s=cluster.peer_timeout_s,
         ),
         expected_nodes=expected_nodes(config),
+        self_check=cluster.self_check,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain, islice
 
 from kvrelay.machine.histogram import Histogram
 from kvrelay.protocol.histograms import STAGE_BOUNDS_S
@@ -11,7 +13,7 @@ from kvrelay.protocol.messages.base import LayerTransfer, Mark
 from kvrelay.protocol.messages.node_to_router import RequestTimeline
 
 MAX_KEPT = 256
-"""Maximum timelines of ended requests kept."""
+"""Maximum timelines of ended requests kept, unless requests are traced."""
 
 MAX_PARTS = 64
 """Maximum node reports kept per request; each attempt adds up to two."""
@@ -54,6 +56,18 @@ class Timeline:
             "kv_bytes_moved": sum(layer.num_bytes for layer in self.layers),
         }
 
+    def summary(self, request_id: RequestId) -> dict[str, object]:
+        """Return an item of ``/cluster/requests``; ``nodes`` are those that have reported their part."""
+        its = [mark for mark in self.marks if mark.node == ROUTER]
+        first_token_s = next((mark.at_s for mark in its if mark.name == "first_token"), None)
+        return {
+            "request_id": request_id,
+            "received_s": its[0].at_s,
+            "first_token_s": first_token_s,
+            "done_s": its[-1].at_s if its[-1].name == "done" else None,
+            "nodes": list(dict.fromkeys(mark.node for mark in self.marks if mark.node != ROUTER)),
+        }
+
 
 class Timelines:
     """Timelines of requests in progress and of recently ended ones, whose nodes may still report.
@@ -65,6 +79,7 @@ class Timelines:
         self._open: dict[RequestId, Timeline] = {}
         self._ended: OrderedDict[RequestId, Timeline] = OrderedDict()
         self.inference = Histogram(STAGE_BOUNDS_S)
+        self.max_kept = MAX_KEPT
 
     def open(self, request_id: RequestId) -> None:
         """Begin the timeline of a new request."""
@@ -76,11 +91,11 @@ class Timelines:
         self._open[request_id].marks.append(Mark(name, now, ROUTER))
 
     def close(self, request_id: RequestId) -> None:
-        """Mark the request as ended; drop the oldest ended timeline beyond ``MAX_KEPT``."""
+        """Mark the request as ended; drop the oldest ended timeline beyond ``max_kept``."""
         timeline = self._ended[request_id] = self._open.pop(request_id)
         if timeline.num_parts:
             self._count(timeline)
-        if len(self._ended) > MAX_KEPT:
+        if len(self._ended) > self.max_kept:
             self._ended.popitem(last=False)
 
     def merge(self, report: RequestTimeline) -> int:
@@ -99,6 +114,13 @@ class Timelines:
         if not timeline.was_counted and (seconds := timeline.inference_s()) is not None:
             timeline.was_counted = True
             self.inference.observe(seconds)
+
+    def newest(self, count: int) -> list[dict[str, object]]:
+        """Return items of ``/cluster/requests``: requests in progress and then those that have ended, newest first."""
+        requests: Iterator[tuple[RequestId, Timeline]] = chain(
+            reversed(self._open.items()), reversed(self._ended.items())
+        )
+        return [timeline.summary(request_id) for request_id, timeline in islice(requests, count)]
 
     def get(self, request_id: RequestId) -> dict[str, object] | None:
         """Return one request's timeline, or None if it is not kept."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvrelay.runtime.listening import LISTENER_FD
 from kvrelay.runtime.startup import READY, STAGES_FD
 
 _PR_SET_PDEATHSIG = 1
@@ -23,11 +24,12 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to start. ``name`` is unique in the cluster."""
+    """A process to start. ``name`` is unique in the cluster. ``listener``: the descriptor of a socket it listens at."""
 
     name: str
     role: str
     argv: tuple[str, ...]
+    listener: int | None = None
 
 
 class _Pipe:
@@ -60,14 +62,17 @@ class Child:
         Every line it or its own children write goes to ``on_line``, each stage of its start to ``on_stage``.
         """
         output, stages = _Pipe(), _Pipe()
+        descriptors = {STAGES_FD: stages.write_end}
+        if spec.listener is not None:
+            descriptors[LISTENER_FD] = spec.listener
         try:
             process = await asyncio.create_subprocess_exec(
                 *spec.argv,
-                env={**env, STAGES_FD: str(stages.write_end)},
+                env={**env, **{name: str(descriptor) for name, descriptor in descriptors.items()}},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output.write_end,
                 stderr=output.write_end,
-                pass_fds=[stages.write_end],
+                pass_fds=list(descriptors.values()),
                 process_group=0,
                 preexec_fn=_die_with_parent,
             )

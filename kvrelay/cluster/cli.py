@@ -283,6 +283,26 @@ def chat(
         say(url, sys.stdin.read(), max_tokens, key=key)
 
 
+@app.command()
+def trace(
+    request_id: Annotated[
+        str | None, typer.Argument(metavar="[REQUEST_ID]", help="One request; default: the newest ones.")
+    ] = None,
+    url: AdminURL = DEFAULT_ADMIN_URL,
+    count: Annotated[int, typer.Option("--last", "-n", min=1, max=256, help="How many of the newest requests.")] = 50,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The trace.")] = Path("trace.json"),
+    key_file: KeyFile = None,
+) -> None:
+    """Write a trace of requests across all processes; open it at ui.perfetto.dev or chrome://tracing."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster.client import ClusterClient
+    from kvrelay.cluster.trace import write_trace
+
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        written = write_trace(cluster, output, request_id, count)
+    typer.echo(f"{output}: {written} requests; open it at https://ui.perfetto.dev")
+
+
 app.command()(bench)
 
 

@@ -49,6 +49,11 @@ class ClusterClient:
         """Return ``/cluster``: nodes, their load, requests."""
         return self._get("/cluster")
 
+    def requests(self, count: int) -> list[dict[str, Any]]:
+        """Return the newest ``count`` requests of the router, newest first; only operators may ask."""
+        found: list[dict[str, Any]] = self._get(f"/cluster/requests?limit={count}")["requests"]
+        return found
+
     def timeline(self, request_id: str) -> dict[str, Any]:
         """Return the timeline of one request."""
         return self._get(f"/cluster/requests/{request_id}")

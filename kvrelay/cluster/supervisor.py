@@ -30,7 +30,8 @@ class Supervisor:
     """Starts ``specs``, restarts whatever ends without its order, and drains everything when told to stop.
 
     ``probe`` returns None when the cluster can serve, else the reason why not; ``on_ready`` then runs once. The
-    router is stopped before the nodes, so that they finish what it still has. ``now`` and ``sleep`` time the restarts.
+    router is stopped before the nodes, so that they finish what it still has. ``on_stopping`` runs first: nothing is
+    started any more. ``now`` and ``sleep`` time the restarts.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Supervisor:
         *,
         probe: Callable[[], Awaitable[str | None]],
         on_ready: Callable[[], Awaitable[None]],
+        on_stopping: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -49,6 +51,7 @@ class Supervisor:
         self._display = display
         self._probe = probe
         self._on_ready = on_ready
+        self._on_stopping = on_stopping
         self._now = now
         self._sleep = sleep
         self._env: Mapping[str, str] = {}
@@ -83,6 +86,7 @@ class Supervisor:
         bring_up = asyncio.create_task(self._bring_up())
         try:
             await self._stopping.wait()
+            self._on_stopping()
             await self._drain(keepers)
         finally:
             self._stopping.set()

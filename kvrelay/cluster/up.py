@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kvrelay.addresses import listen_at
 from kvrelay.admin_key import read_admin_key
 from kvrelay.cluster.addresses import require_free_addresses
 from kvrelay.cluster.child import ProcessSpec
@@ -21,6 +22,7 @@ from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
 from kvrelay.config.cluster_config import OVERRIDES, ClusterConfig
+from kvrelay.runtime.listening import CONNECTION_BACKLOG
 from kvrelay.runtime.logging import resolved_format
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
 from kvrelay.runtime.stop_signals import STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
@@ -39,7 +41,9 @@ async def up(
     Raises ConfigError if one of its addresses is taken or is not this host's.
     """
     require_free_addresses(config)
-    specs = process_specs(config, path)
+    # Connections that come while the router restarts wait in the kernel for the next one.
+    listener = listen_at(config.router.host, config.router.port, CONNECTION_BACKLOG)
+    specs = process_specs(config, path, listener.fileno())
     log_format = resolved_format(config.cluster.log_format, is_terminal=console.is_terminal)
     display = Display(console, [spec.name for spec in specs], as_json=log_format == "json")
 
@@ -53,10 +57,12 @@ async def up(
             await after_ready(supervisor, display)
 
     with ClusterClient(config.router.admin_url, key=read_admin_key(config.router.admin_key_file)) as client:
-        supervisor = Supervisor(specs, config.cluster, display, probe=probe, on_ready=on_ready)
+        supervisor = Supervisor(
+            specs, config.cluster, display, probe=probe, on_ready=on_ready, on_stopping=listener.close
+        )
         handle_stop_signals(asyncio.get_running_loop(), supervisor.stop, (*STOP_SIGNALS, signal.SIGHUP))
         try:
-            with runtime_dir() as directory, closing(display):
+            with runtime_dir() as directory, closing(display), listener:
                 return await supervisor.run(process_env(directory, overrides, log_format=log_format))
         finally:
             ignore_stop_signals()
@@ -72,10 +78,10 @@ def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
     return f"{', '.join(missing)} not registered yet" if missing else None
 
 
-def process_specs(config: ClusterConfig, path: Path) -> list[ProcessSpec]:
-    """Return the processes of a cluster: the router, then each node."""
+def process_specs(config: ClusterConfig, path: Path, listener: int | None = None) -> list[ProcessSpec]:
+    """Return the processes of a cluster: the router, which listens at the socket ``listener``, then each node."""
     command = (sys.executable, "-P", "-m", "kvrelay.cluster")
-    router = ProcessSpec("router", "router", (*command, "router", str(path)))
+    router = ProcessSpec("router", "router", (*command, "router", str(path)), listener)
     nodes = (
         ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name))
         for node in config.nodes

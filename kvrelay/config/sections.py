@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from kvrelay.addresses import loopback_like, netloc
 from kvrelay.config.base import REDIS_SCHEMES, DType, Host, Port, Section, SizeBytes, TcpAddress, refuse
+from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import ConfigError
 
 _ADMIN_PORT_OFFSET = 90
@@ -133,6 +134,13 @@ class RouterConfig(Section):
         description="Seconds a request waits for a node if none can take it and one may come: a node left, or the "
         "router started, no longer ago.",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1 << 20,
+        description="Fewest new tokens of a chunk of a stream, except for the first and the last. A busy router sends "
+        "fewer and larger chunks anyway.",
+    )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86400, description="Seconds from admission after which a request fails."
     )
@@ -193,6 +201,16 @@ class RouterConfig(Section):
     tls_key: str | None = Field(None, min_length=1, description="File with the private key of tls_certificate (PEM).")
     access_log: bool = Field(
         True, description="Log one line per HTTP request; probes such as /health only at log_level debug."
+    )
+
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="URL of an OpenTelemetry collector that takes traces over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; needs kvrelay[otel]; default: no traces.",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of requests that are traced, of those without a traceparent that decides."
     )
 
     @model_validator(mode="after")
@@ -431,6 +449,11 @@ class ClusterSettings(Section):
         "which a process is not restarted and the cluster ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level of log lines.")
+    self_check: SelfCheckMode = Field(
+        "report",
+        description="Check of blocks, slots, sequences, transfers and reservations that each idle process makes of "
+        "itself. report: log and count violations; fatal: the process ends with an error, for tests; off.",
+    )
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="Format of log lines; json: an object per line; auto: text on a terminal, else json."
     )

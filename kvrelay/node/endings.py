@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.outbox import Outbox
 from kvrelay.node.in_flight import PlansInFlight
 from kvrelay.node.plans import PlanWriter
@@ -108,8 +108,10 @@ class Endings(Generic[R, S]):
         self.stages.ended(request)
         self._outbox.send(request.spec.router, request.timeline(self._node_id))
 
-    def assert_quiescent(self) -> None:
-        """Raise LocalProtocolError unless no request is left, in the engine neither."""
+    def laws_at_rest(self) -> Laws:
+        """Check that no request is left, nor a sequence in the engine; see ``kvrelay.machine.laws``."""
         if self._requests or self._in_flight or self._plans:
             histories = {request.attempt: request.lifecycle.history for request in self._requests}
-            raise LocalProtocolError(f"{self._node_id} is not quiescent: {histories}")
+            text = f"{len(self._plans)} sequences in the engine, {len(self._in_flight)} plans in flight, {histories}"
+            yield [Violation(f"requests are not over: {text}")]
+        yield from self._requests.laws_at_rest()

@@ -34,9 +34,11 @@ from kvrelay.machine.contract import (
     StoreCounted,
     TimerFired,
 )
+from kvrelay.machine.laws import Laws, require
 from kvrelay.machine.membership import Membership
 from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.node.endings import Endings
 from kvrelay.node.prefix_reports import PrefixReports
@@ -103,6 +105,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._leaving = False
         self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
+        self._self_check = SelfCheck(node.cluster.self_check, self.laws_at_rest, self._outbox, self.kv.history.of)
 
     # ------------------------------------------------------------ what a role adds
 
@@ -161,7 +164,7 @@ class NodeMachine(ABC, Generic[R, S]):
 
     def handle(self, event: CoreEvent, now: float) -> list[CoreAction]:
         """Take ``event``; see ``kvrelay.machine.contract``."""
-        self._outbox.now = now
+        self._outbox.now = self.kv.history.now = now
         self._on_event(event)
         self._start_steps()
         if self._kv_events:
@@ -300,6 +303,7 @@ class NodeMachine(ABC, Generic[R, S]):
         self._prefix_reports.report(self._membership.routers)
         self._endings.remind_messager(self._node.cluster.heartbeat_s)
         self._beat_to_nodes()
+        self._self_check.beat(self._activity())
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:
         if peer == MESSAGER:
@@ -345,12 +349,21 @@ class NodeMachine(ABC, Generic[R, S]):
             **self._endings.stages.counters,
             **asdict(self.kv.stats),
             COUNTER: float(self._unexpected.count),
+            **self._self_check.counters,
             **self._messager_stats.counters,
         }
 
+    def laws_at_rest(self) -> Laws:
+        """Check that nothing is running, held or owed, and that every block is accounted for."""
+        yield from self._endings.laws_at_rest()
+        yield from self._transfers.laws_at_rest()
+        yield from self.kv.laws_at_rest()
+        yield from self.kv.laws()
+
+    def _activity(self) -> int | None:
+        """Return how often KV blocks were touched, or None if there is a request or a transfer with the store."""
+        return None if self.requests or not self._transfers.is_idle else self.kv.history.num_operations
+
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless nothing is running, held or owed."""
-        self._endings.assert_quiescent()
-        if not self._transfers.is_idle:
-            raise LocalProtocolError(f"{self._node.name} is not quiescent: transfers with the store are not over")
-        self.kv.assert_quiescent()
+        require(self.laws_at_rest(), f"{self._node.name} is not quiescent")

@@ -1,8 +1,8 @@
 """A node's HTTP server for ``/metrics``, on the node's loop.
 
 The loop also runs the node's steps, so no client may take much of it: connections are accepted one after another with
-a pause between them, a few are open at a time and none for long, a request is short, and the text is made at most once
-in ``TEXT_AGE_S`` for all who ask.
+a pause between them, a few are open at a time and none for long, a request is short, and the text is made for all who
+ask, so seldom that it takes no more than ``MAX_SHARE`` of the loop's time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -28,7 +29,10 @@ TIMEOUT_S = 5.0
 """Seconds a client has to send its request and to take the answer."""
 
 TEXT_AGE_S = 0.05
-"""Seconds for which a text is used again."""
+"""Seconds for which a text is used again, at least."""
+
+MAX_SHARE = 0.02
+"""Share of the loop's time that goes to making texts, at most."""
 
 _MAX_REQUEST_BYTES = 8192
 _MAX_READS = 16
@@ -46,7 +50,7 @@ class MetricsServer:
         self._exposition = exposition
         self._now = now
         self._text = b""
-        self._made_s: float | None = None
+        self._fresh_until_s = -math.inf
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -121,13 +125,14 @@ class MetricsServer:
 
     def _metrics(self) -> bytes:
         now = self._now()
-        if self._made_s is None or not 0 <= now - self._made_s < TEXT_AGE_S:
+        if now >= self._fresh_until_s:
             try:
                 self._text = self._exposition()
             except Exception:
                 logger.exception("the metrics cannot be read")
                 return _response("500 Internal Server Error", b"see the node's log\n")
-            self._made_s = now
+            made_s = self._now()
+            self._fresh_until_s = made_s + max(TEXT_AGE_S, (made_s - now) / MAX_SHARE)
         return _response("200 OK", self._text, _TEXT)
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
+from kvrelay.machine.laws import Laws, Violation
+from kvrelay.node.prefill_order import PrefillOrder
 from kvrelay.node.request import NodeRequest
 from kvrelay.protocol.ids import Attempt
+from kvstore.blocks.pending_prefixes import PendingPrefixes
 
 R = TypeVar("R", bound=NodeRequest[Any])
 R_contra = TypeVar("R_contra", bound=NodeRequest[Any], contravariant=True)
@@ -22,6 +25,10 @@ class Container(Protocol[R_contra]):
 
     def remove(self, request: R_contra) -> None:
         """Take out ``request``."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
 
 
 class RequestSet(dict[R, None]):
@@ -47,8 +54,12 @@ class RequestSet(dict[R, None]):
 class RequestTable(Generic[R, S]):
     """Every request the node knows. A request is in the container of its status, and in no other.
 
-    ``containers`` has each status but the last: a request that reaches a status without container is forgotten.
+    ``containers`` has each status but the last: a request that reaches a status without container is forgotten. A role
+    adds ``order``, the prompts to compute, and ``pending``, the blocks of admitted ones that are to be computed.
     """
+
+    order: PrefillOrder[R]
+    pending: PendingPrefixes
 
     def __init__(self, containers: Mapping[S, Container[R]]) -> None:
         self._containers = containers
@@ -90,3 +101,25 @@ class RequestTable(Generic[R, S]):
             del self._by_attempt[request.attempt]
         else:
             after.add(request)
+
+    def laws(self) -> Laws:
+        """Check that each request is in the container of its status and in no other; see ``kvrelay.machine.laws``."""
+        containers: dict[int, Container[R]] = {id(container): container for container in self._containers.values()}
+        found = []
+        for request in self:
+            places = [key for key, container in containers.items() if request in container]
+            if places != [id(self._containers.get(request.status))]:
+                text = (
+                    f"request {request.spec.request_id}, {request.status}, is not in the container of its status alone"
+                )
+                found.append(Violation(text))
+        num_contained = sum(map(len, containers.values()))
+        if num_contained != len(self):
+            found.append(Violation(f"{len(self)} requests are known, {num_contained} are in containers"))
+        yield found
+
+    def laws_at_rest(self) -> Laws:
+        """Check that no prompt is to be computed, and ``laws``."""
+        if len(self.order) or len(self.pending):
+            yield [Violation("prompts are still in the prefill order")]
+        yield from self.laws()

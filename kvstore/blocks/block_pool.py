@@ -5,10 +5,12 @@ Methods that take many blocks check all of them before they change any. An error
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation, parts_of
 from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.block_history import BlockHistory
 
 FREE = -1
 """Reference count of a block on the free list. 0: a block without references that the prefix cache keeps."""
@@ -21,7 +23,7 @@ class BlockPool:
     therefore allocated consecutively again, and transfers find long runs of ids.
     """
 
-    __slots__ = ("_free", "_ref_counts", "num_allocated", "num_blocks", "num_recycled", "num_referenced")
+    __slots__ = ("_free", "_ref_counts", "history", "num_allocated", "num_blocks", "num_recycled", "num_referenced")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -31,6 +33,7 @@ class BlockPool:
         """Blocks returned to the free list since the start."""
         self.num_referenced = 0
         """Blocks with references."""
+        self.history = BlockHistory()
         self._free: list[BlockId] = [BlockId(index) for index in range(num_blocks - 1, -1, -1)]
         self._ref_counts = [FREE] * num_blocks
 
@@ -59,6 +62,7 @@ class BlockPool:
             ref_counts[block] = 1
         self.num_allocated += num_blocks
         self.num_referenced += num_blocks
+        self.history.record("allocate", taken)
         return taken
 
     def pin(self, block_ids: Sequence[BlockId]) -> list[BlockId]:
@@ -72,6 +76,7 @@ class BlockPool:
         for block in block_ids:
             ref_counts[block] += 1
         self.num_referenced += len(first_refs)
+        self.history.record("pin", block_ids)
         return first_refs
 
     def unpin(self, block_ids: Sequence[BlockId]) -> list[BlockId]:
@@ -89,6 +94,7 @@ class BlockPool:
             if not refs:
                 last_refs.append(block)
         self.num_referenced -= len(last_refs)
+        self.history.record("unpin", block_ids)
         return last_refs
 
     def recycle(self, block_ids: Sequence[BlockId]) -> None:
@@ -102,6 +108,7 @@ class BlockPool:
             ref_counts[block] = FREE
         self._free += block_ids
         self.num_recycled += len(block_ids)
+        self.history.record("recycle", block_ids)
 
     def require(self, operation: str, block_ids: Sequence[BlockId], min_refs: int, max_refs: int | None = None) -> None:
         """Raise LocalProtocolError with ``operation`` and the first invalid block, unless all blocks are valid.
@@ -140,19 +147,36 @@ class BlockPool:
         """Return the blocks with references, by id. Scans the whole pool."""
         return [BlockId(index) for index, refs in enumerate(self._ref_counts) if refs > 0]
 
-    def problems(self) -> list[str]:
-        """Return all inconsistencies of the pool. Checks the whole pool."""
-        on_list = set(self._free)
-        counted = {BlockId(index) for index, refs in enumerate(self._ref_counts) if refs == FREE}
-        found = [f"block {block} is counted free but not on the free list" for block in counted - on_list]
-        found += [f"block {block} is on the free list but {self.describe(block)}" for block in on_list - counted]
-        if len(on_list) < len(self._free):
-            found.append(f"the free list names {len(self._free) - len(on_list)} blocks more than once")
+    def laws(self) -> Laws:
+        """Check the pool by itself; see ``kvrelay.machine.laws``."""
+        free, ref_counts = self._free, self._ref_counts
+        on_list = bytearray(self.num_blocks)
+        num_named_again = num_referenced = 0
+        for part in parts_of(len(free)):
+            found = []
+            for block in free[part.start : part.stop]:
+                num_named_again += on_list[block]
+                on_list[block] = 1
+                if ref_counts[block] != FREE:
+                    found.append(Violation(f"block {block} is on the free list but {self.describe(block)}", block))
+            yield found
+        for part in parts_of(self.num_blocks):
+            found = []
+            for block in map(BlockId, part):
+                refs = ref_counts[block]
+                num_referenced += refs > 0
+                if refs == FREE and not on_list[block]:
+                    found.append(Violation(f"block {block} is counted free but not on the free list", block))
+            yield found
+        yield list(self._total_violations(num_named_again, num_referenced))
+
+    def _total_violations(self, num_named_again: int, num_referenced: int) -> Iterator[Violation]:
+        if num_named_again:
+            yield Violation(f"the free list names {num_named_again} blocks more than once")
         if self.num_allocated - self.num_recycled != self.num_blocks - len(self._free):
-            found.append(
+            yield Violation(
                 f"{self.num_allocated} allocated - {self.num_recycled} recycled "
                 f"!= {self.num_blocks - len(self._free)} blocks off the free list"
             )
-        if self.num_referenced != len(self.referenced()):
-            found.append(f"{self.num_referenced} blocks are counted referenced, {len(self.referenced())} are")
-        return found
+        if self.num_referenced != num_referenced:
+            yield Violation(f"{self.num_referenced} blocks are counted referenced, {num_referenced} are")

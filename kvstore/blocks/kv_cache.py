@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation, parts_of, require
 from kvrelay.protocol.ids import BlockId
+from kvstore.blocks.block_history import BlockHistory
 from kvstore.blocks.block_pool import BlockPool
 from kvstore.blocks.kv_event_log import KVEventLog
 from kvstore.blocks.prefix_cache import PrefixCache
@@ -241,25 +243,44 @@ class KVCache:
         if self._prefixes.events is not None and not self._prefixes.published():
             self._prefixes.events.cleared()
 
+    @property
+    def history(self) -> BlockHistory:
+        """What was last done with the blocks."""
+        return self._pool.history
+
+    def laws(self) -> Laws:
+        """Check all blocks, whether or not anybody holds them; see ``kvrelay.machine.laws``."""
+        yield from self._pool.laws()
+        yield from self._prefixes.laws(lambda block: self._pool.ref_count(block) > 0)
+        for part in parts_of(self.num_blocks):
+            found = []
+            for block in map(BlockId, part):
+                refs, published = self._pool.ref_count(block), self._prefixes.is_published(block)
+                if refs < 0 and published:
+                    found.append(Violation(f"block {block} is free and published", block))
+                if refs == 0 and not published:
+                    text = f"block {block} is lost: neither free, nor published, nor referenced"
+                    found.append(Violation(text, block))
+            yield found
+
+    def laws_at_rest(self) -> Laws:
+        """Check that nobody holds a block, and that free and evictable blocks are all there are."""
+        if self._pool.num_referenced:
+            yield self._referenced()
+        if self.num_free + self.num_evictable != self.num_blocks:
+            text = f"{self.num_free} free and {self.num_evictable} evictable blocks are not all {self.num_blocks}"
+            yield [Violation(text)]
+
+    def _referenced(self) -> list[Violation]:
+        referenced = self._pool.referenced()
+        shown = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_SHOWN])
+        text = f"{len(referenced)} of {self.num_blocks} KV blocks are still referenced: {shown}"
+        return [Violation(text + (", ..." if len(referenced) > _MAX_SHOWN else ""), next(iter(referenced), None))]
+
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError with the referenced blocks if there are any."""
-        referenced = self._pool.referenced()
-        if referenced:
-            shown = ", ".join(f"block {block} {self._pool.describe(block)}" for block in referenced[:_MAX_SHOWN])
-            raise LocalProtocolError(
-                f"{len(referenced)} of {self.num_blocks} KV blocks are still referenced: {shown}"
-                + (", ..." if len(referenced) > _MAX_SHOWN else "")
-            )
+        require(self.laws_at_rest(), "KV blocks at rest")
 
     def check_invariants(self) -> None:
-        """Raise LocalProtocolError with all inconsistencies. Checks everything; for tests and debugging."""
-        referenced = set(self._pool.referenced())
-        problems = self._pool.problems() + self._prefixes.problems(referenced)
-        for block in map(BlockId, range(self.num_blocks)):
-            refs, published = self._pool.ref_count(block), self._prefixes.is_published(block)
-            if refs < 0 and published:
-                problems.append(f"block {block} is free and published")
-            if refs == 0 and not published:
-                problems.append(f"block {block} is lost: neither free, nor published, nor referenced")
-        if problems:
-            raise LocalProtocolError("KV blocks: " + "; ".join(problems))
+        """Raise LocalProtocolError with all inconsistencies. Checks everything at once."""
+        require(self.laws(), "KV blocks")

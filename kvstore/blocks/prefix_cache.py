@@ -19,10 +19,11 @@ O(1) per block: no heap, no search for leaves, and each parent enters once.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import Laws, Violation, parts_of
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.kv_event_log import KVEventLog
 
@@ -255,39 +256,55 @@ class PrefixCache:
             found += children.get(node, ())
         return found
 
-    def problems(self, referenced: set[BlockId]) -> list[str]:
-        """Return all inconsistencies of the tree, and with ``referenced``. Checks the whole tree."""
-        published = {BlockId(index) for index, known in enumerate(self._hash_of) if known != _UNPUBLISHED}
-        found = self._edge_problems(published) + self._holder_problems(published, referenced)
-        position = {block: place for place, block in enumerate(self._evictable)}
-        return found + [
-            f"evictable block {block} comes after its parent"
-            for block, place in position.items()
-            if place > position.get(self._parent_of[block], self._root)
-        ]
+    def laws(self, is_referenced: Callable[[BlockId], bool]) -> Laws:
+        """Check the tree, also with what the pool says is referenced; see ``kvrelay.machine.laws``."""
+        num_held_children = [0] * (self._root + 1)
+        num_published = 0
+        num_edges = len(self._other_children) + (self._first_child[self._root] != self._root)
+        for part in parts_of(self._root):
+            for block in part:
+                num_edges += self._first_child[block] != self._root
+                if self._hash_of[block] != _UNPUBLISHED:
+                    num_published += 1
+                    num_held_children[self._parent_of[block]] += self._holders[block] > 0
+            yield []
+        if num_edges != num_published:
+            yield [Violation(f"{num_published} published blocks, but {num_edges} children")]
+        for part in parts_of(self._root):
+            found: list[Violation] = []
+            for block in map(BlockId, part):
+                if self._hash_of[block] != _UNPUBLISHED:
+                    found += self._edge_violations(block)
+                    found += self._holder_violations(block, num_held_children[block], is_referenced(block))
+                elif block in self._evictable:
+                    found.append(Violation(f"block {block} is evictable but not published", block))
+            yield found
+        yield from self._order_laws()
 
-    def _edge_problems(self, published: set[BlockId]) -> list[str]:
-        nodes = published | {self._root}
-        found = [f"published block {b} has an unpublished parent" for b in published if self._parent_of[b] not in nodes]
-        found += [
-            f"published block {block} is not among its parent's children"
-            for block in published
-            if block not in (self._first_child[self._parent_of[block]], self._other_children.get(self._hash_of[block]))
-        ]
-        num_edges = len(self._first_child) - self._first_child.count(self._root) + len(self._other_children)
-        if num_edges != len(published):
-            found.append(f"{len(published)} published blocks, but {num_edges} children")
-        return found
+    def _edge_violations(self, block: BlockId) -> Iterator[Violation]:
+        parent = self._parent_of[block]
+        if parent != self._root and self._hash_of[parent] == _UNPUBLISHED:
+            yield Violation(f"published block {block} has an unpublished parent", block)
+        if block not in (self._first_child[parent], self._other_children.get(self._hash_of[block])):
+            yield Violation(f"published block {block} is not among its parent's children", block)
 
-    def _holder_problems(self, published: set[BlockId], referenced: set[BlockId]) -> list[str]:
-        held = {block for block in published if self._holders[block]}
-        held_children = Counter(self._parent_of[block] for block in held)
-        found = [
-            f"block {block} has {self._holders[block]} holders, but {held_children[block]} held children "
-            f"and {'a' if block in referenced else 'no'} reference"
-            for block in published
-            if self._holders[block] != held_children[block] + (block in referenced)
-        ]
-        if self._evictable.keys() != published - held:
-            found.append(f"evictable are {sorted(self._evictable)}, unheld are {sorted(published - held)}")
-        return found
+    def _holder_violations(self, block: BlockId, num_held: int, is_referenced: bool) -> Iterator[Violation]:
+        holders = self._holders[block]
+        if holders != num_held + is_referenced:
+            reference = "a" if is_referenced else "no"
+            text = f"block {block} has {holders} holders, but {num_held} held children and {reference} reference"
+            yield Violation(text, block)
+        if (block in self._evictable) is (holders > 0):
+            state = "held but evictable" if holders else "neither held nor evictable"
+            yield Violation(f"published block {block} is {state}", block)
+
+    def _order_laws(self) -> Laws:
+        order = list(self._evictable)
+        seen = bytearray(self._root + 1)
+        for part in parts_of(len(order)):
+            found = []
+            for block in order[part.start : part.stop]:
+                seen[block] = 1
+                if seen[self._parent_of[block]]:
+                    found.append(Violation(f"evictable block {block} comes after its parent", block))
+            yield found

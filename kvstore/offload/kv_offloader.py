@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVStaged, KVStored, StageKV, StoreKV
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.kv_cache import KVCache
@@ -55,7 +56,7 @@ class KVOffloader(Generic[T]):
         self._kv = kv
         self._outbox = outbox
         num_slots = num_staging_slots(config, block_bytes)
-        self._saves_nothing = num_slots == 0
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots))
         self._saves: dict[int, _Save[T]] = {}
         self._number = 0
@@ -69,6 +70,14 @@ class KVOffloader(Generic[T]):
         """Saves under way."""
         return len(self._saves)
 
+    def laws(self) -> Laws:
+        """Check that each slot of the staging memory is free, or of one save; see ``kvrelay.machine.laws``."""
+        in_use = [slot for save in self._saves.values() for slot in save.slots]
+        slots = [*self._free_slots, *in_use]
+        if len(slots) != self._num_slots or len(set(slots)) != self._num_slots:
+            text = f"{len(self._free_slots)} free staging slots and {len(in_use)} in use are not all {self._num_slots}"
+            yield [Violation(text)]
+
     @property
     def is_staging(self) -> bool:
         """Whether blocks are pinned for a copy: they will be free in milliseconds."""
@@ -79,7 +88,7 @@ class KVOffloader(Generic[T]):
 
         Returns Saved if there is nothing to write. Otherwise ``staged`` or ``stored`` returns it later, once.
         """
-        if self._saves_nothing:
+        if not self._num_slots:
             return Saved(owner, 0)
         blocks = self._kv.match(hashes)
         first = self._num_known(hashes)

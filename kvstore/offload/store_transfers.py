@@ -7,6 +7,7 @@ from typing import Generic, TypeVar, cast
 
 from kvrelay.config.storage import StorageConfig
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StoreCounted
+from kvrelay.machine.laws import Laws, Violation
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.ids import Attempt, BlockId
 from kvstore.offload.kv_offloader import KVOffloader, Saved
@@ -34,6 +35,12 @@ class StoreTransfers(Generic[T, U]):
     def is_idle(self) -> bool:
         """Whether no save and no read is under way."""
         return not len(self._offloader) and not self._reads
+
+    def laws_at_rest(self) -> Laws:
+        """Check that no transfer is under way and all staging memory is free; see ``kvrelay.machine.laws``."""
+        if not self.is_idle:
+            yield [Violation("transfers with the store are not over")]
+        yield from self._offloader.laws()
 
     @property
     def counters(self) -> dict[str, float]:

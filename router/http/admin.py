@@ -10,6 +10,7 @@ import kvrelay
 from kvrelay.errors import KVRelayError, ModelNotFoundError
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.phases import Phase, phases
 from router.cluster_status import cluster_status
 from router.http.asgi import send_body, send_error
 from router.http.body import prepared
@@ -78,7 +79,7 @@ class AdminEndpoints:
         if timeline is None:
             message = f"no request {shown(request_id)} is in progress or among the last that ended"
             return _error_response(AnswerError(ErrorInfo(code="not_found", message=message, http_status=404)))
-        return JSONResponse(timeline)
+        return JSONResponse({**timeline, "phases": [_phase(phase) for phase in phases(timeline)]})
 
 
 class TokenEndpoint:
@@ -100,6 +101,10 @@ class TokenEndpoint:
             await send_error(send, error, path=scope["path"])
         except KVRelayError as error:
             await send_error(send, AnswerError.of(error), path=scope["path"])
+
+
+def _phase(phase: Phase) -> dict[str, object]:
+    return {"name": phase.name, "node": phase.node, "start_s": phase.start_s, "duration_s": phase.duration_s}
 
 
 def _error_response(error: AnswerError) -> Response:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.admin import AdminEndpoints, TokenEndpoint
@@ -25,18 +24,41 @@ from router.openai.errors import AnswerError
 from router.service import RouterService
 
 
-class App(Starlette):
-    """Starlette's application with ``/x/`` treated as ``/x``, because clients lose their body on a redirect."""
+class App:
+    """Calls endpoints that are ASGI applications themselves, and Starlette for the rest.
+
+    Starlette's layers cost each request, and each part of a stream. ``/x/`` is treated as ``/x``, because clients lose
+    their body on a redirect. ``guard`` puts middleware before the routing.
+    """
+
+    def __init__(self, routes: Sequence[Route], guard: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> None:
+        self.routes = routes
+        self._posted = {route.path: route.app for route in routes if route.app is route.endpoint}
+        self._starlette = Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+        self._guarded = guard(self._route)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["path"].endswith("/"):
             scope["path"] = scope["path"].rstrip("/") or "/"
-        await super().__call__(scope, receive, send)
+        await self._guarded(scope, receive, send)
+
+    def _route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        app = self._posted.get(scope["path"]) if scope["method"] == "POST" else None
+        return (app or self._starlette)(scope, receive, send)
 
 
-def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = None) -> App:
-    """Return the HTTP application; with ``keys`` for clients that have one.
+def _untraced(app: ASGIApp) -> ASGIApp:
+    return app
+
+
+def make_app(
+    service: RouterService,
+    metrics: Metrics,
+    keys: ApiKeys | None = None,
+    traced: Callable[[ASGIApp], ASGIApp] = _untraced,
+) -> ASGIApp:
+    """Return the HTTP application; with ``keys`` for clients that have one. ``traced`` wraps what generates.
 
     There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
     """
@@ -47,16 +69,16 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        Route("/v1/completions", GenerateEndpoint("completions", service, metrics), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint("chat", service, metrics), methods=["POST"]),
+        Route("/v1/completions", traced(GenerateEndpoint("completions", service, metrics)), methods=["POST"]),
+        Route("/v1/chat/completions", traced(GenerateEndpoint("chat", service, metrics)), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model_id:path}", admin.model),
         Route("/tokenize", TokenEndpoint("tokenize", service), methods=["POST"]),
         Route("/detokenize", TokenEndpoint("detokenize", service), methods=["POST"]),
         Route("/tokenizer_info", admin.tokenizer_info),
-        Route("/v1/responses", GenerateEndpoint("responses", service, metrics), methods=["POST"]),
+        Route("/v1/responses", traced(GenerateEndpoint("responses", service, metrics)), methods=["POST"]),
         Route("/v1/responses/input_tokens", TokenEndpoint("responses_tokens", service), methods=["POST"]),
-        Route("/v1/messages", GenerateEndpoint("messages", service, metrics), methods=["POST"]),
+        Route("/v1/messages", traced(GenerateEndpoint("messages", service, metrics)), methods=["POST"]),
         Route("/v1/messages/count_tokens", TokenEndpoint("messages_tokens", service), methods=["POST"]),
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
@@ -66,25 +88,26 @@ def make_app(service: RouterService, metrics: Metrics, keys: ApiKeys | None = No
         Route("/cluster/requests/{request_id}", admin.timeline),
         *unsupported_routes(),
     ]
-    middleware = _cors(service.config.router.cors_allow_origins)
-    if keys is not None:
-        middleware.append(Middleware(ClientsOnly, keys=keys, now=service.clock.now))
-    return App(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
+
+    def guard(app: ASGIApp) -> ASGIApp:
+        if keys is not None:
+            app = ClientsOnly(app, keys, service.clock.now)
+        return _cors(app, service.config.router.cors_allow_origins)
+
+    return App(routes, guard)
 
 
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return the middleware that allows web pages of these origins to use the API."""
+def _cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Return ``app`` for web pages of these origins too."""
     if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
-    ]
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
 
 
 async def http_error(request: Request, error: Exception) -> Response:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
+from typing import Protocol
 
 import msgspec
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
 from kvrelay.runtime.time_slice import TimeSlice
 from router.http.error_format import error_body
@@ -60,19 +61,48 @@ async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@asynccontextmanager
-async def watching(receive: Receive, on_disconnect: Callable[[], None]) -> AsyncIterator[None]:
-    """Call ``on_disconnect`` if the client disconnects inside the context. The body must have been read."""
-    watcher = asyncio.create_task(_watch(receive, on_disconnect))
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+CONNECTION = "kvrelay.connection"
+"""Key of a scope: the ``Connection``, with our server."""
 
 
-async def _watch(receive: Receive, on_disconnect: Callable[[], None]) -> None:
+class Connection(Protocol):
+    """What tells of the client's end of a connection."""
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        """Call ``on_disconnect`` when the client disconnects, at once if it has."""
+
+    def unwatch(self, on_disconnect: Callable[[], None]) -> None:
+        """Do not call it any more."""
+
+
+class Watching:
+    """A context in which ``on_disconnect`` is called if the client disconnects. The body must have been read.
+
+    A server that is not ours is asked by a task, which costs more.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, on_disconnect: Callable[[], None]) -> None:
+        self._connection: Connection | None = scope.get(CONNECTION)
+        self._receive = receive
+        self._on_disconnect = on_disconnect
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        if self._connection is not None:
+            self._connection.watch(self._on_disconnect)
+        else:
+            self._watcher = asyncio.create_task(_wait_for_disconnect(self._receive, self._on_disconnect))
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._connection is not None:
+            self._connection.unwatch(self._on_disconnect)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+
+
+async def _wait_for_disconnect(receive: Receive, on_disconnect: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     on_disconnect()

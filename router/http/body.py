@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope
 from kvrelay.errors import NoNodeError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.body_memory import BodyShare
-from router.http.asgi import watching
+from router.http.asgi import Watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError
 from router.preparation import Job, Outcome, Task, too_large
@@ -41,7 +41,7 @@ async def _prepared(task: Task, service: RouterService, scope: Scope, receive: R
             max_requests=router.max_queued_requests,
         )
         outcome = service.preparer.prepare_now(job)
-        return await _in_worker(service, job, receive) if outcome is None else outcome
+        return await _in_worker(service, job, scope, receive) if outcome is None else outcome
 
 
 def _check_content_type(headers: dict[bytes, bytes]) -> None:
@@ -90,7 +90,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
     return bytes(body)
 
 
-async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outcome:
+async def _in_worker(service: RouterService, job: Job, scope: Scope, receive: Receive) -> Outcome:
     """Let a worker prepare ``job`` while the client is connected."""
     task = asyncio.current_task()
     assert task is not None
@@ -102,7 +102,7 @@ async def _in_worker(service: RouterService, job: Job, receive: Receive) -> Outc
         task.cancel()
 
     try:
-        async with watching(receive, leave):
+        async with Watching(scope, receive, leave):
             return await service.preparer.prepare_in_worker(job)
     except asyncio.CancelledError:
         if not left:

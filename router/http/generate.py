@@ -15,9 +15,10 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, send_error, send_events, send_pieces, watching
+from router.http.asgi import Headers, Watching, send_error, send_events, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
+from router.http.request_span import note_requests
 from router.metrics import Metrics
 from router.openai.answer import AnswerHead
 from router.openai.choice import Choice
@@ -98,17 +99,20 @@ class GenerateEndpoint:
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
+        note_requests(scope, request_ids)
         named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = self._api.writer(head, request, choices, outcome.texts, outcome.echo)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
-        generation = Generation(choices, self._service, self._metrics.observer(self._api.name, arrival_s))
+        interval = self._service.config.router.stream_interval if request.stream else 1
+        observer = self._metrics.observer(self._api.name, arrival_s)
+        generation = Generation(choices, self._service, observer, interval=interval)
         generation.start()
         refused = False
         try:
-            async with watching(receive, generation.client_left):
+            async with Watching(scope, receive, generation.client_left):
                 if request.stream:
                     await send_events(send, answer.events(generation.deltas()), headers)
                 else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -16,16 +16,21 @@ from kvrelay.addresses import is_loopback, is_named
 from kvrelay.admin_key import VARIABLE, read_admin_key
 from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
+from kvrelay.protocol.ids import RequestId, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.cluster_status import cluster_status
 from router.http.admin import AdminEndpoints
-from router.http.app import App, http_error
+from router.http.app import App
 from router.http.asgi import send_error
+from router.http.dashboard import PATH, Dashboard
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.service import RouterService
+from router.timeline import MAX_KEPT
 
 _SCHEME = "bearer "
+_DEFAULT_LIMIT = 50
+_LIMIT = re.compile(r"[0-9]{1,4}")
 
 
 class OperatorsOnly:
@@ -51,19 +56,21 @@ class OperatorsOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        error = self._refusal(Headers(scope=scope))
+        error = self._refusal(scope["path"], Headers(scope=scope))
         if error is None:
             await self._app(scope, receive, send)
         else:
             challenge = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
             await send_error(send, error, challenge)
 
-    def _refusal(self, headers: Headers) -> AnswerError | None:
+    def _refusal(self, path: str, headers: Headers) -> AnswerError | None:
         if "origin" in headers:
             return _error("forbidden", "web pages may not use the operators' endpoints", 403)
         if self._digest is None:
             if is_named(headers.get("host", "")):
                 return _error("forbidden", "without a key, Host must be an IP address or localhost", 403)
+            return None
+        if path == PATH:  # a browser has no key yet when it loads the page, which asks for it
             return None
         given = headers.get("authorization", "")
         key = given[len(_SCHEME) :].strip() if given.lower().startswith(_SCHEME) else ""
@@ -78,13 +85,15 @@ def make_operators_app(service: RouterService) -> App:
     routes = [
         Route("/health", info.health),
         Route("/ready", info.ready),
+        Route(PATH, Dashboard().page),
         Route("/cluster", endpoints.cluster),
+        Route("/cluster/requests", endpoints.requests),
         Route("/cluster/requests/{request_id}", info.timeline),
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
     ]
-    return App(routes=routes, exception_handlers={HTTPException: http_error})
+    return App(routes)
 
 
 class OperatorEndpoints:
@@ -96,6 +105,20 @@ class OperatorEndpoints:
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: as for clients, and each node's address, pid and incarnation."""
         return JSONResponse(cluster_status(self._service, for_operators=True))
+
+    async def requests(self, request: Request) -> Response:
+        """``GET /cluster/requests?limit=N``: the newest requests whose timelines are kept, those in progress first."""
+        given = request.query_params.get("limit", str(_DEFAULT_LIMIT))
+        limit = int(given) if _LIMIT.fullmatch(given) else 0
+        if not 1 <= limit <= MAX_KEPT:
+            error = _error("invalid_request_error", f"limit should be 1 to {MAX_KEPT}, not {shown(given)}", 400)
+            return JSONResponse(error.body, error.status)
+        its = self._service.machine.requests
+        listed = its.timelines.newest(limit)
+        for item in listed:
+            if item["done_s"] is None:  # its nodes have not reported yet, but the router has chosen them
+                item["nodes"] = [peer_name(peer) for peer in its.nodes_of(RequestId(str(item["request_id"])))]
+        return JSONResponse({"requests": listed, "now_s": self._service.clock.now()})
 
     async def cancel(self, request: Request) -> Response:
         """``DELETE /cluster/requests/{request_id}``: both nodes drop it, and its client gets 410 ``request_cancelled``.

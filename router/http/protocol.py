@@ -7,13 +7,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
+from router.http.asgi import CONNECTION
 from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
@@ -52,6 +53,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
+        self._watchers: set[Callable[[], None]] = set()
+        self._is_lost = False
 
     # ------------------------------------------------------------ the connection
 
@@ -72,6 +75,25 @@ class HttpProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self._is_lost = True
+        self._tell_watchers()
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        """Call ``on_disconnect`` when the client disconnects, at once if it has."""
+        self._watchers.add(on_disconnect)
+        if self._is_lost:
+            self._tell_watchers()
+        else:
+            self.flow.resume_reading()  # a connection that is not read does not tell of its end
+
+    def unwatch(self, on_disconnect: Callable[[], None]) -> None:
+        """Do not call it any more."""
+        self._watchers.discard(on_disconnect)
+
+    def _tell_watchers(self) -> None:
+        watchers, self._watchers = self._watchers, set()
+        for on_disconnect in watchers:
+            on_disconnect()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection if a complete request has arrived, because the client may have only half-closed it."""
@@ -112,6 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         """Called for a part of the body."""
@@ -183,6 +206,7 @@ class HttpProtocol(HttpToolsProtocol):
             begun = self.cycle.response_started or not self.cycle.more_body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._tell_watchers()
             if begun:
                 self.transport.close()
                 return
@@ -207,14 +231,37 @@ class Cycle(RequestResponseCycle):
     linger: Callable[[], None]
 
     async def send(self, message: Any) -> None:
-        """Send a part of the answer."""
-        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        lingers = is_last and self.more_body and not self.keep_alive
+        """Send a part of the answer. The head waits for the first part of the body."""
+        if message["type"] == "http.response.start":
+            self.transport = cast(asyncio.Transport, _HeldHead(self.transport))
+            await super().send(message)
+        elif self.chunked_encoding and message.get("more_body") and message["body"]:
+            await self._send_chunk(message["body"])
+        else:
+            await self._send_body(message)
+
+    async def _send_chunk(self, body: bytes) -> None:
+        """Send a part of a stream that has another. uvicorn does the same, and then checks what is always so here."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if not self.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            self._release_head()
+
+    async def _send_body(self, message: Any) -> None:
+        lingers = not message.get("more_body", False) and self.more_body and not self.keep_alive
         if lingers:
             self.keep_alive = True  # the connection would be closed at once, and reset
         await super().send(message)
+        self._release_head()
         if lingers and not self.transport.is_closing():
             self.linger()
+
+    def _release_head(self) -> None:
+        held = self.transport
+        if isinstance(held, _HeldHead):
+            self.transport = held.transport
+            held.release()
 
 
 class CycleUntilClose(Cycle):
@@ -231,6 +278,33 @@ class CycleUntilClose(Cycle):
         elif self.is_stream:
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
+
+
+class _HeldHead:
+    """A connection that holds back what is written, the head of an answer, until the first part of the body follows.
+
+    So both cost one system call.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self._held.append(data)
+
+    def release(self) -> None:
+        """Write what was held back."""
+        data, self._held = b"".join(self._held), []
+        if data:
+            self.transport.write(data)
+
+    def close(self) -> None:
+        self.release()
+        self.transport.close()
+
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
 
 
 def _is_reset(transport: asyncio.Transport) -> bool:

@@ -18,6 +18,9 @@ from router.tools.parts import Part
 
 DONE = b"data: [DONE]\n\n"
 
+_PLACE = "\ue0fftext\ue0ff"
+"""Stands for a chunk's text in a template. If anything else of a chunk contains it, there is no template."""
+
 
 class Style(Protocol):
     """The differences between completions and chat completions. One object per answer."""
@@ -27,6 +30,9 @@ class Style(Protocol):
 
     def chunk_choice(self, choice: Choice, delta: Delta, *, first: bool) -> dict[str, object]:
         """Return ``delta`` as an item of a chunk's ``choices``, without the common fields."""
+
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether ``chunk_choice`` of a ``delta`` in the middle of a choice has nothing of it but its text."""
 
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return a complete choice as an item of ``choices``, without the common fields and logprobs.
@@ -77,6 +83,7 @@ class Answer:
         self._shows_tokens = self._with_token_ids or num_logprobs(request) is not None
         self._with_continuous_usage = self._with_usage and bool(options and options.continuous_usage_stats)
         self._begun = [False] * len(choices)
+        self._templates: dict[int, tuple[bytes, bytes] | None] = {}
 
     async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
         """Return the answer as JSON when it is complete, in one piece per choice."""
@@ -105,7 +112,7 @@ class Answer:
                 if delta.is_news:
                     begun = True
                     if delta.parts is None:
-                        yield event(self._chunk(delta))
+                        yield self._event(delta)
                     else:
                         for chunk in self._chunks_of_parts(delta):
                             yield event(chunk)
@@ -118,6 +125,24 @@ class Answer:
         if self._with_usage:
             yield event({**self._chunk_head(), "choices": [], "usage": usage(self._choices)})
         yield DONE
+
+    def _event(self, delta: Delta) -> bytes:
+        """Return the chunk for ``delta`` as an event. In the middle of most choices only the text changes."""
+        index = delta.index
+        if self._begun[index] and delta.finish_reason is None and self._style.is_only_text(delta):
+            if index not in self._templates:
+                self._templates[index] = self._template(index)
+            template = self._templates[index]
+            if template is not None:
+                return template[0] + msgspec.json.encode(delta.text) + template[1]
+        return event(self._chunk(delta))
+
+    def _template(self, index: int) -> tuple[bytes, bytes] | None:
+        """Return what is before and behind the text in each chunk of a choice, or None if more than that changes."""
+        if self._with_token_ids or self._with_continuous_usage:
+            return None
+        before, *behind = event(self._chunk(Delta(index, _PLACE, []))).split(msgspec.json.encode(_PLACE))
+        return (before, behind[0]) if len(behind) == 1 else None
 
     def _chunks_of_parts(self, delta: Delta) -> Iterator[dict[str, object]]:
         """Yield a chunk for each part. What is held back needs none, but the first token does."""

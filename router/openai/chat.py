@@ -137,6 +137,10 @@ class ChatStyle:
             content = {"role": ROLE, "content": delta.text} if first else {"content": delta.text}
         return {"delta": content, "logprobs": self.logprobs(choice, delta)}
 
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
+        return not self._with_logprobs
+
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the message."""
         message: dict[str, object] = {"role": ROLE, "content": text, "refusal": None}

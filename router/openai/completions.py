@@ -123,6 +123,10 @@ class CompletionStyle:
         item: dict[str, object] = {"text": text, "logprobs": self.logprobs(choice, delta)}
         return item | self._prompt_ids(choice) if first else item
 
+    def is_only_text(self, delta: Delta) -> bool:
+        """Return whether a ``delta`` in the middle of a choice has no logprobs to show."""
+        return self._logprobs is None
+
     def full_choice(self, choice: Choice, text: str, parts: Sequence[Part] | None) -> dict[str, object]:
         """Return the text and the prompt's part."""
         item = {"text": self._echo(choice) + text, **self._prompt_ids(choice)}

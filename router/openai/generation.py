@@ -20,6 +20,23 @@ from router.events import (
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
 
+MAX_MERGED = 64
+"""Deliveries of one choice that become one delta at most: a client that has been slow must not cost a long turn."""
+
+
+def merged(deliveries: Sequence[TokensDelivered]) -> TokensDelivered:
+    """Return consecutive deliveries of one request as one. Only the last may have a finish reason."""
+    last = deliveries[-1]
+    if len(deliveries) == 1:
+        return last
+    return TokensDelivered(
+        [token_id for delivery in deliveries for token_id in delivery.token_ids],
+        [logprobs for delivery in deliveries for logprobs in delivery.logprobs],
+        last.num_cached_tokens,
+        last.finish_reason,
+        last.stop_token_id,
+    )
+
 
 class ClientLeftError(Exception):
     """The client has closed its connection."""
@@ -49,14 +66,22 @@ class Observer(Protocol):
 
 
 class Generation:
-    """The choices of one HTTP request. ``close`` aborts those that are still running."""
+    """The choices of one HTTP request. ``close`` aborts those that are still running.
 
-    def __init__(self, choices: Sequence[Choice], backend: Backend, observer: Observer) -> None:
+    Deliveries that wait until the client's turn comes are merged into one delta: where there is much to do, or the
+    client is slow, deltas are fewer and larger. ``interval``: wait until a choice has this many new tokens, unless they
+    are its first or last.
+    """
+
+    def __init__(self, choices: Sequence[Choice], backend: Backend, observer: Observer, *, interval: int = 1) -> None:
         self._choices = {choice.request_id: choice for choice in choices}
         self._running = dict(self._choices)
         self._backend = backend
         self._observer = observer
-        self._queue: asyncio.Queue[tuple[RequestId, Delivery] | None] = asyncio.Queue()
+        self._interval = interval
+        self._waiting: dict[RequestId, list[Delivery]] = {}
+        self._wakeup: asyncio.Future[None] | None = None
+        self._client_left = False
 
     def start(self) -> None:
         """Submit all choices with tokens to compute. Raises InvalidRequestError if an id is in use."""
@@ -69,11 +94,22 @@ class Generation:
                 self._deliver(request.request_id, TokensDelivered([], finish_reason=FinishReason.LENGTH))
 
     def _deliver(self, request_id: RequestId, delivery: Delivery) -> None:
-        self._queue.put_nowait((request_id, delivery))
+        waiting = self._waiting.get(request_id)
+        if waiting is None:
+            waiting = self._waiting[request_id] = [delivery]
+        else:
+            waiting.append(delivery)
+        if self._wakeup is not None and self._is_due(request_id, waiting):
+            self._wake()
 
     def client_left(self) -> None:
         """Make ``deltas`` raise ClientLeftError."""
-        self._queue.put_nowait(None)
+        self._client_left = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Yield deltas until every choice has finished.
@@ -82,15 +118,17 @@ class Generation:
         """
         time_slice = TimeSlice()
         while self._running:
-            if self._queue.empty():
-                item = await self._queue.get()
-                time_slice.begin()
-            else:
-                item = self._queue.get_nowait()
-                await time_slice.pause()
-            if item is None:
+            if self._client_left:
                 raise ClientLeftError
-            request_id, delivery = item
+            request_id = self._next_due()
+            if request_id is None:
+                self._wakeup = asyncio.get_running_loop().create_future()
+                await self._wakeup
+                self._wakeup = None
+                time_slice.begin()
+                continue
+            await time_slice.pause()
+            delivery = self._take_merged(request_id)
             choice = self._running.get(request_id)
             if choice is None:
                 continue
@@ -109,6 +147,40 @@ class Generation:
         for choice in list(self._running.values()):
             self._backend.client_disconnected(choice.request_id)
             self._end(choice, "aborted")
+
+    # ------------------------------------------------------------ deliveries
+
+    def _next_due(self) -> RequestId | None:
+        """Return the choice that has waited longest of those whose deliveries are due."""
+        if self._interval == 1:
+            return next(iter(self._waiting), None)
+        return next((name for name, waiting in self._waiting.items() if self._is_due(name, waiting)), None)
+
+    def _is_due(self, request_id: RequestId, waiting: Sequence[Delivery]) -> bool:
+        choice = self._running.get(request_id)
+        if self._interval == 1 or choice is None or not choice.num_tokens:
+            return True
+        num_tokens = 0
+        for delivery in waiting:
+            if not isinstance(delivery, TokensDelivered) or delivery.finish_reason is not None:
+                return True
+            num_tokens += len(delivery.token_ids)
+        return num_tokens >= self._interval
+
+    def _take_merged(self, request_id: RequestId) -> Delivery:
+        """Take the next deliveries of a choice, those with tokens as one."""
+        waiting = self._waiting.pop(request_id)
+        if len(waiting) == 1:
+            return waiting[0]
+        tokens: list[TokensDelivered] = []
+        for delivery in waiting[:MAX_MERGED]:
+            if not isinstance(delivery, TokensDelivered):
+                break
+            tokens.append(delivery)
+        rest = waiting[len(tokens) or 1 :]
+        if rest:
+            self._waiting[request_id] = rest
+        return merged(tokens) if tokens else waiting[0]
 
     def _take(self, choice: Choice, tokens: TokensDelivered) -> Delta:
         delta = choice.take(tokens)

@@ -41,6 +41,13 @@ class Detokenizer:
         self._begun = True
         return self._utf8.decode(piece)
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Return the text that ``token_ids`` complete, as ``push`` does one by one."""
+        if len(token_ids) == 1 or not self._begun:
+            return "".join(map(self.push, token_ids))
+        pieces = [self._token_bytes.of(token_id) for token_id in token_ids if not self._skips(token_id)]
+        return self._utf8.decode(b"".join(pieces))
+
     def finish(self) -> str:
         """Return the rest: a replacement character if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)

@@ -54,6 +54,10 @@ class OutputText:
 
         ``stopped``: the last of them is the token that ended the request, so it is shown only if the client wants that.
         """
+        if not self._options.stop.searches:
+            shows_all = not stopped or self._options.include_stop
+            text = self._detokenizer.push_all(token_ids if shows_all else token_ids[:-1])
+            return TextDelta(text, len(token_ids), None)
         shown: list[str] = []
         for count, token_id in enumerate(token_ids, 1):
             self._num_tokens += 1

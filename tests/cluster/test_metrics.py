@@ -238,3 +238,13 @@ def test_promtool_has_no_complaints_about_the_rules() -> None:
     rules = str(DOCS / "alerts/kvrelay.rules.yml")
     checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_idle_processes_check_themselves_and_find_nothing(scrapes: Scrapes) -> None:
+    def counted(name: str) -> list[float]:
+        text = scrapes.cluster.http.get("/metrics").text
+        kinds = ("router", "node", "node_messager")
+        return [sample.value for kind in kinds for sample in samples(text, f"kvrelay_{kind}_{name}_total")]
+
+    until("router, nodes and messagers have checked", lambda: len([c for c in counted("self_checks") if c > 0]) == 5)
+    assert counted("self_check_violations") == [0.0] * 5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
@@ -72,6 +74,25 @@ def test_a_drained_node_comes_back_and_a_stopped_one_does_not(model: Path) -> No
         asks = random_asks(72, 12)
         assert assert_right(cluster, asks, answers(cluster, asks)) == len(asks)
         assert set(cluster.incarnations()) == {"p0", "d0", "d2"}
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_connections_that_come_while_the_router_restarts_wait_for_the_next_one(model: Path, sign: int) -> None:
+    config = cluster_config(model, p(), d(), engine=fake_engine())
+    ask = random_asks(74, 1)[0]
+    with running(config) as cluster:
+        pid = cluster.pid("router")
+        os.kill(pid, sign)
+        until("the router has ended", lambda: not psutil.pid_exists(pid))
+        address = (cluster.config.router.host, cluster.config.router.port)
+        waiting = [HTTPConnection(*address, timeout=PATIENCE_S) for _ in range(20)]
+        for connection in waiting:
+            connection.request("POST", "/v1/completions", json.dumps(ask.body), {"content-type": "application/json"})
+        for connection in waiting:
+            answer = connection.getresponse()
+            choice = json.loads(answer.read())["choices"][0]
+            assert (answer.status, choice["token_ids"]) == (200, ask.expected(cluster.fake()))
+            connection.close()
 
 
 def test_a_router_that_was_told_to_end_alone_comes_back(model: Path) -> None:

@@ -36,6 +36,7 @@ def cluster_config(checkpoint: Path, *nodes: Mapping[str, Any], metrics: bool = 
             "heartbeat_s": 0.1,
             "peer_timeout_s": 20.0,
             "restart_backoff_s": 0.1,
+            "self_check": "fatal",
             **sections.get("cluster", {}),
         },
         "nodes": [{**node, **its} for node, its in zip(nodes, of_nodes, strict=True)],

@@ -52,7 +52,7 @@ def node_config(role: Role, **sections: dict[str, Any]) -> NodeConfig:
         storage=StorageConfig(**sections.get("storage", {})),
         transfer=TransferConfig(lease_s=LEASE_S, timeout_s=TIMEOUT_S),
         engine=EngineConfig(kind="fake"),
-        cluster=ClusterSettings(drain_timeout_s=DRAIN_S),
+        cluster=ClusterSettings(**{"drain_timeout_s": DRAIN_S, "self_check": "fatal", **sections.get("cluster", {})}),
     )
 
 

@@ -31,7 +31,7 @@ from kvrelay.config.cluster_config import (
 from kvrelay.engine.fake import reference_prompt_logprobs, reference_tokens
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import StopRequested, TimerFired
-from kvrelay.node.request_table import RequestTable
+from kvrelay.machine.laws import require
 from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
@@ -270,7 +270,7 @@ class World:
             transfer=TransferConfig(**sections["transfer"]),
             engine=EngineConfig(kind="fake", fake=FakeEngineConfig(**sections["engine"])),
             kv_events=KVEventsConfig(**self._overrides.get(name, {}).get("kv_events", {})),
-            cluster=ClusterSettings(drain_timeout_s=20.0),
+            cluster=ClusterSettings(drain_timeout_s=20.0, self_check="fatal"),
         )
 
     def start(self, name: str, role: Role, port: int | None = None) -> NodeProcess:
@@ -295,7 +295,8 @@ class World:
 
     def router_settings(self, incarnation: str, first_epoch: int = 0) -> RouterSettings:
         """Return what a router of this World goes by."""
-        return RouterSettings("demo", incarnation, first_epoch=first_epoch, limits=self._limits, **self._router_options)
+        options = {"first_epoch": first_epoch, "limits": self._limits, "self_check": "fatal", **self._router_options}
+        return RouterSettings("demo", incarnation, **options)
 
     def restart_router(self) -> None:
         """SIGKILL the router, and with it all clients, and start it again."""
@@ -346,7 +347,7 @@ class World:
         """Look for broken invariants after an event, if this World is careful."""
         if self.careful and isinstance(process, NodeProcess):
             process.machine.kv.check_invariants()
-            _check_containers(process.machine.requests)
+            require(process.machine.requests.laws(), "requests")
 
     # ------------------------------------------------------------ clients
 
@@ -439,9 +440,6 @@ class World:
             if self.now > deadline:
                 raise AssertionError(f"not at rest: {problem}\n{self.told()}") from problem
             self.run_for(0.5)
-        for node in self.nodes.values():
-            node.machine.kv.check_invariants()
-            assert node.machine.kv.num_free + node.machine.kv.num_evictable == node.machine.kv.num_blocks
 
     def _restless(self) -> LocalProtocolError | None:
         try:
@@ -476,12 +474,3 @@ class World:
                 self.settle()
         finally:
             self.close()
-
-
-def _check_containers(requests: RequestTable[Any, Any]) -> None:
-    """Assert that each request is in the container of its status and in no other."""
-    containers: dict[int, Any] = {id(container): container for container in requests._containers.values()}
-    for request in requests:
-        places = [key for key, container in containers.items() if request in container]
-        assert places == [id(requests._containers[request.status])], f"{request.spec.request_id}: {request.status}"
-    assert sum(len(container) for container in containers.values()) == len(requests)

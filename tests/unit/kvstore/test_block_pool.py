@@ -4,6 +4,7 @@ import pytest
 from support.ids import block_ids
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import PART_BLOCKS, all_violations
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.block_pool import FREE, BlockPool
 
@@ -79,17 +80,31 @@ def test_misuse_is_told_and_changes_nothing(operation: str, blocks: list[BlockId
     with pytest.raises(LocalProtocolError, match=message):
         getattr(pool, operation)(blocks)
     assert state(pool) == before
-    assert pool.problems() == []
+    assert all_violations(pool.laws()) == []
 
 
-def test_problems_are_found() -> None:
+def violations(pool: BlockPool) -> list[str]:
+    return [violation.text for violation in all_violations(pool.laws())]
+
+
+def test_violations_are_found() -> None:
     pool = BlockPool(4)
     pool.allocate(2)
     pool._free += block_ids(0, 3)
-    assert pool.problems() == [
+    assert violations(pool) == [
         "block 0 is on the free list but has 1 reference",
         "the free list names 1 blocks more than once",
         "2 allocated - 0 recycled != 0 blocks off the free list",
     ]
     pool._free.clear()
-    assert "block 2 is counted free but not on the free list" in pool.problems()
+    assert "block 2 is counted free but not on the free list" in violations(pool)
+    pool.num_referenced = 3
+    assert "3 blocks are counted referenced, 2 are" in violations(pool)
+
+
+def test_a_check_has_parts_of_bounded_size() -> None:
+    pool = BlockPool(5 * PART_BLOCKS)
+    pool._ref_counts[4 * PART_BLOCKS] = 0
+    parts = list(pool.laws())
+    assert len(parts) == 11, "five of the free list, five of the blocks, and the totals"
+    assert sum(map(len, parts)) == 1

@@ -4,6 +4,7 @@ import pytest
 from support.ids import block_ids
 
 from kvrelay.errors import LocalProtocolError
+from kvrelay.machine.laws import all_violations
 from kvrelay.protocol.ids import BlockId
 from kvstore.blocks.prefix_cache import PrefixCache
 
@@ -15,6 +16,10 @@ def chain(name: str) -> list[bytes]:
 
 def publish(tree: PrefixCache, name: str, block_ids: list[BlockId]) -> None:
     tree.insert(chain(name), block_ids, tree.num_settled(chain(name), block_ids))
+
+
+def violations(tree: PrefixCache, referenced: set[BlockId]) -> list[str]:
+    return [violation.text for violation in all_violations(tree.laws(referenced.__contains__))]
 
 
 def test_match_stops_at_the_first_block_that_is_not_published() -> None:
@@ -47,7 +52,7 @@ def test_children_after_the_first_are_found_and_survive_it() -> None:
     tree.release(block_ids(2))
     assert tree.evict(1) == [2]
     assert [tree.match(chain(name)) for name in ("ab", "ac", "ad", "ae")] == [[0], [0], [0, 3], [0, 4]]
-    assert tree.problems(referenced=set(block_ids(0, 3, 4))) == []
+    assert violations(tree, referenced=set(block_ids(0, 3, 4))) == []
 
 
 def test_the_branch_unused_for_longest_goes_first_from_its_end() -> None:
@@ -62,7 +67,7 @@ def test_the_branch_unused_for_longest_goes_first_from_its_end() -> None:
     assert tree.match(chain("abd")) == [0, 1]
     assert tree.evict(3) == [2, 1, 0], "each parent comes once, after its last child"
     assert tree.match(chain("abc")) == []
-    assert tree.problems(referenced=set()) == []
+    assert violations(tree, referenced=set()) == []
 
 
 def test_holding_a_block_again_makes_it_the_last_to_go() -> None:
@@ -82,7 +87,7 @@ def test_a_child_goes_before_its_parent_in_whatever_order_they_are_released(orde
     publish(tree, "abc", block_ids(0, 1, 2))
     for block in order:
         tree.release(block_ids(block))
-    assert tree.problems(referenced=set()) == []
+    assert violations(tree, referenced=set()) == []
     assert tree.evict(3) == [2, 1, 0]
 
 
@@ -93,7 +98,7 @@ def test_a_held_child_holds_its_parents() -> None:
     tree.hold(block_ids(1))
     assert tree.num_evictable == 1
     assert tree.count_evictable(block_ids(0, 1, 2)) == 1
-    assert tree.problems(referenced=set(block_ids(1))) == []
+    assert violations(tree, referenced=set(block_ids(1))) == []
     with pytest.raises(LocalProtocolError, match="evict 2 blocks: 1 are evictable"):
         tree.evict(2)
     assert tree.evict(1) == [2]
@@ -122,7 +127,7 @@ def test_a_block_cannot_be_published_under_two_hashes() -> None:
     with pytest.raises(LocalProtocolError, match="block 1 is published as 6162 already, not as 7879"):
         publish(tree, "xy", block_ids(2, 1))
     assert tree.match(chain("xy")) == []
-    assert tree.problems(referenced=set(block_ids(0, 1))) == []
+    assert violations(tree, referenced=set(block_ids(0, 1))) == []
 
 
 def test_a_hash_that_repeats_in_one_sequence_is_refused() -> None:
@@ -132,21 +137,22 @@ def test_a_hash_that_repeats_in_one_sequence_is_refused() -> None:
     assert tree.match([b"a"]) == []
 
 
-def test_problems_are_found() -> None:
+def test_violations_are_found() -> None:
     tree = PrefixCache(4)
     publish(tree, "abc", block_ids(0, 1, 2))
-    assert tree.problems(referenced=set(block_ids(0, 1))) == [
+    assert violations(tree, referenced=set(block_ids(0, 1))) == [
         "block 2 has 1 holders, but 0 held children and no reference"
     ]
     tree.release(block_ids(2, 1, 0))
     tree._evictable.move_to_end(BlockId(2))
-    assert tree.problems(referenced=set()) == ["evictable block 2 comes after its parent"]
+    assert violations(tree, referenced=set()) == ["evictable block 2 comes after its parent"]
     del tree._evictable[BlockId(2)]
-    assert tree.problems(referenced=set()) == ["evictable are [0, 1], unheld are [0, 1, 2]"]
+    assert violations(tree, referenced=set()) == ["published block 2 is neither held nor evictable"]
     tree._hash_of[0] = b""
-    assert tree.problems(referenced=set())[:2] == [
-        "published block 1 has an unpublished parent",
+    assert violations(tree, referenced=set())[:3] == [
         "2 published blocks, but 3 children",
+        "block 0 is evictable but not published",
+        "published block 1 has an unpublished parent",
     ]
     tree._first_child[0] = BlockId(3)
-    assert "published block 1 is not among its parent's children" in tree.problems(referenced=set())
+    assert "published block 1 is not among its parent's children" in violations(tree, referenced=set())

@@ -10,7 +10,7 @@ from support.ports import free_ports
 
 from kvrelay.errors import ConfigError
 from kvrelay.node import metrics_server
-from kvrelay.node.metrics_server import MAX_CONNECTIONS, TEXT_AGE_S, MetricsServer
+from kvrelay.node.metrics_server import MAX_CONNECTIONS, MAX_SHARE, TEXT_AGE_S, MetricsServer
 
 PATIENCE_S = 60.0
 
@@ -21,11 +21,13 @@ class Served:
     def __init__(self) -> None:
         self.now = 0.0
         self.num_texts = 0
+        self.text_s = 0.0
         self.port = free_ports(1)[0]
         self.server = MetricsServer(self._text, lambda: self.now)
 
     def _text(self) -> bytes:
         self.num_texts += 1
+        self.now += self.text_s
         return b"texts %d\n" % self.num_texts
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -96,6 +98,18 @@ def test_the_text_is_made_once_for_all_who_ask_together() -> None:
         assert served.num_texts == 1
         served.now += TEXT_AGE_S
         assert await served.ask(get(b"/metrics")) == (b"HTTP/1.1 200 OK", b"texts 2\n")
+
+    run(scenario)
+
+
+def test_texts_that_take_long_are_made_seldom() -> None:
+    async def scenario(served: Served) -> None:
+        served.text_s = 0.01
+        for _ in range(100):
+            await served.ask(get(b"/metrics"))
+            served.now += 0.1
+        assert served.num_texts * served.text_s <= MAX_SHARE * served.now
+        assert served.num_texts > 10
 
     run(scenario)
 

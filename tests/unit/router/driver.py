@@ -51,6 +51,7 @@ class Driver:
             decode_routing=policy,
             local_prefill_tokens=local_prefill_tokens,
             expected_nodes=expected_nodes,
+            self_check="fatal",
         )
         self.machine = RouterMachine(settings)
         self.now = 1000.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -16,7 +18,7 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Received
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import PeerId, peer_id
+from kvrelay.protocol.ids import PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, LayerTransfer, Load, Mark, Message
 from kvrelay.protocol.messages.node_to_router import Register, RequestFailed, RequestOutput, RequestTimeline, TokensOut
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -27,6 +29,7 @@ from router.http.app import make_app
 from router.http.protocol import HttpProtocol
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
+from router.openai.generation import Generation
 from router.server import HttpServer, http_limits, http_server, tls_files
 from router.service import RouterService
 
@@ -53,11 +56,13 @@ def register(node_id: str, role: str = "mixed", incarnation: str = "a", **fields
 class Script:
     """What fake nodes answer: the bytes of ``answer`` over and over, ``pace_s`` apart, or an error (of one node).
 
-    What two nodes say may overtake each other on the way: an error is said when ``fail_when`` holds.
+    What two nodes say may overtake each other on the way: an error is said when ``fail_when`` holds. ``in_step``: no
+    token is said before the router has made a chunk of the one before.
     """
 
     answer: str = ANSWER
     pace_s: float = 0.0
+    in_step: bool = False
     fail_with: ErrorInfo | None = None
     fail_times: int = 0
     fail_at: str = ""
@@ -78,6 +83,7 @@ class FakeNode:
         self._transport = Transport(peer_id(node_id, "a"), self._take, send_queue=1 << 20)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.partners: dict[str, FakeNode] = {}
+        self.num_taken: Callable[[str], float] = lambda request_id: math.inf
 
     def join(self, address: str) -> None:
         self._load = Load()
@@ -130,6 +136,8 @@ class FakeNode:
         while done < spec.sampling.max_tokens:
             if self._script.pace_s:
                 await asyncio.sleep(self._script.pace_s)
+            if self._script.in_step:
+                await self._taken(spec, done)
             output = self._output(spec, done)
             self.say(TokensOut(outputs=[output]))
             done += 1
@@ -142,6 +150,9 @@ class FakeNode:
         marks = [Mark("prefill", spec.arrival_s, self.node_id)]
         layers = [LayerTransfer(0, spec.arrival_s, spec.arrival_s, 1024)] if partner else []
         self.say(RequestTimeline(request_id=spec.request_id, epoch=spec.epoch, marks=marks, layers=layers))
+
+    async def _taken(self, spec: RequestSpec, num_tokens: int) -> None:
+        await until(lambda: self.num_taken(spec.request_id) >= num_tokens)
 
     def _output(self, spec: RequestSpec, index: int) -> RequestOutput:
         token_id = self._tokens[(index + spec.sampling.seed % 2) % len(self._tokens)]
@@ -163,6 +174,15 @@ class FakeNode:
             stop_token_id=stop_token_id,
             num_cached_tokens=4,
         )
+
+
+def _num_taken(service: RouterService, request_id: str) -> float:
+    """Return how many tokens of a request its stream has taken; infinity when it has ended."""
+    sink = service._sinks.get(RequestId(request_id))
+    if sink is None:
+        return math.inf
+    generation = cast(Generation, sink.__self__)  # type: ignore[attr-defined]  # a bound method
+    return generation._choices[RequestId(request_id)].num_tokens
 
 
 async def _beat(nodes: Sequence[FakeNode]) -> None:
@@ -229,6 +249,7 @@ async def fake_cluster(
     nodes = [FakeNode(f"n{i}", role, script, model.tokenizer.encode) for i, role in enumerate(roles.split())]
     for node in nodes:
         node.partners = {peer_id(other.node_id, "a"): other for other in nodes}
+        node.num_taken = partial(_num_taken, service)
         node.join(service.control_addresses[0])
     beating = asyncio.create_task(_beat(nodes))
     app = make_app(service, Metrics(service.machine, clock.now), ApiKeys.of(settings.router, clock.now, env={}))

@@ -13,8 +13,9 @@ from starlette.types import ASGIApp
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
+from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
-from router.events import NewRequest, PromptLogprobsDelivered, RequestEnded, TokensDelivered
+from router.events import Delivery, NewRequest, PromptLogprobsDelivered, RequestEnded, TokensDelivered
 from router.http.app import make_app
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
@@ -25,13 +26,15 @@ MOST_TOKENS = 4
 
 
 class InstantService(RouterService):
-    """Gives each request up to four letters, each in a delivery of its own, and keeps what was submitted."""
+    """Gives each request up to four letters, each in a chunk of its own, and keeps what was submitted."""
 
     def __init__(self, settings: ClusterConfig, model: ServedModel) -> None:
         super().__init__(settings, model, Clock())
         self.submitted: list[NewRequest] = []
+        self._delivering: set[asyncio.Task[None]] = set()
 
-    def submit(self, requests: Sequence[NewRequest], deliver: Sink) -> None:
+    def submit(self, requests: Sequence[NewRequest], sink: Sink) -> None:
+        deliver = self._one_by_one(sink)
         self.submitted += requests
         for request in requests:
             count = min(MOST_TOKENS, request.sampling.max_tokens)
@@ -43,6 +46,21 @@ class InstantService(RouterService):
                 finish = FinishReason.LENGTH if index == count - 1 else None
                 deliver(request.request_id, TokensDelivered([65 + index], entry, finish_reason=finish))
             deliver(request.request_id, RequestEnded(FinishReason.LENGTH))
+
+    def _one_by_one(self, sink: Sink) -> Sink:
+        """Return a sink that passes to ``sink`` the next delivery when the one before has been taken."""
+        waiting: asyncio.Queue[tuple[RequestId, Delivery]] = asyncio.Queue()
+
+        async def pass_on() -> None:
+            while True:
+                sink(*await waiting.get())
+                for _ in range(3):  # it wakes, takes it, and sends it
+                    await asyncio.sleep(0)
+
+        task = asyncio.get_running_loop().create_task(pass_on())
+        self._delivering.add(task)
+        task.add_done_callback(self._delivering.discard)
+        return lambda request_id, delivery: waiting.put_nowait((request_id, delivery))
 
     def stop_matched(self, request_id: str) -> None:
         pass

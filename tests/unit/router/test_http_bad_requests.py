@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_nodes import config
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from kvrelay.machine.clock import Clock
 from router.http.app import make_app
@@ -24,7 +24,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
 
 
 @cache
-def app() -> Starlette:
+def app() -> ASGIApp:
     settings, clock = config(max_body_bytes=4096, max_queued_requests=64), Clock()
     service = RouterService(settings, load_model(settings), clock)
     return make_app(service, Metrics(service.machine, clock.now))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_nodes import config
-from instant_router import MOST_TOKENS, InstantRouter
+from instant_router import InstantRouter
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -184,7 +184,8 @@ def test_each_name_of_the_model_is_accepted_and_echoed(name: str) -> None:
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})):
         assert router.answer(path, {**body, "model": asked})["model"] == asked
         chunks = router.post(path, {**body, "model": asked, "stream": True}).text
-        assert chunks.count(f'"model":{json.dumps(asked)}') == MOST_TOKENS
+        events = [json.loads(event[6:]) for event in chunks.split("\n\n") if event.startswith("data: {")]
+        assert {event["model"] for event in events} == {asked}
     for path, field in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
         assert router.post(path, {**field, "model": asked}).status_code == 200
     if not asked.startswith("."):  # no client sends such a path: they normalize it

@@ -121,7 +121,7 @@ def test_echo_puts_the_prompt_before_the_text() -> None:
             chunks = await stream(cluster, "/v1/completions", prompt=ids, echo=True, max_tokens=3)
             assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hé" + ANSWER[0], ANSWER[1], ANSWER[2]]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_max_tokens_is_16_or_for_chats_all_there_is_room_for_and_never_more_than_that() -> None:
@@ -158,7 +158,7 @@ def test_chat_stream_has_the_role_with_the_first_text_and_whole_characters() -> 
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert "usage" not in chunks[-1]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
@@ -172,7 +172,7 @@ def test_usage_comes_in_a_last_chunk_or_in_every_chunk() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=3, stream_options=options)
         assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_stream_has_a_chunk_per_token_with_text_or_without(body: dict[str, Any
         assert all(list(delta) == ["content"] for delta in deltas[1:])
         assert all("usage" not in chunk for chunk in chunks)
 
-    run(scenario, Script(pace_s=0.002))
+    run(scenario, Script(in_step=True))
 
 
 def test_a_character_of_four_tokens_makes_four_chunks() -> None:
@@ -200,7 +200,7 @@ def test_a_character_of_four_tokens_makes_four_chunks() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=8)
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "", "", "🦊"] * 2
 
-    run(scenario, Script(answer="🦊"))
+    run(scenario, Script(answer="🦊", in_step=True))
 
 
 @pytest.mark.fault("F25")
@@ -284,7 +284,7 @@ def test_token_ids_as_vllm_returns_them() -> None:
         assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[i] for i in encode(ANSWER[:3])]
         assert "prompt_token_ids" not in chunks[1]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_logprobs_of_completions() -> None:
@@ -300,7 +300,7 @@ def test_logprobs_of_completions() -> None:
         chunks = await stream(cluster, "/v1/completions", prompt="a", max_tokens=2, logprobs=0)
         assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks] == [[0], [1]]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_logprobs_of_chats_tell_the_bytes_of_half_characters() -> None:
@@ -314,7 +314,7 @@ def test_logprobs_of_chats_tell_the_bytes_of_half_characters() -> None:
         assert content[0]["logprob"] == -0.5
         assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-1.0]
 
-    run(scenario)
+    run(scenario, Script(in_step=True))
 
 
 def test_request_id_of_the_client_is_used_and_told_back() -> None:

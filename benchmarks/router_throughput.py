@@ -1,0 +1,239 @@
+"""What the router costs: latency it adds, requests, chunks and streamed tokens per second of its CPU time.
+
+    python benchmarks/router_throughput.py [--seconds 5] [--streams 64] [--baselines DIRECTORY]
+
+One router process, a node without an engine (``support/router_node.py``) and a load client with keep-alive connections
+(``support/router_client.py``), each in a process of its own. Rates per core are per CPU second of the router process,
+so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run: the load client
+at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it, if DIRECTORY is a
+virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
+
+- added latency: 16 requests at once whose node answers after 40 ms, minus the same directly at the mock;
+- requests: 64 connections, one token each;
+- chunks: streams whose node makes a step every 40 ms: one chunk per token;
+- saturated: streams whose node makes steps as fast as the router takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent))
+from support.cpu_time import cpu_s
+from support.running_cluster import free_ports
+
+SUPPORT = Path(__file__).parent / "support"
+START_TIMEOUT_S = 60.0
+ANSWER_TOKENS = 256
+PACE_US = 40_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One load: connections, tokens per answer, pace of the node in microseconds."""
+
+    name: str
+    connections: int
+    max_tokens: int
+    pace_us: int
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a load came to. ``cpu_s``: CPU seconds of the server in the measured ``seconds``."""
+
+    seconds: float
+    cpu_s: float
+    requests: int
+    chunks: int
+    tokens: int
+    latencies_ms: Sequence[float]
+
+    def latency_ms(self, percent: int) -> float:
+        return self.latencies_ms[percent - 1]
+
+
+def cases(streams: int) -> list[Case]:
+    return [
+        Case("latency", 16, 1, PACE_US, stream=False),
+        Case("requests", 64, 1, 0, stream=False),
+        Case("chunks", streams, ANSWER_TOKENS, PACE_US, stream=True),
+        Case("saturated", streams, ANSWER_TOKENS, 0, stream=True),
+    ]
+
+
+def measure(case: Case, port: int, pid: int, seconds: float) -> Result:
+    """Load the server ``pid`` at ``port``. Raises RuntimeError if an answer is wrong."""
+    arguments = (port, case.connections, case.max_tokens, case.pace_us, int(case.stream), seconds)
+    command = [sys.executable, str(SUPPORT / "router_client.py"), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        server = psutil.Process(pid)
+        pids = [pid, *(child.pid for child in server.children(recursive=True))]
+        before_s = cpu_s(pids)
+        result: dict[str, Any] = json.loads(client.stdout.readline())
+        spent_s = cpu_s(pids) - before_s
+    wrong = result.pop("wrong")
+    if wrong:
+        raise RuntimeError(f"{case.name}: wrong answers: {wrong}")
+    return Result(cpu_s=spent_s, **result)
+
+
+@contextlib.contextmanager
+def running(*command: str, port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[int]:
+    """Run a server until it answers at ``port``, for the context; its output goes to ``log``. Yields its pid."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(env or {})})
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/ready", process)
+        yield process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    ends_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < ends_s and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, trust_env=False).status_code in (200, 404):
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"{process.args!r} does not answer at {url}")
+
+
+def kvrelay_config(port: int, admin_port: int, control: str, stream_interval: int | None) -> dict[str, Any]:
+    router: dict[str, Any] = {"port": port, "admin_port": admin_port, "control": control, "max_queued_requests": 4096}
+    if stream_interval is not None:
+        router["stream_interval"] = stream_interval
+    return {
+        "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 4096},
+        "router": {**router, "access_log": False},
+        "engine": {"kind": "fake", "fake": {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8}},
+        "nodes": [{"name": "m0", "role": "mixed", "port": 1}],
+    }
+
+
+@contextlib.contextmanager
+def kvrelay(folder: Path, stream_interval: int | None = None) -> Iterator[tuple[int, int]]:
+    """Run our router with one node. Yields its port and pid."""
+    port, admin_port, control_port = free_ports(3)
+    control = f"tcp://127.0.0.1:{control_port}"
+    config = folder / "cluster.yaml"
+    config.write_text(yaml.safe_dump(kvrelay_config(port, admin_port, control, stream_interval)))
+    node = subprocess.Popen([sys.executable, str(SUPPORT / "router_node.py"), control])
+    try:
+        command = (sys.executable, "-m", "router", str(config))
+        with running(*command, port=port, log=folder / "kvrelay.log") as pid:
+            yield port, pid
+    finally:
+        node.kill()
+        node.wait()
+
+
+@contextlib.contextmanager
+def mock(folder: Path) -> Iterator[tuple[int, int]]:
+    """Run the bare mock server."""
+    (port,) = free_ports(1)
+    command = (sys.executable, str(SUPPORT / "router_mock.py"), str(port))
+    with running(*command, port=port, log=folder / "mock.log") as pid:
+        yield port, pid
+
+
+@contextlib.contextmanager
+def baseline(name: str, binaries: Path, folder: Path) -> Iterator[tuple[int, int]]:
+    """Run ``vllm-router`` or ``sglang-router`` in front of the bare mock server."""
+    port, metrics_port = free_ports(2)
+    with mock(folder) as (mock_port, _):
+        arguments = ["--worker-urls", f"http://127.0.0.1:{mock_port}", "--host", "127.0.0.1", "--port", str(port)]
+        arguments += ["--policy", "round_robin", "--log-level", "error", "--prometheus-port", str(metrics_port)]
+        arguments += ["--disable-retries", "--disable-circuit-breaker"]
+        launch = ["launch"] if name == "sglang-router" else []
+        command = (str(binaries / name), *launch, *arguments)
+        with running(*command, port=port, log=folder / f"{name}.log") as pid:
+            httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False)
+            yield port, pid
+
+
+def report(console: Console, results: dict[str, dict[str, Result]]) -> None:
+    direct = results["direct"]["latency"]
+    rows: dict[str, dict[str, float]] = {}
+    for name, found in results.items():
+        latency = found["latency"]
+        rows[name] = {
+            "added p50, ms": latency.latency_ms(50) - direct.latency_ms(50),
+            "added p99, ms": latency.latency_ms(99) - direct.latency_ms(99),
+            "requests/s": found["requests"].requests / found["requests"].seconds,
+            "per core": found["requests"].requests / found["requests"].cpu_s,
+            "chunks/s per core": found["chunks"].chunks / found["chunks"].cpu_s,
+            "tokens per chunk": found["chunks"].tokens / max(1, found["chunks"].chunks),
+            "saturated tokens/s": found["saturated"].tokens / found["saturated"].seconds,
+            "per core ": found["saturated"].tokens / found["saturated"].cpu_s,
+            "tokens per chunk ": found["saturated"].tokens / max(1, found["saturated"].chunks),
+        }
+    table = Table("", *next(iter(rows.values())))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in row.values()))
+    other = next((name for name in rows if name.endswith("-router")), "direct")
+    ours, theirs = rows["kvrelay"], rows[other]
+    table.add_row(f"ratio to {other}", *(f"{ours[name] / theirs[name]:.2f}x" if theirs[name] else "" for name in ours))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--stream-interval", type=int, default=None)
+    parser.add_argument("--baselines", type=Path, default=None, help="a virtual environment with the other routers")
+    parser.add_argument("--only", nargs="+", default=None, help="names of loads")
+    options = parser.parse_args()
+    console = Console(width=160)
+    results: dict[str, dict[str, Result]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        servers = {"direct": mock(folder), "kvrelay": kvrelay(folder, options.stream_interval)}
+        for other in ("vllm-router", "sglang-router"):
+            if options.baselines is not None and (options.baselines / "bin" / other).exists():
+                servers[other] = baseline(other, options.baselines / "bin", folder)
+            else:
+                console.print(f"{other}: not there, no baseline")
+        for server_name, server in servers.items():
+            with server as (port, pid):
+                results[server_name] = {}
+                for case in cases(options.streams):
+                    if options.only is None or case.name in options.only:
+                        result = measure(case, port, pid, options.seconds)
+                        results[server_name][case.name] = result
+                        per_core = [count / result.cpu_s for count in (result.requests, result.chunks, result.tokens)]
+                        shown = " ".join(f"{value:,.0f}" for value in per_core)
+                        console.print(f"{server_name} {case.name}: per core: requests, chunks, tokens {shown}")
+    if options.only is None:
+        report(console, results)
+
+
+if __name__ == "__main__":
+    main()
