@@ -15,7 +15,7 @@ from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, SamplingParams
 from router.events import NewRequest, TokensDelivered
 from router.model import ServedModel
-from router.openai.answer import Answer, AnswerHead
+from router.openai.answer import AnswerHead, Writer
 from router.openai.chat import ChatCompletions
 from router.openai.choice import Choice, Delta
 from router.openai.sampling import text_options
@@ -94,9 +94,8 @@ class Answering:
         tokens = self._model.tokenizer.token_bytes
         return Choice(0, 0, new, tokens, text_options(self._request, parsing.shown_ids), parsing.parser(prompt))
 
-    def _answer(self, choice: Choice) -> Answer:
-        style = self._api.style(self._request, [choice], None)
-        return Answer(AnswerHead("chatcmpl-1", 0, "demo"), style, [choice], self._request)
+    def _answer(self, choice: Choice) -> Writer:
+        return self._api.writer(AnswerHead("chatcmpl-1", 0, "demo"), self._request, [choice], None, b"")
 
 
 async def _deltas(choice: Choice, steps: Sequence[Sequence[int]], finish_reason: FinishReason) -> AsyncIterator[Delta]:
