@@ -17,6 +17,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.ids import peer_name
 from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.runtime_dir import new_socket_file
@@ -57,7 +58,7 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
 
 def _transport(settings: MessagerSettings, deliver: Callable[[object], None]) -> Transport:
     keys = None if settings.keys is None else Keys.load(Path(settings.keys), peer_name(settings.node))
-    return Transport(settings.me, deliver, send_queue=_QUEUE, keys=keys)
+    return open_transport(settings.me, deliver, settings.faults, send_queue=_QUEUE, keys=keys)
 
 
 def _log_offers(settings: MessagerSettings, offered: list[str]) -> None:

@@ -13,6 +13,7 @@ from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.runtime.faults import MessageFaults
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
     from kvrelay.config.cluster_config import NodeConfig
@@ -46,6 +47,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["auto", "text", "json"] = "auto"
     keys: str | None = None
     self_check: SelfCheckMode = "report"
+    faults: MessageFaults | None = None
 
     @classmethod
     def for_node(
@@ -78,6 +80,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             log_format=config.cluster.log_format,
             keys=config.security.keys,
             self_check=config.cluster.self_check,
+            faults=MessageFaults.of(config.faults),
         )
 
 

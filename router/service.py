@@ -13,6 +13,7 @@ from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.runtime.faults import MessageFaults, open_transport
 from kvrelay.runtime.keys import configured_keys
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
@@ -94,7 +95,8 @@ class RouterService:
         """
         shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
         keys = configured_keys(self.config.security, ROUTER)
-        transport = Transport(peer_id(ROUTER, self._incarnation), shell.post, keys=keys)
+        faults = MessageFaults.of(self.config.faults)
+        transport = open_transport(peer_id(ROUTER, self._incarnation), shell.post, faults, keys=keys)
         try:
             if self.config.registry.kind == "static":
                 self.control_addresses = self._bind(transport)

@@ -9,8 +9,9 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvrelay.config.faults import FaultsConfig
 from kvrelay.runtime.listening import LISTENER_FD
 from kvrelay.runtime.startup import READY, STAGES_FD
 
@@ -24,12 +25,16 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to start. ``name`` is unique in the cluster. ``listener``: the descriptor of a socket it listens at."""
+    """A process to start. ``name`` is unique in the cluster.
+
+    ``listener``: the descriptor of a socket it listens at. ``faults``: of these, its supervisor stops it.
+    """
 
     name: str
     role: str
     argv: tuple[str, ...]
     listener: int | None = None
+    faults: FaultsConfig = field(default_factory=FaultsConfig, hash=False)
 
 
 class _Pipe:
@@ -100,6 +105,17 @@ class Child:
         """Send SIGTERM. The process drains, and stops its own children."""
         if self._process.returncode is None:
             self._process.terminate()
+            self.resume()  # a stopped process would not notice
+
+    def pause(self) -> None:
+        """Send SIGSTOP to the process, but not to those it started."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Send SIGCONT to the process."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill the process and all processes it started."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from kvrelay.cluster.child import Child, ProcessSpec
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.restarts import Life, RestartPolicy
+from kvrelay.cluster.stops import stop_now_and_then
 from kvrelay.config.cluster_config import ClusterSettings
 from kvrelay.runtime.startup import READY
 from kvrelay.runtime.stop_signals import StopRequests
@@ -82,6 +83,9 @@ class Supervisor:
         """
         self._env = env
         self._display.say(f"starting {', '.join(spec.name for spec in self._specs)}")
+        faulty = [spec.name for spec in self._specs if spec.faults.is_active]
+        if faulty:
+            self._display.warn(f"FAULTS ARE INJECTED ON PURPOSE in {', '.join(faulty)}: see faults in the config")
         keepers = {spec: asyncio.create_task(self._keep(spec)) for spec in self._specs}
         bring_up = asyncio.create_task(self._bring_up())
         try:
@@ -151,7 +155,11 @@ class Supervisor:
                 child.kill()
             elif self._stopping.is_set():
                 child.terminate()
+            stops = asyncio.create_task(
+                stop_now_and_then(child, spec.name, spec.faults, self._display.warn, self._sleep)
+            )
             code = await child.wait()
+            stops.cancel()
             return Life(code, self._now() - started_s, child.was_ready)
         finally:
             del self._children[spec.name]

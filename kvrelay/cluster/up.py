@@ -81,9 +81,9 @@ def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
 def process_specs(config: ClusterConfig, path: Path, listener: int | None = None) -> list[ProcessSpec]:
     """Return the processes of a cluster: the router, which listens at the socket ``listener``, then each node."""
     command = (sys.executable, "-P", "-m", "kvrelay.cluster")
-    router = ProcessSpec("router", "router", (*command, "router", str(path)), listener)
+    router = ProcessSpec("router", "router", (*command, "router", str(path)), listener, config.faults)
     nodes = (
-        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name))
+        ProcessSpec(node.name, node.role, (*command, node.role, str(path), "--node", node.name), faults=node.faults)
         for node in config.nodes
     )
     return [router, *nodes]

@@ -19,6 +19,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from kvrelay.addresses import loopback_like, tcp_address
 from kvrelay.config.base import Host, Port, Section
 from kvrelay.config.document import Document, Key
+from kvrelay.config.faults import FaultsConfig
 from kvrelay.config.kv_events import KVEventsConfig
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.scheduling import (
@@ -81,6 +82,7 @@ class Sections(Section):
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     kv_events: KVEventsConfig = Field(default_factory=KVEventsConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)

@@ -31,6 +31,7 @@ from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
+from kvrelay.runtime.faults import MessageFaults, open_transport
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.keys import Keys, configured_keys
 from kvrelay.runtime.listening import listen_problem
@@ -76,7 +77,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
     shell.handle_with(RunStep, lambda action: compute.submit(action.plan))
     keys = configured_keys(node.security, node.name)
-    transport = Transport(me, shell.post, keys=keys)
+    transport = open_transport(me, shell.post, MessageFaults.of(node.faults), keys=keys)
     compute.start()
     tune_gc()
     try:
@@ -151,7 +152,9 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell, keys: Keys | 
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with AsyncExitStack() as stack:
         try:
-            storage = await stack.enter_async_context(StorageIO(store, engine.memory, num_slots, shell.post, clock))
+            storage = await stack.enter_async_context(
+                StorageIO(store, engine.memory, num_slots, shell.post, clock, node.faults)
+            )
         except StorageUnavailableError:
             raise
         except StorageError as error:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from kvrelay.config.faults import FaultKind
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
+from kvrelay.runtime.faults import corrupted
 
 Payload = tuple[memoryview, ...]
 
@@ -34,7 +36,7 @@ class Fault:
     ``source`` and ``target`` are process names, to tell apart who sends it to whom.
     """
 
-    kind: str
+    kind: FaultKind
     message: str
     nth: int | None = None
     seconds: float = 0.0
@@ -141,25 +143,16 @@ class FakeLink:
         if any(f"{name}.messager" in ends for name in ends):
             return []
         return [
-            Fault(kind, "", seconds=self.rng.random() * MAX_DELAY_S)
+            Fault(cast(FaultKind, kind), "", seconds=self.rng.random() * MAX_DELAY_S)
             for kind, rate in self.rates.items()
             if self.rng.random() < rate
         ]
 
-    def _deliver_at(self, at_s: float, parcel: Parcel, kinds: dict[str, Fault]) -> None:
+    def _deliver_at(self, at_s: float, parcel: Parcel, kinds: Mapping[FaultKind, Fault]) -> None:
         def arrived() -> None:
             payload = tuple(memoryview(bytes(part)) for part in parcel.payload)
             message = decode(parcel.data)
-            self.arrive(parcel, message, _flipped(payload) if "corrupt" in kinds else payload)
+            self.arrive(parcel, message, corrupted(payload) if "corrupt" in kinds else payload)
             self.arrived[type(message).__name__] += 1
 
         self.schedule(at_s - self.clock(), arrived)
-
-
-def _flipped(payload: Payload) -> Payload:
-    """Return ``payload`` with one bit of its last part turned over."""
-    if not payload:
-        return payload
-    last = bytearray(payload[-1])
-    last[len(last) // 2] ^= 0x10
-    return (*payload[:-1], memoryview(bytes(last)))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec
 
@@ -22,6 +23,7 @@ from kvrelay.cluster.child import ProcessSpec
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.config.cluster_config import ClusterSettings
+from kvrelay.config.faults import FaultsConfig
 
 P = ParamSpec("P")
 SETTINGS = ClusterSettings(restart_backoff_s=0.5, restart_backoff_max_s=3.0, drain_timeout_s=20.0)
@@ -430,3 +432,25 @@ def gone(pid: int) -> bool:
         return not psutil.wait_procs([psutil.Process(pid)], timeout=10)[1]
     except psutil.NoSuchProcess:
         return True
+
+
+@in_loop
+async def test_a_process_is_stopped_now_and_then_if_the_config_wants_it() -> None:
+    """It continues by itself, and when it is told to end while it is stopped."""
+    faulty = replace(spec("d0", POLITE), faults=FaultsConfig(stop_every_s=0.01, stop_s=0.01))
+    screen = Screen()
+    supervisor = supervisor_of(faulty, screen=screen, time=RealTime())
+    running = asyncio.create_task(supervisor.run(os.environ))
+    await screen.wait_for("FAULTS ARE INJECTED ON PURPOSE in d0")
+    await screen.wait_for("d0: running")
+    await screen.wait_for("faults: d0 is stopped for 0.01 s", count=5)
+    supervisor.stop()
+    assert await running == 0
+    assert "d0: finished" in screen.lines
+
+
+class RealTime(Time):
+    """Waits as long as it is told."""
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)

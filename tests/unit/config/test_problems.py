@@ -34,6 +34,14 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD.replace("8300}", "8300,\n     cache: {num_blokcs: 9}}"),
         ["6: nodes.d0.cache.num_blokcs: unknown key; did you mean num_blocks?"],
     ),
+    "faults of an unknown message": (
+        GOOD + "faults:\n  messages: {Hartbeat: {drop: 0.1}}\n",
+        ["7: faults.messages.Hartbeat: there is no message 'Hartbeat'"],
+    ),
+    "more than all messages": (
+        GOOD + "faults:\n  messages: {Heartbeat: {drop: 1.5}}\n",
+        ["7: faults.messages.Heartbeat.drop: should be less than or equal to 1, not 1.5"],
+    ),
     "text for a number": (
         GOOD.replace("8200", "'8200'"),
         ["4: nodes.p0.port: should be a valid integer, not '8200'"],
