@@ -37,7 +37,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))
 from support.cpu_time import cpu_s
-from support.running_cluster import free_ports
+from support.server_ports import free_ports
 
 SUPPORT = Path(__file__).parent / "support"
 START_TIMEOUT_S = 60.0

@@ -20,9 +20,10 @@ def check_structure(structure: Structure, model: ServedModel) -> None:
     try:
         check_grammar(structure.grammar, _vocabulary(model.tokenizer, model.vocab_size))
     except GrammarError as error:
-        place = f"{structure.field}.{error.place}" if error.place else structure.field
+        field = (structure.fields or {}).get(error.part, structure.field)
+        place = f"{field}.{error.place}" if error.place else field
         raise InvalidRequestError(
-            f"{place[:_MAX_CHARS]}: {str(error)[:_MAX_CHARS]}", param=structure.field.partition(".")[0]
+            f"{place[:_MAX_CHARS]}: {str(error)[:_MAX_CHARS]}", param=field.partition(".")[0]
         ) from None
 
 

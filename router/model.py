@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,11 @@ class ServedModel:
     reasons: bool = False
     mark_ids: frozenset[int] = frozenset()
 
+    def mark(self, text: str) -> str:
+        """Return the terminal of ``text`` in a grammar: the special token if it is one, else a string."""
+        [*ids] = self.tokenizer.special_ids([text])
+        return f"<[{ids[0]}]>" if ids else json.dumps(text)
+
 
 def load_model(config: ClusterConfig) -> ServedModel:
     """Read the tokenizer, ``config.json`` and ``generation_config.json`` of the configured checkpoint.
@@ -66,7 +72,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
     generation = read_json_object(model_dir / "generation_config.json", required=False)
     vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
     _require_known(tokenizer, vocab_size)
-    family = tool_family(config.router.tool_parser, tokenizer.chat_template)
+    family = tool_family(config.router.tool_parser, tokenizer.tool_template)
     reasons = has_reasoning(config.router.reasoning_parser, tokenizer.chat_template)
     return ServedModel(
         name=config.model.name,

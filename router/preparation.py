@@ -29,6 +29,7 @@ from router.openai.models import model_name
 from router.openai.parsing import Parsing
 from router.openai.sampling import RequestSampling
 from router.openai.schemas import ChatFields, GenerationFields
+from router.openai.structured import Structure
 from router.openai.tokens import detokenized, tokenized
 from router.responses.api import Responses
 
@@ -61,12 +62,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class PreparedRequest:
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client requested an echo. ``echo``: what else the answer repeats of the body.
+    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be. ``echo``:
+    what else the answer repeats of the body.
     """
 
     request: GenerationFields
     prompts: Sequence[list[int]]
     texts: Sequence[str] | None = None
+    structure: Structure | None = None
     echo: bytes = b""
 
 
@@ -103,6 +106,9 @@ class Api(Protocol):
     def parsing(self, request: Any) -> Parsing | None:
         """Return how the outputs are parsed; None: all of them is text."""
 
+    def structure(self, request: Any, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return what the outputs must be, if not any text. Raises InvalidRequestError."""
+
 
 Outcome: TypeAlias = PreparedRequest | bytes
 """A generation request, or the JSON of a complete response."""
@@ -130,7 +136,7 @@ class Preparation:
         """Prepare a short body. Raises TooLongForLoopError if it is not short, else as ``prepare``."""
         if len(job.body) > INLINE_BYTES:
             raise TooLongForLoopError
-        return self._prepare(job, _inflate_inline, self._check_inline)
+        return self._prepare(job, _inflate_inline, _check_inline, self._check_known)
 
     def prepare(self, job: Job) -> Outcome:
         """Prepare any body.
@@ -138,9 +144,15 @@ class Preparation:
         Raises InvalidRequestError, ModelNotFoundError or PromptTooLongError if it cannot be served, AnswerError (413)
         if it is too long once decompressed.
         """
-        return self._prepare(job, inflate, self._check_grammar)
+        return self._prepare(job, inflate, _accept, self._check_grammar)
 
-    def _prepare(self, job: Job, inflate: Callable[[bytes, int], bytes], check: Callable[[object], None]) -> Outcome:
+    def _prepare(
+        self,
+        job: Job,
+        inflate: Callable[[bytes, int], bytes],
+        check: Callable[[object], None],
+        check_structure: Callable[[Structure], None],
+    ) -> Outcome:
         body = inflate(job.body, job.max_body_bytes) if job.gzipped else job.body
         content = json_object(body)
         match job.task:
@@ -153,29 +165,34 @@ class Preparation:
             case "messages_tokens":
                 return msgspec.json.encode(self._messages.prompt_tokens(content, job.max_model_len, check))
             case "completions" | "chat" | "responses" | "messages":
-                return self._generation(job, content, check)
+                return self._generation(job, content, check, check_structure)
 
-    def _generation(self, job: Job, content: dict[str, Any], check: Callable[[object], None]) -> PreparedRequest:
+    def _generation(
+        self,
+        job: Job,
+        content: dict[str, Any],
+        check: Callable[[object], None],
+        check_structure: Callable[[Structure], None],
+    ) -> PreparedRequest:
         api = self.apis[job.task]
         request, echo = api.read(content, job.max_model_len)
         model_name(request.model, self._model)
         check(request)
         _check_count(api.num_prompts(request), request.num_choices, job.max_requests)
         prompts = api.prompts(request, job.max_model_len)
-        return PreparedRequest(request, prompts, api.texts(request), echo)
+        structure = api.structure(request, prompts)
+        if structure is not None:
+            check_structure(structure)
+        return PreparedRequest(request, prompts, api.texts(request), structure, echo)
 
-    def _check_inline(self, request: object) -> None:
-        """Raise TooLongForLoopError if preparing ``request`` takes long: many messages, or a grammar to compile."""
-        if isinstance(request, ChatFields) and not _renders_fast(request):
-            raise TooLongForLoopError
-        structure = request.structure if isinstance(request, GenerationFields) else None
-        if structure is not None and not self.known_grammars.has(structure.grammar):
+    def _check_known(self, structure: Structure) -> None:
+        """Raise TooLongForLoopError if the grammar must be compiled to know whether it is valid."""
+        if not self.known_grammars.has(structure.grammar):
             raise TooLongForLoopError
 
-    def _check_grammar(self, request: object) -> None:
-        """Raise InvalidRequestError if the grammar of ``request`` is invalid. A worker may take long."""
-        structure = request.structure if isinstance(request, GenerationFields) else None
-        if structure is None or self.known_grammars.has(structure.grammar):
+    def _check_grammar(self, structure: Structure) -> None:
+        """Raise InvalidRequestError if the grammar is invalid. A worker may take long."""
+        if self.known_grammars.has(structure.grammar):
             return
         from router.grammar_check import check_structure  # noqa: PLC0415 (loads the grammar library)
 
@@ -187,11 +204,11 @@ class Preparation:
 
         Raises the errors the router would raise for these prompts, so that refused prompts are not sent.
         """
-        sampling = RequestSampling(prepared.request, self._model, job.max_model_len)
+        sampling = RequestSampling(prepared.request, self._model, job.max_model_len, prepared.structure)
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
         request = self.apis[job.task].without_content(prepared.request)
-        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.echo)
+        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.structure, prepared.echo)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -233,6 +250,16 @@ def _inflate_inline(body: bytes, max_body_bytes: int) -> bytes:
         return inflate(body, min(INLINE_BYTES, max_body_bytes))
     except AnswerError:
         raise TooLongForLoopError from None
+
+
+def _accept(request: object) -> None:
+    """Accept what a worker may prepare: anything."""
+
+
+def _check_inline(request: object) -> None:
+    """Raise TooLongForLoopError if rendering ``request`` takes long."""
+    if isinstance(request, ChatFields) and not _renders_fast(request):
+        raise TooLongForLoopError
 
 
 def _renders_fast(chat: ChatFields) -> bool:

@@ -230,10 +230,10 @@ class Preparer:
 
     async def _prepared(self, job: Job, reply: Generate) -> PreparedRequest:
         request = self.apis[job.task].schema.model_validate_json(reply.request)
-        if request.structure is not None:
-            self._preparation.known_grammars.add(request.structure.grammar)
+        if reply.structure is not None:
+            self._preparation.known_grammars.add(reply.structure.grammar)
         prompts: Sequence[list[int]] = [await _decoded(prompt) for prompt in reply.prompts]
-        return PreparedRequest(request, prompts, reply.texts, reply.echo)
+        return PreparedRequest(request, prompts, reply.texts, reply.structure, reply.echo)
 
 
 async def _decoded(prompt: bytes) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.openai.structured import Structure
 from router.preparation import Job
 
 LENGTH = struct.Struct("<I")
@@ -28,7 +29,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     request: bytes
     prompts: list[msgspec.Raw]
     texts: list[str] | None
-    echo: bytes
+    structure: Structure | None = None
+    echo: bytes = b""
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):

@@ -105,7 +105,8 @@ def _outcome(preparation: Preparation, job: Job) -> Generate | Answer | Refusal:
 def _generate(prepared: PreparedRequest) -> Generate:
     prompts = [msgspec.Raw(encode(prompt)) for prompt in prepared.prompts]
     texts = None if prepared.texts is None else list(prepared.texts)
-    return Generate(prepared.request.model_dump_json(exclude_unset=True).encode(), prompts, texts, prepared.echo)
+    request = prepared.request.model_dump_json(exclude_unset=True).encode()
+    return Generate(request, prompts, texts, prepared.structure, prepared.echo)
 
 
 if __name__ == "__main__":

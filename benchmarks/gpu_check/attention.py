@@ -31,8 +31,10 @@ DENSE_TILINGS = [DenseTiling(), DenseTiling(num_stages=2), DenseTiling(num_stage
 
 DECODE_TILINGS = [
     DecodeTiling(1, 64),
+    DecodeTiling(2, 4096),
     DecodeTiling(4, 2048),
-    DecodeTiling(4, 1024),
+    DecodeTiling(2, 512),
+    DecodeTiling(2, 512, tile=128),
     DecodeTiling(4, 256, tile=128),
     DecodeTiling(8, 128, tile=128),
     DecodeTiling(16, 128),
@@ -46,7 +48,7 @@ def run(context: Context) -> None:
     for length in (20,) if context.tiny else (2048, 8192):
         _prefill(context, length)
     for batch, length in (
-        ((2, 40),) if context.tiny else ((1, 1152), (8, 1152), (16, 1152), (32, 1152), (64, 2048), (256, 1152))
+        ((2, 40),) if context.tiny else ((1, 1152), (8, 1152), (16, 1152), (32, 1152), (64, 1152), (256, 1152))
     ):
         _decode(context, batch, length)
 

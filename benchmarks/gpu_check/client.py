@@ -32,6 +32,7 @@ async def perform(job: Job, begin_s: float) -> list[Answer]:
 
 def main() -> None:
     """Perform jobs until standard input ends."""
+    output = open(1, "wb", closefd=False)  # noqa: SIM115 (PYTHONUNBUFFERED makes that of sys write only a part)
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         print("ready", flush=True)
@@ -40,8 +41,8 @@ def main() -> None:
             done = Done(uvloop.run(perform(job, begin_s)))
         except* (RuntimeError, OSError) as errors:
             done = Done(error=repr(errors.exceptions[0]))
-        sys.stdout.buffer.write(msgspec.json.encode(done) + b"\n")
-        sys.stdout.buffer.flush()
+        output.write(msgspec.json.encode(done) + b"\n")
+        output.flush()
 
 
 if __name__ == "__main__":

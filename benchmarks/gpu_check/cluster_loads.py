@@ -14,7 +14,7 @@ from gpu_check.prefill import flops
 from gpu_check.processes import Cluster
 from gpu_check.stream_times import Stream, marks_of, prefilled, together, tokens_per_s
 
-MODELS = ("llama3-8b", "qwen3-0.6b", "qwen3-8b")
+MODELS = ("llama3-8b", "qwen3-8b", "qwen3-0.6b")
 """The most important first."""
 
 VLLM_MS = {

@@ -46,6 +46,7 @@ class Context:
             prepare_interpreter()
         self.copy_bytes_per_s = 3.0e12
         self.gemm_flops_per_s = 7.5e14
+        self.lasting_gemm_flops_per_s = 7e14
         """Replaced by what the part ``limits`` measures."""
 
     def describe(self) -> None:

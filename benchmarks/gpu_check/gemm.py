@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from steps import Shape, operations
 
 from gpu_check.context import Context
 from kvrelay.engine.device.framework import Tensor
+from kvrelay.engine.device.single_row import SingleRowProjections
+from kvrelay.engine.device.weights import Linear
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -35,6 +38,29 @@ def run(context: Context) -> None:
             works = [partial(context.framework.add_linear, residual, x, w, None) for w in weights]
             if name in ("out", "down", "tiny"):
                 _row(context, f"{name}, {count} rows, added to the residual", works, limit)
+            if count == 1 and name != "lm_head" and context.device == "gpu":
+                compute = single_row(context, name)
+                alone = [partial(compute, Linear(weight, None)) for weight in weights]
+                _row(context, f"{name}, one row, with all that belongs to it, own kernel", alone, limit)
+
+
+def single_row(context: Context, name: str) -> Callable[[Linear], object]:
+    """Return what computes a product of a single row and what comes before and after it."""
+    rows, columns = SHAPES[name]
+    project = SingleRowProjections(
+        context.framework, operations(Shape(dtype="bfloat16"), context.framework)[0], 1e-5, "bfloat16"
+    )
+    residual, norm = context.random(1, columns if name in ("qkv", "gate_up") else rows), context.random(columns)
+    x = context.random(1, columns)
+
+    def compute(linear: Linear) -> object:
+        if name == "qkv":
+            return project.normed(residual, None, norm, linear)
+        if name == "gate_up":
+            return project.gated(residual, None, norm, linear)
+        return project.add(residual, x, linear)
+
+    return compute
 
 
 def _linear(context: Context, x: Tensor, weight: Tensor) -> Tensor:

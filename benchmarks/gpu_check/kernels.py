@@ -10,6 +10,9 @@ from sampling_checks import check_drafts, check_masks, check_non_finite, check_n
 from steps import Case, Shape, copy_of, operations
 
 from gpu_check.context import Context, PoisonedFramework
+from kvrelay.engine.device.projections import FrameworkProjections
+from kvrelay.engine.device.single_row import SingleRowProjections
+from kvrelay.engine.device.weights import Linear
 from kvrelay.engine.kernels import HeadNorms
 
 SPANS = [(1500, 1), (0, 1), (700, 1), (15, 1), (0, 300), (21, 5), (1000, 200)]
@@ -31,6 +34,8 @@ def run(context: Context) -> None:
     wrong: list[str] = []
     for shape in [Shape()] if context.tiny else SHAPES:
         _check_layer(context, shape, wrong)
+    if context.device == "gpu":
+        _check_single_row(context, wrong)
     for vocab_size in (384, 50) if context.tiny else (384, 128256, 151936):
         _check_sampling(context, vocab_size, wrong)
     assert not wrong, wrong
@@ -87,6 +92,33 @@ def _check_gathered(context: Context, shape: Shape, compare: Callable[[str, torc
         queries = case.random(step.shape.rows, shape.heads, shape.dim, seed=5)
         expected = theirs.attention(queries, layer, case.build()[0], tables, None)
         compare("attention over gathered contexts", ours.attention(queries, layer, step, tables, None), expected)
+
+
+def _check_single_row(context: Context, wrong: list[str]) -> None:
+    """Compare products of a single row, with norm, SiLU and residual, with one operator after the other."""
+    framework = PoisonedFramework(context.device)
+    ours, theirs = operations(Shape(dtype="bfloat16"), framework)
+    both = SingleRowProjections(framework, ours, 1e-5, "bfloat16"), FrameworkProjections(framework, theirs, 1e-5)
+    for hidden, ffn in ((4096, 14336), (1024, 3072), (896, 4864)):
+        names = {"qkv": (hidden * 3 // 2, hidden), "out": (hidden, hidden), "gate_up": (2 * ffn, hidden)}
+        sizes = {**names, "down": (hidden, ffn)}
+        qkv, out, gate_up, down = (
+            Linear(context.random(*size, scale=0.02), context.random(size[0])) for size in sizes.values()
+        )
+        residuals, norm, x = [context.random(1, hidden)] * 2, context.random(hidden), context.random(1, hidden)
+        results = []
+        for project, residual in zip(both, [one.clone() for one in residuals], strict=True):
+            normed = project.normed(residual, None, norm, qkv)
+            project.add(residual, x, out)
+            added = residual.clone()
+            project.feed_forward(residual, None, norm, gate_up, down)
+            results.append((normed, added, residual))
+        for name, mine, reference in zip(("qkv", "out", "MLP"), *results, strict=True):
+            distance = float((mine.double() - reference.double()).norm() / reference.double().norm())
+            what = f"single row, {name}, hidden size {hidden}"
+            context.report.add("kernels", what, distance, "relative distance", TOLERANCES["bfloat16"])
+            if not distance <= TOLERANCES["bfloat16"]:
+                wrong.append(what)
 
 
 def _check_sampling(context: Context, vocab_size: int, wrong: list[str]) -> None:

@@ -87,7 +87,33 @@ def _jobs() -> list[Callable[[], object]]:
     jobs += [partial(_sampling, 128256, tiling) for tiling in TILINGS]
     jobs += [partial(_float8, width) for width in (96, 192, 1024, 4096, 14336)]
     jobs += _deterministic_jobs()
+    jobs += [
+        partial(_single_row, hidden, ffn, biased)
+        for hidden, ffn in ((4096, 14336), (4096, 12288), (1024, 3072), (896, 4864))
+        for biased in (False, True)
+    ]
     return jobs
+
+
+def _single_row(hidden: int, ffn: int, biased: bool) -> None:
+    import torch  # noqa: PLC0415
+
+    from kvrelay.engine.device.single_row import SingleRowProjections  # noqa: PLC0415
+    from kvrelay.engine.device.torch_framework import TorchFramework  # noqa: PLC0415
+    from kvrelay.engine.device.weights import Linear  # noqa: PLC0415
+
+    make = partial(torch.empty, dtype=torch.bfloat16)
+
+    def linear(rows: int, columns: int) -> Linear:
+        return Linear(make(rows, columns), make(rows) if biased else None)
+
+    project = SingleRowProjections(TorchFramework("cpu"), None, 1e-5, "bfloat16")  # type: ignore[arg-type]
+    residual, norm = make(1, hidden), make(hidden)
+    for width in (hidden * 3 // 2, 2 * hidden, 4 * hidden):
+        project.normed(residual, None, norm, linear(width, hidden))
+    for width in (hidden, 2 * hidden):
+        project.add(residual, make(1, width), linear(hidden, width))
+    project.feed_forward(residual, None, norm, linear(2 * ffn, hidden), linear(hidden, ffn))
 
 
 def _deterministic_jobs() -> list[Callable[[], object]]:
@@ -129,7 +155,7 @@ def _operations(model_shape: Any) -> tuple[Any, Any, Any, Any]:
 def _attention(model: Model, window: int | None) -> None:
     ours, step, tables, layer = _operations(model.shape)
     queries = layer.keys.new_empty((step.shape.rows, model.shape.heads, model.shape.dim))
-    for most in {most for most, _ in ours.decode_tilings}:
+    for most in sorted(most for most, _ in ours.decode_tilings):
         ours._limits = model.shape.limits(most if most < 1 << 20 else 65)
         ours.attention(queries[:, :, :], layer, step, tables, window)
         ours.decode_tilings = tuple(tiling for tiling in ours.decode_tilings if tiling[0] != most)

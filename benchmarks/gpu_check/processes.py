@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import msgspec
 import yaml
+from support.server_ports import free_ports
 
 from gpu_check.jobs import Answer, Ask, Done, Job
 from gpu_check.stream_times import Stream
@@ -84,15 +84,6 @@ def cpu_seconds(leader: int) -> dict[str, float]:
 def _fields(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free ports of the loopback address."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 class Cluster:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 from support.cpu_time import cpu_s_by_title
+from support.server_ports import free_ports
 
 from kvrelay.cluster.client import ClusterClient
 from kvrelay.engine.tiny import write_tiny_checkpoint
@@ -26,17 +26,6 @@ STOP_TIMEOUT_S = 60.0
 POLL_S = 0.2
 
 Config = dict[str, Any]
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free ports of the loopback address."""
-    with_ports = [socket.socket() for _ in range(count)]
-    for probe in with_ports:
-        probe.bind(("127.0.0.1", 0))
-    ports: list[int] = [probe.getsockname()[1] for probe in with_ports]
-    for probe in with_ports:
-        probe.close()
-    return ports
 
 
 def cluster_config(nodes: Mapping[str, Config], sections: Config) -> Config:

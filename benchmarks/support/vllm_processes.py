@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.running_cluster import free_ports
+from support.server_ports import free_ports
 
 from kvrelay.engine.tiny import write_tiny_checkpoint
 

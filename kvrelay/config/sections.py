@@ -61,7 +61,7 @@ RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "ro
 """Policies that choose a request's nodes (``router/policies.py``)."""
 
 
-ToolFormat: TypeAlias = Literal["auto", "none", "hermes"]
+ToolFormat: TypeAlias = Literal["auto", "none", "hermes", "llama3", "mistral", "pythonic"]
 """Formats of tool calls (``router/tools``)."""
 
 ReasoningFormat: TypeAlias = Literal["auto", "none", "think"]
@@ -115,7 +115,8 @@ class RouterConfig(Section):
     tool_parser: ToolFormat = Field(
         "auto",
         description="Format in which the model writes tool calls. auto: the one that its chat template shows; hermes: "
-        "<tool_call>{...}</tool_call> (Hermes, Qwen).",
+        '<tool_call>{"name": ..., "arguments": {...}}</tool_call> (Hermes, Qwen); llama3: {"name": ..., "parameters": '
+        "{...}}; mistral: [TOOL_CALLS]; pythonic: [f(a=1), g()].",
     )
     reasoning_parser: ReasoningFormat = Field(
         "auto",

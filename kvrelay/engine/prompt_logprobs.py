@@ -17,7 +17,7 @@ from kvrelay.protocol.request import PromptLogprobs, TokenLogprobs
 Int64 = npt.NDArray[np.int64]
 
 MAX_LOGITS = 1 << 23
-"""Logits that are computed at once for prompt tokens, at most, but of one token at least: 32 MiB."""
+"""Logits that are computed at once for prompt tokens on a CPU, at most, but of one token at least: 32 MiB."""
 
 MAX_ENTRIES = 4096
 """Log probabilities in one piece, at most, but of one token at least: 48 KiB in a message, some ms of a router."""
@@ -35,9 +35,9 @@ class PromptRows(NamedTuple):
     start: int
     num_alternatives: int
 
-    def pieces(self, vocab_size: int) -> Iterator[PromptRows]:
-        """Yield the rows in pieces of at most ``MAX_LOGITS`` logits and ``MAX_ENTRIES`` log probabilities."""
-        size = max(1, min(MAX_LOGITS // vocab_size, MAX_ENTRIES // (1 + self.num_alternatives)))
+    def pieces(self, vocab_size: int, max_logits: int) -> Iterator[PromptRows]:
+        """Yield the rows in pieces of at most ``max_logits`` logits and ``MAX_ENTRIES`` log probabilities."""
+        size = max(1, min(max_logits // vocab_size, MAX_ENTRIES // (1 + self.num_alternatives)))
         for first in range(0, len(self.targets), size):
             piece = slice(first, first + size)
             yield self._replace(rows=self.rows[piece], targets=self.targets[piece], start=self.start + first)
@@ -69,7 +69,7 @@ def add_prompt_logprobs(
         if isinstance(outcome, SequenceFailed):
             continue
         try:
-            pieces = tuple(compute(piece) for piece in rows.pieces(vocab_size))
+            pieces = tuple(compute(piece) for piece in rows.pieces(vocab_size, MAX_LOGITS))
         except EngineError as error:
             outcomes[rows.place] = SequenceFailed(error.message, retryable=error.retryable)
         else:

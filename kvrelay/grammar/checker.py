@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kvrelay.grammar.compiler import GrammarError, check_first_token, compile_grammar
+from kvrelay.grammar.compiler import GrammarError, check_first_token, compile_grammar, parts_of
 from kvrelay.grammar.vocabulary import Vocabulary
 from kvrelay.protocol.request import Grammar, GrammarKind
 
@@ -29,11 +29,26 @@ def check_grammar(grammar: Grammar, vocabulary: Vocabulary) -> None:
     try:
         check_first_token(compile_grammar(grammar, vocabulary))
     except GrammarError as error:
+        if grammar.kind is GrammarKind.COMPOSED:
+            raise _in_part(grammar, vocabulary, error) from None
         if grammar.kind is not GrammarKind.JSON_SCHEMA:
             raise
         raise GrammarError(str(error), _place(json.loads(grammar.text), str(error), vocabulary)) from None
     if time.thread_time() - began_s > MAX_COMPILE_S:
         raise GrammarError(f"takes more than {MAX_COMPILE_S:g} s to compile")
+
+
+def _in_part(grammar: Grammar, vocabulary: Vocabulary, error: GrammarError) -> GrammarError:
+    """Return the error of the first part that is invalid by itself; ``error`` if none is found in time."""
+    ends_s = time.thread_time() + _MAX_SEARCH_S
+    for name, part in parts_of(grammar).items():
+        if time.thread_time() > ends_s:
+            break
+        try:
+            check_grammar(part, vocabulary)
+        except GrammarError as found:
+            return GrammarError(str(found), found.place, name)
+    return error
 
 
 def _place(root: Any, message: str, vocabulary: Vocabulary) -> str:

@@ -32,18 +32,19 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 class GrammarError(Exception):
     """A grammar is invalid, too complex, or cannot be satisfied; the message says why, in one line.
 
-    ``place``: the path of the wrong part of a JSON schema, such as ``properties.size``; empty: all of it.
+    ``place``: the path of the wrong part of a JSON schema, such as ``properties.size``; empty: all of it. ``part``: the
+    wrong part of a composed grammar, if one is.
     """
 
-    def __init__(self, reason: str, place: str = "") -> None:
+    def __init__(self, reason: str, place: str = "", part: str = "") -> None:
         super().__init__(reason)
         self.place = place
+        self.part = part
 
 
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
     """Return the matcher of ``grammar`` before its first token. Does not hold the GIL. Raises GrammarError."""
-    source = LLMatcher.grammar_from_lark(_lark(grammar) + _OPTIONS)
-    matcher = LLMatcher(vocabulary.tokens, source, log_level=0, limits=LIMITS)
+    matcher = LLMatcher(vocabulary.tokens, _source(grammar), log_level=0, limits=LIMITS)
     check(matcher)
     return matcher
 
@@ -70,6 +71,21 @@ def check_first_token(matcher: LLMatcher) -> None:
         raise GrammarError("no text satisfies it")
 
 
+def parts_of(grammar: Grammar) -> dict[str, Grammar]:
+    """Return the parts of a composed grammar by name."""
+    parts = json.loads(grammar.text)["parts"]
+    return {name: Grammar(GrammarKind(kind), text) for name, (kind, text) in parts.items()}
+
+
+def _source(grammar: Grammar) -> str:
+    """Return what the library compiles."""
+    if grammar.kind is not GrammarKind.COMPOSED:
+        return LLMatcher.grammar_from_lark(_lark(grammar) + _OPTIONS)
+    whole = {"lark_grammar": json.loads(grammar.text)["lark"] + _OPTIONS}
+    parts = [{"name": name, "lark_grammar": _lark(part)} for name, part in parts_of(grammar).items()]
+    return json.dumps({"grammars": [whole, *parts]})
+
+
 def _lark(grammar: Grammar) -> str:
     """Return ``grammar`` in the library's notation. Raises GrammarError."""
     match grammar.kind:
@@ -84,6 +100,8 @@ def _lark(grammar: Grammar) -> str:
                 return any_to_lark(grammar.text)
             except Exception as error:  # a parser in Python, which raises what it likes
                 raise GrammarError(f"{error}") from error
+        case GrammarKind.COMPOSED:
+            raise GrammarError("a part cannot have parts")
         case unknown:
             assert_never(unknown)
 

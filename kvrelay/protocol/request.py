@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 
 class GrammarKind(StrEnum):
-    """What the text of a grammar is. ``CHOICE``: a JSON list of texts. ``GRAMMAR``: Lark's or llama.cpp's notation."""
+    """What the text of a grammar is. ``CHOICE``: a JSON list of texts. ``GRAMMAR``: Lark's or llama.cpp's notation.
+
+    ``COMPOSED``: a JSON object with ``lark``, a grammar in that notation, and ``parts``: by name, kind and text of each
+    grammar that it refers to as ``@name``.
+    """
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     CHOICE = "choice"
     GRAMMAR = "grammar"
+    COMPOSED = "composed"
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 
 from kvrelay.checkpoint_files import read_json_object
 from kvrelay.errors import CheckpointError
-from kvrelay.tokenizer.chat_template_files import read_chat_template
+from kvrelay.tokenizer.chat_template_files import ChatTemplates, read_chat_templates
 from kvrelay.tokenizer.classes import BACKEND, CLASSES, UNSUPPORTED, Builder, TokenizerClass, class_name
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -30,7 +30,7 @@ class TokenizerFiles(NamedTuple):
 
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
-    chat_template: str | None
+    chat_templates: ChatTemplates
 
 
 def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
@@ -51,7 +51,7 @@ def read_tokenizer_files(model_dir: Path) -> TokenizerFiles:
         tokenizer.post_processor = _begin(tokenizer, specials if kind.begin else None)
     tokenizer.encode_special_tokens = bool(files.settings.get("split_special_tokens"))
     named = {name: str(token) for name, token in specials.named.items()}
-    return TokenizerFiles(tokenizer, named, read_chat_template(model_dir, files.settings))
+    return TokenizerFiles(tokenizer, named, read_chat_templates(model_dir, files.settings))
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,10 @@ class GenerateEndpoint:
     ) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
-        sampling, parsing = RequestSampling(request, service.model, service.max_model_len), self._api.parsing(request)
+        sampling, parsing = (
+            RequestSampling(request, service.model, service.max_model_len, prepared.structure),
+            self._api.parsing(request),
+        )
         options = text_options(request, parsing.shown_ids if parsing else NO_IDS)
         first_seed = self._draw_seed() if request.seed is None else request.seed
         for index, request_id in enumerate(request_ids):

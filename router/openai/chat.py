@@ -11,11 +11,13 @@ from router.openai.answer import Answer, AnswerHead, Writer
 from router.openai.choice import Choice, Delta
 from router.openai.dialect import Reading
 from router.openai.logprobs import Logprobs, chat_logprobs
+from router.openai.output_grammar import chat_structure
 from router.openai.parsing import Parsing, check_tool_use, parsing_of
 from router.openai.prompt_logprobs import PromptLogprobsField
 from router.openai.reading import reading
-from router.openai.sampling import check_num_messages, check_text_ids, check_text_length
+from router.openai.sampling import check_num_messages, check_text_ids, check_text_length, truncated
 from router.openai.schemas import ChatCompletionRequest, ChatFields, ChatMessage, parse
+from router.openai.structured import Structure
 from router.tools.parts import CallArguments, CallBegun, Message, Part, Reasoning, Text, joined
 
 ROLE = "assistant"
@@ -32,6 +34,7 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
             [dict(message) for message in fields.messages],
             add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
             continue_final_message=bool(fields.continue_final_message),
+            with_tools=bool(fields.rendered_tools),
             variables=_variables(fields),
         )
     if max_model_len is not None:
@@ -78,9 +81,9 @@ class ChatCompletions:
         Raises what ``chat_prompt`` raises, and InvalidRequestError if it has tokens that the model does not have.
         """
         check_tool_use(request, self._model)
-        token_ids = chat_prompt(request, self._model, max_model_len)
+        token_ids = chat_prompt(request, self._model, None if request.truncate_prompt_tokens else max_model_len)
         check_text_ids(token_ids, self._model, "messages")
-        return [token_ids]
+        return [truncated(token_ids, request, max_model_len)]
 
     def texts(self, request: ChatCompletionRequest) -> None:
         """Return nothing: a chat has no echo."""
@@ -102,6 +105,10 @@ class ChatCompletions:
         if request.tools:
             update["tools"] = [{"function": {"name": tool["function"]["name"]}} for tool in request.tools]
         return request.model_copy(update=update)
+
+    def structure(self, request: ChatCompletionRequest, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return what the output must be: structured, calls, or either of the two."""
+        return chat_structure(request, self._model, prompts[0])
 
     def parsing(self, request: ChatCompletionRequest) -> Parsing | None:
         """Return how reasoning and tool calls are found in the outputs; None: they are all content."""

@@ -13,8 +13,9 @@ from router.openai.choice import Choice, Delta
 from router.openai.dialect import Reading
 from router.openai.logprobs import CompletionLogprobs, Logprobs
 from router.openai.prompt_logprobs import PromptLogprobsField, entries
-from router.openai.sampling import check_text_ids, check_text_length, check_token_ids
+from router.openai.sampling import check_text_ids, check_text_length, check_token_ids, truncated
 from router.openai.schemas import CompletionRequest, parse
+from router.openai.structured import Structure, structure_of
 from router.tools.parts import Part
 
 
@@ -42,7 +43,10 @@ class Completions:
         Raises InvalidRequestError if there are none, or unknown ones, PromptTooLongError if a text is certainly longer
         than ``max_model_len`` tokens.
         """
-        prompts = [self._token_ids(prompt, request, max_model_len) for prompt in _each(request.prompt)]
+        prompts = [
+            truncated(self._token_ids(prompt, request, max_model_len), request, max_model_len)
+            for prompt in _each(request.prompt)
+        ]
         if not all(prompts):
             raise InvalidRequestError("prompt: has no tokens", param="prompt")
         return prompts
@@ -66,12 +70,17 @@ class Completions:
         """Return ``request`` without its prompt."""
         return request.model_copy(update={"prompt": "-"})
 
+    def structure(self, request: CompletionRequest, prompts: Sequence[list[int]]) -> Structure | None:
+        """Return the structured output that the request asks for."""
+        return structure_of(request)
+
     def parsing(self, request: CompletionRequest) -> None:
         """Return nothing: all output is text."""
 
     def _token_ids(self, prompt: str | list[int], request: CompletionRequest, max_model_len: int) -> list[int]:
         if isinstance(prompt, str):
-            check_text_length(prompt, self._model, max_model_len, "prompt")
+            if request.truncate_prompt_tokens is None:
+                check_text_length(prompt, self._model, max_model_len, "prompt")
             add_special_tokens = request.add_special_tokens is not False
             token_ids = self._model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             check_text_ids(token_ids, self._model, "prompt")

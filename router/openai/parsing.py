@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from kvrelay.errors import InvalidRequestError
 from router.model import ServedModel
 from router.openai.schemas import ChatCompletionRequest
+from router.openai.tool_fields import ToolUse
+from router.tools.formats import FAMILIES, ToolFamily
 from router.tools.output_parser import OutputParser
 from router.tools.reasoning import BEGIN, ThinkParser
 
@@ -25,15 +27,35 @@ class Parsing:
 
     def parser(self, prompt: Sequence[int]) -> OutputParser:
         """Return the parser of one output for ``prompt``."""
-        family, use = self._model.tool_family, self._use
-        calls = family.parser(use.names, family.new_id) if family is not None and use is not None else None
+        family = output_family(self._model, self._use) if self._use is not None else None
+        calls = family.parser(self._use.names, family.new_id) if family is not None and self._use is not None else None
         reasoning = ThinkParser(is_open=self._is_open(prompt)) if self._model.reasons else None
-        return OutputParser(reasoning, calls, with_reasoning=self._with_reasoning)
+        return OutputParser(
+            reasoning,
+            calls,
+            with_reasoning=self._with_reasoning,
+            parallel=self._use is None or self._use.parallel,
+        )
 
     def _is_open(self, prompt: Sequence[int]) -> bool:
         """Return whether ``prompt`` ends with the begin of reasoning, which some chat templates put there."""
-        tail = self._model.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
-        return tail.rstrip().endswith(BEGIN)
+        return prompt_tail(self._model, prompt).endswith(BEGIN)
+
+
+def prompt_tail(model: ServedModel, prompt: Sequence[int]) -> str:
+    """Return the end of the text of ``prompt``, without blanks at its end."""
+    return model.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+
+
+def output_family(model: ServedModel, use: ToolUse) -> ToolFamily | None:
+    """Return the format of the calls in the output, None: there is none.
+
+    A call that must come is in the model's own format if there is a grammar of that, else as Llama 3 writes it.
+    """
+    family = model.tool_family
+    if use.mode != "auto" and (family is None or not family.has_grammar):
+        return FAMILIES["llama3"]
+    return family
 
 
 def parsing_of(request: ChatCompletionRequest, model: ServedModel) -> Parsing | None:
@@ -46,9 +68,7 @@ def check_tool_use(request: ChatCompletionRequest, model: ServedModel) -> None:
     use = request.tool_use
     if use is None:
         return
-    if model.tool_family is None:
+    if model.tool_family is None and use.mode == "auto":
         raise InvalidRequestError(
             "tools: the model's chat template has no known format of tool calls (router.tool_parser)", param="tools"
         )
-    if use.mode != "auto":
-        raise InvalidRequestError("tool_choice: only 'none' and 'auto' are supported", param="tool_choice")

@@ -25,10 +25,16 @@ class RequestSampling:
     Raises InvalidRequestError if a token id is not in the vocabulary.
     """
 
-    def __init__(self, request: GenerationFields, model: ServedModel, max_model_len: int) -> None:
+    def __init__(
+        self,
+        request: GenerationFields,
+        model: ServedModel,
+        max_model_len: int,
+        structure: Structure | None = None,
+    ) -> None:
         self._request = request
         self._max_model_len = max_model_len
-        self._common = _common_params(request, model)
+        self._common = _common_params(request, model, structure)
         self._num_prompt_tokens = 0
 
     def of(self, num_prompt_tokens: int, seed: int = 0) -> SamplingParams:
@@ -62,7 +68,7 @@ class RequestSampling:
         return room if asked is None else min(asked, room)
 
 
-def _common_params(request: GenerationFields, model: ServedModel) -> SamplingParams:
+def _common_params(request: GenerationFields, model: ServedModel, structure: Structure | None) -> SamplingParams:
     """Return the parameters that all prompts share."""
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
@@ -86,7 +92,7 @@ def _common_params(request: GenerationFields, model: ServedModel) -> SamplingPar
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=num_logprobs(request),
         num_prompt_logprobs=num_prompt_logprobs(request),
-        grammar=None if request.structure is None else _grammar(request, request.structure, model),
+        grammar=None if structure is None else _grammar(request, structure, model),
     )
 
 
@@ -120,6 +126,22 @@ def num_logprobs(request: GenerationFields) -> int | None:
     if isinstance(request, ChatCompletionRequest) and request.logprobs:
         return request.top_logprobs or 0
     return None
+
+
+def truncated(prompt: list[int], request: GenerationFields, max_model_len: int) -> list[int]:
+    """Return the tokens at the end of ``prompt`` that ``truncate_prompt_tokens`` keeps; -1 leaves room for one token.
+
+    Raises InvalidRequestError if it is more than the model takes.
+    """
+    asked = request.truncate_prompt_tokens
+    if asked is None:
+        return prompt
+    if asked > max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens: {asked} is more than max_model_len, which is {max_model_len}",
+            param="truncate_prompt_tokens",
+        )
+    return prompt[-(max_model_len - 1 if asked == -1 else asked) :]
 
 
 def check_num_messages(messages: object, max_model_len: int, param: str = "messages") -> None:

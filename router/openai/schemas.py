@@ -38,7 +38,6 @@ from router.openai.field_types import (
 )
 from router.openai.fields import Fields, Flag
 from router.openai.reading import reading
-from router.openai.structured import Structure, structure_of
 from router.openai.tool_fields import ToolChoice, Tools, ToolUse, tool_use
 from router.openai.unknown_fields import UnknownFields
 from router.openai.wording import first_problem
@@ -48,7 +47,6 @@ REFUSED_FIELDS = {
     "functions": "functions are not supported, tools are",
     "suffix": "suffix is not supported",
     "use_beam_search": "beam search is not supported",
-    "truncate_prompt_tokens": "truncate_prompt_tokens is not supported",
     "allowed_token_ids": "allowed_token_ids is not supported",
     "bad_words": "bad_words is not supported",
     "chat_template": "only the model's own chat template is used",
@@ -119,6 +117,7 @@ class GenerationFields(Fields):
     stream_options: StreamOptions | None = None
     return_token_ids: Flag = None
     prompt_logprobs: NumLogprobs | None = None
+    truncate_prompt_tokens: TopK | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: JsonSchema | None = None
@@ -135,12 +134,9 @@ class GenerationFields(Fields):
             raise wrong("stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None and self.stream:
             raise wrong("prompt_logprobs: not available when stream is true")
+        if self.truncate_prompt_tokens == 0:
+            raise wrong("truncate_prompt_tokens: should be 1 or more, or -1 for as many as the model takes, not 0")
         return self
-
-    @functools.cached_property
-    def structure(self) -> Structure | None:
-        """The grammar of the output, if any. Raises InvalidRequestError."""
-        return structure_of(self)
 
     @property
     def num_choices(self) -> int:
@@ -165,6 +161,8 @@ class CompletionRequest(GenerationFields):
     def _supported(self) -> CompletionRequest:
         if self.best_of and self.best_of != self.num_choices:
             raise wrong(f"best_of: only supported if equal to n ({self.num_choices}), not {self.best_of}")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise wrong("echo: not together with truncate_prompt_tokens")
         return self
 
 

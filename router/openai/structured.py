@@ -53,10 +53,19 @@ class Wish(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """The grammar that the output must satisfy, and the path of the field that asks for it."""
+    """The grammar that the output must satisfy, and the path of the field that asks for it.
+
+    ``fields``: the paths of the fields that ask for the parts of a composed grammar, by the parts' names.
+    """
 
     field: str
     grammar: Grammar
+    fields: dict[str, str] | None = None
+
+    @property
+    def param(self) -> str:
+        """The name of the field."""
+        return self.field.partition(".")[0]
 
 
 def structure_of(request: StructureFields) -> Structure | None:
@@ -70,7 +79,7 @@ def structure_of(request: StructureFields) -> Structure | None:
     if len(wishes) > 1:
         _refuse(wishes[1].field, f"not together with {wishes[0].field}")
     [wish] = wishes
-    grammar = _grammar(wish)
+    grammar = grammar_of(wish)
     if len(grammar.text) > MAX_GRAMMAR_BYTES or len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:
         _refuse(wish.field, f"is longer than {MAX_GRAMMAR_BYTES} bytes")
     return Structure(wish.field, grammar)
@@ -112,7 +121,8 @@ def _guided(request: StructureFields) -> Iterator[Wish]:
             yield Wish(f"guided_{kind}", kind, value, options)
 
 
-def _grammar(wish: Wish) -> Grammar:
+def grammar_of(wish: Wish) -> Grammar:
+    """Return the grammar that a field asks for. Raises InvalidRequestError."""
     match wish.kind:
         case "json":
             return Grammar(GrammarKind.JSON_SCHEMA, _json_schema(wish))

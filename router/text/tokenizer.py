@@ -25,7 +25,11 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -33,6 +37,10 @@ class TextTokenizer:
         self._special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self._chat_template = ChatTemplate(chat_template, self._special_tokens) if chat_template else None
+        self.tool_template = tool_template or chat_template
+        self._tool_template = (
+            ChatTemplate(tool_template, self._special_tokens) if tool_template else self._chat_template
+        )
         self.token_bytes = TokenBytes(tokenizer)
 
     @classmethod
@@ -41,9 +49,9 @@ class TextTokenizer:
 
         Raises CheckpointError if one of them is missing that must be there, or cannot be read or honoured.
         """
-        tokenizer, special_tokens, chat_template = read_tokenizer_files(model_dir)
+        tokenizer, special_tokens, templates = read_tokenizer_files(model_dir)
         try:
-            return cls(tokenizer, special_tokens, chat_template)
+            return cls(tokenizer, special_tokens, templates.default, templates.with_tools)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the chat template in {model_dir} cannot be read: {error}") from error
 
@@ -85,11 +93,14 @@ class TextTokenizer:
         ids = (self._tokenizer.token_to_id(token) for token in tokens)
         return frozenset(token_id for token_id in ids if token_id is not None and self.token_bytes.is_special(token_id))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, with_tools: bool = False, **options: Any) -> str:
         """Return the prompt text for ``messages``; ``options`` as for ``ChatTemplate.render``.
+
+        ``with_tools``: by the template for chats with tools, if there is one.
 
         Raises InvalidRequestError if the model has no chat template, or that refuses the messages.
         """
-        if self._chat_template is None:
+        template = self._tool_template if with_tools else self._chat_template
+        if template is None:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", param="messages")
-        return self._chat_template.render(messages, **options)
+        return template.render(messages, **options)

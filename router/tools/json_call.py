@@ -12,6 +12,9 @@ from router.tools.text_scan import ValueScanner
 ARGUMENTS = ("arguments", "parameters")
 """Both names are in use for the same."""
 
+_KEYS = frozenset({"name", *ARGUMENTS, "type", "id", "index"})
+"""Keys of calls. An object with another key before its call begins is text, and need not be held back longer."""
+
 MAX_KEY_CHARS = 256
 """Longer keys and names are none of a call's: the object is text."""
 
@@ -100,7 +103,7 @@ class JsonCall:
         match = _STRING.match(self._text)
         if match is not None and match.end() <= MAX_KEY_CHARS:
             self._key, self._text = match[0][1:-1], self._text[match.end() :]
-            self.state = "colon"
+            self.state = "colon" if self.begun or self._key in _KEYS else "failed"
             return True
         if self._text[0] == "}" and self._name is not None:
             self._text = self._text[1:]

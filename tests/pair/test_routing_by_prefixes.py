@@ -62,10 +62,10 @@ def test_evictions_are_reported(seed: int) -> None:
 
 
 @pytest.mark.fault("F16", "F19")
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("nth", [1, 5, 6, 8])
 @pytest.mark.parametrize("fault", ["drop", "duplicate"])
 def test_a_report_is_lost_or_comes_twice(fault: str, nth: int) -> None:
-    """The next report shows it, and the router learns the whole prefix cache anew."""
+    """The first four are empty. The next report shows it, and the router learns the whole prefix cache anew."""
     with cluster() as world:
         if fault == "drop":
             done = world.link.drop("PrefixCacheChanged", nth)

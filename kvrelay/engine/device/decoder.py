@@ -19,11 +19,13 @@ from kvrelay.engine.kernels import LayerKV
 class Computed(NamedTuple):
     """Results of a step, on the device: ``sampled`` (None if no row samples) and ``broken_rows`` int32 [N].
 
-    ``broken_rows`` is 1 where the last hidden state is not finite, and undefined for padding rows.
+    ``broken_rows`` is 1 where the last hidden state is not finite, and undefined for padding rows. ``residual`` [N,
+    hidden]: the last hidden states, if they are to be kept.
     """
 
     sampled: Sampled | None
     broken_rows: Tensor
+    residual: Tensor | None = None
 
 
 class DeviceDecoder:
@@ -41,7 +43,12 @@ class DeviceDecoder:
         self._last_tokens = last_tokens
 
     def compute(
-        self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None] = lambda layer: None
+        self,
+        step: StepTensors,
+        pool: Sequence[LayerKV],
+        on_layer: Callable[[int], None] = lambda layer: None,
+        *,
+        keeps_residual: bool = False,
     ) -> Computed:
         """Compute and sample a step.
 
@@ -49,11 +56,17 @@ class DeviceDecoder:
         """
         residual = self._forward(step, pool, on_layer)
         broken_rows = self._operations.broken_rows(residual)
+        kept = residual if keeps_residual else None
         if not step.shape.samples:
-            return Computed(None, broken_rows)
-        norm, head = self._weights.final_norm, self._weights.lm_head
-        logits = self._projections.logits(residual, step.sample_rows, norm, head)
-        return Computed(self.sample(logits, step), broken_rows)
+            return Computed(None, broken_rows, kept)
+        return Computed(self.sample(self._logits(residual, step.sample_rows), step), broken_rows, kept)
+
+    def prompt_logprobs(self, residual: Tensor, rows: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        """Return the log probabilities of ``targets`` after ``rows`` of ``residual``; see ``Operations``."""
+        return self._operations.prompt_logprobs(self._logits(residual, rows), targets, num_alternatives)
+
+    def _logits(self, residual: Tensor, rows: Tensor) -> Tensor:
+        return self._projections.logits(residual, rows, self._weights.final_norm, self._weights.lm_head)
 
     def _forward(self, step: StepTensors, pool: Sequence[LayerKV], on_layer: Callable[[int], None]) -> Tensor:
         """Return what the last layer gives: [N, hidden]."""
@@ -66,8 +79,7 @@ class DeviceDecoder:
             on_layer(index)
             attended = do.attention(queries, pool[index], step, self._tables, self._config.windows[index])
             due = project.add(residual, attended, layer.out)
-            gate_up = project.normed(residual, due, layer.post_attention_norm, layer.gate_up)
-            due = project.add_activated(residual, gate_up, layer.down)
+            due = project.feed_forward(residual, due, layer.post_attention_norm, layer.gate_up, layer.down)
         return residual if due is None else residual.add_(due)
 
     def sample(self, logits: Tensor, step: StepTensors) -> Sampled:

@@ -181,7 +181,12 @@ class DeviceStep:
             self._steps.deferred.append(self)
 
     def _launch(self, items: list[ScheduledSequence]) -> Launched:
-        return self._launcher.launch(items, self._slot, lambda layers, event: self._layers.put((layers, event)))
+        return self._launcher.launch(
+            items,
+            self._slot,
+            lambda layers, event: self._layers.put((layers, event)),
+            scores_prompts=self._steps.sequences.want_prompt_logprobs,
+        )
 
     def finish(self, on_layers: OnLayers) -> StepResult:
         """Raises DeviceError, and errors that it cannot attribute to one sequence."""

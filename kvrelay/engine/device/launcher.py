@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ from kvrelay.engine.device.operations import Operations, StepShape
 from kvrelay.engine.device.outcomes import outcomes_of
 from kvrelay.engine.device.pool import Announce, DevicePool
 from kvrelay.engine.device.projections import Projections
+from kvrelay.engine.device.prompt_scores import ScoredPiece, add_scores, score_prompts
 from kvrelay.engine.device.sequence_rows import SequenceRows
 from kvrelay.engine.device.step_buffer import StepBuffer
 from kvrelay.engine.device.step_slot import Results, StepSlot
 from kvrelay.engine.device.tiles import TileCutter
+from kvrelay.engine.prompt_logprobs import PromptRows, prompt_rows
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import DeviceError
 from kvrelay.grammar.constraint import mask_words
@@ -54,11 +56,15 @@ class DeviceEngineLimits:
 
 
 class Launched(NamedTuple):
-    """A batch that the device computes in ``slot``; the ``results`` are there when it is done."""
+    """A batch that the device computes in ``slot``; the ``results`` are there when it is done.
+
+    ``scored``: log probabilities of prompt tokens.
+    """
 
     batch: Batch
     slot: StepSlot
     results: Results
+    scored: Sequence[ScoredPiece] = ()
 
 
 class StepLauncher:
@@ -75,6 +81,7 @@ class StepLauncher:
         self.state = threading.Lock()
         self.stream = framework.stream()
         self._framework, self._operations, self._limits = framework, operations, limits
+        self._vocab_size = config.vocab_size
         block_size = memory.geometry.block_size
         max_blocks = memory.geometry.blocks_for(limits.max_model_len)
         rows = SequenceRows(limits.max_num_seqs, max_blocks, limits.num_blocks)
@@ -105,9 +112,12 @@ class StepLauncher:
         with self.state:
             self.assembler.forget_sequences()
 
-    def launch(self, items: list[ScheduledSequence], slot: StepSlot, announce: Announce) -> Launched:
+    def launch(
+        self, items: list[ScheduledSequence], slot: StepSlot, announce: Announce, *, scores_prompts: bool = False
+    ) -> Launched:
         """Assemble ``items`` and have the device compute them after all that it was told before.
 
+        ``scores_prompts``: some may want log probabilities of their prompts.
         Raises AwaitedTokenError if that cannot be done yet. After any other exception the device has lost its picture
         of the sequences.
         """
@@ -121,18 +131,28 @@ class StepLauncher:
                     self._operations.set_entries(self._tables, slot.arena.upload(changes))
                 if not batch.items:
                     return Launched(batch, slot, slot.fetch(None, None, False, self.stream))
-                computed = self._compute(batch, slot, announce)
-                return Launched(batch, slot, self._fetch(batch, computed, slot))
+                wanted = prompt_rows(batch.items, batch.first_rows, self._vocab_size) if scores_prompts else ()
+                computed = self._compute(batch, slot, announce, keeps_residual=bool(wanted))
+                scored = self._score(wanted, batch, computed, slot)
+                return Launched(batch, slot, self._fetch(batch, computed, slot), scored)
         except AwaitedTokenError:
             raise
         except BaseException:
             self.forget_sequences()
             raise
 
-    def _compute(self, batch: Batch, slot: StepSlot, announce: Announce) -> Computed:
-        """Tell the device to compute ``batch``; announce its layers."""
+    def _score(
+        self, wanted: Sequence[PromptRows], batch: Batch, computed: Computed, slot: StepSlot
+    ) -> Sequence[ScoredPiece]:
+        if not wanted or computed.residual is None:
+            return ()
+        first = batch.shape.samples
+        return score_prompts(wanted, computed.residual, self.decoder, slot, first, self._vocab_size)
+
+    def _compute(self, batch: Batch, slot: StepSlot, announce: Announce, *, keeps_residual: bool) -> Computed:
+        """Tell the device to compute ``batch``; announce its layers. Graphs keep no residual."""
         entries = 0 if batch.adjustments is None else len(batch.adjustments.tokens)
-        graph = self.graphs.find(batch.shape, entries)
+        graph = None if keeps_residual else self.graphs.find(batch.shape, entries)
         buffer = self._eager_buffer(entries) if graph is None else graph.buffer
         self.assembler.fill(buffer, slot.arena, batch)
         if batch.masks is not None:
@@ -142,7 +162,9 @@ class StepLauncher:
         if graph is not None:
             computed = graph.replay()
         else:
-            computed = self.decoder.compute(step, self.pool.layers, layers.layer_launched)
+            computed = self.decoder.compute(
+                step, self.pool.layers, layers.layer_launched, keeps_residual=keeps_residual
+            )
         layers.all_launched()
         return computed
 
@@ -186,6 +208,8 @@ def outcomes(launched: Launched) -> list[SequenceOutcome]:
     """Return the outcome of each sequence of the plan, once the device is done."""
     batch, results = launched.batch, launched.results
     found = outcomes_of(batch, results.tokens, _logprobs(batch, results), results.broken)
+    if launched.scored:
+        add_scores(found, launched.scored)
     if not batch.failed:
         return found
     computed, places = iter(found), range(len(batch.items) + len(batch.failed))

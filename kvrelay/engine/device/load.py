@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 CHUNK_GRAPHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prefill steps of up to so many tokens are graphs on a GPU where their launches would take longer than they do."""
 
-LAYER_LAUNCH_SECONDS = 0.29e-3
-"""What launching one layer kernel by kernel took on the host of an H100; see docs/gpu.md."""
+LAYER_LAUNCH_SECONDS = 0.5e-3
+"""What launching one layer kernel by kernel took on hosts of an H100 and an H200: 0.35 to 0.6 ms; see docs/gpu.md."""
 
 FLOPS_PER_SECOND = 5e14
 """What the GEMMs of a few hundred tokens reached there."""
@@ -204,6 +204,10 @@ def make_projections(
         return InvariantProjections(framework, operations, eps, options.dtype)
     if options.fp8:
         return Float8Projections(framework, cast(QuantizingOperations, operations), eps, options.dtype)
+    if options.has_kernels and options.dtype != "float32":
+        from kvrelay.engine.device.single_row import SingleRowProjections  # noqa: PLC0415
+
+        return SingleRowProjections(framework, operations, eps, options.dtype)
     return FrameworkProjections(framework, operations, eps)
 
 

@@ -132,6 +132,12 @@ class Operations(Protocol):
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         """Sample from ``logits`` float32 [S, vocab]; also note tokens in ``last_tokens`` where the step says so."""
 
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        """Return the log probabilities of ``targets`` int32 [S] and of the most likely tokens, from ``logits``.
+
+        In place of tokens there are ranks: how many tokens are at least as likely as the target, or NOT_FINITE.
+        """
+
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         """Set flat places ``entries[0]`` of ``table`` to ``entries[1]``, all int32."""
 

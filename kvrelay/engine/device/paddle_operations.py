@@ -131,6 +131,21 @@ class PaddleOperations:
         if table_row >= 0:
             last_tokens[table_row] = token
 
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        count, width = logits.shape[0], 1 + MOST_LOGPROBS
+        ids = targets.astype("int64").unsqueeze(1)
+        tops = paddle.zeros([count, width], "int32")
+        values = paddle.zeros([count, width], "float32")
+        logprobs = paddle.nn.functional.log_softmax(logits.double(), -1).astype("float32")
+        values[:, 0] = paddle.take_along_axis(logprobs, ids, 1)[:, 0]
+        if num_alternatives:
+            order = paddle.argsort(logits, axis=-1, descending=True, stable=True)[:, :num_alternatives]
+            tops[:, 1 : 1 + num_alternatives] = order.astype("int32")
+            values[:, 1 : 1 + num_alternatives] = paddle.take_along_axis(logprobs, order, 1)
+        ranks = (logits >= paddle.take_along_axis(logits, ids, 1)).astype("int32").sum(-1).astype("int32")
+        is_finite = (logits < math.inf).all(-1) & (logits.max(-1) > -math.inf)
+        return Sampled(paddle.where(is_finite, ranks, paddle.full_like(ranks, NOT_FINITE)), tops, values)
+
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         table.view([-1])[entries[0]] = entries[1]
 

@@ -15,8 +15,8 @@ from kvrelay.engine.device.weights import Linear
 class Projections(Protocol):
     """Linear layers around the ``residual`` [N, hidden].
 
-    What ``add`` and ``add_activated`` return is still to be added to the residual, which the next ``normed`` does with
-    ``due``; None: nothing is.
+    What ``add`` and ``feed_forward`` return is still to be added to the residual, which is done with what is handed to
+    the next one as ``due``; None: nothing is.
     """
 
     def normed(self, residual: Tensor, due: Tensor | None, norm: Tensor, linear: Linear) -> Tensor:
@@ -25,8 +25,10 @@ class Projections(Protocol):
     def add(self, residual: Tensor, x: Tensor, linear: Linear) -> Tensor | None:
         """Add ``linear`` of ``x`` [N, in] to ``residual``."""
 
-    def add_activated(self, residual: Tensor, gate_up: Tensor, linear: Linear) -> Tensor | None:
-        """Add ``linear`` of silu(gate) * up to ``residual``, for ``gate_up`` [N, 2 * ffn]."""
+    def feed_forward(
+        self, residual: Tensor, due: Tensor | None, norm: Tensor, gate_up: Linear, down: Linear
+    ) -> Tensor | None:
+        """Add ``down`` of silu(gate) * up to ``residual``; ``gate_up`` of its RMS norm gives gate and up."""
 
     def logits(self, residual: Tensor, rows: Tensor, norm: Tensor, head: Linear) -> Tensor:
         """Return ``head`` of the RMS norm of the chosen ``rows`` of ``residual``: float32 [S, vocab]."""
@@ -48,8 +50,14 @@ class FrameworkProjections:
         self._framework.add_linear(residual, x, linear.weight, linear.bias)
         return None
 
-    def add_activated(self, residual: Tensor, gate_up: Tensor, linear: Linear) -> Tensor | None:
-        return self.add(residual, self._operations.silu_mul(gate_up), linear)
+    def feed_forward(
+        self, residual: Tensor, due: Tensor | None, norm: Tensor, gate_up: Linear, down: Linear
+    ) -> Tensor | None:
+        return self.add(residual, self.gated(residual, due, norm, gate_up), down)
+
+    def gated(self, residual: Tensor, due: Tensor | None, norm: Tensor, gate_up: Linear) -> Tensor:
+        """Return silu(gate) * up for gate and up that ``gate_up`` gives of the RMS norm: [N, ffn]."""
+        return self._operations.silu_mul(self.normed(residual, due, norm, gate_up))
 
     def logits(self, residual: Tensor, rows: Tensor, norm: Tensor, head: Linear) -> Tensor:
         chosen = self._operations.rms_norm(residual, norm, self._eps, rows)
@@ -74,8 +82,10 @@ class Float8Projections(FrameworkProjections):
     def add(self, residual: Tensor, x: Tensor, linear: Linear) -> Tensor | None:
         return self._product(self._quantizing.quantized(x), linear)
 
-    def add_activated(self, residual: Tensor, gate_up: Tensor, linear: Linear) -> Tensor | None:
-        return self._product(self._quantizing.quantized_silu_mul(gate_up), linear)
+    def feed_forward(
+        self, residual: Tensor, due: Tensor | None, norm: Tensor, gate_up: Linear, down: Linear
+    ) -> Tensor | None:
+        return self._product(self._quantizing.quantized_silu_mul(self.normed(residual, due, norm, gate_up)), down)
 
     def _product(self, rows: Quantized, linear: Linear) -> Tensor:
         out = self._framework.scaled_linear(rows.values, rows.scales, linear.weight, linear.scales, self._dtype)

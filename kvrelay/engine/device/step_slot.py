@@ -88,6 +88,17 @@ class StepSlot:
         self._logprobs = logprobs.view(np.float32).reshape(-1, width)
         self._logprob_staging = framework.typed(staging, "float32", (num_rows, width))
 
+    def fetch_prompt(self, scored: Sampled, first: int) -> Results:
+        """Start the copies of log probabilities of prompt tokens to rows from ``first`` on, which nothing else takes.
+
+        Call before ``fetch``.
+        """
+        rows = slice(first, first + scored.tokens.shape[0])
+        self._framework.copy(self._token_staging[rows], scored.tokens)
+        self._framework.copy(self._top_staging[rows], scored.top_tokens)
+        self._framework.copy(self._logprob_staging[rows], scored.logprobs)
+        return Results(self._tokens[rows], self._tops[rows], self._logprobs[rows], None)
+
     def fetch(self, sampled: Sampled | None, broken: Tensor | None, with_logprobs: bool, stream: Stream) -> Results:
         """Start the copies of what a step gives; return where it is when the step is ``done``."""
         copy, count = self._framework.copy, 0 if sampled is None else sampled.tokens.shape[0]

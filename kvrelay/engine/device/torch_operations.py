@@ -149,6 +149,20 @@ class TorchOperations:
         if table_row >= 0:
             last_tokens[table_row] = token
 
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        count, width = len(logits), 1 + MOST_LOGPROBS
+        ids = targets.long()[:, None]
+        tops = torch.zeros((count, width), dtype=torch.int32, device=logits.device)
+        values = torch.zeros((count, width), dtype=torch.float32, device=logits.device)
+        order = torch.sort(logits, descending=True, stable=True).indices[:, :num_alternatives]
+        logprobs = logits.double().log_softmax(-1)
+        tops[:, 1 : 1 + num_alternatives] = order
+        values[:, 0] = logprobs.gather(1, ids)[:, 0]
+        values[:, 1 : 1 + num_alternatives] = logprobs.gather(1, order)
+        ranks = (logits >= logits.gather(1, ids)).sum(-1)
+        is_finite = logits.max(-1).values.isfinite()  # NaN if any is
+        return Sampled(torch.where(is_finite, ranks, NOT_FINITE).int(), tops, values)
+
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         table.view(-1)[entries[0]] = entries[1]
 

@@ -17,8 +17,11 @@ from kvrelay.engine.kernels import HeadNorms, HeadShape, LayerKV
 
 DECODE_TILINGS: tuple[tuple[int, decode.DecodeTiling], ...] = (
     (8, decode.DecodeTiling(splits=16, fewest=128, tile=128)),
-    (24, decode.DecodeTiling(splits=4, fewest=256, tile=128)),
-    (1 << 30, decode.DecodeTiling(splits=4, fewest=2048)),
+    (16, decode.DecodeTiling(splits=4, fewest=256, tile=128)),
+    (24, decode.DecodeTiling(splits=2, fewest=512, tile=128)),
+    (32, decode.DecodeTiling(splits=2, fewest=512)),
+    (48, decode.DecodeTiling(splits=2, fewest=512, tile=128)),
+    (1 << 30, decode.DecodeTiling(splits=2, fewest=4096)),
 )
 """How contexts are cut in a step of up to so many sequences: few sequences need many pieces to fill the device. Many
 fill it by themselves, and only a context much longer than the others is cut, so that the step does not wait for it.
@@ -34,7 +37,7 @@ MOST_GATHERED = 32768
 
 
 class TritonOperations:
-    """Operations of kernels. Tilings were chosen by ``scripts/gpu-check`` on an H100."""
+    """Operations of kernels. Tilings were chosen by ``scripts/gpu-check`` on an H200."""
 
     def __init__(self, framework: Framework, heads: HeadShape, limits: OperationLimits) -> None:
         self._framework = framework
@@ -51,7 +54,7 @@ class TritonOperations:
         self._cosine = framework.upload(cosine, "float32")
         self._sine = framework.upload(sine, "float32")
         self._gathered: Tensor | None = None
-        self._scratch: dict[decode.DecodeTiling, tuple[Tensor, Tensor, Tensor]] = {}
+        self._scratch: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _dense_room(self) -> DenseRoom | None:
         """Return where contexts are gathered, None if the kernel for that cannot compute these heads."""
@@ -94,10 +97,10 @@ class TritonOperations:
         out = self._framework.empty((rows, self._heads.num_heads, self._heads.head_dim), self._limits.dtype)
         size, exact = self._limits.block_size, self._exact
         if decodes:
-            tiling = self._decode_tiling(decodes)
+            most, tiling = self._decode_tiling(decodes)
             decode.decode_attention(
                 queries[:decodes], layer.keys, layer.values, step.positions, step.table_rows, tables, out,
-                self._scratch_for(tiling, decodes), size, window, exact, tiling,
+                self._scratch_for(most, tiling), size, window, exact, tiling,
             )  # fmt: skip
         if tiles:
             prefill.prefill_attention(
@@ -117,16 +120,16 @@ class TritonOperations:
             self._gathered = self._framework.empty(shape, self._limits.dtype)
         return self._gathered
 
-    def _decode_tiling(self, decodes: int) -> decode.DecodeTiling:
-        tiling = next(tiling for most, tiling in self.decode_tilings if decodes <= most)
+    def _decode_tiling(self, decodes: int) -> tuple[int, decode.DecodeTiling]:
+        """Return how contexts are cut in a step of ``decodes`` sequences, and of how many it may be at most."""
+        most, tiling = next(one for one in self.decode_tilings if decodes <= one[0])
         if self._exact:
-            return replace(tiling, tile=32, num_stages=2)
-        return tiling if self._heads.head_dim <= _WIDEST else replace(tiling, tile=64)
+            return most, replace(tiling, tile=32, num_stages=2)
+        return most, tiling if self._heads.head_dim <= _WIDEST else replace(tiling, tile=64)
 
-    def _scratch_for(self, tiling: decode.DecodeTiling, decodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _scratch_for(self, most: int, tiling: decode.DecodeTiling) -> tuple[Tensor, Tensor, Tensor]:
         """Return the room for pieces: the same for every step that is cut this way, so graphs may hold on to it."""
-        if tiling not in self._scratch:
-            most = next(most for most, _ in self.decode_tilings if decodes <= most)
+        if most not in self._scratch:
             rows = min(most, self._limits.max_num_seqs)
             heads = self._heads
             parts, stats, tickets = decode.scratch_sizes(
@@ -134,8 +137,8 @@ class TritonOperations:
             )
             make = self._framework
             room = make.empty((parts,), "float32"), make.empty((stats,), "float32"), make.zeros((tickets,), "int32")
-            self._scratch[tiling] = room
-        return self._scratch[tiling]
+            self._scratch[most] = room
+        return self._scratch[most]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         out = self._framework.empty((gate_up.shape[0], gate_up.shape[1] // 2), self._limits.dtype)
@@ -158,16 +161,24 @@ class TritonOperations:
     def sample(self, logits: Tensor, step: StepTensors, last_tokens: Tensor) -> Sampled:
         make, count = self._framework, logits.shape[0]
         room = make.empty((count, self.sampling_tiling.room(logits.shape[1])), "float32")
-        width = 1 + MOST_LOGPROBS
-        sampled = Sampled(
-            make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
-        )
+        sampled = self._room_for_sampled(count)
         sampling.sample(
             logits, room, step.reals, step.numbers, (step.adjusted_tokens, step.changes), step.masks, last_tokens,
             *sampled,
             self.sampling_tiling,
         )  # fmt: skip
         return sampled
+
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_alternatives: int) -> Sampled:
+        scored = self._room_for_sampled(logits.shape[0])
+        sampling.prompt_logprobs(logits, targets, num_alternatives, *scored, self.sampling_tiling)
+        return scored
+
+    def _room_for_sampled(self, count: int) -> Sampled:
+        make, width = self._framework, 1 + MOST_LOGPROBS
+        return Sampled(
+            make.empty((count,), "int32"), make.empty((count, width), "int32"), make.empty((count, width), "float32")
+        )
 
     def set_entries(self, table: Tensor, entries: Tensor) -> None:
         blocks.set_entries(table, entries)

@@ -99,7 +99,7 @@ def test_every_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.write_text(path.read_text("utf-8"), "utf-8-sig")
     marked = read_tokenizer_files(tmp_path)
-    assert marked[1:] == plain[1:] and marked.chat_template == "{{ bos_token }}"
+    assert marked[1:] == plain[1:] and marked.chat_templates.default == "{{ bos_token }}"
     assert marked.tokenizer.to_str() == plain.tokenizer.to_str()
 
 
@@ -117,6 +117,7 @@ def test_every_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("own", {"chat_template.jinja": "file", "additional_chat_templates/rag.jinja": "rag"}, "file"),
         ("own", {"additional_chat_templates/default.jinja": "file"}, "file"),
         ("own", {"additional_chat_templates/rag.jinja": "rag"}, None),
+        ("own", {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "tools"}, "file"),
         ("own", {"chat_template.json": '{"chat_template": "older"}'}, "own"),
         (None, {"chat_template.json": '{"chat_template": "older"}'}, "older"),
         (None, {}, None),
@@ -129,4 +130,7 @@ def test_chat_template_is_found_wherever_it_is(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert read_tokenizer_files(tmp_path).chat_template == expected
+    templates = read_tokenizer_files(tmp_path).chat_templates
+    assert templates.default == expected
+    has_own = "tool_use" in json.dumps([setting, files])
+    assert templates.with_tools == ("tools" if has_own else None)

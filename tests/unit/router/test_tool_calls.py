@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_nodes import FakeCluster, Script
 from instant_router import InstantRouter
+from support.tools import joined_chunks, without_ids
 from test_http_generation import post, run, stream
 
 CHAT = "/v1/chat/completions"
@@ -31,44 +32,6 @@ def call_of(name: str, arguments: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def joined_chunks(chunks: list[Any]) -> dict[str, Any]:
-    """Return the message that a client makes of a stream, and check the form of each chunk."""
-    message: dict[str, Any] = {}
-    calls: list[dict[str, Any]] = []
-    for chunk in chunks:
-        [choice] = chunk["choices"]
-        delta = choice["delta"]
-        assert ("role" in delta) == (chunk is chunks[0])
-        for name in ("role", "content", "reasoning_content"):
-            if name in delta:
-                message[name] = message.get(name, "") + delta[name]
-        for item in delta.get("tool_calls", ()):
-            if item["index"] == len(calls):
-                assert list(item) == ["index", "id", "type", "function"]
-                assert item["function"]["arguments"] == ""
-                calls.append({"id": item["id"], **call_of(item["function"]["name"], "")})
-            else:
-                assert item["index"] == len(calls) - 1
-                assert list(item) == ["index", "function"]
-                assert list(item["function"]) == ["arguments"]
-                calls[-1]["function"]["arguments"] += item["function"]["arguments"]
-        assert (choice["finish_reason"] is not None) == (chunk is chunks[-1])
-        if calls and chunk is chunks[-1]:
-            assert delta == {}
-    if calls:
-        message["tool_calls"] = calls
-        message["content"] = message["content"] or None
-    return message
-
-
-def without_ids(message: dict[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    ids = [call["id"] for call in calls or ()]
-    assert len(set(ids)) == len(ids)
-    assert all(len(call_id) >= 9 for call_id in ids)
-    return message | {"tool_calls": [call_of(**call["function"]) for call in calls]} if calls else message
-
-
 def ended(cluster: FakeCluster, **body: object) -> dict[str, Any]:
     [end] = cluster.model.tokenizer.encode(END)
     return {"messages": HI, "max_tokens": 400, "stop_token_ids": [end], **body}
@@ -87,9 +50,13 @@ def test_calls_and_reasoning_whole_and_streamed() -> None:
             "reasoning_content": "Both.",
             "tool_calls": [call_of("weather", '{"place": "Žilina"}'), call_of("now", "{}")],
         }
-        chunks = await stream(cluster, CHAT, **body)
-        assert without_ids(joined_chunks(chunks)) | {"refusal": None} == message
-        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        streamed = joined_chunks(await stream(cluster, CHAT, **body))
+        assert without_ids(streamed["message"]) == message
+        assert streamed["finish_reason"] == "tool_calls"
+        [choice] = (await post(cluster, CHAT, **body, parallel_tool_calls=False))["choices"]
+        assert without_ids(choice["message"])["tool_calls"] == message["tool_calls"][:1]
+        streamed = joined_chunks(await stream(cluster, CHAT, **body, parallel_tool_calls=False))
+        assert without_ids(streamed["message"])["tool_calls"] == message["tool_calls"][:1]
 
     run(scenario, Script(TWO_CALLS + END), tool_parser="hermes", reasoning_parser="think")
 
@@ -102,7 +69,8 @@ def test_without_reasoning_and_without_tools() -> None:
             assert choice["message"]["content"] == TWO_CALLS.partition("</think>\n\n")[2]
             assert choice["finish_reason"] == "stop"
             assert not {"tool_calls", "reasoning_content"} & choice["message"].keys()
-            assert joined_chunks(await stream(cluster, CHAT, **body))["content"] == choice["message"]["content"]
+            streamed = joined_chunks(await stream(cluster, CHAT, **body))
+            assert streamed["message"]["content"] == choice["message"]["content"]
 
     run(scenario, Script(TWO_CALLS + END), tool_parser="hermes", reasoning_parser="think")
 
@@ -113,7 +81,7 @@ def test_an_output_that_is_cut_off_has_the_call_as_far_as_it_got() -> None:
         [choice] = (await post(cluster, CHAT, **body))["choices"]
         assert choice["finish_reason"] == "length"
         assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith('{"place": "')
-        streamed = joined_chunks(await stream(cluster, CHAT, **body))
+        streamed = joined_chunks(await stream(cluster, CHAT, **body))["message"]
         assert without_ids(streamed)["tool_calls"] == without_ids(choice["message"])["tool_calls"]
 
     run(scenario, Script(TWO_CALLS + END), tool_parser="hermes", reasoning_parser="think")
@@ -201,7 +169,9 @@ def test_a_model_without_a_format_of_tool_calls() -> None:
     response = router.post(CHAT, {"messages": HI, "tools": TOOLS})
     assert response.status_code == 400
     assert "router.tool_parser" in response.json()["error"]["message"]
-    assert router.post(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "none"}).status_code == 200
+    for choice in ("none", "required"):
+        body = {"messages": HI, "tools": TOOLS, "tool_choice": choice, "stop_token_ids": [0]}
+        assert router.post(CHAT, body).status_code == 200
 
 
 def test_many_tools_in_a_worker() -> None:

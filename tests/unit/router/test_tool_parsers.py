@@ -65,7 +65,78 @@ HERMES = {
     ),
     "half a mark": ("a <tool_ca", Message("a <tool_ca")),
 }
-OUTPUTS = [("hermes", name, *case) for name, case in HERMES.items()]
+
+LLAMA3 = {
+    "no call": (" Hello {", Message(" Hello {")),
+    "one call": ('{"name": "f", "parameters": {"a": "x"}}', Message(calls=[Call("c0", "f", '{"a": "x"}')])),
+    "with the tag, two calls": (
+        '<|python_tag|>{"type": "function", "name": "f", "parameters": {}}; {"name": "look_up", "arguments": {"a": 1}}',
+        Message(calls=[Call("c0", "f", "{}"), Call("c1", "look_up", '{"a": 1}')]),
+    ),
+    "text behind": ('{"name": "f", "parameters": {}}\nDone.', Message("Done.", calls=[Call("c0", "f", "{}")])),
+    "another object": ('{"size": {"name": "f"}}', Message('{"size": {"name": "f"}}')),
+    "a built-in tool": ('<|python_tag|>search.call(q="x")', Message('search.call(q="x")')),
+    "unknown tool": ('{"name": "rm", "parameters": {}} x', Message('{"name": "rm", "parameters": {}} x')),
+    "unknown tool behind a call": (
+        '{"name": "f", "parameters": {}};{"name": "rm"}',
+        Message('{"name": "rm"}', calls=[Call("c0", "f", "{}")]),
+    ),
+    "ends early": ('{"name"', Message('{"name"')),
+    "half a tag": (" <|python", Message(" <|python")),
+}
+MISTRAL = {
+    "no call": ("Hello [TOOL", Message("Hello [TOOL")),
+    "a list": (
+        'I look.\n[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"arguments": {}, "name": "look_up"}]',
+        Message("I look.", calls=[Call("c0", "f", '{"a": 1}'), Call("c1", "look_up", "{}")]),
+    ),
+    "one object": ('[TOOL_CALLS]{"name": "f", "arguments": {}} so', Message("so", calls=[Call("c0", "f", "{}")])),
+    "by name": (
+        '[TOOL_CALLS]f[ARGS]{"a": "}"}[TOOL_CALLS]look_up[CALL_ID]abc[ARGS] {}',
+        Message(calls=[Call("c0", "f", '{"a": "}"}'), Call("c1", "look_up", "{}")]),
+    ),
+    "by name without a mark": ('[TOOL_CALLS]f{"a": 1}', Message(calls=[Call("c0", "f", '{"a": 1}')])),
+    "unknown tools": (
+        '[TOOL_CALLS]rm[ARGS]{} [TOOL_CALLS] [{"name": "rm"}]',
+        Message('[TOOL_CALLS]rm[ARGS]{} [TOOL_CALLS] [{"name": "rm"}]'),
+    ),
+    "an empty list": ("[TOOL_CALLS] []", Message("[TOOL_CALLS] []")),
+    "ends early": ('[TOOL_CALLS] [{"na', Message('[TOOL_CALLS] [{"na')),
+    "ends at once": ("[TOOL_CALLS] [", Message("[TOOL_CALLS] [")),
+    "ends behind the mark": ("[TOOL_CALLS]lo", Message("[TOOL_CALLS]lo")),
+    "ends within the arguments": ('[TOOL_CALLS]f[ARGS]{"a', Message(calls=[Call("c0", "f", '{"a')])),
+}
+PYTHONIC = {
+    "no call": ("[1, 2]", Message("[1, 2]")),
+    "values": (
+        r"""[f(a=1, b='it\'s "x"\n\u017d\x41\q', c=[True, None, (1.5, -2, .5),], d={'x': {}, "y": []}), look_up( )]""",
+        Message(
+            calls=[
+                Call(
+                    "c0",
+                    "f",
+                    r"""{"a": 1, "b": "it's \"x\"\nŽA\\q", "c": [true, null, [1.5, -2, 0.5]], """
+                    r""""d": {"x": {}, "y": []}}""",
+                ),
+                Call("c1", "look_up", "{}"),
+            ]
+        ),
+    ),
+    "with marks": ("<|python_start|>[f()]<|python_end|>", Message(calls=[Call("c0", "f", "{}")])),
+    "text behind": ("[f()]\n\nDone.", Message("Done.", calls=[Call("c0", "f", "{}")])),
+    "unknown tool": ("[rm(a=1)] so", Message("[rm(a=1)] so")),
+    "a value that is no literal": (
+        "[f(a=1, b=g(2))]",
+        Message("g(2))]", calls=[Call("c0", "f", '{"a": 1, "b": ')]),
+    ),
+    "ends early": ("[look_", Message("[look_")),
+    "ends within a string": ("[f(a='x", Message(calls=[Call("c0", "f", '{"a": "x')])),
+    "not an argument by name": ("[f(1)]", Message("1)]", calls=[Call("c0", "f", "{")])),
+    "a set": ("[f(a={1})]", Message("1})]", calls=[Call("c0", "f", '{"a": {')])),
+    "half a mark": ("<|python_st", Message("<|python_st")),
+}
+FORMATS = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL, "pythonic": PYTHONIC}
+OUTPUTS = [(family, name, *case) for family, cases in FORMATS.items() for name, case in cases.items()]
 
 THOUGHTS = {
     "reasoning": ("<think>\nHm.\n\nYes.\n</think>\n\nYes.", False, Message("Yes.", "Hm.\n\nYes.")),
@@ -124,6 +195,19 @@ PIECES = [
     "<think>",
 ]
 PIECES += ["</think>", "[", "]", ",", '"', "f", "(", ")", "a=", "'", "1", ";", "<", "\\", '"name": "look_up"', "text"]
+PIECES += [
+    "[f(",
+    "a=[1, ",
+    "'x'",
+    "look_up(",
+    ")]",
+    ", ",
+    '{"name": "f", "parameters": {}}',
+    "[ARGS]",
+    "f[ARGS]",
+    "{'k': ",
+]
+PIECES += ["True", "(", "-2.5", "\\u00", "e9", "[CALL_ID]ab"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

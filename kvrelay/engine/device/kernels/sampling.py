@@ -237,6 +237,51 @@ def _mask(adjusted, bits, V: tl.constexpr, BLOCK: tl.constexpr):
     tl.debug_barrier()
 
 
+@triton.jit
+def _num_reaching(values, least, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Return how many values are ``least`` or more."""
+    columns = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V
+        value = tl.load(values + start + columns, mask=inside, other=-float("inf"))
+        count += (inside & (value >= least)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _store_logprobs(
+    values, token, top, num_alternatives, top_tokens, logprobs, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the log probability of ``token``, and behind it those of the highest values and which tokens they are."""
+    log_total = tl.log(_sum_exp(values, top, V, BLOCK))
+    tl.store(logprobs, tl.load(values + token) - top - log_total)
+    below = top + 1.0
+    after = tl.full([], -1, tl.int32)
+    for index in range(1, num_alternatives + 1):
+        below, after = _next_highest(values, below, after, V, BLOCK)
+        tl.store(top_tokens + index, after)
+        tl.store(logprobs + index, below - top - log_total)
+
+
+@triton.jit(do_not_specialize=["num_alternatives"])
+def prompt_logprobs_kernel(
+    logits, targets, num_alternatives, ranks, top_tokens, logprobs, V: tl.constexpr, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    values = logits + row * V
+    target = tl.load(targets + row)
+    top, _unused, wrong = _highest(values, V, BLOCK)
+    is_finite = (wrong == 0) & (top > -float("inf"))
+    rank = _num_reaching(values, tl.load(values + target), V, BLOCK)
+    tl.store(ranks + row, tl.where(is_finite, rank, NOT_FINITE))
+    if is_finite:
+        place = row * (TOP + 1)
+        _store_logprobs(values, target, top, num_alternatives, top_tokens + place, logprobs + place, V, BLOCK)
+
+
 @triton.jit(do_not_specialize=["capacity", "entries", "words"])
 def sample_kernel(
     logits, room, reals, numbers, capacity, adjusted_tokens, changes, entries, masks, words, last_tokens, tokens,
@@ -291,15 +336,8 @@ def sample_kernel(
     if table_row >= 0:
         tl.store(last_tokens + table_row, token)
     if (num_logprobs >= 0) & (failure == 0):
-        log_total = tl.log(_sum_exp(values, raw_top, V, BLOCK))
         place = row * (TOP + 1)
-        tl.store(logprobs + place, tl.load(values + token) - raw_top - log_total)
-        below = raw_top + 1.0
-        after = tl.full([], -1, tl.int32)
-        for index in range(1, num_logprobs + 1):
-            below, after = _next_highest(values, below, after, V, BLOCK)
-            tl.store(top_tokens + place + index, after)
-            tl.store(logprobs + place + index, below - raw_top - log_total)
+        _store_logprobs(values, token, raw_top, num_logprobs, top_tokens + place, logprobs + place, V, BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,4 +374,19 @@ def sample(
         logits, room, reals, numbers, numbers.shape[1], *adjustments, adjustments[0].shape[0], masks, masks.shape[1],
         last_tokens, tokens, top_tokens, logprobs, vocab, logprobs.shape[1] - 1, tiling.block_of(vocab),
         num_warps=tiling.num_warps,
+    )  # fmt: skip
+
+
+def prompt_logprobs(
+    logits: Any, targets: Any, num_alternatives: int, ranks: Any, top_tokens: Any, logprobs: Any,
+    tiling: SamplingTiling,
+) -> None:  # fmt: skip
+    """Write the log probabilities of ``targets`` int32 [N] in ``logits`` float32 [N, vocab]; see ``sample``.
+
+    ``ranks`` int32 [N]: how many tokens are at least as likely, or NOT_FINITE.
+    """
+    rows, vocab = logits.shape
+    prompt_logprobs_kernel[(rows,)](
+        logits, targets, num_alternatives, ranks, top_tokens, logprobs, vocab, logprobs.shape[1] - 1,
+        tiling.block_of(vocab), num_warps=tiling.num_warps,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from sampling_cases import KINDS, logits, sample_on, sequence, sequences
 from support.ids import block_ids
 
 from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
+from kvrelay.engine.prompt_logprobs import PromptRows, logprobs_of
 from kvrelay.engine.sampler import sample, sample_step
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
 from kvrelay.grammar.constraint import mask_words
@@ -107,3 +108,27 @@ def check_masks(operations: Any, vocab_size: int, device: str = "cpu") -> None:
     assert all(
         (token + one.num_output_tokens) % 3 == 0 for one, (token, _) in zip(made[::2], expected[::2], strict=True)
     )
+
+
+def check_prompt_logprobs(operations: Any, vocab_size: int, device: str = "cpu") -> None:
+    """Ranks and log probabilities are those of the host; a row that is not finite has no rank."""
+    import torch
+
+    values = logits(vocab_size, 9, 3)
+    values[2, 5] = values[2].max()  # a tie
+    targets = [int(target) for target in np.random.default_rng(4).integers(0, vocab_size, 9)]
+    targets[2] = 5
+    for count in (0, 1, 5, 20):
+        rows = PromptRows(0, np.arange(9), targets, 1, count)
+        expected = logprobs_of(values, rows)
+        on_device = torch.tensor(values, device=device), torch.tensor(targets, dtype=torch.int32, device=device)
+        found = operations.prompt_logprobs(*on_device, count)
+        width = 1 + count
+        assert found.tokens.tolist() == np.frombuffer(expected.ranks, "<i4").tolist()
+        tops = np.frombuffer(expected.token_ids, "<i4").reshape(9, width)
+        assert found.top_tokens[:, 1:width].tolist() == tops[:, 1:].tolist()
+        wanted = np.frombuffer(expected.logprobs, "<f8").reshape(9, width)
+        np.testing.assert_allclose(found.logprobs[:, :width].tolist(), wanted, atol=1e-4)
+    values[0, 7], values[1, 0], values[3], values[4, 1] = np.nan, np.inf, -np.inf, -np.inf
+    found = operations.prompt_logprobs(torch.tensor(values, device=device), on_device[1], 1)
+    assert [rank == NOT_FINITE for rank in found.tokens.tolist()] == [True, True, False, True] + [False] * 5

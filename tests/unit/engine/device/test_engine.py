@@ -19,6 +19,7 @@ from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.compute_thread import compute_for
 from kvrelay.engine.decoder import load_weights
 from kvrelay.engine.decoder_config import read_decoder_config
+from kvrelay.engine.device import prompt_scores
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.launcher import DeviceEngineLimits
 from kvrelay.engine.device.load import DeviceOptions, build_engine
@@ -35,7 +36,7 @@ from kvrelay.node.plans import Chunk
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import BlockId
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
-from kvrelay.protocol.request import Sequence
+from kvrelay.protocol.request import PromptLogprobs, Sequence
 
 Make = Callable[..., DeviceEngine]
 
@@ -443,3 +444,31 @@ def test_an_error_that_leaves_the_device_whole_is_one_of_sequences(
 
 def _out_of_memory(*arguments: Any) -> Any:
     raise RuntimeError("CUDA out of memory")
+
+
+def test_logprobs_of_prompts_with_graphs_and_in_pieces(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that wants some is computed without a graph, and what is computed at once is bounded."""
+
+    def scored(engine: DeviceEngine, chunk: int) -> list[list[PromptLogprobs]]:
+        runner, found = Runner(engine), []
+        for length in (2, 30, 90):
+            one = sequence(prompt(length), f"r{length}", max_tokens=3, num_prompt_logprobs=4)
+            pieces: list[PromptLogprobs] = []
+            while one.num_output_tokens < 3:
+                count = min(chunk, one.num_tokens - one.num_computed_tokens)
+                pieces += runner.run((one, count))[0].prompt_logprobs
+            found.append(pieces)
+        return found
+
+    def joined(pieces: list[PromptLogprobs]) -> tuple[bytes, ...]:
+        parts = zip(*((piece.ranks, piece.token_ids) for piece in pieces), strict=True)
+        return tuple(b"".join(part) for part in parts)
+
+    plain = make()
+    whole = scored(plain, 1000)
+    monkeypatch.setattr(prompt_scores, "MAX_LOGITS", 384 * 7)
+    graphs = make(decode_graphs=(1, 2), chunk_graphs=(64, 128))
+    graphs.warm_up()
+    pieces = scored(graphs, 40)
+    assert max(len(piece.ranks) // 4 for one in pieces for piece in one) == 7
+    assert [joined(one) for one in pieces] == [joined(one) for one in whole]

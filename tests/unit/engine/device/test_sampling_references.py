@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from sampling_checks import check_drafts, check_masks, check_non_finite, check_none_left, check_tokens_and_logprobs
+from sampling_checks import (
+    check_drafts,
+    check_masks,
+    check_non_finite,
+    check_none_left,
+    check_prompt_logprobs,
+    check_tokens_and_logprobs,
+)
 from steps import Shape
 
 from kvrelay.engine.device.torch_framework import TorchFramework
@@ -33,3 +40,8 @@ def test_a_logit_that_is_not_finite(references: TorchOperations) -> None:
 
 def test_parameters_that_leave_no_token(references: TorchOperations) -> None:
     check_none_left(references)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 384, 2000])
+def test_logprobs_of_prompts_are_those_of_the_host(references: TorchOperations, vocab_size: int) -> None:
+    check_prompt_logprobs(references, vocab_size)

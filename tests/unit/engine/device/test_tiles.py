@@ -45,6 +45,6 @@ def test_steps_are_graphs_where_launches_would_bound_them() -> None:
     small = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
     limits = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     of_large, of_small = (parse_decoder_config({**shape, **limits, **sizes}) for sizes in (large, small))
-    assert chunk_graphs(of_large, 8192) == (64, 128, 192, 256)
+    assert chunk_graphs(of_large, 8192) == (64, 128, 192, 256, 384, 512)
     assert chunk_graphs(of_small, 8192)[-1] == 2048
     assert chunk_graphs(of_small, 300) == (64, 128, 192, 256)

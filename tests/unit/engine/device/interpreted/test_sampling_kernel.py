@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from sampling_checks import check_drafts, check_masks, check_non_finite, check_none_left, check_tokens_and_logprobs
+from sampling_checks import (
+    check_drafts,
+    check_masks,
+    check_non_finite,
+    check_none_left,
+    check_prompt_logprobs,
+    check_tokens_and_logprobs,
+)
 from steps import Shape, operations
 
 from kvrelay.engine.device.kernels.sampling import SamplingTiling
@@ -32,3 +39,11 @@ def test_a_logit_that_is_not_finite() -> None:
 
 def test_parameters_that_leave_no_token() -> None:
     check_none_left(operations(Shape())[0])
+
+
+@pytest.mark.parametrize("block", [64, 1024])
+@pytest.mark.parametrize("vocab_size", [50, 384, 1000])
+def test_logprobs_of_prompts_are_those_of_the_host(vocab_size: int, block: int) -> None:
+    ours, _ = operations(Shape())
+    ours.sampling_tiling = SamplingTiling(block=block)
+    check_prompt_logprobs(ours, vocab_size)
