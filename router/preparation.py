@@ -154,7 +154,18 @@ class Preparation:
         check_structure: Callable[[Structure], None],
     ) -> Outcome:
         body = inflate(job.body, job.max_body_bytes) if job.gzipped else job.body
-        content = json_object(body)
+        try:
+            return self._outcome(job, json_object(body), check, check_structure)
+        except RecursionError as error:
+            raise InvalidRequestError("the body has too many objects or lists inside each other") from error
+
+    def _outcome(
+        self,
+        job: Job,
+        content: dict[str, Any],
+        check: Callable[[object], None],
+        check_structure: Callable[[Structure], None],
+    ) -> Outcome:
         match job.task:
             case "tokenize":
                 return msgspec.json.encode(tokenized(content, self._model, job.max_model_len, check))

@@ -48,6 +48,8 @@ def from_worker(work: Job) -> Any:
 def inline(work: Job) -> Any:
     try:
         return PREPARATION.prepare_inline(work)
+    except TooLongForLoopError:
+        return None
     except AnswerError as error:
         return error.error.message, error.param, error.error.code, error.error.http_status
     except KVRelayError as error:
@@ -218,3 +220,25 @@ def dropping() -> Tokenizer:
 def test_nothing_is_known_of_tokenizers_that_may_drop_text(tokenizer: Tokenizer) -> None:
     count = TokenCount(tokenizer)
     assert [count.fewest(text) for text in ("", "a", " " * 10_000)] == [0, 1, 1]
+
+
+DEEP_BODIES: list[tuple[Task, str]] = [
+    ("responses", '{"input": "a", "tools": [{"type": "function", "name": "f", "parameters": {"enum": DEEP}}]}'),
+    ("responses", '{"input": "a", "text": {"format": {"type": "text", "more": DEEP}}}'),
+    ("messages", '{"messages": HI, "max_tokens": 1, "tools": [{"name": "f", "input_schema": {"enum": DEEP}}]}'),
+    ("chat", '{"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": DEEP}}}}'),
+    ("chat", '{"messages": HI, "chat_template_kwargs": {"more": DEEP}}'),
+]
+
+
+@pytest.mark.parametrize(("task", "body"), DEEP_BODIES)
+def test_a_deep_body_is_refused_or_prepared(task: Task, body: str) -> None:
+    """Whatever finds it too deep, the answer says that the body is wrong."""
+    codes = set()
+    for depth in range(850, 1010):
+        text = body.replace("HI", json.dumps(HI)).replace("DEEP", "[" * depth + "]" * depth)
+        work = msgspec.structs.replace(job(task, {}), body=text.encode())
+        for prepared in (inline(work), from_worker(work)):
+            if isinstance(prepared, tuple):
+                codes.add(prepared[2])
+    assert codes == {"invalid_request_error"}
