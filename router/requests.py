@@ -142,6 +142,7 @@ class Requests:
         request.num_preempted_blocks = None
         if output.index == 0 and not request.prompt.is_complete:
             lost = TransferError("logprobs of the prompt were lost", request_id=request.request_id)
+            self._attempts.abort(peer, request.request_id, request.epoch)  # it does not know that it has failed
             self._attempts.failed(request, ErrorInfo.of(lost), peer)
             return
         for ready in request.output.take(output):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from driver import Driver, new_request, peer
+from msgspec import structs
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
@@ -467,6 +470,16 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
     assert driver.error_code() == "engine_error"
     assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     driver.machine.assert_quiescent()
+
+
+@pytest.mark.parametrize("nodes", ["m0", "p0 d0"])
+def test_nodes_whose_logprobs_of_the_prompt_were_lost_are_aborted(nodes: str) -> None:
+    driver = Driver(nodes)
+    request = new_request()
+    driver.submit(replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
+    driver.tokens(nodes.split()[0], 0, [10])
+    assert {to for to, _ in driver.take_sent(Abort)} == {peer(name) for name in nodes.split()}
+    assert driver.output() == [] and driver.machine.requests.counters.retries == 1
 
 
 def test_failure_of_an_earlier_attempt_changes_nothing() -> None:
