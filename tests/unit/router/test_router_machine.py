@@ -407,14 +407,31 @@ def test_prefill_node_lost_after_decode_began_changes_nothing() -> None:
     assert driver.machine.requests.counters.retries == 0
 
 
+def test_prefill_node_lost_with_its_token_after_decode_began_is_tried_again() -> None:
+    """Its token was on the way when it died; tokens of the decode node have waited for it."""
+    driver = Driver("p0 p1 d0")
+    driver.submit()
+    driver.dispatched()
+    driver.tokens("d0", 1, [2])
+    assert driver.output() == []
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
+    assert driver.dispatched()[0] == peer("p1")
+    driver.tokens("p1", 0, [1], epoch=2)
+    driver.tokens("d0", 1, [2], epoch=2, finish=STOP)
+    assert driver.output() == [1, 2]
+    driver.machine.assert_quiescent()
+
+
 def test_failure_of_a_prefill_node_that_has_handed_off_changes_nothing() -> None:
     driver = Driver("p0 d0")
     driver.submit()
     driver.tokens("d0", 1, [2])
-    driver.fail("p0")
     driver.tokens("p0", 0, [1])
-    driver.tokens("d0", 2, [3], finish=STOP)
-    assert driver.output() == [1, 2, 3]
+    driver.tokens("d0", 2, [3])
+    driver.fail("p0")
+    driver.tokens("d0", 3, [4], finish=STOP)
+    assert driver.output() == [1, 2, 3, 4]
+    assert driver.machine.requests.counters.retries == 0
 
 
 def test_tokens_that_came_too_early_die_with_their_attempt() -> None:
