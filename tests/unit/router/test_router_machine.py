@@ -477,7 +477,7 @@ def test_nodes_whose_logprobs_of_the_prompt_were_lost_are_aborted(nodes: str) ->
     driver = Driver(nodes)
     request = new_request()
     driver.submit(replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
-    driver.tokens(nodes.split()[0], 0, [10])
+    driver.tokens(nodes.split(maxsplit=1)[0], 0, [10])
     assert {to for to, _ in driver.take_sent(Abort)} == {peer(name) for name in nodes.split()}
     assert driver.output() == [] and driver.machine.requests.counters.retries == 1
 
