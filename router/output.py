@@ -18,6 +18,11 @@ class OutputOrder:
         self.token_ids: list[int] = []
         self._early: dict[int, RequestOutput] = {}
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether outputs have come whose tokens follow some that have not."""
+        return bool(self._early)
+
     def take(self, output: RequestOutput) -> list[RequestOutput]:
         """Add ``output``; return the outputs that can be delivered now."""
         if output.index == len(self.token_ids) and not self._early:

@@ -139,16 +139,17 @@ class Requests:
             return
         if peer not in (request.prefill, request.decode) and self._placement.adopt_decode(request, peer):
             self._search.found(request)
-        if peer == request.decode and request.prefill is not None:
-            # All KV has arrived and been handed off: nothing depends on P any more.
-            self._placement.release_prefill(request)
         request.num_preempted_blocks = None
         if output.index == 0 and not request.prompt.is_complete:
             lost = TransferError("logprobs of the prompt were lost", request_id=request.request_id)
+            self._attempts.abort(peer, request.request_id, request.epoch)  # it does not know that it has failed
             self._attempts.failed(request, ErrorInfo.of(lost), peer)
             return
         for ready in request.output.take(output):
             self._deliver(request, ready)
+        if peer == request.decode and request.prefill is not None and not request.output.has_gap:
+            # All KV has arrived and been handed off, and so has the first token: nothing depends on P any more.
+            self._placement.release_prefill(request)
 
     def _deliver(self, request: RoutedRequest, output: RequestOutput) -> None:
         if output.index == 0:

@@ -40,7 +40,7 @@ class FaultsConfig(Section):
         "never.",
     )
     stop_s: float = Field(2.0, gt=0, le=3600, description="Seconds until a stopped process continues.")
-    seed: int = Field(0, ge=0, description="Seed of all random choices.")
+    seed: int = Field(0, ge=0, le=1 << 62, description="Seed of all random choices.")
 
     @model_validator(mode="after")
     def _known_messages(self) -> Self:

@@ -96,5 +96,5 @@ def _decode_step(data: bytes | memoryview) -> Message | None:
         return None
     try:
         return _step_decoder.decode(data[size:])
-    except (msgspec.DecodeError, RecursionError, OverflowError):
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError):  # ValueError: text that is not UTF-8
         return None

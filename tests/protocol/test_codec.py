@@ -17,6 +17,7 @@ from kvrelay.errors import RemoteProtocolError
 from kvrelay.protocol.codec import MAX_MESSAGE_BYTES, MESSAGES, decode, encode
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Message, ProtocolViolation
+from kvrelay.protocol.messages.node_to_router import TokensOut
 from kvrelay.protocol.messages.router_to_node import Abort, Prefill
 
 GOLDEN = Path(__file__).with_name("golden_messages.txt")
@@ -227,6 +228,14 @@ def test_real_messages_with_a_byte_flipped_are_a_message_or_refused(message: Mes
         decode(bytes(data))
     except RemoteProtocolError:
         return
+
+
+def test_text_of_outputs_that_is_not_utf_8_is_refused() -> None:
+    data = encode(next(message for message in EXAMPLES if isinstance(message, TokensOut)))
+    with pytest.raises(RemoteProtocolError):
+        decode(data.replace(b"request_id", b"request_\xff\xff", 1))
+    with pytest.raises(RemoteProtocolError):
+        decode(data.replace(b"cmpl-1", b"cmpl-\xff", 1))
 
 
 def test_a_violation_can_itself_be_read() -> None:

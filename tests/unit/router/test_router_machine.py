@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from driver import Driver, new_request, peer
+from msgspec import structs
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
@@ -407,14 +410,31 @@ def test_prefill_node_lost_after_decode_began_changes_nothing() -> None:
     assert driver.machine.requests.counters.retries == 0
 
 
+def test_prefill_node_lost_with_its_token_after_decode_began_is_tried_again() -> None:
+    """Its token was on the way when it died; tokens of the decode node have waited for it."""
+    driver = Driver("p0 p1 d0")
+    driver.submit()
+    driver.dispatched()
+    driver.tokens("d0", 1, [2])
+    assert driver.output() == []
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
+    assert driver.dispatched()[0] == peer("p1")
+    driver.tokens("p1", 0, [1], epoch=2)
+    driver.tokens("d0", 1, [2], epoch=2, finish=STOP)
+    assert driver.output() == [1, 2]
+    driver.machine.assert_quiescent()
+
+
 def test_failure_of_a_prefill_node_that_has_handed_off_changes_nothing() -> None:
     driver = Driver("p0 d0")
     driver.submit()
     driver.tokens("d0", 1, [2])
-    driver.fail("p0")
     driver.tokens("p0", 0, [1])
-    driver.tokens("d0", 2, [3], finish=STOP)
-    assert driver.output() == [1, 2, 3]
+    driver.tokens("d0", 2, [3])
+    driver.fail("p0")
+    driver.tokens("d0", 3, [4], finish=STOP)
+    assert driver.output() == [1, 2, 3, 4]
+    assert driver.machine.requests.counters.retries == 0
 
 
 def test_tokens_that_came_too_early_die_with_their_attempt() -> None:
@@ -450,6 +470,16 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
     assert driver.error_code() == "engine_error"
     assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     driver.machine.assert_quiescent()
+
+
+@pytest.mark.parametrize("nodes", ["m0", "p0 d0"])
+def test_nodes_whose_logprobs_of_the_prompt_were_lost_are_aborted(nodes: str) -> None:
+    driver = Driver(nodes)
+    request = new_request()
+    driver.submit(replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
+    driver.tokens(nodes.split(maxsplit=1)[0], 0, [10])
+    assert {to for to, _ in driver.take_sent(Abort)} == {peer(name) for name in nodes.split()}
+    assert driver.output() == [] and driver.machine.requests.counters.retries == 1
 
 
 def test_failure_of_an_earlier_attempt_changes_nothing() -> None:
