@@ -11,6 +11,7 @@ import msgspec
 from kvrelay.runtime.time_slice import TimeSlice
 from router.openai.choice import Choice, Delta, usage
 from router.openai.errors import AnswerError
+from router.openai.json_pieces import object_pieces
 from router.openai.logprobs import Logprobs, WholeLogprobs
 from router.openai.sampling import num_logprobs
 from router.openai.schemas import GenerationFields
@@ -86,18 +87,20 @@ class Answer:
         self._templates: dict[int, tuple[bytes, bytes] | None] = {}
 
     async def full(self, deltas: AsyncIterator[Delta]) -> list[bytes]:
-        """Return the answer as JSON when it is complete, in one piece per choice."""
+        """Return the answer as JSON when it is complete, in one piece per choice, or more if that is long."""
         wholes = [_Whole() for _ in self._choices]
         async for delta in deltas:
             wholes[delta.index].add(delta, self._style.logprobs(self._choices[delta.index], delta))
         body = self._head.as_dict(self._style.object_name)
         body["usage"] = usage(self._choices)
-        begin = msgspec.json.encode(body | self._style.prompt_fields(self._choices))[:-1] + b',"choices":['
+        pieces = object_pieces(body | self._style.prompt_fields(self._choices))
+        pieces[-1] = pieces[-1][:-1] + b',"choices":['
         time_slice = TimeSlice()
-        pieces: list[bytes] = []
         for choice, whole in zip(self._choices, wholes, strict=True):
             await time_slice.pause()
-            pieces.append((b"," if pieces else begin) + msgspec.json.encode(self._full_choice(choice, whole)))
+            first, *rest = object_pieces(self._full_choice(choice, whole))
+            before = b"," if choice.index else pieces.pop()
+            pieces += [before + first, *rest]
         pieces[-1] += b"]}"
         return pieces
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-import msgspec
-
 from kvrelay.protocol.request import TokenLogprobs
 from kvrelay.tokenizer.token_bytes import TokenBytes
+from router.openai.json_pieces import JsonItems, JsonPieces
 
 LOWEST = -9999.0
 """Replaces minus infinity, which JSON cannot represent."""
@@ -22,19 +21,19 @@ class WholeLogprobs:
     """``logprobs`` of a whole choice, made into JSON as its tokens come: at the end that would be too long a turn."""
 
     def __init__(self) -> None:
-        self._lists: dict[str, list[bytes]] = {}
+        self._lists: dict[str, JsonItems] = {}
 
     def add(self, logprobs: Mapping[str, list[object]]) -> None:
         """Take those of the next tokens."""
         for name, items in logprobs.items():
-            known = self._lists.setdefault(name, [])
-            if items:
-                known.append(msgspec.json.encode(items)[1:-1])
+            self._lists.setdefault(name, JsonItems()).add(items)
 
-    def as_json(self) -> msgspec.Raw:
+    def as_json(self) -> JsonPieces:
         """Return them all."""
-        lists = (b'"%s":[%s]' % (name.encode(), b",".join(items)) for name, items in self._lists.items())
-        return msgspec.Raw(b"{%s}" % b",".join(lists))
+        pieces: list[bytes] = []
+        for name, items in self._lists.items():
+            pieces += [b'%s"%s":[' % (b"," if pieces else b"{", name.encode()), *items.pieces, b"]"]
+        return JsonPieces([*pieces, b"}"])
 
 
 class CompletionLogprobs:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
-
 from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.request import PromptLogprobs, TokenLogprobs
 from kvrelay.tokenizer.token_bytes import TokenBytes
+from router.openai.json_pieces import JsonItems, JsonPieces
 from router.openai.logprobs import LOWEST
 from router.openai.schemas import CompletionRequest, GenerationFields
 
@@ -54,17 +53,17 @@ class PromptLogprobsField:
     def __init__(self, token_bytes: TokenBytes, num_alternatives: int) -> None:
         self._token_bytes = token_bytes
         self._num_alternatives = num_alternatives
-        self._pieces = [b"[null"]
+        self._items = JsonItems()
+        self._items.add([None])
 
     def add(self, logprobs: PromptLogprobs) -> None:
         """Take those of the next tokens."""
         ranks = memoryview(logprobs.ranks).cast("i").tolist()
-        items = [self._item(*entry, rank) for entry, rank in zip(entries(logprobs), ranks, strict=True)]
-        self._pieces.append(msgspec.json.encode(items)[1:-1])
+        self._items.add([self._item(*entry, rank) for entry, rank in zip(entries(logprobs), ranks, strict=True)])
 
-    def as_json(self) -> msgspec.Raw:
+    def as_json(self) -> JsonPieces:
         """Return them all."""
-        return msgspec.Raw(b",".join(self._pieces) + b"]")
+        return JsonPieces([b"[", *self._items.pieces, b"]"])
 
     def _item(self, token_id: int, entry: TokenLogprobs, rank: int) -> dict[str, object]:
         item = {str(token_id): self._entry(token_id, entry.logprob, rank)}
