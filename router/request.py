@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -16,6 +17,9 @@ from kvrelay.protocol.request import RequestSpec, SamplingParams
 from router.events import NewRequest
 from router.node_table import Node
 from router.output import OutputOrder, PromptOrder
+
+_PREFIX = re.compile(r"^[a-z]+[-_]")
+"""What an API puts before the client's part of an answer's id."""
 
 WITHOUT_PROMPT_LOGPROBS = PromptOrder(0)
 """Of requests that want none: it takes nothing, so all of them share it."""
@@ -123,7 +127,7 @@ class RoutedRequest:
     def names(self) -> tuple[str, str, str]:
         """Its id, the id of its answer, and the client's own part of that."""
         answer_id = self.new.answer_id
-        return self.request_id, answer_id, answer_id.partition("-")[2]
+        return self.request_id, answer_id, _PREFIX.sub("", answer_id)
 
     def timer(self, kind: TimerKind) -> RequestTimer:
         """Return the key of its timer of ``kind``."""

@@ -58,8 +58,8 @@ class RequestTable:
     def named(self, name: str) -> list[RoutedRequest]:
         """Return the requests in progress that a client knows by ``name``.
 
-        That is the id of one choice, or for all choices of an answer: the answer's id, or that id without ``cmpl-`` or
-        ``chatcmpl-``, which is the client's own if it gave one.
+        That is the id of one choice, or for all choices of an answer: the answer's id, or that id without ``cmpl-``,
+        ``resp_`` or the like, which is the client's own if it gave one.
         """
         return [request for request in self._requests.values() if name in request.names]
 

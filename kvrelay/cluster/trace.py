@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrelay.cluster.client import ClusterClient
+from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.phases import ROUTER, TRANSFER, Phase, phases
 
@@ -20,8 +20,7 @@ def write_trace(cluster: ClusterClient, path: Path, request_id: str | None, coun
 
     Raises KVRelayError if there is none, or ``path`` cannot be written.
     """
-    ids = [request_id] if request_id is not None else [item["request_id"] for item in cluster.requests(count)]
-    timelines = [cluster.timeline(each) for each in reversed(ids)]
+    timelines = list(_newest(cluster, count)) if request_id is None else [cluster.timeline(request_id)]
     if not timelines:
         raise KVRelayError("the router keeps no timeline: it has served no request since it started")
     try:
@@ -29,6 +28,17 @@ def write_trace(cluster: ClusterClient, path: Path, request_id: str | None, coun
     except OSError as error:
         raise KVRelayError(f"{path}: {error.strerror}") from error
     return len(timelines)
+
+
+def _newest(cluster: ClusterClient, count: int) -> Iterator[dict[str, Any]]:
+    """Yield the timelines of the newest requests. The router may drop some of them before they are asked for."""
+    for item in reversed(cluster.requests(count)):
+        try:
+            yield cluster.timeline(item["request_id"])
+        except ClusterUnreachableError:
+            raise
+        except KVRelayError:
+            continue
 
 
 def trace_of(timelines: Sequence[dict[str, Any]]) -> dict[str, Any]:

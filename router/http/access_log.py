@@ -78,8 +78,13 @@ class AccessLog:
             fields["client"] = client[0]
         if not entry.is_complete:
             fields["client_left"] = True
-        is_probe = path in PROBES and entry.status not in _NOT_LET_IN
+        is_probe = (path in PROBES or _is_polled(scope)) and entry.status not in _NOT_LET_IN
         log_event("debug" if is_probe else "info", "http request", fields)
+
+
+def _is_polled(scope: Scope) -> bool:
+    """Return whether it is what the dashboard asks once per second."""
+    return scope["method"] == "GET" and f"{scope['path']}/".startswith("/cluster/requests/")
 
 
 def note_key(scope: Scope, name: str) -> None:

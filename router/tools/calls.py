@@ -57,10 +57,17 @@ class CallWriter:
     def advance(self, call: JsonCall, text: str) -> str | None:
         """Give ``text`` to ``call`` and write what it makes of it.
 
-        Return the text behind the call if it has ended; if it has failed, nothing: ``call.raw`` is text. Else None.
+        Return the text behind the call if it has ended; if it has failed, nothing: it is text, see ``no_call``. Else
+        None.
         """
         name, arguments, rest = call.push(text)
         if name is not None:
             self.begin(name)
         self.arguments(arguments)
         return rest if call.state in ("ended", "failed") else None
+
+    def no_call(self, before: str, call: JsonCall) -> str:
+        """Add ``before``, and of a ``call`` that has failed what cannot have calls itself. Return the rest of it."""
+        text, rest = call.searched()
+        self.text(before + text)
+        return rest

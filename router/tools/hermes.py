@@ -42,8 +42,7 @@ class HermesParser:
             return ""
         self._call = None
         if call.state == "failed":
-            self._writer.text(BEGIN)
-            return call.raw
+            return self._writer.no_call(BEGIN, call)
         self._tail = ""
         return rest
 

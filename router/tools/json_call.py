@@ -15,6 +15,11 @@ ARGUMENTS = ("arguments", "parameters")
 _KEYS = frozenset({"name", *ARGUMENTS, "type", "id", "index"})
 """Keys of calls. An object with another key before its call begins is text, and need not be held back longer."""
 
+MAX_SEARCHED_CHARS = 16 << 10
+"""Text of an object that is no call, in which others are searched for. Longer ones are text as a whole: to search them
+takes too long, and calls do not stand in long objects.
+"""
+
 MAX_KEY_CHARS = 256
 """Longer keys and names are none of a call's: the object is text."""
 
@@ -56,6 +61,12 @@ class JsonCall:
     def raw(self) -> str:
         """All text of a call that has not begun."""
         return "".join(self._raw)
+
+    def searched(self) -> tuple[str, str]:
+        """Return the text of a call that has failed: what is text, and what may still have calls."""
+        raw = self.raw
+        num_read = len(raw) - len(self._text)
+        return ("", raw) if num_read <= MAX_SEARCHED_CHARS else (raw[:num_read], self._text)
 
     def push(self, text: str) -> Progress:
         """Take in text."""
@@ -129,7 +140,9 @@ class JsonCall:
                 self.begun = True
         else:
             self._held.append(piece)
-            if self._key == "name" and self._name is None and sum(map(len, self._held)) > MAX_KEY_CHARS:
+            over = sum(map(len, self._held)) - MAX_KEY_CHARS if self._key == "name" and self._name is None else 0
+            if over > 0:
+                self._text = piece[-over:] + self._text
                 self.state = "failed"
                 return False
         if end is None:

@@ -110,9 +110,8 @@ class MistralParser:
         if rest is None:
             return ""
         if self._call.state == "failed":
-            self._writer.text(self._raw)
             self._read = self._in_text
-            return self._call.raw
+            return self._writer.no_call(self._raw, self._call)
         self._read = self._between
         self._raw = ""
         return rest

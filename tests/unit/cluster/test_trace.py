@@ -77,12 +77,15 @@ def test_an_arrow_leads_from_the_hand_off_to_the_decode() -> None:
     assert start["pid"] != finish["pid"]
 
 
-def _cluster(known: list[str]) -> ClusterClient:
+def _cluster(known: list[str], dropped: str = "") -> ClusterClient:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/cluster/requests":
             count = int(request.url.params["limit"])
             return httpx.Response(200, json={"requests": [{"request_id": each} for each in known[:count]]})
-        return httpx.Response(200, json=timeline(request.url.path.rpartition("/")[2]))
+        request_id = request.url.path.rpartition("/")[2]
+        if request_id == dropped:
+            return httpx.Response(404, json={"error": {"message": f"no request {dropped} is in progress"}})
+        return httpx.Response(200, json=timeline(request_id))
 
     return ClusterClient("http://router", transport=httpx.MockTransport(answer))
 
@@ -95,6 +98,14 @@ def test_the_newest_requests_are_written_or_one_by_its_id(tmp_path: Path) -> Non
         assert {"b", "c"} <= set(names)
         assert "a" not in names
         assert write_trace(cluster, path, "x", 2) == 1
+
+
+def test_a_timeline_that_the_router_drops_meanwhile_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with _cluster(["c", "b", "a"], dropped="a") as cluster:
+        assert write_trace(cluster, path, None, 3) == 2
+        with pytest.raises(KVRelayError, match="no request a"):
+            write_trace(cluster, path, "a", 3)
 
 
 def test_nothing_to_write_and_nowhere_to_write_it_are_errors(tmp_path: Path) -> None:

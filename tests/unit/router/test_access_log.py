@@ -77,7 +77,9 @@ def test_refused_requests_are_logged_too(
     assert (f" request_id={given}" in line) if given else ("request_id" not in line)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/readyz", "/metrics", "/cluster"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/readyz", "/metrics", "/cluster", "/cluster/requests", "/cluster/requests/x"]
+)
 def test_probes_are_logged_for_debugging_only(
     router: InstantRouter, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
@@ -85,6 +87,11 @@ def test_probes_are_logged_for_debugging_only(
     assert not lines(caplog)
     caplog.set_level(logging.DEBUG)
     router.request("GET", path)
+    assert len(lines(caplog)) == 1
+
+
+def test_who_cancels_is_logged(router: InstantRouter, caplog: pytest.LogCaptureFixture) -> None:
+    router.request("DELETE", "/cluster/requests/x")
     assert len(lines(caplog)) == 1
 
 

@@ -422,6 +422,29 @@ def test_cancelled_request_is_410_or_an_event_and_all_its_choices_end(name: str,
     run(scenario, Script(pace_s=pace_s))
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 400}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 400}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 400}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 400}),
+    ],
+    ids=["completions", "chat", "responses", "messages"],
+)
+def test_answers_of_all_apis_are_cancelled_by_the_clients_id(path: str, body: dict[str, Any]) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        name = "my_own-id"
+        request = asyncio.create_task(cluster.client.post(path, json=body, headers={"X-Request-Id": name}))
+        await until(lambda: bool(cluster.script.specs))
+        for part in ("id", "own-id", "own"):
+            assert (await delete(cluster, part)).status_code == 404
+        assert (await delete(cluster, name)).status_code == 200
+        assert (await request).status_code == 410
+
+    run(scenario, Script(pace_s=60.0))
+
+
 def test_queue_full_is_429_with_retry_after() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         body = {"prompt": "a", "max_tokens": 50}

@@ -13,6 +13,7 @@ from router.tools.formats import FAMILIES
 from router.tools.output_parser import OutputParser
 from router.tools.parts import Call, Message, Text, joined
 from router.tools.reasoning import ThinkParser
+from router.tools.text_scan import Found, MarkScanner
 
 NAMES = ["f", "look_up"]
 
@@ -180,6 +181,23 @@ def test_reasoning(name: str) -> None:
     every: list[Sequence[int]] = [[], range(len(text)), range(0, len(text), 3)]
     for cuts in every:
         assert parsed("hermes", text, cuts, ThinkParser(is_open=is_open)) == message
+
+
+@pytest.mark.parametrize(("family", "mark"), [("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]")])
+def test_a_long_object_that_is_no_call_is_searched_once(
+    family: str, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held back until it is known to be none, and may be full of marks."""
+    text = mark + '{"id": "' + (mark + "{") * 3000 + '" so'
+    push, lengths = MarkScanner.push, []
+
+    def counted(scanner: MarkScanner, piece: str) -> Found:
+        lengths.append(len(piece))
+        return push(scanner, piece)
+
+    monkeypatch.setattr(MarkScanner, "push", counted)
+    assert parsed(family, text, range(0, len(text), 50)) == Message(text)
+    assert sum(lengths) < 2 * len(text)
 
 
 PIECES = [
