@@ -125,7 +125,7 @@ class Steps:
         request.mark("first_token", self._outbox.now)
         output = request.take(sampled)
         request.prompt_computed()
-        self.counters["first_tokens"] += 1
+        self.counters["first_tokens"] += len(output.token_ids)
         if output.finish_reason is not None:
             self.counters[f"finished_{output.finish_reason}"] += 1
             self._storage.finished(request)

@@ -95,6 +95,8 @@ class RequestObserver:
             return
         now = self._clock()
         metrics.e2e.observe(now - self._arrival_s)
+        if not choice.num_tokens and choice.request.sampling.num_prompt_logprobs is not None:
+            metrics.prompt_tokens += choice.num_prompt_tokens  # computed, but no token came that tells
         if choice.num_tokens > 1:
             metrics.tpot.observe((now - self._first_s[choice.index]) / (choice.num_tokens - 1))
 

@@ -47,6 +47,7 @@ def test_no_token_is_generated_if_only_the_prompt_is_wanted(shape: dict[str, Any
         clients = [submit(world, length, max_tokens=0) for length in LENGTHS]
         world.serve_all()
     assert all(client.finish_reason is FinishReason.LENGTH and not client.token_ids for client in clients)
+    assert world.counted("first_tokens", "p") + world.counted("decode_tokens", "m") == 0
     assert world.link.sent["ReserveBlocks"] == 0
 
 

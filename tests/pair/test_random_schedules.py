@@ -96,6 +96,14 @@ def abort_later(world: World, client: Client, seconds: float) -> None:
     world.after(seconds, abort)
 
 
+def cancel_later(world: World, client: Client, seconds: float) -> None:
+    def cancel() -> None:
+        if client.ended is None:
+            world.cancel(client)
+
+    world.after(seconds, cancel)
+
+
 def num_unexpected(world: World) -> float:
     """Return how many messages came to a machine that does not take them."""
     messagers = [node.messager.machine for node in world.nodes.values() if node.messager is not None]
@@ -201,3 +209,28 @@ def test_random_faults_and_restarts_where_decode_nodes_compute_prompts_too(seeds
 
     check_all(seeds, check)
     assert sum(map(bool, num_local_prefills)) > len(num_local_prefills) // 3
+
+
+def test_random_faults_while_operators_cancel_and_prompts_have_logprobs(seeds: Iterator[int]) -> None:
+    def check(rng: random.Random, seed: int) -> None:
+        limits = {"request_timeout_s": 100.0, "max_attempts": 10}
+        router = {"local_prefill_tokens": rng.choice([None, 0, 20])}
+        with some_cluster(rng, seed, limits=limits, router=router) as world:
+            world.link.disturb(drop=0.003, duplicate=0.01, overtake=0.01, delay=0.02, corrupt=0.003)
+            size = capacity(world)
+            common = world.prompt(rng.randint(1, size // 3))
+            for _ in range(rng.randint(2, 12)):
+                prompt = some_prompt(rng, world, common, size - 2)
+                alternatives = rng.choice([None, 0, 2])
+                fewest = 1 if alternatives is None else 0
+                client = world.submit(prompt, rng.randint(fewest, size - len(prompt)), num_prompt_logprobs=alternatives)
+                if rng.random() < 0.3:
+                    cancel_later(world, client, rng.random() * 0.1)
+                world.run_for(rng.choice([0.0, rng.random() * 0.03, 1.0]))
+                if rng.random() < 0.15:
+                    world.restart(rng.choice(sorted(world.nodes)))
+            world.settle_clients(150.0)
+            world.link.heal()
+            world.settle(60.0)
+
+    check_all(seeds, check)

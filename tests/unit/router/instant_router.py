@@ -91,7 +91,8 @@ class InstantRouter:
         self._settings = settings
         self._model = load_model(settings)
         self.service = InstantService(settings, self._model)
-        self.app: ASGIApp = make_app(self.service, Metrics(self.service.machine, self.service.clock.now))
+        self.metrics = Metrics(self.service.machine, self.service.clock.now)
+        self.app: ASGIApp = make_app(self.service, self.metrics)
 
     @property
     def last(self) -> NewRequest:

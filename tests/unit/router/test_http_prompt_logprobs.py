@@ -68,6 +68,19 @@ def test_max_tokens_0_gives_the_logprobs_of_the_prompt_alone(prompt: Any, stream
     assert router.last.sampling.max_tokens == 0
 
 
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_prompts_are_counted_once(max_tokens: int) -> None:
+    router = InstantRouter()
+    router.answer(COMPLETIONS, {**ECHO, "max_tokens": max_tokens})
+    assert (router.metrics.prompt_tokens, router.metrics.output_tokens) == (5, max_tokens)
+
+
+def test_prompts_that_nobody_computes_are_not_counted() -> None:
+    router = InstantRouter()
+    router.answer(COMPLETIONS, {**ECHO, "max_tokens": 0, "logprobs": None})
+    assert router.metrics.prompt_tokens == 0
+
+
 def test_echo_without_logprobs_computes_none() -> None:
     router = InstantRouter()
     router.answer(COMPLETIONS, {**ECHO, "logprobs": None})
