@@ -13,7 +13,7 @@ from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
-from kvrelay.runtime.faults import MessageFaults
+from kvrelay.runtime.message_faults import MessageFaults
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
     from kvrelay.config.cluster_config import NodeConfig

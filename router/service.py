@@ -13,8 +13,9 @@ from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
-from kvrelay.runtime.faults import MessageFaults, open_transport
+from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import configured_keys
+from kvrelay.runtime.message_faults import MessageFaults
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory

@@ -31,11 +31,12 @@ from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.registry.publisher import announcing
-from kvrelay.runtime.faults import MessageFaults, open_transport
+from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.keys import Keys, configured_keys
 from kvrelay.runtime.listening import listen_problem
 from kvrelay.runtime.logging import log_event, progress_log
+from kvrelay.runtime.message_faults import MessageFaults
 from kvrelay.runtime.runtime_dir import new_socket_file, runtime_dir
 from kvrelay.runtime.shell import Shell
 from kvrelay.runtime.startup import startup

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import msgspec
+from collections.abc import Callable, Sequence
 
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
+from kvrelay.runtime.message_faults import MessageFaults
 from kvrelay.runtime.transport import Transport
 
-if TYPE_CHECKING:  # a messager needs no pydantic
-    from kvrelay.config.faults import FaultsConfig
-
 ANY_MESSAGE = "*"
-
-
-class MessageFaults(msgspec.Struct, frozen=True):
-    """The faults of messages in the section ``faults``: ``rates`` by message type and kind."""
-
-    rates: Mapping[str, Mapping[str, float]]
-    max_delay_s: float
-    seed: int
-
-    @classmethod
-    def of(cls, config: FaultsConfig) -> MessageFaults | None:
-        """Return the faults of messages in ``config``, or None if there are none."""
-        rates = {message: {str(kind): rate for kind, rate in of.items()} for message, of in config.messages.items()}
-        return cls(rates, config.max_delay_s, config.seed) if rates else None
 
 
 def open_transport(

@@ -13,7 +13,8 @@ from kvrelay.machine.contract import Received
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.protocol.messages.router_to_node import Abort
-from kvrelay.runtime.faults import FaultyTransport, MessageFaults, corrupted, open_transport
+from kvrelay.runtime.faults import FaultyTransport, corrupted, open_transport
+from kvrelay.runtime.message_faults import MessageFaults
 from kvrelay.runtime.transport import Transport
 
 D0, P0 = PeerId("d0#1"), PeerId("p0#1")

