@@ -49,8 +49,8 @@ def serve_some(world: World) -> None:
     shared = world.prompt(12)
     for number in range(8):
         prompt = shared + world.prompt(world.rng.randrange(1, 30)) if number % 2 else world.prompt(20)
-        scored = {"num_prompt_logprobs": 1} if number == 4 else {}
-        client = world.submit(prompt, 12, **scored)
+        scored = 1 if number == 4 else None
+        client = world.submit(prompt, 12, num_prompt_logprobs=scored)
         if number % 3 == 2:
             world.run_until_sent("BlocksReserved" if number == 2 else "KVFrame")
             world.abort(client)

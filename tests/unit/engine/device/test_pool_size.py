@@ -57,7 +57,7 @@ class Case:
             self.shapes.append((step.shape.rows, step.shape.samples))
             return compute(step, *rest, **options)
 
-        engine.launcher.decoder.compute = spy  # type: ignore[method-assign, assignment]
+        engine.launcher.decoder.compute = spy  # type: ignore[method-assign]
         return engine
 
     def fit(self, share: float, **limits: Any) -> int:
