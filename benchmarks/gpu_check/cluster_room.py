@@ -98,7 +98,12 @@ class Room:
 
     def up(self, cluster: Cluster) -> None:
         """Wait until ``cluster`` serves; report how long that took."""
-        self.add(f"{cluster.name}, from start to ready", cluster.wait_until_up(self.start_s), "s")
+        note = (
+            "beside the clusters of the golden tokens, and seen after these"
+            if self.starts_at_once and not self._num_loads
+            else ""
+        )
+        self.add(f"{cluster.name}, from start to ready", cluster.wait_until_up(self.start_s), "s", None, note)
 
     def engine(self, device: str = "") -> Config:
         """Return the section for an engine on ``device``, by default on the one that is checked."""
