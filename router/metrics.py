@@ -124,7 +124,7 @@ class _Latencies(_NoDescriptions):
         )
         yield CounterMetricFamily("kvrelay_output_tokens", "Tokens generated.", metrics.output_tokens)
         yield _histogram("kvrelay_ttft_seconds", "Arrival to first token.", metrics.ttft, _LONG_S)
-        yield _histogram("kvrelay_itl_seconds", "Each gap between tokens.", metrics.itl, _SHORT_S)
+        yield _histogram("kvrelay_itl_seconds", "Each gap between chunks of a stream.", metrics.itl, _SHORT_S)
         yield _histogram("kvrelay_tpot_seconds", "Mean gap between tokens, per choice.", metrics.tpot, _SHORT_S)
         yield _histogram("kvrelay_e2e_seconds", "Arrival to last token.", metrics.e2e, _LONG_S)
 

@@ -44,6 +44,9 @@ REPLAY_END = (-1).to_bytes(8, "big", signed=True)
 _REPLAY_SLICE = 64
 """Replayed batches between two looks at new ones."""
 
+_LINGER_MS = 200
+"""At the end, for subscribers to take what they have not taken yet."""
+
 _POLL_MS = 200
 _BUSY_POLL_MS = 5
 
@@ -99,7 +102,7 @@ class KVEventPublisher:
         self._stopping = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        self._context.destroy(linger=0)
+        self._context.destroy(linger=_LINGER_MS)
         os.close(self._wake)
 
     def publish(self, action: PublishKVEvents) -> None:

@@ -12,7 +12,7 @@ from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.phases import Phase, phases
 from router.cluster_status import cluster_status
-from router.http.asgi import send_body, send_error
+from router.http.asgi import send_body, send_error, send_internal_error
 from router.http.body import prepared
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
@@ -101,6 +101,8 @@ class TokenEndpoint:
             await send_error(send, error, path=scope["path"])
         except KVRelayError as error:
             await send_error(send, AnswerError.of(error), path=scope["path"])
+        except Exception:
+            await send_internal_error(send, scope["path"])
 
 
 def _phase(phase: Phase) -> dict[str, object]:

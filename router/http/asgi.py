@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -10,9 +11,13 @@ from typing import Protocol
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.runtime.logging import Event
 from kvrelay.runtime.time_slice import TimeSlice
 from router.http.error_format import error_body
 from router.openai.errors import AnswerError
+
+logger = logging.getLogger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -49,6 +54,14 @@ async def send_pieces(send: Send, pieces: Sequence[bytes], headers: Headers = ()
 async def send_error(send: Send, error: AnswerError, headers: Headers = (), path: str = "") -> None:
     """Send ``error`` as the answer, in the format of the API that ``path`` belongs to."""
     await send_json(send, error_body(error, path), error.status, [*error.headers, *headers])
+
+
+async def send_internal_error(send: Send, path: str, request_id: str = "", headers: Headers = ()) -> None:
+    """Log the exception that is being handled, and answer that it happened."""
+    fields = {"path": path, "request_id": request_id} if request_id else {"path": path}
+    logger.exception(Event("error while serving", fields))
+    internal = AnswerError(ErrorInfo(code="internal_error", message="internal error, see the router's log"))
+    await send_error(send, internal, headers, path)
 
 
 async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers = ()) -> None:

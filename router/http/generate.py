@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.ids import RequestId
-from kvrelay.protocol.messages.base import ErrorInfo
-from kvrelay.runtime.logging import Event
 from router.events import NewRequest
 from router.http.access_log import note_tokens
-from router.http.asgi import Headers, Watching, send_error, send_events, send_pieces
+from router.http.asgi import Headers, Watching, send_error, send_events, send_internal_error, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
 from router.http.request_span import note_requests
@@ -35,8 +32,6 @@ _MAX_ECHOED_BYTES = 1024
 _MAX_SESSION_BYTES = 256
 
 _random = random.Random()
-
-logger = logging.getLogger(__name__)
 
 
 def _new_seed() -> int:
@@ -88,10 +83,7 @@ class GenerateEndpoint:
             self._metrics.refused(self._api.name, error.code)
             await send_error(send, AnswerError.of(error), headers, scope["path"])
         except Exception:
-            logger.exception(Event("error while serving", {"path": scope["path"], "request_id": name}))
-            message = "internal error, see the router's log"
-            internal = AnswerError(ErrorInfo(code="internal_error", message=message))
-            await send_error(send, internal, headers, scope["path"])
+            await send_internal_error(send, scope["path"], name, headers)
 
     async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         arrival_s = self._service.clock.now()

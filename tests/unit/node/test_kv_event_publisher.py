@@ -128,6 +128,19 @@ def test_the_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(len(payload) for _, payload in node.replay(0)) <= 200
 
 
+def test_what_the_thread_does_not_take_is_bounded_and_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_event_publisher, "MAX_QUEUED_BATCHES", 3)
+    node = Node()
+    try:
+        node.publish(count=5)  # its thread has not begun
+        with node.publisher:
+            until("three are sent", lambda: len(node.replay(0)) == 3)
+            node.publish()
+            until("the fourth is sent", lambda: [number for number, _ in node.replay(0)] == [0, 1, 2, 5])
+    finally:
+        node.context.destroy(linger=0)
+
+
 def test_a_slow_subscriber_loses_messages_and_holds_nobody_up() -> None:
     with running(hwm=1) as node:
         slow, quick = node.subscriber(hwm=1), node.subscriber()
