@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import asdict
-from enum import StrEnum
-from typing import Any, Generic, TypeAlias, TypeVar, assert_never
+from typing import TypeAlias, assert_never
 
 import msgspec
 
@@ -40,13 +38,11 @@ from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
-from kvrelay.node.endings import Endings
 from kvrelay.node.prefix_reports import PrefixReports
-from kvrelay.node.request import NodeRequest
-from kvrelay.node.request_table import RequestTable
+from kvrelay.node.role_contract import R, RoleContract, S
 from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
-from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Load, Message
+from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import StopMessager
 from kvrelay.protocol.messages.node_to_router import Register
@@ -60,10 +56,6 @@ from kvrelay.protocol.messages.router_to_node import (
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
 from kvstore.blocks.kv_cache import KVCache
-from kvstore.offload.store_transfers import StoreTransfers
-
-R = TypeVar("R", bound=NodeRequest[Any])
-S = TypeVar("S", bound=StrEnum)
 
 DRAINED = "drained"
 """Reason of the Exit of a node that has finished its requests: the process ends with status 0."""
@@ -80,17 +72,12 @@ CommonMessage: TypeAlias = (
 """Messages that every node takes."""
 
 
-class NodeMachine(ABC, Generic[R, S]):
+class NodeMachine(RoleContract[R, S]):
     """Takes the events that mean the same on every node: it joins, heartbeats, loses peers and leaves.
 
-    A role builds its parts in its constructor, among them ``requests``, ``_endings`` and ``_transfers``, and implements
-    the abstract methods. Actions go into ``_outbox``, which also has the time of the event: parts with the outbox read
-    it there, parts that only decide get it as ``now``.
+    Actions go into ``_outbox``, which also has the time of the event: parts with the outbox read it there, parts that
+    only decide get it as ``now``.
     """
-
-    requests: RequestTable[R, S]
-    _endings: Endings[R, S]
-    _transfers: StoreTransfers[Any, Any]
 
     def __init__(self, node: NodeConfig, registration: Register) -> None:
         self.kv = KVCache(registration.num_blocks, node.cache.prefix_caching)
@@ -106,59 +93,6 @@ class NodeMachine(ABC, Generic[R, S]):
         self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
         self._self_check = SelfCheck(node.cluster.self_check, self.laws_at_rest, self._outbox, self.kv.history.of)
-
-    # ------------------------------------------------------------ what a role adds
-
-    @abstractmethod
-    def load(self) -> Load:
-        """Describe how busy the node is, for heartbeats."""
-
-    @abstractmethod
-    def _start_steps(self) -> None:
-        """Plan what can be computed now. Called after every event."""
-
-    @abstractmethod
-    def _step_ended(self, event: StepDone | StepFailed) -> None:
-        """Take the result of the oldest plan in flight."""
-
-    @abstractmethod
-    def _layers_computed(self, event: LayersComputed) -> None:
-        """Take the news that layers of a step are computed. They come only if ``run_node`` is told so."""
-
-    @abstractmethod
-    def _store_answered(self, event: KVStaged | KVStored | StoreCounted) -> None:
-        """Take an answer of the store that is about a save, or its counters."""
-
-    @abstractmethod
-    def _kv_loaded(self, event: KVLoaded) -> None:
-        """Take the answer to a read."""
-
-    @abstractmethod
-    def _take(self, peer: PeerId, message: Message) -> None:
-        """Take a message that is not common to all nodes; ``peer`` may send it."""
-
-    @abstractmethod
-    def _record_message(self, peer: PeerId) -> None:
-        """Note that a message of ``peer`` arrived, if it is another node."""
-
-    @abstractmethod
-    def _beat_to_nodes(self) -> None:
-        """Renew what is held on nodes of the other role; find out which of them are silent."""
-
-    @abstractmethod
-    def _resumed(self, paused_s: float) -> None:
-        """Blame no other node for the last ``paused_s``, in which this process did not run."""
-
-    @abstractmethod
-    def _node_lost(self, peer: PeerId, reason: str) -> None:
-        """End what depends on another node that is lost."""
-
-    @abstractmethod
-    def _fail(self, request: R, error: ErrorInfo) -> None:
-        """End ``request`` with ``error``, for the router and for the other node that has to do with it."""
-
-    def _deadline_over(self, attempt: Attempt) -> None:
-        """Take the timer of a request, if the role sets any."""
 
     # ------------------------------------------------------------ events
 
@@ -251,9 +185,6 @@ class NodeMachine(ABC, Generic[R, S]):
                     self._endings.close(request, "aborted")
             case _:
                 assert_never(message)
-
-    def _messager_ready(self, message: MessagerReady) -> None:
-        """Note where the messager can be reached, if the role wants to know."""
 
     # ------------------------------------------------------------ requests
 

@@ -258,53 +258,68 @@ class PrefixCache:
 
     def laws(self, is_referenced: Callable[[BlockId], bool]) -> Laws:
         """Check the tree, also with what the pool says is referenced; see ``kvrelay.machine.laws``."""
-        num_held_children = [0] * (self._root + 1)
+        return _TreeLaws(self).check(is_referenced)
+
+
+class _TreeLaws:
+    """The conservation laws of a tree."""
+
+    def __init__(self, tree: PrefixCache) -> None:
+        self._tree = tree
+
+    def check(self, is_referenced: Callable[[BlockId], bool]) -> Laws:
+        """Check all of them in parts."""
+        tree, root = self._tree, self._tree._root
+        num_held_children = [0] * (root + 1)
         num_published = 0
-        num_edges = len(self._other_children) + (self._first_child[self._root] != self._root)
-        for part in parts_of(self._root):
+        num_edges = len(tree._other_children) + (tree._first_child[root] != root)
+        for part in parts_of(root):
             for block in part:
-                num_edges += self._first_child[block] != self._root
-                if self._hash_of[block] != _UNPUBLISHED:
+                num_edges += tree._first_child[block] != root
+                if tree._hash_of[block] != _UNPUBLISHED:
                     num_published += 1
-                    num_held_children[self._parent_of[block]] += self._holders[block] > 0
+                    num_held_children[tree._parent_of[block]] += tree._holders[block] > 0
             yield []
         if num_edges != num_published:
             yield [Violation(f"{num_published} published blocks, but {num_edges} children")]
-        for part in parts_of(self._root):
+        for part in parts_of(root):
             found: list[Violation] = []
             for block in map(BlockId, part):
-                if self._hash_of[block] != _UNPUBLISHED:
+                if tree._hash_of[block] != _UNPUBLISHED:
                     found += self._edge_violations(block)
                     found += self._holder_violations(block, num_held_children[block], is_referenced(block))
-                elif block in self._evictable:
+                elif block in tree._evictable:
                     found.append(Violation(f"block {block} is evictable but not published", block))
             yield found
         yield from self._order_laws()
 
     def _edge_violations(self, block: BlockId) -> Iterator[Violation]:
-        parent = self._parent_of[block]
-        if parent != self._root and self._hash_of[parent] == _UNPUBLISHED:
+        tree = self._tree
+        parent = tree._parent_of[block]
+        if parent != tree._root and tree._hash_of[parent] == _UNPUBLISHED:
             yield Violation(f"published block {block} has an unpublished parent", block)
-        if block not in (self._first_child[parent], self._other_children.get(self._hash_of[block])):
+        if block not in (tree._first_child[parent], tree._other_children.get(tree._hash_of[block])):
             yield Violation(f"published block {block} is not among its parent's children", block)
 
     def _holder_violations(self, block: BlockId, num_held: int, is_referenced: bool) -> Iterator[Violation]:
-        holders = self._holders[block]
+        tree = self._tree
+        holders = tree._holders[block]
         if holders != num_held + is_referenced:
             reference = "a" if is_referenced else "no"
             text = f"block {block} has {holders} holders, but {num_held} held children and {reference} reference"
             yield Violation(text, block)
-        if (block in self._evictable) is (holders > 0):
+        if (block in tree._evictable) is (holders > 0):
             state = "held but evictable" if holders else "neither held nor evictable"
             yield Violation(f"published block {block} is {state}", block)
 
     def _order_laws(self) -> Laws:
-        order = list(self._evictable)
-        seen = bytearray(self._root + 1)
+        tree = self._tree
+        order = list(tree._evictable)
+        seen = bytearray(tree._root + 1)
         for part in parts_of(len(order)):
             found = []
             for block in order[part.start : part.stop]:
                 seen[block] = 1
-                if seen[self._parent_of[block]]:
+                if seen[tree._parent_of[block]]:
                     found.append(Violation(f"evictable block {block} comes after its parent", block))
             yield found
