@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, cast
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from kvrelay.machine.log_limit import LogLimit
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
 from router.http.asgi import CONNECTION
@@ -26,6 +28,13 @@ FIRST_PROBE_S = 1.0
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+logger = logging.getLogger(__name__)
+
+_connection_logger = logging.getLogger(f"{__name__}.connection")
+"""uvicorn's own, without its warnings: a line for each invalid request lets clients fill the log."""
+
+_connection_logger.setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
@@ -35,6 +44,7 @@ class HttpLimits:
     request_read_timeout_s: float = 60.0
     keep_alive_timeout_s: float = 75.0
     descriptors: Descriptors = field(default_factory=Descriptors)
+    log_limit: LogLimit = field(default_factory=LogLimit)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -46,6 +56,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _connection_logger
         self.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]  # any number of seconds
         self._limits = limits
         self._num_bytes = 0
@@ -196,7 +207,10 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ refusals
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP."""
+        """Answer invalid HTTP, and log it once a minute for each client."""
+        host = self.client[0] if self.client else "unknown"
+        if self._limits.log_limit.permits(host, self.loop.time()):
+            logger.warning("invalid HTTP from %s", host)
         self._refuse(400, "invalid_http", msg)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
