@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import uvloop
 from storage_rooms import Room
+from support.token_rules import strict_rules
 
 from decode_node.machine import DecodeMachine
 from decode_node.preemption import Preemption
@@ -56,6 +57,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "ignore_eos": True,
     },
     "stop token": {"temperature": 0.0, "stop_token_ids": [72]},
+    "token rules": {"seed": 805, "temperature": 0.9, "token_rules": strict_rules(384), "ignore_eos": True},
     "minimum": {"seed": 704, "temperature": 0.7, "min_tokens": 20, "stop_token_ids": list(range(0, 384, 3))},
 }
 MAX_TOKENS = 40

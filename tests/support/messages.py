@@ -100,6 +100,7 @@ from kvrelay.protocol.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -132,6 +133,7 @@ _SPEC = RequestSpec(
         num_logprobs=1,
         grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
         num_prompt_logprobs=2,
+        token_rules=TokenRules(token_mask([5, 11], 40), BadWords.of([[7], [5, 11], [2, 5, 11]])),
     ),
 )
 _OUTPUT = RequestOutput(
