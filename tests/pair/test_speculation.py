@@ -56,6 +56,7 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
     )
     machine, served = DecodeMachine(node, registration), Served()
     events: list[CoreEvent] = [Started()]

@@ -108,7 +108,7 @@ class Forgetful:
     def handle(self, event: CoreEvent, now: float) -> Sequence[object]:
         actions = self._machine.handle(event, now)
         kv = self._machine.kv
-        kv.clear()
+        kv.unpin(kv.allocate(kv.num_free + kv.num_evictable))
         free = [block for block in range(kv.num_blocks) if kv._pool.ref_count(BlockId(block)) < 0]
         self._planes[:, :, free] = np.full(self._planes.shape[-1] // 4, 3.0, np.float32).view(np.uint8)
         return actions
@@ -185,6 +185,7 @@ async def _serve(
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
     )
     machine = DecodeMachine(node, registration)
     shell = Shell(machine if store is None else Forgetful(machine, engine), clock=Clock())

@@ -132,7 +132,7 @@ def spelled(tokenizer: Tokenizer, *words: str) -> list[list[str]]:
     assert rules is not None and rules.bad_words is not None
     several = [word for words in rules.bad_words.after.values() for word in words]
     sequences = [*([token] for token in rules.bad_words.always), *several]
-    return sorted([tokenizer.id_to_token(token) for token in sequence] for sequence in sequences)
+    return sorted([str(tokenizer.id_to_token(token)) for token in sequence] for sequence in sequences)
 
 
 def test_a_word_is_excluded_at_the_beginning_of_a_text_and_after_a_blank() -> None:
