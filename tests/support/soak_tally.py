@@ -26,8 +26,9 @@ OUTCOMES = ("right", "wrong", "lost", "refused", "failed", "cancelled", "hung_up
 _NEVER = ("wrong", "lost", "refused")
 _NODE_COUNTERS = (
     "preemptions",
-    "messager_corrupt_frames",
-    "messager_stale_frames",
+    "frames_written",
+    "corrupt_frames",
+    "stale_frames",
     "kv_blocks_loaded",
     "store_timeouts",
 )
