@@ -1,6 +1,6 @@
 """Real clusters under load while everything in them is killed, stopped, drained and restarted. See ``scripts/soak``.
 
-``.venv/bin/python tests/soak.py [--minutes 10] [--seed 0] [--out DIR]``: a round for each shape (1P3D, 2P2D), without a
+``.venv/bin/python tests/soak.py [--minutes 10] [--seed 0] [--out .kvrelay/soak]``: a round for each shape (1P3D, 2P2D), without a
 store, and with Redis as the store and the registry. Every answer must have exactly the expected tokens or be one typed
 error; connections may be cut only if a router ends, and are never refused. It writes ``soak.json``, the log of each
 round and, with matplotlib (``kvrelay[bench]``), ``soak.png`` (memory and descriptors of each process over time). It
@@ -144,7 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path(".kvrelay/soak"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rounds = list(itertools.product(SHAPES, BACKENDS))
