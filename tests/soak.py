@@ -1,10 +1,11 @@
 """Real clusters under load while everything in them is killed, stopped, drained and restarted. See ``scripts/soak``.
 
-``.venv/bin/python tests/soak.py [--minutes 10] [--seed 0] [--out .kvrelay/soak]``: a round for each shape (1P3D, 2P2D),
-without a store, and with Redis as the store and the registry. Every answer must have exactly the expected tokens or be one
-typed error; connections may be cut only if a router ends, and are never refused. It writes ``soak.json``, the log of each
-round and, with matplotlib (``kvrelay[bench]``), ``soak.png`` (memory and descriptors of each process over time). It ends
-with 1 if an answer is wrong or missing, or if something is held in the end of a round.
+``.venv/bin/python tests/soak.py [--minutes 10] [--seed 0] [--out .kvrelay/soak]``: a round for each shape (1P3D,
+2P2D), without a store, and with Redis as the store and the registry. Every answer must have exactly the expected
+tokens or be one typed error; connections may be cut only if a router ends, and are never refused. It writes
+``soak.json``, the log of each round and, with matplotlib (``kvrelay[bench]``), ``soak.png`` (memory and descriptors
+of each process over time). It ends with 1 if an answer is wrong or missing, or if something is held in the end of a
+round.
 """
 
 from __future__ import annotations
