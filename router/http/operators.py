@@ -24,6 +24,7 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
+from router.http.openapi import with_document
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.server_info import server_info
@@ -33,6 +34,9 @@ from router.timeline import MAX_KEPT
 _SCHEME = "bearer "
 _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
+_QUERIES = {
+    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}}
+}
 
 
 class OperatorsOnly:
@@ -97,7 +101,7 @@ def make_operators_app(service: RouterService) -> App:
         *[Route(path, endpoints.server_info) for path in ("/server_info", "/get_server_info")],
         *[Route(path, endpoints.reset_cache, methods=["POST"]) for path in ("/reset_prefix_cache", "/flush_cache")],
     ]
-    return App(routes)
+    return App(with_document(routes, "kvrelay for operators", _QUERIES))
 
 
 class OperatorEndpoints:
