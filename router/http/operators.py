@@ -34,8 +34,12 @@ from router.timeline import MAX_KEPT
 _SCHEME = "bearer "
 _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
+_FORMATS = ("json", "text")
+_FORMAT = {"config_format": {"type": "string", "enum": list(_FORMATS), "default": _FORMATS[0]}}
 _QUERIES = {
-    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}}
+    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}},
+    "/server_info": _FORMAT,
+    "/get_server_info": _FORMAT,
 }
 
 
@@ -145,8 +149,8 @@ class OperatorEndpoints:
 
     async def server_info(self, request: Request) -> Response:
         """``GET /server_info?config_format=json|text``: version, model and config, without secrets."""
-        wanted = request.query_params.get("config_format", "json")
-        if wanted not in ("json", "text"):
+        wanted = request.query_params.get("config_format", _FORMATS[0])
+        if wanted not in _FORMATS:
             error = _error("invalid_request_error", f"config_format should be json or text, not {shown(wanted)}", 400)
             return JSONResponse(error.body, error.status)
         info = server_info(self._service)
