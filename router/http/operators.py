@@ -24,7 +24,7 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
-from router.http.openapi import with_document
+from router.http.openapi import Queries, with_document
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.server_info import server_info
@@ -36,7 +36,7 @@ _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
 _FORMATS = ("json", "text")
 _FORMAT = {"config_format": {"type": "string", "enum": list(_FORMATS), "default": _FORMATS[0]}}
-_QUERIES = {
+_QUERIES: Queries = {
     "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}},
     "/server_info": _FORMAT,
     "/get_server_info": _FORMAT,
