@@ -15,6 +15,7 @@ import msgspec
 
 from kvrelay.errors import PreparationError
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.token_rules import TokenRules
 from router.openai.structured import Structure
 from router.preparation import Job
 
@@ -34,6 +35,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     texts: list[str] | None
     structure: Structure | None = None
     echo: bytes = b""
+    rules: TokenRules | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
