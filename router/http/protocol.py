@@ -17,6 +17,7 @@ from kvrelay.machine.log_limit import LogLimit
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
 from router.http.asgi import CONNECTION
+from router.http.error_format import error_body
 from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
@@ -66,6 +67,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._probe: asyncio.TimerHandle | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._is_lost = False
+        self._unanswered: list[RequestResponseCycle] = []
+        """The last request, and those before it that were not answered when it came."""
 
     # ------------------------------------------------------------ the connection
 
@@ -85,6 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._unset_keepalive_if_required()
+        self._give_up_answers()
         super().connection_lost(exc)
         self._is_lost = True
         self._tell_watchers()
@@ -145,6 +149,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
+        self._unanswered = [*self._being_answered(), self.cycle]
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
@@ -216,16 +221,25 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Send an answer, unless the application has begun to, and close the connection."""
         self._is_refused = True
-        if self._is_answering:
-            begun = self.cycle.response_started or not self.cycle.more_body
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        answering = self._being_answered()
+        if answering:
+            self._give_up_answers()
             self._tell_watchers()
-            if begun:
+            if len(answering) > 1 or answering[0].response_started or not answering[0].more_body:
                 self.transport.close()
                 return
-        self.transport.write(_raw_answer(AnswerError(ErrorInfo(code=code, message=message, http_status=status))))
+        error = AnswerError(ErrorInfo(code=code, message=message, http_status=status))
+        self.transport.write(_raw_answer(error, self.scope.get("path", "") if self.scope else ""))
         self.linger()
+
+    def _being_answered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._unanswered if not cycle.response_complete]
+
+    def _give_up_answers(self) -> None:
+        """Tell the application that nobody waits for its answers. uvicorn tells it of the last request only."""
+        for cycle in self._being_answered():
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def linger(self) -> None:
         """Close the connection of a client that may still send, in a way that lets it read its answer."""
@@ -275,7 +289,8 @@ class Cycle(RequestResponseCycle):
         held = self.transport
         if isinstance(held, _HeldHead):
             self.transport = held.transport
-            held.release()
+            if not self.disconnected:
+                held.release()
 
 
 class CycleUntilClose(Cycle):
@@ -326,8 +341,8 @@ def _is_reset(transport: asyncio.Transport) -> bool:
     return state[0] == _TCP_CLOSE
 
 
-def _raw_answer(error: AnswerError) -> bytes:
-    content = msgspec.json.encode(error.body)
+def _raw_answer(error: AnswerError, path: str) -> bytes:
+    content = msgspec.json.encode(error_body(error, path))
     phrase = HTTPStatus(error.status).phrase
     head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + content

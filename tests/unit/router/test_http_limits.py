@@ -188,6 +188,35 @@ def test_request_that_does_not_come_to_its_end_is_408(begin: bytes) -> None:
     run(scenario, request_read_timeout_s=0.2)
 
 
+def test_request_that_is_late_is_answered_in_the_form_of_its_api() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(b"POST /v1/messages HTTP/1.1\r\ncontent-length: 100\r\n\r\n{")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["type"] == "error"
+
+    run(scenario, request_read_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_garbage_behind_requests_that_are_being_answered_ends_the_connection(
+    streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        slow = post(completion(max_tokens=10, stream=streaming))
+        for requests in (slow, slow + slow):
+            async with connected(cluster) as (reader, writer):
+                writer.write(requests + bad)
+                assert b" 400 " not in await reader.read()
+        await until(lambda: not cluster.http.server_state.tasks)
+
+    run(scenario, Script(pace_s=0.01))
+    assert "Exception" not in caplog.text
+
+
 def test_trickle_is_408() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with connected(cluster) as (reader, writer):
