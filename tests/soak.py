@@ -104,7 +104,7 @@ def soak_round(model: Path, shape: str, backend: str, seconds: float, seed: int,
 
 
 def play_round(cluster: Cluster, redis: RedisServer | None, tally: Tally, seconds: float, seed: int) -> None:
-    """Load ``cluster`` and act on it, and end it. Raises AssertionError if it is not at rest then, or something broke."""
+    """Load ``cluster``, act on it and end it. Raises AssertionError if it is not at rest then, or something broke."""
     tally.began_s = time.monotonic()
     until_s = tally.began_s + seconds
     chaos = Chaos(cluster, redis, tally, seed, until_s)

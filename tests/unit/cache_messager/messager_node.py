@@ -13,7 +13,7 @@ from pools import Pool
 from cache_messager.launch import launched
 from cache_messager.settings import MessagerSettings
 from kvrelay.machine.contract import PeerLost, Received
-from kvrelay.protocol.ids import MESSAGER, PeerId, peer_name
+from kvrelay.protocol.ids import MESSAGER, PeerId
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
 from kvrelay.runtime.transport import Transport
@@ -53,15 +53,14 @@ class MessagerNode:
                 return message
 
 
-def settings_of(node: MessagerNode, directory: Path, **changes: object) -> MessagerSettings:
-    """Return the settings of the messager of ``node``: those of a default config but for ``changes``."""
-    name = peer_name(PeerId(node.me))
+def settings_of(name: str, directory: Path, pool: Pool, **changes: object) -> MessagerSettings:
+    """Return the settings of the messager of node ``name``: those of a default config but for ``changes``."""
     return MessagerSettings(
         me=PeerId(f"{name}.messager#1"),
-        node=PeerId(node.me),
-        node_address=node.address,
-        geometry=node.pool.geometry,
-        pool=node.pool.handle,
+        node=PeerId(f"{name}#1"),
+        node_address=f"ipc://{directory}/{name}#1",
+        geometry=pool.geometry,
+        pool=pool.handle,
         host="127.0.0.1",
         runtime_dir=str(directory),
         **{"heartbeat_s": 0.1, "peer_timeout_s": 10.0, **changes},  # type: ignore[arg-type]
@@ -73,7 +72,7 @@ async def messager_node(name: str, directory: Path, pool: Pool, **changes: objec
     """Run a node ``name`` with its messager, whose settings are those of a default config but for ``changes``."""
     node = MessagerNode(name, directory, pool)
     try:
-        async with launched(settings_of(node, directory, **changes)) as node.process:
+        async with launched(settings_of(name, directory, pool, **changes)) as node.process:
             node.link = (await node.hears(MessagerReady)).link
             yield node
     finally:

@@ -186,9 +186,7 @@ def test_node_that_lets_go_of_the_lifeline_ends_its_messager(directory: Path) ->
 def test_node_dies_while_its_messager_starts(directory: Path) -> None:
     """Before it has written the settings, or before its pool is opened: no traceback, whose reader would seek a bug."""
     with closing(make_pool(GEOMETRY, NUM_BLOCKS, on_device=False)) as pool:
-        node = MessagerNode("p0", directory, pool)
-        settings = msgspec.json.encode(settings_of(node, directory))
-        node.transport.close()
+        settings = msgspec.json.encode(settings_of("p0", directory, pool))
     for written, status, said in [(settings[:100], 0, []), (settings + b"\n", 1, ["not started"])]:
         ended = subprocess.run(
             [sys.executable, "-m", "cache_messager"], input=written, capture_output=True, check=False
