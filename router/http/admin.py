@@ -68,6 +68,10 @@ class AdminEndpoints:
         """``GET /version``: kvrelay's version."""
         return JSONResponse({"version": kvrelay.__version__})
 
+    async def load(self, _: Request) -> Response:
+        """``GET /load``: how many requests are in progress, as in vLLM; each choice of an answer counts."""
+        return JSONResponse({"server_load": len(self._service.machine.requests)})
+
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: nodes with their load, requests by status, counters."""
         return JSONResponse(cluster_status(self._service, for_operators=False))

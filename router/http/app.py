@@ -84,6 +84,7 @@ def make_app(
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
+        Route("/load", admin.load),
         Route("/metrics", exposition),
         Route("/cluster", admin.cluster),
         Route("/cluster/requests/{request_id}", admin.timeline),
