@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -17,8 +16,7 @@ from kvrelay.registry.node_entry import NodeEntry
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
+class NewRequest(msgspec.Struct, frozen=True):
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
 
     ``session``: the client's name for requests that share a prefix, or empty. ``answer_id``: the id of the answer that
@@ -33,58 +31,50 @@ class NewRequest:
     answer_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(msgspec.Struct, frozen=True):
     """Requests to admit all together or not at all. Each gets exactly one terminal delivery, refused ones at once."""
 
     requests: tuple[NewRequest, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGone:
+class ClientGone(msgspec.Struct, frozen=True):
     """The client of this request has disconnected."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
+class CancelRequested(msgspec.Struct, frozen=True):
     """An operator cancels this request. Its client gets an error."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class StopMatched:
+class StopMatched(msgspec.Struct, frozen=True):
     """The text of this request contains a stop string; no further tokens are needed."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class DrainRequested:
+class DrainRequested(msgspec.Struct, frozen=True):
     """An operator drains this node. ``stay_down``: its supervisor is not to start it again."""
 
     node_id: NodeId
     stay_down: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NodesFound:
+class NodesFound(msgspec.Struct, frozen=True):
     """The registry was read; ``entries`` are all its nodes."""
 
     entries: tuple[NodeEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryLost:
+class RegistryLost(msgspec.Struct, frozen=True):
     """The registry cannot be read. NodesFound follows when it can be read again."""
 
     reason: str
 
 
 # ---------------------------------------------------------------- actions
-# One of each per token: a msgspec.Struct is made in a quarter of the time of a frozen dataclass.
 
 
 class TokensDelivered(msgspec.Struct, frozen=True):
@@ -94,28 +84,25 @@ class TokensDelivered(msgspec.Struct, frozen=True):
     """
 
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLogprobsDelivered:
+class PromptLogprobsDelivered(msgspec.Struct, frozen=True):
     """The next log probabilities of the prompt, in order, each delivered once and all before the first token."""
 
     logprobs: PromptLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnded:
+class RequestEnded(msgspec.Struct, frozen=True):
     """Terminal: all tokens are delivered, or the request was aborted or stopped."""
 
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class RequestErrored:
+class RequestErrored(msgspec.Struct, frozen=True):
     """Terminal: the request failed or was refused. ``retry_after_s``: seconds after which the client may retry."""
 
     error: ErrorInfo
