@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -60,6 +60,12 @@ class DrainRequested(msgspec.Struct, frozen=True):
 
     node_id: NodeId
     stay_down: bool = False
+
+
+class CacheResetRequested(msgspec.Struct, frozen=True):
+    """An operator resets the prefix caches of all nodes. ``reset``: a number that no other reset has."""
+
+    reset: int
 
 
 class NodesFound(msgspec.Struct, frozen=True):
@@ -129,5 +135,26 @@ class Deliver(msgspec.Struct, frozen=True):
     delivery: Delivery
 
 
-RouterOutbox: TypeAlias = RoleOutbox[Deliver]
+class NodeReset(msgspec.Struct, frozen=True):
+    """What became of a reset on one node, of which ``num_blocks`` were published.
+
+    A lost node's process has ended, or it is out of reach of this router; one of an older version cannot be asked.
+    """
+
+    node_id: NodeId
+    state: Literal["reset", "no_answer", "lost", "unsupported"]
+    num_blocks: int = 0
+
+
+class CacheResetEnded(msgspec.Struct, frozen=True):
+    """Tell the operator what each node has answered."""
+
+    reset: int
+    nodes: tuple[NodeReset, ...]
+
+
+RouterAction: TypeAlias = Deliver | CacheResetEnded
+"""Actions of the router's own."""
+
+RouterOutbox: TypeAlias = RoleOutbox[RouterAction]
 """The time of the event being handled, and the actions produced so far."""
