@@ -70,6 +70,18 @@ class DrainRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class DumpRequested:
+    """An operator wants the recording of this node. DumpReported follows for each of its processes that can be reached.
+
+    ``dump_id``: the operator's name for it.
+    """
+
+    node_id: NodeId
+    dump_id: str
+    with_prompts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class NodesFound:
     """The registry was read; ``entries`` are all its nodes."""
 
@@ -142,5 +154,18 @@ class Deliver(msgspec.Struct, frozen=True):
     delivery: Delivery
 
 
-RouterOutbox: TypeAlias = RoleOutbox[Deliver]
+@dataclass(frozen=True, slots=True)
+class DumpReported:
+    """Tell the operator who asked for ``dump_id``: ``process`` has written its recording to ``path``, or the error."""
+
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
+RouterAction: TypeAlias = Deliver | DumpReported
+"""The router's own actions."""
+
+RouterOutbox: TypeAlias = RoleOutbox[RouterAction]
 """The time of the event being handled, and the actions produced so far."""

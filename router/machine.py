@@ -28,6 +28,7 @@ from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
+    Dumped,
     Leaving,
     NodeToRouter,
     PrefixCacheChanged,
@@ -41,11 +42,13 @@ from kvrelay.protocol.messages.node_to_router import (
 from router.events import (
     CancelRequested,
     ClientGone,
-    Deliver,
     DrainRequested,
+    DumpReported,
+    DumpRequested,
     NewRequest,
     NodesFound,
     RegistryLost,
+    RouterAction,
     RouterOutbox,
     StopMatched,
     Submitted,
@@ -72,6 +75,7 @@ RouterEvent: TypeAlias = (
     | CancelRequested
     | StopMatched
     | DrainRequested
+    | DumpRequested
     | NodesFound
     | RegistryLost
 )
@@ -136,7 +140,7 @@ class RouterMachine:
             peer_timeout_s=settings.peer_timeout_s,
         )
 
-    def handle(self, event: RouterEvent, now: float) -> list[CoreAction | Deliver]:
+    def handle(self, event: RouterEvent, now: float) -> list[CoreAction | RouterAction]:
         """Handle ``event`` at time ``now`` (seconds); return the actions to perform, in order."""
         self._outbox.now = now
         self._on_event(event)
@@ -175,6 +179,8 @@ class RouterMachine:
                 self._nodes.follow(event)
             case DrainRequested(node_id=node_id, stay_down=stay_down):
                 self._nodes.drain(node_id, stay_down=stay_down)
+            case DumpRequested():
+                self._nodes.dump(event)
             case Started():
                 self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
@@ -213,6 +219,8 @@ class RouterMachine:
                 self.requests.take_prompt_logprobs(peer, message)
             case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
+            case Dumped(dump_id=dump_id, process=process, path=path, error=error):
+                self._outbox.do(DumpReported(dump_id, process, path, error))
             case RequestFailed():
                 self.requests.take_failure(peer, message)
             case DecodeNeeded():

@@ -129,6 +129,17 @@ class StoreCounted:
     counters: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class DumpWritten:
+    """Answers WriteDump: the recording of ``process`` is in the file ``path``, or ``error`` says why it is not."""
+
+    router: PeerId
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
 CoreEvent: TypeAlias = (
     Received
     | PeerLost
@@ -144,6 +155,7 @@ CoreEvent: TypeAlias = (
     | KVStored
     | KVLoaded
     | StoreCounted
+    | DumpWritten
 )
 
 # ---------------------------------------------------------------- actions
@@ -271,6 +283,18 @@ class PublishKVEvents:
     events: list[KVEvent]
 
 
+@dataclass(frozen=True, slots=True)
+class WriteDump:
+    """Write the recording of this process to a file for ``router``, which calls it ``dump_id``; DumpWritten follows.
+
+    Without ``with_prompts`` tokens are left out.
+    """
+
+    router: PeerId
+    dump_id: str
+    with_prompts: bool
+
+
 CoreAction: TypeAlias = (
     Send
     | Connect
@@ -285,6 +309,7 @@ CoreAction: TypeAlias = (
     | PublishKVEvents
     | Ready
     | Log
+    | WriteDump
     | Exit
 )
 

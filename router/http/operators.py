@@ -23,6 +23,7 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
+from router.http.dumps import DumpEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.service import RouterService
@@ -81,7 +82,7 @@ class OperatorsOnly:
 
 def make_operators_app(service: RouterService) -> App:
     """Return the application, which lets everybody in: see ``OperatorsOnly``."""
-    info, endpoints = AdminEndpoints(service), OperatorEndpoints(service)
+    info, endpoints, dumps = AdminEndpoints(service), OperatorEndpoints(service), DumpEndpoints(service)
     routes = [
         Route("/health", info.health),
         Route("/ready", info.ready),
@@ -92,6 +93,8 @@ def make_operators_app(service: RouterService) -> App:
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
+        Route("/cluster/nodes/{node_id}/dump", dumps.node, methods=["POST"]),
+        Route("/cluster/dump", dumps.router, methods=["POST"]),
     ]
     return App(routes)
 

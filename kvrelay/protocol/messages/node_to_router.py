@@ -20,7 +20,8 @@ class Register(Message, frozen=True, kw_only=True):
     The reader compares role, protocol version, model and KV geometry and answers Registered or RegistrationRefused. If
     another registered node has the name, the answer waits until that node sends a heartbeat or is lost. ``session``
     rises each time the node loses a router and drops its requests. A reader that knows another ``session`` retries the
-    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id.
+    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id. ``can_dump``: the node reads
+    Dump.
     """
 
     node_id: NodeId
@@ -36,6 +37,7 @@ class Register(Message, frozen=True, kw_only=True):
     session: int = 0
     vocab_size: int = 1 << 32
     prefill_order: str = "fifo"
+    can_dump: bool = False
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +155,18 @@ class PrefixCacheChanged(Message, frozen=True, kw_only=True):
     removed: bytes = b""
 
 
+class Dumped(Message, frozen=True, kw_only=True):
+    """Node -> router, answers Dump, for the node and for its messager: the file of ``process``, or the ``error``.
+
+    The reader tells the operator who waits for ``dump_id``, if he still does.
+    """
+
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
 class Drained(Message, frozen=True, kw_only=True):
     """Node -> router, last message of a node that is leaving: it has no requests any more.
 
@@ -170,5 +184,6 @@ NodeToRouter: TypeAlias = (
     | RequestTimeline
     | PrefixCacheChanged
     | Leaving
+    | Dumped
     | Drained
 )
