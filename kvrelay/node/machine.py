@@ -39,8 +39,8 @@ from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
+from kvrelay.node.dump_requests import DumpRequests
 from kvrelay.node.prefix_reports import PrefixReports
-from kvrelay.node.recordings import Recordings
 from kvrelay.node.role_contract import R, RoleContract, S
 from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
@@ -101,7 +101,7 @@ class NodeMachine(RoleContract[R, S]):
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
         self._prefix_reports = PrefixReports(self.kv, self._outbox)
-        self._recordings = Recordings(self._outbox, has_messager=node.role is not Role.MIXED)
+        self._dumps = DumpRequests(self._outbox, has_messager=node.role is not Role.MIXED)
         self._leaving = False
         self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
@@ -156,7 +156,7 @@ class NodeMachine(RoleContract[R, S]):
             case StopRequested():
                 self._stop_requested()
             case DumpWritten():
-                self._recordings.written(event)
+                self._dumps.written(event)
             case _:
                 assert_never(event)
 
@@ -191,7 +191,7 @@ class NodeMachine(RoleContract[R, S]):
             case MessagerReady() | MessagerStats() | MessagerDumped():
                 self._on_messager_message(message)
             case Dump():
-                self._recordings.write(peer, message)
+                self._dumps.write(peer, message)
             case Drain(stay_down=stay_down):
                 self._stays_down |= stay_down
                 if not self._leaving:
@@ -212,7 +212,7 @@ class NodeMachine(RoleContract[R, S]):
             case MessagerStats():
                 self._messager_stats = message
             case MessagerDumped():
-                self._recordings.written(message)
+                self._dumps.written(message)
             case _:
                 assert_never(message)
 

@@ -31,9 +31,10 @@ class NodeStart(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, node: NodeConfig, registration: Register, max_plans_in_flight: int) -> Self:
         """Describe the machine of ``node``."""
-        read = node.model_dump(mode="json", include={"name", "role", "port", *_SECTIONS})
+        # Without defaults: some sections refuse keys that their kind does not use.
+        read = node.model_dump(mode="json", include={"name", "role", "port", *_SECTIONS}, exclude_unset=True)
         for section in ("storage", "registry"):
-            if read[section]["url"] is not None:
+            if read.get(section, {}).get("url") is not None:
                 read[section]["url"] = _NO_URL
         return cls(json.dumps(read), registration, max_plans_in_flight)
 

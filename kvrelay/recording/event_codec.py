@@ -16,7 +16,8 @@ from kvrelay.machine.contract import Received, Send
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.ids import PeerId
 
-_ERRORS = {kind.__name__: kind for kind in [TransferError, *TransferError.__subclasses__()]}
+_KINDS: list[type[TransferError]] = [TransferError, *TransferError.__subclasses__()]
+_ERRORS = {kind.__name__: kind for kind in _KINDS}
 """The errors that events have."""
 
 

@@ -20,6 +20,10 @@ _RECORD_BYTES = 200
 """What a record takes beside its bytes, about."""
 
 
+_UNENCODABLE = (ValueError, OverflowError)
+"""Raised for a text with half a surrogate pair, and for numbers beyond 64 bits. The machine decides what they mean."""
+
+
 class Record(NamedTuple):
     """One event, encoded, and what it led to: the types of the actions, or the actions, encoded; None: no end."""
 
@@ -50,7 +54,7 @@ class Recorder:
     def __init__(
         self, process: str, role: str, start: object, codec: EventCodec, settings: RecordingSettings | None = None
     ) -> None:
-        self.settings = settings or RecordingSettings()
+        self._settings = settings or RecordingSettings()
         self._process = process
         self._role = role
         self._start = msgspec.to_builtins(start, builtin_types=(bytes,))
@@ -64,7 +68,7 @@ class Recorder:
         """Record that ``event`` is handled at time ``now``."""
         try:
             self._begun = self._codec.encode(event, now)
-        except ValueError:  # a text that is no text, with half a surrogate pair: the machine decides what it means
+        except _UNENCODABLE:
             self._begun = self._codec.encode_unreadable(event, now)
 
     def end(self, actions: Sequence[object]) -> None:
@@ -72,12 +76,18 @@ class Recorder:
         event, self._begun = self._begun, None
         if event is None:
             return
-        record = Record(event, self._codec.encode_actions(actions) if self.settings.actions else kinds_of(actions))
+        record = Record(event, self._encoded(actions) if self._settings.actions else kinds_of(actions))
         self._records.append(record)
         self._size += _size(record)
-        while self._size > self.settings.max_bytes:
+        while self._size > self._settings.max_bytes:
             self._size -= _size(self._records.popleft())
             self._num_forgotten += 1
+
+    def _encoded(self, actions: Sequence[object]) -> str | bytes:
+        try:
+            return self._codec.encode_actions(actions)
+        except _UNENCODABLE:
+            return kinds_of(actions)
 
     def recording(self) -> Recording:
         """Return what is remembered now. An event that is still handled, or broke the machine, is its last record."""

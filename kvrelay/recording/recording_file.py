@@ -126,14 +126,15 @@ def _packed(record: Record) -> bytes:
 
 def _redacted(record: Record, recording: Recording) -> Record:
     """Return ``record`` without tokens. Of the actions only the types are left."""
+    actions = record.actions
+    if isinstance(actions, bytes):
+        actions = named(msgpack.unpackb(actions, strict_map_key=False))
     unpacked = msgpack.unpackb(record.event, strict_map_key=False)
     try:
         now, event = recording.codec.decode(unpacked)
     except RemoteProtocolError:  # it could not be encoded, and is a text
-        return Record(msgspec.msgpack.encode((unpacked[0], unpacked[1], "")), None)
-    actions = record.actions
-    if isinstance(actions, bytes):
-        actions = named(msgpack.unpackb(actions, strict_map_key=False))
+        now, kind, _ = unpacked
+        return Record(msgspec.msgpack.encode((now, kind, "")), actions)
     return Record(recording.codec.encode(without_prompts(event), now), actions)
 
 

@@ -14,27 +14,24 @@ SECRET = frozenset(
         "prompt_token_ids",
         "output_token_ids",
         "token_ids",
-        "top_token_ids",
         "stop_token_id",
         "stop_token_ids",
         "logit_bias",
         "drafts",
         # probabilities: whoever has the model finds the tokens
-        "logprob",
         "logprobs",
-        "top_logprobs",
         "prompt_logprobs",
-        "ranks",
         # digests: who guesses the tokens can be sure
         "added",
         "removed",
+        "block_hashes",
         "digest",
         # texts of the client
         "text",
         "session",
     }
 )
-"""Fields of events and messages that hold, or betray, what clients wrote and got."""
+"""Fields of events and messages that hold, or betray, what clients wrote and got; all that is in them is secret."""
 
 
 def without_prompts(value: Any) -> Any:

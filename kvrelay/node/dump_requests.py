@@ -1,4 +1,4 @@
-"""Recordings of a node and its messager that a router asks for: a part of a node's machine."""
+"""What routers ask for of the recordings of a node and its messager: a part of a node's machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvrelay.protocol.messages.node_to_router import Dumped
 from kvrelay.protocol.messages.router_to_node import Dump
 
 
-class Recordings:
+class DumpRequests:
     """Has both processes write their files, and tells the router of each. ``has_messager``: there are two."""
 
     def __init__(self, outbox: Outbox, *, has_messager: bool) -> None:
