@@ -13,7 +13,7 @@ import kvrelay
 from kvrelay.cluster.recorded_machine import codec_of, machine_of
 from kvrelay.errors import ConfigError, KVRelayError, RemoteProtocolError
 from kvrelay.machine.contract import Machine
-from kvrelay.recording.event_codec import EventCodec, kinds_of
+from kvrelay.recording.event_codec import EventCodec, kinds_of, names_of
 from kvrelay.recording.recording_file import Header, RawRecord, named, opened
 from kvrelay.runtime.dumps import describe
 
@@ -111,10 +111,11 @@ def first_difference(
                 continue
             return Difference(number, _texts(record.actions, crash), [raised])
         if record.actions is None:
-            return Difference(number, [crash or "no end"], [kinds_of(actions)])
+            return Difference(number, [crash or "no end"], [names_of(kinds_of(actions))])
         if isinstance(record.actions, str):
-            if kinds_of(actions) != record.actions:
-                return Difference(number, [record.actions], [kinds_of(actions)])
+            names = names_of(kinds_of(actions))
+            if names != record.actions:
+                return Difference(number, [record.actions], [names])
         else:
             again = msgpack.unpackb(codec.encode_actions(actions), strict_map_key=False)
             if msgpack.packb(again) != msgpack.packb(record.actions):  # as bytes, since NaN is not equal to itself

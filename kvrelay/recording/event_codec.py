@@ -15,6 +15,7 @@ from kvrelay.errors import KVRelayError, RemoteProtocolError, TransferError
 from kvrelay.machine.contract import Received, Send
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.messages.base import Message
 
 _KINDS: list[type[TransferError]] = [TransferError, *TransferError.__subclasses__()]
 _ERRORS = {kind.__name__: kind for kind in _KINDS}
@@ -47,7 +48,7 @@ class EventCodec:
         kind = type(event)
         if kind is Received:
             message = event.message
-            sizes = [part.nbytes for part in event.payload]
+            sizes = [part.nbytes for part in event.payload] if event.payload else ()
             return self._encoder.encode((now, "Received", (event.peer, type(message).__name__, message, sizes)))
         return self._encoder.encode((now, kind.__name__, event))
 
@@ -89,14 +90,17 @@ class EventCodec:
         raise NotImplementedError(kind)
 
 
-def kinds_of(actions: Sequence[Any]) -> str:
-    """Return the types of ``actions`` in order, and for those that send, the type of the message."""
-    return " ".join(
-        [
-            f"Send:{action.message.__class__.__name__}" if action.__class__ is Send else action.__class__.__name__
-            for action in actions
-        ]
-    )
+def kinds_of(actions: Sequence[Any]) -> tuple[type, ...]:
+    """Return the types of ``actions`` in order; instead of Send the type of the message."""
+    kinds = tuple(map(type, actions))
+    if Send in kinds:
+        kinds = tuple([type(action.message) if type(action) is Send else type(action) for action in actions])
+    return kinds
+
+
+def names_of(kinds: Sequence[type]) -> str:
+    """Return ``kinds`` as a text: names of actions, or ``Send:`` and the name of the message."""
+    return " ".join(f"Send:{kind.__name__}" if issubclass(kind, Message) else kind.__name__ for kind in kinds)
 
 
 def _named(action: Any) -> tuple[Any, ...]:

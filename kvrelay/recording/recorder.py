@@ -1,7 +1,7 @@
 """The recording of one process: its last events, encoded at once, within a bound of bytes.
 
 References to the events would be cheaper to take and dearer to keep: the thousands of objects that then live longer
-cost a decode node 20 % of its machine's time, the bytes 3 % (docs/adr/0022). What a machine does with an event after
+cost a decode node 20 % of its machine's time, the bytes 7 % (docs/adr/0022). What a machine does with an event after
 it was recorded changes nothing here, and no request's memory is held.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -19,16 +19,14 @@ from kvrelay.recording.settings import RecordingSettings
 _RECORD_BYTES = 200
 """What a record takes beside its bytes, about."""
 
+_KIND_BYTES = 8
 
 _UNENCODABLE = (ValueError, OverflowError)
 """Raised for a text with half a surrogate pair, and for numbers beyond 64 bits. The machine decides what they mean."""
 
 
-class Record(NamedTuple):
-    """One event, encoded, and what it led to: the types of the actions, or the actions, encoded; None: no end."""
-
-    event: bytes
-    actions: str | bytes | None
+Record: TypeAlias = tuple[bytes, tuple[type, ...] | bytes | None]
+"""One event, encoded, and what it led to: the types of the actions, or the actions, encoded; None: it is not over."""
 
 
 class Recording(NamedTuple):
@@ -76,14 +74,14 @@ class Recorder:
         event, self._begun = self._begun, None
         if event is None:
             return
-        record = Record(event, self._encoded(actions) if self._settings.actions else kinds_of(actions))
+        record: Record = (event, self._encoded(actions) if self._settings.actions else kinds_of(actions))
         self._records.append(record)
         self._size += _size(record)
         while self._size > self._settings.max_bytes:
             self._size -= _size(self._records.popleft())
             self._num_forgotten += 1
 
-    def _encoded(self, actions: Sequence[object]) -> str | bytes:
+    def _encoded(self, actions: Sequence[object]) -> tuple[type, ...] | bytes:
         try:
             return self._codec.encode_actions(actions)
         except _UNENCODABLE:
@@ -93,9 +91,12 @@ class Recorder:
         """Return what is remembered now. An event that is still handled, or broke the machine, is its last record."""
         records = list(self._records)
         if self._begun is not None:
-            records.append(Record(self._begun, None))
+            records.append((self._begun, None))
         return Recording(self._process, self._role, self._start, self._codec, self._num_forgotten, records)
 
 
 def _size(record: Record) -> int:
-    return _RECORD_BYTES + len(record.event) + len(record.actions or b"")
+    event, led_to = record
+    if type(led_to) is bytes:
+        return _RECORD_BYTES + len(event) + len(led_to)
+    return _RECORD_BYTES + len(event) + _KIND_BYTES * len(led_to or ())

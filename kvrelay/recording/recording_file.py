@@ -19,6 +19,7 @@ import msgspec
 
 import kvrelay
 from kvrelay.errors import KVRelayError, RemoteProtocolError
+from kvrelay.recording.event_codec import names_of
 from kvrelay.recording.recorder import Record, Recording
 from kvrelay.recording.redaction import without_prompts
 
@@ -116,30 +117,29 @@ def opened(path: Path) -> Iterator[tuple[Header, Iterator[RawRecord]]]:
 
 
 def _packed(record: Record) -> bytes:
-    actions = record.actions
-    if actions is None:
-        actions = _NONE
-    elif isinstance(actions, str):
-        actions = msgspec.msgpack.encode(actions)
-    return _PAIR + record.event + actions
+    event, actions = record
+    if isinstance(actions, tuple):
+        actions = msgspec.msgpack.encode(names_of(actions))
+    return _PAIR + event + (_NONE if actions is None else actions)
 
 
 def _redacted(record: Record, recording: Recording) -> Record:
     """Return ``record`` without tokens. Of the actions only the types are left."""
-    actions = record.actions
+    encoded, actions = record
     if isinstance(actions, bytes):
-        actions = named(msgpack.unpackb(actions, strict_map_key=False))
-    unpacked = msgpack.unpackb(record.event, strict_map_key=False)
+        names = named(msgpack.unpackb(actions, strict_map_key=False))
+        actions = msgspec.msgpack.encode(names)
+    unpacked = msgpack.unpackb(encoded, strict_map_key=False)
     try:
         now, event = recording.codec.decode(unpacked)
     except RemoteProtocolError:  # it could not be encoded, and is a text
         now, kind, _ = unpacked
-        return Record(msgspec.msgpack.encode((now, kind, "")), actions)
-    return Record(recording.codec.encode(without_prompts(event), now), actions)
+        return msgspec.msgpack.encode((now, kind, "")), actions
+    return recording.codec.encode(without_prompts(event), now), actions
 
 
 def named(actions: list[Any]) -> str:
-    """Return the types of encoded actions, as ``kinds_of`` does."""
+    """Return the types of encoded actions, as ``names_of`` does."""
     return " ".join(f"Send:{item[2]}" if item[0] == "Send" else item[0] for item in actions)
 
 

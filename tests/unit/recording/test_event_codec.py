@@ -19,7 +19,7 @@ from kvrelay.machine.contract import CoreAction, CoreEvent, Log, Received, Send,
 from kvrelay.node.recording import NODE_EVENTS
 from kvrelay.protocol.ids import Attempt, PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort
-from kvrelay.recording.event_codec import EventCodec, kinds_of
+from kvrelay.recording.event_codec import EventCodec, kinds_of, names_of
 from router.events import RouterAction
 from router.machine import RouterEvent
 from router.recording import ROUTER_EVENTS
@@ -98,7 +98,7 @@ def test_actions_that_differ_have_different_bytes(kind: type) -> None:
 
 def test_names_of_actions_say_what_is_sent() -> None:
     abort = Send(PeerId("p0#1"), Abort(request_id=RequestId("r"), epoch=1))
-    assert kinds_of([abort, SetTimer("heartbeat", 1.0)]) == "Send:Abort SetTimer"
+    assert names_of(kinds_of([abort, SetTimer("heartbeat", 1.0)])) == "Send:Abort SetTimer"
 
 
 def test_a_log_line_may_have_anything_in_it() -> None:
