@@ -15,7 +15,7 @@ from support.world import World
 from kvrelay.cluster.recorded_machine import codec_of, machine_of
 from kvrelay.cluster.replay import Difference, first_difference, replay
 from kvrelay.errors import ConfigError
-from kvrelay.protocol.ids import peer_name
+from kvrelay.protocol.ids import RequestId, peer_name
 from kvrelay.recording.recording_file import opened, write
 from router.events import ClientGone
 from router.requests import Requests
@@ -122,7 +122,7 @@ def test_a_machine_that_does_something_else_is_found_with_the_event(
     assert found is not None
     with opened(path) as (header, records):
         event = codec_of(header.role).decode(list(records)[found.number].event).event
-    assert event == ClientGone(client.request_id)
+    assert event == ClientGone(RequestId(client.request_id))
     assert any("Abort" in text for text in found.recorded)
     assert found.replayed == ["nothing more"]
     said: list[str] = []

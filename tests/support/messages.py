@@ -317,7 +317,7 @@ def random_values(kind: Any) -> st.SearchStrategy[Any]:
         return st.one_of(*map(random_values, arguments))
     if origin is typing.Literal:
         return st.sampled_from(arguments)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return st.builds(kind, **{name: random_values(hint) for name, hint in hints.items()})
     if issubclass(kind, Enum):
