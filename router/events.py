@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -79,6 +79,13 @@ class DumpRequested:
     node_id: NodeId
     dump_id: str
     with_prompts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResetRequested:
+    """An operator resets the prefix caches of all nodes. ``reset``: a number that no other reset has."""
+
+    reset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +171,28 @@ class DumpReported:
     error: str
 
 
-RouterAction: TypeAlias = Deliver | DumpReported
-"""The router's own actions."""
+@dataclass(frozen=True, slots=True)
+class NodeReset:
+    """What became of a reset on one node, of which ``num_blocks`` were published.
+
+    A lost node's process has ended, or it is out of reach of this router; one of an older version cannot be asked.
+    """
+
+    node_id: NodeId
+    state: Literal["reset", "no_answer", "lost", "unsupported"]
+    num_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResetEnded:
+    """Tell the operator what each node has answered."""
+
+    reset: int
+    nodes: tuple[NodeReset, ...]
+
+
+RouterAction: TypeAlias = Deliver | DumpReported | CacheResetEnded
+"""Actions of the router's own."""
 
 RouterOutbox: TypeAlias = RoleOutbox[RouterAction]
 """The time of the event being handled, and the actions produced so far."""

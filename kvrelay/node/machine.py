@@ -55,6 +55,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegisterAgain,
     Registered,
     RegistrationRefused,
+    ResetPrefixCache,
 )
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
@@ -80,6 +81,7 @@ CommonMessage: TypeAlias = (
     | Drain
     | Dump
     | Abort
+    | ResetPrefixCache
 )
 """Messages that every node takes."""
 
@@ -200,6 +202,8 @@ class NodeMachine(RoleContract[R, S]):
                 request = self.requests.find(Attempt(request_id, epoch))
                 if request is not None and not request.is_over:
                     self._endings.close(request, "aborted")
+            case ResetPrefixCache(reset=reset):
+                self._prefix_reports.reset(peer, reset)
             case _:
                 assert_never(message)
 

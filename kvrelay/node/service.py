@@ -219,6 +219,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         vocab_size=engine.vocab_size,
         prefill_order=node.scheduler.prefill_order,
         can_dump=True,
+        resets_prefix_cache=True,
     )
 
 

@@ -17,6 +17,7 @@ SECRET = frozenset(
         "stop_token_id",
         "stop_token_ids",
         "logit_bias",
+        "token_rules",
         "drafts",
         # probabilities: whoever has the model finds the tokens
         "logprobs",

@@ -76,6 +76,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Dumped,
     Leaving,
     PrefixCacheChanged,
+    PrefixCacheReset,
     PromptLogprobsOut,
     Register,
     RequestFailed,
@@ -96,6 +97,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegisterAgain,
     Registered,
     RegistrationRefused,
+    ResetPrefixCache,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
 from kvrelay.protocol.request import (
@@ -107,6 +109,7 @@ from kvrelay.protocol.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -139,6 +142,7 @@ _SPEC = RequestSpec(
         num_logprobs=1,
         grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
         num_prompt_logprobs=2,
+        token_rules=TokenRules(token_mask([5, 11], 40), BadWords.of([[7], [5, 11], [2, 5, 11]])),
     ),
 )
 _OUTPUT = RequestOutput(
@@ -185,6 +189,7 @@ EXAMPLES: list[Message] = [
     Abort(**_ID),
     Drain(stay_down=True),
     Dump(dump_id="0a1b", with_prompts=True),
+    ResetPrefixCache(reset=7),
     Register(
         node_id=NodeId("p0"),
         incarnation="beef",
@@ -200,6 +205,7 @@ EXAMPLES: list[Message] = [
         vocab_size=151936,
         prefill_order="shortest_first",
         can_dump=True,
+        resets_prefix_cache=True,
     ),
     TokensOut(outputs=[_OUTPUT]),
     PromptLogprobsOut(**_ID, logprobs=_PROMPT_LOGPROBS),
@@ -211,6 +217,7 @@ EXAMPLES: list[Message] = [
     Leaving(),
     Dumped(dump_id="0a1b", process="d0", path="/run/d0.kvrec", error="none"),
     Drained(),
+    PrefixCacheReset(reset=7, num_blocks=300),
     ReserveBlocks(
         **_ID,
         block_hashes=[b"\x00" * 32, b"\xff" * 32],

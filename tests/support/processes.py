@@ -48,7 +48,7 @@ from kvrelay.recording.event_codec import EventCodec
 from kvrelay.recording.recorder import Recorder
 from kvrelay.recording.settings import RecordingSettings
 from prefill_node.machine import PrefillMachine
-from router.events import Deliver
+from router.events import CacheResetEnded, Deliver
 from router.machine import RouterMachine, RouterSettings
 from router.recording import ROUTER_EVENTS
 from support.fake_store import FakeStorageIO
@@ -194,6 +194,7 @@ class RouterProcess(Process):
         super().__init__(world, ROUTER, RouterMachine(settings), [CONTROL])
         self.record(ROUTER, settings, ROUTER_EVENTS)
         self.handle_with(Deliver, world.deliver)
+        self.handle_with(CacheResetEnded, world.cache_resets.append)
         self.post(Started())
 
 
@@ -243,6 +244,7 @@ class NodeProcess(Process):
             num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
+            resets_prefix_cache=True,
         )
 
     def _run_step(self, action: RunStep) -> None:
