@@ -1,8 +1,8 @@
 """The recording of one process: its last events, encoded at once, within a bound of bytes.
 
 References to the events would be cheaper to take and dearer to keep: the thousands of objects that then live longer
-cost a decode node 20 % of its machine's time, the bytes less than half of that (docs/adr/0022). What a machine does with an event after
-it was recorded changes nothing here, and no request's memory is held.
+cost a decode node 20 % of its machine's time, the bytes less than half of that (docs/adr/0022). What a machine does
+with an event after it was recorded changes nothing here, and no request's memory is held.
 """
 
 from __future__ import annotations

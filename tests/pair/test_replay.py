@@ -15,9 +15,9 @@ from support.world import World
 from kvrelay.cluster.recorded_machine import codec_of, machine_of
 from kvrelay.cluster.replay import Difference, first_difference, replay
 from kvrelay.errors import ConfigError
-from kvrelay.protocol.ids import RequestId, peer_name
+from kvrelay.protocol.ids import NodeId, RequestId, peer_name
 from kvrelay.recording.recording_file import opened, write
-from router.events import ClientGone
+from router.events import ClientGone, DumpRequested
 from router.requests import Requests
 
 CHOOSES_PLANS_IN_FLIGHT = True
@@ -165,6 +165,16 @@ def leaves(value: object) -> Iterator[object]:
             yield from leaves(item)
     else:
         yield value
+
+
+def test_a_router_gets_the_files_of_a_node_and_its_messager() -> None:
+    with World() as world:
+        world.router.handle(DumpRequested(NodeId("d0"), "0a1b", with_prompts=False))
+        world.run_until(lambda: len(world.dumps) == 2)
+    assert {(dump.process, dump.path) for dump in world.dumps} == {
+        ("d0", "/d0.kvrec"),
+        ("d0.messager", "/d0.messager.kvrec"),
+    }
 
 
 def test_world_records_every_process() -> None:

@@ -21,6 +21,7 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    DumpWritten,
     EngineLost,
     Exit,
     LayersComputed,
@@ -38,6 +39,7 @@ from kvrelay.machine.contract import (
     StepDone,
     StepFailed,
     TimerFired,
+    WriteDump,
 )
 from kvrelay.node.recording import NODE_EVENTS, NodeStart
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, peer_id, peer_name
@@ -48,7 +50,7 @@ from kvrelay.recording.event_codec import EventCodec
 from kvrelay.recording.recorder import Recorder
 from kvrelay.recording.settings import RecordingSettings
 from prefill_node.machine import PrefillMachine
-from router.events import CacheResetEnded, Deliver
+from router.events import CacheResetEnded, Deliver, DumpReported
 from router.machine import RouterMachine, RouterSettings
 from router.recording import ROUTER_EVENTS
 from support.fake_store import FakeStorageIO
@@ -94,6 +96,7 @@ class Process:
             Ready: lambda _: None,
             Log: self.log.append,
             PublishKVEvents: self.kv_events.append,
+            WriteDump: self._write_dump,
             Exit: lambda action: self.exit(action.reason),
         }
         world.add(self)
@@ -129,6 +132,10 @@ class Process:
         for action in actions:
             self.handlers[type(action)](action)
         self.world.check(self)
+
+    def _write_dump(self, action: WriteDump) -> None:
+        name = peer_name(self.peer)
+        self.post(DumpWritten(action.router, action.dump_id, name, f"/{name}.kvrec", ""))
 
     def pause(self) -> None:
         """Stand still (SIGSTOP): what happens meanwhile is handled after ``resume``."""
@@ -195,6 +202,7 @@ class RouterProcess(Process):
         self.record(ROUTER, settings, ROUTER_EVENTS)
         self.handle_with(Deliver, world.deliver)
         self.handle_with(CacheResetEnded, world.cache_resets.append)
+        self.handle_with(DumpReported, world.dumps.append)
         self.post(Started())
 
 
@@ -245,6 +253,7 @@ class NodeProcess(Process):
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
             resets_prefix_cache=True,
+            can_dump=True,
         )
 
     def _run_step(self, action: RunStep) -> None:

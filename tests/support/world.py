@@ -42,6 +42,7 @@ from router.events import (
     CancelRequested,
     ClientGone,
     Deliver,
+    DumpReported,
     NewRequest,
     PromptLogprobsDelivered,
     RequestEnded,
@@ -180,6 +181,7 @@ class World:
         self.history: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
         self.clients: dict[str, Client] = {}
         self.cache_resets: list[CacheResetEnded] = []
+        self.dumps: list[DumpReported] = []
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
         self.layers_at_once = layers_at_once
