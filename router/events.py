@@ -62,6 +62,17 @@ class DrainRequested(msgspec.Struct, frozen=True):
     stay_down: bool = False
 
 
+class DumpRequested(msgspec.Struct, frozen=True):
+    """An operator wants the recording of this node. DumpReported follows for each of its processes that can be reached.
+
+    ``dump_id``: the operator's name for it.
+    """
+
+    node_id: NodeId
+    dump_id: str
+    with_prompts: bool
+
+
 class CacheResetRequested(msgspec.Struct, frozen=True):
     """An operator resets the prefix caches of all nodes. ``reset``: a number that no other reset has."""
 
@@ -135,6 +146,15 @@ class Deliver(msgspec.Struct, frozen=True):
     delivery: Delivery
 
 
+class DumpReported(msgspec.Struct, frozen=True):
+    """Tell the operator who asked for ``dump_id``: ``process`` has written its recording to ``path``, or the error."""
+
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
 class NodeReset(msgspec.Struct, frozen=True):
     """What became of a reset on one node, of which ``num_blocks`` were published.
 
@@ -153,7 +173,7 @@ class CacheResetEnded(msgspec.Struct, frozen=True):
     nodes: tuple[NodeReset, ...]
 
 
-RouterAction: TypeAlias = Deliver | CacheResetEnded
+RouterAction: TypeAlias = Deliver | DumpReported | CacheResetEnded
 """Actions of the router's own."""
 
 RouterOutbox: TypeAlias = RoleOutbox[RouterAction]

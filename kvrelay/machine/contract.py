@@ -119,6 +119,16 @@ class StoreCounted(msgspec.Struct, frozen=True):
     counters: dict[str, float]
 
 
+class DumpWritten(msgspec.Struct, frozen=True):
+    """Answers WriteDump: the recording of ``process`` is in the file ``path``, or ``error`` says why it is not."""
+
+    router: PeerId
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
 CoreEvent: TypeAlias = (
     Received
     | PeerLost
@@ -134,6 +144,7 @@ CoreEvent: TypeAlias = (
     | KVStored
     | KVLoaded
     | StoreCounted
+    | DumpWritten
 )
 
 # ---------------------------------------------------------------- actions
@@ -247,6 +258,17 @@ class PublishKVEvents(msgspec.Struct, frozen=True):
     events: list[KVEvent]
 
 
+class WriteDump(msgspec.Struct, frozen=True):
+    """Write the recording of this process to a file for ``router``, which calls it ``dump_id``; DumpWritten follows.
+
+    Without ``with_prompts`` tokens are left out.
+    """
+
+    router: PeerId
+    dump_id: str
+    with_prompts: bool
+
+
 CoreAction: TypeAlias = (
     Send
     | Connect
@@ -261,6 +283,7 @@ CoreAction: TypeAlias = (
     | PublishKVEvents
     | Ready
     | Log
+    | WriteDump
     | Exit
 )
 
