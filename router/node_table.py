@@ -73,6 +73,11 @@ class Node:
         return self.registration.geometry.block_size
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes of the KV of a token, over all layers."""
+        return self.registration.geometry.block_bytes / self.block_size
+
+    @property
     def num_requests(self) -> int:
         """Requests on it, including those of other routers."""
         return len(self.pending) + self._foreign_requests

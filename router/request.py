@@ -72,9 +72,9 @@ class RoutedRequest:
 
     ``prefill`` and ``decode``: nodes that may hold state of the attempt (a mixed node is ``decode``). ``avoid``: nodes
     that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
-    that refused it. ``is_prompt_pending``: its nodes count prompt
-    tokens of it that are still to compute. ``num_preempted_blocks``: blocks it waits for after a preemption, None if it
-    is not known to wait.
+    that refused it. ``is_prompt_pending``: its nodes count prompt tokens of it that are still to compute.
+    ``num_preempted_blocks``: blocks it waits for after a preemption, None if it is not known to wait.
+    ``predicted_ttft_s``: what was predicted when its current attempt was dispatched, if the policy predicts.
     """
 
     __slots__ = (
@@ -92,6 +92,7 @@ class RoutedRequest:
         "num_preempted_blocks",
         "output",
         "participants",
+        "predicted_ttft_s",
         "prefill",
         "prompt",
         "refused_by",
@@ -115,6 +116,7 @@ class RoutedRequest:
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
+        self.predicted_ttft_s: float | None = None
         self._num_routed_blocks = MAX_ROUTED_BLOCKS
         self._prefix_keys: list[bytes] | None = None
 

@@ -8,9 +8,7 @@ from typing import assert_never
 from kvrelay.errors import (
     KVRelayError,
     LocalProtocolError,
-    NoNodeError,
     PeerLostError,
-    QueueFullError,
     RequestCancelledError,
     TransferError,
 )
@@ -26,6 +24,7 @@ from kvrelay.protocol.messages.node_to_router import (
     RequestTimeline,
 )
 from kvrelay.protocol.request import FinishReason
+from router.admission import Admission
 from router.attempts import Attempts
 from router.counters import Counters
 from router.decode_search import DecodeSearch
@@ -42,6 +41,7 @@ from router.limits import Limits
 from router.moves import Moves
 from router.node_table import Node, NodeTable
 from router.placement import Placement
+from router.prediction import PredictionErrors
 from router.request import RequestTimer, RoutedRequest, Status, share_routed_blocks
 from router.request_table import RequestTable
 from router.timeline import Timelines
@@ -58,9 +58,11 @@ class Requests:
         self._placement = placement
         self._outbox = outbox
         self._table = RequestTable(placement, outbox)
+        self._admission = Admission(limits, node_table, placement, self._table)
         self._attempts = Attempts(limits.attempts, self._table, placement, outbox, first_epoch)
         self._search = DecodeSearch(self._table, node_table, placement, outbox)
         self._moves = Moves(self._table, self._attempts, placement, outbox)
+        self.prediction_errors = PredictionErrors()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -100,13 +102,15 @@ class Requests:
         for new in requests:
             if new.request_id in self._table:
                 raise LocalProtocolError(f"request id {new.request_id} is in use")
-        refusal = self._refusal(requests)
+        routed = [RoutedRequest(new, self._outbox.now) for new in requests]
+        share_routed_blocks(routed)
+        refusal = self._admission.refusal(routed, self._outbox.now)
         if refusal is not None:
             self.refuse(requests, refusal)
             return
-        opened = [self._table.open(new, self._limits.request_timeout_s) for new in requests]
-        share_routed_blocks(opened)
-        for request in opened:
+        for request in routed:
+            self._table.open(request, self._limits.request_timeout_s)
+        for request in routed:
             self._attempts.dispatch(request)
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
@@ -114,15 +118,6 @@ class Requests:
         self.counters.refused += len(requests)
         for new in requests:
             self._outbox.do(Deliver(new.request_id, RequestErrored.of(error)))
-
-    def _refusal(self, requests: Sequence[NewRequest]) -> KVRelayError | None:
-        most = self._limits.max_queued_requests
-        if len(self) + len(requests) > most:
-            return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
-        reason = self._node_table.unready_reason()
-        if reason is None or self._node_table.may_come(self._outbox.now, self._limits.node_wait_s):
-            return None
-        return NoNodeError(reason)
 
     # ------------------------------------------------------------ messages of nodes
 
@@ -154,6 +149,7 @@ class Requests:
     def _deliver(self, request: RoutedRequest, output: RequestOutput) -> None:
         if output.index == 0:
             self._table.mark(request, "first_token")
+            self._note_error(request)
             # Prefix hits of later attempts on KV computed by the first one are not counted.
             request.num_cached_tokens = min(output.num_cached_tokens, len(request.new.prompt_token_ids))
         self._placement.prompt_is_computed(request)
@@ -168,6 +164,12 @@ class Requests:
             self._outbox.do(Deliver(request.request_id, tokens))
         if output.finish_reason is not None:
             self._table.finish(request, output.finish_reason)
+
+    def _note_error(self, request: RoutedRequest) -> None:
+        """Compare the time to the first token with what was predicted when the request was dispatched."""
+        if request.predicted_ttft_s is not None and request.attempts == 1:
+            dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
+            self.prediction_errors.observe(request.predicted_ttft_s, self._outbox.now - dispatched_s)
 
     def take_prompt_logprobs(self, peer: PeerId, message: PromptLogprobsOut) -> None:
         """Deliver what is new. A node that has no part in the current attempt gets an Abort."""

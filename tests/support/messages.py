@@ -163,6 +163,8 @@ _LOAD = Load(
     num_preempted=11,
     headroom_blocks=12,
     histograms=[HistogramReport("transfer", "shm", [1, 0, 2], 0.75)],
+    prefill_tokens_per_s=13.5,
+    link_bytes_per_s={"d0": 1.5e9},
 )
 
 EXAMPLES: list[Message] = [
@@ -230,7 +232,7 @@ EXAMPLES: list[Message] = [
     KVArrived(**_ID, num_bytes=8192),
     KVFailed(**_ID, error=_ERROR),
     KVCancelled(**_ID),
-    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
+    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}, link_bytes_per_s={"d0": 1.5e9}),
     LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
     LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle", passed_over="shm: no"),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),

@@ -220,6 +220,7 @@ class NodeProcess(Process):
             num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
+            prefill_order=config.scheduler.prefill_order,
         )
 
     def _run_step(self, action: RunStep) -> None:
