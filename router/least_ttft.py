@@ -13,40 +13,25 @@ from router.prediction import Prediction, exposed_transfer_s, link_bytes_per_s, 
 from router.request import RoutedRequest
 
 
-class Receiver(NamedTuple):
-    """A decode node that may get the KV of a prompt.
-
-    ``lacks_blocks``: for its part of the prompt. ``num_bytes``: of the KV that it lacks. ``busy_s``: the time that its
-    requests take from a new one.
-    """
-
-    node: Node
-    lacks_blocks: bool
-    num_bytes: float
-    busy_s: float
-
-
-def _wait_for_kv(prefill: Node | None, receiver: Receiver, prefill_s: float) -> tuple[bool, float]:
-    """Return whether ``receiver`` lacks blocks, and what it adds to the time until the second token, in seconds."""
-    if prefill is None:
-        return receiver.lacks_blocks, receiver.busy_s
-    bytes_per_s = link_bytes_per_s(prefill, receiver.node)
-    num_layers = receiver.node.registration.geometry.num_layers
-    exposed_s = exposed_transfer_s(receiver.num_bytes, bytes_per_s, prefill_s, num_layers)
-    return receiver.lacks_blocks, exposed_s + receiver.busy_s
-
-
 class LeastTTFT(Policy):
-    """Chooses the pair of prefill and decode node, or the mixed node, with the least predicted time to first token.
+    """Chooses the pair of prefill and decode node, or the mixed node, with the least predicted times to first token.
 
-    That time is the wait for other prompts and the computation of what the node's prefix cache lacks
-    (``router.prediction``). The KV transfer is not in it: the prefill node sends the first token while the last layers
-    are still on their way. What is not hidden behind the prefill delays the second token. Pairs are therefore ranked by
-    the sum of both, and limits of the time to first token apply to the first part alone. Where the node that computes
-    the prompt also decodes, nothing is transferred.
+    **The time of the request itself** is the wait for other prompts and the computation of what the node's prefix
+    cache lacks (``router.prediction``). The KV transfer is not in it: the prefill node sends the first token itself, while the
+    last layers are still on their way. What the prefill does not hide delays the second token. So it counts for the
+    choice of a pair, and limits of the time to first token do not apply to it. Where the node that computes the prompt
+    also decodes, nothing is transferred.
 
-    A decode node without free blocks for its part of the prompt comes last. Else the exposed transfer counts, and how
-    busy the node is: as if each of its requests were ``REQUEST_TOKENS`` prompt tokens to compute.
+    **The times of others** count too. A choice that ignores them moves a chat away from its prefix cache to save itself
+    a short wait, and all later prompts wait for what is computed twice. Each token that has to be computed delays
+
+    - prompts that wait on the node and are longer, where the shortest goes first;
+    - prompts to come: while the nodes are busy, about as many come as wait now (Little's law);
+    - whoever needs the blocks that its KV takes: that is taken for one more token to compute, somewhere, with the same
+      consequences.
+
+    **The decode node**: one without free blocks for its part of the prompt comes last. Else the exposed transfer
+    counts, and how busy the node is: as if each of its requests were ``REQUEST_TOKENS`` prompt tokens to compute.
     """
 
     uses_prefixes = True
@@ -61,14 +46,17 @@ class LeastTTFT(Policy):
 
         Ties: the least recently chosen node.
         """
+        tokens_per_s = mean_tokens_per_s(self._nodes)
         if candidates[0].role is Role.DECODE:
-            prefill, receivers = self._nodes.get(request.prefill), self._receivers(candidates, request)
-            prefill_s = 0.0 if prefill is None else self.predict(prefill, request).prefill_s
+            prefill = self._nodes.get(request.prefill)
+            prefill_s = 0.0 if prefill is None else predict(prefill, request, tokens_per_s).prefill_s
+            receivers = _receivers(candidates, request, tokens_per_s)
             costs = [_wait_for_kv(prefill, receiver, prefill_s) for receiver in receivers]
         else:
             decode_nodes = [] if request.wants_one_token else self._nodes.available(Role.DECODE)
-            receivers = self._receivers(decode_nodes, request)
-            costs = [self._cost(node, request, receivers) for node in candidates]
+            receivers = _receivers(decode_nodes, request, tokens_per_s)
+            token_delay_s = (1 + 2 * self._mean_num_prompts()) / tokens_per_s
+            costs = [_cost(node, request, receivers, tokens_per_s, token_delay_s) for node in candidates]
         turns = [self._last_chosen.get(node.node_id, 0) for node in candidates]
         chosen = candidates[min(range(len(candidates)), key=lambda index: (costs[index], turns[index]))]
         self._num_chosen += 1
@@ -83,22 +71,59 @@ class LeastTTFT(Policy):
         """Return the predicted time to first token, in prompt tokens that nodes compute in this time on average."""
         return self.predict(node, request).ttft_s * mean_tokens_per_s(self._nodes)
 
-    def _cost(self, node: Node, request: RoutedRequest, receivers: Sequence[Receiver]) -> tuple[bool, float]:
-        prediction = self.predict(node, request)
-        if node.role is not Role.PREFILL:
-            return False, prediction.ttft_s + REQUEST_TOKENS * node.num_requests / mean_tokens_per_s(self._nodes)
-        lacks_blocks, wait_s = min(
-            (_wait_for_kv(node, receiver, prediction.prefill_s) for receiver in receivers), default=(False, 0.0)
-        )
-        return lacks_blocks, prediction.ttft_s + wait_s
+    def _mean_num_prompts(self) -> float:
+        """Return how many prompts a prefill or mixed node has still to compute, on average."""
+        nodes = self._nodes.available(Role.PREFILL, Role.MIXED)
+        return sum(node.num_prompts for node in nodes) / len(nodes) if nodes else 0.0
 
-    def _receivers(self, decode_nodes: Sequence[Node], request: RoutedRequest) -> list[Receiver]:
-        """Return what a choice of each of ``decode_nodes`` means, apart from the prefill node."""
-        tokens_per_s = mean_tokens_per_s(self._nodes)
-        receivers = []
-        for node in decode_nodes:
-            num_uncached = request.num_tokens - request.num_cached_on(node)
-            lacks_blocks = bool(node.num_heartbeats) and node.prompt_blocks * node.block_size < num_uncached
-            busy_s = (node.pending_tokens + REQUEST_TOKENS * node.num_requests) / tokens_per_s
-            receivers.append(Receiver(node, lacks_blocks, num_uncached * node.token_bytes, busy_s))
-        return receivers
+
+class _Receiver(NamedTuple):
+    """A decode node that may get the KV of a prompt.
+
+    ``lacks_blocks``: for its part of the prompt. ``num_bytes``: of the KV that it lacks. ``busy_s``: the time that its
+    requests take from a new one.
+    """
+
+    node: Node
+    lacks_blocks: bool
+    num_bytes: float
+    busy_s: float
+
+
+def _receivers(decode_nodes: Sequence[Node], request: RoutedRequest, tokens_per_s: float) -> list[_Receiver]:
+    """Return what a choice of each of ``decode_nodes`` means, whichever node computes the prompt."""
+    receivers = []
+    for node in decode_nodes:
+        num_uncached = request.num_tokens - request.num_cached_on(node)
+        lacks_blocks = bool(node.num_heartbeats) and node.prompt_blocks * node.block_size < num_uncached
+        busy_s = (node.pending_tokens + REQUEST_TOKENS * node.num_requests) / tokens_per_s
+        receivers.append(_Receiver(node, lacks_blocks, num_uncached * node.token_bytes, busy_s))
+    return receivers
+
+
+def _wait_for_kv(prefill: Node | None, receiver: _Receiver, prefill_s: float) -> tuple[bool, float]:
+    """Return whether ``receiver`` lacks blocks, and what it adds to the time until the second token, in seconds."""
+    if prefill is None:
+        return receiver.lacks_blocks, receiver.busy_s
+    bytes_per_s = link_bytes_per_s(prefill, receiver.node)
+    num_layers = receiver.node.registration.geometry.num_layers
+    exposed_s = exposed_transfer_s(receiver.num_bytes, bytes_per_s, prefill_s, num_layers)
+    return receiver.lacks_blocks, exposed_s + receiver.busy_s
+
+
+def _cost(
+    node: Node, request: RoutedRequest, receivers: Sequence[_Receiver], tokens_per_s: float, token_delay_s: float
+) -> tuple[bool, float]:
+    """Return whether all decode nodes lack blocks, and for how long ``request`` and others wait if ``node`` gets it.
+
+    ``token_delay_s``: what each token that has to be computed costs requests that are not on ``node`` now.
+    """
+    prediction = predict(node, request, tokens_per_s)
+    num_uncached = request.num_tokens - request.num_cached_on(node)
+    others_s = prediction.prefill_s * node.num_delayed(num_uncached) + token_delay_s * num_uncached
+    cost_s = prediction.ttft_s + others_s
+    if node.role is not Role.PREFILL:
+        return False, cost_s + REQUEST_TOKENS * node.num_requests / tokens_per_s
+    waits = [_wait_for_kv(node, receiver, prediction.prefill_s) for receiver in receivers]
+    lacks_blocks, wait_s = min(waits, default=(False, 0.0))
+    return lacks_blocks, cost_s + wait_s

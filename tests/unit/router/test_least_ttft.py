@@ -16,7 +16,7 @@ from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
-from kvrelay.protocol.messages.router_to_node import Generate, Prefill, Registered
+from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
 from router.admission import TTFT_LIMIT_HEADER
 from router.events import NewRequest, RequestErrored
@@ -129,8 +129,9 @@ def test_the_faster_node_gets_the_prompt_though_more_waits_there() -> None:
     assert cluster.choose(request(110)) == ("p0", "d0")
 
 
-@pytest.mark.parametrize(("waits", "expected"), [(8 * BLOCK - 1, "p0"), (8 * BLOCK + 1, "p1")])
-def test_a_prompt_goes_where_its_prefix_is_if_it_comes_sooner_there(waits: int, expected: str) -> None:
+@pytest.mark.parametrize(("waits", "expected"), [(24 * BLOCK - 1, "p0"), (24 * BLOCK + 1, "p1")])
+def test_a_prompt_goes_where_its_prefix_is_if_all_wait_less_then(waits: int, expected: str) -> None:
+    """Half a prompt waits per node: to compute a token again costs as much as a wait for 1 + (1 + 2 * 0.5) tokens."""
     cluster = Cluster()
     cluster.add("d0")
     cluster.add("p0", tokens_per_s=100.0, has=8 * BLOCK, pending=waits)
@@ -201,8 +202,10 @@ def test_no_pair_is_better_than_the_one_that_is_chosen(
         p, d = nodes[first], nodes[second]
         prediction = predict(p, prompt, typical)
         num_bytes = (prompt.num_tokens - prompt.num_cached_on(d)) * TOKEN_BYTES
+        num_waiting = sum(bool(node.pending_tokens) for name, node in nodes.items() if name[0] == "p") / len(prefill)
+        others_s = (prompt.num_tokens - prompt.num_cached_on(p)) * (1 + 2 * num_waiting) / typical
         exposed_s = exposed_transfer_s(num_bytes, p.load.link_bytes_per_s[second], prediction.prefill_s, 2)
-        return prediction.ttft_s + exposed_s + (d.pending_tokens + REQUEST_TOKENS * d.num_requests) / typical
+        return prediction.ttft_s + others_s + exposed_s + (d.pending_tokens + REQUEST_TOKENS * d.num_requests) / typical
 
     pairs = {(p, d): second_token_s(p, d) for p in nodes if p[0] == "p" for d in nodes if d[0] == "d"}
     chosen = cluster.choose(prompt)
