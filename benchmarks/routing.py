@@ -137,7 +137,7 @@ def measure(policy: RoutingPolicy, seed: int) -> Result:
         world.begin(seed)
         world.run_until(lambda: world.is_over, 10_000.0)
         world.result.total_s = world.now - began_s
-        errors = world.router.machine.requests.prediction_errors.by_direction
+        errors = world.router.machine.requests.prediction_errors
         world.result.late_s, world.result.early_s = errors["late"].total, errors["early"].total
         world.settle()
         return world.result

@@ -32,10 +32,10 @@ class Admission:
         reason = self._node_table.unready_reason()
         if reason is not None and not self._node_table.may_come(now, self._limits.node_wait_s):
             return NoNodeError(reason)
-        too_late = map(self._too_late, requests)
+        too_late = (self._too_late(request, now) for request in requests)
         return next((error for error in too_late if error is not None), None)
 
-    def _too_late(self, request: RoutedRequest) -> TTFTLimitError | None:
+    def _too_late(self, request: RoutedRequest, now: float) -> TTFTLimitError | None:
         """Return the refusal if the first token of ``request`` is predicted to come later than it may.
 
         Each request is looked at as if it came alone. A node that has not measured its speed is no reason to refuse: it
@@ -43,7 +43,7 @@ class Admission:
         """
         own_s = request.new.max_ttft_s
         limit_s = self._limits.ttft_slo_s if own_s is None else own_s
-        prediction = self._placement.predict(request) if limit_s is not None else None
+        prediction = self._placement.predict(request, now) if limit_s is not None else None
         if limit_s is None or prediction is None or not prediction.is_measured or prediction.ttft_s <= limit_s:
             return None
         self._table.counters.refused_for_ttft += 1

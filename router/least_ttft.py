@@ -9,18 +9,19 @@ from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.ids import NodeId
 from router.node_table import Node, NodeTable
 from router.policy import REQUEST_TOKENS, Policy
-from router.prediction import Prediction, exposed_transfer_s, link_bytes_per_s, mean_tokens_per_s, predict
+from router.prediction import Prediction
 from router.request import RoutedRequest
+from router.speeds import exposed_transfer_s, link_bytes_per_s, mean_tokens_per_s, predict
 
 
 class LeastTTFT(Policy):
     """Chooses the pair of prefill and decode node, or the mixed node, with the least predicted times to first token.
 
     **The time of the request itself** is the wait for other prompts and the computation of what the node's prefix
-    cache lacks (``router.prediction``). The KV transfer is not in it: the prefill node sends the first token itself, while the
-    last layers are still on their way. What the prefill does not hide delays the second token. So it counts for the
-    choice of a pair, and limits of the time to first token do not apply to it. Where the node that computes the prompt
-    also decodes, nothing is transferred.
+    cache lacks (``router.speeds``). The KV transfer is not in it: the prefill node sends the first token itself,
+    while the last layers are still on their way. What the prefill does not hide delays the second token. So it counts
+    for the choice of a pair, and limits of the time to first token do not apply to it. Where the node that computes the
+    prompt also decodes, nothing is transferred.
 
     **The times of others** count too. A choice that ignores them moves a chat away from its prefix cache to save itself
     a short wait, and all later prompts wait for what is computed twice. Each token that has to be computed delays

@@ -148,7 +148,7 @@ class _MachineCollector(_NoDescriptions):
             "How much earlier or later than predicted first tokens came.",
             labels=["direction"],
         )
-        for direction, histogram in self._machine.requests.prediction_errors.by_direction.items():
+        for direction, histogram in self._machine.requests.prediction_errors.items():
             errors.add_metric([direction], cumulative(histogram.bounds, histogram.counts, _LONG_S), histogram.total)
         yield errors
         yield from node_families(

@@ -106,7 +106,7 @@ class Node:
         return self.tokens_before(num_tokens) + num_tokens * self.num_delayed(num_tokens)
 
     def num_delayed(self, num_tokens: int) -> int:
-        """Return how many prompts of this router one more of ``num_tokens`` delays: those that are computed after it."""
+        """Return how many prompts of this router are computed after one more of ``num_tokens``, which delays them."""
         if self.registration.prefill_order != "shortest_first":
             return 0
         return sum(pending > num_tokens for pending in self.pending.values())

@@ -8,7 +8,7 @@ from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from router.node_table import Node, NodeTable
 from router.policy import Policy
-from router.prediction import Prediction
+from router.prediction import Prediction, Predictions
 from router.request import RoutedRequest
 
 
@@ -31,9 +31,10 @@ class Placement:
         self._prefill_routing = prefill_routing
         self._decode_routing = decode_routing
         self._local_prefill_tokens = local_prefill_tokens
+        self.predictions = Predictions()
 
-    def enter(self, request: RoutedRequest) -> Node | None:
-        """Choose the node that begins ``request``; None if there is none.
+    def enter(self, request: RoutedRequest, now: float) -> Node | None:
+        """Choose the node that begins ``request`` at time ``now``; None if there is none.
 
         It is a mixed node, a prefill node if a decode node is available, or a decode node that also computes the
         prompt. Nodes that failed the request come last.
@@ -41,8 +42,8 @@ class Placement:
         chosen = self._entry(request)
         if chosen is None:
             return None
-        prediction = self._prefill_routing.predict(chosen, request)
-        request.predicted_ttft_s = prediction.ttft_s if prediction is not None else None
+        raw = self._prefill_routing.predict(chosen, request)
+        request.predictions = None if raw is None else (raw, self.predictions.corrected(raw, now))
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:
@@ -56,13 +57,14 @@ class Placement:
             chosen.give(_num_blocks(request, chosen))
         return chosen
 
-    def predict(self, request: RoutedRequest) -> Prediction | None:
+    def predict(self, request: RoutedRequest, now: float) -> Prediction | None:
         """Return the predicted time to first token on the node that would begin ``request`` now.
 
         None if there is no node, or the policy predicts none.
         """
         node = self._entry(request)
-        return None if node is None else self._prefill_routing.predict(node, request)
+        raw = None if node is None else self._prefill_routing.predict(node, request)
+        return None if raw is None else self.predictions.corrected(raw, now)
 
     def _entry(self, request: RoutedRequest) -> Node | None:
         decode_nodes = self._node_table.available(Role.DECODE)

@@ -1,36 +1,25 @@
-"""Predicted times to first token, from what nodes report and what this router has given them.
-
-Speeds are measured, not configured. A node that has not measured its own (it has just started, or has computed no
-prompt in the last minute) counts as being as fast as the others are on average, and if no node has measured any, as the
-defaults below. A node that restarts is another ``Node``, so that nothing of the old one counts.
-"""
+"""Predicted times to first token, and what has become of them."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvrelay.machine.histogram import Histogram
+from kvrelay.machine.speed import Speed
 from kvrelay.protocol.histograms import FIRST_TOKEN_BOUNDS_S
-from router.node_table import Node
-from router.request import RoutedRequest
-
-DEFAULT_TOKENS_PER_S = 5_000.0
-"""Prompt tokens per second of nodes of which nothing is measured."""
-
-DEFAULT_BYTES_PER_S = 1e9
-"""KV bytes per second of links of which nothing is measured."""
+from kvrelay.protocol.prompt_lengths import NUM_LENGTH_CLASSES, length_class
 
 
 class Prediction(NamedTuple):
     """The time to first token of a request on one node, in seconds: the wait for other prompts and its own prefill.
 
-    ``is_measured``: whether the node has measured how fast it computes prompts.
+    ``num_uncached``: the prompt tokens that it has to compute. ``is_measured``: whether the node has measured how fast
+    it computes prompts.
     """
 
     queue_s: float
     prefill_s: float
+    num_uncached: int
     is_measured: bool
 
     @property
@@ -39,50 +28,26 @@ class Prediction(NamedTuple):
         return self.queue_s + self.prefill_s
 
 
-def mean_tokens_per_s(nodes: Iterable[Node]) -> float:
-    """Return how many prompt tokens per second those of ``nodes`` compute that have measured it, on average."""
-    measured = [node.load.prefill_tokens_per_s for node in nodes if node.load.prefill_tokens_per_s > 0]
-    return statistics.fmean(measured) if measured else DEFAULT_TOKENS_PER_S
+class Predictions:
+    """Corrects predictions by how much later than predicted first tokens came lately, and counts the remaining errors.
 
-
-def predict(node: Node, request: RoutedRequest, others_tokens_per_s: float) -> Prediction:
-    """Predict the time to first token of ``request`` if ``node`` computes the prompt.
-
-    ``others_tokens_per_s``: the speed of ``node`` if it has not measured any.
+    What a prediction does not know is similar for prompts of similar lengths: where the shortest goes first, how many
+    shorter ones will come; that a first token comes at the end of a step; waits for blocks. So each class of lengths
+    has its own factor. The histograms only grow.
     """
-    measured = node.load.prefill_tokens_per_s
-    tokens_per_s = measured or others_tokens_per_s
-    num_uncached = request.num_tokens - request.num_cached_on(node)
-    return Prediction(node.tokens_before(num_uncached) / tokens_per_s, num_uncached / tokens_per_s, measured > 0)
-
-
-def link_bytes_per_s(prefill: Node, decode: Node) -> float:
-    """Return how fast KV moves between two nodes; if none has moved lately, how fast ``prefill`` moves it to others."""
-    measured = prefill.load.link_bytes_per_s
-    known = measured.get(decode.node_id)
-    if known:
-        return known
-    return statistics.fmean(measured.values()) if measured else DEFAULT_BYTES_PER_S
-
-
-def exposed_transfer_s(num_bytes: float, bytes_per_s: float, prefill_s: float, num_layers: int) -> float:
-    """Return for how many seconds the second token waits for the KV after the first token.
-
-    The KV of a layer moves while later layers are computed, and that of the prefill node's prefix cache from the
-    beginning. What remains is the last layer, or what is more than moves during ``prefill_s``.
-    """
-    transfer_s = num_bytes / bytes_per_s
-    return max(transfer_s / num_layers, transfer_s - prefill_s)
-
-
-class PredictionErrors:
-    """How far first tokens came from when they were predicted, in seconds. The histograms only grow."""
 
     def __init__(self) -> None:
-        self.by_direction = {direction: Histogram(FIRST_TOKEN_BOUNDS_S) for direction in ("late", "early")}
+        self._factors = [Speed() for _ in range(NUM_LENGTH_CLASSES)]
+        self.errors = {direction: Histogram(FIRST_TOKEN_BOUNDS_S) for direction in ("late", "early")}
         """``late``: of first tokens that came later than predicted, or on time."""
 
-    def observe(self, predicted_s: float, real_s: float) -> None:
-        """Note a first token that was predicted after ``predicted_s`` and came after ``real_s``."""
-        error_s = real_s - predicted_s
-        self.by_direction["late" if error_s >= 0 else "early"].observe(abs(error_s))
+    def corrected(self, raw: Prediction, now: float) -> Prediction:
+        """Return ``raw`` with another wait: the whole is as much longer as such predictions were too short lately."""
+        factor = self._factors[length_class(raw.num_uncached)].at(now) or 1.0
+        return raw._replace(queue_s=max(0.0, factor * raw.ttft_s - raw.prefill_s))
+
+    def observe(self, raw: Prediction, corrected: Prediction, real_s: float, now: float) -> None:
+        """Note a first token that came after ``real_s``."""
+        self._factors[length_class(raw.num_uncached)].add(real_s, raw.ttft_s, now)
+        error_s = real_s - corrected.ttft_s
+        self.errors["late" if error_s >= 0 else "early"].observe(abs(error_s))

@@ -12,6 +12,7 @@ from kvrelay.errors import (
     RequestCancelledError,
     TransferError,
 )
+from kvrelay.machine.histogram import Histogram
 from kvrelay.machine.laws import Laws
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -41,7 +42,6 @@ from router.limits import Limits
 from router.moves import Moves
 from router.node_table import Node, NodeTable
 from router.placement import Placement
-from router.prediction import PredictionErrors
 from router.request import RequestTimer, RoutedRequest, Status, share_routed_blocks
 from router.request_table import RequestTable
 from router.timeline import Timelines
@@ -62,7 +62,6 @@ class Requests:
         self._attempts = Attempts(limits.attempts, self._table, placement, outbox, first_epoch)
         self._search = DecodeSearch(self._table, node_table, placement, outbox)
         self._moves = Moves(self._table, self._attempts, placement, outbox)
-        self.prediction_errors = PredictionErrors()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -76,6 +75,11 @@ class Requests:
     def timelines(self) -> Timelines:
         """The timelines of requests in progress and of recently ended ones."""
         return self._table.timelines
+
+    @property
+    def prediction_errors(self) -> dict[str, Histogram]:
+        """How far first tokens came from when they were predicted, see ``Predictions.errors``."""
+        return self._placement.predictions.errors
 
     @property
     def by_status(self) -> dict[Status, int]:
@@ -167,9 +171,10 @@ class Requests:
 
     def _note_error(self, request: RoutedRequest) -> None:
         """Compare the time to the first token with what was predicted when the request was dispatched."""
-        if request.predicted_ttft_s is not None and request.attempts == 1:
+        if request.predictions is not None and request.attempts == 1:
             dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
-            self.prediction_errors.observe(request.predicted_ttft_s, self._outbox.now - dispatched_s)
+            now = self._outbox.now
+            self._placement.predictions.observe(*request.predictions, now - dispatched_s, now)
 
     def take_prompt_logprobs(self, peer: PeerId, message: PromptLogprobsOut) -> None:
         """Deliver what is new. A node that has no part in the current attempt gets an Abort."""

@@ -94,7 +94,7 @@ def test_first_tokens_come_about_when_they_were_predicted() -> None:
 
 
 def errors(world: World) -> list[Any]:
-    return list(world.router.machine.requests.prediction_errors.by_direction.values())
+    return list(world.router.machine.requests.prediction_errors.values())
 
 
 def test_a_mixed_cluster_shares_prompts_between_both_kinds_of_nodes() -> None:

@@ -32,13 +32,13 @@ def run(scenario: Callable[[FakeCluster], Awaitable[None]], script: Script | Non
 def test_a_first_token_that_would_be_late_is_429_with_retry_after(path: str, streaming: bool) -> None:
     async def scenario(cluster: FakeCluster) -> None:
         said = [{"role": "user", "content": "hello"}]
-        body = {
+        bodies: dict[str, dict[str, Any]] = {
             "/v1/completions": BODY,
             "/v1/chat/completions": {"messages": said},
             "/v1/responses": {"input": said},
             "/v1/messages": {"messages": said, "max_tokens": 2},
-        }[path]
-        body = {**body, "model": "demo", "stream": streaming}
+        }
+        body = {**bodies[path], "model": "demo", "stream": streaming}
         refused = await cluster.client.post(path, json=body, headers={HEADER: "100"})
         assert refused.status_code == 429, refused.text
         assert int(refused.headers["retry-after"]) >= 1
@@ -83,7 +83,7 @@ def test_the_limit_of_the_config_holds_where_the_client_gives_none() -> None:
 @pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "1e3", "fast", "86400001", "٣", "1" * 400])
 def test_a_header_that_is_no_time_is_400(value: str) -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        refused = await cluster.client.post("/v1/completions", json=BODY, headers={HEADER: value.encode()})
+        refused = await cluster.client.post("/v1/completions", json=BODY, headers=[(HEADER.encode(), value.encode())])
         assert refused.status_code == 400
         error = refused.json()["error"]
         assert (error["code"], error["param"]) == ("invalid_request_error", HEADER)

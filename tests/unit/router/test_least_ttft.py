@@ -24,8 +24,9 @@ from router.least_ttft import LeastTTFT
 from router.limits import Limits
 from router.node_table import Node, NodeTable
 from router.policy import REQUEST_TOKENS
-from router.prediction import DEFAULT_TOKENS_PER_S, exposed_transfer_s, link_bytes_per_s, predict
+from router.prediction import Prediction, Predictions
 from router.request import RoutedRequest
+from router.speeds import DEFAULT_TOKENS_PER_S, exposed_transfer_s, link_bytes_per_s, predict
 
 BLOCK = GEOMETRY.block_size
 TOKEN_BYTES = GEOMETRY.block_bytes / BLOCK
@@ -52,11 +53,18 @@ class Cluster:
         self.policy = LeastTTFT(self.table)
 
     def add(
-        self, name: str, *, tokens_per_s: float = 0.0, pending: int = 0, has: int = 0, free: int = 1000, **links: float
+        self,
+        name: str,
+        *,
+        tokens_per_s: float = 0.0,
+        pending: int = 0,
+        has: int = 0,
+        free: int = 1000,
+        links: dict[str, float] | None = None,
     ) -> Node:
         role = {"p": "prefill", "d": "decode", "m": "mixed"}[name[0]]
         node = self.table.add(PeerId(peer(name)), register(name, role), 0.0)
-        node.take_load(Load(prefill_tokens_per_s=tokens_per_s, link_bytes_per_s=links, free_blocks=free))
+        node.take_load(Load(prefill_tokens_per_s=tokens_per_s, link_bytes_per_s=links or {}, free_blocks=free))
         node.num_heartbeats = 1
         node.prefixes.take(report(*range(has)))
         if pending:
@@ -80,17 +88,17 @@ class Cluster:
 def test_a_prediction_is_the_wait_for_other_prompts_and_for_what_the_prefix_cache_lacks() -> None:
     node = Cluster().add("p0", tokens_per_s=200.0, pending=500, has=6 * BLOCK)
     prediction = predict(node, request(10 * BLOCK), 1.0)
-    assert prediction == (500 / 200, 4 * BLOCK / 200, True)
+    assert prediction == (500 / 200, 4 * BLOCK / 200, 4 * BLOCK, True)
     assert prediction.ttft_s == 500 / 200 + 4 * BLOCK / 200
 
 
 def test_a_node_that_has_measured_nothing_counts_as_being_like_the_others() -> None:
     cluster = Cluster()
     unknown = cluster.add("p0")
-    assert cluster.policy.predict(unknown, request(100)) == (0.0, 100 / DEFAULT_TOKENS_PER_S, False)
+    assert cluster.policy.predict(unknown, request(100)) == (0.0, 100 / DEFAULT_TOKENS_PER_S, 100, False)
     cluster.add("p1", tokens_per_s=100.0)
     cluster.add("m0", tokens_per_s=300.0)
-    assert cluster.policy.predict(unknown, request(100)) == (0.0, 100 / 200, False)
+    assert cluster.policy.predict(unknown, request(100)) == (0.0, 100 / 200, 100, False)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_a_transfer_delays_the_second_token_by_what_the_prefill_does_not_hide(
 
 def test_a_link_that_moved_nothing_counts_as_being_like_the_others_of_the_node() -> None:
     cluster = Cluster()
-    p0, d0, d1 = cluster.add("p0", d0=100.0, d2=300.0), cluster.add("d0"), cluster.add("d1")
+    p0, d0, d1 = cluster.add("p0", links={"d0": 100.0, "d2": 300.0}), cluster.add("d0"), cluster.add("d1")
     assert (link_bytes_per_s(p0, d0), link_bytes_per_s(p0, d1)) == (100.0, 200.0)
     assert link_bytes_per_s(cluster.add("p1"), d0) == 1e9
 
@@ -149,7 +157,7 @@ def test_equals_take_turns() -> None:
 def test_on_a_slow_link_the_decode_node_that_has_the_prefix_is_better_than_an_idle_one() -> None:
     for bytes_per_s, expected in ((100 * TOKEN_BYTES, "d0"), (1e6 * TOKEN_BYTES, "d1")):
         cluster = Cluster()
-        cluster.add("p0", tokens_per_s=1000.0, d0=bytes_per_s, d1=bytes_per_s)
+        cluster.add("p0", tokens_per_s=1000.0, links={"d0": bytes_per_s, "d1": bytes_per_s})
         cluster.add("d0", has=9 * BLOCK, pending=100)
         cluster.add("d1")
         assert cluster.choose(request(10 * BLOCK)) == ("p0", expected)
@@ -157,7 +165,7 @@ def test_on_a_slow_link_the_decode_node_that_has_the_prefix_is_better_than_an_id
 
 def test_a_decode_node_without_blocks_for_the_rest_of_the_prompt_comes_last() -> None:
     cluster = Cluster()
-    cluster.add("p0", d0=1.0, d1=1.0)
+    cluster.add("p0", links={"d0": 1.0, "d1": 1.0})
     cluster.add("d0", has=8 * BLOCK, free=1)
     cluster.add("d1", free=10)
     assert cluster.choose(request(10 * BLOCK)) == ("p0", "d1")
@@ -165,8 +173,8 @@ def test_a_decode_node_without_blocks_for_the_rest_of_the_prompt_comes_last() ->
 
 def test_of_equal_prefill_nodes_the_one_with_the_faster_link_is_chosen() -> None:
     cluster = Cluster()
-    cluster.add("p0", tokens_per_s=1000.0, d0=100 * TOKEN_BYTES)
-    cluster.add("p1", tokens_per_s=1000.0, d0=1e6 * TOKEN_BYTES)
+    cluster.add("p0", tokens_per_s=1000.0, links={"d0": 100 * TOKEN_BYTES})
+    cluster.add("p1", tokens_per_s=1000.0, links={"d0": 1e6 * TOKEN_BYTES})
     cluster.add("d0")
     assert [cluster.choose(request(200)) for _ in range(3)] == [("p1", "d0")] * 3
     assert [cluster.choose(request(200, max_tokens=1))[0] for _ in range(3)] != ["p1"] * 3  # nothing moves
@@ -174,7 +182,7 @@ def test_of_equal_prefill_nodes_the_one_with_the_faster_link_is_chosen() -> None
 
 def test_a_mixed_node_transfers_nothing() -> None:
     cluster = Cluster()
-    cluster.add("p0", tokens_per_s=1000.0, d0=100 * TOKEN_BYTES)
+    cluster.add("p0", tokens_per_s=1000.0, links={"d0": 100 * TOKEN_BYTES})
     cluster.add("d0")
     cluster.add("m0", tokens_per_s=500.0)
     assert cluster.choose(request(200)) == ("m0", None)
@@ -193,7 +201,7 @@ def test_no_pair_is_better_than_the_one_that_is_chosen(
         cluster.add(f"d{index}", pending=pending, has=blocks * BLOCK, tokens_per_s=speed)
     for index, (pending, blocks, speed) in enumerate(prefill):
         links = {f"d{number}": data.draw(st.floats(1e3, 1e9)) for number in range(len(decode))}
-        cluster.add(f"p{index}", pending=pending, has=blocks * BLOCK, tokens_per_s=speed, **links)
+        cluster.add(f"p{index}", pending=pending, has=blocks * BLOCK, tokens_per_s=speed, links=links)
     nodes = {str(node.node_id): node for node in cluster.table}
     speeds = [node.load.prefill_tokens_per_s for node in nodes.values() if node.load.prefill_tokens_per_s]
     typical = sum(speeds) / len(speeds) if speeds else DEFAULT_TOKENS_PER_S
@@ -312,7 +320,7 @@ def test_other_policies_predict_nothing_and_refuse_nothing() -> None:
     driver.submit(prompt("r", 500, max_ttft_s=0.1))
     driver.dispatched()
     driver.tokens("p0", 0, [1])
-    assert not any(sum(found.counts) for found in driver.machine.requests.prediction_errors.by_direction.values())
+    assert not any(sum(found.counts) for found in driver.machine.requests.prediction_errors.values())
 
 
 def test_requests_that_belong_together_are_refused_together() -> None:
@@ -333,7 +341,7 @@ def test_a_prefix_that_a_node_has_makes_the_difference() -> None:
 
 
 def errors(driver: Driver) -> dict[str, tuple[int, float]]:
-    found = driver.machine.requests.prediction_errors.by_direction
+    found = driver.machine.requests.prediction_errors
     return {direction: (sum(histogram.counts), histogram.total) for direction, histogram in found.items()}
 
 
@@ -344,11 +352,43 @@ def test_the_error_of_a_prediction_is_noted_with_the_first_token() -> None:
     driver.now += 1.5
     driver.tokens("p0", 0, [1])
     driver.tokens("d0", 1, [2])
-    assert errors(driver) == {"late": (1, pytest.approx(0.5)), "early": (0, 0.0)}
-    driver.submit(prompt("s", 100, first=1000))
+    assert errors(driver)["late"] == (1, pytest.approx(0.5))
+    assert errors(driver)["early"] == (0, 0.0)
+    driver.submit(prompt("s", 100, first=1000))  # the prediction is corrected now: 1.5 s
     driver.now += 0.25
     driver.tokens("p0", 0, [1], epoch=2, request_id="s")
-    assert errors(driver)["early"] == (1, pytest.approx(0.75))
+    assert errors(driver)["early"] == (1, pytest.approx(1.25))
+
+
+def test_predictions_are_corrected_by_what_came_of_those_for_prompts_of_similar_lengths() -> None:
+    predictions, short, long = Predictions(), Prediction(0.5, 0.5, 100, True), Prediction(1.0, 1.0, 4000, True)
+    assert predictions.corrected(short, 10.0) == short
+    predictions.observe(short, short, 3.0, 10.0)
+    assert predictions.corrected(short, 10.0) == short._replace(queue_s=2.5)
+    assert predictions.corrected(long, 10.0) == long
+    predictions.observe(short, short, 0.1, 11.0)
+    assert 0.5 < predictions.corrected(short, 11.0).queue_s < 2.5
+    assert predictions.corrected(short, 71.5) == short  # so long ago that it may be otherwise now
+
+
+def test_a_correction_never_takes_the_time_of_the_prefill_away() -> None:
+    predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
+    predictions.observe(raw, raw, 0.1, 10.0)
+    assert predictions.corrected(raw, 10.0) == raw._replace(queue_s=0.0)
+
+
+def test_limits_hold_for_corrected_predictions_and_no_longer_than_they_are_known() -> None:
+    driver = cluster_of("p0 d0", slo_s=2.0)
+    measured(driver, "p0", 100.0)
+    driver.submit(prompt("first", 150))
+    driver.now += 3.0
+    driver.tokens("p0", 0, [1], request_id="first")
+    driver.submit(prompt("second", 150, first=1000))  # it would take 3 s, too
+    assert refusal(driver, "second").error.code == "ttft_limit_exceeded"
+    driver.now += 61.0
+    measured(driver, "p0", 100.0)
+    driver.submit(prompt("third", 150, first=2000))
+    assert driver.endings("third") == []
 
 
 def test_of_a_request_that_was_retried_no_error_is_noted() -> None:
