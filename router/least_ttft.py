@@ -13,6 +13,13 @@ from router.prediction import Prediction
 from router.request import RoutedRequest
 from router.speeds import exposed_transfer_s, link_bytes_per_s, mean_tokens_per_s, predict
 
+EVICTION_FACTOR = 3
+"""Tokens to compute, in all, for each token computed on a node whose prefix cache lacks it.
+
+Its KV takes the place of that of another one. If prefix caches have two thirds of what prompts ask for, that one is
+computed again with a probability of 2/3, and so on: 1 / (1 - 2/3).
+"""
+
 
 class LeastTTFT(Policy):
     """Chooses the pair of prefill and decode node, or the mixed node, with the least predicted times to first token.
@@ -27,9 +34,9 @@ class LeastTTFT(Policy):
     a short wait, and all later prompts wait for what is computed twice. Each token that has to be computed delays
 
     - prompts that wait on the node and are longer, where the shortest goes first;
-    - prompts to come: while the nodes are busy, about as many come as wait now (Little's law);
-    - whoever needs the blocks that its KV takes: that is taken for one more token to compute, somewhere, with the same
-      consequences.
+    - prompts to come: while a node is busy, about as many come as wait now (Little's law). What counts is the node
+      where fewest wait: if one is idle, they can go there;
+    - whoever has the KV whose place it takes (``EVICTION_FACTOR``).
 
     **The decode node**: one without free blocks for its part of the prompt comes last. Else the exposed transfer
     counts, and how busy the node is: as if each of its requests were ``REQUEST_TOKENS`` prompt tokens to compute.
@@ -56,7 +63,7 @@ class LeastTTFT(Policy):
         else:
             decode_nodes = [] if request.wants_one_token else self._nodes.available(Role.DECODE)
             receivers = _receivers(decode_nodes, request, tokens_per_s)
-            token_delay_s = (1 + 2 * self._mean_num_prompts()) / tokens_per_s
+            token_delay_s = (EVICTION_FACTOR * (1 + self._least_num_prompts()) - 1) / tokens_per_s
             costs = [_cost(node, request, receivers, tokens_per_s, token_delay_s) for node in candidates]
         turns = [self._last_chosen.get(node.node_id, 0) for node in candidates]
         chosen = candidates[min(range(len(candidates)), key=lambda index: (costs[index], turns[index]))]
@@ -72,10 +79,9 @@ class LeastTTFT(Policy):
         """Return the predicted time to first token, in prompt tokens that nodes compute in this time on average."""
         return self.predict(node, request).ttft_s * mean_tokens_per_s(self._nodes)
 
-    def _mean_num_prompts(self) -> float:
-        """Return how many prompts a prefill or mixed node has still to compute, on average."""
-        nodes = self._nodes.available(Role.PREFILL, Role.MIXED)
-        return sum(node.num_prompts for node in nodes) / len(nodes) if nodes else 0.0
+    def _least_num_prompts(self) -> int:
+        """Return how many prompts the prefill or mixed node has still to compute that has fewest."""
+        return min((node.num_prompts for node in self._nodes.available(Role.PREFILL, Role.MIXED)), default=0)
 
 
 class _Receiver(NamedTuple):

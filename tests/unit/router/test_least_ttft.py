@@ -20,7 +20,7 @@ from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
 from router.admission import TTFT_LIMIT_HEADER
 from router.events import NewRequest, RequestErrored
-from router.least_ttft import LeastTTFT
+from router.least_ttft import EVICTION_FACTOR, LeastTTFT
 from router.limits import Limits
 from router.node_table import Node, NodeTable
 from router.policy import REQUEST_TOKENS
@@ -139,7 +139,7 @@ def test_the_faster_node_gets_the_prompt_though_more_waits_there() -> None:
 
 @pytest.mark.parametrize(("waits", "expected"), [(24 * BLOCK - 1, "p0"), (24 * BLOCK + 1, "p1")])
 def test_a_prompt_goes_where_its_prefix_is_if_all_wait_less_then(waits: int, expected: str) -> None:
-    """Half a prompt waits per node: to compute a token again costs as much as a wait for 1 + (1 + 2 * 0.5) tokens."""
+    """To compute a token that p0 has, and those for which there is no room then, is worth a wait for three."""
     cluster = Cluster()
     cluster.add("d0")
     cluster.add("p0", tokens_per_s=100.0, has=8 * BLOCK, pending=waits)
@@ -210,8 +210,9 @@ def test_no_pair_is_better_than_the_one_that_is_chosen(
         p, d = nodes[first], nodes[second]
         prediction = predict(p, prompt, typical)
         num_bytes = (prompt.num_tokens - prompt.num_cached_on(d)) * TOKEN_BYTES
-        num_waiting = sum(bool(node.pending_tokens) for name, node in nodes.items() if name[0] == "p") / len(prefill)
-        others_s = (prompt.num_tokens - prompt.num_cached_on(p)) * (1 + 2 * num_waiting) / typical
+        num_waiting = min(bool(node.pending_tokens) for name, node in nodes.items() if name[0] == "p")
+        weight = EVICTION_FACTOR * (1 + num_waiting) - 1
+        others_s = (prompt.num_tokens - prompt.num_cached_on(p)) * weight / typical
         exposed_s = exposed_transfer_s(num_bytes, p.load.link_bytes_per_s[second], prediction.prefill_s, 2)
         return prediction.ttft_s + others_s + exposed_s + (d.pending_tokens + REQUEST_TOKENS * d.num_requests) / typical
 
@@ -219,6 +220,16 @@ def test_no_pair_is_better_than_the_one_that_is_chosen(
     chosen = cluster.choose(prompt)
     assert chosen[1] is not None
     assert pairs[chosen[0], chosen[1]] == pytest.approx(min(pairs.values()))
+
+
+def test_where_all_nodes_are_busy_a_longer_wait_is_worth_it() -> None:
+    """With a prompt waiting everywhere, computing a token again also delays the next one to come."""
+    for idle, expected in ((True, "p1"), (False, "p0")):
+        cluster = Cluster()
+        cluster.add("d0")
+        cluster.add("p0", tokens_per_s=100.0, has=8 * BLOCK, pending=30 * BLOCK)
+        cluster.add("p1", tokens_per_s=100.0, pending=0 if idle else 1)
+        assert cluster.choose(request(10 * BLOCK)) == (expected, "d0")
 
 
 # ---------------------------------------------------------------- in the machine
