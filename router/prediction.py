@@ -47,7 +47,8 @@ class Predictions:
         return raw._replace(queue_s=max(0.0, factor * raw.ttft_s - raw.prefill_s))
 
     def observe(self, raw: Prediction, corrected: Prediction, real_s: float, now: float) -> None:
-        """Note a first token that came after ``real_s``."""
-        self._factors[length_class(raw.num_uncached)].add(real_s, raw.ttft_s, now)
+        """Note a first token that came after ``real_s``. Predictions without a measured speed correct nothing."""
+        if raw.is_measured:
+            self._factors[length_class(raw.num_uncached)].add(real_s, raw.ttft_s, now)
         error_s = real_s - corrected.ttft_s
         self.errors["late" if error_s >= 0 else "early"].observe(abs(error_s))

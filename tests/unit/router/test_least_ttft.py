@@ -388,6 +388,12 @@ def test_a_correction_never_takes_the_time_of_the_prefill_away() -> None:
     assert predictions.corrected(raw, 10.0) == raw._replace(queue_s=0.0)
 
 
+def test_what_was_predicted_from_defaults_corrects_nothing() -> None:
+    predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, False)
+    predictions.observe(raw, raw, 9.0, 10.0)
+    assert predictions.corrected(raw, 10.0) == raw
+
+
 def test_limits_hold_for_corrected_predictions_and_no_longer_than_they_are_known() -> None:
     driver = cluster_of("p0 d0", slo_s=2.0)
     measured(driver, "p0", 100.0)
