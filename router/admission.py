@@ -14,6 +14,9 @@ from router.request_table import RequestTable
 TTFT_LIMIT_HEADER = "x-llm-d-slo-ttft-ms"
 """The header in which a client gives the longest time to first token that it accepts, in milliseconds."""
 
+MAX_PREDICTED_AT_ONCE = 64
+"""Requests of one client's request whose times to first token are predicted, so that they do not hold the loop."""
+
 
 class Admission:
     """Refuses requests if too many are in progress, no node can serve them, or first tokens would come too late."""
@@ -32,7 +35,7 @@ class Admission:
         reason = self._node_table.unready_reason()
         if reason is not None and not self._node_table.may_come(now, self._limits.node_wait_s):
             return NoNodeError(reason)
-        too_late = (self._too_late(request, now) for request in requests)
+        too_late = (self._too_late(request, now) for request in requests[:MAX_PREDICTED_AT_ONCE])
         return next((error for error in too_late if error is not None), None)
 
     def _too_late(self, request: RoutedRequest, now: float) -> TTFTLimitError | None:

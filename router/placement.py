@@ -9,7 +9,7 @@ from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from router.node_table import Node, NodeTable
 from router.policy import Policy
 from router.prediction import Prediction, Predictions
-from router.request import RoutedRequest
+from router.request import RoutedRequest, Status
 
 
 class Placement:
@@ -153,6 +153,12 @@ class Placement:
         tried = request.avoid.union(request.nodes)
         roles = {node.role for node in self._node_table if node.peer not in tried and not node.leaving}
         return self._node_table.can_serve(roles)
+
+    def first_token_came(self, request: RoutedRequest, now: float) -> None:
+        """Compare the time to the first token with what was predicted, unless an earlier attempt had failed."""
+        if request.predictions is not None and request.attempts == 1:
+            dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
+            self.predictions.observe(*request.predictions, now - dispatched_s, now)
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """Record that no prompt tokens are left to compute."""

@@ -46,6 +46,9 @@ from router.request import RequestTimer, RoutedRequest, Status, share_routed_blo
 from router.request_table import RequestTable
 from router.timeline import Timelines
 
+MAX_DISPATCHED_AT_ONCE = 64
+"""Requests of one submission that are dispatched in one event. Each of the others has an event of its own."""
+
 
 class Requests:
     """All requests. Each admitted request gets exactly one terminal delivery."""
@@ -114,8 +117,10 @@ class Requests:
             return
         for request in routed:
             self._table.open(request, self._limits.request_timeout_s)
-        for request in routed:
+        for request in routed[:MAX_DISPATCHED_AT_ONCE]:
             self._attempts.dispatch(request)
+        for request in routed[MAX_DISPATCHED_AT_ONCE:]:
+            self._attempts.dispatch_soon(request)
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
         """Refuse ``requests`` with ``error``."""
@@ -153,7 +158,7 @@ class Requests:
     def _deliver(self, request: RoutedRequest, output: RequestOutput) -> None:
         if output.index == 0:
             self._table.mark(request, "first_token")
-            self._note_error(request)
+            self._placement.first_token_came(request, self._outbox.now)
             # Prefix hits of later attempts on KV computed by the first one are not counted.
             request.num_cached_tokens = min(output.num_cached_tokens, len(request.new.prompt_token_ids))
         self._placement.prompt_is_computed(request)
@@ -168,13 +173,6 @@ class Requests:
             self._outbox.do(Deliver(request.request_id, tokens))
         if output.finish_reason is not None:
             self._table.finish(request, output.finish_reason)
-
-    def _note_error(self, request: RoutedRequest) -> None:
-        """Compare the time to the first token with what was predicted when the request was dispatched."""
-        if request.predictions is not None and request.attempts == 1:
-            dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
-            now = self._outbox.now
-            self._placement.predictions.observe(*request.predictions, now - dispatched_s, now)
 
     def take_prompt_logprobs(self, peer: PeerId, message: PromptLogprobsOut) -> None:
         """Deliver what is new. A node that has no part in the current attempt gets an Abort."""

@@ -188,9 +188,9 @@ _RENAMED = (
 """(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
-def _in_reading_order(problem: str) -> list[str | int]:
+def _in_reading_order(problem: str) -> list[str]:
     """Sort ``file:9:`` before ``file:10:``."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
+    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
 
 
 def _field_problems(error: ValidationError, document: Document) -> list[tuple[Key, str]]:
@@ -198,7 +198,7 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
     problems: list[tuple[Key, str]] = []
     for item in error.errors(include_url=False):
         key: Key = (*item["loc"], *item.get("ctx", {}).get("key", ()))
-        inherited = key[0] == "nodes" and len(key) > 2 and key[2] in Sections.model_fields and not document.has(key)
+        inherited = len(key) > 2 and key[0] == "nodes" and key[2] in Sections.model_fields and not document.has(key)
         if not inherited:
             problems.append((key, _reason(item["type"], item["msg"], key, document)))
     return problems
@@ -241,4 +241,11 @@ def _located_sections(sections: Sections, config_dir: Path) -> dict[str, Section
 def _located(path: str, config_dir: Path) -> str:
     """Return ``path`` resolved against the current directory or, if it is missing there, the config file's."""
     here, there = Path(path).absolute(), (config_dir / path).absolute()
-    return str(there if there.exists() and not here.exists() else here)
+    return str(there if _exists(there) and not _exists(here) else here)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long
+        return False
