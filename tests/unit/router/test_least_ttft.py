@@ -351,7 +351,7 @@ def test_a_prefix_that_a_node_has_makes_the_difference() -> None:
     driver.dispatched()
 
 
-def errors(driver: Driver) -> dict[str, tuple[int, float]]:
+def errors(driver: Driver) -> dict[str, Any]:
     found = driver.machine.requests.prediction_errors
     return {direction: (sum(histogram.counts), histogram.total) for direction, histogram in found.items()}
 
