@@ -13,6 +13,8 @@ from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.recording.settings import RecordingSettings
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import configured_keys
 from kvrelay.runtime.message_faults import MessageFaults
@@ -28,6 +30,7 @@ from router.events import (
     Deliver,
     Delivery,
     DrainRequested,
+    DumpReported,
     NewRequest,
     NodeReset,
     RequestErrored,
@@ -39,7 +42,9 @@ from router.follower import following
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
+from router.node_dumps import NodeDumps
 from router.preparation_pool import Preparer
+from router.recording import ROUTER_EVENTS
 
 STOPPING = "the router is stopping"
 """Why a router that ends serves nothing more."""
@@ -86,7 +91,10 @@ class RouterService:
         self.preparer = Preparer(config, model)
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
-        self.machine = RouterMachine(router_settings(config, self._incarnation))
+        settings = router_settings(config, self._incarnation)
+        self.machine = RouterMachine(settings)
+        self.dumps = Dumps(ROUTER, ROUTER, settings, ROUTER_EVENTS, RecordingSettings.of(config.recording))
+        self.node_dumps = NodeDumps(self._post)
         self._sinks: dict[RequestId, Sink] = {}
         self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}
         self._shell: Shell | None = None
@@ -100,7 +108,14 @@ class RouterService:
         Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
         shell = self._shell = Shell(
-            self.machine, clock=self.clock, handlers={Deliver: self._deliver, CacheResetEnded: self._reset_ended}
+            self.machine,
+            clock=self.clock,
+            dumps=self.dumps,
+            handlers={
+                Deliver: self._deliver,
+                CacheResetEnded: self._reset_ended,
+                DumpReported: self.node_dumps.take,
+            },
         )
         keys = configured_keys(self.config.security, ROUTER)
         faults = MessageFaults.of(self.config.faults)

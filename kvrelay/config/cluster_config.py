@@ -21,6 +21,7 @@ from kvrelay.config.base import Host, Port, Section
 from kvrelay.config.document import Document, Key
 from kvrelay.config.faults import FaultsConfig
 from kvrelay.config.kv_events import KVEventsConfig
+from kvrelay.config.recording import RecordingConfig
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.scheduling import (
     FixedBlocksConfig,
@@ -83,6 +84,7 @@ class Sections(Section):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     kv_events: KVEventsConfig = Field(default_factory=KVEventsConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    recording: RecordingConfig = Field(default_factory=RecordingConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)

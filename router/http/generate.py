@@ -46,18 +46,12 @@ def _new_name() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    """Return the value of a request header, the last one if it is repeated, or nothing."""
-    value: bytes = dict(scope["headers"]).get(name, b"")
-    return value
-
-
 def _max_ttft_s(scope: Scope) -> float | None:
     """Return the longest time to first token that the client accepts, in seconds; None: it has not said.
 
     Raises InvalidRequestError if the header is no number, or out of bounds.
     """
-    given = _header(scope, TTFT_LIMIT_HEADER.encode())
+    given: bytes = dict(scope["headers"]).get(TTFT_LIMIT_HEADER.encode(), b"")
     if not given:
         return None
     text = given.decode("latin-1")
@@ -88,7 +82,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        given = _header(scope, b"x-request-id")
+        given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")  # the last one if it is repeated
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
             name = _new_name()
@@ -113,7 +107,8 @@ class GenerateEndpoint:
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
         note_requests(scope, request_ids)
-        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        given = dict(scope["headers"])
+        named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         max_ttft_s = _max_ttft_s(scope)
         choices = list(self._choices(answer_id, request_ids, outcome, session, max_ttft_s))
