@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from driver import Driver, new_request, peer
 from fake_nodes import GEOMETRY, register
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
