@@ -2,6 +2,7 @@
 #
 #   packages NAME ...    installs packages of PyPI; prints their versions
 #   node_packages NAME   installs packages of npm; prints their versions
+#   cpu_torch            installs torch's CPU build
 #   debian NAME ...      unpacks packages of Debian, with what they need; prints their versions
 #   cluster [KEY=VALUE]  starts 1P1D with the demo model on free ports, with these settings (as `--set` has them)
 #   client [ARG ...]     runs the Python program on standard input, with URL in its environment
@@ -38,7 +39,7 @@ trap 'exit 130' INT TERM
 packages() {
     export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
     local python=$environment/bin/python
-    if ! { { [ -x "$python" ] || "$root/.venv/bin/uv" venv --quiet "$environment"; } &&
+    if ! { { [ -x "$python" ] || "$root/.venv/bin/uv" venv --quiet --allow-existing "$environment"; } &&
         "$root/.venv/bin/uv" pip install --quiet --python "$python" "$@"; } 2>"$work/install"; then
         cat "$work/install" >&2
         "$root/.venv/bin/python" -m venv --clear "$environment"
@@ -51,6 +52,10 @@ packages() {
     done
 }
 
+cpu_torch() { # torch's CPU build, for clients that need torch; PyPI has only a CUDA build of several GB
+    UV_FIND_LINKS=${PIP_FIND_LINKS:-} packages "$(sed -n 's/^torch=\([^ ]*\).*/torch==\1/p' "$root/scripts/setup-torch")" > /dev/null
+}
+
 node_packages() {
     mkdir -p "$environment"
     npm install --silent --no-audit --no-fund --prefix "$environment" "$@"
@@ -61,16 +66,16 @@ node_packages() {
 }
 
 debian() {
-    if [ ! -d "$environment/usr" ]; then
-        mkdir -p "$work/archives/partial"
+    if ! dpkg --status "$@" > /dev/null 2>&1 && [ ! -d "$environment/debian/usr" ]; then
+        mkdir -p "$work/archives/partial" "$environment/debian"
         local apt=(apt-get --quiet=2 -o Debug::NoLocking=1 -o "Dir::Cache::archives=$work/archives")
         "${apt[@]}" install --yes --no-install-recommends --download-only "$@" > "$work/install" 2>&1 || {
             cat "$work/install" >&2
             echo "apt-get cannot download $*; 'apt-get update' may help" >&2
             return 1
         }
-        local archive
-        for archive in "$work"/archives/*.deb; do dpkg --extract "$archive" "$environment"; done
+        # Those that this machine has installed are not downloaded; `unpacked` finds them too.
+        find "$work/archives" -name '*.deb' -exec dpkg --extract {} "$environment/debian" \;
     fi
     local package
     for package in "$@"; do
@@ -79,7 +84,7 @@ debian() {
 }
 
 unpacked() {
-    LD_LIBRARY_PATH=$environment/usr/lib/$(uname -m)-linux-gnu PATH=$environment/usr/sbin:$environment/usr/bin:$PATH command "$@"
+    LD_LIBRARY_PATH=$environment/debian/usr/lib/$(uname -m)-linux-gnu PATH=$environment/debian/usr/sbin:$environment/debian/usr/bin:$PATH command "$@"
 }
 
 free_ports() {
@@ -108,7 +113,8 @@ cluster() {
     fi
     local ports
     read -r -a ports < <(free_ports 7)
-    export URL=http://127.0.0.1:${ports[0]} METRICS_URLS="http://127.0.0.1:${ports[5]} http://127.0.0.1:${ports[6]}"
+    export URL=http://127.0.0.1:${ports[0]} ADMIN_URL=http://127.0.0.1:${ports[1]}
+    export METRICS_URLS="http://127.0.0.1:${ports[5]} http://127.0.0.1:${ports[6]}"
     cat > "$work/cluster.yaml" <<YAML
 model:
   path: $root/models/demo
