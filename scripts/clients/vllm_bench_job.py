@@ -24,13 +24,22 @@ PATHS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 def run(serve, kind: str) -> None:
     """Send the requests of one kind and compare the counts."""
     server = ServerTokens()
-    ids = [[5 + number, *range(5, 4 + PROMPT)] for number in range(REQUESTS)]
-    prompts = ids if kind == "openai" else [f"The red key lies in box {number}. Where is it?" for number in range(REQUESTS)]
-    requests = [SampleRequest(prompt, PROMPT, OUTPUT, f"{kind}-{number}") for number, prompt in enumerate(prompts)]
+    requests = [
+        SampleRequest(
+            [5 + number, *range(5, 4 + PROMPT)]
+            if kind == "openai"
+            else f"The red key lies in box {number}. Where is it?",
+            PROMPT,
+            OUTPUT,
+            f"{kind}-{number}",
+        )
+        for number in range(REQUESTS)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         result = asyncio.run(serve.benchmark(
-            task_type=serve.TaskType.GENERATION, endpoint_type=kind, api_url=URL + PATHS[kind], base_url=URL, model_id="demo",
-            model_name="demo", tokenizer=object(), input_requests=requests, logprobs=None, request_rate=float("inf"),
+            task_type=serve.TaskType.GENERATION, endpoint_type=kind, api_url=URL + PATHS[kind], base_url=URL,
+            model_id="demo", model_name="demo", tokenizer=object(), input_requests=requests, logprobs=None,
+            request_rate=float("inf"),
             burstiness=1.0, disable_tqdm=True, num_warmups=0, profile=False, selected_percentile_metrics=["ttft"],
             selected_percentiles=[50.0], ignore_eos=True, goodput_config_dict={}, max_concurrency=4, lora_modules=None,
             extra_headers=None, extra_body=None,
