@@ -10,6 +10,7 @@ from urllib.parse import quote
 import httpx
 
 from kvrelay.errors import KVRelayError
+from kvrelay.protocol.ids import ROUTER
 
 _TIMEOUT = httpx.Timeout(5.0, read=600.0)
 
@@ -67,6 +68,21 @@ class ClusterClient:
         if not response.is_success:
             raise KVRelayError(_error_text(response))
 
+    def dump(self, name: str, *, prompts: bool) -> list[dict[str, str]]:
+        """Have a node and its messager, or the ``router``, write their recordings; return the files.
+
+        Each has ``process``, and ``path`` on its host or ``error``; the other of the two is empty.
+        """
+        path = "/cluster/dump" if name == ROUTER else f"/cluster/nodes/{quote(name, safe='')}/dump"
+        try:
+            response = self._http.post(path, params={"prompts": "true"} if prompts else {})
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise KVRelayError(_error_text(response))
+        files: list[dict[str, str]] = response.json()["files"]
+        return files
+
     def cancel(self, request_id: str) -> list[dict[str, str]]:
         """Cancel a request by its client's id; return ``request_id`` and last ``state`` of each choice."""
         try:
@@ -77,6 +93,20 @@ class ClusterClient:
             raise KVRelayError(_error_text(response))
         cancelled: list[dict[str, str]] = response.json()["requests"]
         return cancelled
+
+    def reset_prefix_cache(self) -> list[dict[str, Any]]:
+        """Have all nodes forget their prefix caches; return ``name``, ``state`` and ``blocks`` of each.
+
+        Some may not have done it (``state`` is not "reset").
+        """
+        try:
+            response = self._http.post("/reset_prefix_cache", timeout=None)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        nodes: list[dict[str, Any]] | None = _json_object(response).get("nodes")
+        if nodes is None:
+            raise KVRelayError(_error_text(response))
+        return nodes
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
         """Stream the answer to ``messages`` as (request id, new text) pairs."""

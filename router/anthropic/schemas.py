@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from router.anthropic.messages import chat_messages, text_of
-from router.openai.dialect import EXTRA_FIELDS, Reading, chat_request, object_at, refuse, text_at
+from router.openai.dialect import EXTRA_FIELDS, PROMPT_FIELDS, Reading, chat_request, object_at, refuse, text_at
 from router.openai.field_types import Positive, Stops, shown, wrong
 from router.openai.fields import Fields, Flag
 from router.openai.schemas import ChatCompletionRequest, parse
@@ -44,19 +44,35 @@ class PromptFields(Fields):
     copied: ClassVar[frozenset[str]] = _COPIED
     # An error names what a field is called here, also if it is about the one of chat completions.
     refused: ClassVar[dict[str, str]] = {
+        "compaction": "conversations are not summarized",
         "container": "containers are not supported",
         "context_management": "contexts are not edited or compacted",
         "max_completion_tokens": "the field is called max_tokens",
         "mcp_servers": "MCP servers are not supported: call their tools yourself",
+        "output_format": "the field is called output_config.format, not output_format",
         "response_format": "the field is called output_config.format, not response_format",
         "stop": "the field is called stop_sequences, not stop",
+        "thread": "conversations are not stored; send all messages",
     }
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {"betas", "cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id"}
+        {
+            "betas",
+            "billing_policy",
+            "cache_control",
+            "diagnostics",
+            "fallback_credit_token",
+            "fallbacks",
+            "inference_geo",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
     )
 
     messages: Annotated[list[Any], Field(min_length=1)]
-    system: Annotated[str | list[Any] | None, PlainValidator(_system)] = None
+    system: Annotated[
+        str | list[Any] | None, PlainValidator(_system, json_schema_input_type=str | list[Any] | None)
+    ] = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     tools: list[Any] | None = None
@@ -89,7 +105,7 @@ def read(body: dict[str, Any]) -> Reading:
 def read_prompt(body: dict[str, Any]) -> ChatCompletionRequest:
     """Return the chat request of a body of which only the prompt counts. Raises InvalidRequestError."""
     request = parse(PromptFields, body)
-    return chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request))
+    return chat_request(body, PROMPT_FIELDS, _chat_fields(request))
 
 
 def _chat_fields(request: PromptFields) -> dict[str, object]:

@@ -37,7 +37,7 @@ class AdminEndpoints:
         return JSONResponse({"object": "list", "data": model_cards(self._service.model, **self._card_facts())})
 
     async def model(self, request: Request) -> Response:
-        """``GET /v1/models/{id}``; the id may have slashes."""
+        """``GET /v1/models/{id}``: the model under one name, which may have slashes."""
         try:
             name = model_name(request.path_params["model_id"], self._service.model)
         except ModelNotFoundError as error:
@@ -65,8 +65,12 @@ class AdminEndpoints:
         return _error_response(AnswerError(ErrorInfo(code="not_ready", message=reason, http_status=503)))
 
     async def version(self, _: Request) -> Response:
-        """``GET /version``."""
+        """``GET /version``: kvrelay's version."""
         return JSONResponse({"version": kvrelay.__version__})
+
+    async def load(self, _: Request) -> Response:
+        """``GET /load``: how many requests are in progress, as in vLLM; each choice of an answer counts."""
+        return JSONResponse({"server_load": len(self._service.machine.requests)})
 
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: nodes with their load, requests by status, counters."""

@@ -18,6 +18,7 @@ from router.http.api_keys import ApiKeys
 from router.http.clients_only import ClientsOnly
 from router.http.error_format import error_body
 from router.http.generate import GenerateEndpoint
+from router.http.openapi import with_document
 from router.http.unsupported import unsupported_routes
 from router.metrics import Metrics
 from router.openai.errors import AnswerError
@@ -65,7 +66,7 @@ def make_app(
     admin = AdminEndpoints(service)
 
     async def exposition(_: Request) -> Response:
-        """``GET /metrics`` in Prometheus' text format."""
+        """``GET /metrics``: metrics in Prometheus' text format."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
@@ -83,6 +84,7 @@ def make_app(
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
         *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
+        Route("/load", admin.load),
         Route("/metrics", exposition),
         Route("/cluster", admin.cluster),
         Route("/cluster/requests/{request_id}", admin.timeline),
@@ -94,7 +96,7 @@ def make_app(
             app = ClientsOnly(app, keys, service.clock.now)
         return _cors(app, service.config.router.cors_allow_origins)
 
-    return App(routes, guard)
+    return App(with_document(routes, "kvrelay"), guard)
 
 
 def _cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

@@ -43,12 +43,6 @@ def _new_name() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    """Return the value of a request header, the last one if it is repeated, or nothing."""
-    value: bytes = dict(scope["headers"]).get(name, b"")
-    return value
-
-
 class GenerateEndpoint:
     """One API as an ASGI application: each request gets an answer, a stream or an error."""
 
@@ -67,7 +61,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        given = _header(scope, b"x-request-id")
+        given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")  # the last one if it is repeated
         name = given.decode("latin-1")
         if not _NAME.fullmatch(name):
             name = _new_name()
@@ -92,7 +86,8 @@ class GenerateEndpoint:
         request = outcome.request
         answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
         note_requests(scope, request_ids)
-        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        given = dict(scope["headers"])
+        named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
@@ -133,7 +128,7 @@ class GenerateEndpoint:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, parsing = (
-            RequestSampling(request, service.model, service.max_model_len, prepared.structure),
+            RequestSampling(request, service.model, service.max_model_len, prepared.structure, prepared.rules),
             self._api.parsing(request),
         )
         options = text_options(request, parsing.shown_ids if parsing else NO_IDS)

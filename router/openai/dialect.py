@@ -10,6 +10,8 @@ from router.openai.schemas import ChatCompletionRequest, GenerationFields, parse
 
 EXTRA_FIELDS = frozenset(
     {
+        "allowed_token_ids",
+        "bad_words",
         "chat_template_kwargs",
         "frequency_penalty",
         "ignore_eos",
@@ -28,6 +30,9 @@ EXTRA_FIELDS = frozenset(
     }
 )
 """Fields of chat completions that every dialect has under the same name."""
+
+PROMPT_FIELDS = frozenset({"chat_template_kwargs", "model"})
+"""Those of them that count where only the number of tokens is asked for."""
 
 
 class Reading(NamedTuple):

@@ -13,7 +13,7 @@ from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.ids import NodeId
 from kvrelay.protocol.messages import engine, store_to_store
-from router.events import DrainRequested
+from router.events import DrainRequested, DumpRequested
 
 CHOOSES_PLANS_IN_FLIGHT = True
 
@@ -39,6 +39,8 @@ def eventful_life(world: World) -> None:
     let_a_lease_run_out(world)
     silence_a_node(world)
     kill_and_start_again(world)
+    reset_the_prefix_caches(world)
+    ask_for_recordings(world)
     drain_and_start_again(world)
     add_an_odd_node(world)
     serve_some(world)
@@ -106,6 +108,21 @@ def kill_and_start_again(world: World) -> None:
     for _ in range(6):
         world.submit(20, 8)
     world.run_for(1.0)
+
+
+def reset_the_prefix_caches(world: World) -> None:
+    """An operator resets the prefix caches under load."""
+    for _ in range(6):
+        world.submit(20, 12)
+    world.run_for(0.01)
+    assert {node.state for node in world.reset_prefix_caches().nodes} == {"reset"}
+    world.run_for(1.0)
+
+
+def ask_for_recordings(world: World) -> None:
+    """An operator wants the recordings of a node and its messager."""
+    world.router.handle(DumpRequested(NodeId("p0"), "0a1b", with_prompts=False))
+    world.run_for(0.5)
 
 
 def drain_and_start_again(world: World) -> None:

@@ -35,10 +35,14 @@ from kvrelay.machine.laws import require
 from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.recording.recorder import Recorder
 from router.events import (
+    CacheResetEnded,
+    CacheResetRequested,
     CancelRequested,
     ClientGone,
     Deliver,
+    DumpReported,
     NewRequest,
     PromptLogprobsDelivered,
     RequestEnded,
@@ -47,7 +51,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
-from router.machine import RouterMachine, RouterSettings
+from router.machine import RouterSettings
 from router.request import RequestTimer
 from support.fake_link import FakeLink, Parcel, Payload
 from support.fake_store import FakeStore
@@ -169,15 +173,19 @@ class World:
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
         layers_at_once: int = 1,
+        record: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 1000.0
         self.careful = careful
         self.history: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
         self.clients: dict[str, Client] = {}
+        self.cache_resets: list[CacheResetEnded] = []
+        self.dumps: list[DumpReported] = []
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
         self.layers_at_once = layers_at_once
+        self.recorders: list[Recorder] | None = [] if record else None
         self.store = FakeStore(random.Random(seed ^ 0x5709))
         self.link = FakeLink(random.Random(~seed), self.after, lambda: self.now, self._arrive)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -291,7 +299,7 @@ class World:
         return self.start(name, config.role, port or config.port)
 
     def _start_router(self) -> RouterProcess:
-        return RouterProcess(self, RouterMachine(self.router_settings(f"{next(self._incarnations):04x}")))
+        return RouterProcess(self, self.router_settings(f"{next(self._incarnations):04x}"))
 
     def router_settings(self, incarnation: str, first_epoch: int = 0) -> RouterSettings:
         """Return what a router of this World goes by."""
@@ -400,6 +408,13 @@ class World:
     def cancel(self, client: Client) -> None:
         """An operator cancels the request."""
         self.router.handle(CancelRequested(RequestId(client.request_id)))
+
+    def reset_prefix_caches(self) -> CacheResetEnded:
+        """An operator resets the prefix caches; return what the router says of it."""
+        reset = self.rng.getrandbits(32)
+        self.router.handle(CacheResetRequested(reset))
+        self.run_until(lambda: any(ended.reset == reset for ended in self.cache_resets), 10.0)
+        return self.cache_resets[-1]
 
     def pass_deadline(self, client: Client) -> None:
         """The time that the request may take is over."""

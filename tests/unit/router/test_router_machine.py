@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from driver import Driver, new_request, peer
 from msgspec import structs
@@ -23,6 +21,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
+from router.requests import MAX_DISPATCHED_AT_ONCE
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -208,6 +207,18 @@ def test_too_many_requests_are_refused_all_together() -> None:
         assert (ending.error.http_status, ending.retry_after_s) == (429, 1.0)
     driver.submit(new_request("d"))
     assert driver.endings("d") == []
+
+
+def test_many_requests_are_dispatched_in_several_events() -> None:
+    """One event with all of them would hold the loop."""
+    driver = Driver("m0")
+    ids = [f"r{index}" for index in range(MAX_DISPATCHED_AT_ONCE + 3)]
+    driver.submit(*map(new_request, ids))
+    first, (gone, *others) = ids[:MAX_DISPATCHED_AT_ONCE], ids[MAX_DISPATCHED_AT_ONCE:]
+    assert [message.request.request_id for _, message in driver.take_sent(Generate)] == first
+    driver.do(ClientGone(RequestId(gone)))
+    driver.wait(0.0)
+    assert [message.request.request_id for _, message in driver.take_sent(Generate)] == others
 
 
 @pytest.mark.parametrize("nodes", ["", "p0", "d0", "p0 p1"])
@@ -476,7 +487,7 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
 def test_nodes_whose_logprobs_of_the_prompt_were_lost_are_aborted(nodes: str) -> None:
     driver = Driver(nodes)
     request = new_request()
-    driver.submit(replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
+    driver.submit(structs.replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
     driver.tokens(nodes.split(maxsplit=1)[0], 0, [10])
     assert {to for to, _ in driver.take_sent(Abort)} == {peer(name) for name in nodes.split()}
     assert driver.output() == [] and driver.machine.requests.counters.retries == 1
