@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from kvrelay.config.sections import RoutingPolicy
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
 from router.admission import TTFT_LIMIT_HEADER
-from router.events import NewRequest, RequestErrored
+from router.events import ClientGone, NewRequest, RequestErrored
 from router.least_ttft import EVICTION_FACTOR, LeastTTFT
 from router.limits import Limits
 from router.node_table import Node, NodeTable
@@ -332,6 +333,19 @@ def test_other_policies_predict_nothing_and_refuse_nothing() -> None:
     driver.dispatched()
     driver.tokens("p0", 0, [1])
     assert not any(sum(found.counts) for found in driver.machine.requests.prediction_errors.values())
+
+
+@pytest.mark.parametrize("policy", ["ttft", "round_robin", "least_loaded"])
+def test_equals_take_turns_whether_requests_have_limits_or_not(policy: RoutingPolicy) -> None:
+    driver = Driver("p0 p1 d0", policy=policy)
+    measured(driver, "p0", 100.0)
+    measured(driver, "p1", 100.0)
+    nodes = []
+    for number in range(4):
+        driver.submit(prompt(f"{number}", 10, first=100 * number, max_ttft_s=60.0))
+        nodes.append(driver.dispatched()[0])
+        driver.do(ClientGone(RequestId(f"{number}")))
+    assert sorted(nodes[:2]) == sorted(nodes[2:]) == [peer("p0"), peer("p1")]
 
 
 def test_requests_that_belong_together_are_refused_together() -> None:
