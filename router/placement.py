@@ -48,7 +48,10 @@ class Placement:
         if chosen is None:
             return None
         raw = self._prefill_routing.predict(chosen, request)
-        request.predictions = None if raw is None else (raw, self.predictions.corrected(raw, now))
+        request.predictions = None
+        if raw is not None:
+            request.predictions = raw, self.predictions.corrected(raw, now)
+            self.predictions.let_in(raw, now)
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:

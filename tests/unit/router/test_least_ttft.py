@@ -396,10 +396,13 @@ def test_predictions_are_corrected_by_what_came_of_those_for_prompts_of_similar_
     assert predictions.corrected(short, 71.5) == short  # so long ago that it may be otherwise now
 
 
-def test_a_correction_never_takes_the_time_of_the_prefill_away() -> None:
+def test_only_what_came_sooner_than_its_prefill_alone_corrects_the_time_of_a_prefill() -> None:
+    predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
+    predictions.observe(raw, raw, 0.6, 10.0)
+    assert predictions.corrected(raw._replace(queue_s=0.0), 10.0) == (0.0, 0.5, 100, True)
     predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
     predictions.observe(raw, raw, 0.1, 10.0)
-    assert predictions.corrected(raw, 10.0) == raw._replace(queue_s=0.0)
+    assert predictions.corrected(raw, 10.0) == (0.0, pytest.approx(0.1), 100, True)
 
 
 def test_what_was_predicted_from_defaults_corrects_nothing() -> None:
@@ -420,6 +423,31 @@ def test_limits_hold_for_corrected_predictions_and_no_longer_than_they_are_known
     measured(driver, "p0", 100.0)
     driver.submit(prompt("third", 150, first=2000))
     assert driver.endings("third") == []
+
+
+def test_short_prompts_that_measure_a_low_speed_do_not_lock_long_ones_out() -> None:
+    """A step costs something however few tokens it computes: steps of short prompts alone look slow."""
+    driver = cluster_of("p0 d0", slo_s=2.0)
+
+    def serve(name: str, num_tokens: int, epoch: int, *, real_s: float) -> bool:
+        driver.submit(prompt(name, num_tokens, first=1000 * epoch))
+        if driver.endings(name):
+            return False
+        driver.dispatched()
+        driver.now += real_s
+        driver.tokens("p0", 0, [1], request_id=name, epoch=epoch)
+        driver.do(ClientGone(RequestId(name)))
+        return True
+
+    epoch, served = 1, []
+    for number in range(20):
+        measured(driver, "p0", 100.0)
+        epoch += serve(f"short {number}", 10, epoch, real_s=0.1)
+        served.append(serve(f"long {number}", 800, epoch, real_s=0.5))
+        epoch += served[-1]
+        driver.now += 10.0
+    assert served[:6] == [False] * 6
+    assert all(served[6:])
 
 
 def test_of_a_request_that_was_retried_no_error_is_noted() -> None:
