@@ -23,6 +23,7 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
+from router.http.state import StateEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.service import RouterService
@@ -81,14 +82,14 @@ class OperatorsOnly:
 
 def make_operators_app(service: RouterService) -> App:
     """Return the application, which lets everybody in: see ``OperatorsOnly``."""
-    info, endpoints = AdminEndpoints(service), OperatorEndpoints(service)
+    info, state, endpoints = AdminEndpoints(service), StateEndpoints(service), OperatorEndpoints(service)
     routes = [
         Route("/health", info.health),
-        Route("/ready", info.ready),
+        Route("/ready", state.ready),
         Route(PATH, Dashboard().page),
         Route("/cluster", endpoints.cluster),
         Route("/cluster/requests", endpoints.requests),
-        Route("/cluster/requests/{request_id}", info.timeline),
+        Route("/cluster/requests/{request_id}", state.timeline),
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),

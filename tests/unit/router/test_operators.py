@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_nodes import config, register
+from fake_nodes import clients_app, config, register
 from starlette.types import ASGIApp
 
 from kvrelay.addresses import is_loopback, is_named
@@ -18,9 +18,7 @@ from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Received
 from kvrelay.protocol.ids import peer_id
 from router.events import DrainRequested
-from router.http.app import make_app
 from router.http.operators import OperatorsOnly, make_operators_app
-from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
@@ -56,7 +54,7 @@ def node_in(response: httpx.Response) -> dict[str, Any]:
 
 def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> None:
     service = Service()
-    clients = ask(make_app(service, Metrics(service.machine, service.clock.now)), "GET", "/cluster")
+    clients = ask(clients_app(service), "GET", "/cluster")
     operators = ask(make_operators_app(service), "GET", "/cluster")
     assert node_in(operators).keys() - node_in(clients).keys() == {"address", "pid", "incarnation"}
     assert node_in(operators)["incarnation"] == "a1b2"
@@ -67,7 +65,7 @@ def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> 
 def test_a_node_is_drained_by_operators_and_not_by_clients(action: str, stay_down: bool) -> None:
     service = Service()
     path = f"/cluster/nodes/n0/{action}"
-    assert ask(make_app(service, Metrics(service.machine, service.clock.now)), "POST", path).status_code == 404
+    assert ask(clients_app(service), "POST", path).status_code == 404
     assert service.posted == []
     assert ask(make_operators_app(service), "POST", path).status_code == 202
     assert service.posted == [DrainRequested("n0", stay_down)]  # type: ignore[arg-type]
