@@ -118,6 +118,7 @@ async def _serving_in_workers(service: RouterService, metrics: Metrics) -> Async
     """Serve clients in worker processes for the context."""
     router = service.config.router
     tls_files(router)  # if they are wrong, the router says so and not each worker
+    startup.report("starting workers")
     with _listen(CLIENTS, router.host, router.port) as listener:
         workers = Workers(service, metrics, listener)
         service.http_workers = workers.status

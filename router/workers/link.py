@@ -14,6 +14,7 @@ from kvrelay.protocol.ids import RequestId
 from router.client_metrics import ClientMetrics
 from router.events import PARTS, ClientGone, Deliver, Delivery, NewRequest, RequestErrored, StopMatched
 from router.http.api_keys import ApiKey
+from router.http.asgi import send_internal_error
 from router.http.key_limits import KeyUses, Use
 from router.service import RouterService
 from router.workers.messages import (
@@ -180,6 +181,9 @@ async def _get(app: ASGIApp, path: str, query: bytes) -> tuple[int, list[tuple[b
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "query_string": query, "headers": []}
-    await app(scope, receive, send)
+    try:
+        await app(scope, receive, send)
+    except Exception:  # the border of the HTTP side: it is answered, like every request
+        await send_internal_error(send, path)
     start, *parts = sent
     return start["status"], list(start["headers"]), b"".join(part.get("body", b"") for part in parts)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
+from starlette.routing import Router
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.runtime.logging import log_event
@@ -59,7 +59,7 @@ class Workers:
         self._metrics = metrics
         self._listener = listener
         self._uses = KeyUses(service.clock.now)
-        self._state = Starlette(routes=state_routes(service, metrics, self.collect))
+        self._state = Router(routes=state_routes(service, metrics, self.collect))
         self._config = msgspec.Raw(worker_config(service.config).model_dump_json(include=SECTIONS).encode())
         self._count = service.config.router.workers
         self._running: dict[int, Worker] = {}
