@@ -48,6 +48,10 @@ class Attempts:
         decode = None if request.wants_one_token else self._placement.assign_decode(request)
         self._outbox.send(entry.peer, Prefill(request=spec, decode_node=decode.address if decode else None))
 
+    def dispatch_soon(self, request: RoutedRequest) -> None:
+        """Dispatch a waiting request in an event of its own: the loop runs other tasks between events."""
+        self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now))
+
     def begin(self, request: RoutedRequest) -> RequestSpec:
         """Begin an attempt under a new epoch; return the request spec for its node."""
         self._last_epoch += 1

@@ -46,6 +46,9 @@ from router.request import RequestTimer, RoutedRequest, Status, share_routed_blo
 from router.request_table import RequestTable
 from router.timeline import Timelines
 
+MAX_DISPATCHED_AT_ONCE = 64
+"""Requests of one submission that are dispatched in one event. Each of the others has an event of its own."""
+
 
 class Requests:
     """All requests. Each admitted request gets exactly one terminal delivery."""
@@ -106,8 +109,10 @@ class Requests:
             return
         opened = [self._table.open(new, self._limits.request_timeout_s) for new in requests]
         share_routed_blocks(opened)
-        for request in opened:
+        for request in opened[:MAX_DISPATCHED_AT_ONCE]:
             self._attempts.dispatch(request)
+        for request in opened[MAX_DISPATCHED_AT_ONCE:]:
+            self._attempts.dispatch_soon(request)
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
         """Refuse ``requests`` with ``error``."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from router.anthropic.messages import chat_messages, text_of
-from router.openai.dialect import EXTRA_FIELDS, Reading, chat_request, object_at, refuse, text_at
+from router.openai.dialect import EXTRA_FIELDS, PROMPT_FIELDS, Reading, chat_request, object_at, refuse, text_at
 from router.openai.field_types import Positive, Stops, shown, wrong
 from router.openai.fields import Fields, Flag
 from router.openai.schemas import ChatCompletionRequest, parse
@@ -56,7 +56,9 @@ class PromptFields(Fields):
     )
 
     messages: Annotated[list[Any], Field(min_length=1)]
-    system: Annotated[str | list[Any] | None, PlainValidator(_system)] = None
+    system: Annotated[
+        str | list[Any] | None, PlainValidator(_system, json_schema_input_type=str | list[Any] | None)
+    ] = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     tools: list[Any] | None = None
@@ -89,7 +91,7 @@ def read(body: dict[str, Any]) -> Reading:
 def read_prompt(body: dict[str, Any]) -> ChatCompletionRequest:
     """Return the chat request of a body of which only the prompt counts. Raises InvalidRequestError."""
     request = parse(PromptFields, body)
-    return chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request))
+    return chat_request(body, PROMPT_FIELDS, _chat_fields(request))
 
 
 def _chat_fields(request: PromptFields) -> dict[str, object]:

@@ -31,7 +31,7 @@ class AdminEndpoints:
         return JSONResponse({"object": "list", "data": model_cards(self._service.model, **self._card_facts())})
 
     async def model(self, request: Request) -> Response:
-        """``GET /v1/models/{id}``; the id may have slashes."""
+        """``GET /v1/models/{id}``: the model under one name, which may have slashes."""
         try:
             name = model_name(request.path_params["model_id"], self._service.model)
         except ModelNotFoundError as error:
@@ -52,7 +52,7 @@ class AdminEndpoints:
         return JSONResponse({"status": "ok"})
 
     async def version(self, _: Request) -> Response:
-        """``GET /version``."""
+        """``GET /version``: kvrelay's version."""
         return JSONResponse({"version": kvrelay.__version__})
 
 

@@ -21,15 +21,9 @@ from router.http.clients_only import ClientsOnly
 from router.http.error_format import error_body
 from router.http.generate import GenerateEndpoint
 from router.http.key_limits import KeyUses, Uses
+from router.http.openapi import with_document
 from router.http.unsupported import unsupported_routes
 from router.openai.errors import AnswerError
-
-READY_PATHS = ("/ready", "/readyz")
-METRICS_PATH = "/metrics"
-CLUSTER_PATH = "/cluster"
-TIMELINE_PATH = "/cluster/requests/{request_id}"
-STATE_PATHS = (*READY_PATHS, METRICS_PATH, CLUSTER_PATH, TIMELINE_PATH)
-"""What clients may read of the machine: see ``router.http.state``."""
 
 
 class App:
@@ -68,7 +62,7 @@ def make_app(
     uses: Uses | None = None,
     traced: Callable[[ASGIApp], ASGIApp] = _untraced,
 ) -> ASGIApp:
-    """Return the HTTP application. ``state``: the routes of what only the machine knows.
+    """Return the HTTP application. ``state``: the routes of what only the machine knows, see ``router.http.state``.
 
     With ``keys`` it is for clients that have one, and ``uses`` is how much the keys use (default: what this application
     counts). ``traced`` wraps what generates. There is no middleware unless web pages may use the API or clients need
@@ -98,7 +92,7 @@ def make_app(
             app = ClientsOnly(app, keys, uses or KeyUses(service.clock.now))
         return _cors(app, service.config.router.cors_allow_origins)
 
-    return App(routes, guard)
+    return App(with_document(routes, "kvrelay"), guard)
 
 
 def _cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

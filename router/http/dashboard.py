@@ -30,7 +30,7 @@ class Dashboard:
         }
 
     async def page(self, _: Request) -> Response:
-        """Return the page."""
+        """``GET /dashboard``: a page for browsers."""
         return Response(self._page, media_type="text/html; charset=utf-8", headers=self._headers)
 
     def _hashes(self, tag: str) -> str:

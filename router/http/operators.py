@@ -23,6 +23,7 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
+from router.http.openapi import with_document
 from router.http.state import StateEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
@@ -32,6 +33,9 @@ from router.timeline import MAX_KEPT
 _SCHEME = "bearer "
 _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
+_QUERIES = {
+    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}}
+}
 
 
 class OperatorsOnly:
@@ -94,7 +98,7 @@ def make_operators_app(service: RouterService) -> App:
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
     ]
-    return App(routes)
+    return App(with_document(routes, "kvrelay for operators", _QUERIES))
 
 
 class OperatorEndpoints:

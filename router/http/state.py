@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from typing import TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,11 +15,12 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.phases import Phase, phases
 from router.cluster_status import cluster_status
 from router.http.admin import error_response
-from router.http.app import CLUSTER_PATH, METRICS_PATH, READY_PATHS, TIMELINE_PATH
 from router.metrics import Metrics
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.service import RouterService
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 async def _nothing_to_collect() -> None:
@@ -27,20 +30,45 @@ async def _nothing_to_collect() -> None:
 def state_routes(
     service: RouterService, metrics: Metrics, collect: Callable[[], Awaitable[None]] = _nothing_to_collect
 ) -> Sequence[Route]:
-    """Return the routes of ``router.http.app.STATE_PATHS``. ``collect`` completes the metrics before they are read."""
+    """Return the routes by which clients read the machine. ``collect`` completes the metrics before they are read."""
     state = StateEndpoints(service)
+    return _routes(state.ready, MetricsEndpoint(metrics, collect).exposition, state.cluster, state.timeline)
 
-    async def exposition(_: Request) -> Response:
-        """``GET /metrics`` in Prometheus' text format."""
-        await collect()
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+def asked_routes(ask: Endpoint) -> Sequence[Route]:
+    """Return the same routes for a process that has no machine: ``ask`` answers all of them."""
+
+    def asking(described: Callable[..., object]) -> Endpoint:
+        @wraps(described)
+        async def endpoint(request: Request) -> Response:
+            return await ask(request)
+
+        return endpoint
+
+    ready, cluster, timeline = StateEndpoints.ready, StateEndpoints.cluster, StateEndpoints.timeline
+    return _routes(asking(ready), asking(MetricsEndpoint.exposition), asking(cluster), asking(timeline))
+
+
+def _routes(ready: Endpoint, metrics: Endpoint, cluster: Endpoint, timeline: Endpoint) -> Sequence[Route]:
     return [
-        *[Route(path, state.ready) for path in READY_PATHS],
-        Route(METRICS_PATH, exposition),
-        Route(CLUSTER_PATH, state.cluster),
-        Route(TIMELINE_PATH, state.timeline),
+        *[Route(path, ready) for path in ("/ready", "/readyz")],
+        Route("/metrics", metrics),
+        Route("/cluster", cluster),
+        Route("/cluster/requests/{request_id}", timeline),
     ]
+
+
+class MetricsEndpoint:
+    """Metrics, completed by ``collect`` before they are read."""
+
+    def __init__(self, metrics: Metrics, collect: Callable[[], Awaitable[None]]) -> None:
+        self._metrics = metrics
+        self._collect = collect
+
+    async def exposition(self, _: Request) -> Response:
+        """``GET /metrics``: metrics in Prometheus' text format."""
+        await self._collect()
+        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class StateEndpoints:

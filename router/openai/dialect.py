@@ -29,6 +29,9 @@ EXTRA_FIELDS = frozenset(
 )
 """Fields of chat completions that every dialect has under the same name."""
 
+PROMPT_FIELDS = frozenset({"chat_template_kwargs", "model"})
+"""Those of them that count where only the number of tokens is asked for."""
+
 
 class Reading(NamedTuple):
     """A request that was read. ``echo``: what the answer repeats of the body, as the dialect's writer expects it."""

@@ -5,7 +5,7 @@ A ``null`` never gets here: it is dropped before the fields are read (``schemas.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -143,11 +143,20 @@ TokenId = Annotated[int, Field(ge=0, le=INT64)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(_whole_items)]
 StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS), BeforeValidator(_whole_items)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS), BeforeValidator(_stops)]
+_StopInput = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_StopsInput = _StopInput | Annotated[list[_StopInput], Field(max_length=MAX_STOPS)]
+Stops = Annotated[
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_STOPS),
+    BeforeValidator(_stops, json_schema_input_type=_StopsInput),
+]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[int, Bias], BeforeValidator(_biases)]
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
-NoFunction = Annotated[str, PlainValidator(_no_function)]
-OnlyText = Annotated[list[str], PlainValidator(_only_text)]
-Verbosity = Annotated[str, PlainValidator(_verbosity)]
-JsonSchema = Annotated[object, PlainValidator(_schema)]
+Biases = Annotated[dict[int, Bias], BeforeValidator(_biases, json_schema_input_type=dict[str, Bias])]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[Natural] | list[list[Natural]]),
+]
+NoFunction = Annotated[str, PlainValidator(_no_function, json_schema_input_type=Literal["none", "auto"])]
+OnlyText = Annotated[list[str], PlainValidator(_only_text, json_schema_input_type=list[Literal["text"]])]
+Verbosity = Annotated[str, PlainValidator(_verbosity, json_schema_input_type=Literal["medium"])]
+JsonSchema = Annotated[object, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)]

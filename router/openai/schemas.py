@@ -215,8 +215,13 @@ class ChatMessage(Fields):
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
-    tool_calls: Annotated[list[dict[str, Any]] | None, PlainValidator(_tool_calls)] = None
+    content: Annotated[
+        str | list[dict[str, str]] | None,
+        PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]] | None),
+    ] = None
+    tool_calls: Annotated[
+        list[dict[str, Any]] | None, PlainValidator(_tool_calls, json_schema_input_type=list[dict[str, Any]] | None)
+    ] = None
 
 
 class ChatFields(Fields):

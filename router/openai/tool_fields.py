@@ -130,5 +130,9 @@ def _without_null(value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-Tools = Annotated[list[Annotated[dict[str, Any], PlainValidator(_tool)]], Field(fail_fast=True, max_length=MAX_TOOLS)]
-ToolChoice = Annotated[str | dict[str, Any], PlainValidator(_tool_choice)]
+Tool = Annotated[dict[str, Any], PlainValidator(_tool, json_schema_input_type=dict[str, Any])]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+ToolChoice = Annotated[
+    str | dict[str, Any],
+    PlainValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any]),
+]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from pydantic import Field, PlainValidator
 
 from router.model import ServedModel
-from router.openai.dialect import EXTRA_FIELDS, Reading, chat_request, list_at, object_at, refuse, text_at
+from router.openai.dialect import (
+    EXTRA_FIELDS,
+    PROMPT_FIELDS,
+    Reading,
+    chat_request,
+    list_at,
+    object_at,
+    refuse,
+    text_at,
+)
 from router.openai.field_types import Positive, Verbosity, shown, wrong
 from router.openai.fields import Fields, Flag
 from router.openai.schemas import ChatCompletionRequest, parse
@@ -101,24 +110,26 @@ class ResponsesFields(Fields):
     }
     ignored: ClassVar[frozenset[str]] = frozenset({"access_programs", "background_options", "image", "max_tool_calls"})
 
-    input: Annotated[str | list[Any] | None, PlainValidator(_input)] = None
+    input: Annotated[str | list[Any] | None, PlainValidator(_input, json_schema_input_type=str | list[Any] | None)] = (
+        None
+    )
     instructions: str | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[Any] | None = None
-    truncation: Annotated[str, PlainValidator(_truncation)] | None = None
+    truncation: Annotated[str, PlainValidator(_truncation, json_schema_input_type=Literal["disabled"])] | None = None
 
 
 class ResponsesRequest(ResponsesFields):
     """Body of ``/v1/responses``."""
 
-    include: Annotated[list[str], PlainValidator(_include)] | None = None
+    include: Annotated[list[str], PlainValidator(_include, json_schema_input_type=list[str])] | None = None
     max_output_tokens: Positive | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    store: Annotated[bool, PlainValidator(_not_stored)] | None = None
+    store: Annotated[bool, PlainValidator(_not_stored, json_schema_input_type=Literal[False])] | None = None
     stream_options: StreamOptions | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -145,7 +156,7 @@ def read(body: dict[str, Any], model: ServedModel) -> Reading:
 def read_prompt(body: dict[str, Any]) -> ChatCompletionRequest:
     """Return the chat request of a body of which only the prompt counts. Raises InvalidRequestError."""
     request = parse(ResponsesFields, body)
-    return chat_request(body, {"model", "chat_template_kwargs"}, _chat_fields(request))
+    return chat_request(body, PROMPT_FIELDS, _chat_fields(request))
 
 
 def _chat_fields(request: ResponsesFields) -> dict[str, object]:

@@ -23,6 +23,7 @@ from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.server import http_limits, http_server, tls_files
 from router.http.shared_listener import SharingServer
+from router.http.state import asked_routes
 from router.memory import return_large_blocks
 from router.model import load_model
 from router.workers.channel import Channel
@@ -59,7 +60,7 @@ async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket,
     channel = await Channel.open(channel_end, ToWorker, service.receive)
     service.connect(channel)
     keys = ApiKeys.of(config.router, service.clock.now)
-    app: ASGIApp = make_app(service, service.metrics, service.state_routes(), keys, service)
+    app: ASGIApp = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service)
     if config.router.access_log:
         app = AccessLog(app, service.clock.now)
     address = config.router.host, config.router.port

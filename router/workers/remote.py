@@ -9,7 +9,6 @@ from typing import TypeVar, assert_never
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import InvalidRequestError, QueueFullError
@@ -20,7 +19,6 @@ from router.client_metrics import ClientMetrics
 from router.events import PARTS, ClientGone, Deliver, NewRequest, StopMatched
 from router.frontend import Sink
 from router.http.api_keys import ApiKey
-from router.http.app import STATE_PATHS
 from router.http.key_limits import Use
 from router.model import ServedModel
 from router.preparation_pool import Preparer
@@ -143,11 +141,8 @@ class RemoteService:
             raise
         return RemoteUse(begun, self.send)
 
-    def state_routes(self) -> list[Route]:
-        """Return the routes whose answers are the router's."""
-        return [Route(path, self._ask_router) for path in STATE_PATHS]
-
-    async def _ask_router(self, request: Request) -> Response:
+    async def ask_router(self, request: Request) -> Response:
+        """Return the router's answer to a GET of what only its machine knows."""
         ask_id = next(self._ask_ids)
         asked = Asked(ask_id, request.scope["path"], request.scope["query_string"])
         answer = await self._ask(ask_id, asked, Answered)

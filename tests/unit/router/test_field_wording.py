@@ -62,12 +62,12 @@ UNCONSTRAINED = {"int": {"strict"}, "float": {"strict", "allow_inf_nan"}, "list"
 
 
 def core_nodes(schema: object) -> Iterator[dict[str, Any]]:
-    """Yield every node of a core schema."""
+    """Yield every node of a core schema that reads something."""
     if isinstance(schema, dict):
         if isinstance(schema.get("type"), str):
             yield schema
         for key, value in schema.items():
-            if key not in ("metadata", "config", "serialization", "function", "default"):
+            if key not in ("metadata", "config", "serialization", "function", "default", "json_schema_input_schema"):
                 yield from core_nodes(value)
     elif isinstance(schema, (list, tuple)):
         for item in schema:

@@ -23,6 +23,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
+from router.requests import MAX_DISPATCHED_AT_ONCE
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -208,6 +209,18 @@ def test_too_many_requests_are_refused_all_together() -> None:
         assert (ending.error.http_status, ending.retry_after_s) == (429, 1.0)
     driver.submit(new_request("d"))
     assert driver.endings("d") == []
+
+
+def test_many_requests_are_dispatched_in_several_events() -> None:
+    """One event with all of them would hold the loop."""
+    driver = Driver("m0")
+    ids = [f"r{index}" for index in range(MAX_DISPATCHED_AT_ONCE + 3)]
+    driver.submit(*map(new_request, ids))
+    first, (gone, *others) = ids[:MAX_DISPATCHED_AT_ONCE], ids[MAX_DISPATCHED_AT_ONCE:]
+    assert [message.request.request_id for _, message in driver.take_sent(Generate)] == first
+    driver.do(ClientGone(RequestId(gone)))
+    driver.wait(0.0)
+    assert [message.request.request_id for _, message in driver.take_sent(Generate)] == others
 
 
 @pytest.mark.parametrize("nodes", ["", "p0", "d0", "p0 p1"])

@@ -17,6 +17,7 @@ from router.events import ClientGone, Deliver, NewRequest, RequestErrored, StopM
 from router.workers.messages import Submission, ToWorker
 
 BODY = {"prompt": "Hello", "max_tokens": 8, "seed": 0}
+UNCHANGED = (("/v1/models", None), ("/openapi.json", None))
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "seed": 0}
 
 
@@ -40,7 +41,7 @@ def without_ids(answer: httpx.Response) -> dict[str, object]:
 
 def test_workers_answer_as_a_router_without_workers() -> None:
     async def check(workers: TwoWorkers) -> None:
-        for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT), ("/v1/models", None)):
+        for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT), *UNCHANGED):
             answers = [
                 await client.request("GET" if body is None else "POST", path, json=body)
                 for client in (workers.router.client, workers.a.client, workers.b.client)

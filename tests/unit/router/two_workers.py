@@ -17,7 +17,7 @@ from starlette.routing import Router
 from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.key_limits import KeyUses
-from router.http.state import state_routes
+from router.http.state import asked_routes, state_routes
 from router.metrics import Metrics
 from router.workers.channel import Channel
 from router.workers.link import WorkerLink
@@ -84,7 +84,7 @@ async def two_workers(script: Script | None = None, **router: object) -> AsyncIt
             service.connect(channel)
             link, to_worker = await linked(here, partial(WorkerLink, core, uses, metrics, state))
             keys = ApiKeys.of(config.router, service.clock.now, env={})
-            app = make_app(service, service.metrics, service.state_routes(), keys, service)
+            app = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service)
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", timeout=10)
             workers.append(FakeWorker(link, service, client, [to_worker, channel]))
         try:
