@@ -3,12 +3,12 @@
     python benchmarks/router_throughput.py [--seconds 5] [--streams 64] [--workers 2] [--baselines DIRECTORY]
 
 One router, a node without an engine (``support/router_node.py``) and a load client with keep-alive connections
-(``support/router_client.py``), each a process of its own. Rates per core are per CPU second of the router's processes, so
-they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run: the load client at a
-bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it, if DIRECTORY is a virtual
-environment with those packages from PyPI. The ratio is to the first of them that is there. ``--workers``: our router
-again, with so many (``router.workers``). CPU time per request and chunk is that of the router's own process, and that of
-its workers.
+(``support/router_client.py``), each a process of its own. Rates per core are per CPU second of the router's
+processes, so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run:
+the load client at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it,
+if DIRECTORY is a virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
+``--workers``: our router again, with so many (``router.workers``). CPU time per request and chunk is that of the
+router's own process, and that of its workers.
 
 - added latency: 16 requests at once whose node answers after 40 ms, minus the same directly at the mock;
 - requests: 64 connections, one token each;
