@@ -228,9 +228,9 @@ class RouterConfig(Section):
     def _room_for_a_body(self) -> Self:
         share = self.max_total_body_bytes // self.workers
         if share < self.max_body_bytes:
-            of_each = f", shared by {self.workers} workers," if self.workers > 1 else ""
+            shared = f", shared by {self.workers} workers," if self.workers > 1 else ""
             raise refuse(
-                f"{self.max_total_body_bytes}{of_each} is below max_body_bytes ({self.max_body_bytes})",
+                f"{self.max_total_body_bytes}{shared} is below max_body_bytes ({self.max_body_bytes})",
                 "max_total_body_bytes",
             )
         return self
@@ -238,7 +238,7 @@ class RouterConfig(Section):
     @model_validator(mode="after")
     def _traces_without_workers(self) -> Self:
         if self.workers > 1 and self.otlp_endpoint is not None:
-            raise refuse("traces are not possible with more than one of workers", "otlp_endpoint")
+            raise refuse("there are no traces with several workers (router.workers)", "otlp_endpoint")
         return self
 
     @model_validator(mode="after")

@@ -64,17 +64,21 @@ class Workers:
         self._count = service.config.router.workers
         self._running: dict[int, Worker] = {}
         self._num_ready = 0
-        self._serving, self._stopping = asyncio.Event(), asyncio.Event()
+        self._all_ready, self._serving, self._stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._announced = service.max_model_len
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Start all workers; serve for the context; stop all. Raises WorkersFailedError if one cannot start."""
+        """Start all workers; let them serve for the context; stop all. The service runs before it awaits anything.
+
+        Raises WorkersFailedError if a worker cannot start.
+        """
         self._listener.setblocking(False)
         keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
         announcing = asyncio.create_task(self._announce())
         try:
-            await self._all_ready(keepers)
+            await self._wait_until_ready(keepers)
+            self._serving.set()  # they are told in a later turn of the loop, when the caller can take requests
             yield
         finally:
             announcing.cancel()
@@ -95,12 +99,12 @@ class Workers:
 
     # ------------------------------------------------------------ up
 
-    async def _all_ready(self, keepers: Sequence[asyncio.Task[None]]) -> None:
-        """Return when all workers are ready and may serve. Raises what has ended one of ``keepers`` before."""
-        serving = asyncio.create_task(self._serving.wait())
-        done, _ = await asyncio.wait([serving, *keepers], return_when=asyncio.FIRST_COMPLETED)
-        if serving not in done:
-            serving.cancel()
+    async def _wait_until_ready(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+        """Return when all workers are ready. Raises what has ended one of ``keepers`` before."""
+        ready = asyncio.create_task(self._all_ready.wait())
+        done, _ = await asyncio.wait([ready, *keepers], return_when=asyncio.FIRST_COMPLETED)
+        if ready not in done:
+            ready.cancel()
             done.pop().result()
 
     async def _keep(self, index: int) -> None:
@@ -139,8 +143,8 @@ class Workers:
     async def _serve_when_ready(self, worker: Worker) -> None:
         await worker.link.ready.wait()
         self._num_ready += 1
-        if self._num_ready == self._count:  # the first of each; those that are started again serve at once
-            self._serving.set()
+        if self._num_ready == self._count:
+            self._all_ready.set()
         await self._serving.wait()
         worker.send(MaxModelLen(self._announced))
         worker.send(Serve())
@@ -164,8 +168,7 @@ class Workers:
         self._stopping.set()
         for worker in self._running.values():
             worker.stop()
-        _, late = await asyncio.wait(keepers, timeout=_KILL_AFTER_S)
+        await asyncio.wait(keepers, timeout=_KILL_AFTER_S)
         for worker in self._running.values():
             worker.kill()
-        if late:
-            await asyncio.wait(late)
+        await asyncio.gather(*keepers, return_exceptions=True)
