@@ -102,10 +102,12 @@ class Workers:
     async def _wait_until_ready(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         """Return when all workers are ready. Raises what has ended one of ``keepers`` before."""
         ready = asyncio.create_task(self._all_ready.wait())
-        done, _ = await asyncio.wait([ready, *keepers], return_when=asyncio.FIRST_COMPLETED)
-        if ready not in done:
+        try:
+            done, _ = await asyncio.wait([ready, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            if ready not in done:
+                done.pop().result()
+        finally:
             ready.cancel()
-            done.pop().result()
 
     async def _keep(self, index: int) -> None:
         """Run a worker, and another when it has ended, until all are stopped."""

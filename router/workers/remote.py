@@ -75,7 +75,7 @@ class RemoteService:
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, self.clock.now)
         self.metrics = ClientMetrics(self.clock.now)
         self.serving, self.stopping = asyncio.Event(), asyncio.Event()
-        """Set by ``Serve`` and ``Stop``."""
+        """Set by ``Serve`` and ``Stop``, which may come first: another worker could not start."""
         self._max_model_len = start.max_model_len
         self._channel: Channel | None = None
         self._sinks: dict[RequestId, Sink] = {}
@@ -179,6 +179,7 @@ class RemoteService:
                 self.serving.set()
             case Stop():
                 self.stopping.set()
+                self.serving.set()  # what waits for it goes on and finds that it is to stop
             case _:
                 assert_never(message)
 

@@ -14,7 +14,7 @@ from two_workers import FakeWorker, TwoWorkers, two_workers
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import SamplingParams
 from router.events import ClientGone, Deliver, NewRequest, RequestErrored, StopMatched
-from router.workers.messages import Submission, ToWorker
+from router.workers.messages import Stop, Submission, ToWorker
 
 BODY = {"prompt": "Hello", "max_tokens": 8, "seed": 0}
 UNCHANGED = (("/v1/models", None), ("/openapi.json", None))
@@ -237,3 +237,11 @@ def test_a_router_that_ends_ends_the_requests_of_its_workers() -> None:
             assert (one.status_code, one.json()["error"]["code"]) == (503, "no_node_available")
 
     run(check, Script(pace_s=0.002))
+
+
+def test_a_worker_that_is_stopped_before_it_serves_does_not_wait() -> None:
+    async def check(workers: TwoWorkers) -> None:
+        workers.a.link._send(Stop())
+        await asyncio.gather(workers.a.service.serving.wait(), workers.a.service.stopping.wait())
+
+    run(check)

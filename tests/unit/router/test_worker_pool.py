@@ -1,4 +1,4 @@
-"""The worker processes of a router, without processes: all serve or none, one that ends is replaced, all are stopped."""
+"""The worker processes of a router, without processes: all serve or none, each is replaced, all are stopped."""
 
 from __future__ import annotations
 
