@@ -6,7 +6,7 @@ Those that a worker process sends or gets (``router/workers``) are tagged: they 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -67,6 +67,13 @@ class DrainRequested:
 
     node_id: NodeId
     stay_down: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResetRequested:
+    """An operator resets the prefix caches of all nodes. ``reset``: a number that no other reset has."""
+
+    reset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,5 +146,28 @@ class Deliver(msgspec.Struct, frozen=True, tag=True, array_like=True):
     delivery: Delivery
 
 
-RouterOutbox: TypeAlias = RoleOutbox[Deliver]
+@dataclass(frozen=True, slots=True)
+class NodeReset:
+    """What became of a reset on one node, of which ``num_blocks`` were published.
+
+    A lost node's process has ended, or it is out of reach of this router; one of an older version cannot be asked.
+    """
+
+    node_id: NodeId
+    state: Literal["reset", "no_answer", "lost", "unsupported"]
+    num_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResetEnded:
+    """Tell the operator what each node has answered."""
+
+    reset: int
+    nodes: tuple[NodeReset, ...]
+
+
+RouterAction: TypeAlias = Deliver | CacheResetEnded
+"""Actions of the router's own."""
+
+RouterOutbox: TypeAlias = RoleOutbox[RouterAction]
 """The time of the event being handled, and the actions produced so far."""

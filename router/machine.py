@@ -31,6 +31,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Leaving,
     NodeToRouter,
     PrefixCacheChanged,
+    PrefixCacheReset,
     PromptLogprobsOut,
     Register,
     RequestFailed,
@@ -38,14 +39,16 @@ from kvrelay.protocol.messages.node_to_router import (
     RequestTimeline,
     TokensOut,
 )
+from router.cache_resets import CacheResets
 from router.events import (
+    CacheResetRequested,
     CancelRequested,
     ClientGone,
-    Deliver,
     DrainRequested,
     NewRequest,
     NodesFound,
     RegistryLost,
+    RouterAction,
     RouterOutbox,
     StopMatched,
     Submitted,
@@ -72,6 +75,7 @@ RouterEvent: TypeAlias = (
     | CancelRequested
     | StopMatched
     | DrainRequested
+    | CacheResetRequested
     | NodesFound
     | RegistryLost
 )
@@ -123,6 +127,7 @@ class RouterMachine:
         decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
         placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
         self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
+        self._cache_resets = CacheResets(self.node_table, self._outbox, settings.peer_timeout_s)
         self._self_check = SelfCheck(settings.self_check, self.requests.laws_at_rest, self._outbox)
         self.followed = FollowedNodes(settings.model, self._outbox)
         self._nodes = Nodes(
@@ -136,7 +141,7 @@ class RouterMachine:
             peer_timeout_s=settings.peer_timeout_s,
         )
 
-    def handle(self, event: RouterEvent, now: float) -> list[CoreAction | Deliver]:
+    def handle(self, event: RouterEvent, now: float) -> list[CoreAction | RouterAction]:
         """Handle ``event`` at time ``now`` (seconds); return the actions to perform, in order."""
         self._outbox.now = now
         self._on_event(event)
@@ -151,6 +156,7 @@ class RouterMachine:
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no request is held."""
         require(self.requests.laws_at_rest(), "the router is not quiescent")
+        require(self._cache_resets.laws_at_rest(), "the router is not quiescent")
 
     @property
     def counters(self) -> dict[str, int]:
@@ -175,6 +181,8 @@ class RouterMachine:
                 self._nodes.follow(event)
             case DrainRequested(node_id=node_id, stay_down=stay_down):
                 self._nodes.drain(node_id, stay_down=stay_down)
+            case CacheResetRequested(reset=reset):
+                self._cache_resets.begin(reset)
             case Started():
                 self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
@@ -213,6 +221,8 @@ class RouterMachine:
                 self.requests.take_prompt_logprobs(peer, message)
             case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
+            case PrefixCacheReset():
+                self._cache_resets.take(peer, message)
             case RequestFailed():
                 self.requests.take_failure(peer, message)
             case DecodeNeeded():
@@ -229,6 +239,7 @@ class RouterMachine:
             self.requests.take_timer(key)
         elif key == LIVENESS:
             self._nodes.check_liveness()
+            self._cache_resets.beat()
             self._self_check.beat(None if self.requests else self.requests.counters.submitted)
         elif key == DRAIN:
             self.requests.fail_all(NoNodeError("the router is stopping"))

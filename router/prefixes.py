@@ -51,6 +51,11 @@ class NodePrefixes:
                 self._expected.pop(key, None)  # the dictionary stays in order of age
                 self._expected[key] = self._num_heartbeats
 
+    def clear(self) -> None:
+        """Know of nothing that is in the node's prefix cache, or will be."""
+        self.reported = set()
+        self._expected.clear()
+
     def count_heartbeat(self) -> None:
         """Forget what was expected ``EXPECTED_HEARTBEATS`` ago."""
         self._num_heartbeats += 1

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.token_rules import TokenRules
 from router.anthropic.api import Messages
 from router.known_grammars import KnownGrammars
 from router.model import ServedModel
@@ -30,6 +31,7 @@ from router.openai.parsing import Parsing
 from router.openai.sampling import RequestSampling
 from router.openai.schemas import ChatFields, GenerationFields
 from router.openai.structured import Structure
+from router.openai.token_rules import token_rules_of
 from router.openai.tokens import detokenized, tokenized
 from router.responses.api import Responses
 
@@ -38,6 +40,9 @@ INLINE_BYTES = 16 << 10
 
 INLINE_MESSAGES = 64
 """Chats with more messages are rendered in a worker: rendering may take time quadratic in their number."""
+
+INLINE_BAD_WORDS = 64
+"""More are tokenized in a worker: each takes some tens of microseconds."""
 
 Task: TypeAlias = Literal[
     "completions", "chat", "responses", "messages", "tokenize", "detokenize", "responses_tokens", "messages_tokens"
@@ -62,8 +67,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class PreparedRequest:
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
-    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be. ``echo``:
-    what else the answer repeats of the body.
+    ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be.
+    ``echo``: what else the answer repeats of the body. ``rules``: what tokens the outputs may have.
     """
 
     request: GenerationFields
@@ -71,6 +76,7 @@ class PreparedRequest:
     texts: Sequence[str] | None = None
     structure: Structure | None = None
     echo: bytes = b""
+    rules: TokenRules | None = None
 
 
 class Api(Protocol):
@@ -194,7 +200,9 @@ class Preparation:
         structure = api.structure(request, prompts)
         if structure is not None:
             check_structure(structure)
-        return PreparedRequest(request, prompts, api.texts(request), structure, echo)
+        return PreparedRequest(
+            request, prompts, api.texts(request), structure, echo, token_rules_of(request, self._model)
+        )
 
     def _check_known(self, structure: Structure) -> None:
         """Raise TooLongForLoopError if the grammar must be compiled to know whether it is valid."""
@@ -211,15 +219,17 @@ class Preparation:
         self.known_grammars.add(structure.grammar)
 
     def without_content(self, job: Job, prepared: PreparedRequest) -> PreparedRequest:
-        """Return ``prepared`` without prompt and messages, which the router does not need.
+        """Return ``prepared`` without prompt, messages and what ``rules`` are made of: the router does not need them.
 
         Raises the errors the router would raise for these prompts, so that refused prompts are not sent.
         """
-        sampling = RequestSampling(prepared.request, self._model, job.max_model_len, prepared.structure)
+        sampling = RequestSampling(prepared.request, self._model, job.max_model_len, prepared.structure, prepared.rules)
         for prompt in prepared.prompts:
             sampling.of(len(prompt))
         request = self.apis[job.task].without_content(prepared.request)
-        return PreparedRequest(request, prepared.prompts, prepared.texts, prepared.structure, prepared.echo)
+        if prepared.rules is not None:
+            request = request.model_copy(update={"allowed_token_ids": None, "bad_words": None})
+        return replace(prepared, request=request)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -268,8 +278,10 @@ def _accept(request: object) -> None:
 
 
 def _check_inline(request: object) -> None:
-    """Raise TooLongForLoopError if rendering ``request`` takes long."""
+    """Raise TooLongForLoopError if rendering ``request``, or tokenizing its bad words, takes long."""
     if isinstance(request, ChatFields) and not _renders_fast(request):
+        raise TooLongForLoopError
+    if isinstance(request, GenerationFields) and len(request.bad_words or ()) > INLINE_BAD_WORDS:
         raise TooLongForLoopError
 
 

@@ -233,7 +233,7 @@ class Preparer:
         if reply.structure is not None:
             self._preparation.known_grammars.add(reply.structure.grammar)
         prompts: Sequence[list[int]] = [await _decoded(prompt) for prompt in reply.prompts]
-        return PreparedRequest(request, prompts, reply.texts, reply.structure, reply.echo)
+        return PreparedRequest(request, prompts, reply.texts, reply.structure, reply.echo, reply.rules)
 
 
 async def _decoded(prompt: bytes) -> list[int]:

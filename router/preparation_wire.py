@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.token_rules import TokenRules
 from router.openai.structured import Structure
 from router.preparation import Job
 
@@ -31,6 +32,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     texts: list[str] | None
     structure: Structure | None = None
     echo: bytes = b""
+    rules: TokenRules | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):

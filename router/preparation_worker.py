@@ -99,7 +99,7 @@ def _generate(prepared: PreparedRequest) -> Generate:
     prompts = [msgspec.Raw(encode(prompt)) for prompt in prepared.prompts]
     texts = None if prepared.texts is None else list(prepared.texts)
     request = prepared.request.model_dump_json(exclude_unset=True).encode()
-    return Generate(request, prompts, texts, prepared.structure, prepared.echo)
+    return Generate(request, prompts, texts, prepared.structure, prepared.echo, prepared.rules)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,14 @@ from kvrelay.runtime.transport import Transport
 from router.body_memory import BodyMemory
 from router.events import (
     PARTS,
+    CacheResetEnded,
+    CacheResetRequested,
     CancelRequested,
     ClientGone,
     Deliver,
     DrainRequested,
     NewRequest,
+    NodeReset,
     RequestErrored,
     StopMatched,
     Submitted,
@@ -80,6 +83,7 @@ class RouterService:
         self._incarnation = new_incarnation()
         self.machine = RouterMachine(router_settings(config, self._incarnation))
         self._sinks: dict[RequestId, Sink] = {}
+        self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}
         self._shell: Shell | None = None
         self.ended = asyncio.Event()
         """Set when the machine takes no requests any more."""
@@ -92,7 +96,9 @@ class RouterService:
 
         Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
-        shell = self._shell = Shell(self.machine, clock=self.clock, handlers={Deliver: self._deliver})
+        shell = self._shell = Shell(
+            self.machine, clock=self.clock, handlers={Deliver: self._deliver, CacheResetEnded: self._reset_ended}
+        )
         keys = configured_keys(self.config.security, ROUTER)
         faults = MessageFaults.of(self.config.faults)
         transport = open_transport(peer_id(ROUTER, self._incarnation), shell.post, faults, keys=keys)
@@ -113,6 +119,9 @@ class RouterService:
         left, self._sinks = self._sinks, {}
         for request_id, sink in left.items():
             sink(request_id, RequestErrored.of(NoNodeError(STOPPING)))
+        for answered in self._resets.values():
+            if not answered.done():
+                answered.set_exception(NoNodeError(STOPPING))
 
     def _bind(self, transport: Transport) -> list[str]:
         address = self.config.router.control
@@ -164,6 +173,19 @@ class RouterService:
         """Cancel a request for an operator: its client gets an error."""
         self._post(CancelRequested(request_id))
 
+    async def reset_prefix_caches(self) -> tuple[NodeReset, ...]:
+        """Have every node forget its prefix cache; return what became of it on each, at the latest after its timeout.
+
+        Raises NoNodeError if this router ends before.
+        """
+        if self.ended.is_set():
+            raise NoNodeError(STOPPING)
+        reset = secrets.randbits(63)
+        answered: asyncio.Future[tuple[NodeReset, ...]] = asyncio.get_running_loop().create_future()
+        self._resets[reset] = answered
+        self._post(CacheResetRequested(reset))
+        return await answered
+
     def drain(self, node_id: str, *, stay_down: bool) -> None:
         """Drain this node: send it nothing new and let it finish its requests and leave, for good if ``stay_down``."""
         self._post(DrainRequested(NodeId(node_id), stay_down))
@@ -183,3 +205,8 @@ class RouterService:
         else:
             sink = self._sinks.pop(action.request_id)
         sink(action.request_id, action.delivery)
+
+    def _reset_ended(self, action: CacheResetEnded) -> None:
+        answered = self._resets.pop(action.reset)
+        if not answered.done():  # done: the operator has left
+            answered.set_result(action.nodes)

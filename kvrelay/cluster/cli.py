@@ -246,6 +246,17 @@ def restart(
 
 
 @app.command()
+def reset_prefix_cache(url: AdminURL = DEFAULT_ADMIN_URL, key_file: KeyFile = None) -> None:
+    """Have all nodes forget the prompts in their KV caches."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster import operate
+    from kvrelay.cluster.client import ClusterClient
+
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        operate.reset_prefix_cache(cluster, say=typer.echo)
+
+
+@app.command()
 def cancel(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the answer, or the client's X-Request-Id.")],
     url: AdminURL = DEFAULT_ADMIN_URL,

@@ -78,6 +78,20 @@ class ClusterClient:
         cancelled: list[dict[str, str]] = response.json()["requests"]
         return cancelled
 
+    def reset_prefix_cache(self) -> list[dict[str, Any]]:
+        """Have all nodes forget their prefix caches; return ``name``, ``state`` and ``blocks`` of each.
+
+        Some may not have done it (``state`` is not "reset").
+        """
+        try:
+            response = self._http.post("/reset_prefix_cache", timeout=None)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if "nodes" not in (answer := response.json()):
+            raise KVRelayError(_error_text(response))
+        nodes: list[dict[str, Any]] = answer["nodes"]
+        return nodes
+
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:
         """Stream the answer to ``messages`` as (request id, new text) pairs."""
         body = {"model": self._model(), "messages": messages, "max_tokens": max_tokens, "stream": True}

@@ -1,4 +1,4 @@
-"""``kvrelay drain``, ``restart`` and ``cancel``: what operators do to the nodes and requests of a running cluster."""
+"""``kvrelay drain``, ``restart``, ``cancel`` and ``reset-prefix-cache``: what operators do to a running cluster."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def cancel(cluster: ClusterClient, request_id: str, *, say: Callable[[str], None
     """Cancel a request. Raises KVRelayError if none of that id is in progress."""
     for request in cluster.cancel(request_id):
         say(f"{request['request_id']} cancelled, it was {request['state']}")
+
+
+def reset_prefix_cache(cluster: ClusterClient, *, say: Callable[[str], None]) -> None:
+    """Have all nodes forget their prefix caches. Raises KVRelayError if one has not, or has not answered."""
+    nodes = cluster.reset_prefix_cache()
+    for node in nodes:
+        say(f"{node['name']} {node['state'].replace('_', ' ')}, {node['blocks']} blocks")
+    if any(node["state"] != "reset" for node in nodes):
+        raise KVRelayError("not all prefix caches are reset")
 
 
 def restart(cluster: ClusterClient, nodes: list[str], *, timeout_s: float, say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ from kvrelay.engine.prompt_logprobs import PromptRows, add_prompt_logprobs, logp
 from kvrelay.engine.sampler import GREEDY_BELOW, ahead, changes_logits, sample
 from kvrelay.engine.sequences import EngineSequences, ScheduledSequence
 from kvrelay.errors import DeviceError, EngineError
-from kvrelay.grammar.constraint import Wanted
+from kvrelay.grammar.constraint import GrammarConstraint, Wanted
 from kvrelay.grammar.masks import GrammarMasks
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
@@ -260,23 +260,20 @@ def reference_prompt_logprobs(spec: RequestSpec, config: FakeEngineConfig, block
 
 def reference_tokens(spec: RequestSpec, config: FakeEngineConfig, block_size: int = 16) -> list[int]:
     """Return all output tokens a clean run of ``spec`` gives, computed without a pool; up to its error if it fails."""
-    if spec.sampling.grammar is None:
-        return _reference_tokens(spec, config, block_size, None)
     with contextlib.closing(GrammarMasks(config.vocab_size)) as grammars:
         return _reference_tokens(spec, config, block_size, grammars)
 
 
 def _reference_tokens(
-    spec: RequestSpec, config: FakeEngineConfig, block_size: int, grammars: GrammarMasks | None
+    spec: RequestSpec, config: FakeEngineConfig, block_size: int, grammars: GrammarMasks
 ) -> list[int]:
     words = KVWords(fake_geometry(config, block_size))
     sequence = Sequence(spec)
-    constraint = grammars.constraint(spec.sampling) if grammars else None
-    sequence.constraint = constraint
+    sequence.constraint = constraint = grammars.constraint(spec.sampling)
     context = Context()
     total = words.context_hash(words.of_tokens(context.extend(sequence.token_ids)))
     while True:
-        if grammars and constraint:
+        if isinstance(constraint, GrammarConstraint):
             grammars.begin(
                 [Wanted(constraint, sequence.token_ids[sequence.num_prompt_tokens + constraint.num_told :], ())]
             )

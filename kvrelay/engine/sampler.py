@@ -1,7 +1,8 @@
 """Samples output tokens from logits, on the host.
 
-The order and meaning of the operations are vLLM's: logit_bias, penalties, min_tokens, grammar; then greedy, or
-temperature, min_p, top_k, top_p and a draw. Log probabilities are those of the model, before any of these operations.
+The order and meaning of the operations are vLLM's: logit_bias, penalties, min_tokens, bad words, grammar and allowed
+tokens; then greedy, or temperature, min_p, top_k, top_p and a draw. Log probabilities are those of the model, before
+any of these operations.
 
 The draw inverts the distribution function in vocabulary order with one uniform number that is a hash of the request's
 seed and the token's position. So a token depends on nothing but its context and seed, and a logit that differs in its
@@ -99,6 +100,12 @@ def sample(logits: Float32, sequences: Seq[TokenSequence]) -> list[SequenceOutco
     ]
 
 
+def none_left(position: int) -> SequenceFailed:
+    """Return the outcome of a sequence of which every token is excluded at this output position."""
+    reason = "the sampling parameters leave no token to choose"
+    return SequenceFailed(f"output position {position} cannot be sampled: {reason}", invalid=True)
+
+
 def uniform(seed: int, position: int) -> float:
     """Return the random number in [0, 1) of the token at ``position`` of a sequence with ``seed``."""
     digest = xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed & _SEED_MASK, position))
@@ -122,11 +129,12 @@ def changes_logits(sequence: TokenSequence) -> bool:
         or params.presence_penalty
         or params.frequency_penalty
         or sequence.num_output_tokens < params.min_tokens
+        or (params.token_rules is not None and params.token_rules.bad_words is not None)
     )
 
 
 def _constrained(row: Float32, token: int, sequence: TokenSequence, constraint: Constraint) -> tuple[int, Float32]:
-    """Return the highest token that the grammar allows, and ``row`` without the others; ``token`` is its highest.
+    """Return the highest token that ``constraint`` allows, and ``row`` without the others; ``token`` is its highest.
 
     A greedy token that is allowed is the usual case, and needs no more than that bit.
     """
@@ -164,7 +172,7 @@ def _sample_row(row: Float32, greedy: int, sequence: TokenSequence) -> SequenceO
         return SequenceFailed(f"output position {sequence.num_output_tokens} cannot be sampled: {reason}")
 
 
-def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> SampledTokens:
+def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> SequenceOutcome:
     params = sequence.sampling
     token, adjusted = greedy, row
     if changes_logits(sequence):
@@ -173,7 +181,7 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sample
     if sequence.constraint is not None:
         token, adjusted = _constrained(adjusted, token, sequence, sequence.constraint)
     if not math.isfinite(adjusted[token]):
-        raise EngineError("the sampling parameters leave no token to choose")
+        return none_left(sequence.num_output_tokens)
     if params.temperature >= GREEDY_BELOW:
         token = _draw(_filtered(adjusted, params), uniform(params.seed, sequence.num_tokens))
     if params.num_logprobs is None:
@@ -182,7 +190,7 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sample
 
 
 def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
-    """Return a copy of ``row`` with logit_bias, penalties and min_tokens applied."""
+    """Return a copy of ``row`` with logit_bias, penalties, min_tokens and bad words applied."""
     params, adjusted = sequence.sampling, row.copy()
     for token_id, bias in params.logit_bias.items():
         adjusted[token_id] += bias
@@ -195,6 +203,8 @@ def _adjust(row: Float32, sequence: TokenSequence) -> Float32:
         adjusted[output] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
     if sequence.num_output_tokens < params.min_tokens:
         adjusted[[*params.eos_token_ids, *params.stop_token_ids]] = -np.inf
+    if params.token_rules is not None and params.token_rules.bad_words is not None:
+        adjusted[params.token_rules.bad_words.next(sequence.token_ids[sequence.num_prompt_tokens :])] = -np.inf
     return adjusted
 
 

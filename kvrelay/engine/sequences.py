@@ -101,7 +101,7 @@ class EngineSequences:
     def __init__(self, grammars: GrammarMasks) -> None:
         self._sequences: dict[SequenceId, EngineSequence] = {}
         self._grammars = grammars
-        self._constrained: set[SequenceId] = set()
+        self._with_grammar: set[SequenceId] = set()
         self._with_prompt_logprobs: set[SequenceId] = set()
 
     def __len__(self) -> int:
@@ -116,13 +116,13 @@ class EngineSequences:
         """Apply the sequence changes of ``plan`` and return its batch. Call once per plan."""
         for id in plan.left:
             self._sequences.pop(id, None)
-            self._constrained.discard(id)
+            self._with_grammar.discard(id)
             self._with_prompt_logprobs.discard(id)
         for new in plan.new:
             sequence = self._sequences[new.id] = EngineSequence(new)
+            sequence.constraint = self._grammars.constraint(new.sampling)
             if new.sampling.grammar is not None:
-                sequence.constraint = self._grammars.constraint(new.sampling)
-                self._constrained.add(new.id)
+                self._with_grammar.add(new.id)
             if new.sampling.num_prompt_logprobs is not None:
                 self._with_prompt_logprobs.add(new.id)
         for change in plan.changed:
@@ -145,7 +145,7 @@ class EngineSequences:
 
         Returns when it is done; None if there is nothing to do.
         """
-        if not self._constrained:
+        if not self._with_grammar:
             return None
         wanted = [
             Wanted(constraint, _untold(item.sequence, constraint), item.drafts or ())

@@ -1,4 +1,4 @@
-"""The grammar of one sequence in an engine."""
+"""What one sequence in an engine may have next: by its grammar, by the tokens that it may have at all, or by both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvrelay.errors import EngineError
 from kvrelay.protocol.request import Grammar, SamplingParams
+from kvrelay.protocol.token_rules import TokenRules
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -19,13 +20,27 @@ Words = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 
-def mask_words(vocab_size: int) -> int:
-    """Return the words of a mask: a bit for each token and one for the end of the text, in 32-bit integers."""
-    return vocab_size // 32 + 1
+class AllowedTokens:
+    """The tokens that a sequence without a grammar may have, the same at each place: a ``protocol.request.Constraint``.
+
+    ``mask``: see ``protocol.token_rules``.
+    """
+
+    def __init__(self, mask: bytes, vocab_size: int) -> None:
+        self._words: Words = np.frombuffer(mask, "<i4")
+        self._vocab_size = vocab_size
+
+    def words(self, num_output_tokens: int) -> Words:
+        return self._words
+
+    def allowed(self, num_output_tokens: int) -> Bools:
+        return _bools(self._words, self._vocab_size)
 
 
 class GrammarConstraint:
     """What the grammar in ``sampling`` allows after the output tokens so far: see ``protocol.request.Constraint``.
+
+    If ``sampling`` names the tokens that are allowed, no others are.
 
     ``num_told``: output tokens that the thread of ``GrammarMasks`` knows or is being told. That thread sets
     ``matcher``, which has consumed them, the masks and ``failure``; who reads masks waits for ``computed`` first.
@@ -42,6 +57,7 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
         self._eos = _places(sampling.eos_token_ids)
         self._ends = _places([*sampling.eos_token_ids, *sampling.stop_token_ids])
+        self._allowed = _allowed_words(sampling.token_rules)
 
     def take(self, masks: Words, end: int) -> None:
         """Take in the masks of the places from the newest token on [places, words].
@@ -54,6 +70,8 @@ class GrammarConstraint:
                 mask[word] &= ~bit
             for word, bit in self._ends if may_end else ():
                 mask[word] |= bit
+        if self._allowed is not None:
+            masks &= self._allowed
         self._masks = masks
 
     def words(self, num_output_tokens: int) -> Words:
@@ -70,8 +88,7 @@ class GrammarConstraint:
         return mask
 
     def allowed(self, num_output_tokens: int) -> Bools:
-        bits = np.unpackbits(self.words(num_output_tokens).view(np.uint8), bitorder="little", count=self._vocab_size)
-        return bits.view(np.bool_)
+        return _bools(self.words(num_output_tokens), self._vocab_size)
 
 
 class Wanted(NamedTuple):
@@ -83,6 +100,20 @@ class Wanted(NamedTuple):
     constraint: GrammarConstraint
     output: Sequence[int]
     drafts: Sequence[int]
+
+
+def allowed_mask(rules: TokenRules | None) -> bytes | None:
+    """Return the mask of the tokens that are allowed at all, None if all are."""
+    return None if rules is None else rules.allowed
+
+
+def _allowed_words(rules: TokenRules | None) -> Words | None:
+    mask = allowed_mask(rules)
+    return None if mask is None else np.frombuffer(mask, "<i4")
+
+
+def _bools(words: Words, vocab_size: int) -> Bools:
+    return np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size).view(np.bool_)
 
 
 def _places(token_ids: list[int]) -> list[tuple[int, np.int32]]:

@@ -11,8 +11,9 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 
 from kvrelay.grammar.compiler import CompiledGrammars, GrammarError, check
-from kvrelay.grammar.constraint import Wanted, Words, mask_words
+from kvrelay.grammar.constraint import Wanted, Words
 from kvrelay.grammar.vocabulary import Vocabulary
+from kvrelay.protocol.token_rules import mask_words
 
 _MOST_THREADS = 8
 

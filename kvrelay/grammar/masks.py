@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvrelay.grammar.constraint import GrammarConstraint, Wanted
+from kvrelay.grammar.constraint import AllowedTokens, GrammarConstraint, Wanted, allowed_mask
 from kvrelay.protocol.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,9 +36,12 @@ class GrammarMasks:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def constraint(self, sampling: SamplingParams) -> GrammarConstraint:
-        """Return the constraint of a new sequence with a grammar."""
-        return GrammarConstraint(sampling, self._vocab_size)
+    def constraint(self, sampling: SamplingParams) -> GrammarConstraint | AllowedTokens | None:
+        """Return the constraint of a new sequence. None: it may have any token at any place."""
+        if sampling.grammar is not None:
+            return GrammarConstraint(sampling, self._vocab_size)
+        mask = allowed_mask(sampling.token_rules)
+        return None if mask is None else AllowedTokens(mask, self._vocab_size)
 
     def begin(self, wanted: Sequence[Wanted]) -> Future[None]:
         """Begin to compute masks; return when that is done. Each constraint may be in ``wanted`` once."""

@@ -45,13 +45,14 @@ from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import StopMessager
-from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.messages.node_to_router import PrefixCacheReset, Register
 from kvrelay.protocol.messages.router_to_node import (
     Abort,
     Drain,
     RegisterAgain,
     Registered,
     RegistrationRefused,
+    ResetPrefixCache,
 )
 from kvrelay.protocol.request import RequestSpec
 from kvrelay.protocol.request_limits import RequestLimits
@@ -67,7 +68,15 @@ HEARTBEAT = "heartbeat"
 DRAIN_DEADLINE = "drain deadline"
 
 CommonMessage: TypeAlias = (
-    Registered | RegisterAgain | RegistrationRefused | Heartbeat | MessagerReady | MessagerStats | Drain | Abort
+    Registered
+    | RegisterAgain
+    | RegistrationRefused
+    | Heartbeat
+    | MessagerReady
+    | MessagerStats
+    | Drain
+    | Abort
+    | ResetPrefixCache
 )
 """Messages that every node takes."""
 
@@ -183,8 +192,16 @@ class NodeMachine(RoleContract[R, S]):
                 request = self.requests.find(Attempt(request_id, epoch))
                 if request is not None and not request.is_over:
                     self._endings.close(request, "aborted")
+            case ResetPrefixCache(reset=reset):
+                self._reset_prefix_cache(peer, reset)
             case _:
                 assert_never(message)
+
+    def _reset_prefix_cache(self, router: PeerId, reset: int) -> None:
+        num_blocks = self.kv.clear()
+        self._prefix_reports.cleared()
+        self._outbox.send(router, PrefixCacheReset(reset=reset, num_blocks=num_blocks))
+        self._outbox.do(Log("info", "prefix cache reset", {"router": router, "blocks": num_blocks}))
 
     # ------------------------------------------------------------ requests
 

@@ -31,6 +31,12 @@ class PrefixReports:
             self._next_number[router] = 0
             self._send(router, PrefixCacheChanged(number=0, added=_keys(self._kv.published())))
 
+    def cleared(self) -> None:
+        """Send at once that nothing is published."""
+        self._kv.take_changes()
+        for router in self._next_number:
+            self._send(router, PrefixCacheChanged(number=0, added=b""))
+
     def report(self, routers: Iterable[PeerId]) -> None:
         """Send what has changed to those of ``routers`` that want it, and forget all others."""
         if self._next_number:

@@ -213,6 +213,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         geometry=engine.geometry,
         vocab_size=engine.vocab_size,
         prefill_order=node.scheduler.prefill_order,
+        resets_prefix_cache=True,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId, RequestId
+from kvrelay.protocol.token_rules import TokenRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """The output ends only where it satisfies the grammar: with an EOS or stop token there, or at ``max_tokens``."""
     num_prompt_logprobs: int | None = None
     """Alternatives to report with each prompt token but the first; None: no logprobs of the prompt."""
+    token_rules: TokenRules | None = None
+    """Tokens that the output may have, and sequences that it may not contain."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -139,7 +142,7 @@ class FinishReason(StrEnum):
 
 
 class Constraint(Protocol):
-    """What the grammar of one sequence allows."""
+    """The tokens that one sequence may have next: by its grammar, its token rules, or both."""
 
     def allowed(self, num_output_tokens: int) -> npt.NDArray[np.bool_]:
         """Return for each token of the vocabulary whether it may follow so many. Raises EngineError."""
@@ -151,7 +154,7 @@ class Constraint(Protocol):
 class TokenSequence:
     """Tokens, prompt first, and sampling parameters: the input of the sampler.
 
-    ``constraint``: set by an engine if ``sampling`` has a grammar.
+    ``constraint``: set by an engine if ``sampling`` has a grammar or names the tokens that are allowed.
     """
 
     __slots__ = ("constraint", "num_prompt_tokens", "sampling", "token_ids")

@@ -11,6 +11,7 @@ Use::
     cache.unpin(block_ids)                              the copy is done
     cache.unpin(block_table)                            the request has ended and nothing uses its blocks any more
     cache.withdraw(hashes)                              a block of it is damaged: the next request computes it anew
+    cache.clear()                                       so does every request from now on
 """
 
 from __future__ import annotations
@@ -200,6 +201,16 @@ class KVCache:
             self._withdrawn.update(removed)
             self._recycle([block for block in removed if not self._pool.ref_count(block)])
 
+    def clear(self) -> int:
+        """Match nothing any more of what there is now; return how many blocks were published.
+
+        Referenced blocks remain with their requests, and are never published again. Looks at every block.
+        """
+        removed = self._prefixes.clear()
+        self._withdrawn.update(self._pool.referenced())
+        self._recycle([block for block in removed if not self._pool.ref_count(block)])
+        return len(removed)
+
     def _recycle(self, blocks: list[BlockId]) -> None:
         self._pool.recycle(blocks)
         if self._withdrawn:
@@ -236,12 +247,6 @@ class KVCache:
     def published(self) -> list[bytes]:
         """Return the hashes of all published blocks. Looks at every block."""
         return self._prefixes.published()
-
-    def clear(self) -> None:
-        """Evict every evictable block."""
-        self._recycle(self._prefixes.evict(self._prefixes.num_evictable))
-        if self._prefixes.events is not None and not self._prefixes.published():
-            self._prefixes.events.cleared()
 
     @property
     def history(self) -> BlockHistory:

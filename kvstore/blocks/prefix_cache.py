@@ -239,6 +239,22 @@ class PrefixCache:
             self._holders[node] = 0
         return removed
 
+    def clear(self) -> list[BlockId]:
+        """Take all blocks out of the tree, referenced or not; return them. Looks at the whole tree."""
+        removed = [BlockId(block) for block, name in enumerate(self._hash_of[: self._root]) if name != _UNPUBLISHED]
+        if self.changes is not None:
+            self.changes.update((self._hash_of[block], False) for block in removed)
+        if self.events is not None:
+            self.events.cleared()
+        for block in (*removed, self._root):
+            self._hash_of[block] = _UNPUBLISHED
+            self._first_child[block] = self._root
+            self._holders[block] = 0
+        self._holders[self._root] = 1
+        self._other_children.clear()
+        self._evictable.clear()
+        return removed
+
     def _note_removed(self, block_ids: Sequence[BlockId]) -> None:
         if self.changes is not None:
             self.changes.update((self._hash_of[block], False) for block in block_ids)

@@ -27,6 +27,7 @@ _EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_SEPARATORS = [(separator.encode(), b"\\u%04x" % ord(separator)) for separator in "\x85\u2028\u2029"]
 
 
 async def send_json(send: Send, body: object, status: int = 200, headers: Headers = ()) -> None:
@@ -64,13 +65,24 @@ async def send_internal_error(send: Send, path: str, request_id: str = "", heade
     await send_error(send, internal, headers, path)
 
 
+def in_single_lines(events: bytes) -> bytes:
+    """Return encoded events with the line separators of Unicode that JSON leaves in strings as escapes.
+
+    They end no line of an event stream, but they do for clients that use ``str.splitlines``, as httpx's ``iter_lines``.
+    """
+    if b"\xc2\x85" in events or b"\xe2\x80" in events:
+        for separator, escape in _SEPARATORS:
+            events = events.replace(separator, escape)
+    return events
+
+
 async def send_events(send: Send, events: AsyncIterator[bytes], headers: Headers = ()) -> None:
     """Send a stream of events. Nothing is sent before the first one, so an error before it can have its own status."""
-    first = await anext(events)
+    first = in_single_lines(await anext(events))
     await send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *headers]})
     await send({"type": "http.response.body", "body": first, "more_body": True})
     async for item in events:
-        await send({"type": "http.response.body", "body": item, "more_body": True})
+        await send({"type": "http.response.body", "body": in_single_lines(item), "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -137,7 +137,7 @@ class GenerateEndpoint:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
         sampling, parsing = (
-            RequestSampling(request, service.model, service.max_model_len, prepared.structure),
+            RequestSampling(request, service.model, service.max_model_len, prepared.structure, prepared.rules),
             self._api.parsing(request),
         )
         options = text_options(request, parsing.shown_ids if parsing else NO_IDS)

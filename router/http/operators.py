@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 
 from starlette.datastructures import Headers
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvrelay.addresses import is_loopback, is_named
 from kvrelay.admin_key import VARIABLE, read_admin_key
 from kvrelay.config.sections import RouterConfig
-from kvrelay.errors import ConfigError
+from kvrelay.errors import ConfigError, NoNodeError
 from kvrelay.protocol.ids import RequestId, peer_name
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.cluster_status import cluster_status
@@ -23,18 +24,23 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
-from router.http.openapi import with_document
+from router.http.openapi import Queries, with_document
 from router.http.state import StateEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
+from router.server_info import server_info
 from router.service import RouterService
 from router.timeline import MAX_KEPT
 
 _SCHEME = "bearer "
 _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
-_QUERIES = {
-    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}}
+_FORMATS = ("json", "text")
+_FORMAT = {"config_format": {"type": "string", "enum": list(_FORMATS), "default": _FORMATS[0]}}
+_QUERIES: Queries = {
+    "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}},
+    "/server_info": _FORMAT,
+    "/get_server_info": _FORMAT,
 }
 
 
@@ -97,6 +103,8 @@ def make_operators_app(service: RouterService) -> App:
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
+        *[Route(path, endpoints.server_info) for path in ("/server_info", "/get_server_info")],
+        *[Route(path, endpoints.reset_cache, methods=["POST"]) for path in ("/reset_prefix_cache", "/flush_cache")],
     ]
     return App(with_document(routes, "kvrelay for operators", _QUERIES))
 
@@ -139,6 +147,34 @@ class OperatorEndpoints:
             self._service.cancel(item.request_id)
         requests = [{"request_id": item.request_id, "state": item.status.value} for item in found]
         return JSONResponse({"status": "cancelled", "requests": requests})
+
+    async def server_info(self, request: Request) -> Response:
+        """``GET /server_info?config_format=json|text``: version, model and config, without secrets."""
+        wanted = request.query_params.get("config_format", _FORMATS[0])
+        if wanted not in _FORMATS:
+            error = _error("invalid_request_error", f"config_format should be json or text, not {shown(wanted)}", 400)
+            return JSONResponse(error.body, error.status)
+        info = server_info(self._service)
+        if wanted == "text":
+            info["kvrelay_config"] = json.dumps(info["kvrelay_config"])
+        return JSONResponse(info)
+
+    async def reset_cache(self, _: Request) -> Response:
+        """``POST /reset_prefix_cache``: no prompt finds KV in a prefix cache that was there before.
+
+        200 with what became of it on each node if all have done it, else 503 with the same.
+        """
+        try:
+            nodes = await self._service.reset_prefix_caches()
+        except NoNodeError as reason:
+            error = AnswerError.of(reason)
+            return JSONResponse(error.body, error.status)
+        answers = {"nodes": [{"name": node.node_id, "state": node.state, "blocks": node.num_blocks} for node in nodes]}
+        left = [node.node_id for node in nodes if node.state != "reset"]
+        if not left:
+            return JSONResponse({"status": "reset", **answers})
+        error = _error("reset_incomplete", f"not reset, or not known to be: {', '.join(left)}", 503)
+        return JSONResponse({**error.body, **answers}, error.status)
 
     async def drain(self, request: Request) -> Response:
         """``POST /cluster/nodes/{node_id}/drain``: it gets no new requests, finishes its own and ends.

@@ -31,8 +31,10 @@ def state_routes(
     service: RouterService, metrics: Metrics, collect: Callable[[], Awaitable[None]] = _nothing_to_collect
 ) -> Sequence[Route]:
     """Return the routes by which clients read the machine. ``collect`` completes the metrics before they are read."""
-    state = StateEndpoints(service)
-    return _routes(state.ready, MetricsEndpoint(metrics, collect).exposition, state.cluster, state.timeline)
+    state, exposition = StateEndpoints(service), MetricsEndpoint(metrics, collect).exposition
+    return _routes(
+        ready=state.ready, load=state.load, metrics=exposition, cluster=state.cluster, timeline=state.timeline
+    )
 
 
 def asked_routes(ask: Endpoint) -> Sequence[Route]:
@@ -45,13 +47,21 @@ def asked_routes(ask: Endpoint) -> Sequence[Route]:
 
         return endpoint
 
-    ready, cluster, timeline = StateEndpoints.ready, StateEndpoints.cluster, StateEndpoints.timeline
-    return _routes(asking(ready), asking(MetricsEndpoint.exposition), asking(cluster), asking(timeline))
+    return _routes(
+        ready=asking(StateEndpoints.ready),
+        load=asking(StateEndpoints.load),
+        metrics=asking(MetricsEndpoint.exposition),
+        cluster=asking(StateEndpoints.cluster),
+        timeline=asking(StateEndpoints.timeline),
+    )
 
 
-def _routes(ready: Endpoint, metrics: Endpoint, cluster: Endpoint, timeline: Endpoint) -> Sequence[Route]:
+def _routes(
+    *, ready: Endpoint, load: Endpoint, metrics: Endpoint, cluster: Endpoint, timeline: Endpoint
+) -> Sequence[Route]:
     return [
         *[Route(path, ready) for path in ("/ready", "/readyz")],
+        Route("/load", load),
         Route("/metrics", metrics),
         Route("/cluster", cluster),
         Route("/cluster/requests/{request_id}", timeline),
@@ -83,6 +93,10 @@ class StateEndpoints:
         if reason is None:
             return JSONResponse({"status": "ready"})
         return error_response(AnswerError(ErrorInfo(code="not_ready", message=reason, http_status=503)))
+
+    async def load(self, _: Request) -> Response:
+        """``GET /load``: how many requests are in progress, as in vLLM; each choice of an answer counts."""
+        return JSONResponse({"server_load": len(self._service.machine.requests)})
 
     async def cluster(self, _: Request) -> Response:
         """``GET /cluster``: nodes with their load, requests by status, counters."""

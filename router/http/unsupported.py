@@ -28,6 +28,8 @@ _ONLY_TEXT = "only text is supported: no audio, images or video"
 _ADAPTERS = "LoRA adapters are not supported"
 _AGENTS = "assistants, threads, conversations and their tools are not supported: send the whole conversation"
 
+_OPERATORS = "this is for operators, at their address: router.admin_host and router.admin_port"
+
 _ANY = ("GET", "POST", "DELETE")
 
 UNSUPPORTED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -55,6 +57,10 @@ UNSUPPORTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "/v1/containers{rest:path}": (_AGENTS, _ANY),
     "/v1/vector_stores{rest:path}": (_AGENTS, _ANY),
     "/v1/evals{rest:path}": (_TRAINING, _ANY),
+    "/server_info": (_OPERATORS, ("GET",)),
+    "/get_server_info": (_OPERATORS, ("GET",)),
+    "/reset_prefix_cache": (_OPERATORS, ("POST",)),
+    "/flush_cache": (_OPERATORS, ("GET", "POST")),
 }
 """Paths, and for each the reason and the methods that are refused with it."""
 

@@ -10,6 +10,8 @@ from router.openai.schemas import ChatCompletionRequest, GenerationFields, parse
 
 EXTRA_FIELDS = frozenset(
     {
+        "allowed_token_ids",
+        "bad_words",
         "chat_template_kwargs",
         "frequency_penalty",
         "ignore_eos",

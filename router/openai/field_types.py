@@ -16,6 +16,8 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_IDS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_CHARS = 128
 INT64 = (1 << 63) - 1
 
 _MAX_KEY_DIGITS = 19
@@ -142,6 +144,9 @@ RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=INT64)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(_whole_items)]
 StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS), BeforeValidator(_whole_items)]
+AllowedTokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), BeforeValidator(_whole_items)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+BadWordTexts = Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 _StopInput = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _StopsInput = _StopInput | Annotated[list[_StopInput], Field(max_length=MAX_STOPS)]

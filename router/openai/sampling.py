@@ -7,6 +7,7 @@ import msgspec
 from kvrelay.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.protocol.request import Grammar, SamplingParams
 from kvrelay.protocol.request_limits import unknown_token
+from kvrelay.protocol.token_rules import TokenRules
 from router.model import ServedModel
 from router.openai.field_types import INT64
 from router.openai.prompt_logprobs import check_num_prompt_logprobs, num_prompt_logprobs
@@ -31,10 +32,11 @@ class RequestSampling:
         model: ServedModel,
         max_model_len: int,
         structure: Structure | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         self._request = request
         self._max_model_len = max_model_len
-        self._common = _common_params(request, model, structure)
+        self._common = _common_params(request, model, structure, rules)
         self._num_prompt_tokens = 0
 
     def of(self, num_prompt_tokens: int, seed: int = 0) -> SamplingParams:
@@ -68,7 +70,9 @@ class RequestSampling:
         return room if asked is None else min(asked, room)
 
 
-def _common_params(request: GenerationFields, model: ServedModel, structure: Structure | None) -> SamplingParams:
+def _common_params(
+    request: GenerationFields, model: ServedModel, structure: Structure | None, rules: TokenRules | None
+) -> SamplingParams:
     """Return the parameters that all prompts share."""
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_token_ids(stop_token_ids, model.vocab_size, "stop_token_ids")
@@ -92,11 +96,12 @@ def _common_params(request: GenerationFields, model: ServedModel, structure: Str
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=num_logprobs(request),
         num_prompt_logprobs=num_prompt_logprobs(request),
-        grammar=None if structure is None else _grammar(request, structure, model),
+        grammar=None if structure is None else _grammar(request, structure, model, rules),
+        token_rules=rules,
     )
 
 
-def _grammar(request: GenerationFields, structure: Structure, model: ServedModel) -> Grammar:
+def _grammar(request: GenerationFields, structure: Structure, model: ServedModel, rules: TokenRules | None) -> Grammar:
     """Return the grammar of ``structure``. Raises InvalidRequestError for fields that contradict it."""
     if request.ignore_eos:
         raise InvalidRequestError(f"ignore_eos: not together with {structure.field}", param="ignore_eos")
@@ -105,6 +110,10 @@ def _grammar(request: GenerationFields, structure: Structure, model: ServedModel
     if not model.eos_token_ids and not request.stop_token_ids:
         reason = "the model has no token that ends a text; set stop_token_ids"
         raise InvalidRequestError(f"{structure.field}: {reason}", param=structure.field.partition(".")[0])
+    ends = [*model.eos_token_ids, *(request.stop_token_ids or ())]
+    if rules is not None and not any(map(rules.may_have, ends)):
+        name = "bad_words" if rules.allowed is None else "allowed_token_ids"
+        raise InvalidRequestError(f"{name}: leave no token to end the output of {structure.field}", param=name)
     return structure.grammar
 
 

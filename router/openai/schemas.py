@@ -14,6 +14,8 @@ from pydantic import ConfigDict, Field, PlainValidator, ValidationError, model_v
 
 from kvrelay.errors import InvalidRequestError
 from router.openai.field_types import (
+    AllowedTokenIds,
+    BadWordTexts,
     Biases,
     JsonSchema,
     Natural,
@@ -47,8 +49,6 @@ REFUSED_FIELDS = {
     "functions": "functions are not supported, tools are",
     "suffix": "suffix is not supported",
     "use_beam_search": "beam search is not supported",
-    "allowed_token_ids": "allowed_token_ids is not supported",
-    "bad_words": "bad_words is not supported",
     "chat_template": "only the model's own chat template is used",
     "documents": "documents are not supported",
     "audio": "only text is supported",
@@ -106,6 +106,8 @@ class GenerationFields(Fields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
+    allowed_token_ids: AllowedTokenIds | None = None
+    bad_words: BadWordTexts | None = None
     seed: Signed | None = None
     n: NumChoices | None = None
     stop: Stops | None = None

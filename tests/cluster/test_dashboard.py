@@ -1,7 +1,6 @@
 """The operators' page in a headless browser, and what serves it.
 
-Needs playwright and a Chromium: ``pip install playwright``, and Debian's ``chromium`` or ``playwright install
-chromium``.
+Needs Playwright and a Chromium: ``scripts/setup-browser`` installs both.
 ``KVRELAY_SCREENSHOTS=DIR`` keeps pictures of the page.
 """
 

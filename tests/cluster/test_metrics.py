@@ -18,6 +18,7 @@ import yaml
 from support.asking import Ask, answers, assert_right, random_prompt
 from support.cluster import PATIENCE_S, Cluster, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
+from support.prometheus_server import prometheus
 from support.scrapes import all_samples, as_gateway, families, samples, value
 
 from kvrelay.metrics import vllm
@@ -238,6 +239,19 @@ def test_promtool_has_no_complaints_about_the_rules() -> None:
     rules = str(DOCS / "alerts/kvrelay.rules.yml")
     checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_prometheus_scrapes_all_and_evaluates_the_rules(scrapes: Scrapes, tmp_path: Path) -> None:
+    addresses = [node.metrics_address for node in scrapes.cluster.config.nodes]
+    nodes = [f"{host}:{port}" for host, port in filter(None, addresses)]
+    router = str(scrapes.cluster.http.base_url.netloc, "ascii")
+    with prometheus(tmp_path, [router, *nodes], DOCS / "alerts/kvrelay.rules.yml") as server:
+        until("all are scraped", lambda: {health for health, _ in server.targets().values()} == {"up"})
+        until("the rules are evaluated", lambda: not server.unhealthy_rules())
+        query = 'sum by (instance) (vllm:request_success_total{model_name="demo"})'
+        served = until("the router's requests are counted", lambda: server.query(query))
+        assert ({"instance": router}, float(NUM_ASKS)) in served
+        assert set(server.targets()) == {router, *nodes}
 
 
 def test_idle_processes_check_themselves_and_find_nothing(scrapes: Scrapes) -> None:

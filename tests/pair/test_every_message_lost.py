@@ -39,6 +39,7 @@ def eventful_life(world: World) -> None:
     let_a_lease_run_out(world)
     silence_a_node(world)
     kill_and_start_again(world)
+    reset_the_prefix_caches(world)
     drain_and_start_again(world)
     add_an_odd_node(world)
     serve_some(world)
@@ -105,6 +106,15 @@ def kill_and_start_again(world: World) -> None:
     world.run_for(3.0)
     for _ in range(6):
         world.submit(20, 8)
+    world.run_for(1.0)
+
+
+def reset_the_prefix_caches(world: World) -> None:
+    """An operator resets the prefix caches under load."""
+    for _ in range(6):
+        world.submit(20, 12)
+    world.run_for(0.01)
+    assert {node.state for node in world.reset_prefix_caches().nodes} == {"reset"}
     world.run_for(1.0)
 
 

@@ -18,9 +18,12 @@ from kvrelay.protocol.ids import ROUTER, NodeId, RequestId
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate
 from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 
 FEW_TOKENS = dict.fromkeys((40, 41, 42), 200.0)
 """A bias that leaves the model three tokens to choose from, so that its text repeats itself."""
+
+RULES: dict[str, Any] = {"token_rules": TokenRules(token_mask([40, 41], 384), BadWords.of([[40] * 4, [41] * 3]))}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,7 @@ def serve(engine: Engine, node: NodeConfig, requests: list[RequestSpec]) -> Serv
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
     )
     machine, served = DecodeMachine(node, registration), Served()
     events: list[CoreEvent] = [Started()]
@@ -100,7 +104,7 @@ def run(model_dir: Path, method: str, **sampling: Any) -> Served:
         engine.close()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"presence_penalty": 0.5, "min_tokens": 9}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"presence_penalty": 0.5, "min_tokens": 9}, RULES])
 def test_naive_and_ngram_give_the_tokens_and_logprobs_of_plain_steps(model_dir: Path, sampling: dict[str, Any]) -> None:
     plain, naive, ngram = (run(model_dir, method, **sampling) for method in ("none", "naive", "ngram"))
     assert plain.counters["draft_tokens"] == naive.counters["draft_tokens"] == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import uvloop
 from storage_rooms import Room
+from support.token_rules import strict_rules
 
 from decode_node.machine import DecodeMachine
 from decode_node.preemption import Preemption
@@ -56,6 +57,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "ignore_eos": True,
     },
     "stop token": {"temperature": 0.0, "stop_token_ids": [72]},
+    "token rules": {"seed": 805, "temperature": 0.9, "token_rules": strict_rules(384), "ignore_eos": True},
     "minimum": {"seed": 704, "temperature": 0.7, "min_tokens": 20, "stop_token_ids": list(range(0, 384, 3))},
 }
 MAX_TOKENS = 40
@@ -106,7 +108,7 @@ class Forgetful:
     def handle(self, event: CoreEvent, now: float) -> Sequence[object]:
         actions = self._machine.handle(event, now)
         kv = self._machine.kv
-        kv.clear()
+        kv.unpin(kv.allocate(kv.num_free + kv.num_evictable))
         free = [block for block in range(kv.num_blocks) if kv._pool.ref_count(BlockId(block)) < 0]
         self._planes[:, :, free] = np.full(self._planes.shape[-1] // 4, 3.0, np.float32).view(np.uint8)
         return actions
@@ -183,6 +185,7 @@ async def _serve(
         max_num_seqs=node.scheduler.max_num_seqs,
         num_blocks=node.cache.fixed_num_blocks,
         geometry=engine.geometry,
+        vocab_size=engine.vocab_size,
     )
     machine = DecodeMachine(node, registration)
     shell = Shell(machine if store is None else Forgetful(machine, engine), clock=Clock())

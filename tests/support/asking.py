@@ -165,13 +165,23 @@ class Asker:
 async def chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of a stream of server-sent events. Fails unless it ends as it should."""
     done = False
-    async for line in response.aiter_lines():
+    async for line in lines(response):
         assert not done or not line, f"after [DONE]: {line}"
         if line == "data: [DONE]":
             done = True
         elif line:
             yield json.loads(line.removeprefix("data: "))
     assert done, "the stream ended without [DONE]"
+
+
+async def lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a stream as server-sent events define them. httpx also splits at U+0085, U+2028 and others."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode()
+    assert not rest, f"the stream ended within a line: {rest!r}"
 
 
 def play(cluster: Cluster, scenario: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:

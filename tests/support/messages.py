@@ -70,6 +70,7 @@ from kvrelay.protocol.messages.node_to_router import (
     Drained,
     Leaving,
     PrefixCacheChanged,
+    PrefixCacheReset,
     PromptLogprobsOut,
     Register,
     RequestFailed,
@@ -89,6 +90,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegisterAgain,
     Registered,
     RegistrationRefused,
+    ResetPrefixCache,
 )
 from kvrelay.protocol.messages.store_to_store import BlocksDropped, BlocksFetched, DropBlocks, FetchBlocks
 from kvrelay.protocol.request import (
@@ -100,6 +102,7 @@ from kvrelay.protocol.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 from support.ids import block_ids
 
 _ID: dict[str, Any] = {"request_id": "cmpl-1", "epoch": 2}
@@ -132,6 +135,7 @@ _SPEC = RequestSpec(
         num_logprobs=1,
         grammar=Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer"}'),
         num_prompt_logprobs=2,
+        token_rules=TokenRules(token_mask([5, 11], 40), BadWords.of([[7], [5, 11], [2, 5, 11]])),
     ),
 )
 _OUTPUT = RequestOutput(
@@ -177,6 +181,7 @@ EXAMPLES: list[Message] = [
     Generate(request=_SPEC),
     Abort(**_ID),
     Drain(stay_down=True),
+    ResetPrefixCache(reset=7),
     Register(
         node_id=NodeId("p0"),
         incarnation="beef",
@@ -191,6 +196,7 @@ EXAMPLES: list[Message] = [
         session=1,
         vocab_size=151936,
         prefill_order="shortest_first",
+        resets_prefix_cache=True,
     ),
     TokensOut(outputs=[_OUTPUT]),
     PromptLogprobsOut(**_ID, logprobs=_PROMPT_LOGPROBS),
@@ -201,6 +207,7 @@ EXAMPLES: list[Message] = [
     RequestTimeline(**_ID, marks=[Mark("prefill", 1.5, "p0")], layers=[LayerTransfer(0, 1.25, 1.75, 4096)]),
     Leaving(),
     Drained(),
+    PrefixCacheReset(reset=7, num_blocks=300),
     ReserveBlocks(
         **_ID,
         block_hashes=[b"\x00" * 32, b"\xff" * 32],

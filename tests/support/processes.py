@@ -43,7 +43,7 @@ from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
 from prefill_node.machine import PrefillMachine
-from router.events import Deliver
+from router.events import CacheResetEnded, Deliver
 from router.machine import RouterMachine
 from support.fake_store import FakeStorageIO
 
@@ -174,6 +174,7 @@ class RouterProcess(Process):
     def __init__(self, world: World, machine: RouterMachine) -> None:
         super().__init__(world, ROUTER, machine, [CONTROL])
         self.handle_with(Deliver, world.deliver)
+        self.handle_with(CacheResetEnded, world.cache_resets.append)
         self.post(Started())
 
 
@@ -220,6 +221,7 @@ class NodeProcess(Process):
             num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
+            resets_prefix_cache=True,
         )
 
     def _run_step(self, action: RunStep) -> None:

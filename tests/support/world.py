@@ -36,6 +36,8 @@ from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
 from router.events import (
+    CacheResetEnded,
+    CacheResetRequested,
     CancelRequested,
     ClientGone,
     Deliver,
@@ -175,6 +177,7 @@ class World:
         self.careful = careful
         self.history: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
         self.clients: dict[str, Client] = {}
+        self.cache_resets: list[CacheResetEnded] = []
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
         self.layers_at_once = layers_at_once
@@ -400,6 +403,13 @@ class World:
     def cancel(self, client: Client) -> None:
         """An operator cancels the request."""
         self.router.handle(CancelRequested(RequestId(client.request_id)))
+
+    def reset_prefix_caches(self) -> CacheResetEnded:
+        """An operator resets the prefix caches; return what the router says of it."""
+        reset = self.rng.getrandbits(32)
+        self.router.handle(CacheResetRequested(reset))
+        self.run_until(lambda: any(ended.reset == reset for ended in self.cache_resets), 10.0)
+        return self.cache_resets[-1]
 
     def pass_deadline(self, client: Client) -> None:
         """The time that the request may take is over."""

@@ -23,16 +23,19 @@ def adjusts(sampling: SamplingParams) -> bool:
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sampling.min_tokens
+        or (sampling.token_rules is not None and sampling.token_rules.bad_words is not None)
     )
 
 
 def needs_tokens(sampling: SamplingParams) -> bool:
     """Return whether the choice of a token depends on what the tokens so far are, not only on how many."""
+    bad_words = None if sampling.token_rules is None else sampling.token_rules.bad_words
     return bool(
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sampling.grammar is not None
+        or (bad_words is not None and bad_words.after)
     )
 
 
@@ -45,12 +48,15 @@ def row_adjustments(item: ScheduledSequence, ahead: int, vocab_size: int) -> tup
     """
     sequence = item.sequence
     params, drafts = sequence.sampling, list((item.drafts or ())[:ahead])
-    token_ids = np.array([*sequence.token_ids, *drafts], np.int32)
+    known = [*sequence.token_ids, *drafts]
+    token_ids = np.array(known, np.int32)
     output, counts = np.unique(token_ids[sequence.num_prompt_tokens :], return_counts=True)
     penalized = params.presence_penalty or params.frequency_penalty
     num_tokens = item.start + item.num_tokens - len(item.drafts or ()) + ahead
     too_early = num_tokens - sequence.num_prompt_tokens < params.min_tokens
     banned = [*params.eos_token_ids, *params.stop_token_ids] if too_early else []
+    if params.token_rules is not None and params.token_rules.bad_words is not None:
+        banned += params.token_rules.bad_words.next(known[sequence.num_prompt_tokens :])
     seen = np.unique(token_ids) if params.repetition_penalty != 1.0 else token_ids[:0]
     touched = [list(params.logit_bias), seen, output if penalized else output[:0], banned]
     tokens = np.unique(np.concatenate([np.asarray(part, np.int32) for part in touched]))

@@ -27,11 +27,11 @@ from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.prompt_logprobs import PromptRows, prompt_rows
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import DeviceError
-from kvrelay.grammar.constraint import mask_words
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
 from kvrelay.protocol.request import TokenLogprobs
+from kvrelay.protocol.token_rules import mask_words
 
 _MORE_UPLOAD_WORDS = 1 << 16
 """Words of a step's uploads beside its buffer, before room for them must grow: new blocks, adjusted logits."""

@@ -9,6 +9,7 @@ from itertools import islice
 from kvrelay.engine.device.batch import Batch
 from kvrelay.engine.device.operations import NONE_LEFT
 from kvrelay.engine.device.sequence_rows import Int32
+from kvrelay.engine.sampler import none_left
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
 from kvrelay.protocol.request import TokenLogprobs
@@ -57,6 +58,5 @@ def _sampled(item: ScheduledSequence, tokens: list[int], entries: list[TokenLogp
 
 def _failure(code: int, position: int) -> SequenceFailed:
     if code == NONE_LEFT:
-        reason = "the sampling parameters leave no token to choose"
-        return SequenceFailed(f"output position {position} cannot be sampled: {reason}")
+        return none_left(position)
     return SequenceFailed(f"the model's logits are not finite at output position {position}")

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.errors import EngineError
+from kvrelay.errors import EngineError, InvalidRequestError
 from kvrelay.protocol.ids import BlockId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import PromptLogprobs, SamplingParams, TokenLogprobs
@@ -106,15 +106,18 @@ class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed")
     """One sequence of a step has failed. The results of the other sequences are as they would be without it.
 
     The KV that the step computed for it is undefined and must not be published. ``retryable``: the request may succeed
-    on another node or in a later attempt.
+    on another node or in a later attempt. ``invalid``: the cause is what the request asks for.
     """
 
     reason: str
     retryable: bool = False
+    invalid: bool = False
 
     @property
-    def error(self) -> EngineError:
+    def error(self) -> EngineError | InvalidRequestError:
         """The error that ends the request."""
+        if self.invalid:
+            return InvalidRequestError(self.reason)
         return EngineError(self.reason, retryable=self.retryable)
 
 

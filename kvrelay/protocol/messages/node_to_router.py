@@ -20,7 +20,8 @@ class Register(Message, frozen=True, kw_only=True):
     The reader compares role, protocol version, model and KV geometry and answers Registered or RegistrationRefused. If
     another registered node has the name, the answer waits until that node sends a heartbeat or is lost. ``session``
     rises each time the node loses a router and drops its requests. A reader that knows another ``session`` retries the
-    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id.
+    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id. ``resets_prefix_cache``: the
+    node can read ResetPrefixCache.
     """
 
     node_id: NodeId
@@ -36,6 +37,7 @@ class Register(Message, frozen=True, kw_only=True):
     session: int = 0
     vocab_size: int = 1 << 32
     prefill_order: str = "fifo"
+    resets_prefix_cache: bool = False
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,14 +145,25 @@ class PrefixCacheChanged(Message, frozen=True, kw_only=True):
     """Node -> router that wants it, when the node is registered and then with heartbeats, if anything has changed.
 
     ``added`` and ``removed`` are prefix keys, ``PREFIX_KEY_BYTES`` each, one after another. ``number`` is 0 in the
-    first message after a registration, which has the keys of all published blocks, and rises by one with each message.
-    The reader routes prompts by it. If it misses a message, it knows nothing of the node's prefix cache any more and
-    answers RegisterAgain.
+    first message after a registration or a reset, which has the keys of all published blocks, and rises by one with
+    each message. The reader routes prompts by it. If it misses a message, it knows nothing of the node's prefix cache
+    any more and answers RegisterAgain.
     """
 
     number: int
     added: bytes
     removed: bytes = b""
+
+
+class PrefixCacheReset(Message, frozen=True, kw_only=True):
+    """Node -> router, answers ResetPrefixCache, after PrefixCacheChanged to each router that wants it.
+
+    ``num_blocks`` were published. The reader reports the node's answer to the operator, and forgets what it expected
+    to be in the node's prefix cache.
+    """
+
+    reset: int
+    num_blocks: int
 
 
 class Drained(Message, frozen=True, kw_only=True):
@@ -169,6 +182,7 @@ NodeToRouter: TypeAlias = (
     | DecodeNeeded
     | RequestTimeline
     | PrefixCacheChanged
+    | PrefixCacheReset
     | Leaving
     | Drained
 )

@@ -94,6 +94,16 @@ class Abort(Message, frozen=True, kw_only=True):
     epoch: int
 
 
+class ResetPrefixCache(Message, frozen=True, kw_only=True):
+    """Router -> node, when an operator resets the prefix caches; repeated with the router's heartbeats until answered.
+
+    The reader matches nothing any more of the KV that is in its pool now, and publishes none of it. Requests in
+    progress keep their blocks. It answers PrefixCacheReset. What is in the KV store stays there.
+    """
+
+    reset: int
+
+
 class Drain(Message, frozen=True, kw_only=True):
     """Router -> node, when an operator drains it over HTTP. The router sends the node no new requests.
 

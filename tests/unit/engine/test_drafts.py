@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import KERNELS, Runner, open_engine, output, planes_of, run_batch, sequence, take, use_kernels
+from support.token_rules import strict_rules
 
 from kvrelay.config.cluster_config import FakeEngineConfig
 from kvrelay.engine import kv_pool, portable
@@ -19,6 +20,7 @@ from kvrelay.protocol.messages.engine import SampledTokens
 from kvrelay.protocol.request import Grammar, GrammarKind, Sequence
 
 LENGTH, OUTPUTS = 33, 12
+RULES = {"temperature": 0.9, "seed": 4, "token_rules": strict_rules(384)}
 GRAMMAR = {"grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")}
 
 
@@ -55,7 +57,7 @@ def verified(runner: Runner, one: Sequence, drafts: tuple[int, ...]) -> SampledT
     return sampled
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}, GRAMMAR])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}, GRAMMAR, RULES])
 @pytest.mark.parametrize("num_right", [0, 1, 2, 3])
 def test_drafts_are_accepted_as_far_as_they_are_right(
     any_engine: Engine, sampling: dict[str, Any], num_right: int

@@ -11,6 +11,7 @@ from engine_runs import sequence
 from kvrelay.engine.sampler import sample, uniform, verify
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
+from kvrelay.protocol.token_rules import BadWords, TokenRules
 
 GOLDEN_UNIFORM = 0.5351388454566608
 LOGITS = np.array([2.0, 1.0, 0.5, 1.5, -3.0, 0.0], np.float32)
@@ -130,6 +131,24 @@ def test_logit_bias_is_added() -> None:
     assert draws(LOGITS, 300, temperature=1.0, logit_bias={4: 100.0}) == Counter({4: 300})
 
 
+def test_bad_words_are_not_completed() -> None:
+    """After a prompt of 5 and an output of 0 3, 0 may not follow at all, 1 not after 3, and 4 not after 0 3."""
+    rules = TokenRules(bad_words=BadWords.of([[0], [3, 1], [5, 0, 2], [0, 3, 4], [5, 0, 3, 5]]))
+    asked = [sequence([5], seed=seed, temperature=1.0, token_rules=rules) for seed in range(4000)]
+    for one_asked in asked:
+        one_asked.token_ids += [0, 3]
+    found = Counter(sampled.token_ids[0] for sampled in sampled_rows(np.tile(LOGITS, (4000, 1)), asked))
+    assert_distributed(found, expected(LOGITS, [2, 3, 5]))
+
+
+def test_bad_words_after_drafts_that_are_right() -> None:
+    """Guesses are compared with what comes when the words before them are in the output."""
+    asked = sequence([1], token_rules=TokenRules(bad_words=BadWords.of([[0, 0, 0]])))
+    rows = np.tile(LOGITS, (4, 1))
+    assert verify(rows, asked, (0, 0, 3)) == SampledTokens([0, 0, 3, 0], [])
+    assert verify(rows, asked, (0, 0, 0)) == SampledTokens([0, 0, 3], [])
+
+
 def test_min_tokens_masks_eos_and_stop_tokens_until_reached() -> None:
     waiting = sequence([1], min_tokens=1, eos_token_ids=[0], stop_token_ids=[3], ignore_eos=False)
     assert one(LOGITS, waiting) == 1
@@ -226,7 +245,7 @@ def test_parameters_that_leave_no_token_are_the_error_of_their_sequence(temperat
     nothing = sequence([1], min_tokens=3, stop_token_ids=list(range(6)), temperature=temperature)
     outcomes = sample(rows, [nothing, sequence([1])])
     assert outcomes[0] == SequenceFailed(
-        "output position 0 cannot be sampled: the sampling parameters leave no token to choose"
+        "output position 0 cannot be sampled: the sampling parameters leave no token to choose", invalid=True
     )
     assert outcomes[1] == sample(rows[1:], [sequence([1])])[0]
 

@@ -36,9 +36,10 @@ def grammars() -> Iterator[GrammarMasks]:
 
 
 def constraint(grammars: GrammarMasks, grammar: Grammar = NUMBER, **sampling: Any) -> GrammarConstraint:
-    return grammars.constraint(
-        SamplingParams(max_tokens=9, seed=0, grammar=grammar, **{"eos_token_ids": [END], **sampling})
-    )
+    params = SamplingParams(max_tokens=9, seed=0, grammar=grammar, **{"eos_token_ids": [END], **sampling})
+    found = grammars.constraint(params)
+    assert isinstance(found, GrammarConstraint)
+    return found
 
 
 def allowed(constraint: GrammarConstraint, place: int) -> list[int]:

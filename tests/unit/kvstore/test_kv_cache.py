@@ -178,16 +178,22 @@ def test_blocks_keep_coming_in_consecutive_runs_after_eviction() -> None:
     assert cache.allocate(4) == [0, 1, 2, 3]
 
 
-def test_clear_frees_what_nobody_references() -> None:
-    cache = KVCache(6)
-    run(cache, "abc")
+def test_what_was_there_when_it_was_cleared_is_never_matched_again() -> None:
+    cache = KVCache(7)
+    mine = run(cache, "abc")
     cache.unpin(run(cache, "abd"))
     cache.unpin(run(cache, "x"))
-    assert counts(cache) == (1, 2, 3)
-    cache.clear()
-    assert counts(cache) == (3, 0, 3)
-    assert len(cache.match(hashes_of("abc"))) == 3
+    [unpublished] = cache.allocate(1)
+    assert counts(cache) == (1, 2, 4)
+    assert cache.clear() == 5
+    assert counts(cache) == (3, 0, 4)
+    cache.publish(hashes_of("abc"), mine)
+    cache.publish(hashes_of("y"), [unpublished])
+    assert cache.match(hashes_of("abc")) == cache.match(hashes_of("y")) == []
     assert cache.stats.evicted_blocks == 0, "nobody needed the blocks"
+    cache.unpin([*mine, unpublished])
+    assert counts(cache) == (7, 0, 0)
+    assert len(run(cache, "abcdefg")) == len(cache.match(hashes_of("abcdefg"))) == 7
 
 
 # ---------------------------------------------------------------- duplicates

@@ -28,7 +28,7 @@ def hashes_of(text: str) -> list[bytes]:
 class Model:
     """``published`` maps a prefix to its block; a prefix is the text from the first token on.
 
-    ``withdrawn`` are blocks that were published and are not, while somebody has them: they are not published again.
+    ``withdrawn`` are blocks that somebody has and that are not published any more, whether or not they were.
     """
 
     num_blocks: int
@@ -161,9 +161,10 @@ class Driver:
         self.release(self.requests.pop(self.rng.randrange(len(self.requests))).block_table)
 
     def clear(self) -> None:
-        self.cache.clear()
-        for prefix in self.model.evictable():
-            del self.model.published[prefix]
+        assert self.cache.clear() == len(self.model.published)
+        self.model.published.clear()
+        self.model.withdrawn.update(self.model.refs)
+        self.model.note_idle()
 
     def forget(self) -> None:
         """Damage is found in what somebody reads, or in what nobody does."""

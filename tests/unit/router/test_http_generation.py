@@ -124,6 +124,23 @@ def test_echo_puts_the_prompt_before_the_text() -> None:
     run(scenario, Script(in_step=True))
 
 
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029", "\x0b", "\x1c", "\r\n"])
+def test_no_character_of_a_text_is_a_line_break_to_any_client(separator: str) -> None:
+    """Clients with ``str.splitlines`` (httpx's ``iter_lines``) also split at Unicode's separators."""
+    prompt = f"a{separator}b"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"model": "demo", "prompt": prompt, "echo": True, "max_tokens": 1, "seed": 0, "stream": True}
+        async with cluster.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = [line async for line in response.aiter_lines() if line]
+        first, *_, last = lines
+        assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == prompt + ANSWER[0]
+        assert last == "data: [DONE]"
+        assert all(line.startswith("data: ") for line in lines)
+
+    run(scenario, Script(in_step=True))
+
+
 def test_max_tokens_is_16_or_for_chats_all_there_is_room_for_and_never_more_than_that() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         for unset in ({}, {"max_tokens": None}):

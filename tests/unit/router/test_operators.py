@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fake_nodes import clients_app, config, register
+from pydantic import SecretStr
 from starlette.types import ASGIApp
 
+import kvrelay
 from kvrelay.addresses import is_loopback, is_named
 from kvrelay.admin_key import VARIABLE, read_admin_key
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import Received
-from kvrelay.protocol.ids import peer_id
-from router.events import DrainRequested
+from kvrelay.protocol.ids import RequestId, peer_id
+from kvrelay.protocol.request import SamplingParams
+from router.events import CacheResetEnded, CacheResetRequested, DrainRequested, NewRequest, NodeReset, Submitted
 from router.http.operators import OperatorsOnly, make_operators_app
 from router.model import load_model
 from router.service import RouterService
@@ -71,6 +75,61 @@ def test_a_node_is_drained_by_operators_and_not_by_clients(action: str, stay_dow
     assert service.posted == [DrainRequested("n0", stay_down)]  # type: ignore[arg-type]
     unknown = ask(make_operators_app(service), "POST", f"/cluster/nodes/other/{action}")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+class Answering(Service):
+    """Nodes answer a reset at once as ``states`` say."""
+
+    def __init__(self, *states: str) -> None:
+        super().__init__()
+        self._nodes = tuple(NodeReset(f"n{index}", state, index) for index, state in enumerate(states))  # type: ignore[arg-type]
+
+    def _post(self, event: object) -> None:
+        assert isinstance(event, CacheResetRequested)
+        self._reset_ended(CacheResetEnded(event.reset, self._nodes))
+
+
+def test_a_reset_of_the_prefix_caches_tells_what_became_of_it_on_each_node() -> None:
+    done = ask(make_operators_app(Answering("reset", "reset")), "POST", "/reset_prefix_cache")
+    nodes = [{"name": "n0", "state": "reset", "blocks": 0}, {"name": "n1", "state": "reset", "blocks": 1}]
+    assert (done.status_code, done.json()) == (200, {"status": "reset", "nodes": nodes})
+    partly = ask(make_operators_app(Answering("reset", "no_answer", "lost")), "POST", "/flush_cache")
+    assert (partly.status_code, partly.json()["error"]["code"]) == (503, "reset_incomplete")
+    assert partly.json()["error"]["message"].endswith(": n1, n2")
+    assert [node["state"] for node in partly.json()["nodes"]] == ["reset", "no_answer", "lost"]
+
+
+def test_the_info_for_operators_has_the_config_and_no_secret() -> None:
+    service = Service()
+    secrets = {"registry": {"url": "redis://user:hush-registry@host/0"}, "storage": {"url": "redis://:hush-store@host"}}
+    tracing = {"otlp_endpoint": "http://user:hush-traces@collector:4318/v1?token=hush-token"}
+    config = service.config
+    service.config = config.model_copy(
+        update={
+            "registry": config.registry.model_copy(update={"url": SecretStr(secrets["registry"]["url"])}),
+            "storage": config.storage.model_copy(update={"url": SecretStr(secrets["storage"]["url"])}),
+            "router": config.router.model_copy(update=tracing),
+        }
+    )
+    app = make_operators_app(service)
+    info = ask(app, "GET", "/server_info")
+    assert "hush" not in info.text
+    found = info.json()["kvrelay_config"]
+    assert found["router"]["otlp_endpoint"] == "http://collector:4318/v1"
+    assert found["cache"] == config.cache.model_dump(mode="json")
+    text = ask(app, "GET", "/get_server_info?config_format=text").json()
+    assert json.loads(text["kvrelay_config"]) == found and text["version"] == kvrelay.__version__
+    wrong = ask(app, "GET", "/server_info?config_format=xml")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "invalid_request_error")
+
+
+def test_the_load_is_the_number_of_requests_in_progress() -> None:
+    service = Service()
+    app = clients_app(service)
+    assert ask(app, "GET", "/load").json() == {"server_load": 0}
+    requests = tuple(NewRequest(RequestId(name), [1], SamplingParams(max_tokens=2, seed=0)) for name in "abc")
+    service.machine.handle(Submitted(requests), 0.0)
+    assert ask(app, "GET", "/load").json() == {"server_load": 3}
 
 
 @pytest.mark.parametrize("given", ["", f"Basic {KEY}", "Bearer", "Bearer ", f"Bearer {KEY}x", "Bearer ÿ", KEY])

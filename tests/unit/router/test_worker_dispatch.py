@@ -204,6 +204,7 @@ def test_what_the_machine_knows_is_asked() -> None:
         name = (await complete(workers.a)).json()["id"]
         for worker in (workers.a, workers.b):
             assert (await worker.client.get("/ready")).json() == {"status": "ready"}
+            assert (await worker.client.get("/load")).json() == {"server_load": 0}
             assert len((await worker.client.get("/cluster")).json()["nodes"]) == 2
             timeline = await worker.client.get(f"/cluster/requests/{name}")
             assert timeline.json()["request_id"] == name

@@ -17,10 +17,10 @@ from kvrelay.engine.device.step_slot import UploadArena
 from kvrelay.engine.device.tiles import TileCutter
 from kvrelay.engine.device.torch_framework import TorchFramework
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
-from kvrelay.grammar.constraint import mask_words
 from kvrelay.protocol.ids import RequestId, SequenceId
 from kvrelay.protocol.messages.engine import NewSequence
 from kvrelay.protocol.request import SamplingParams
+from kvrelay.protocol.token_rules import BadWords, TokenRules, mask_words
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -38,6 +38,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "frequency_penalty": -1.0, "logit_bias": {3: 8.0, 11: -100.0}},
     {"logit_bias": {5: 100.0}},
     {"min_tokens": 50, "eos_token_ids": [2], "stop_token_ids": [9], "logit_bias": {2: 100.0, 9: 50.0}},
+    {"token_rules": TokenRules(bad_words=BadWords.of([[3], *([token, token % 5] for token in range(50))]))},
     {"temperature": 1.0, "num_logprobs": 0},
     {"num_logprobs": 5},
     {"temperature": 0.8, "top_p": 0.95, "num_logprobs": 20, "repetition_penalty": 1.2},

@@ -13,8 +13,8 @@ from kvrelay.engine.device.operations import NONE_LEFT, NOT_FINITE
 from kvrelay.engine.prompt_logprobs import PromptRows, logprobs_of
 from kvrelay.engine.sampler import sample, sample_step
 from kvrelay.engine.sequences import EngineSequence, ScheduledSequence
-from kvrelay.grammar.constraint import mask_words
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
+from kvrelay.protocol.token_rules import mask_words
 
 
 def scheduled(one: EngineSequence, drafts: tuple[int, ...] | None = None) -> ScheduledSequence:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from engine_runs import Runner, outcomes_in_order, output, plan_of, planes_of, run_batch, sequence, take
 from support.ids import block_ids
+from support.token_rules import strict_rules
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.compute_thread import compute_for
@@ -73,6 +74,7 @@ def sequences(count: int = 8) -> list[Sequence]:
         {"temperature": 1.0, "top_p": 0.9},
         {"repetition_penalty": 1.3, "num_logprobs": 3},
         {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
+        {"temperature": 1.0, "token_rules": strict_rules(384)},
     ]
     return [
         sequence(prompt(3 + 9 * index), f"r{index}", max_tokens=7, seed=index, **kinds[index % len(kinds)])

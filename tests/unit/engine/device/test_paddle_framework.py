@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from engine_runs import Runner, open_engine, outcomes_in_order, run_batch, sequence
+from support.token_rules import strict_rules
 
 from kvrelay.engine.device.engine import DeviceEngine
 from kvrelay.engine.device.paddle_framework import PaddleFramework
@@ -27,6 +28,7 @@ KINDS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3, "num_logprobs": 3},
     {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
     {"temperature": 1.2, "min_p": 0.02, "num_logprobs": 0},
+    {"temperature": 1.0, "token_rules": strict_rules(384)},
     {"temperature": 1.0, "num_logprobs": 1, "grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")},
 ]
 

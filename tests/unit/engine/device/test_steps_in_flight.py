@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from engine_runs import Runner, outcomes_in_order, output, planes_of, run_batch, sequence
 from late_device import LateFramework, LateOperations, LateStream, computes_late
+from support.token_rules import few_tokens, strict_rules
 
 from kvrelay.engine.checkpoint import Checkpoint
 from kvrelay.engine.decoder import load_weights
@@ -27,6 +28,7 @@ from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome, StepResult
 from kvrelay.protocol.request import Grammar, GrammarKind, Sequence
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 
 Make = Callable[..., tuple[DeviceEngine, LateStream]]
 
@@ -65,6 +67,8 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8, "logit_bias": {5: 3.0}, "min_tokens": 4, "eos_token_ids": [7]},
 ]
 NEEDS_TOKENS: dict[str, Any] = {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.5}
+ALLOWED: dict[str, Any] = {"token_rules": TokenRules(token_mask(few_tokens(384), 384), BadWords.of([[12]]))}
+BAD_WORDS: dict[str, Any] = {"temperature": 0.7, "token_rules": strict_rules(384)}
 GRAMMAR: dict[str, Any] = {"temperature": 0.7, "grammar": Grammar(GrammarKind.REGEX, "([a-m][n-z]){50}")}
 
 
@@ -191,7 +195,9 @@ def expected(kinds: list[dict[str, Any]], make: Make) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "kinds", [KINDS, [*KINDS, NEEDS_TOKENS], [*KINDS, GRAMMAR]], ids=["any", "penalties", "grammars"]
+    "kinds",
+    [[*KINDS, ALLOWED], [*KINDS, NEEDS_TOKENS], [*KINDS, GRAMMAR], [*KINDS, BAD_WORDS]],
+    ids=["any", "penalties", "grammars", "bad words"],
 )
 @pytest.mark.parametrize("chunk", [11, 1 << 20])
 def test_tokens_are_those_of_one_plan_at_a_time(make: Make, kinds: list[dict[str, Any]], chunk: int) -> None:
@@ -236,8 +242,8 @@ def test_the_next_step_is_launched_before_the_device_has_computed_one(make: Make
         assert device.num_done < device.num_told, "finishing has waited for the step after"
 
 
-@pytest.mark.parametrize("kind", [NEEDS_TOKENS, GRAMMAR], ids=["penalties", "grammar"])
-def test_a_step_waits_for_tokens_that_its_penalties_or_grammar_need(make: Make, kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [NEEDS_TOKENS, GRAMMAR, BAD_WORDS], ids=["penalties", "grammar", "bad words"])
+def test_a_step_waits_for_tokens_that_its_penalties_or_rules_need(make: Make, kind: dict[str, Any]) -> None:
     engine, device = make()
     ahead, (one,) = Ahead(engine), sequences([kind], 1)
     ahead.submit(one)

@@ -1,0 +1,69 @@
+"""Prefix caches that are reset under load: no later prompt finds what was there, and requests in progress go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.world import World
+from test_kv_events import EVENTS, check_events
+
+CACHE = {"block_size": 4, "num_blocks": 200}
+AWARE = {"prefill_routing": "cache_aware", "decode_routing": "cache_aware"}
+
+
+def matched(world: World, prompt: list[int]) -> dict[str, int]:
+    """Return how many of the prompt's blocks each node has published."""
+    machines = {name: node.machine for name, node in world.nodes.items()}
+    return {name: len(machine.kv.match(machine._hasher.hashes(prompt))) for name, machine in machines.items()}
+
+
+@pytest.mark.parametrize("shape", ["disaggregated", "mixed"])
+def test_a_prompt_is_computed_anew_after_a_reset(shape: str) -> None:
+    sizes: dict[str, Any] = {} if shape == "disaggregated" else {"prefill": 0, "decode": 0, "mixed": 1}
+    with World(1, cache=CACHE, router=AWARE, **sizes) as world:
+        prompt = world.prompt(40)
+        for _ in range(2):
+            client = world.submit(prompt, 4)
+            world.settle()
+        assert client.num_cached_tokens > 0
+        ended = world.reset_prefix_caches()
+        assert {node.state for node in ended.nodes} == {"reset"}
+        assert all(node.num_blocks >= 10 for node in ended.nodes)
+        assert set(matched(world, prompt).values()) == {0}
+        assert not any(node.prefixes.reported for node in world.router.machine.node_table)
+        client = world.submit(prompt, 4)
+        world.settle()
+        assert client.num_cached_tokens == 0
+        client = world.submit(prompt, 4)
+        world.settle()
+        assert client.num_cached_tokens > 0
+
+
+def test_kv_of_requests_in_progress_is_not_found_later() -> None:
+    """Neither what was published of them at the reset, nor what would have been after it."""
+    with World(2, cache=CACHE, scheduler={"max_num_batched_tokens": 16}) as world:
+        prompts = [world.prompt(60) for _ in range(4)]
+        clients = [world.submit(prompt, 30, ignore_eos=True) for prompt in prompts]
+        world.run_until(lambda: len(clients[0].token_ids) > 3 and not clients[3].token_ids)
+        world.reset_prefix_caches()
+        world.settle()
+        assert matched(world, prompts[0]) == {"p0": 0, "d0": 0}
+        assert all(client.error is None and len(client.token_ids) == 30 for client in clients)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_subscribers_are_told_that_all_blocks_are_gone(seed: int) -> None:
+    with World(seed, cache={"num_blocks": 24}, nodes=dict.fromkeys(("p0", "d0"), EVENTS)) as world:
+        chats = [world.prompt(world.rng.randint(20, 30)) for _ in range(4)]
+        for _ in range(12):
+            world.submit(list(world.rng.choice(chats)), 6)
+            world.run_for(world.rng.random() * 0.05)
+            if world.rng.random() < 0.3:
+                world.reset_prefix_caches()
+        world.settle()
+        world.reset_prefix_caches()
+        subscribers = check_events(world)
+        for name, node in world.nodes.items():
+            assert not subscribers[name].blocks
+            assert [type(event).__name__ for event in node.kv_events[-1].events] == ["AllBlocksCleared"]
