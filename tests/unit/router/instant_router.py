@@ -16,12 +16,13 @@ from kvrelay.machine.clock import Clock
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 from router.events import Delivery, NewRequest, PromptLogprobsDelivered, RequestEnded, TokensDelivered
+from router.frontend import Sink
 from router.http.app import make_app
 from router.http.state import state_routes
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
 from router.preparation_pool import Preparer
-from router.service import RouterService, Sink
+from router.service import RouterService
 
 MOST_TOKENS = 4
 
