@@ -7,15 +7,14 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
 from kvrelay.addresses import is_loopback, listen_at, netloc
 from kvrelay.config.cluster_config import ClusterConfig
-from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
 from kvrelay.machine.clock import Clock
+from kvrelay.protocol.ids import RequestId
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.listening import CONNECTION_BACKLOG, inherited_listener
 from kvrelay.runtime.startup import READY, startup
@@ -31,10 +30,8 @@ from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
+from router.traces import KEPT_TIMELINES, open_tracing, require_library
 from router.workers.pool import Workers
-
-if TYPE_CHECKING:
-    from router.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -67,50 +64,42 @@ async def serve(config: ClusterConfig) -> str:
         logger.warning(
             "router.host: %s can be reached from other hosts, and clients need no API key", config.router.host
         )
-    tracing = _tracing(service, config.router)
+    require_library(config.router)
+    if config.router.otlp_endpoint is not None:
+        service.machine.requests.timelines.max_kept = KEPT_TIMELINES
     operators: ASGIApp = OperatorsOnly.of(config.router, make_operators_app(service))
     if config.router.access_log:
         operators = AccessLog(operators, clock.now)
     limits = http_limits(config.router)
-    serving_clients: contextlib.AbstractAsyncContextManager[None] = (
-        _serving_in_workers(service, metrics)
-        if config.router.workers > 1
-        else _serving_here(service, metrics, keys, tracing)
-    )
-    tune_gc()
+    in_workers = config.router.workers > 1
     async with (
-        serving_clients,
+        _serving_in_workers(service, metrics) if in_workers else _serving_here(service, metrics, keys),
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
+        tune_gc()
         startup.report(READY)
-        try:
-            return await service.run()
-        finally:
-            if tracing is not None:
-                await tracing.close()
+        return await service.run()
 
 
-def _tracing(service: RouterService, config: RouterConfig) -> Tracing | None:
-    """Return what sends traces, or None. Raises ConfigError without the library."""
-    if config.otlp_endpoint is None:
-        return None
-    try:
-        from router.tracing import Tracing  # noqa: PLC0415 (an extra, which takes long to import)
-    except ImportError as error:
-        raise ConfigError(["router.otlp_endpoint needs OpenTelemetry: pip install 'kvrelay[otel]'"]) from error
-    return Tracing(service, config.otlp_endpoint, config.trace_sample_ratio)
+@contextlib.asynccontextmanager
+async def _serving_here(service: RouterService, metrics: Metrics, keys: ApiKeys | None) -> AsyncIterator[None]:
+    """Serve clients in this process for the context."""
+    router, timelines = service.config.router, service.machine.requests.timelines
 
+    async def timeline_of(request_id: RequestId) -> dict[str, object] | None:
+        return timelines.get(request_id)
 
-def _serving_here(
-    service: RouterService, metrics: Metrics, keys: ApiKeys | None, tracing: Tracing | None
-) -> contextlib.AbstractAsyncContextManager[None]:
-    """Return a context in which this process serves clients."""
-    router = service.config.router
+    tracing = open_tracing(router, timeline_of)
     traced = [tracing.traced] if tracing else []
     app: ASGIApp = make_app(service, metrics, state_routes(service, metrics), keys, None, *traced)
     if router.access_log:
         app = AccessLog(app, service.clock.now)
-    return _serving(app, CLIENTS, (router.host, router.port), http_limits(router), tls_files(router))
+    async with _serving(app, CLIENTS, (router.host, router.port), http_limits(router), tls_files(router)):
+        try:
+            yield
+        finally:
+            if tracing is not None:
+                await tracing.close()
 
 
 @contextlib.asynccontextmanager

@@ -236,12 +236,6 @@ class RouterConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _traces_without_workers(self) -> Self:
-        if self.workers > 1 and self.otlp_endpoint is not None:
-            raise refuse("there are no traces with several workers (router.workers)", "otlp_endpoint")
-        return self
-
-    @model_validator(mode="after")
     def _certificate_and_key(self) -> Self:
         if (self.tls_certificate is None) is not (self.tls_key is None):
             raise refuse(

@@ -26,6 +26,7 @@ from router.http.shared_listener import SharingServer
 from router.http.state import asked_routes
 from router.memory import return_large_blocks
 from router.model import load_model
+from router.traces import open_tracing
 from router.workers.channel import Channel
 from router.workers.messages import Ready, Start, ToWorker
 from router.workers.names import name_of
@@ -60,7 +61,9 @@ async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket,
     channel = await Channel.open(channel_end, ToWorker, service.receive)
     service.connect(channel)
     keys = ApiKeys.of(config.router, service.clock.now)
-    app: ASGIApp = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service)
+    tracing = open_tracing(config.router, service.timeline_of)
+    traced = [tracing.traced] if tracing else []
+    app: ASGIApp = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service, *traced)
     if config.router.access_log:
         app = AccessLog(app, service.clock.now)
     address = config.router.host, config.router.port
@@ -75,6 +78,8 @@ async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket,
     server.should_exit = True
     await serving
     await service.preparer.close()
+    if tracing is not None:
+        await tracing.close()
     for task in (ending, reporting):
         task.cancel()
     service.report()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
 from itertools import count
-from typing import TypeVar, assert_never
+from typing import Any, TypeVar, assert_never
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -149,6 +151,12 @@ class RemoteService:
         response = Response(answer.body, answer.status)
         response.raw_headers = answer.headers
         return response
+
+    async def timeline_of(self, request_id: RequestId) -> dict[str, Any] | None:
+        """Return the timeline of a request in progress or recently ended, if the router keeps it."""
+        ask_id = next(self._ask_ids)
+        answer = await self._ask(ask_id, Asked(ask_id, f"/cluster/requests/{request_id}", b""), Answered)
+        return msgspec.json.decode(answer.body, type=dict[str, Any]) if answer.status == HTTPStatus.OK else None
 
     async def _ask(self, ask_id: int, message: WorkerMessage, kind: type[R]) -> R:
         future = self._asked[ask_id] = asyncio.get_running_loop().create_future()

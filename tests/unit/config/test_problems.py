@@ -74,10 +74,6 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "router: {workers: 4, max_total_body_bytes: 60MiB}\n",
         ["6: router.max_total_body_bytes: 62914560, shared by 4 workers, is below max_body_bytes (16777216)"],
     ),
-    "workers and traces": (
-        GOOD + "router: {workers: 2, otlp_endpoint: 'http://h:4318/v1/traces'}\n",
-        ["6: router.otlp_endpoint: there are no traces with several workers (router.workers)"],
-    ),
     "too many workers": (
         GOOD + "router: {workers: 65}\n",
         ["6: router.workers: should be less than or equal to 64, not 65"],
