@@ -17,6 +17,7 @@ import uvloop
 from cache_messager.allocation import keep_freed_memory
 from cache_messager.service import serve
 from cache_messager.settings import MessagerSettings
+from kvrelay.errors import PeerLostError
 from kvrelay.protocol.ids import peer_name
 from kvrelay.runtime.logging import log_event, set_up_logging
 
@@ -25,13 +26,20 @@ def main() -> int:
     """Serve until the node ends; return the process's exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=MessagerSettings)
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):  # the node ended before it had written them
+        return 0
+    settings = msgspec.json.decode(line, type=MessagerSettings)
     name = peer_name(settings.node)
     setproctitle.setproctitle(f"kvrelay messager {name}")
     set_up_logging(f"{name}.messager", settings.log_level, settings.log_format)
     keep_freed_memory()
     os.sched_setaffinity(0, settings.cpus or range(os.cpu_count() or 1))
-    reason = uvloop.run(serve(settings, sys.stdin.fileno()))
+    try:
+        reason = uvloop.run(serve(settings, sys.stdin.fileno()))
+    except PeerLostError as error:  # the node ended before its pool was opened
+        log_event("error", "not started", {"reason": str(error)})
+        return 1
     log_event("info", "stopped", {"reason": reason})
     return 0
 

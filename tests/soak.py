@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -84,28 +85,37 @@ async def load(cluster: Cluster, chaos: Chaos, tally: Tally, seed: int, until_s:
 
 
 def soak_round(model: Path, shape: str, backend: str, seconds: float, seed: int, out: Path) -> Tally:
-    """Run one cluster for ``seconds``. Raises AssertionError if it is not at rest in the end, or does not end well."""
-    with (
-        redirect_stdout(sys.stderr),  # a cluster prints the end of its log when it is closed
-        redis_server() if backend == "redis" else nullcontext() as redis,
-        running(round_config(model, shape, redis, seed)) as cluster,
-    ):
-        tally = Tally(f"{shape}, store: {backend}")
-        until_s = time.monotonic() + seconds
-        chaos = Chaos(cluster, redis, tally, seed, until_s)
-        try:
-            with chaos.running(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(load(cluster, chaos, tally, seed, until_s))
-            cluster.wait_until_up()
-            cluster.wait_until_quiescent()
-            tally.sample(cluster)
-            cluster.process.send_signal(signal.SIGTERM)
-            assert_ended_well(cluster)
-        finally:
-            log = cluster.log()
-            (out / f"soak-{shape}-{backend}.log").write_text(log)
-        tally.read_log(log)
+    """Run one cluster for ``seconds``."""
+    tally = Tally(f"{shape}, store: {backend}")
+    try:
+        with (
+            redirect_stdout(sys.stderr),  # a cluster prints the end of its log when it is closed
+            redis_server() if backend == "redis" else nullcontext() as redis,
+            running(round_config(model, shape, redis, seed)) as cluster,
+        ):
+            try:
+                play_round(cluster, redis, tally, seconds, seed)
+            finally:
+                (out / f"soak-{shape}-{backend}.log").write_text(cluster.log())
+    except AssertionError as error:
+        traceback.print_exc()
+        tally.failure = repr(error)
     return tally
+
+
+def play_round(cluster: Cluster, redis: RedisServer | None, tally: Tally, seconds: float, seed: int) -> None:
+    """Load ``cluster``, act on it and end it. Raises AssertionError if it is not at rest then, or something broke."""
+    tally.began_s = time.monotonic()
+    until_s = tally.began_s + seconds
+    chaos = Chaos(cluster, redis, tally, seed, until_s)
+    with chaos.running(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(load(cluster, chaos, tally, seed, until_s))
+    cluster.wait_until_up()
+    cluster.wait_until_quiescent()
+    tally.sample(cluster)
+    cluster.process.send_signal(signal.SIGTERM)
+    assert_ended_well(cluster)
+    tally.read_log(cluster.log())
 
 
 def draw(path: Path, tallies: list[Tally]) -> None:

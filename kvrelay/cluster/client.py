@@ -87,9 +87,9 @@ class ClusterClient:
             response = self._http.post("/reset_prefix_cache", timeout=None)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
-        if "nodes" not in (answer := response.json()):
+        nodes: list[dict[str, Any]] | None = _json_object(response).get("nodes")
+        if nodes is None:
             raise KVRelayError(_error_text(response))
-        nodes: list[dict[str, Any]] = answer["nodes"]
         return nodes
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int) -> Iterator[tuple[str, str]]:

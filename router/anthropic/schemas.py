@@ -44,15 +44,29 @@ class PromptFields(Fields):
     copied: ClassVar[frozenset[str]] = _COPIED
     # An error names what a field is called here, also if it is about the one of chat completions.
     refused: ClassVar[dict[str, str]] = {
+        "compaction": "conversations are not summarized",
         "container": "containers are not supported",
         "context_management": "contexts are not edited or compacted",
         "max_completion_tokens": "the field is called max_tokens",
         "mcp_servers": "MCP servers are not supported: call their tools yourself",
+        "output_format": "the field is called output_config.format, not output_format",
         "response_format": "the field is called output_config.format, not response_format",
         "stop": "the field is called stop_sequences, not stop",
+        "thread": "conversations are not stored; send all messages",
     }
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {"betas", "cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id"}
+        {
+            "betas",
+            "billing_policy",
+            "cache_control",
+            "diagnostics",
+            "fallback_credit_token",
+            "fallbacks",
+            "inference_geo",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
     )
 
     messages: Annotated[list[Any], Field(min_length=1)]

@@ -62,6 +62,21 @@ def test_all_nodes_are_restarted_one_after_another_under_load(model: Path) -> No
         cluster.wait_until_quiescent()
 
 
+def test_after_a_reset_of_the_prefix_caches_prompts_are_computed_anew(fake_cluster: Cluster) -> None:
+    body = {"model": "demo", "prompt": list(range(100)), "max_tokens": 1, "temperature": 0}
+
+    def num_cached() -> int:
+        usage = fake_cluster.http.post("/v1/completions", json=body).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    num_cached()
+    assert num_cached() > 0
+    said = kvrelay(fake_cluster, "reset-prefix-cache").splitlines()
+    assert sorted(line.partition(",")[0] for line in said) == ["d0 reset", "d1 reset", "d2 reset", "p0 reset"]
+    assert num_cached() == 0
+    assert num_cached() > 0
+
+
 def test_a_drained_node_comes_back_and_a_stopped_one_does_not(model: Path) -> None:
     config = cluster_config(model, p(), d("d0"), d("d1"), d("d2"), engine=fake_engine())
     with running(config) as cluster:

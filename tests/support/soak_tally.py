@@ -94,6 +94,7 @@ class Tally:
         self.endings: Counter[str] = Counter()
         self.gaps_s: list[float] = []
         self.longest_request_s = 0.0
+        self.failure: str | None = None
         self.lives: dict[str, Life] = {}
         self.began_s = time.monotonic()
         self._router = Totals()
@@ -130,6 +131,7 @@ class Tally:
         stalls_s = sorted(self.gaps_s)
         return {
             "round": self.name,
+            "failure": self.failure,
             "requests": self.requests,
             "tokens": self.tokens,
             "cut_and_asked_again": self.cut,
@@ -148,6 +150,6 @@ class Tally:
 
     @property
     def is_good(self) -> bool:
-        """Whether every request ended in a way that is allowed."""
+        """Whether every request ended in a way that is allowed, and nothing else failed."""
         answered = sum(self.outcomes[name] for name in OUTCOMES)
-        return answered == self.requests and not any(self.outcomes[name] for name in _NEVER)
+        return self.failure is None and answered == self.requests and not any(self.outcomes[name] for name in _NEVER)

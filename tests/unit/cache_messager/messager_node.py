@@ -53,22 +53,26 @@ class MessagerNode:
                 return message
 
 
-@asynccontextmanager
-async def messager_node(name: str, directory: Path, pool: Pool, **changes: object) -> AsyncIterator[MessagerNode]:
-    """Run a node ``name`` with its messager, whose settings are those of a default config but for ``changes``."""
-    node = MessagerNode(name, directory, pool)
-    settings = MessagerSettings(
+def settings_of(name: str, directory: Path, pool: Pool, **changes: object) -> MessagerSettings:
+    """Return the settings of the messager of node ``name``: those of a default config but for ``changes``."""
+    return MessagerSettings(
         me=PeerId(f"{name}.messager#1"),
-        node=PeerId(node.me),
-        node_address=node.address,
+        node=PeerId(f"{name}#1"),
+        node_address=f"ipc://{directory}/{name}#1",
         geometry=pool.geometry,
         pool=pool.handle,
         host="127.0.0.1",
         runtime_dir=str(directory),
         **{"heartbeat_s": 0.1, "peer_timeout_s": 10.0, **changes},  # type: ignore[arg-type]
     )
+
+
+@asynccontextmanager
+async def messager_node(name: str, directory: Path, pool: Pool, **changes: object) -> AsyncIterator[MessagerNode]:
+    """Run a node ``name`` with its messager, whose settings are those of a default config but for ``changes``."""
+    node = MessagerNode(name, directory, pool)
     try:
-        async with launched(settings) as node.process:
+        async with launched(settings_of(name, directory, pool, **changes)) as node.process:
             node.link = (await node.hears(MessagerReady)).link
             yield node
     finally:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
 import uvloop
-from messager_node import MessagerNode, messager_node
+from messager_node import MessagerNode, messager_node, settings_of
 from pools import make_pool, wrote
 from support.ids import block_ids
 
@@ -176,6 +180,20 @@ def test_node_that_lets_go_of_the_lifeline_ends_its_messager(directory: Path) ->
         assert await d.process.wait() == 0
 
     run(scenario, directory)
+
+
+@pytest.mark.fault("F13")
+def test_node_dies_while_its_messager_starts(directory: Path) -> None:
+    """Before it has written the settings, or before its pool is opened: no traceback, whose reader would seek a bug."""
+    with closing(make_pool(GEOMETRY, NUM_BLOCKS, on_device=False)) as pool:
+        settings = msgspec.json.encode(settings_of("p0", directory, pool))
+    for written, status, said in [(settings[:100], 0, []), (settings + b"\n", 1, ["not started"])]:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cache_messager"], input=written, capture_output=True, check=False
+        )
+        assert ended.returncode == status
+        assert [json.loads(line)["event"] for line in ended.stderr.splitlines()] == said
+    assert not list(directory.glob("*messager*"))
 
 
 def test_signals_to_all_processes_leave_the_messager_to_its_node(directory: Path) -> None:

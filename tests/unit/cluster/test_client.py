@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
+from kvrelay.cluster.operate import reset_prefix_cache
 from kvrelay.errors import KVRelayError
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -84,6 +85,20 @@ def test_a_refusal_is_raised_in_the_router_s_words() -> None:
 
     with client_of(handler) as client, pytest.raises(KVRelayError, match="the queue is full"):
         list(client.chat([], max_tokens=1))
+
+
+def test_a_reset_of_the_prefix_caches_names_each_node() -> None:
+    nodes = [{"name": "p0", "state": "reset", "blocks": 7}, {"name": "d0", "state": "no_answer", "blocks": 0}]
+    said: list[str] = []
+    with client_of(lambda _: httpx.Response(200, json={"status": "reset", "nodes": nodes[:1]})) as client:
+        reset_prefix_cache(client, say=said.append)
+    assert said == ["p0 reset, 7 blocks"]
+    partly = httpx.Response(503, json={"error": {"message": "not reset: d0"}, "nodes": nodes})
+    with client_of(lambda _: partly) as client, pytest.raises(KVRelayError, match="not all prefix caches are reset"):
+        reset_prefix_cache(client, say=said.append)
+    assert said[1:] == ["p0 reset, 7 blocks", "d0 no answer, 0 blocks"]
+    with client_of(lambda _: httpx.Response(502, text="<html>")) as client, pytest.raises(KVRelayError, match="502"):
+        reset_prefix_cache(client, say=said.append)
 
 
 def test_nobody_there() -> None:
