@@ -11,6 +11,7 @@ import msgspec
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.liveness import Liveness
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import PROTOCOL_VERSION
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
@@ -24,7 +25,7 @@ from router.prefixes import NodePrefixes
 @dataclass(slots=True, eq=False)
 class Node:
     """A registered node. ``pending``: this router's requests on it, with the prompt tokens each has still to compute.
-    ``prefixes``: what its prefix cache has, if routing asks for that.
+    ``prefixes``: what its prefix cache has, if routing asks for that. ``hasher``: names the blocks of prompts there.
 
     ``load`` is from its last heartbeat; ``num_heartbeats`` were received so far. ``num_given_requests`` needing
     ``num_given_blocks`` were assigned since then: moved preempted requests, and local prefills on a decode node.
@@ -42,9 +43,12 @@ class Node:
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
     role: Role = field(init=False)
+    hasher: BlockHasher = field(init=False)
 
     def __post_init__(self) -> None:
+        geometry = self.registration.geometry
         self.role = Role(self.registration.role)
+        self.hasher = BlockHasher(geometry.model_digest, geometry.block_size)
 
     @property
     def node_id(self) -> NodeId:

@@ -11,7 +11,7 @@ import msgspec
 
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
-from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
+from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from router.events import NewRequest
@@ -159,9 +159,8 @@ class RoutedRequest:
         All nodes have one KV geometry, so the keys are the same for each. They are computed at the first call.
         """
         if self._prefix_keys is None:
-            geometry = node.registration.geometry
-            hasher = BlockHasher(geometry.model_digest, geometry.block_size)
-            hashes = hasher.hashes(self.new.prompt_token_ids[: self._num_routed_blocks * geometry.block_size])
+            num_tokens = self._num_routed_blocks * node.block_size
+            hashes = node.hasher.hashes(self.new.prompt_token_ids[:num_tokens])
             self._prefix_keys = [block_hash[:PREFIX_KEY_BYTES] for block_hash in hashes]
         return self._prefix_keys
 

@@ -13,6 +13,8 @@ from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.recording.settings import RecordingSettings
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import configured_keys
 from kvrelay.runtime.message_faults import MessageFaults
@@ -27,6 +29,7 @@ from router.events import (
     ClientGone,
     Deliver,
     DrainRequested,
+    DumpReported,
     NewRequest,
     NodeReset,
     RequestErrored,
@@ -39,7 +42,9 @@ from router.frontend import STOPPING, Sink
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
+from router.node_dumps import NodeDumps
 from router.preparation_pool import Preparer
+from router.recording import ROUTER_EVENTS
 
 _EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
 """Bits of an epoch: each router start draws its high bits at random and counts up in the low bits."""
@@ -81,7 +86,10 @@ class RouterService:
         self.preparer = Preparer(config, model)
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
-        self.machine = RouterMachine(router_settings(config, self._incarnation))
+        settings = router_settings(config, self._incarnation)
+        self.machine = RouterMachine(settings)
+        self.dumps = Dumps(ROUTER, ROUTER, settings, ROUTER_EVENTS, RecordingSettings.of(config.recording))
+        self.node_dumps = NodeDumps(self._post)
         self._sinks: dict[RequestId, Sink] = {}
         self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}
         self._shell: Shell | None = None
@@ -97,7 +105,14 @@ class RouterService:
         Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
         shell = self._shell = Shell(
-            self.machine, clock=self.clock, handlers={Deliver: self._deliver, CacheResetEnded: self._reset_ended}
+            self.machine,
+            clock=self.clock,
+            dumps=self.dumps,
+            handlers={
+                Deliver: self._deliver,
+                CacheResetEnded: self._reset_ended,
+                DumpReported: self.node_dumps.take,
+            },
         )
         keys = configured_keys(self.config.security, ROUTER)
         faults = MessageFaults.of(self.config.faults)

@@ -43,12 +43,6 @@ def _new_name() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    """Return the value of a request header, the last one if it is repeated, or nothing."""
-    value: bytes = dict(scope["headers"]).get(name, b"")
-    return value
-
-
 class GenerateEndpoint:
     """One API as an ASGI application: each request gets an answer, a stream or an error."""
 
@@ -67,7 +61,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        given = _header(scope, b"x-request-id")
+        given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")  # the last one if it is repeated
         is_named = _NAME.fullmatch(given.decode("latin-1")) is not None
         name = given.decode("latin-1") if is_named else _new_name()
         headers = [(b"x-request-id", given if 0 < len(given) <= _MAX_ECHOED_BYTES else name.encode())]
@@ -93,7 +87,8 @@ class GenerateEndpoint:
         request = outcome.request
         answer_id, request_ids = await self._ids(name, is_named, len(outcome.prompts) * request.num_choices)
         note_requests(scope, request_ids)
-        named = _header(scope, b"x-session-id") or _header(scope, b"x-session-token")
+        given = dict(scope["headers"])
+        named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
         choices = list(self._choices(answer_id, request_ids, outcome, session))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))

@@ -52,7 +52,7 @@ class TextTokenizer:
         tokenizer, special_tokens, templates = read_tokenizer_files(model_dir)
         try:
             return cls(tokenizer, special_tokens, templates.default, templates.with_tools)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:  # the last two: nested too deep
             raise CheckpointError(f"the chat template in {model_dir} cannot be read: {error}") from error
 
     @property

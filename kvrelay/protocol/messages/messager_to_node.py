@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.protocol.ids import RequestId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress, Message
 
 
@@ -106,6 +106,19 @@ class MessagerStats(Message, frozen=True, kw_only=True):
 
     counters: dict[str, float]
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class MessagerDumped(Message, frozen=True, kw_only=True):
+    """Messager -> its node, answers DumpMessager: the file of ``process``, or the ``error``.
+
+    The reader sends ``router`` Dumped.
+    """
+
+    router: PeerId
+    dump_id: str
+    process: str
+    path: str
+    error: str
 
 
 TransferEnding: TypeAlias = TransferDone | TransferFailed | TransferClosed

@@ -273,7 +273,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "not a mapping": ("- a\n- b\n", ["1: should contain sections such as model: and nodes:, not ['a', 'b']"]),
     "empty file": ("", ["1: should contain sections such as model: and nodes:, not nothing"]),
     "not YAML": ("model: {path: x\nnodes: []\n", ["2: not YAML: expected ',' or '}', but got ':'"]),
-    "endless": ("a: &a [*a]\n", ["1: nested more than 32 levels deep"]),
+    "endless": ("a: &a [*a]\n", ["1: not YAML: an alias in the value that it stands for"]),
     "many at once": (
         dedent("""\
             model: {pth: x}
