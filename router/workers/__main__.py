@@ -28,7 +28,7 @@ from router.memory import return_large_blocks
 from router.model import load_model
 from router.traces import open_tracing
 from router.workers.channel import Channel
-from router.workers.messages import Ready, Start, ToWorker
+from router.workers.messages import Ready, Start
 from router.workers.names import name_of
 from router.workers.remote import RemoteService
 
@@ -58,8 +58,8 @@ def _taken(descriptor: str) -> socket.socket:
 async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket, listener: socket.socket) -> None:
     """Serve clients at ``listener`` until the router says to stop."""
     service = RemoteService(start, config, load_model(config))
-    channel = await Channel.open(channel_end, ToWorker, service.receive)
-    service.connect(channel)
+    channel = service.channel
+    await channel.open(channel_end)
     keys = ApiKeys.of(config.router, service.clock.now)
     tracing = open_tracing(config.router, service.timeline_of)
     traced = [tracing.traced] if tracing else []

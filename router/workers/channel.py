@@ -66,12 +66,9 @@ class Channel(asyncio.Protocol):
         self.lost = asyncio.Event()
         """Set when the other end has closed the connection, or its process has ended."""
 
-    @classmethod
-    async def open(cls, end: socket.socket, incoming: Any, receive: Callable[[Any], None]) -> Channel:
-        """Return the channel at this end of the pair."""
-        channel = cls(incoming, receive)
-        await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=end)
-        return channel
+    async def open(self, end: socket.socket) -> None:
+        """Use this end of the pair. Messages may come before this returns."""
+        await self._loop.create_unix_connection(lambda: self, sock=end)
 
     @property
     def num_unsent_bytes(self) -> int:

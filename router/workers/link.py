@@ -113,8 +113,8 @@ class WorkerLink:
         return len(self._requests)
 
     async def collect(self) -> None:
-        """Return when the metrics have what the worker has counted so far, or it has ended."""
-        if self._is_closed:
+        """Return when the metrics have what the worker has counted so far, or if it has ended or is starting."""
+        if self._is_closed or not self.ready.is_set():
             return
         ask_id = next(self._ask_ids)
         reported = self._reports[ask_id] = asyncio.get_running_loop().create_future()

@@ -30,7 +30,7 @@ class Worker:
     def __init__(self, process: Process, make_link: MakeLink) -> None:
         self._process = process
         self.link = make_link(self.send)
-        self._channel: Channel | None = None
+        self._channel = Channel(FromWorker, self.link.receive)
 
     @classmethod
     async def start(cls, start: Start, listener: socket.socket, make_link: MakeLink) -> Worker:
@@ -54,7 +54,7 @@ class Worker:
         finally:
             its.close()
         worker = cls(process, make_link)
-        worker._channel = await Channel.open(own, FromWorker, worker.link.receive)
+        await worker._channel.open(own)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start))
         process.stdin.close()
@@ -67,7 +67,6 @@ class Worker:
 
     def send(self, message: ToWorker) -> None:
         """Send ``message``. A worker that has not read the last ``MAX_UNSENT_BYTES`` is killed."""
-        assert self._channel is not None
         if self._channel.num_unsent_bytes > MAX_UNSENT_BYTES:
             self.kill()
         self._channel.send(message)
@@ -83,7 +82,6 @@ class Worker:
 
     async def ended(self) -> int:
         """Return its exit status (negative: the signal that ended it) when its last message has been handled."""
-        assert self._channel is not None
         await self._channel.lost.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(EXIT_TIMEOUT_S):

@@ -79,20 +79,11 @@ class RemoteService:
         self.serving, self.stopping = asyncio.Event(), asyncio.Event()
         """Set by ``Serve`` and ``Stop``, which may come first: another worker could not start."""
         self._max_model_len = start.max_model_len
-        self._channel: Channel | None = None
+        self.channel = Channel(ToWorker, self.receive)
+        """The way to the router, to be opened."""
         self._sinks: dict[RequestId, Sink] = {}
         self._asked: dict[int, asyncio.Future[Reply]] = {}
         self._ask_ids = count(1)
-
-    def connect(self, channel: Channel) -> None:
-        """Use ``channel`` to the router from now on."""
-        self._channel = channel
-
-    def send(self, message: WorkerMessage) -> None:
-        """Send ``message`` to the router."""
-        if self._channel is None:
-            raise RuntimeError("the worker is not connected")
-        self._channel.send(message)
 
     # ------------------------------------------------------------ Frontend
 
@@ -108,12 +99,12 @@ class RemoteService:
                 raise InvalidRequestError(
                     f"a request with the id {request.request_id} is in progress", param="X-Request-Id"
                 )
-        if self._channel is not None and self._channel.num_unsent_bytes > MAX_UNSENT_BYTES:
+        if self.channel.num_unsent_bytes > MAX_UNSENT_BYTES:
             raise QueueFullError("the router does not read what its workers send")
         for request in requests:
             self._sinks[request.request_id] = deliver
         for submission in submissions(requests):
-            self.send(submission)
+            self.channel.send(submission)
 
     async def any_in_progress(self, request_ids: Sequence[RequestId]) -> bool:
         """See Frontend."""
@@ -124,11 +115,11 @@ class RemoteService:
 
     def stop_matched(self, request_id: RequestId) -> None:
         """See Frontend."""
-        self.send(StopMatched(request_id))
+        self.channel.send(StopMatched(request_id))
 
     def client_disconnected(self, request_id: RequestId) -> None:
         """See Frontend."""
-        self.send(ClientGone(request_id))
+        self.channel.send(ClientGone(request_id))
 
     # ------------------------------------------------------------ what the router decides or knows
 
@@ -139,9 +130,9 @@ class RemoteService:
         try:
             begun = await self._ask(ask_id, wanted, UseBegun)
         except asyncio.CancelledError:
-            self.send(UseEnded(ask_id))
+            self.channel.send(UseEnded(ask_id))
             raise
-        return RemoteUse(begun, self.send)
+        return RemoteUse(begun, self.channel.send)
 
     async def ask_router(self, request: Request) -> Response:
         """Return the router's answer to a GET of what only its machine knows."""
@@ -160,7 +151,7 @@ class RemoteService:
 
     async def _ask(self, ask_id: int, message: WorkerMessage, kind: type[R]) -> R:
         future = self._asked[ask_id] = asyncio.get_running_loop().create_future()
-        self.send(message)
+        self.channel.send(message)
         try:
             reply = await future
         finally:
@@ -199,7 +190,7 @@ class RemoteService:
     def report(self, ask_id: int = 0) -> None:
         """Send what was counted since the last report; nothing if that is nothing and the router has not asked."""
         if ask_id or self.metrics.requests or self.metrics.output_tokens:
-            self.send(Reported(ask_id, self.metrics.take_report()))
+            self.channel.send(Reported(ask_id, self.metrics.take_report()))
 
     async def report_regularly(self) -> None:
         """Report until cancelled."""

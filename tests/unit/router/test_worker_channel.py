@@ -71,8 +71,10 @@ async def pair(
 ) -> tuple[Channel, Channel]:
     """Return the router's channel and the worker's."""
     here, there = socket.socketpair()
-    router = await Channel.open(here, FromWorker, receive_back)
-    return router, await Channel.open(there, ToWorker, receive)
+    router, worker = Channel(FromWorker, receive_back), Channel(ToWorker, receive)
+    await router.open(here)
+    await worker.open(there)
+    return router, worker
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:
@@ -129,7 +131,8 @@ def test_bytes_may_come_in_any_pieces() -> None:
 def test_what_is_sent_in_one_turn_of_the_loop_is_one_frame() -> None:
     async def check() -> None:
         here, there = socket.socketpair()
-        channel = await Channel.open(here, FromWorker, lambda _: None)
+        channel = Channel(FromWorker, lambda _: None)
+        await channel.open(here)
         for number in range(64):
             channel.send(Deliver(RequestId(f"r{number}"), TokensDelivered([number])))
         with there:
@@ -147,7 +150,8 @@ def test_what_is_sent_in_one_turn_of_the_loop_is_one_frame() -> None:
 def test_the_end_of_the_other_process_is_noticed_and_later_messages_are_dropped() -> None:
     async def check() -> None:
         here, there = socket.socketpair()
-        channel = await Channel.open(here, FromWorker, lambda _: None)
+        channel = Channel(FromWorker, lambda _: None)
+        await channel.open(here)
         there.close()
         await channel.lost.wait()
         channel.send(messages.Stop())

@@ -246,3 +246,14 @@ def test_a_worker_that_is_stopped_before_it_serves_does_not_wait() -> None:
         await asyncio.gather(workers.a.service.serving.wait(), workers.a.service.stopping.wait())
 
     run(check)
+
+
+def test_metrics_do_not_wait_for_a_worker_that_is_starting() -> None:
+    async def check(workers: TwoWorkers) -> None:
+        workers.b.link.ready.clear()
+        sent: list[ToWorker] = []
+        workers.b.link._send = sent.append
+        assert (await workers.a.client.get("/metrics")).status_code == 200
+        assert not sent
+
+    run(check)

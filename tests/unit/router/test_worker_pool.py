@@ -17,7 +17,6 @@ from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 from router.workers import pool, process
-from router.workers.channel import Channel
 from router.workers.link import WorkerLink
 from router.workers.messages import Answered, FromWorker, MaxModelLen, Serve, Start, Stop, ToWorker
 from router.workers.pool import Workers, WorkersFailedError, worker_config
@@ -174,6 +173,10 @@ def test_metrics_do_not_wait_for_a_worker_that_hangs(processes: Processes, monke
 def test_a_worker_that_does_not_read_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "MAX_UNSENT_BYTES", 1 << 20)
 
+    class NoLink:
+        def receive(self, _: FromWorker) -> None:
+            raise AssertionError("it says nothing")
+
     class Hanging:
         returncode: int | None = None
 
@@ -183,8 +186,9 @@ def test_a_worker_that_does_not_read_is_killed(monkeypatch: pytest.MonkeyPatch) 
     async def check() -> None:
         here, there = socket.socketpair()
         hanging = Hanging()
-        worker = Worker(cast(Any, hanging), lambda send: cast(Any, None))
-        worker._channel = channel = await Channel.open(here, FromWorker, lambda _: None)
+        worker = Worker(cast(Any, hanging), lambda send: cast(Any, NoLink()))
+        channel = worker._channel
+        await channel.open(here)
         with there:
             for ask_id in range(100):
                 worker.send(Answered(ask_id, 200, [], bytes(64 << 10)))

@@ -21,7 +21,7 @@ from router.http.state import asked_routes, state_routes
 from router.metrics import Metrics
 from router.workers.channel import Channel
 from router.workers.link import WorkerLink
-from router.workers.messages import FromWorker, Start, ToWorker
+from router.workers.messages import FromWorker, Ready, Start, ToWorker
 from router.workers.pool import worker_config
 from router.workers.process import MakeLink
 from router.workers.remote import RemoteService
@@ -58,7 +58,8 @@ async def linked(end: socket.socket, make_link: MakeLink) -> tuple[WorkerLink, C
         channel.send(message)
 
     link = make_link(send)
-    channel = await Channel.open(end, FromWorker, link.receive)
+    channel = Channel(FromWorker, link.receive)
+    await channel.open(end)
     return link, channel
 
 
@@ -80,13 +81,14 @@ async def two_workers(script: Script | None = None, **router: object) -> AsyncIt
             start = Start(index, msgspec.Raw(b"{}"), core.started_s, core.max_model_len)
             service = RemoteService(start, config, cluster.model)
             here, there = socket.socketpair()
-            channel = await Channel.open(there, ToWorker, service.receive)
-            service.connect(channel)
+            await service.channel.open(there)
             link, to_worker = await linked(here, partial(WorkerLink, core, uses, metrics, state))
+            service.channel.send(Ready())
+            await link.ready.wait()
             keys = ApiKeys.of(config.router, service.clock.now, env={})
             app = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service)
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", timeout=10)
-            workers.append(FakeWorker(link, service, client, [to_worker, channel]))
+            workers.append(FakeWorker(link, service, client, [to_worker, service.channel]))
         try:
             yield TwoWorkers(cluster, *workers)
             await cluster.quiet()
