@@ -10,7 +10,7 @@ import pytest
 
 from kvrelay.engine.highest_allowed import highest_allowed, highest_allowed_by_numpy
 from kvrelay.engine.native.library import NativeLibrary
-from kvrelay.grammar.constraint import mask_words
+from kvrelay.protocol.token_rules import mask_words
 
 Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.int32]
