@@ -203,7 +203,12 @@ class MessagerMachine:
         self._sender.beat()
         self._receiver.beat()
         self._self_check.beat(self._activity())
-        self._outbox.send(self._node, MessagerStats(counters=self.counters, gauges=self.gauges()))
+        self._outbox.send(
+            self._node,
+            MessagerStats(
+                counters=self.counters, gauges=self.gauges(), link_bytes_per_s=self._sender.link_bytes_per_s()
+            ),
+        )
 
     def _tell_ready(self) -> None:
         self._outbox.send(self._node, MessagerReady(link=self._link))

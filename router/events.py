@@ -20,7 +20,8 @@ class NewRequest(msgspec.Struct, frozen=True):
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
 
     ``session``: the client's name for requests that share a prefix, or empty. ``answer_id``: the id of the answer that
-    the choice is a part of, for operators.
+    the choice is a part of, for operators. ``max_ttft_s``: it is refused if a longer time to first token is predicted;
+    None: see ``Limits.ttft_slo_s``.
     """
 
     request_id: RequestId
@@ -29,6 +30,7 @@ class NewRequest(msgspec.Struct, frozen=True):
     priority: int = 0
     session: str = ""
     answer_id: str = ""
+    max_ttft_s: float | None = None
 
 
 class Submitted(msgspec.Struct, frozen=True):

@@ -127,8 +127,8 @@ class RouterMachine:
         self.node_table = NodeTable(
             settings.model, settings.peer_timeout_s, decode_alone=decode_alone, expected=settings.expected_nodes
         )
-        prefill_routing = POLICIES[settings.prefill_routing](settings.first_epoch)
-        decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
+        prefill_routing = POLICIES[settings.prefill_routing](self.node_table, settings.first_epoch)
+        decode_routing = POLICIES[settings.decode_routing](self.node_table, settings.first_epoch + 1)
         placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
         self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
         self._cache_resets = CacheResets(self.node_table, self._outbox, settings.peer_timeout_s)

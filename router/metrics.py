@@ -143,6 +143,14 @@ class _MachineCollector(_NoDescriptions):
         for status, count in self._machine.requests.by_status.items():
             by_status.add_metric([status], count)
         yield by_status
+        errors = HistogramMetricFamily(
+            "kvrelay_ttft_prediction_error_seconds",
+            "How much earlier or later than predicted first tokens came.",
+            labels=["direction"],
+        )
+        for direction, histogram in self._machine.requests.prediction_errors.items():
+            errors.add_metric([direction], cumulative(histogram.bounds, histogram.counts, _LONG_S), histogram.total)
+        yield errors
         yield from node_families(
             NodeLoad(node.node_id, node.role.value, node.load) for node in self._machine.node_table
         )

@@ -77,6 +77,11 @@ class Node:
         return self.registration.geometry.block_size
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes of the KV of a token, over all layers."""
+        return self.registration.geometry.block_bytes / self.block_size
+
+    @property
     def num_requests(self) -> int:
         """Requests on it, including those of other routers."""
         return len(self.pending) + self._foreign_requests
@@ -102,10 +107,19 @@ class Node:
 
         If prompts are computed in order of arrival, it delays no prompt already there.
         """
+        return self.tokens_before(num_tokens) + num_tokens * self.num_delayed(num_tokens)
+
+    def num_delayed(self, num_tokens: int) -> int:
+        """Return how many prompts of this router are computed after one more of ``num_tokens``, which delays them."""
         if self.registration.prefill_order != "shortest_first":
-            return self.pending_tokens
-        num_longer = sum(pending > num_tokens for pending in self.pending.values())
-        return self.tokens_before(num_tokens) + num_tokens * num_longer
+            return 0
+        return sum(pending > num_tokens for pending in self.pending.values())
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts it has still to compute; those of other routers only if it does nothing but compute prompts."""
+        num_own = sum(pending > 0 for pending in self.pending.values())
+        return num_own + (self._foreign_requests if self.role is Role.PREFILL else 0)
 
     def _share_up_to(self, num_tokens: int) -> float:
         """Return the share of its reported queued tokens in the length classes up to that of ``num_tokens``."""

@@ -74,6 +74,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
             request_timeout_s=router.request_timeout_s,
             node_wait_s=router.node_wait_s,
             peer_timeout_s=cluster.peer_timeout_s,
+            ttft_slo_s=router.ttft_slo_s,
         ),
         expected_nodes=expected_nodes(config),
         self_check=cluster.self_check,

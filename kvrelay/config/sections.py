@@ -57,7 +57,9 @@ class ModelConfig(Section):
         return self.served_name or self.path.rstrip("/").rpartition("/")[2]
 
 
-RoutingPolicy: TypeAlias = Literal["least_loaded", "cache_aware", "session", "round_robin", "random", "power_of_two"]
+RoutingPolicy: TypeAlias = Literal[
+    "least_loaded", "cache_aware", "ttft", "session", "round_robin", "random", "power_of_two"
+]
 """Policies that choose a request's nodes (``router/policies.py``)."""
 
 
@@ -97,12 +99,20 @@ class RouterConfig(Section):
     prefill_routing: RoutingPolicy = Field(
         "cache_aware",
         description="Policy that chooses the prefill or mixed node of a request. least_loaded: the least wait for all; "
-        "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; session: one "
+        "cache_aware: the same, but counts only prompt tokens that are not in the node's prefix cache; ttft: the least "
+        "predicted time to first token, from measured speeds; session: one "
         "node for all requests with the same X-Session-ID (or X-Session-Token) header; round_robin; random; "
         "power_of_two: the less loaded of two random nodes.",
     )
     decode_routing: RoutingPolicy = Field(
         "cache_aware", description="Policy that chooses the decode node of a request, as prefill_routing."
+    )
+    ttft_slo_s: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="With prefill_routing ttft: requests get 429 if a longer time to first token is predicted, in "
+        "seconds; a request's x-llm-d-slo-ttft-ms header replaces it; null: no limit.",
     )
     local_prefill_tokens: int | None = Field(
         None,

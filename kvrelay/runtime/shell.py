@@ -19,6 +19,7 @@ from kvrelay.machine.contract import (
     Log,
     Machine,
     Ready,
+    Received,
     Resumed,
     Send,
     SetTimer,
@@ -142,7 +143,7 @@ class Shell:
                     self._actions = None
                     self._events.popleft()
             except Exception as error:
-                logger.exception("error while handling %.500r", self._events[0])
+                logger.exception("error while handling %s", _name(self._events[0]))
                 if self._dumps is not None:
                     self._dumps.write_crash(error)
                 if not self._done.done():
@@ -207,3 +208,9 @@ class Shell:
     def _exit(self, action: Exit) -> None:
         if not self._done.done():
             self._done.set_result(action.reason)
+
+
+def _name(event: object) -> str:
+    """Return the type of ``event``, and of the message in it. Its contents may be a prompt, which no log may have."""
+    name = type(event).__name__
+    return f"{name}({type(event.message).__name__})" if isinstance(event, Received) else name

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from kvrelay.errors import KVRelayError
+from kvrelay.errors import InvalidRequestError, KVRelayError
 from kvrelay.protocol.ids import RequestId
+from router.admission import TTFT_LIMIT_HEADER
 from router.events import NewRequest
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, Watching, send_error, send_events, send_internal_error, send_pieces
@@ -30,6 +31,8 @@ from router.text.output_text import NO_IDS
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ECHOED_BYTES = 1024
 _MAX_SESSION_BYTES = 256
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_MAX_TTFT_MS = 86_400_000
 
 _random = random.Random()
 
@@ -41,6 +44,24 @@ def _new_seed() -> int:
 def _new_name() -> str:
     """Return a name that no other answer has."""
     return f"{_random.getrandbits(128):032x}"
+
+
+def _max_ttft_s(scope: Scope) -> float | None:
+    """Return the longest time to first token that the client accepts, in seconds; None: it has not said.
+
+    Raises InvalidRequestError if the header is no number, or out of bounds.
+    """
+    given: bytes = dict(scope["headers"]).get(TTFT_LIMIT_HEADER.encode(), b"")
+    if not given:
+        return None
+    text = given.decode("latin-1")
+    limit_ms = float(text) if _NUMBER.fullmatch(text) else 0.0
+    if not 0 < limit_ms <= _MAX_TTFT_MS:
+        raise InvalidRequestError(
+            f"{TTFT_LIMIT_HEADER} must be a number of milliseconds above 0 and at most {_MAX_TTFT_MS:,}",
+            param=TTFT_LIMIT_HEADER,
+        )
+    return limit_ms / 1e3
 
 
 class GenerateEndpoint:
@@ -89,7 +110,8 @@ class GenerateEndpoint:
         given = dict(scope["headers"])
         named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
-        choices = list(self._choices(answer_id, request_ids, outcome, session))
+        max_ttft_s = _max_ttft_s(scope)
+        choices = list(self._choices(answer_id, request_ids, outcome, session, max_ttft_s))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = self._api.writer(head, request, choices, outcome.texts, outcome.echo)
         del outcome  # with the texts of its prompts, which the answer has if it echoes them
@@ -123,7 +145,12 @@ class GenerateEndpoint:
         return answer_id, request_ids
 
     def _choices(
-        self, answer_id: str, request_ids: Sequence[RequestId], prepared: PreparedRequest, session: str
+        self,
+        answer_id: str,
+        request_ids: Sequence[RequestId],
+        prepared: PreparedRequest,
+        session: str,
+        max_ttft_s: float | None,
     ) -> Iterator[Choice]:
         """Yield one choice per prompt and per ``n``, in this order."""
         request, service = prepared.request, self._service
@@ -137,6 +164,6 @@ class GenerateEndpoint:
             prompt_index, which = divmod(index, request.num_choices)
             prompt = prepared.prompts[prompt_index]
             params = sampling.of(len(prompt), first_seed + which)
-            new = NewRequest(request_id, prompt, params, request.priority or 0, session, answer_id)
+            new = NewRequest(request_id, prompt, params, request.priority or 0, session, answer_id, max_ttft_s)
             parser = parsing.parser(prompt) if parsing else None
             yield Choice(index, prompt_index, new, service.model.tokenizer.token_bytes, options, parser)

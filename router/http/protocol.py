@@ -239,6 +239,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Tell the application that nobody waits for its answers. uvicorn tells it of the last request only."""
         for cycle in self._being_answered():
             cycle.disconnected = True
+            cycle.waiting_for_100_continue = False  # or it is written to a connection that has been ended
             cycle.message_event.set()
 
     def linger(self) -> None:

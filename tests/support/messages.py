@@ -174,6 +174,8 @@ _LOAD = Load(
     num_preempted=11,
     headroom_blocks=12,
     histograms=[HistogramReport("transfer", "shm", [1, 0, 2], 0.75)],
+    prefill_tokens_per_s=13.5,
+    link_bytes_per_s={"d0": 1.5e9},
 )
 
 EXAMPLES: list[Message] = [
@@ -251,7 +253,7 @@ EXAMPLES: list[Message] = [
     MessagerDumped(
         router=PeerId("router#feed"), dump_id="0a1b", process="d0.messager", path="/run/d0.kvrec", error="none"
     ),
-    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
+    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}, link_bytes_per_s={"d0": 1.5e9}),
     LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
     LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle", passed_over="shm: no"),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),

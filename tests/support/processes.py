@@ -252,6 +252,7 @@ class NodeProcess(Process):
             num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
+            prefill_order=config.scheduler.prefill_order,
             resets_prefix_cache=True,
             can_dump=True,
         )

@@ -101,11 +101,12 @@ class KVCancelled(Message, frozen=True, kw_only=True):
 class MessagerStats(Message, frozen=True, kw_only=True):
     """Messager -> its node, once per ``heartbeat_s``. ``counters`` never decrease.
 
-    The reader includes both in its ``Load``.
+    The reader includes all in its ``Load``. ``link_bytes_per_s``: see there.
     """
 
     counters: dict[str, float]
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
+    link_bytes_per_s: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class MessagerDumped(Message, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ nodes:
 """
 
 ROUTING = (
-    "'least_loaded', 'cache_aware', 'session', 'round_robin', 'random' or 'power_of_two'"  # in order of the reference
+    "'least_loaded', 'cache_aware', 'ttft', 'session', 'round_robin', 'random' or 'power_of_two'"  # as in the reference
 )
 
 MISTAKES: dict[str, tuple[str, list[str]]] = {
@@ -65,6 +65,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "earlier and present name of a key": (
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
         ["7: router.prefill_policy: is the old name of prefill_routing, which is given too"],
+    ),
+    "a limit that nothing is predicted for": (
+        GOOD + "router: {ttft_slo_s: 2.0}\n",
+        ["6: router.ttft_slo_s: needs prefill_routing: ttft, not cache_aware"],
     ),
     "no room for one body": (
         GOOD + "router: {max_total_body_bytes: 8MiB}\n",

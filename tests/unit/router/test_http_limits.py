@@ -217,6 +217,21 @@ def test_garbage_behind_requests_that_are_being_answered_ends_the_connection(
     assert "Exception" not in caplog.text
 
 
+def test_client_that_waits_to_be_asked_and_sends_garbage_is_refused_once(caplog: pytest.LogCaptureFixture) -> None:
+    begin = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(begin + b"zz\r\n")
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        await until(lambda: not cluster.http.server_state.tasks)
+
+    run(scenario)
+    assert "error while serving" not in caplog.text
+
+
 def test_trickle_is_408() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with connected(cluster) as (reader, writer):
