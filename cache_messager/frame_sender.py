@@ -68,7 +68,7 @@ class FrameSender:
     def _send(self, link: SenderLink, transfer: Transfer, max_blocks: int) -> None:
         blocks = transfer.next_frame(max_blocks)
         num_bytes = blocks.num_blocks * self._block_bytes
-        frame = transfer.send(blocks, num_bytes, slot=link.take(num_bytes), now=self._outbox.now)
+        frame = transfer.send(blocks, num_bytes, slot=link.take(num_bytes, self._outbox.now), now=self._outbox.now)
         self._counters["frames_sent"] += 1
         self._counters["bytes_sent"] += num_bytes
         self._outbox.do(SendFrame(link.peer, link.kind, frame, blocks.block_ids))
@@ -101,7 +101,7 @@ class FrameSender:
             return
         link.give_back(frame)
         if ack.status is AckStatus.WRITTEN:
-            link.has_moved = True
+            link.written(frame, self._outbox.now)
             transfer.written(frame, self._outbox.now)
         elif transfer.status is TransferStatus.SENDING or ack.status is AckStatus.CORRUPT:
             self._transfers.fail(transfer, _ack_error(peer, ack))

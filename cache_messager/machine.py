@@ -12,6 +12,7 @@ from cache_messager.settings import MessagerSettings
 from cache_messager.work import BlocksWritten, DeviceLost, FrameSent, LinkLost, LinkReady, MessagerOutbox, Work
 from kvrelay.machine.contract import (
     CoreAction,
+    DumpWritten,
     Exit,
     Log,
     PeerLost,
@@ -21,6 +22,7 @@ from kvrelay.machine.contract import (
     Started,
     StopRequested,
     TimerFired,
+    WriteDump,
 )
 from kvrelay.machine.laws import Laws, require
 from kvrelay.machine.self_check import SelfCheck
@@ -36,11 +38,12 @@ from kvrelay.protocol.messages.messager_to_messager import (
     LinkRefused,
     MessagerToMessager,
 )
-from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
+from kvrelay.protocol.messages.messager_to_node import MessagerDumped, MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import (
     CachedSignal,
     CancelKV,
     CloseTransfer,
+    DumpMessager,
     ExpectKV,
     LayerSignal,
     NodeToMessager,
@@ -58,6 +61,7 @@ MessagerEvent: TypeAlias = (
     | Started
     | Resumed
     | StopRequested
+    | DumpWritten
     | BlocksWritten
     | DeviceLost
     | FrameSent
@@ -112,6 +116,13 @@ class MessagerMachine:
                 self._beat()
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
+            case Started() | Resumed() | StopRequested() | DumpWritten():
+                self._on_process_event(event)
+            case _:
+                assert_never(event)
+
+    def _on_process_event(self, event: Started | Resumed | StopRequested | DumpWritten) -> None:
+        match event:
             case Started():
                 self._tell_ready()
                 self._set_heartbeat()
@@ -120,6 +131,9 @@ class MessagerMachine:
                 self._receiver.resumed(paused_s)
             case StopRequested():
                 self._outbox.do(Log("info", "signal ignored", {"reason": "the node says when to stop"}))
+            case DumpWritten(router=router, dump_id=dump_id, process=process, path=path, error=error):
+                dumped = MessagerDumped(router=router, dump_id=dump_id, process=process, path=path, error=error)
+                self._outbox.send(self._node, dumped)
             case _:
                 assert_never(event)
 
@@ -152,6 +166,8 @@ class MessagerMachine:
                 self._receiver.expect(message)
             case CancelKV():
                 self._receiver.cancel(message)
+            case DumpMessager(router=router, dump_id=dump_id, with_prompts=with_prompts):
+                self._outbox.do(WriteDump(router, dump_id, with_prompts))
             case StopMessager():
                 self._leave("the node is leaving")
             case _:
@@ -187,7 +203,12 @@ class MessagerMachine:
         self._sender.beat()
         self._receiver.beat()
         self._self_check.beat(self._activity())
-        self._outbox.send(self._node, MessagerStats(counters=self.counters, gauges=self.gauges()))
+        self._outbox.send(
+            self._node,
+            MessagerStats(
+                counters=self.counters, gauges=self.gauges(), link_bytes_per_s=self._sender.link_bytes_per_s()
+            ),
+        )
 
     def _tell_ready(self) -> None:
         self._outbox.send(self._node, MessagerReady(link=self._link))

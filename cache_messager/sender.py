@@ -16,7 +16,7 @@ from cache_messager.transfers import Transfers, closed, failed
 from cache_messager.work import FrameSent, MessagerOutbox
 from kvrelay.errors import LocalProtocolError, TransferError, TransferTimeoutError
 from kvrelay.machine.laws import Laws
-from kvrelay.protocol.ids import Attempt, PeerId
+from kvrelay.protocol.ids import Attempt, PeerId, node_of, peer_name
 from kvrelay.protocol.messages.messager_to_messager import FrameAck, LinkAccepted, LinkOffer, LinkRefused
 from kvrelay.protocol.messages.messager_to_node import TransferClosed
 from kvrelay.protocol.messages.node_to_messager import CloseTransfer, KVSpan, OpenTransfer
@@ -206,6 +206,11 @@ class Sender:
     def num_links(self) -> int:
         """Links that are open or being opened."""
         return len(self._links)
+
+    def link_bytes_per_s(self) -> dict[str, float]:
+        """Return the speed of each link that has moved bytes lately, by the name of the decode node."""
+        speeds = {peer_name(node_of(peer)): link.speed.at(self._outbox.now) for peer, link in self._links.items()}
+        return {name: speed for name, speed in speeds.items() if speed is not None}
 
     @property
     def activity(self) -> int | None:

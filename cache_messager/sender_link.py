@@ -10,6 +10,7 @@ from cache_messager.links import link_class
 from cache_messager.transfer import Transfer
 from kvrelay.errors import TransferError
 from kvrelay.machine.laws import Violation
+from kvrelay.machine.speed import Speed
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.messager_to_messager import MAX_INFLIGHT_FRAMES, KVFrame, LinkOffer
@@ -51,10 +52,11 @@ class SenderLink:
 
     ``ready`` holds the transfers with queued blocks, in round-robin order. Until D's messager has accepted the link, it
     has no ``kind`` and no credit. ``passed_over``: why better kinds are not offered. ``has_moved``: whether D has
-    acknowledged a frame.
+    acknowledged a frame. ``speed``: bytes written per second while bytes are under way.
     """
 
     __slots__ = (
+        "_busy_since_s",
         "_free_slots",
         "_num_slots",
         "credit_bytes",
@@ -66,6 +68,7 @@ class SenderLink:
         "passed_over",
         "peer",
         "ready",
+        "speed",
         "transfers",
     )
 
@@ -82,6 +85,8 @@ class SenderLink:
         self.transfers: dict[Transfer, None] = {}
         self._free_slots: list[int] = []
         self._num_slots = 0
+        self._busy_since_s = 0.0
+        self.speed = Speed()
 
     def accept(self, kind: str, credit_bytes: int, max_frames: int) -> None:
         """Record the accepted kind and the credit. Raises TransferError if ``kind`` was not offered."""
@@ -117,8 +122,10 @@ class SenderLink:
         if transfer in self.ready:
             self.ready.remove(transfer)
 
-    def take(self, num_bytes: int) -> int:
+    def take(self, num_bytes: int, now: float) -> int:
         """Take credit for a frame; return its slot."""
+        if not self.inflight_bytes:
+            self._busy_since_s = now
         self.inflight_bytes += num_bytes
         return self._free_slots.pop()
 
@@ -126,6 +133,12 @@ class SenderLink:
         """Return the credit of an acknowledged frame."""
         self.inflight_bytes -= frame.num_bytes
         self._free_slots.append(frame.slot)
+
+    def written(self, frame: KVFrame, now: float) -> None:
+        """Record that D has written ``frame``."""
+        self.has_moved = True
+        self.speed.add(frame.num_bytes, now - self._busy_since_s, now)
+        self._busy_since_s = now
 
     def violations_at_rest(self) -> list[Violation]:
         """Check that all credit and every slot is back, and no transfer waits; return what is wrong."""

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
+from cache_messager.recording import MESSAGER_EVENTS, MessagerStart
 from cache_messager.settings import MessagerSettings, host_id
 from kvrelay.addresses import tcp_address
 from kvrelay.kv_pool.attach import open_pool
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import PeerLost
-from kvrelay.protocol.ids import peer_name
+from kvrelay.protocol.ids import MESSAGER, peer_name
 from kvrelay.protocol.messages.base import LinkAddress
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import Keys
 from kvrelay.runtime.logging import log_event
@@ -45,7 +47,9 @@ async def serve(settings: MessagerSettings, lifeline_fd: int) -> str:
         offers = mover.offers
         _log_offers(settings, [offer.kind for offer in offers])
         link = LinkAddress(peer=settings.me, host_id=host_id(), tcp=tcp, ipc=ipc)
-        shell = Shell(MessagerMachine(settings, link, offers), clock=Clock())
+        start = MessagerStart.of(settings, link, offers)
+        dumps = Dumps(peer_name(settings.me), MESSAGER, start, MESSAGER_EVENTS, settings.recording)
+        shell = Shell(MessagerMachine(settings, link, offers), clock=Clock(), dumps=dumps)
         mover.serve(transport, shell)
         transport.connect_private(settings.node, settings.node_address)
         loop.add_reader(lifeline_fd, _on_lifeline, lifeline_fd, settings, shell)

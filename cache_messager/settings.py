@@ -13,6 +13,7 @@ from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import PeerId, messager_of
 from kvrelay.protocol.kv_handle import KVHandle
+from kvrelay.recording.settings import RecordingSettings
 from kvrelay.runtime.message_faults import MessageFaults
 
 if TYPE_CHECKING:  # the messager's process does not need pydantic and starts faster without it
@@ -48,6 +49,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
     keys: str | None = None
     self_check: SelfCheckMode = "report"
     faults: MessageFaults | None = None
+    recording: RecordingSettings = RecordingSettings()
 
     @classmethod
     def for_node(
@@ -81,6 +83,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             keys=config.security.keys,
             self_check=config.cluster.self_check,
             faults=MessageFaults.of(config.faults),
+            recording=RecordingSettings.of(config.recording),
         )
 
 

@@ -203,4 +203,5 @@ class DecodeMachine(NodeMachine[DecodeRequest, DecodeStatus]):
             prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
             histograms=self._endings.stages.report(),
+            prefill_tokens_per_s=self._steps.prefill_speed.at(self._outbox.now) or 0.0,
         )

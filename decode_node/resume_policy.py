@@ -4,32 +4,8 @@ from __future__ import annotations
 
 from decode_node.request import DecodeRequest, DecodeStatus
 from kvrelay.config.storage import StorageConfig
+from kvrelay.machine.speed import Speed
 from kvstore.offload.store_transfers import min_read_blocks
-
-_WEIGHT = 0.3
-"""Weight of the newest measurement in a running mean."""
-
-_STALE_S = 60.0
-"""Seconds after which a measurement counts no more, so that a store that was slow is tried again."""
-
-
-class Speed:
-    """Tokens per second, a running mean of what was measured lately; None: not measured, or too long ago."""
-
-    def __init__(self) -> None:
-        self._tokens_per_s = 0.0
-        self._measured_s = float("-inf")
-
-    def add(self, num_tokens: int, seconds: float, now: float) -> None:
-        """Note that ``num_tokens`` took ``seconds``."""
-        measured = num_tokens / max(seconds, 1e-6)
-        known = self.at(now)
-        self._tokens_per_s = measured if known is None else (1 - _WEIGHT) * known + _WEIGHT * measured
-        self._measured_s = now
-
-    def at(self, now: float) -> float | None:
-        """Return tokens per second as measured up to ``now``."""
-        return self._tokens_per_s if now - self._measured_s < _STALE_S else None
 
 
 class ReloadPolicy:

@@ -14,6 +14,7 @@ from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.errors import NeverFitsError
 from kvrelay.machine.contract import RunStep, StepDone, StepFailed
 from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.speed import Speed
 from kvrelay.node.endings import Endings
 from kvrelay.node.in_flight import PlanInFlight
 from kvrelay.node.plans import Chunk
@@ -57,6 +58,8 @@ class Steps:
             ),
             0.0,
         )
+        self.prefill_speed = Speed()
+        """Prompt tokens computed per second of a step that computes any, whatever else it computes."""
 
     # ------------------------------------------------------------ starting
 
@@ -119,12 +122,17 @@ class Steps:
             self._outbox.send(router, TokensOut(outputs=its))
 
     def _measure(self, ended: PlanInFlight[DecodeRequest]) -> float:
-        """Return the seconds of the step. Note how fast prompts are computed if it computed hardly anything else."""
+        """Return the seconds of the step. Note how fast prompts were computed in it.
+
+        To compare computing with reading from the store, only steps count that computed hardly anything else.
+        """
         prefilling, num_prefill = self._requests.prefilling, 0
         if prefilling:
             chunks = zip(ended.requests, ended.chunks, strict=True)
             num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
-        seconds = max(0.0, self._outbox.now - max(ended.submitted_s, self._last_ended_s))
+        seconds = ended.seconds(self._last_ended_s, self._outbox.now)
+        if num_prefill:
+            self.prefill_speed.add(num_prefill, seconds, self._outbox.now)
         if num_prefill > len(ended.chunks):
             self._reload_policy.prefill_speed.add(num_prefill, seconds, self._outbox.now)
         self._last_ended_s = self._outbox.now

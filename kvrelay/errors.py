@@ -11,6 +11,7 @@ KVRelayError
 │   ├── PromptTooLongError
 │   └── NeverFitsError
 ├── QueueFullError              try later (429)
+│   └── TTFTLimitError              the first token would come too late
 ├── NoNodeError                 no node can serve the request now (503)
 ├── RequestCancelledError       an operator has cancelled the request (410)
 ├── PreparationError            a long body could not be prepared (503)
@@ -24,6 +25,7 @@ KVRelayError
 ├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── DeviceError                 a device, or what this process does with it, is broken for good
 ├── CheckpointError             the model's files cannot be loaded
+├── KernelsUnavailableError     these kernels are unavailable on this machine
 └── EngineError                 the engine could not compute a sequence (500)
 
 "No blocks now" and "refused" are values, not exceptions.
@@ -109,9 +111,15 @@ class QueueFullError(KVRelayError):
     http_status = 429
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, param: str | None = None) -> None:
+        super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
+
+
+class TTFTLimitError(QueueFullError):
+    """The first token is predicted to come later than allowed. ``param`` names the header, if that gave the limit."""
+
+    code = "ttft_limit_exceeded"
 
 
 class NoNodeError(KVRelayError):
@@ -198,6 +206,12 @@ class CheckpointError(KVRelayError):
     """The model's files are missing, damaged or unsupported."""
 
     code = "checkpoint_error"
+
+
+class KernelsUnavailableError(KVRelayError):
+    """These kernels are unavailable on this machine."""
+
+    code = "kernels_unavailable"
 
 
 class EngineError(KVRelayError):

@@ -214,4 +214,6 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
             prompt_tokens=prompt_tokens,
             prompt_waits=requests.order.waits.report(),
             histograms=self._endings.stages.report(),
+            prefill_tokens_per_s=self._steps.prefill_speed.at(self._outbox.now) or 0.0,
+            link_bytes_per_s=self._messager_stats.link_bytes_per_s,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.machine.contract import LayersComputed, RunStep, StepDone, StepFailed
 from kvrelay.machine.outbox import Outbox
+from kvrelay.machine.speed import Speed
 from kvrelay.node.in_flight import PlanInFlight, PlansInFlight
 from kvrelay.node.plans import Chunk, PlanWriter
 from kvrelay.node.request import Holder
@@ -49,10 +50,13 @@ class Steps:
         self._storage = storage
         self._outbox = outbox
         self._number = 0
+        self._last_ended_s = 0.0
         self._spans: dict[int, list[tuple[PrefillRequest, KVSpan]]] = {}
         self.counters = dict.fromkeys(
             ("steps", "prefill_tokens", "first_tokens", "finished_stop", "finished_length"), 0.0
         )
+        self.prefill_speed = Speed()
+        """Prompt tokens computed per second of a step."""
 
     # ------------------------------------------------------------ starting
 
@@ -99,6 +103,7 @@ class Steps:
         """Take the outcome of each sequence; each router gets the first tokens that are its own in one message."""
         ended = self._in_flight.end(event)
         del self._spans[ended.plan.step]
+        self._measure(ended)
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self.counters["steps"] += 1
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
@@ -111,6 +116,11 @@ class Steps:
                 outputs.setdefault(request.spec.router, []).append(output)
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
+
+    def _measure(self, ended: PlanInFlight[PrefillRequest]) -> None:
+        num_tokens = sum(chunk.num_tokens for chunk in ended.chunks)
+        self.prefill_speed.add(num_tokens, ended.seconds(self._last_ended_s, self._outbox.now), self._outbox.now)
+        self._last_ended_s = self._outbox.now
 
     def _computed(self, request: PrefillRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:
         """Take a chunk whose KV is good; return the first token if it was the prompt's last chunk."""

@@ -31,7 +31,7 @@ class Attempts:
 
     def dispatch(self, request: RoutedRequest) -> None:
         """Dispatch a waiting request to a node. If there is none, wait for one to register."""
-        entry = self._placement.enter(request)
+        entry = self._placement.enter(request, self._outbox.now)
         if entry is None:
             self._wait_for_node(request)
             return

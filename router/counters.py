@@ -23,6 +23,7 @@ class Counters:
     nodes_lost: int = 0
     registrations_refused: int = 0
     kv_bytes_moved: int = 0
+    refused_for_ttft: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return all counters by name."""

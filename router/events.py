@@ -1,8 +1,10 @@
-"""Events from the HTTP side and the registry to the router's machine, and the deliveries it returns."""
+"""Events from the HTTP side and the registry to the router's machine, and the deliveries it returns.
+
+Those that a worker process sends or gets (``router/workers``) are tagged: they are its messages.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -17,12 +19,12 @@ from kvrelay.registry.node_entry import NodeEntry
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
+class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
 
     ``session``: the client's name for requests that share a prefix, or empty. ``answer_id``: the id of the answer that
-    the choice is a part of, for operators.
+    the choice is a part of, for operators. ``max_ttft_s``: it is refused if a longer time to first token is predicted;
+    None: see ``Limits.ttft_slo_s``.
     """
 
     request_id: RequestId
@@ -31,98 +33,98 @@ class NewRequest:
     priority: int = 0
     session: str = ""
     answer_id: str = ""
+    max_ttft_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(msgspec.Struct, frozen=True):
     """Requests to admit all together or not at all. Each gets exactly one terminal delivery, refused ones at once."""
 
     requests: tuple[NewRequest, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGone:
+class ClientGone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The client of this request has disconnected."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
+class CancelRequested(msgspec.Struct, frozen=True):
     """An operator cancels this request. Its client gets an error."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class StopMatched:
+class StopMatched(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The text of this request contains a stop string; no further tokens are needed."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class DrainRequested:
+class DrainRequested(msgspec.Struct, frozen=True):
     """An operator drains this node. ``stay_down``: its supervisor is not to start it again."""
 
     node_id: NodeId
     stay_down: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CacheResetRequested:
+class DumpRequested(msgspec.Struct, frozen=True):
+    """An operator wants the recording of this node. DumpReported follows for each of its processes that can be reached.
+
+    ``dump_id``: the operator's name for it.
+    """
+
+    node_id: NodeId
+    dump_id: str
+    with_prompts: bool
+
+
+class CacheResetRequested(msgspec.Struct, frozen=True):
     """An operator resets the prefix caches of all nodes. ``reset``: a number that no other reset has."""
 
     reset: int
 
 
-@dataclass(frozen=True, slots=True)
-class NodesFound:
+class NodesFound(msgspec.Struct, frozen=True):
     """The registry was read; ``entries`` are all its nodes."""
 
     entries: tuple[NodeEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryLost:
+class RegistryLost(msgspec.Struct, frozen=True):
     """The registry cannot be read. NodesFound follows when it can be read again."""
 
     reason: str
 
 
 # ---------------------------------------------------------------- actions
-# One of each per token: a msgspec.Struct is made in a quarter of the time of a frozen dataclass.
 
 
-class TokensDelivered(msgspec.Struct, frozen=True):
+class TokensDelivered(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The next output tokens, in order, each delivered once. ``num_cached_tokens``: prompt tokens from prefix hits.
 
     If ``finish_reason`` is set, they are the last and the terminal delivery follows.
     """
 
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLogprobsDelivered:
+class PromptLogprobsDelivered(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The next log probabilities of the prompt, in order, each delivered once and all before the first token."""
 
     logprobs: PromptLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnded:
+class RequestEnded(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Terminal: all tokens are delivered, or the request was aborted or stopped."""
 
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class RequestErrored:
+class RequestErrored(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Terminal: the request failed or was refused. ``retry_after_s``: seconds after which the client may retry."""
 
     error: ErrorInfo
@@ -142,15 +144,23 @@ PARTS = (TokensDelivered, PromptLogprobsDelivered)
 """The kinds of deliveries that are not terminal."""
 
 
-class Deliver(msgspec.Struct, frozen=True):
+class Deliver(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Pass ``delivery`` to the submitter of this request."""
 
     request_id: RequestId
     delivery: Delivery
 
 
-@dataclass(frozen=True, slots=True)
-class NodeReset:
+class DumpReported(msgspec.Struct, frozen=True):
+    """Tell the operator who asked for ``dump_id``: ``process`` has written its recording to ``path``, or the error."""
+
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
+class NodeReset(msgspec.Struct, frozen=True):
     """What became of a reset on one node, of which ``num_blocks`` were published.
 
     A lost node's process has ended, or it is out of reach of this router; one of an older version cannot be asked.
@@ -161,15 +171,14 @@ class NodeReset:
     num_blocks: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CacheResetEnded:
+class CacheResetEnded(msgspec.Struct, frozen=True):
     """Tell the operator what each node has answered."""
 
     reset: int
     nodes: tuple[NodeReset, ...]
 
 
-RouterAction: TypeAlias = Deliver | CacheResetEnded
+RouterAction: TypeAlias = Deliver | DumpReported | CacheResetEnded
 """Actions of the router's own."""
 
 RouterOutbox: TypeAlias = RoleOutbox[RouterAction]

@@ -20,7 +20,8 @@ class Limits:
     """Limits of queueing, attempts and time, in seconds.
 
     ``node_wait_s``: how long a request waits for a node when none is available. ``peer_timeout_s``: longest time before
-    a dead node is declared lost.
+    a dead node is declared lost. ``ttft_slo_s``: the longest time to first token that may be predicted for a request
+    that gives none itself; None: any.
     """
 
     max_queued_requests: int = 512
@@ -29,6 +30,7 @@ class Limits:
     node_wait_s: float = 30.0
     peer_timeout_s: float = 5.0
     retry_backoff_s: float = 0.05
+    ttft_slo_s: float | None = None
 
     @property
     def attempts(self) -> AttemptLimits:

@@ -28,6 +28,7 @@ from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
+    Dumped,
     Leaving,
     NodeToRouter,
     PrefixCacheChanged,
@@ -45,6 +46,8 @@ from router.events import (
     CancelRequested,
     ClientGone,
     DrainRequested,
+    DumpReported,
+    DumpRequested,
     NewRequest,
     NodesFound,
     RegistryLost,
@@ -75,6 +78,7 @@ RouterEvent: TypeAlias = (
     | CancelRequested
     | StopMatched
     | DrainRequested
+    | DumpRequested
     | CacheResetRequested
     | NodesFound
     | RegistryLost
@@ -123,8 +127,8 @@ class RouterMachine:
         self.node_table = NodeTable(
             settings.model, settings.peer_timeout_s, decode_alone=decode_alone, expected=settings.expected_nodes
         )
-        prefill_routing = POLICIES[settings.prefill_routing](settings.first_epoch)
-        decode_routing = POLICIES[settings.decode_routing](settings.first_epoch + 1)
+        prefill_routing = POLICIES[settings.prefill_routing](self.node_table, settings.first_epoch)
+        decode_routing = POLICIES[settings.decode_routing](self.node_table, settings.first_epoch + 1)
         placement = Placement(self.node_table, prefill_routing, decode_routing, settings.local_prefill_tokens)
         self.requests = Requests(settings.limits, self.node_table, placement, self._outbox, settings.first_epoch)
         self._cache_resets = CacheResets(self.node_table, self._outbox, settings.peer_timeout_s)
@@ -179,10 +183,8 @@ class RouterMachine:
                 self._nodes.lose(peer, reason)
             case NodesFound() | RegistryLost():
                 self._nodes.follow(event)
-            case DrainRequested(node_id=node_id, stay_down=stay_down):
-                self._nodes.drain(node_id, stay_down=stay_down)
-            case CacheResetRequested(reset=reset):
-                self._cache_resets.begin(reset)
+            case DrainRequested() | DumpRequested() | CacheResetRequested():
+                self._operate(event)
             case Started():
                 self.node_table.expect_nodes(self._outbox.now)
                 self._nodes.check_liveness()
@@ -190,6 +192,17 @@ class RouterMachine:
                 self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
+            case _:
+                assert_never(event)
+
+    def _operate(self, event: DrainRequested | DumpRequested | CacheResetRequested) -> None:
+        match event:
+            case DrainRequested(node_id=node_id, stay_down=stay_down):
+                self._nodes.drain(node_id, stay_down=stay_down)
+            case DumpRequested():
+                self._nodes.dump(event)
+            case CacheResetRequested(reset=reset):
+                self._cache_resets.begin(reset)
             case _:
                 assert_never(event)
 
@@ -221,6 +234,8 @@ class RouterMachine:
                 self.requests.take_prompt_logprobs(peer, message)
             case Heartbeat() | Register() | PrefixCacheChanged() | Leaving() | Drained():
                 self._nodes.take(peer, message)
+            case Dumped(dump_id=dump_id, process=process, path=path, error=error):
+                self._outbox.do(DumpReported(dump_id, process, path, error))
             case PrefixCacheReset():
                 self._cache_resets.take(peer, message)
             case RequestFailed():

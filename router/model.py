@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.checkpoint_files import read_json_object
+from kvrelay.checkpoint_files import eos_token_ids, finite_number, positive_integer, read_json_object
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import CheckpointError
 from kvrelay.runtime.logging import log_event
@@ -70,7 +69,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
     tokenizer = TextTokenizer.load(model_dir)
     settings = read_json_object(model_dir / "config.json", required=fake is None)
     generation = read_json_object(model_dir / "generation_config.json", required=False)
-    vocab_size = fake.vocab_size if fake else int(settings.get("vocab_size", tokenizer.vocab_size))
+    vocab_size = fake.vocab_size if fake else _size(settings, "vocab_size", tokenizer.vocab_size)
     _require_known(tokenizer, vocab_size)
     family = tool_family(config.router.tool_parser, tokenizer.tool_template)
     reasons = has_reasoning(config.router.reasoning_parser, tokenizer.chat_template)
@@ -79,7 +78,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
         root=str(model_dir),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        max_model_len=config.model.max_model_len or int(settings.get("max_position_embeddings", 2048)),
+        max_model_len=config.model.max_model_len or _size(settings, "max_position_embeddings", 2048),
         eos_token_ids=_eos_token_ids(generation, settings, tokenizer.eos_token_id, vocab_size),
         default_sampling=_default_sampling(generation),
         aliases=config.model.aliases,
@@ -88,6 +87,10 @@ def load_model(config: ClusterConfig) -> ServedModel:
         reasons=reasons,
         mark_ids=tokenizer.special_ids([*(family.marks if family else ()), *(REASONING_MARKS if reasons else ())]),
     )
+
+
+def _size(settings: dict[str, Any], key: str, default: int) -> int:
+    return positive_integer(settings, key) if key in settings else default
 
 
 def _require_known(tokenizer: TextTokenizer, vocab_size: int) -> None:
@@ -108,7 +111,7 @@ def _eos_token_ids(
     Ids beyond the vocabulary are never sampled, so the checkpoint is accepted with a warning. They are dropped because
     ``min_tokens`` uses ids as indices.
     """
-    named = [*_ids(generation, "generation_config.json"), *_ids(settings, "config.json")]
+    named = [*eos_token_ids(generation, "generation_config.json"), *eos_token_ids(settings, "config.json")]
     named += [] if of_tokenizer is None else [of_tokenizer]
     unknown = [token_id for token_id in named if not 0 <= token_id < vocab_size]
     if unknown:
@@ -120,15 +123,5 @@ def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     """Return the sampling defaults in ``generation_config.json``. Raises CheckpointError if one is not a number."""
     given = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
     for name, value in given.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise CheckpointError(f"generation_config.json: {name} should be a number, not {value!r}")
+        finite_number(value, name, "generation_config.json")
     return given
-
-
-def _ids(settings: dict[str, Any], file: str) -> list[int]:
-    """Return the end-of-text ids of a config file: one, a list or none. Raises CheckpointError if not integers."""
-    value = settings.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token_id) is int for token_id in ids):
-        raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {value!r}")
-    return ids

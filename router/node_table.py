@@ -11,6 +11,7 @@ import msgspec
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.machine.liveness import Liveness
+from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.geometry import PROTOCOL_VERSION
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId, peer_id
 from kvrelay.protocol.messages.base import Load, NodeAddress
@@ -24,7 +25,7 @@ from router.prefixes import NodePrefixes
 @dataclass(slots=True, eq=False)
 class Node:
     """A registered node. ``pending``: this router's requests on it, with the prompt tokens each has still to compute.
-    ``prefixes``: what its prefix cache has, if routing asks for that.
+    ``prefixes``: what its prefix cache has, if routing asks for that. ``hasher``: names the blocks of prompts there.
 
     ``load`` is from its last heartbeat; ``num_heartbeats`` were received so far. ``num_given_requests`` needing
     ``num_given_blocks`` were assigned since then: moved preempted requests, and local prefills on a decode node.
@@ -42,9 +43,12 @@ class Node:
     _foreign_requests: int = 0
     _foreign_tokens: int = 0
     role: Role = field(init=False)
+    hasher: BlockHasher = field(init=False)
 
     def __post_init__(self) -> None:
+        geometry = self.registration.geometry
         self.role = Role(self.registration.role)
+        self.hasher = BlockHasher(geometry.model_digest, geometry.block_size)
 
     @property
     def node_id(self) -> NodeId:
@@ -73,6 +77,11 @@ class Node:
         return self.registration.geometry.block_size
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes of the KV of a token, over all layers."""
+        return self.registration.geometry.block_bytes / self.block_size
+
+    @property
     def num_requests(self) -> int:
         """Requests on it, including those of other routers."""
         return len(self.pending) + self._foreign_requests
@@ -98,10 +107,19 @@ class Node:
 
         If prompts are computed in order of arrival, it delays no prompt already there.
         """
+        return self.tokens_before(num_tokens) + num_tokens * self.num_delayed(num_tokens)
+
+    def num_delayed(self, num_tokens: int) -> int:
+        """Return how many prompts of this router are computed after one more of ``num_tokens``, which delays them."""
         if self.registration.prefill_order != "shortest_first":
-            return self.pending_tokens
-        num_longer = sum(pending > num_tokens for pending in self.pending.values())
-        return self.tokens_before(num_tokens) + num_tokens * num_longer
+            return 0
+        return sum(pending > num_tokens for pending in self.pending.values())
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts it has still to compute; those of other routers only if it does nothing but compute prompts."""
+        num_own = sum(pending > 0 for pending in self.pending.values())
+        return num_own + (self._foreign_requests if self.role is Role.PREFILL else 0)
 
     def _share_up_to(self, num_tokens: int) -> float:
         """Return the share of its reported queued tokens in the length classes up to that of ``num_tokens``."""

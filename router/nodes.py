@@ -10,8 +10,15 @@ from kvrelay.machine.contract import Log, LogLevel, SetTimer
 from kvrelay.protocol.ids import NodeId, PeerId, peer_id
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, PrefixCacheChanged, Register
-from kvrelay.protocol.messages.router_to_node import Drain, PrefillNodes, RegisterAgain, Registered, RegistrationRefused
-from router.events import NodesFound, RegistryLost, RouterOutbox
+from kvrelay.protocol.messages.router_to_node import (
+    Drain,
+    Dump,
+    PrefillNodes,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+)
+from router.events import DumpRequested, NodesFound, RegistryLost, RouterOutbox
 from router.followed import FollowedNodes
 from router.node_table import Node, NodeTable
 from router.requests import Requests
@@ -174,6 +181,12 @@ class Nodes:
         if node is not None and (stay_down or not node.leaving):
             node.leaving = True
             self._outbox.send(node.peer, Drain(stay_down=stay_down))
+
+    def dump(self, wanted: DumpRequested) -> None:
+        """Ask the node for its recording, if it is there and reads Dump."""
+        node = self._node_table.named(wanted.node_id)
+        if node is not None and node.registration.can_dump:
+            self._outbox.send(node.peer, Dump(dump_id=wanted.dump_id, with_prompts=wanted.with_prompts))
 
     def _leave(self, peer: PeerId) -> None:
         node = self._node_table.get(peer)

@@ -7,16 +7,17 @@ from functools import partial
 from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from router.node_table import Node, NodeTable
-from router.policies import Policy
-from router.request import RoutedRequest
+from router.policy import Policy
+from router.prediction import Prediction, Predictions
+from router.request import RoutedRequest, Status
 
 
 class Placement:
     """Assigns requests to nodes and releases them. Updates the request and its nodes together.
 
     ``local_prefill_tokens`` is the threshold of conditional disaggregation: a decode node computes a prompt itself if
-    every prefill node has at least this many more prompt tokens to compute first than the decode node, or if there is
-    no prefill node. None: never.
+    the backlog of every prefill node (``Policy.backlog``) is at least this many prompt tokens longer than that of the
+    decode node, or if there is no prefill node. None: never.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class Placement:
         self._prefill_routing = prefill_routing
         self._decode_routing = decode_routing
         self._local_prefill_tokens = local_prefill_tokens
+        self.predictions = Predictions()
 
-    def enter(self, request: RoutedRequest) -> Node | None:
-        """Choose the node that begins ``request``; None if there is none.
+    def enter(self, request: RoutedRequest, now: float) -> Node | None:
+        """Choose the node that begins ``request`` at time ``now``; None if there is none.
 
         It is a mixed node, a prefill node if a decode node is available, or a decode node that also computes the
         prompt. Nodes that failed the request come last.
@@ -40,6 +42,8 @@ class Placement:
         chosen = self._entry(request)
         if chosen is None:
             return None
+        raw = self._prefill_routing.predict(chosen, request)
+        request.predictions = None if raw is None else (raw, self.predictions.corrected(raw, now))
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:
@@ -53,6 +57,15 @@ class Placement:
             chosen.give(_num_blocks(request, chosen))
         return chosen
 
+    def predict(self, request: RoutedRequest, now: float) -> Prediction | None:
+        """Return the predicted time to first token on the node that would begin ``request`` now.
+
+        None if there is no node, or the policy predicts none.
+        """
+        node = self._entry(request)
+        raw = None if node is None else self._prefill_routing.predict(node, request)
+        return None if raw is None else self.predictions.corrected(raw, now)
+
     def _entry(self, request: RoutedRequest) -> Node | None:
         decode_nodes = self._node_table.available(Role.DECODE)
         nodes = self._node_table.available(Role.MIXED)
@@ -62,23 +75,35 @@ class Placement:
         untried = _untried(request, nodes)
         untried_helpers = _untried(request, helpers)
         if not untried and (untried_helpers or not nodes):
-            return min(untried_helpers or helpers, key=partial(_helpfulness, request), default=None)
+            return min(untried_helpers or helpers, key=partial(self._helpfulness, request), default=None)
         nodes = untried or nodes
         chosen = self._prefill_routing.choose(nodes, request)
         if chosen.role is not Role.PREFILL:
             return chosen
-        return min(self._ahead(request, nodes, untried_helpers), key=partial(_helpfulness, request), default=chosen)
+        return min(
+            self._ahead(request, nodes, untried_helpers), key=partial(self._helpfulness, request), default=chosen
+        )
 
     def _ahead(self, request: RoutedRequest, nodes: list[Node], helpers: list[Node]) -> list[Node]:
         """Return those of ``helpers`` that have room for the prompt and are ahead of all prefill nodes in ``nodes``."""
-        num_tokens = request.num_tokens
-        least_behind = min(node.tokens_before(num_tokens) for node in nodes if node.role is Role.PREFILL)
+        backlog = partial(self._prefill_routing.backlog, request)
+        least_behind = min(backlog(node) for node in nodes if node.role is Role.PREFILL)
         return [
             node
             for node in helpers
-            if least_behind - node.tokens_before(num_tokens) >= (self._local_prefill_tokens or 0)
+            if least_behind - backlog(node) >= (self._local_prefill_tokens or 0)
             and node.prompt_blocks >= _num_blocks(request, node)
         ]
+
+    def _helpfulness(self, request: RoutedRequest, node: Node) -> tuple[bool, bool, float, int]:
+        """Sort key of decode nodes that could compute the prompt of ``request``, best first.
+
+        Nodes with room come first, then nodes that will have room, then nodes too small for it. Ties: less backlog.
+        """
+        num_blocks = _num_blocks(request, node)
+        never_fits = node.registration.num_blocks < num_blocks - 1
+        backlog = self._prefill_routing.backlog(request, node)
+        return node.prompt_blocks < num_blocks, never_fits, backlog, -node.prompt_blocks
 
     def assign_decode(self, request: RoutedRequest) -> Node | None:
         """Choose a decode node that has not refused the request; None if there is none."""
@@ -129,6 +154,12 @@ class Placement:
         roles = {node.role for node in self._node_table if node.peer not in tried and not node.leaving}
         return self._node_table.can_serve(roles)
 
+    def first_token_came(self, request: RoutedRequest, now: float) -> None:
+        """Compare the time to the first token with what was predicted, unless an earlier attempt had failed."""
+        if request.predictions is not None and request.attempts == 1:
+            dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
+            self.predictions.observe(*request.predictions, now - dispatched_s, now)
+
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """Record that no prompt tokens are left to compute."""
         if request.is_prompt_pending:
@@ -171,13 +202,3 @@ def _untried(request: RoutedRequest, nodes: list[Node]) -> list[Node]:
 def _num_blocks(request: RoutedRequest, node: Node) -> int:
     """Return the KV blocks ``request`` needs on ``node``, plus one for growth."""
     return -(-request.num_tokens // node.block_size) + 1
-
-
-def _helpfulness(request: RoutedRequest, node: Node) -> tuple[bool, bool, int, int]:
-    """Sort key of decode nodes that could compute the prompt of ``request``, best first.
-
-    Nodes with room come first, then nodes that will have room, then nodes too small for it. Ties: fewer queued tokens.
-    """
-    num_blocks = _num_blocks(request, node)
-    never_fits = node.registration.num_blocks < num_blocks - 1
-    return node.prompt_blocks < num_blocks, never_fits, node.tokens_before(request.num_tokens), -node.prompt_blocks

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
-from typing import Protocol
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.config.sections import RoutingPolicy
 from kvrelay.protocol.ids import NodeId
-from router.node_table import Node
+from router.least_ttft import LeastTTFT
+from router.node_table import Node, NodeTable
+from router.policy import REQUEST_TOKENS, Policy
 from router.request import RoutedRequest
-
-REQUEST_TOKENS = 64
-"""Load of each request, in tokens, added to the prompt tokens a node has still to compute."""
 
 TRANSFER_COST = 1 / 8
 """Cost of transferring the KV of a token to a decode node, relative to computing it."""
@@ -29,23 +27,12 @@ The value is the best of 1, 2, 3, 4, 6 and 12 in ``benchmarks/routing.py``.
 """
 
 
-class Policy(Protocol):
-    """Chooses one node per call; may keep state. ``uses_prefixes``: nodes must report their prefix caches."""
-
-    uses_prefixes: bool
-
-    def choose(self, candidates: Sequence[Node], request: RoutedRequest) -> Node:
-        """Return one of ``candidates`` (at least one, in the order they registered) for ``request``."""
-
-
-class LeastLoaded:
+class LeastLoaded(Policy):
     """Chooses the node with the least added wait, divided by ``max_num_seqs``.
 
     The added wait is that of the prompt and of the prompts behind it (``Node.added_wait``). It counts requests of this
     router and those of others in the last heartbeat. Ties: the least recently chosen node.
     """
-
-    uses_prefixes = False
 
     def __init__(self) -> None:
         self._last_chosen: dict[NodeId, int] = {}
@@ -79,10 +66,8 @@ class CacheAware(LeastLoaded):
         return False, _pressure(node, num_uncached) + UNCACHED_WEIGHT * num_uncached / node.max_num_seqs
 
 
-class RoundRobin:
+class RoundRobin(Policy):
     """Chooses nodes in turn, ordered by name."""
-
-    uses_prefixes = False
 
     def __init__(self) -> None:
         self._last = ""
@@ -95,10 +80,8 @@ class RoundRobin:
         return chosen
 
 
-class RandomChoice:
+class RandomChoice(Policy):
     """Chooses any node, each with the same probability."""
-
-    uses_prefixes = False
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
@@ -108,10 +91,8 @@ class RandomChoice:
         return self._random.choice(candidates)
 
 
-class PowerOfTwo:
+class PowerOfTwo(Policy):
     """Chooses the less loaded of two random nodes. Several routers with equal news do not all choose the same node."""
-
-    uses_prefixes = False
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
@@ -122,14 +103,12 @@ class PowerOfTwo:
         return min(two, key=lambda node: _pressure(node, request.num_tokens))
 
 
-class Session:
+class Session(Policy):
     """Chooses the same node for all requests of a session, and by load for requests without one.
 
     Rendezvous hashing: each session ranks all nodes, and the first available one is chosen. If a node leaves, only its
     sessions move.
     """
-
-    uses_prefixes = False
 
     def __init__(self) -> None:
         self._without_session = LeastLoaded()
@@ -148,12 +127,13 @@ def _pressure(node: Node, num_tokens: int) -> float:
     return (wait_tokens + REQUEST_TOKENS * node.num_requests) / node.max_num_seqs
 
 
-POLICIES: Mapping[RoutingPolicy, Callable[[int], Policy]] = {
-    "least_loaded": lambda seed: LeastLoaded(),
-    "round_robin": lambda seed: RoundRobin(),
-    "random": RandomChoice,
-    "power_of_two": PowerOfTwo,
-    "session": lambda seed: Session(),
-    "cache_aware": lambda seed: CacheAware(),
+POLICIES: Mapping[RoutingPolicy, Callable[[NodeTable, int], Policy]] = {
+    "least_loaded": lambda nodes, seed: LeastLoaded(),
+    "round_robin": lambda nodes, seed: RoundRobin(),
+    "random": lambda nodes, seed: RandomChoice(seed),
+    "power_of_two": lambda nodes, seed: PowerOfTwo(seed),
+    "session": lambda nodes, seed: Session(),
+    "cache_aware": lambda nodes, seed: CacheAware(),
+    "ttft": lambda nodes, seed: LeastTTFT(nodes),
 }
-"""Policies by their name in the config. The argument is a seed for those that choose at random."""
+"""Policies by their name in the config. The arguments: all nodes, and a seed for policies that choose at random."""

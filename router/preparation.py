@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -63,8 +63,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
+class PreparedRequest(msgspec.Struct, frozen=True):
     """A generation request. From a worker, ``request`` comes without its prompt or messages.
 
     ``texts``: each prompt as text, if the client requested an echo. ``structure``: what the outputs must be.

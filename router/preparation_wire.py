@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from kvrelay.errors import PreparationError
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.token_rules import TokenRules
 from router.openai.structured import Structure
 from router.preparation import Job
+
+T = TypeVar("T")
 
 LENGTH = struct.Struct("<I")
 
@@ -55,10 +58,23 @@ class Reply(msgspec.Struct, frozen=True):
     unknown_fields: list[str]
 
 
+def _reader(kind: type[T]) -> Callable[[bytes], T]:
+    """Return what reads a ``kind``. It raises PreparationError if that is damaged."""
+    decoder = msgspec.msgpack.Decoder(kind)
+
+    def read(data: bytes) -> T:
+        try:
+            return decoder.decode(data)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: text that is not UTF-8
+            raise PreparationError(f"a {kind.__name__} of a preparation worker cannot be read: {error}") from error
+
+    return read
+
+
 encode = msgspec.msgpack.Encoder().encode
-decode_job = msgspec.msgpack.Decoder(Job).decode
-decode_reply: Callable[[bytes], Reply] = msgspec.msgpack.Decoder(Reply).decode
-decode_prompt = msgspec.msgpack.Decoder(list[int]).decode
+decode_job = _reader(Job)
+decode_reply = _reader(Reply)
+decode_prompt = _reader(list[int])
 
 
 def framed(message: bytes) -> bytes:

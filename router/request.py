@@ -11,12 +11,13 @@ import msgspec
 
 from kvrelay.errors import KVRelayError, NoNodeError, TransferTimeoutError
 from kvrelay.machine.lifecycle import Lifecycle, Table
-from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
+from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
 from router.events import NewRequest
 from router.node_table import Node
 from router.output import OutputOrder, PromptOrder
+from router.prediction import Prediction
 
 _PREFIX = re.compile(r"^[a-z]+[-_]")
 """What an API puts before the client's part of an answer's id."""
@@ -72,9 +73,9 @@ class RoutedRequest:
 
     ``prefill`` and ``decode``: nodes that may hold state of the attempt (a mixed node is ``decode``). ``avoid``: nodes
     that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
-    that refused it. ``is_prompt_pending``: its nodes count prompt
-    tokens of it that are still to compute. ``num_preempted_blocks``: blocks it waits for after a preemption, None if it
-    is not known to wait.
+    that refused it. ``is_prompt_pending``: its nodes count prompt tokens of it that are still to compute.
+    ``num_preempted_blocks``: blocks it waits for after a preemption, None if it is not known to wait.
+    ``predictions``: the raw and the corrected one of its current attempt, if the policy predicts.
     """
 
     __slots__ = (
@@ -92,6 +93,7 @@ class RoutedRequest:
         "num_preempted_blocks",
         "output",
         "participants",
+        "predictions",
         "prefill",
         "prompt",
         "refused_by",
@@ -115,6 +117,7 @@ class RoutedRequest:
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
+        self.predictions: tuple[Prediction, Prediction] | None = None
         self._num_routed_blocks = MAX_ROUTED_BLOCKS
         self._prefix_keys: list[bytes] | None = None
 
@@ -159,9 +162,8 @@ class RoutedRequest:
         All nodes have one KV geometry, so the keys are the same for each. They are computed at the first call.
         """
         if self._prefix_keys is None:
-            geometry = node.registration.geometry
-            hasher = BlockHasher(geometry.model_digest, geometry.block_size)
-            hashes = hasher.hashes(self.new.prompt_token_ids[: self._num_routed_blocks * geometry.block_size])
+            num_tokens = self._num_routed_blocks * node.block_size
+            hashes = node.hasher.hashes(self.new.prompt_token_ids[:num_tokens])
             self._prefix_keys = [block_hash[:PREFIX_KEY_BYTES] for block_hash in hashes]
         return self._prefix_keys
 

@@ -10,7 +10,7 @@ from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.request import FinishReason
 from router.counters import Counters
-from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, RouterOutbox
+from router.events import Deliver, Delivery, RequestEnded, RequestErrored, RouterOutbox
 from router.placement import Placement
 from router.request import TIMER_KINDS, RoutedRequest, Status
 from router.timeline import Timelines
@@ -77,14 +77,13 @@ class RequestTable:
 
     # ------------------------------------------------------------ begin and end
 
-    def open(self, new: NewRequest, timeout_s: float) -> RoutedRequest:
+    def open(self, request: RoutedRequest, timeout_s: float) -> None:
         """Admit a request, which must end within ``timeout_s``."""
-        request = self._requests[new.request_id] = RoutedRequest(new, self._outbox.now)
+        self._requests[request.request_id] = request
         self.counters.submitted += 1
-        self.timelines.open(new.request_id)
+        self.timelines.open(request.request_id)
         self.mark(request, "received")
         self._outbox.do(SetTimer(request.timer("deadline"), self._outbox.now + timeout_s))
-        return request
 
     def finish(self, request: RoutedRequest, reason: FinishReason) -> None:
         """End ``request`` successfully."""

@@ -8,12 +8,11 @@ from typing import assert_never
 from kvrelay.errors import (
     KVRelayError,
     LocalProtocolError,
-    NoNodeError,
     PeerLostError,
-    QueueFullError,
     RequestCancelledError,
     TransferError,
 )
+from kvrelay.machine.histogram import Histogram
 from kvrelay.machine.laws import Laws
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -26,6 +25,7 @@ from kvrelay.protocol.messages.node_to_router import (
     RequestTimeline,
 )
 from kvrelay.protocol.request import FinishReason
+from router.admission import Admission
 from router.attempts import Attempts
 from router.counters import Counters
 from router.decode_search import DecodeSearch
@@ -61,6 +61,7 @@ class Requests:
         self._placement = placement
         self._outbox = outbox
         self._table = RequestTable(placement, outbox)
+        self._admission = Admission(limits, node_table, placement, self._table)
         self._attempts = Attempts(limits.attempts, self._table, placement, outbox, first_epoch)
         self._search = DecodeSearch(self._table, node_table, placement, outbox)
         self._moves = Moves(self._table, self._attempts, placement, outbox)
@@ -77,6 +78,11 @@ class Requests:
     def timelines(self) -> Timelines:
         """The timelines of requests in progress and of recently ended ones."""
         return self._table.timelines
+
+    @property
+    def prediction_errors(self) -> dict[str, Histogram]:
+        """How far first tokens came from when they were predicted, see ``Predictions.errors``."""
+        return self._placement.predictions.errors
 
     @property
     def by_status(self) -> dict[Status, int]:
@@ -103,15 +109,17 @@ class Requests:
         for new in requests:
             if new.request_id in self._table:
                 raise LocalProtocolError(f"request id {new.request_id} is in use")
-        refusal = self._refusal(requests)
+        routed = [RoutedRequest(new, self._outbox.now) for new in requests]
+        share_routed_blocks(routed)
+        refusal = self._admission.refusal(routed, self._outbox.now)
         if refusal is not None:
             self.refuse(requests, refusal)
             return
-        opened = [self._table.open(new, self._limits.request_timeout_s) for new in requests]
-        share_routed_blocks(opened)
-        for request in opened[:MAX_DISPATCHED_AT_ONCE]:
+        for request in routed:
+            self._table.open(request, self._limits.request_timeout_s)
+        for request in routed[:MAX_DISPATCHED_AT_ONCE]:
             self._attempts.dispatch(request)
-        for request in opened[MAX_DISPATCHED_AT_ONCE:]:
+        for request in routed[MAX_DISPATCHED_AT_ONCE:]:
             self._attempts.dispatch_soon(request)
 
     def refuse(self, requests: Sequence[NewRequest], error: KVRelayError) -> None:
@@ -119,15 +127,6 @@ class Requests:
         self.counters.refused += len(requests)
         for new in requests:
             self._outbox.do(Deliver(new.request_id, RequestErrored.of(error)))
-
-    def _refusal(self, requests: Sequence[NewRequest]) -> KVRelayError | None:
-        most = self._limits.max_queued_requests
-        if len(self) + len(requests) > most:
-            return QueueFullError(f"{len(self)} requests are in progress and {len(requests)} came; the limit is {most}")
-        reason = self._node_table.unready_reason()
-        if reason is None or self._node_table.may_come(self._outbox.now, self._limits.node_wait_s):
-            return None
-        return NoNodeError(reason)
 
     # ------------------------------------------------------------ messages of nodes
 
@@ -159,6 +158,7 @@ class Requests:
     def _deliver(self, request: RoutedRequest, output: RequestOutput) -> None:
         if output.index == 0:
             self._table.mark(request, "first_token")
+            self._placement.first_token_came(request, self._outbox.now)
             # Prefix hits of later attempts on KV computed by the first one are not counted.
             request.num_cached_tokens = min(output.num_cached_tokens, len(request.new.prompt_token_ids))
         self._placement.prompt_is_computed(request)

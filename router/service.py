@@ -13,6 +13,8 @@ from kvrelay.errors import ConfigError, InvalidRequestError, NoNodeError
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import StopRequested
 from kvrelay.protocol.ids import ROUTER, NodeId, RequestId, new_incarnation, peer_id
+from kvrelay.recording.settings import RecordingSettings
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.keys import configured_keys
 from kvrelay.runtime.message_faults import MessageFaults
@@ -26,8 +28,8 @@ from router.events import (
     CancelRequested,
     ClientGone,
     Deliver,
-    Delivery,
     DrainRequested,
+    DumpReported,
     NewRequest,
     NodeReset,
     RequestErrored,
@@ -36,15 +38,13 @@ from router.events import (
 )
 from router.expected_nodes import expected_nodes
 from router.follower import following
+from router.frontend import STOPPING, Sink
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
+from router.node_dumps import NodeDumps
 from router.preparation_pool import Preparer
-
-STOPPING = "the router is stopping"
-"""Why a router that ends serves nothing more."""
-
-Sink = Callable[[RequestId, Delivery], None]
+from router.recording import ROUTER_EVENTS
 
 _EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
 """Bits of an epoch: each router start draws its high bits at random and counts up in the low bits."""
@@ -69,6 +69,7 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
             request_timeout_s=router.request_timeout_s,
             node_wait_s=router.node_wait_s,
             peer_timeout_s=cluster.peer_timeout_s,
+            ttft_slo_s=router.ttft_slo_s,
         ),
         expected_nodes=expected_nodes(config),
         self_check=cluster.self_check,
@@ -82,16 +83,22 @@ class RouterService:
         self.config = config
         self.model = model
         self.clock = clock
+        self.started_s = clock.now()
         self.preparer = Preparer(config, model)
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
-        self.machine = RouterMachine(router_settings(config, self._incarnation))
+        settings = router_settings(config, self._incarnation)
+        self.machine = RouterMachine(settings)
+        self.dumps = Dumps(ROUTER, ROUTER, settings, ROUTER_EVENTS, RecordingSettings.of(config.recording))
+        self.node_dumps = NodeDumps(self._post)
         self._sinks: dict[RequestId, Sink] = {}
         self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}
         self._shell: Shell | None = None
         self.ended = asyncio.Event()
         """Set when the machine takes no requests any more."""
         self.control_addresses: list[str] = []
+        self.http_workers: Callable[[], list[dict[str, object]]] = list
+        """Returns the worker processes that serve clients, for operators."""
 
     async def run(self) -> str:
         """Serve until stopped and drained; return the reason.
@@ -99,7 +106,14 @@ class RouterService:
         Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
         shell = self._shell = Shell(
-            self.machine, clock=self.clock, handlers={Deliver: self._deliver, CacheResetEnded: self._reset_ended}
+            self.machine,
+            clock=self.clock,
+            dumps=self.dumps,
+            handlers={
+                Deliver: self._deliver,
+                CacheResetEnded: self._reset_ended,
+                DumpReported: self.node_dumps.take,
+            },
         )
         keys = configured_keys(self.config.security, ROUTER)
         faults = MessageFaults.of(self.config.faults)
@@ -155,9 +169,13 @@ class RouterService:
             self._sinks[request.request_id] = deliver
         self._post(Submitted(tuple(requests)))
 
-    def is_in_progress(self, request_id: RequestId) -> bool:
-        """Return whether a request with this id has been submitted and has not ended."""
-        return request_id in self._sinks
+    async def any_in_progress(self, request_ids: Sequence[RequestId]) -> bool:
+        """Return whether a request with one of these ids has been submitted and has not ended."""
+        return self.has_any(request_ids)
+
+    def has_any(self, request_ids: Sequence[RequestId]) -> bool:
+        """See ``any_in_progress``."""
+        return any(request_id in self._sinks for request_id in request_ids)
 
     def stop_matched(self, request_id: RequestId) -> None:
         """Report that the text contains a stop string, so that no more tokens are needed."""

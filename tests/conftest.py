@@ -24,9 +24,17 @@ settings.load_profile("kvrelay")
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_dir() -> Iterator[None]:
-    """Let every process started here keep its sockets in a directory of this test run, where leaks show."""
-    with tempfile.TemporaryDirectory(prefix="kvt-") as path, pytest.MonkeyPatch.context() as patch:
+    """Let every process started here keep its sockets in a directory of this test run, where leaks show.
+
+    Recordings go to another: those of crashes are left behind on purpose.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="kvt-") as path,
+        tempfile.TemporaryDirectory(prefix="kvt-state-") as state,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("XDG_RUNTIME_DIR", path)
+        patch.setenv("XDG_STATE_HOME", state)
         yield
 
 

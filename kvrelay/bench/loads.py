@@ -18,6 +18,9 @@ from kvrelay.bench.prompts import Content, PromptMaker
 TRACE_BLOCK_TOKENS = 512
 """Tokens for which one hash id of a Mooncake trace stands."""
 
+_MAX_TRACE_TOKENS = 10_000_000
+"""Longest prompt or output of a trace."""
+
 _MIN_TOKENS = 4
 _MAX_PROMPT_TOKENS = 1024
 _MAX_TOTAL_TOKENS = 2048
@@ -195,8 +198,11 @@ class MooncakeLoad:
         try:
             entry = json.loads(line)
             lengths = int(entry["input_length"]), int(entry["output_length"])
-            return float(entry["timestamp"]), *lengths, list(entry.get("hash_ids") or [])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            at_ms = float(entry["timestamp"])
+            if not all(0 <= length <= _MAX_TRACE_TOKENS for length in lengths) or not math.isfinite(at_ms):
+                raise ValueError(f"lengths should be 0 to {_MAX_TRACE_TOKENS:,}, and timestamp finite")
+            return at_ms, *lengths, list(entry.get("hash_ids") or [])
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise BenchError(
                 f"{self.path}:{number}: should be a JSON object with timestamp, input_length, output_length and "
                 f"hash_ids: {type(error).__name__}: {error}"
@@ -219,7 +225,7 @@ def _messages(entry: Any) -> list[str]:
 def _read_json(path: Path) -> list[Any]:
     try:
         data = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, list):
         raise BenchError(f"{path}: should be a JSON list of conversations")

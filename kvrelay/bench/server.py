@@ -113,6 +113,6 @@ async def phase_metrics(client: Client, records: Sequence[RequestRecord]) -> Met
 def _object(body: bytes) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: text that is not UTF-8
         return {}
     return found if isinstance(found, dict) else {}

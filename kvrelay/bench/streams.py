@@ -13,6 +13,8 @@ from kvrelay.bench.http import Client
 
 _MAX_ERROR_CHARS = 300
 _MAX_HEAD_BYTES = 16384
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""Exceptions of JSON that is none, or not what it should be; ValueError: text that is not UTF-8."""
 
 
 class _Delta(msgspec.Struct):
@@ -123,7 +125,7 @@ class _StreamReader:
         record = self.record
         try:
             chunk = _decode(event)
-        except msgspec.MsgspecError as error:
+        except _UNREADABLE as error:
             record.error = f"a chunk is not of the OpenAI API: {error}"
             return
         if chunk.error is not None:
@@ -148,7 +150,7 @@ def _message(body: bytes) -> str:
     """Return the message of an error in any server's format."""
     try:
         answer = _decode(body)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return body.decode("utf-8", "replace").strip()[:_MAX_ERROR_CHARS]
     error = answer.error
     if isinstance(error, dict):

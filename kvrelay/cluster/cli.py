@@ -272,6 +272,38 @@ def cancel(
 
 
 @app.command()
+def dump(
+    name: Annotated[str, typer.Argument(metavar="NODE", help="Name of a node; or router.")],
+    url: AdminURL = DEFAULT_ADMIN_URL,
+    prompts: Annotated[
+        bool, typer.Option("--with-prompts", help="Write prompts and outputs too; only then it can be replayed.")
+    ] = False,
+    key_file: KeyFile = None,
+) -> None:
+    """Have NODE and its messager, or the router, write their last events to files on their host."""
+    from kvrelay.admin_key import read_admin_key
+    from kvrelay.cluster import operate
+    from kvrelay.cluster.client import ClusterClient
+
+    with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
+        operate.dump(cluster, name, prompts=prompts, say=typer.echo)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of kvrelay dump, or of a crash.")],
+    show: Annotated[bool, typer.Option("--show", help="Print the events; replay nothing.")] = False,
+) -> None:
+    """Feed the events in FILE to the same machine. Exit with 1 if it does something else, 2 if that cannot be done."""
+    from kvrelay.cluster import replay as recordings
+
+    if show:
+        recordings.show(file, typer.echo)
+    elif not recordings.replay(file, typer.echo):
+        raise typer.Exit(1)
+
+
+@app.command()
 def chat(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[URL] [TEXT]", help="Address of the router, and the message.")

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import httpx
 
 from kvrelay.errors import KVRelayError
+from kvrelay.protocol.ids import ROUTER
 
 _TIMEOUT = httpx.Timeout(5.0, read=600.0)
 
@@ -66,6 +67,21 @@ class ClusterClient:
             raise self._unreachable(error) from error
         if not response.is_success:
             raise KVRelayError(_error_text(response))
+
+    def dump(self, name: str, *, prompts: bool) -> list[dict[str, str]]:
+        """Have a node and its messager, or the ``router``, write their recordings; return the files.
+
+        Each has ``process``, and ``path`` on its host or ``error``; the other of the two is empty.
+        """
+        path = "/cluster/dump" if name == ROUTER else f"/cluster/nodes/{quote(name, safe='')}/dump"
+        try:
+            response = self._http.post(path, params={"prompts": "true"} if prompts else {})
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise KVRelayError(_error_text(response))
+        files: list[dict[str, str]] = response.json()["files"]
+        return files
 
     def cancel(self, request_id: str) -> list[dict[str, str]]:
         """Cancel a request by its client's id; return ``request_id`` and last ``state`` of each choice."""

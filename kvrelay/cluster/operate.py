@@ -1,4 +1,4 @@
-"""``kvrelay drain``, ``restart``, ``cancel`` and ``reset-prefix-cache``: what operators do to a running cluster."""
+"""``kvrelay drain``, ``restart``, ``cancel``, ``dump`` and ``reset-prefix-cache``: what operators do to a cluster."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def cancel(cluster: ClusterClient, request_id: str, *, say: Callable[[str], None
     """Cancel a request. Raises KVRelayError if none of that id is in progress."""
     for request in cluster.cancel(request_id):
         say(f"{request['request_id']} cancelled, it was {request['state']}")
+
+
+def dump(cluster: ClusterClient, name: str, *, prompts: bool, say: Callable[[str], None]) -> None:
+    """Have a node, or the router, write its recording. Raises KVRelayError if it is unknown or a file is missing."""
+    files = cluster.dump(name, prompts=prompts)
+    for file in files:
+        say(f"{file['process']}: {file['path'] or file['error']}")
+    if not all(file["path"] for file in files):
+        raise KVRelayError("not every recording was written")
 
 
 def reset_prefix_cache(cluster: ClusterClient, *, say: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ from kvrelay.config.base import Host, Port, Section
 from kvrelay.config.document import Document, Key
 from kvrelay.config.faults import FaultsConfig
 from kvrelay.config.kv_events import KVEventsConfig
+from kvrelay.config.recording import RecordingConfig
 from kvrelay.config.rules import inconsistencies, suggestion
 from kvrelay.config.scheduling import (
     FixedBlocksConfig,
@@ -83,6 +84,7 @@ class Sections(Section):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     kv_events: KVEventsConfig = Field(default_factory=KVEventsConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    recording: RecordingConfig = Field(default_factory=RecordingConfig)
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -188,9 +190,9 @@ _RENAMED = (
 """(section, old name, new name) of renamed keys. The old name is accepted for one minor version."""
 
 
-def _in_reading_order(problem: str) -> list[str | int]:
+def _in_reading_order(problem: str) -> list[str]:
     """Sort ``file:9:`` before ``file:10:``."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
+    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", problem)]
 
 
 def _field_problems(error: ValidationError, document: Document) -> list[tuple[Key, str]]:
@@ -198,7 +200,7 @@ def _field_problems(error: ValidationError, document: Document) -> list[tuple[Ke
     problems: list[tuple[Key, str]] = []
     for item in error.errors(include_url=False):
         key: Key = (*item["loc"], *item.get("ctx", {}).get("key", ()))
-        inherited = key[0] == "nodes" and len(key) > 2 and key[2] in Sections.model_fields and not document.has(key)
+        inherited = len(key) > 2 and key[0] == "nodes" and key[2] in Sections.model_fields and not document.has(key)
         if not inherited:
             problems.append((key, _reason(item["type"], item["msg"], key, document)))
     return problems
@@ -241,4 +243,11 @@ def _located_sections(sections: Sections, config_dir: Path) -> dict[str, Section
 def _located(path: str, config_dir: Path) -> str:
     """Return ``path`` resolved against the current directory or, if it is missing there, the config file's."""
     here, there = Path(path).absolute(), (config_dir / path).absolute()
-    return str(there if there.exists() and not here.exists() else here)
+    return str(there if _exists(there) and not _exists(here) else here)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long
+        return False

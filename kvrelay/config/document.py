@@ -18,6 +18,9 @@ Key: TypeAlias = tuple[str | int, ...]
 
 ENV_PREFIX = "KVRELAY_"
 _MAX_DEPTH = 32
+_MAX_VALUES = 100_000
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What PyYAML raises for a text that is not YAML, or for a value that does not fit its tag, such as ``!!bool x``."""
 
 
 class Document:
@@ -131,9 +134,12 @@ class Document:
 
     def _override(self, path: list[str], text: str, place: str) -> None:
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            _, value = _load(text)
+        except _NOT_YAML:
             value = text
+        if len(path) > _MAX_DEPTH:
+            self.problems.append(f"{place:.100}: nested more than {_MAX_DEPTH} levels deep")
+            return
         key = self._override_key(path, place)
         if key is None:
             return
@@ -188,7 +194,7 @@ _NOTHING = object()
 
 
 def _unshared(value: Any, path: Path, depth: int = 0) -> Any:
-    """Return a copy of ``value`` in which YAML aliases share nothing. Raises ConfigError if it is recursive."""
+    """Return a copy of ``value`` in which YAML aliases share nothing. Raises ConfigError if it is nested too deep."""
     if depth > _MAX_DEPTH:
         raise ConfigError([f"{path}:1: nested more than {_MAX_DEPTH} levels deep"])
     if isinstance(value, dict):
@@ -217,10 +223,36 @@ def _shown(value: object) -> str:
 def _parse(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
     """Return the YAML nodes of ``text`` and their data. Raises ConfigError if it is not YAML."""
     try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        return root, None if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return _load(text)
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else 1
         raise ConfigError([f"{path}:{line}: not YAML: {getattr(error, 'problem', None) or error}"]) from error
+
+
+def _load(text: str) -> tuple[yaml.Node | None, Any]:
+    """Return the YAML nodes of ``text`` and their data. Raises one of ``_NOT_YAML``."""
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None, None
+    if _num_values(root, {}) > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES:,} values, with those that aliases repeat")
+    return root, loader.construct_document(root)
+
+
+def _num_values(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    """Return how many values ``node`` has when aliases share nothing. Raises ValueError if it contains itself.
+
+    ``known``: the result of each node, None while it is being counted.
+    """
+    if node in known:
+        found = known[node]
+        if found is None:
+            raise ValueError("an alias in the value that it stands for")
+        return found
+    known[node] = None
+    inner = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+    counted = 1 + sum(_num_values(item, known) for item in inner) if isinstance(node, yaml.CollectionNode) else 1
+    known[node] = counted
+    return counted

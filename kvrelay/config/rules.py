@@ -47,6 +47,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
         _cuda_needs_pools_on_devices,
         _what_engines_compute,
         _other_hosts_need_keys,
+        _ttft_limits_need_predictions,
     )
     problems = [problem for rule in rules for problem in rule(data, known)]
     # With a registry the other nodes of the cluster may be in other files.
@@ -206,6 +207,13 @@ def _other_hosts_need_keys(data: dict[str, Any], nodes: list[tuple[int, dict[str
         is_secured = _get(node, "security", "keys", keys) or _get(node, "security", "insecure", insecure)
         if isinstance(host, str) and not _is_local(host) and not is_secured:
             yield ("nodes", index, "host"), f"{host} {advice}"
+
+
+def _ttft_limits_need_predictions(data: dict[str, Any], nodes: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
+    """Only one policy predicts the time to first token, and another would send the request elsewhere."""
+    policy = _get(data, "router", "prefill_routing", RouterConfig.model_fields["prefill_routing"].default)
+    if _get(data, "router", "ttft_slo_s", None) is not None and policy != "ttft":
+        yield ("router", "ttft_slo_s"), f"needs prefill_routing: ttft, not {policy}"
 
 
 def _is_local(address: str) -> bool:

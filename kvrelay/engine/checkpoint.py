@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvrelay.checkpoint_files import read_json_object
 from kvrelay.engine.decoder_config import DecoderConfig
 from kvrelay.engine.safetensors_file import DTYPE_NAMES, StoredTensor, read_safetensors
 from kvrelay.errors import CheckpointError
@@ -137,11 +137,10 @@ def _shards(model_dir: Path) -> list[Path]:
     index = model_dir / _INDEX_NAME
     if not index.exists():
         return [model_dir / _SINGLE_NAME]
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} has no weight_map: {error!r}") from error
-    return [model_dir / Path(name).name for name in sorted(names)]
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map should be an object of names of files")
+    return [model_dir / Path(name).name for name in sorted(set(weight_map.values()))]
 
 
 def _is_harmless(name: str, config: DecoderConfig) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.checkpoint_files import read_json_object
+from kvrelay.checkpoint_files import eos_token_ids, finite_number, positive_integer, read_json_object
 from kvrelay.engine.rope import RopeConfig
 from kvrelay.errors import CheckpointError
 
@@ -62,6 +62,8 @@ _DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
 }
 _ACTIVATIONS = ("silu", "swish")
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +105,24 @@ def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
     architecture, family = _family(data)
     values = {**_DEFAULTS, **family.defaults, **{key: value for key, value in data.items() if value is not None}}
     _refuse_unsupported(values)
-    num_heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
-    num_layers, max_length = _size(values, "num_hidden_layers"), _size(values, "max_position_embeddings")
+    num_heads, hidden_size = positive_integer(values, "num_attention_heads"), positive_integer(values, "hidden_size")
+    num_layers, max_length = (
+        positive_integer(values, "num_hidden_layers"),
+        positive_integer(values, "max_position_embeddings"),
+    )
+    if num_layers > _MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers should be at most {_MAX_LAYERS}, not {num_layers}")
     windows = _windows(family, values, data, num_layers)
     config = DecoderConfig(
         architecture=architecture,
-        vocab_size=_size(values, "vocab_size"),
+        vocab_size=positive_integer(values, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_size(values, "intermediate_size"),
+        intermediate_size=positive_integer(values, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_size({"num_key_value_heads": num_heads, **values}, "num_key_value_heads"),
-        head_dim=_size({"head_dim": hidden_size // num_heads, **values}, "head_dim"),
-        rms_norm_eps=float(values["rms_norm_eps"]),
+        num_kv_heads=positive_integer({"num_key_value_heads": num_heads, **values}, "num_key_value_heads"),
+        head_dim=positive_integer({"head_dim": hidden_size // num_heads, **values}, "head_dim"),
+        rms_norm_eps=finite_number(values["rms_norm_eps"], "rms_norm_eps"),
         max_position_embeddings=max_length,
         rope=RopeConfig.parse(values, max_length, _layer_types(windows)),
         windows=windows,
@@ -137,18 +144,18 @@ def parse_decoder_config(data: Mapping[str, Any]) -> DecoderConfig:
 def read_eos_token_ids(model_dir: Path) -> list[int]:
     """Return the ids that end a text, from ``generation_config.json`` or else ``config.json``; none if neither says."""
     for name in ("generation_config.json", "config.json"):
-        eos = read_json_object(model_dir / name, required=False).get("eos_token_id")
-        if eos is not None:
-            return [eos] if isinstance(eos, int) else list(eos)
+        content = read_json_object(model_dir / name, required=False)
+        if content.get("eos_token_id") is not None:
+            return eos_token_ids(content, name)
     return []
 
 
 def _family(data: Mapping[str, Any]) -> tuple[str, Family]:
-    names = data.get("architectures") or [None]
-    name = names[0]
-    if name not in FAMILIES:
+    names = data.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if not isinstance(name, str) or name not in FAMILIES:
         supported = ", ".join(FAMILIES)
-        raise CheckpointError(f"architecture {name!r} is not supported; supported are {supported}")
+        raise CheckpointError(f"architecture {name!r:.80} is not supported; supported are {supported}")
     return name, FAMILIES[name]
 
 
@@ -163,14 +170,6 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         raise CheckpointError("partial_rotary_factor other than 1 is not supported")
 
 
-def _size(values: Mapping[str, Any], key: str) -> int:
-    """Return the positive integer at ``key``."""
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} should be a positive integer, not {value!r}")
-    return value
-
-
 def _flag(flag: bool | str, values: Mapping[str, Any]) -> bool:
     return bool(values.get(flag, False)) if isinstance(flag, str) else flag
 
@@ -181,14 +180,15 @@ def _windows(
     """Return the attention window of each layer; None attends to everything before it."""
     if family.windows == "all_layers":
         explicit_null = "sliding_window" in data and data["sliding_window"] is None
-        return (None if explicit_null else _size(values, "sliding_window"),) * num_layers
+        return (None if explicit_null else positive_integer(values, "sliding_window"),) * num_layers
     if family.windows == "none" or not values.get("use_sliding_window", False):
         return (None,) * num_layers
-    window, first = _size(values, "sliding_window"), values["max_window_layers"]
+    window = positive_integer(values, "sliding_window")
+    first = finite_number(values["max_window_layers"], "max_window_layers")
     kinds = values.get("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
     ]
-    if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in _LAYER_TYPES for kind in kinds):
         raise CheckpointError(
             f"layer_types should give sliding_attention or full_attention for each of {num_layers} layers"
         )

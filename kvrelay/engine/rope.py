@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvrelay.checkpoint_files import finite_number
 from kvrelay.errors import CheckpointError
 
 Float32 = npt.NDArray[np.float32]
@@ -59,19 +60,23 @@ class RopeConfig:
     @classmethod
     def _parse_one(cls, values: Mapping[str, Any], scaling: Mapping[str, Any], max_position: int) -> RopeConfig:
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in KINDS:
-            raise CheckpointError(f"rope kind {kind!r} is not supported; supported are {', '.join(KINDS)}")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise CheckpointError(f"rope kind {kind!r:.80} is not supported; supported are {', '.join(KINDS)}")
         if (scaling.get("partial_rotary_factor") or 1.0) != 1.0:
             raise CheckpointError("partial_rotary_factor other than 1 is not supported")
         known = {key: scaling[key] for key in _OPTIONAL if scaling.get(key) is not None}
         for key in {*known, *KINDS[kind].required}:
             if not isinstance(scaling.get(key), int | float):
-                raise CheckpointError(f"rope kind {kind!r} needs a number {key}, not {scaling.get(key)!r}")
+                raise CheckpointError(f"rope kind {kind!r} needs a number {key}, not {scaling.get(key)!r:.80}")
         original = scaling.get("original_max_position_embeddings") or max_position
         if kind == "dynamic":
             original = max_position
-        theta = float(scaling.get("rope_theta") or values["rope_theta"])
-        return cls(kind=kind, theta=theta, original_max_position=int(original), **known)
+        return cls(
+            kind=kind,
+            theta=finite_number(scaling.get("rope_theta") or values["rope_theta"], "rope_theta"),
+            original_max_position=int(finite_number(original, "original_max_position_embeddings")),
+            **known,
+        )
 
 
 def _of_layers(declared: Mapping[str, Any], name: str, layer_type: str) -> Mapping[str, Any]:

@@ -57,20 +57,21 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(data[8 : 8 + header_bytes])
         body = memoryview(data)[8 + header_bytes :]
         return {name: _tensor(name, entry, body) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a sound safetensors file: {error}") from error
 
 
 def _tensor(name: str, entry: Any, body: memoryview) -> StoredTensor:
     """Return the tensor that ``entry`` of the header describes. Raises ValueError if it is inconsistent."""
     match entry:
-        case {"dtype": str() as dtype, "shape": [*shape], "data_offsets": [int() as start, int() as end]}:
-            pass
+        case {"dtype": str() as dtype, "shape": [*shape], "data_offsets": [int() as start, int() as end]} if all(
+            type(size) is int for size in shape
+        ):
+            dims = tuple(shape)
         case _:
             raise ValueError(f"{name} has no dtype, shape and data_offsets")
     if dtype not in _DTYPES:
         raise CheckpointError(f"{name} is of type {dtype}; supported are {', '.join(_DTYPES)}")
-    dims = tuple(int(size) for size in shape)
     if min(dims, default=0) < 0 or not 0 <= start <= end <= len(body):
         raise ValueError(f"{name} lies outside of the file")
     if end - start != math.prod(dims) * _DTYPES[dtype].itemsize:

@@ -17,7 +17,7 @@ from kvrelay.protocol.prompt_lengths import LENGTH_NAMES
 
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 _NODE = ("node", "role")
-_NOT_SCALARS = ("gauges", "counters", "histograms", "prompt_tokens", "prompt_waits")
+_NOT_SCALARS = ("gauges", "counters", "histograms", "prompt_tokens", "prompt_waits", "link_bytes_per_s")
 
 
 class NodeLoad(NamedTuple):
@@ -47,13 +47,16 @@ def node_families(nodes: Iterable[NodeLoad]) -> Iterator[Metric]:
                 family.add_metric(node.labels, value)
     yield up
     yield from families.values()
+    yield _links(nodes)
     yield from _prompts(nodes)
     yield from _stages(nodes)
 
 
 def _metric_name(name: str) -> str:
     """Return the metric of a node's number called ``name``. Prometheus wants units in full."""
-    if name.endswith("_s"):
+    if name.endswith("_per_s"):
+        name = name.removesuffix("_s") + "_second"
+    elif name.endswith("_s"):
         name = name.removesuffix("_s") + "_seconds"
     return f"kvrelay_node_{_NOT_A_NAME.sub('_', name)}"
 
@@ -67,6 +70,17 @@ def gauges(load: Load) -> dict[str, float]:
 def words(name: str) -> str:
     """Return the help text of a metric that is called ``name``."""
     return name.replace("_", " ").capitalize() + "."
+
+
+def _links(nodes: Iterable[NodeLoad]) -> Metric:
+    """Return the speeds of the links to decode nodes."""
+    speeds = GaugeMetricFamily(
+        "kvrelay_node_link_bytes_per_second", "Speed of the link to a decode node.", labels=[*_NODE, "to"]
+    )
+    for node in nodes:
+        for name, speed in node.load.link_bytes_per_s.items():
+            speeds.add_metric([*node.labels, name], speed)
+    return speeds
 
 
 def _prompts(nodes: Iterable[NodeLoad]) -> Iterator[Metric]:

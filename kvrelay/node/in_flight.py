@@ -23,6 +23,10 @@ class PlanInFlight(Generic[R]):
     chunks: list[Chunk]
     submitted_s: float
 
+    def seconds(self, last_ended_s: float, now: float) -> float:
+        """Return how long it took: up to ``now``, without the time until the plan before it ended."""
+        return max(0.0, now - max(self.submitted_s, last_ended_s))
+
     def outcomes(self, event: StepDone | StepFailed) -> list[SequenceOutcome]:
         """Return the outcome of each request, in the order of ``requests``. If the step failed, all failed."""
         if isinstance(event, StepFailed):

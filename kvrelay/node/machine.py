@@ -13,6 +13,7 @@ from kvrelay.errors import LocalProtocolError, NeverFitsError, QueueFullError, T
 from kvrelay.machine.contract import (
     CoreAction,
     CoreEvent,
+    DumpWritten,
     EngineLost,
     Exit,
     KVLoaded,
@@ -38,17 +39,19 @@ from kvrelay.machine.origin import may_send
 from kvrelay.machine.outbox import Outbox
 from kvrelay.machine.self_check import SelfCheck
 from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
+from kvrelay.node.dump_requests import DumpRequests
 from kvrelay.node.prefix_reports import PrefixReports
 from kvrelay.node.role_contract import R, RoleContract, S
 from kvrelay.protocol.block_hash import BlockHasher
 from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
-from kvrelay.protocol.messages.messager_to_node import MessagerReady, MessagerStats
+from kvrelay.protocol.messages.messager_to_node import MessagerDumped, MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import StopMessager
-from kvrelay.protocol.messages.node_to_router import PrefixCacheReset, Register
+from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.protocol.messages.router_to_node import (
     Abort,
     Drain,
+    Dump,
     RegisterAgain,
     Registered,
     RegistrationRefused,
@@ -74,7 +77,9 @@ CommonMessage: TypeAlias = (
     | Heartbeat
     | MessagerReady
     | MessagerStats
+    | MessagerDumped
     | Drain
+    | Dump
     | Abort
     | ResetPrefixCache
 )
@@ -98,6 +103,7 @@ class NodeMachine(RoleContract[R, S]):
         self._unexpected = UnexpectedMessages(self._outbox)
         self._membership = Membership(registration, node, self._outbox)
         self._prefix_reports = PrefixReports(self.kv, self._outbox)
+        self._dumps = DumpRequests(self._outbox, has_messager=node.role is not Role.MIXED)
         self._leaving = False
         self._stays_down = False
         self._messager_stats = MessagerStats(counters={})
@@ -136,19 +142,25 @@ class NodeMachine(RoleContract[R, S]):
                 self._timer_fired(key)
             case PeerLost(peer=peer, reason=reason):
                 self._peer_lost(peer, reason)
+            case Started() | Resumed() | StopRequested() | DumpWritten():
+                self._on_process_event(event)
+            case _:
+                assert_never(event)
+
+    def _on_process_event(self, event: Started | Resumed | StopRequested | DumpWritten) -> None:
+        match event:
             case Started():
-                self._started()
+                if self._node.role is Role.MIXED:  # the others join when their messager is ready
+                    self._join()
             case Resumed(paused_s=paused_s):
                 self._membership.resumed(paused_s)
                 self._resumed(paused_s)
             case StopRequested():
                 self._stop_requested()
+            case DumpWritten():
+                self._dumps.written(event)
             case _:
                 assert_never(event)
-
-    def _started(self) -> None:
-        if self._node.role is Role.MIXED:  # the others join when their messager is ready
-            self._join()
 
     def _timer_fired(self, key: Hashable) -> None:
         match key:
@@ -178,12 +190,10 @@ class NodeMachine(RoleContract[R, S]):
                     self._close_all_of(peer)
                 if isinstance(message, Registered):
                     self._prefix_reports.registered(peer, wanted=message.wants_prefixes)
-            case MessagerReady():
-                self._messager_ready(message)
-                if not self._membership.has_joined:
-                    self._join()
-            case MessagerStats():
-                self._messager_stats = message
+            case MessagerReady() | MessagerStats() | MessagerDumped():
+                self._on_messager_message(message)
+            case Dump():
+                self._dumps.write(peer, message)
             case Drain(stay_down=stay_down):
                 self._stays_down |= stay_down
                 if not self._leaving:
@@ -193,15 +203,22 @@ class NodeMachine(RoleContract[R, S]):
                 if request is not None and not request.is_over:
                     self._endings.close(request, "aborted")
             case ResetPrefixCache(reset=reset):
-                self._reset_prefix_cache(peer, reset)
+                self._prefix_reports.reset(peer, reset)
             case _:
                 assert_never(message)
 
-    def _reset_prefix_cache(self, router: PeerId, reset: int) -> None:
-        num_blocks = self.kv.clear()
-        self._prefix_reports.cleared()
-        self._outbox.send(router, PrefixCacheReset(reset=reset, num_blocks=num_blocks))
-        self._outbox.do(Log("info", "prefix cache reset", {"router": router, "blocks": num_blocks}))
+    def _on_messager_message(self, message: MessagerReady | MessagerStats | MessagerDumped) -> None:
+        match message:
+            case MessagerReady():
+                self._messager_ready(message)
+                if not self._membership.has_joined:
+                    self._join()
+            case MessagerStats():
+                self._messager_stats = message
+            case MessagerDumped():
+                self._dumps.written(message)
+            case _:
+                assert_never(message)
 
     # ------------------------------------------------------------ requests
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvrelay.machine.contract import Log
 from kvrelay.machine.outbox import Outbox
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES
 from kvrelay.protocol.ids import PeerId
-from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
+from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged, PrefixCacheReset
 from kvstore.blocks.kv_cache import KVCache
 
 
@@ -31,11 +32,14 @@ class PrefixReports:
             self._next_number[router] = 0
             self._send(router, PrefixCacheChanged(number=0, added=_keys(self._kv.published())))
 
-    def cleared(self) -> None:
-        """Send at once that nothing is published."""
+    def reset(self, router: PeerId, reset: int) -> None:
+        """Empty the prefix cache for ``router``, which calls that ``reset``, and say so at once to all who want it."""
+        num_blocks = self._kv.clear()
         self._kv.take_changes()
-        for router in self._next_number:
-            self._send(router, PrefixCacheChanged(number=0, added=b""))
+        for other in self._next_number:
+            self._send(other, PrefixCacheChanged(number=0, added=b""))
+        self._outbox.send(router, PrefixCacheReset(reset=reset, num_blocks=num_blocks))
+        self._outbox.do(Log("info", "prefix cache reset", {"router": router, "blocks": num_blocks}))
 
     def report(self, routers: Iterable[PeerId]) -> None:
         """Send what has changed to those of ``routers`` that want it, and forget all others."""

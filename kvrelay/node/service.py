@@ -27,10 +27,13 @@ from kvrelay.node.kv_event_publisher import KVEventPublisher
 from kvrelay.node.machine import DRAINED, STOPPED, NodeMachine
 from kvrelay.node.metrics_server import MetricsServer
 from kvrelay.node.node_metrics import NodeMetrics
+from kvrelay.node.recording import NODE_EVENTS, NodeStart
 from kvrelay.node.storage import StorageIO
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.recording.settings import RecordingSettings
 from kvrelay.registry.publisher import announcing
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.faults import open_transport
 from kvrelay.runtime.gc_tuning import tune_gc
 from kvrelay.runtime.keys import Keys, configured_keys
@@ -72,7 +75,9 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     registration = _registration(node, incarnation, engine)
     clock = Clock()
     machine = make_machine(registration, engine.max_plans_in_flight)
-    shell = Shell(machine, clock=clock)
+    start = NodeStart.of(node, registration, engine.max_plans_in_flight)
+    dumps = Dumps(node.name, node.role, start, NODE_EVENTS, RecordingSettings.of(node.recording))
+    shell = Shell(machine, clock=clock, dumps=dumps)
     shell.listen_for_stop()
     startup.report("connecting")
     compute: EnginePort = compute_for(engine, shell.post_threadsafe, layer_events=layer_events)
@@ -213,6 +218,7 @@ def _registration(node: NodeConfig, incarnation: str, engine: Engine) -> Registe
         geometry=engine.geometry,
         vocab_size=engine.vocab_size,
         prefill_order=node.scheduler.prefill_order,
+        can_dump=True,
         resets_prefix_cache=True,
     )
 

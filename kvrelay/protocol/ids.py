@@ -53,6 +53,12 @@ def messager_of(node: PeerId) -> PeerId:
     return peer_id(f"{name}.messager", incarnation)
 
 
+def node_of(messager: PeerId) -> PeerId:
+    """Return the peer id of the node of ``messager``."""
+    name, _, incarnation = messager.partition("#")
+    return peer_id(name.removesuffix(".messager"), incarnation)
+
+
 def peer_name(peer: PeerId) -> str:
     """Return the name in ``peer``, without the incarnation."""
     return peer.partition("#")[0]

@@ -14,18 +14,22 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    DumpWritten,
     Exit,
     Log,
     Machine,
     Ready,
+    Received,
     Resumed,
     Send,
     SetTimer,
     Started,
     StopRequested,
     TimerFired,
+    WriteDump,
 )
 from kvrelay.machine.liveness import TICK_S, Pauses
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.logging import log_event
 from kvrelay.runtime.startup import READY, startup
 from kvrelay.runtime.stop_signals import StopRequests, handle_stop_signals
@@ -43,11 +47,20 @@ class Shell:
 
     ``handlers`` perform the actions that a role adds to the core ones, by type. Each event is handled completely before
     the next. Events posted meanwhile are queued. The loop runs other tasks between the actions of a long event. After a
-    time in which this process did not run, the machine gets Resumed first.
+    time in which this process did not run, the machine gets Resumed first. ``dumps`` records what is handled, and
+    writes it to a file when an event cannot be handled.
     """
 
-    def __init__(self, machine: Machine, *, clock: Clock, handlers: Mapping[type, Handler] | None = None) -> None:
-        self._machine = machine
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        clock: Clock,
+        dumps: Dumps | None = None,
+        handlers: Mapping[type, Handler] | None = None,
+    ) -> None:
+        self._dumps = dumps
+        self._handle = machine.handle if dumps is None else dumps.recorded(machine.handle)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._events: deque[object] = deque()
@@ -58,6 +71,7 @@ class Shell:
         self._pauses = Pauses(clock.now())
         self._ticking: asyncio.TimerHandle | None = None
         self._timers: dict[Hashable, asyncio.TimerHandle] = {}
+        self._writing: set[asyncio.Task[None]] = set()
         self._done: asyncio.Future[str] = self._loop.create_future()
         self._handlers: dict[type, Handler] = {
             SetTimer: self._set_timer,
@@ -67,6 +81,8 @@ class Shell:
             Exit: self._exit,
             **(handlers or {}),
         }
+        if dumps is not None:
+            self._handlers[WriteDump] = lambda action: self._write_dump(dumps, action)
 
     def handle_with(self, kind: type, handler: Handler) -> None:
         """Let ``handler`` perform actions of type ``kind``. For handlers that need the shell themselves."""
@@ -127,7 +143,9 @@ class Shell:
                     self._actions = None
                     self._events.popleft()
             except Exception as error:
-                logger.exception("error while handling %.500r", self._events[0])
+                logger.exception("error while handling %s", _name(self._events[0]))
+                if self._dumps is not None:
+                    self._dumps.write_crash(error)
                 if not self._done.done():
                     self._done.set_exception(error)
                 return
@@ -146,12 +164,21 @@ class Shell:
             if paused_s > 0:
                 log_event("warning", "this process did not run", {"paused_s": paused_s})
                 self._events.appendleft(Resumed(paused_s))
-            self._actions = iter(self._machine.handle(self._events[0], now))
+            self._actions = iter(self._handle(self._events[0], now))
         for action in self._actions:
             self._handlers[type(action)](action)
             if time.monotonic() >= ends_s and not self._done.done():
                 return False
         return True
+
+    def _write_dump(self, dumps: Dumps, action: WriteDump) -> None:
+        async def write() -> None:
+            written = await dumps.write(prompts=action.with_prompts)
+            self.post(DumpWritten(action.router, action.dump_id, *written))
+
+        task = self._loop.create_task(write())
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
 
     def _set_timer(self, action: SetTimer) -> None:
         self._cancel_timer(action)
@@ -181,3 +208,9 @@ class Shell:
     def _exit(self, action: Exit) -> None:
         if not self._done.done():
             self._done.set_result(action.reason)
+
+
+def _name(event: object) -> str:
+    """Return the type of ``event``, and of the message in it. Its contents may be a prompt, which no log may have."""
+    name = type(event).__name__
+    return f"{name}({type(event.message).__name__})" if isinstance(event, Received) else name

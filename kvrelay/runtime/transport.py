@@ -36,6 +36,11 @@ _READS_PER_TIME_SLICE = 64
 
 _LOOKUP_INTERVAL_S = 1.0
 
+_LAST, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+"""Flags of the last part of a message, and of those before it. As integers: operations on enums cost more."""
+
+_READABLE = int(zmq.POLLIN)
+
 logger = logging.getLogger(__name__)
 
 
@@ -191,11 +196,10 @@ class Transport:
 
     def _send_parts(self, socket: zmq.Socket[bytes], head: list[bytes], payload: Sequence[memoryview]) -> None:
         parts: list[bytes | memoryview] = [*head, *payload]
-        for index, part in enumerate(parts):
-            flags = zmq.DONTWAIT | (zmq.SNDMORE if index < len(parts) - 1 else 0)
-            socket.send(part, flags, copy=index < len(head))
+        for index, part in enumerate(parts, 1):
+            socket.send(part, _MORE if index < len(parts) else _LAST, copy=index <= len(head))
         # Sending may swallow the edge that tells of something to read.
-        if int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        if int(socket.get(zmq.EVENTS)) & _READABLE:
             self._loop.call_soon(self._read, socket)
 
     def _lose(self, peer: PeerId, reason: str) -> None:
@@ -209,7 +213,7 @@ class Transport:
             if socket.closed:
                 return
             try:
-                frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                frames = socket.recv_multipart(_LAST, copy=False)
             except zmq.Again:
                 return
             if socket is not self._router:

@@ -94,7 +94,11 @@ class _Files:
     def tokenizer_class(self) -> TokenizerClass:
         """Return the class transformers takes. Raises CheckpointError if that is not known here."""
         declared = self.settings.get("tokenizer_class") or self.model.get("tokenizer_class")
-        name = class_name(declared, self.model.get("model_type"), byte_level='"ByteLevel"' in self.content)
+        model_type = self.model.get("model_type")
+        for key, value in (("tokenizer_class", declared), ("model_type", model_type)):
+            if value is not None and not isinstance(value, str):
+                raise CheckpointError(f"{self.directory}: {key} should be text, not {value!r:.80}")
+        name = class_name(declared, model_type, byte_level='"ByteLevel"' in self.content)
         if name in UNSUPPORTED:
             raise CheckpointError(
                 f"{self.directory / _SETTINGS}: tokenizer_class {declared!r} is not supported; if {_TOKENIZER} says "
@@ -144,7 +148,7 @@ class _Files:
         path = self.directory / name
         try:
             return {int(token_id): _token(token, path, "added tokens") for token_id, token in tokens}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: added tokens should have ids: {error}") from error
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from kvrelay.addresses import tcp_address
+from kvrelay.addresses import split_tcp_address, tcp_address
 from kvrelay.errors import StorageUnavailableError
 from kvrelay.machine.contract import PeerLost, Received
 from kvrelay.protocol.block_hash import HASH_BYTES
@@ -103,7 +103,7 @@ class BlockExchange:
         if self._transport is None:
             raise StorageUnavailableError("the exchange of blocks is closed")
         if address not in self._peers:
-            self._transport.connect(PeerId(address), address[max(0, address.find("tcp://")) :])
+            self._transport.connect(PeerId(address), _place(address))
             self._peers.add(address)
         future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._answers[fetch_id] = address, future
@@ -174,3 +174,15 @@ class BlockExchange:
     def _send(self, peer: PeerId, message: Message, parts: Sequence[memoryview] = ()) -> None:
         if self._transport is not None:
             self._transport.send(peer, message, parts)
+
+
+def _place(address: str) -> str:
+    """Return where the store at ``address`` listens. Raises StorageUnavailableError if it is no address."""
+    place = address[max(0, address.find("tcp://")) :]
+    try:
+        _, port = split_tcp_address(place)
+    except ValueError:
+        port = 0
+    if not port:
+        raise StorageUnavailableError(f"{address!r:.100} is no address of a store")
+    return place

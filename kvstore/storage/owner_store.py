@@ -62,6 +62,7 @@ class OwnerBackend:
     ) -> None:
         self.counters = local.counters
         self._format = block_format
+        self._prefix = f"kvrelay:at:{block_format.namespace.hex()}:"
         self._local = local
         self._link = link
         self._root = root
@@ -187,12 +188,12 @@ class OwnerBackend:
 
     async def clear(self) -> int:
         """Delete all blocks of this geometry, here and at all reachable owners."""
-        num_deleted = await self.delete([bytes.fromhex(name) for name in await self._names()])
+        num_deleted = await self.delete(await self._block_hashes())
         return num_deleted + await self._local.clear()
 
     async def stats(self) -> StoreStats:
         """Count the locations; the capacity of other hosts is not known here."""
-        num_blocks = len(await self._names())
+        num_blocks = len(await self._block_hashes())
         return StoreStats("redis", num_blocks, num_blocks * self._format.value_bytes, None)
 
     async def verify(self) -> VerifyReport:
@@ -212,7 +213,7 @@ class OwnerBackend:
     # ------------------------------------------------------------ locations in Redis
 
     def _key(self, block_hash: bytes) -> str:
-        return f"kvrelay:at:{self._format.namespace.hex()}:{block_hash.hex()}"
+        return self._prefix + block_hash.hex()
 
     def _address_key(self, owner: str) -> str:
         return f"kvrelay:owner:{owner}:{self._format.namespace.hex()}"
@@ -223,19 +224,23 @@ class OwnerBackend:
     async def _owners(self, block_hashes: Sequence[bytes]) -> list[str]:
         """Return the owner of each block, "" if unknown, and renew the locations."""
         results = await self._link.run([("GETEX", self._key(one), "EX", self._ttl_s) for one in block_hashes])
-        return [result.decode() if isinstance(result, bytes) else "" for result in results]
+        return [_text(result) or "" for result in results]
 
     async def _address(self, owner: str) -> str | None:
         [result] = await self._link.run([("GET", self._address_key(owner))])
-        return result.decode() if isinstance(result, bytes) else None
+        return _text(result)
 
     async def _forget(self, block_hashes: Sequence[bytes]) -> None:
         if block_hashes:
             await self._link.run([("UNLINK", self._key(block_hash)) for block_hash in block_hashes])
 
-    async def _names(self) -> list[str]:
-        prefix = f"kvrelay:at:{self._format.namespace.hex()}:"
-        return [key.decode().removeprefix(prefix) for key in await self._link.keys(prefix + "*")]
+    async def _block_hashes(self) -> list[bytes]:
+        return await self._link.block_hashes(self._prefix)
+
+
+def _text(value: object) -> str | None:
+    """Return a value of Redis as text. What somebody else wrote there may be no text."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
 
 
 def _known_owner_id(root: Path) -> str:

@@ -7,6 +7,7 @@ node the store must get the blocks of the other nodes without delay.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict, deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -19,6 +20,7 @@ from redis.crc import key_slot
 from redis.exceptions import MovedError, RedisError, ResponseError
 
 from kvrelay.errors import StorageError, StorageUnavailableError
+from kvrelay.protocol.block_hash import HASH_BYTES
 
 Command: TypeAlias = tuple[bytes | str | int | memoryview, ...]
 """Name and arguments of a command; the first argument is its only key, a str."""
@@ -31,6 +33,7 @@ _LOST = (RedisError, OSError, RuntimeError)
 """Exceptions of redis-py for a server that does not answer; uvloop raises RuntimeError for a closed connection."""
 
 _NUM_SLOTS = 16384
+_HASH = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}")
 
 _MAX_PIPELINES = 4
 """Maximum concurrent pipelines, each on its own connection."""
@@ -89,6 +92,11 @@ class RedisLink:
             return [key for node in nodes async for key in node.scan_iter(match=pattern, count=_SCAN_COUNT)]
 
         return await self._heeding(scan())
+
+    async def block_hashes(self, prefix: str) -> list[bytes]:
+        """Return the block hashes that follow ``prefix`` in keys; other keys are not ours. Raises as ``keys``."""
+        names = [key[len(prefix) :].decode("latin-1") for key in await self.keys(prefix + "*")]
+        return [bytes.fromhex(name) for name in names if _HASH.fullmatch(name)]
 
     async def max_memory_bytes(self) -> int | None:
         """Return Redis's memory limit in bytes, summed over all nodes; None without a limit. Raises as ``keys``."""

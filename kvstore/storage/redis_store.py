@@ -150,8 +150,7 @@ class RedisBackend:
 
     async def _block_hashes(self) -> list[bytes]:
         """Return all blocks of this geometry. Scans every key of the server."""
-        names = [key.decode()[len(self._prefix) :] for key in await self._link.keys(self._prefix + "*")]
-        return [bytes.fromhex(name) for name in names]
+        return await self._link.block_hashes(self._prefix)
 
     def _complain(self, errors: Sequence[Exception]) -> None:
         """Count blocks that Redis rejects; log only the first time until a pipeline succeeds completely."""

@@ -24,7 +24,9 @@ from router.http.admin import AdminEndpoints
 from router.http.app import App
 from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
+from router.http.dumps import DumpEndpoints
 from router.http.openapi import Queries, with_document
+from router.http.state import StateEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.server_info import server_info
@@ -36,10 +38,12 @@ _DEFAULT_LIMIT = 50
 _LIMIT = re.compile(r"[0-9]{1,4}")
 _FORMATS = ("json", "text")
 _FORMAT = {"config_format": {"type": "string", "enum": list(_FORMATS), "default": _FORMATS[0]}}
+_PROMPTS = {"prompts": {"type": "boolean", "default": False}}
 _QUERIES: Queries = {
     "/cluster/requests": {"limit": {"type": "integer", "minimum": 1, "maximum": MAX_KEPT, "default": _DEFAULT_LIMIT}},
     "/server_info": _FORMAT,
     "/get_server_info": _FORMAT,
+    **dict.fromkeys(("/cluster/dump", "/cluster/nodes/{node_id}/dump"), _PROMPTS),
 }
 
 
@@ -91,17 +95,20 @@ class OperatorsOnly:
 
 def make_operators_app(service: RouterService) -> App:
     """Return the application, which lets everybody in: see ``OperatorsOnly``."""
-    info, endpoints = AdminEndpoints(service), OperatorEndpoints(service)
+    info, state, endpoints = AdminEndpoints(service), StateEndpoints(service), OperatorEndpoints(service)
+    dumps = DumpEndpoints(service)
     routes = [
         Route("/health", info.health),
-        Route("/ready", info.ready),
+        Route("/ready", state.ready),
         Route(PATH, Dashboard().page),
         Route("/cluster", endpoints.cluster),
         Route("/cluster/requests", endpoints.requests),
-        Route("/cluster/requests/{request_id}", info.timeline),
+        Route("/cluster/requests/{request_id}", state.timeline),
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),
+        Route("/cluster/nodes/{node_id}/dump", dumps.node, methods=["POST"]),
+        Route("/cluster/dump", dumps.router, methods=["POST"]),
         *[Route(path, endpoints.server_info) for path in ("/server_info", "/get_server_info")],
         *[Route(path, endpoints.reset_cache, methods=["POST"]) for path in ("/reset_prefix_cache", "/flush_cache")],
     ]

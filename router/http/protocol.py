@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from typing import Any, cast
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from kvrelay.machine.log_limit import LogLimit
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.descriptors import Descriptors
 from router.http.asgi import CONNECTION
+from router.http.error_format import error_body
 from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
@@ -26,6 +29,13 @@ FIRST_PROBE_S = 1.0
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+logger = logging.getLogger(__name__)
+
+_connection_logger = logging.getLogger(f"{__name__}.connection")
+"""uvicorn's own, without its warnings: a line for each invalid request lets clients fill the log."""
+
+_connection_logger.setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
@@ -35,6 +45,7 @@ class HttpLimits:
     request_read_timeout_s: float = 60.0
     keep_alive_timeout_s: float = 75.0
     descriptors: Descriptors = field(default_factory=Descriptors)
+    log_limit: LogLimit = field(default_factory=LogLimit)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -46,6 +57,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _connection_logger
         self.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]  # any number of seconds
         self._limits = limits
         self._num_bytes = 0
@@ -55,6 +67,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._probe: asyncio.TimerHandle | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._is_lost = False
+        self._unanswered: list[RequestResponseCycle] = []
+        """The last request, and those before it that were not answered when it came."""
 
     # ------------------------------------------------------------ the connection
 
@@ -74,6 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._unset_keepalive_if_required()
+        self._give_up_answers()
         super().connection_lost(exc)
         self.cycle = self.scope = None  # type: ignore[assignment]
         self._is_lost = True
@@ -135,6 +150,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
+        self._unanswered = [*self._being_answered(), self.cycle]
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
@@ -197,22 +213,35 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ refusals
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP."""
+        """Answer invalid HTTP, and log it once a minute for each client."""
+        host = self.client[0] if self.client else "unknown"
+        if self._limits.log_limit.permits(host, self.loop.time()):
+            logger.warning("invalid HTTP from %s", host)
         self._refuse(400, "invalid_http", msg)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Send an answer, unless the application has begun to, and close the connection."""
         self._is_refused = True
-        if self._is_answering:
-            begun = self.cycle.response_started or not self.cycle.more_body
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        answering = self._being_answered()
+        if answering:
+            self._give_up_answers()
             self._tell_watchers()
-            if begun:
+            if len(answering) > 1 or answering[0].response_started or not answering[0].more_body:
                 self.transport.close()
                 return
-        self.transport.write(_raw_answer(AnswerError(ErrorInfo(code=code, message=message, http_status=status))))
+        error = AnswerError(ErrorInfo(code=code, message=message, http_status=status))
+        self.transport.write(_raw_answer(error, self.scope.get("path", "") if self.scope else ""))
         self.linger()
+
+    def _being_answered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._unanswered if not cycle.response_complete]
+
+    def _give_up_answers(self) -> None:
+        """Tell the application that nobody waits for its answers. uvicorn tells it of the last request only."""
+        for cycle in self._being_answered():
+            cycle.disconnected = True
+            cycle.waiting_for_100_continue = False  # or it is written to a connection that has been ended
+            cycle.message_event.set()
 
     def linger(self) -> None:
         """Close the connection of a client that may still send, in a way that lets it read its answer."""
@@ -262,7 +291,8 @@ class Cycle(RequestResponseCycle):
         held = self.transport
         if isinstance(held, _HeldHead):
             self.transport = held.transport
-            held.release()
+            if not self.disconnected:
+                held.release()
 
 
 class CycleUntilClose(Cycle):
@@ -313,8 +343,8 @@ def _is_reset(transport: asyncio.Transport) -> bool:
     return state[0] == _TCP_CLOSE
 
 
-def _raw_answer(error: AnswerError) -> bytes:
-    content = msgspec.json.encode(error.body)
+def _raw_answer(error: AnswerError, path: str) -> bytes:
+    content = msgspec.json.encode(error_body(error, path))
     phrase = HTTPStatus(error.status).phrase
     head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + content

@@ -58,8 +58,7 @@ class Writer(Protocol):
         """Yield server-sent events. An error after the first is an event; before, it is raised."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(msgspec.Struct, frozen=True):
     """The fields that all parts of one answer share. ``created_s``: whole seconds since 1970."""
 
     answer_id: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
@@ -17,8 +19,7 @@ TOOL_CALLS = "tool_calls"
 """The finish reason of an output that ended by itself and has tool calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """New output of choice ``index``. The last one has a ``finish_reason``.
 
     ``stop_reason``: the stop string, or the client's stop token id, that ended it. ``parts``: what a parser has found
@@ -29,7 +30,7 @@ class Delta:
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     parts: list[Part] | None = None

@@ -19,6 +19,7 @@ WHITESPACE = r"[ \t]?|\n[ \t]{0,40}"
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
+_GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 
 
 class Format(Protocol):
@@ -102,7 +103,9 @@ def _response_format(request: StructureFields) -> Iterator[Wish]:
 
 
 def _structured_outputs(request: StructureFields) -> Iterator[Wish]:
-    given = request.structured_outputs or {}
+    given = request.structured_outputs
+    if not given:
+        return
     set_ = {name: value for name, value in given.items() if value is not None and value is not False}
     unknown = sorted(set_.keys() - {*_KINDS, *_OPTIONS, "disable_fallback"})
     if unknown:
@@ -115,10 +118,10 @@ def _guided(request: StructureFields) -> Iterator[Wish]:
     """Yield the older names of the same."""
     pattern = request.guided_whitespace_pattern
     options = {} if pattern is None else {"whitespace_pattern": pattern}
-    for kind in ("json", "regex", "choice", "grammar"):
-        value = getattr(request, f"guided_{kind}")
+    for field, kind in _GUIDED.items():
+        value = getattr(request, field)
         if value is not None:
-            yield Wish(f"guided_{kind}", kind, value, options)
+            yield Wish(field, kind, value, options)
 
 
 def grammar_of(wish: Wish) -> Grammar:

@@ -43,12 +43,6 @@ _COPIED = EXTRA_FIELDS | {"model", "parallel_tool_calls", "stream", "temperature
 _NOT_STORED = "answers are not stored; send the whole conversation as input"
 
 
-def _not_stored(value: object) -> object:
-    if value is not False:
-        raise wrong("only false is supported: answers are not stored")
-    return value
-
-
 def _truncation(value: object) -> object:
     if value != "disabled":
         raise wrong("only 'disabled' is supported")
@@ -129,7 +123,7 @@ class ResponsesRequest(ResponsesFields):
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    store: Annotated[bool, PlainValidator(_not_stored, json_schema_input_type=Literal[False])] | None = None
+    store: bool | None = None
     stream_options: StreamOptions | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

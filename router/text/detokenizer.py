@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from kvrelay.tokenizer.token_bytes import TokenBytes
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class Detokenizer:
     """Converts output tokens to text at constant cost per token.
@@ -26,7 +28,7 @@ class Detokenizer:
         self._token_bytes = token_bytes
         self._skip_special_tokens = skip_special_tokens
         self._shown_ids = shown_ids
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8Decoder("replace")
         self._prompt_token_ids = prompt_token_ids
         self._begun = False
 

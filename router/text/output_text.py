@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.text.detokenizer import Detokenizer
@@ -13,8 +14,7 @@ from router.text.stop import NO_STOPS, StopMatcher, StopStrings
 NO_IDS: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+class TextOptions(msgspec.Struct, frozen=True):
     """Text options of a request. ``min_tokens``: a stop string ends the text only after more than this many tokens.
 
     ``shown_ids``: special tokens that are not skipped.

@@ -52,7 +52,12 @@ class TextTokenizer:
         tokenizer, special_tokens, templates = read_tokenizer_files(model_dir)
         try:
             return cls(tokenizer, special_tokens, templates.default, templates.with_tools)
-        except jinja2.TemplateError as error:
+        except (
+            jinja2.TemplateError,
+            SyntaxError,
+            RecursionError,
+            ValueError,
+        ) as error:  # nested too deep, a long number
             raise CheckpointError(f"the chat template in {model_dir} cannot be read: {error}") from error
 
     @property

@@ -1,22 +1,36 @@
 # Sourced by the scripts beside it. Each installs a client into an environment of its own and runs it against 1P1D.
 #
 #   packages NAME ...    installs packages of PyPI; prints their versions
+#   node_packages NAME   installs packages of npm; prints their versions
+#   cpu_torch            installs torch's CPU build
+#   debian NAME ...      unpacks packages of Debian, with what they need; prints their versions
 #   cluster [KEY=VALUE]  starts 1P1D with the demo model on free ports, with these settings (as `--set` has them)
 #   client [ARG ...]     runs the Python program on standard input, with URL in its environment
+#   node_client          runs the JavaScript program on standard input
+#   unpacked COMMAND ... runs a command of the packages that `debian` unpacked
+#   free_ports N         prints N free ports
 #
-# With KVRELAY_URL set no cluster is started, and that one is asked.
+# Environments are in .cache/clients/NAME and are used again. With KVRELAY_URL set no cluster is started, and that one is
+# asked.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+environment=$root/.cache/clients/$(basename "$0")
 work=$(mktemp -d)
 cluster_pid=
+pids=()
 "$root/scripts/setup"
 export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost
 
+# No client may report to anybody what it does here.
+export DO_NOT_TRACK=1 OTEL_SDK_DISABLED=true ANONYMIZED_TELEMETRY=false HAYSTACK_TELEMETRY_ENABLED=False
+export CREWAI_DISABLE_TELEMETRY=true CREWAI_TRACING_ENABLED=false LITELLM_LOCAL_MODEL_COST_MAP=True NEXT_TELEMETRY_DISABLED=1
+
 clean_up() {
-    if [ -n "$cluster_pid" ]; then
-        kill "$cluster_pid" 2>/dev/null || true
-        wait "$cluster_pid" 2>/dev/null || true
-    fi
+    local pid
+    for pid in "${pids[@]}" $cluster_pid; do
+        kill "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -24,17 +38,72 @@ trap 'exit 130' INT TERM
 
 packages() {
     export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
-    local python=$work/venv/bin/python
-    if ! { "$root/.venv/bin/uv" venv --quiet "$work/venv" &&
-        "$root/.venv/bin/uv" pip install --quiet --python "$python" "$@"; } 2>/dev/null; then
-        "$root/.venv/bin/python" -m venv --clear "$work/venv"
+    local python=$environment/bin/python
+    if ! { { [ -x "$python" ] || "$root/.venv/bin/uv" venv --quiet --allow-existing "$environment"; } &&
+        "$root/.venv/bin/uv" pip install --quiet --python "$python" "$@"; } 2>"$work/install"; then
+        cat "$work/install" >&2
+        "$root/.venv/bin/python" -m venv --clear "$environment"
         "$python" -m pip install --quiet --disable-pip-version-check "$@"
     fi
     local package
     for package in "$@"; do
         package=${package%%[<>=[]*}
-        "$python" -c "import importlib.metadata as m; print('$package', m.version('$package'))"
+        "$python" -c "import importlib.metadata as m; print('version:', '$package', m.version('$package'))"
     done
+}
+
+cpu_torch() { # torch's CPU build, for clients that need torch; PyPI has only a CUDA build of several GB
+    UV_FIND_LINKS=${PIP_FIND_LINKS:-} packages "$(sed -n 's/^torch=\([^ ]*\).*/torch==\1/p' "$root/scripts/setup-torch")" > /dev/null
+}
+
+node_packages() {
+    mkdir -p "$environment"
+    npm install --silent --no-audit --no-fund --prefix "$environment" "$@"
+    local package
+    for package in "$@"; do
+        node -p "'version: $package ' + require('$environment/node_modules/$package/package.json').version"
+    done
+}
+
+debian() {
+    if ! dpkg --status "$@" > /dev/null 2>&1 && [ ! -d "$environment/debian/usr" ]; then
+        mkdir -p "$work/archives/partial" "$environment/debian"
+        local apt=(apt-get --quiet=2 -o Debug::NoLocking=1 -o "Dir::Cache::archives=$work/archives")
+        "${apt[@]}" install --yes --no-install-recommends --download-only "$@" > "$work/install" 2>&1 || {
+            cat "$work/install" >&2
+            echo "apt-get cannot download $*; 'apt-get update' may help" >&2
+            return 1
+        }
+        # Those that this machine has installed are not downloaded; `unpacked` finds them too.
+        find "$work/archives" -name '*.deb' -exec dpkg --extract {} "$environment/debian" \;
+    fi
+    local package
+    for package in "$@"; do
+        echo "version: $package $(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p')"
+    done
+}
+
+unpacked() {
+    LD_LIBRARY_PATH=$environment/debian/usr/lib/$(uname -m)-linux-gnu PATH=$environment/debian/usr/sbin:$environment/debian/usr/bin:$PATH command "$@"
+}
+
+free_ports() {
+    "$root/.venv/bin/python" - "$1" <<'PYTHON'
+import socket
+import sys
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
+print(*(each.getsockname()[1] for each in sockets))
+PYTHON
+}
+
+answers() { # answers URL: waits until it does
+    local try
+    for try in $(seq 600); do
+        curl --silent --fail --noproxy '*' --output /dev/null "$1" && return
+        kill -0 "${2:-$$}" 2>/dev/null || return 1
+        sleep 0.2
+    done
+    return 1
 }
 
 cluster() {
@@ -43,36 +112,41 @@ cluster() {
         return
     fi
     local ports
-    read -r -a ports < <("$root/.venv/bin/python" - <<'PYTHON'
-import socket
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
-print(*(each.getsockname()[1] for each in sockets))
-PYTHON
-    )
-    export URL=http://127.0.0.1:${ports[0]}
+    read -r -a ports < <(free_ports 7)
+    export URL=http://127.0.0.1:${ports[0]} ADMIN_URL=http://127.0.0.1:${ports[1]}
+    export METRICS_URLS="http://127.0.0.1:${ports[5]} http://127.0.0.1:${ports[6]}"
     cat > "$work/cluster.yaml" <<YAML
-model: {path: $root/models/demo, served_name: demo, max_model_len: 4096, aliases: [gpt-4o, gpt-4o-mini]}
-router: {host: 127.0.0.1, port: ${ports[0]}, admin_port: ${ports[1]}, control: "tcp://127.0.0.1:${ports[2]}"}
+model:
+  path: $root/models/demo
+  served_name: demo
+  max_model_len: 4096
+  aliases: [gpt-4o, gpt-4o-mini, gpt-3.5-turbo-instruct, gpt-6-astra]
+router:
+  host: 127.0.0.1
+  port: ${ports[0]}
+  admin_port: ${ports[1]}
+  control: "tcp://127.0.0.1:${ports[2]}"
+  tool_parser: hermes
 cache: {block_size: 16, num_blocks: 2048}
 nodes:
-  - {name: p0, role: prefill, host: 127.0.0.1, port: ${ports[3]}, threads: 1}
-  - {name: d0, role: decode, host: 127.0.0.1, port: ${ports[4]}, threads: 1}
+  - {name: p0, role: prefill, host: 127.0.0.1, port: ${ports[3]}, threads: 1, metrics_port: ${ports[5]}}
+  - {name: d0, role: decode, host: 127.0.0.1, port: ${ports[4]}, threads: 1, metrics_port: ${ports[6]}}
 YAML
     local settings=() setting
     for setting in "$@"; do settings+=(--set "$setting"); done
     (cd "$root" && exec .venv/bin/kvrelay up "$work/cluster.yaml" "${settings[@]}") > "$work/log" 2>&1 &
     cluster_pid=$!
-    local try
-    for try in $(seq 600); do
-        curl --silent --fail --noproxy '*' --output /dev/null "$URL/ready" && return
-        kill -0 "$cluster_pid" 2>/dev/null || break
-        sleep 0.2
-    done
+    answers "$URL/ready" "$cluster_pid" && return
     cat "$work/log" >&2
     echo "the cluster did not become ready" >&2
     return 1
 }
 
-client() {
-    "$work/venv/bin/python" - "$@"
+client() { # from a file, because some clients read their caller's source
+    cat > "$work/program.py"
+    PYTHONPATH=$root/scripts/clients "$environment/bin/python" "$work/program.py" "$@"
+}
+
+node_client() {
+    (cd "$environment" && node --input-type=module -)
 }

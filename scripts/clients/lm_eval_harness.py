@@ -5,7 +5,7 @@ and rolling perplexity. Its model ``local-completions`` asks a cluster of one pr
 model ``hf`` computes them with transformers from the same files. lm-eval, transformers and torch are installed into an
 environment of their own on the first run (``PIP_FIND_LINKS`` or ``UV_INDEX`` may name where torch's CPU build is).
 
-Usage: python scripts/clients/lm_eval_harness.py [--arch llama] [--environment .cache/clients/lm-eval]
+Usage: python scripts/clients/lm_eval_harness.py [--arch llama] [--environment .cache/clients/lm_eval]
 
 Ends with status 1 if any value differs by more than 1e-3.
 """
@@ -74,7 +74,7 @@ def main() -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="llama")
-    parser.add_argument("--environment", type=Path, default=ROOT / ".cache" / "clients" / "lm-eval")
+    parser.add_argument("--environment", type=Path, default=ROOT / ".cache" / "clients" / "lm_eval")
     options = parser.parse_args()
     python = make_environment(options.environment)
     with tempfile.TemporaryDirectory(prefix="kvrelay-lm-eval-") as name:

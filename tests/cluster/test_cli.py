@@ -12,6 +12,12 @@ from typing import NamedTuple
 import pytest
 
 from kvrelay.cluster.cli import main
+from kvrelay.machine.contract import Started, StopRequested
+from kvrelay.protocol.ids import ROUTER
+from kvrelay.recording.recorder import Recorder
+from kvrelay.recording.recording_file import write
+from router.machine import RouterMachine, RouterSettings
+from router.recording import ROUTER_EVENTS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -130,3 +136,25 @@ def test_the_command_starts_without_what_only_roles_need() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
 
     assert not {"paddle", "numpy", "zmq", "starlette", "httpx", "tokenizers"} & set(loaded)
+
+
+def test_replay_tells_by_its_exit_code_what_came_of_it(kvrelay: Command, tmp_path: Path) -> None:
+    settings = RouterSettings("demo", "r1")
+    recorder = Recorder("router", ROUTER, settings, ROUTER_EVENTS)
+    machine = RouterMachine(settings)
+    recorder.begin(Started(), 1.0)
+    recorder.end(machine.handle(Started(), 1.0))
+    same = write(recorder.recording(), tmp_path, prompts=True)
+    assert kvrelay("replay", same) == (0, "router: 1 events, the same actions\n", "")
+    recorder.begin(StopRequested(), 2.0)
+    recorder.end([])
+    other = write(recorder.recording(), tmp_path, prompts=True)
+    code, out, _ = kvrelay("replay", other)
+    assert code == 1
+    assert "router: event 1 leads to something else\n  - recorded: \n  + replayed: SetTimer" in out
+    public = write(recorder.recording(), tmp_path, prompts=False)
+    code, _, err = kvrelay("replay", public)
+    assert (code, "prompts were left out" in err) == (2, True)
+    code, out, _ = kvrelay("replay", public, "--show")
+    assert (code, out.count("\n#")) == (0, 2)
+    assert kvrelay("replay", tmp_path / "none") == (2, "", f"{tmp_path}/none: No such file or directory\n")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import socket
 import struct
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import zmq
-from support.asking import answers, answers_while, assert_right, random_asks
+from support.asking import Asker, answers, answers_while, assert_right, play, random_asks
 from support.cluster import PATIENCE_S, Cluster, running
 from support.cluster_config import cluster_config, d, fake_engine, p
 
@@ -22,6 +25,9 @@ from kvrelay.protocol.messages.node_to_router import Drained, Leaving
 from kvrelay.runtime.keys import Keys, make_keys
 
 NUM_CONNECTIONS = 300
+GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE".ljust(65, b"\0")
+HUGE = GREETING + b"\x06" + struct.pack(">Q", 2 << 30)
+"""Announces a frame of 2 GB."""
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +127,12 @@ def test_no_key_a_wrong_key_and_the_name_of_another(keyed_cluster: Cluster, keys
 @pytest.mark.fault("F28")
 def test_floods_huge_prefixes_and_slow_handshakes(keyed_cluster: Cluster) -> None:
     """Many connections that say nothing, one byte at a time, or announce 2 GB."""
-    greeting = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE".ljust(65, b"\0")
-    huge = greeting + b"\x06" + struct.pack(">Q", 2 << 30)
 
     def disturb() -> None:
         for port in ports(keyed_cluster):
             open_ones = [socket.create_connection(("127.0.0.1", port)) for _ in range(NUM_CONNECTIONS)]
             for number, plain in enumerate(open_ones):
-                content = (b"", huge + b"x" * 1000, greeting)[number % 3]
+                content = (b"", HUGE + b"x" * 1000, GREETING)[number % 3]
                 for byte in content[:80]:
                     if not _sent(plain, bytes([byte])):
                         break
@@ -136,6 +140,70 @@ def test_floods_huge_prefixes_and_slow_handshakes(keyed_cluster: Cluster) -> Non
                 plain.close()
 
     _assert_undisturbed(keyed_cluster, disturb)
+
+
+@pytest.mark.fault("F28")
+def test_strangers_of_every_kind_at_once_while_eight_streams_run(
+    keyed_cluster: Cluster, keys: Path, tmp_path: Path
+) -> None:
+    make_keys(tmp_path, ["router", "d1"])
+    router, d0 = keyed_cluster.config.router, keyed_cluster.config.node("d0")
+    unknown, d1 = Keys.load(tmp_path, "d1"), Keys.load(keys, "d1")
+    name = re.findall(r"node registered.*node=(p0#[0-9a-f]+)", keyed_cluster.log())[-1]
+    recorded = _record(d0.host, d0.port, Keys.load(keys, "d0"), d1)
+
+    def forge() -> None:
+        for own in (None, unknown, d1):
+            _say(keyed_cluster, own, Keys.load(keys, "router"), name)
+
+    def replay() -> None:
+        for _ in range(50):
+            with socket.create_connection((d0.host, d0.port)) as plain:
+                _sent(plain, recorded)
+
+    def flood() -> None:
+        everywhere = [*ports(keyed_cluster), router.port]
+        with contextlib.ExitStack() as stack:
+            for number in range(500):
+                port = everywhere[number % len(everywhere)]
+                plain = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                _sent(plain, HUGE if port != router.port else b"\x16\x03\x01 hello\r\n\r\n")
+
+    def trickle() -> None:
+        request = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{" + b" " * 50
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", router.port))) for _ in range(50)]
+            for byte in request:
+                for plain in slow:
+                    _sent(plain, bytes([byte]))
+
+    asks = random_asks(62, 8, max_tokens=64)
+
+    async def scenario(asker: Asker) -> int:
+        attacks = asyncio.gather(*(asyncio.to_thread(attack) for attack in (forge, replay, flood, trickle)))
+        num_streams = 0
+        while num_streams == 0 or not attacks.done():
+            streams = await asyncio.gather(*map(asker.stream_tokens, asks))
+            assert streams == [ask.expected(keyed_cluster.fake()) for ask in asks]
+            num_streams += len(streams)
+        await attacks
+        return num_streams
+
+    assert play(keyed_cluster, scenario) >= len(asks)
+    keyed_cluster.wait_until_quiescent()
+    _assert_logged_once_a_minute(keyed_cluster)
+
+
+def _assert_logged_once_a_minute(cluster: Cluster) -> None:
+    """Check that no process has said the same of the same stranger more often than once for each minute of its life."""
+    minutes = (time.time() - psutil.Process(cluster.process.pid).create_time()) / 60
+    said = re.compile(r"(refused|belongs to another|keys do not fit|invalid HTTP|not MessagePack)")
+    lines = [
+        re.sub(r"\d\d:\d\d:\d\d\S*|\d{4}-\S+", "", line) for line in cluster.log().splitlines() if said.search(line)
+    ]
+    assert lines
+    [(line, count)] = Counter(lines).most_common(1)
+    assert count <= 2 * (minutes + 1), line  # a node and its messager are two processes, whose lines begin alike
 
 
 def _sent(plain: socket.socket, content: bytes) -> bool:

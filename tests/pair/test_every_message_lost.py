@@ -13,7 +13,7 @@ from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.ids import NodeId
 from kvrelay.protocol.messages import engine, store_to_store
-from router.events import DrainRequested
+from router.events import DrainRequested, DumpRequested
 
 CHOOSES_PLANS_IN_FLIGHT = True
 
@@ -40,6 +40,7 @@ def eventful_life(world: World) -> None:
     silence_a_node(world)
     kill_and_start_again(world)
     reset_the_prefix_caches(world)
+    ask_for_recordings(world)
     drain_and_start_again(world)
     add_an_odd_node(world)
     serve_some(world)
@@ -116,6 +117,12 @@ def reset_the_prefix_caches(world: World) -> None:
     world.run_for(0.01)
     assert {node.state for node in world.reset_prefix_caches().nodes} == {"reset"}
     world.run_for(1.0)
+
+
+def ask_for_recordings(world: World) -> None:
+    """An operator wants the recordings of a node and its messager."""
+    world.router.handle(DumpRequested(NodeId("p0"), "0a1b", with_prompts=False))
+    world.run_for(0.5)
 
 
 def drain_and_start_again(world: World) -> None:

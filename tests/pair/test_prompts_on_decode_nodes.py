@@ -178,7 +178,7 @@ def test_a_decode_node_tells_of_preempted_requests_and_not_of_prompts_that_wait(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_several_routers_lend_the_same_decode_nodes(seed: int) -> None:
-    options: dict[str, Any] = {"router": {"local_prefill_tokens": 16}, "cache": {"num_blocks": 48}}
+    options: dict[str, Any] = {"router": {"local_prefill_tokens": 8}, "cache": {"num_blocks": 48}}
     with ManyRouters(seed, routers=2, prefill=1, decode=2, **options) as world:
         world.run_for(1.5)
         for number in range(16):

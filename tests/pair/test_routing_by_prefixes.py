@@ -147,7 +147,7 @@ def test_nodes_record_nothing_for_a_router_that_does_not_ask() -> None:
         assert all(process.machine.kv.take_changes() == ([], []) for process in world.nodes.values())
 
 
-@pytest.mark.parametrize("policy", ["random", "power_of_two", "session", "round_robin", "cache_aware"])
+@pytest.mark.parametrize("policy", ["random", "power_of_two", "session", "round_robin", "cache_aware", "ttft"])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_policy_serves_under_faults(policy: str, seed: int) -> None:
     with World(seed, prefill=2, decode=2, router={"prefill_routing": policy, "decode_routing": policy}) as world:

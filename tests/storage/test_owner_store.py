@@ -190,6 +190,27 @@ async def liar(values: list[np.ndarray]) -> AsyncIterator[str]:
         transport.close()
 
 
+def test_values_in_redis_that_are_none_of_ours(hosts: OwnerRoom) -> None:
+    async def check() -> None:
+        async with opened(hosts, 1) as reader, opened(hosts, 2) as owner:
+            await owner.put(HASHES[:3], views(planes(3)))
+            backend = backend_of(owner)
+            for junk in (b"", b"\xff", b"junk", b"tcp://", b"tcp://127.0.0.1:0", b"tcp://[::1:9", b"x" * 9999):
+                await backend._link.run([("SET", backend._address_key(backend._owner), junk)])
+                assert await hits(reader, 3) == []
+                await backend._link.run(
+                    [("SET", backend._key(HASHES[0]), junk), ("SET", backend._prefix + "junk", junk)]
+                )
+                assert await hits(reader, 3) == []
+                assert (await reader.stats()).num_blocks == 3
+                await backend._link.run([("SET", backend._key(HASHES[0]), backend._owner)])
+            assert reader.counters.corrupt_blocks == 0
+            await backend._announce(await address_of(reader))
+            assert await reader.clear() == 0
+
+    run(check())
+
+
 def test_a_stranger_gets_nothing(hosts: OwnerRoom) -> None:
     async def check() -> None:
         async with opened(hosts, 2) as owner:

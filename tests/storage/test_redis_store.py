@@ -21,6 +21,7 @@ from support.redis_server import NUM_SLOTS, RedisServer, binary, redis_cluster, 
 
 from kvrelay.config.storage import StorageConfig
 from kvrelay.errors import StorageError, StorageUnavailableError
+from kvstore.storage.block_format import namespace_of
 from kvstore.storage.factory import make_store
 from kvstore.storage.interface import KVStore, PutOutcome
 from kvstore.storage.store import PAUSE_S
@@ -146,6 +147,22 @@ def test_a_server_that_does_not_answer(server: RedisServer) -> None:
             # What the server still has to say to calls that ended must not reach others.
             assert await hits(store, 5) == [0, 1, 2, 3, 4]
             assert store.counters.corrupt_blocks == 0
+
+    run(check())
+
+
+def test_a_key_of_somebody_else_is_left_alone(server: RedisServer) -> None:
+    async def check() -> None:
+        async with opened(server.url) as store:
+            await store.put(HASHES[:2], views(planes(2)))
+            prefix = f"kvrelay:kv:{namespace_of(GEOMETRY).hex()}:"
+            with server.client() as client:
+                for name in (b"", b"junk", b"\xff", b"0" * 63, b"G" * 64):
+                    client.set(prefix.encode() + name, b"x")
+                assert (await store.stats()).num_blocks == 2
+                assert (await store.verify()).num_blocks == 2
+                assert await store.clear() == 2
+                assert len(client.keys(prefix + "*")) == 5
 
     run(check())
 

@@ -47,6 +47,7 @@ def fake_cluster(model: Path) -> Iterator[Cluster]:
         cache={"num_blocks": 1024},
         router={"max_queued_requests": 192},
         engine=fake_engine(step_s=0.002),
+        recording={"max_bytes": "256MiB"},  # all that its tests do
     )
     with running(config) as cluster:
         yield cluster

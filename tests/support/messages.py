@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
+from collections.abc import Hashable, Sequence
 from enum import Enum
 from typing import Any
 
 import msgspec
 from hypothesis import strategies as st
 
+from kvrelay.errors import CorruptKVError, TransferError
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import Attempt, BlockId, NodeId, PeerId, RequestId, SequenceId
 from kvrelay.protocol.messages.base import (
@@ -49,6 +52,7 @@ from kvrelay.protocol.messages.messager_to_node import (
     KVCancelled,
     KVExpected,
     KVFailed,
+    MessagerDumped,
     MessagerReady,
     MessagerStats,
     TransferClosed,
@@ -59,6 +63,7 @@ from kvrelay.protocol.messages.node_to_messager import (
     CachedSignal,
     CancelKV,
     CloseTransfer,
+    DumpMessager,
     ExpectKV,
     KVSpan,
     LayerSignal,
@@ -68,6 +73,7 @@ from kvrelay.protocol.messages.node_to_messager import (
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
     Drained,
+    Dumped,
     Leaving,
     PrefixCacheChanged,
     PrefixCacheReset,
@@ -84,6 +90,7 @@ from kvrelay.protocol.messages.router_to_node import (
     Abort,
     AssignDecode,
     Drain,
+    Dump,
     Generate,
     Prefill,
     PrefillNodes,
@@ -167,6 +174,8 @@ _LOAD = Load(
     num_preempted=11,
     headroom_blocks=12,
     histograms=[HistogramReport("transfer", "shm", [1, 0, 2], 0.75)],
+    prefill_tokens_per_s=13.5,
+    link_bytes_per_s={"d0": 1.5e9},
 )
 
 EXAMPLES: list[Message] = [
@@ -181,6 +190,7 @@ EXAMPLES: list[Message] = [
     Generate(request=_SPEC),
     Abort(**_ID),
     Drain(stay_down=True),
+    Dump(dump_id="0a1b", with_prompts=True),
     ResetPrefixCache(reset=7),
     Register(
         node_id=NodeId("p0"),
@@ -196,6 +206,7 @@ EXAMPLES: list[Message] = [
         session=1,
         vocab_size=151936,
         prefill_order="shortest_first",
+        can_dump=True,
         resets_prefix_cache=True,
     ),
     TokensOut(outputs=[_OUTPUT]),
@@ -206,6 +217,7 @@ EXAMPLES: list[Message] = [
     DecodeNeeded(**_ID, refused_by=PeerId("d0#0a1b2c3d"), reason="full", retry_after_s=0.1),
     RequestTimeline(**_ID, marks=[Mark("prefill", 1.5, "p0")], layers=[LayerTransfer(0, 1.25, 1.75, 4096)]),
     Leaving(),
+    Dumped(dump_id="0a1b", process="d0", path="/run/d0.kvrec", error="none"),
     Drained(),
     PrefixCacheReset(reset=7, num_blocks=300),
     ReserveBlocks(
@@ -228,6 +240,7 @@ EXAMPLES: list[Message] = [
     CloseTransfer(**_ID),
     ExpectKV(**_ID, first_block=1, target_block_ids=block_ids(4, 5, 9), sender=PeerId("p0.messager#0a1b2c3d")),
     CancelKV(**_ID),
+    DumpMessager(router=PeerId("router#feed"), dump_id="0a1b", with_prompts=True),
     StopMessager(),
     MessagerReady(link=_LINK),
     TransferDone(**_ID, num_bytes=8192, link="shm", layers=[LayerTransfer(0, 1.25, 1.75, 8192)]),
@@ -237,7 +250,10 @@ EXAMPLES: list[Message] = [
     KVArrived(**_ID, num_bytes=8192),
     KVFailed(**_ID, error=_ERROR),
     KVCancelled(**_ID),
-    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}),
+    MessagerDumped(
+        router=PeerId("router#feed"), dump_id="0a1b", process="d0.messager", path="/run/d0.kvrec", error="none"
+    ),
+    MessagerStats(counters={"frames_sent": 3.0}, gauges={"links": 1.0}, link_bytes_per_s={"d0": 1.5e9}),
     LinkHello(geometry=_GEOMETRY, offers=[LinkOffer("shm", b"handle"), LinkOffer("ipc", b"")]),
     LinkAccepted(kind="ipc", credit_bytes=1 << 20, max_frames=16, handle=b"handle", passed_over="shm: no"),
     LinkRefused(reason="dtype: 'bfloat16' != 'float32'", code="geometry_mismatch"),
@@ -283,16 +299,22 @@ _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=20),
     bytes: st.binary(max_size=32),
     types.NoneType: st.none(),
+    object: st.text(max_size=20),
+    range: st.builds(range, st.integers(0, 9), st.integers(0, 9)),
+    memoryview: st.binary(max_size=32).map(lambda data: memoryview(bytes(len(data)))),  # KV is not recorded
+    Message: st.sampled_from(EXAMPLES),
+    TransferError: st.sampled_from([TransferError("gone"), CorruptKVError("layer 3")]),
+    Hashable: st.text(max_size=20) | st.integers(0, 9),
 }
 
 
 def random_values(kind: Any) -> st.SearchStrategy[Any]:
-    """Return values of ``kind``: a message, a struct, or anything one may be made of."""
+    """Return values of ``kind``: a message, an event, an action, or anything one may be made of."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     kind = getattr(kind, "__supertype__", kind)
     if kind in _LEAVES:
         return _LEAVES[kind]
-    if origin is list:
+    if origin in (list, Sequence):
         return st.lists(random_values(arguments[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(random_values(arguments[0]), random_values(arguments[1]), max_size=3)
@@ -302,6 +324,11 @@ def random_values(kind: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*map(random_values, arguments))
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*map(random_values, arguments))
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{name: random_values(hint) for name, hint in hints.items()})
     if issubclass(kind, Enum):
         return st.sampled_from(kind)
     if issubclass(kind, tuple):

@@ -263,4 +263,19 @@ MUTANTS = [
         "",
         "tests/storage/test_block_format.py::test_every_single_byte_counts",
     ),
+    # ---------------------------------------------------------------- what strangers and files may cost
+    Mutant(
+        "one log line a minute for each client that sends no HTTP",
+        "router/http/protocol.py",
+        "if self._limits.log_limit.permits(host, self.loop.time()):",
+        "if True:",
+        "tests/unit/router/test_http_limits.py::test_what_is_no_http_is_logged_once_a_minute_for_each_client",
+    ),
+    Mutant(
+        "number of values in a config",
+        "kvrelay/config/document.py",
+        "if _num_values(root, {}) > _MAX_VALUES:",
+        "if False:",
+        "tests/unit/test_every_decoder.py::test_inputs_that_were_found_are_accepted_or_refused",
+    ),
 ]

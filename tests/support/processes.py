@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
+from cache_messager.recording import MESSAGER_EVENTS, MessagerStart
 from cache_messager.settings import MessagerSettings
 from cache_messager.work import WriteBlocks
 from decode_node.machine import DecodeMachine
@@ -20,6 +21,7 @@ from kvrelay.machine.contract import (
     CancelTimer,
     Connect,
     Disconnect,
+    DumpWritten,
     EngineLost,
     Exit,
     LayersComputed,
@@ -37,14 +39,20 @@ from kvrelay.machine.contract import (
     StepDone,
     StepFailed,
     TimerFired,
+    WriteDump,
 )
-from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, peer_id
+from kvrelay.node.recording import NODE_EVENTS, NodeStart
+from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, peer_id, peer_name
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.recording.event_codec import EventCodec
+from kvrelay.recording.recorder import Recorder
+from kvrelay.recording.settings import RecordingSettings
 from prefill_node.machine import PrefillMachine
-from router.events import CacheResetEnded, Deliver
-from router.machine import RouterMachine
+from router.events import CacheResetEnded, Deliver, DumpReported
+from router.machine import RouterMachine, RouterSettings
+from router.recording import ROUTER_EVENTS
 from support.fake_store import FakeStorageIO
 
 if TYPE_CHECKING:
@@ -78,6 +86,7 @@ class Process:
         self._backlog: list[object] = []
         self._timers: dict[Hashable, int] = {}
         self._num_timers = 0
+        self._recorder: Recorder | None = None
         self.handlers: dict[type, Callable[[Any], object]] = {
             Send: lambda action: self.send(action.peer, action.message),
             Connect: lambda action: self.connections.__setitem__(action.peer, action.address),
@@ -87,6 +96,7 @@ class Process:
             Ready: lambda _: None,
             Log: self.log.append,
             PublishKVEvents: self.kv_events.append,
+            WriteDump: self._write_dump,
             Exit: lambda action: self.exit(action.reason),
         }
         world.add(self)
@@ -94,6 +104,13 @@ class Process:
     def handle_with(self, kind: type, handler: Callable[[Any], object]) -> None:
         """Have ``handler`` perform actions of type ``kind``."""
         self.handlers[kind] = handler
+
+    def record(self, role: str, start: object, codec: EventCodec) -> None:
+        """Have all events and actions recorded, if this World wants that."""
+        if self.world.recorders is not None:
+            settings = RecordingSettings(max_bytes=1 << 30, actions=True)
+            self._recorder = Recorder(peer_name(self.peer), role, start, codec, settings)
+            self.world.recorders.append(self._recorder)
 
     def post(self, event: object) -> None:
         """Have ``event`` handled as soon as the present one is."""
@@ -107,9 +124,18 @@ class Process:
             self._backlog.append(event)
             return
         self.world.history.append((self.world.now, self.peer, event))
-        for action in self.machine.handle(event, self.world.now):
+        if self._recorder is not None:
+            self._recorder.begin(event, self.world.now)
+        actions = self.machine.handle(event, self.world.now)
+        if self._recorder is not None:
+            self._recorder.end(actions)
+        for action in actions:
             self.handlers[type(action)](action)
         self.world.check(self)
+
+    def _write_dump(self, action: WriteDump) -> None:
+        name = peer_name(self.peer)
+        self.post(DumpWritten(action.router, action.dump_id, name, f"/{name}.kvrec", ""))
 
     def pause(self) -> None:
         """Stand still (SIGSTOP): what happens meanwhile is handled after ``resume``."""
@@ -171,10 +197,12 @@ class RouterProcess(Process):
 
     machine: RouterMachine
 
-    def __init__(self, world: World, machine: RouterMachine) -> None:
-        super().__init__(world, ROUTER, machine, [CONTROL])
+    def __init__(self, world: World, settings: RouterSettings) -> None:
+        super().__init__(world, ROUTER, RouterMachine(settings), [CONTROL])
+        self.record(ROUTER, settings, ROUTER_EVENTS)
         self.handle_with(Deliver, world.deliver)
         self.handle_with(CacheResetEnded, world.cache_resets.append)
+        self.handle_with(DumpReported, world.dumps.append)
         self.post(Started())
 
 
@@ -196,8 +224,11 @@ class NodeProcess(Process):
         self.engine = FakeEngine(config.engine.fake, config.cache.block_size, config.cache.fixed_num_blocks)
         me = peer_id(config.name, incarnation)
         kind = PrefillMachine if config.role == "prefill" else DecodeMachine
-        machine = kind(config, self._registration(incarnation), self.engine.max_plans_in_flight)
+        registration = self._registration(incarnation)
+        machine = kind(config, registration, self.engine.max_plans_in_flight)
         super().__init__(world, me, machine, [config.address, f"ipc:///{me}"])
+        start = NodeStart.of(config, registration, self.engine.max_plans_in_flight)
+        self.record(config.role, start, NODE_EVENTS)
         self.connections[ROUTER] = CONTROL
         self.handle_with(RunStep, self._run_step)
         FakeStorageIO(self, world.store)
@@ -221,7 +252,9 @@ class NodeProcess(Process):
             num_blocks=config.cache.fixed_num_blocks,
             geometry=self.engine.geometry,
             vocab_size=self.engine.vocab_size,
+            prefill_order=config.scheduler.prefill_order,
             resets_prefix_cache=True,
+            can_dump=True,
         )
 
     def _run_step(self, action: RunStep) -> None:
@@ -301,6 +334,7 @@ class MessagerProcess(Process):
         self.mover = BlockMover(settings, self._pool)
         machine = MessagerMachine(settings, link, self.mover.offers)
         super().__init__(world, settings.me, machine, [link.tcp, link.ipc])
+        self.record(MESSAGER, MessagerStart.of(settings, link, self.mover.offers), MESSAGER_EVENTS)
         self.connections[node.peer] = f"ipc:///{node.peer}"
         self.mover.serve(self, self)
         write_now = self.handlers[WriteBlocks]

@@ -35,12 +35,14 @@ from kvrelay.machine.laws import require
 from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, RequestSpec, SamplingParams, TokenLogprobs
+from kvrelay.recording.recorder import Recorder
 from router.events import (
     CacheResetEnded,
     CacheResetRequested,
     CancelRequested,
     ClientGone,
     Deliver,
+    DumpReported,
     NewRequest,
     PromptLogprobsDelivered,
     RequestEnded,
@@ -49,7 +51,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
-from router.machine import RouterMachine, RouterSettings
+from router.machine import RouterSettings
 from router.request import RequestTimer
 from support.fake_link import FakeLink, Parcel, Payload
 from support.fake_store import FakeStore
@@ -171,6 +173,7 @@ class World:
         nodes: dict[str, dict[str, Any]] | None = None,
         careful: bool = False,
         layers_at_once: int = 1,
+        record: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 1000.0
@@ -178,9 +181,11 @@ class World:
         self.history: deque[tuple[float, PeerId, object]] = deque(maxlen=400)
         self.clients: dict[str, Client] = {}
         self.cache_resets: list[CacheResetEnded] = []
+        self.dumps: list[DumpReported] = []
         self.processes: dict[PeerId, Process] = {}
         self.dead: list[Process] = []
         self.layers_at_once = layers_at_once
+        self.recorders: list[Recorder] | None = [] if record else None
         self.store = FakeStore(random.Random(seed ^ 0x5709))
         self.link = FakeLink(random.Random(~seed), self.after, lambda: self.now, self._arrive)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -294,7 +299,7 @@ class World:
         return self.start(name, config.role, port or config.port)
 
     def _start_router(self) -> RouterProcess:
-        return RouterProcess(self, RouterMachine(self.router_settings(f"{next(self._incarnations):04x}")))
+        return RouterProcess(self, self.router_settings(f"{next(self._incarnations):04x}"))
 
     def router_settings(self, incarnation: str, first_epoch: int = 0) -> RouterSettings:
         """Return what a router of this World goes by."""

@@ -98,6 +98,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     By class of prompt length (``kvrelay.protocol.prompt_lengths``): ``prompt_tokens`` are the ``queued_tokens`` of each
     class, ``prompt_waits`` histograms of waits, which never decrease.
+
+    ``prefill_tokens_per_s``: prompt tokens computed per second of the steps that compute any, as measured lately; 0:
+    not measured in the last minute. ``link_bytes_per_s``: payload bytes moved per second while bytes are under way, by
+    the name of the decode node; without the links that moved nothing in the last minute.
     """
 
     num_waiting: int = 0
@@ -116,6 +120,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     num_preempted: int = 0
     headroom_blocks: int = 0
     histograms: list[HistogramReport] = msgspec.field(default_factory=list)
+    prefill_tokens_per_s: float = 0.0
+    link_bytes_per_s: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

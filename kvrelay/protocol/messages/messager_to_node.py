@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvrelay.protocol.ids import RequestId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress, Message
 
 
@@ -101,11 +101,25 @@ class KVCancelled(Message, frozen=True, kw_only=True):
 class MessagerStats(Message, frozen=True, kw_only=True):
     """Messager -> its node, once per ``heartbeat_s``. ``counters`` never decrease.
 
-    The reader includes both in its ``Load``.
+    The reader includes all in its ``Load``. ``link_bytes_per_s``: see there.
     """
 
     counters: dict[str, float]
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
+    link_bytes_per_s: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class MessagerDumped(Message, frozen=True, kw_only=True):
+    """Messager -> its node, answers DumpMessager: the file of ``process``, or the ``error``.
+
+    The reader sends ``router`` Dumped.
+    """
+
+    router: PeerId
+    dump_id: str
+    process: str
+    path: str
+    error: str
 
 
 TransferEnding: TypeAlias = TransferDone | TransferFailed | TransferClosed

@@ -97,6 +97,17 @@ class CancelKV(Message, frozen=True, kw_only=True):
     epoch: int
 
 
+class DumpMessager(Message, frozen=True, kw_only=True):
+    """Node -> its messager, when ``router`` asks for a Dump.
+
+    The reader writes its recording to a file, and answers MessagerDumped.
+    """
+
+    router: PeerId
+    dump_id: str
+    with_prompts: bool
+
+
 class StopMessager(Message, frozen=True, kw_only=True):
     """Node -> its messager, when the node exits.
 
@@ -105,5 +116,5 @@ class StopMessager(Message, frozen=True, kw_only=True):
 
 
 NodeToMessager: TypeAlias = (
-    LayerSignal | CachedSignal | OpenTransfer | CloseTransfer | ExpectKV | CancelKV | StopMessager
+    LayerSignal | CachedSignal | OpenTransfer | CloseTransfer | ExpectKV | CancelKV | DumpMessager | StopMessager
 )

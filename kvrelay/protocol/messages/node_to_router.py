@@ -20,8 +20,8 @@ class Register(Message, frozen=True, kw_only=True):
     The reader compares role, protocol version, model and KV geometry and answers Registered or RegistrationRefused. If
     another registered node has the name, the answer waits until that node sends a heartbeat or is lost. ``session``
     rises each time the node loses a router and drops its requests. A reader that knows another ``session`` retries the
-    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id. ``resets_prefix_cache``: the
-    node can read ResetPrefixCache.
+    node's requests. Token ids are below ``vocab_size``; the default accepts any 32-bit id. ``resets_prefix_cache`` and
+    ``can_dump``: the node can read ResetPrefixCache and Dump.
     """
 
     node_id: NodeId
@@ -38,6 +38,7 @@ class Register(Message, frozen=True, kw_only=True):
     vocab_size: int = 1 << 32
     prefill_order: str = "fifo"
     resets_prefix_cache: bool = False
+    can_dump: bool = False
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +156,18 @@ class PrefixCacheChanged(Message, frozen=True, kw_only=True):
     removed: bytes = b""
 
 
+class Dumped(Message, frozen=True, kw_only=True):
+    """Node -> router, answers Dump, for the node and for its messager: the file of ``process``, or the ``error``.
+
+    The reader tells the operator who waits for ``dump_id``, if he still does.
+    """
+
+    dump_id: str
+    process: str
+    path: str
+    error: str
+
+
 class PrefixCacheReset(Message, frozen=True, kw_only=True):
     """Node -> router, answers ResetPrefixCache, after PrefixCacheChanged to each router that wants it.
 
@@ -184,5 +197,6 @@ NodeToRouter: TypeAlias = (
     | PrefixCacheChanged
     | PrefixCacheReset
     | Leaving
+    | Dumped
     | Drained
 )

@@ -94,6 +94,17 @@ class Abort(Message, frozen=True, kw_only=True):
     epoch: int
 
 
+class Dump(Message, frozen=True, kw_only=True):
+    """Router -> node that ``can_dump``, when an operator asks for its recording.
+
+    The reader writes it to a file on its host, without tokens unless ``with_prompts``, has its messager do the same,
+    and answers Dumped for each of both.
+    """
+
+    dump_id: str
+    with_prompts: bool
+
+
 class ResetPrefixCache(Message, frozen=True, kw_only=True):
     """Router -> node, when an operator resets the prefix caches; repeated with the router's heartbeats until answered.
 

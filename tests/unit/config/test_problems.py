@@ -21,7 +21,7 @@ nodes:
 """
 
 ROUTING = (
-    "'least_loaded', 'cache_aware', 'session', 'round_robin', 'random' or 'power_of_two'"  # in order of the reference
+    "'least_loaded', 'cache_aware', 'ttft', 'session', 'round_robin', 'random' or 'power_of_two'"  # as in the reference
 )
 
 MISTAKES: dict[str, tuple[str, list[str]]] = {
@@ -66,9 +66,21 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "router:\n  prefill_policy: round_robin\n  prefill_routing: round_robin\n",
         ["7: router.prefill_policy: is the old name of prefill_routing, which is given too"],
     ),
+    "a limit that nothing is predicted for": (
+        GOOD + "router: {ttft_slo_s: 2.0}\n",
+        ["6: router.ttft_slo_s: needs prefill_routing: ttft, not cache_aware"],
+    ),
     "no room for one body": (
         GOOD + "router: {max_total_body_bytes: 8MiB}\n",
         ["6: router.max_total_body_bytes: 8388608 is below max_body_bytes (16777216)"],
+    ),
+    "no room for one body in each worker": (
+        GOOD + "router: {workers: 4, max_total_body_bytes: 60MiB}\n",
+        ["6: router.max_total_body_bytes: 62914560, shared by 4 workers, is below max_body_bytes (16777216)"],
+    ),
+    "too many workers": (
+        GOOD + "router: {workers: 65}\n",
+        ["6: router.workers: should be less than or equal to 64, not 65"],
     ),
     "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
     "above its bound": (
@@ -265,7 +277,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "not a mapping": ("- a\n- b\n", ["1: should contain sections such as model: and nodes:, not ['a', 'b']"]),
     "empty file": ("", ["1: should contain sections such as model: and nodes:, not nothing"]),
     "not YAML": ("model: {path: x\nnodes: []\n", ["2: not YAML: expected ',' or '}', but got ':'"]),
-    "endless": ("a: &a [*a]\n", ["1: nested more than 32 levels deep"]),
+    "endless": ("a: &a [*a]\n", ["1: not YAML: an alias in the value that it stands for"]),
     "many at once": (
         dedent("""\
             model: {pth: x}

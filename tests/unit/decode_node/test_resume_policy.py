@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from decode_node.request import DecodeRequest, DecodeStatus
-from decode_node.resume_policy import ReloadPolicy, Speed
+from decode_node.resume_policy import ReloadPolicy
 from kvrelay.config.storage import StorageConfig
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import RequestSpec, SamplingParams
@@ -75,15 +75,3 @@ def test_only_those_who_will_read_wait_for_the_write() -> None:
     assert policy(resume="storage").waits(waiting)
     assert not policy(resume="auto").waits(waiting)
     assert policy(resume="auto").num_blocks(waiting, 0, NOW) == 0
-
-
-def test_speed_is_a_running_mean_that_grows_stale() -> None:
-    speed = Speed()
-    assert speed.at(NOW) is None
-    speed.add(100, 1.0, NOW)
-    assert speed.at(NOW) == 100
-    speed.add(200, 1.0, NOW)
-    assert speed.at(NOW) == pytest.approx(130)
-    assert speed.at(NOW + 60.1) is None
-    speed.add(400, 1.0, NOW + 61)
-    assert speed.at(NOW + 61) == 400

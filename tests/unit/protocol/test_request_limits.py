@@ -9,6 +9,7 @@ from support.machines import spec
 
 from kvrelay.errors import InvalidRequestError, PromptTooLongError
 from kvrelay.protocol.request_limits import RequestLimits
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 
 LIMITS = RequestLimits(vocab_size=100, max_model_len=20)
 
@@ -26,6 +27,7 @@ def test_a_request_within_the_limits_is_fine() -> None:
         ("output_token_ids", lambda bad: {"output_token_ids": [bad]}),
         ("logit_bias", lambda bad: {"sampling": {"logit_bias": {5: 1.0, bad: 1.0}}}),
         ("stop_token_ids", lambda bad: {"sampling": {"stop_token_ids": [5, bad]}}),
+        ("bad_words", lambda bad: {"sampling": {"token_rules": TokenRules(bad_words=BadWords.of([[5], [6, bad, 7]]))}}),
         ("eos_token_ids", lambda bad: {"sampling": {"eos_token_ids": [bad]}}),
     ],
 )
@@ -34,6 +36,16 @@ def test_a_token_that_the_model_does_not_have_is_named_with_its_field(param: str
     assert isinstance(error, InvalidRequestError)
     assert error.param == param
     assert error.message == f"{param}: {bad} is not a token id of this model, whose vocabulary has 100"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 12, 20])
+def test_a_mask_of_another_vocabulary_is_refused(num_bytes: int) -> None:
+    def checked(mask: bytes) -> object:
+        return LIMITS.error(spec(prompt=[1], sampling={"token_rules": TokenRules(mask)}))
+
+    assert checked(token_mask([99], 100)) is None
+    error = checked(bytes(num_bytes))
+    assert isinstance(error, InvalidRequestError) and error.param == "allowed_token_ids"
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

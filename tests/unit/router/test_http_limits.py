@@ -119,6 +119,48 @@ def test_what_is_no_http_is_400_in_the_form_of_all_errors() -> None:
     run(scenario)
 
 
+def test_what_is_no_http_is_logged_once_a_minute_for_each_client(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        for request in (b"\x16\x03\x01 hello\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+            status, _, _ = await answer_to(cluster, request)
+            assert status == b"HTTP/1.1 400 Bad Request"
+        upgrade = b"GET /health HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
+        await answer_to(cluster, upgrade)
+
+    run(scenario)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "invalid HTTP from 127.0.0.1"
+    ]
+
+
+AMBIGUOUS = {
+    "both lengths": b"content-length: 4\r\ntransfer-encoding: chunked",
+    "two lengths": b"content-length: 4\r\ncontent-length: 40",
+    "list of lengths": b"content-length: 4, 40",
+    "negative length": b"content-length: -4",
+    "signed length": b"content-length: +4",
+    "length in hex": b"content-length: 0x4",
+    "coding before chunked": b"transfer-encoding: chunked, identity",
+    "unknown coding": b"transfer-encoding: xchunked",
+    "space before the colon": b"transfer-encoding : chunked",
+    "folded line": b"transfer-encoding:\r\n chunked",
+    "bare carriage return": b"a: b\rtransfer-encoding: chunked",
+}
+
+
+@pytest.mark.parametrize("framing", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_a_request_whose_end_is_not_certain_is_refused_and_hides_no_other(framing: bytes) -> None:
+    hidden = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + framing + b"\r\n\r\n"
+        status, _, rest = await answer_to(cluster, head + b"0\r\n\r\n" + hidden)
+        assert status == b"HTTP/1.1 400 Bad Request"
+        assert rest.count(b"HTTP/1.1") == 0
+
+    run(scenario)
+
+
 # ---------------------------------------------------------------- time
 
 
@@ -144,6 +186,50 @@ def test_request_that_does_not_come_to_its_end_is_408(begin: bytes) -> None:
         assert code(rest.partition(b"\r\n\r\n")[2]) == "request_timeout"
 
     run(scenario, request_read_timeout_s=0.2)
+
+
+def test_request_that_is_late_is_answered_in_the_form_of_its_api() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(b"POST /v1/messages HTTP/1.1\r\ncontent-length: 100\r\n\r\n{")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["type"] == "error"
+
+    run(scenario, request_read_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_garbage_behind_requests_that_are_being_answered_ends_the_connection(
+    streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        slow = post(completion(max_tokens=10, stream=streaming))
+        for requests in (slow, slow + slow):
+            async with connected(cluster) as (reader, writer):
+                writer.write(requests + bad)
+                assert b" 400 " not in await reader.read()
+        await until(lambda: not cluster.http.server_state.tasks)
+
+    run(scenario, Script(pace_s=0.01))
+    assert "Exception" not in caplog.text
+
+
+def test_client_that_waits_to_be_asked_and_sends_garbage_is_refused_once(caplog: pytest.LogCaptureFixture) -> None:
+    begin = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(begin + b"zz\r\n")
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        await until(lambda: not cluster.http.server_state.tasks)
+
+    run(scenario)
+    assert "error while serving" not in caplog.text
 
 
 def test_trickle_is_408() -> None:

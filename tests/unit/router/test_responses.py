@@ -352,7 +352,7 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
             "previous_response_id: answers are not",
         ),
         ({"input": "a", "conversation": "c"}, "conversation", "conversation: answers are not stored"),
-        ({"input": "a", "store": True}, "store", "store: only false is supported: answers are not stored"),
+        ({"input": "a", "store": "true"}, "store", "store: should be true or false"),
         ({"input": "a", "background": True}, "background", "background: answers are not made in the background"),
         ({"input": "a", "truncation": "auto"}, "truncation", "truncation: only 'disabled' is supported"),
         ({"input": "a", "include": ["x"]}, "include", "include: 'x' is not supported"),

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from driver import Driver, new_request, peer
 from msgspec import structs
@@ -489,7 +487,7 @@ def test_failure_that_would_repeat_is_final_at_once_and_the_partner_is_aborted()
 def test_nodes_whose_logprobs_of_the_prompt_were_lost_are_aborted(nodes: str) -> None:
     driver = Driver(nodes)
     request = new_request()
-    driver.submit(replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
+    driver.submit(structs.replace(request, sampling=structs.replace(request.sampling, num_prompt_logprobs=0)))
     driver.tokens(nodes.split(maxsplit=1)[0], 0, [10])
     assert {to for to, _ in driver.take_sent(Abort)} == {peer(name) for name in nodes.split()}
     assert driver.output() == [] and driver.machine.requests.counters.retries == 1

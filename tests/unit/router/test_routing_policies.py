@@ -18,7 +18,6 @@ from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from router.node_table import Node
 from router.policies import (
-    REQUEST_TOKENS,
     UNCACHED_WEIGHT,
     CacheAware,
     LeastLoaded,
@@ -27,6 +26,7 @@ from router.policies import (
     RoundRobin,
     Session,
 )
+from router.policy import REQUEST_TOKENS
 from router.prefixes import EXPECTED_HEARTBEATS, NodePrefixes
 from router.request import MAX_ROUTED_BLOCKS, RoutedRequest
 

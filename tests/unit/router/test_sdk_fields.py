@@ -117,7 +117,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "reasoning": Field("honoured", {"effort": "low", "summary": "auto"}),
         "safety_identifier": Field("echoed", "s"),
         "service_tier": Field("ignored", "auto"),
-        "store": Field("refused", True),
+        "store": Field("ignored", True),
         "stream_options": Field("honoured", {"include_obfuscation": True}, {"stream": True}),
         "temperature": Field("honoured", 0.5),
         "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "medium"}),

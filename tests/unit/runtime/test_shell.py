@@ -247,13 +247,20 @@ def test_events_from_other_threads_come_in() -> None:
     assert {event.number for event in machine.events if isinstance(event, Work)} == {0, 1, 2, 3}
 
 
-def test_an_exception_in_handle_ends_the_run_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    def answer(event: object, now: float) -> list[object]:
-        raise ValueError("a bug")
+def test_an_exception_in_handle_ends_the_run_and_is_logged_with_the_event(caplog: pytest.LogCaptureFixture) -> None:
+    """By its types only: what it holds may be a prompt."""
+    secret = "secret-4711"
 
+    def answer(event: object, now: float) -> list[object]:
+        if isinstance(event, Received):
+            raise ValueError("a bug")
+        return []
+
+    message = Abort(request_id=RequestId(secret), epoch=1)
     with pytest.raises(ValueError, match="a bug"):
-        drive(Scripted(answer))
-    assert "Started()" in caplog.text
+        drive(Scripted(answer), meanwhile=lambda shell: shell.post(Received(PeerId("p0#1"), message)))
+    assert "error while handling Received(Abort)" in caplog.text
+    assert secret not in caplog.text
 
 
 def test_an_exception_in_an_action_ends_the_run_too() -> None:
