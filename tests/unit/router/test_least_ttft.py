@@ -403,7 +403,8 @@ def test_only_what_came_sooner_than_its_prefill_alone_corrects_the_time_of_a_pre
     predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
     predictions.observe(raw, raw, 0.1, 10.0)
     corrected = predictions.corrected(raw, 10.0)
-    assert (corrected.queue_s, corrected.prefill_s) == (0.0, pytest.approx(0.1))
+    assert corrected.queue_s == 0.0
+    assert corrected.prefill_s == pytest.approx(0.1)
 
 
 def test_what_was_predicted_from_defaults_corrects_nothing() -> None:
