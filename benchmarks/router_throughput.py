@@ -1,12 +1,14 @@
 """What the router costs: latency it adds, requests, chunks and streamed tokens per second of its CPU time.
 
-    python benchmarks/router_throughput.py [--seconds 5] [--streams 64] [--baselines DIRECTORY]
+    python benchmarks/router_throughput.py [--seconds 5] [--streams 64] [--workers 2] [--baselines DIRECTORY]
 
-One router process, a node without an engine (``support/router_node.py``) and a load client with keep-alive connections
-(``support/router_client.py``), each in a process of its own. Rates per core are per CPU second of the router process,
-so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run: the load client
-at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it, if DIRECTORY is a
-virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
+One router, a node without an engine (``support/router_node.py``) and a load client with keep-alive connections
+(``support/router_client.py``), each a process of its own. Rates per core are per CPU second of the router's
+processes, so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run:
+the load client at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it,
+if DIRECTORY is a virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
+``--workers``: our router again, with so many (``router.workers``). CPU time per request and chunk is that of the
+router's own process, and that of its workers.
 
 - added latency: 16 requests at once whose node answers after 40 ms, minus the same directly at the mock;
 - requests: 64 connections, one token each;
@@ -58,14 +60,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What a load came to. ``cpu_s``: CPU seconds of the server in the measured ``seconds``."""
+    """What a load came to in the measured ``seconds``. CPU seconds are of the server's first process, and of others."""
 
     seconds: float
-    cpu_s: float
+    first_cpu_s: float
+    others_cpu_s: float
     requests: int
     chunks: int
     tokens: int
     latencies_ms: Sequence[float]
+
+    @property
+    def cpu_s(self) -> float:
+        return self.first_cpu_s + self.others_cpu_s
+
+    def cpu_us(self, count: int) -> str:
+        """CPU time of the first process, and of the others if there are any, per one of ``count``."""
+        first, others = (spent_s / max(1, count) * 1e6 for spent_s in (self.first_cpu_s, self.others_cpu_s))
+        return f"{first:,.1f} + {others:,.1f} us" if others else f"{first:,.1f} us"
 
     def latency_ms(self, percent: int) -> float:
         return self.latencies_ms[percent - 1]
@@ -87,15 +99,14 @@ def measure(case: Case, port: int, pid: int, seconds: float) -> Result:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         client.stdout.readline()
-        server = psutil.Process(pid)
-        pids = [pid, *(child.pid for child in server.children(recursive=True))]
-        before_s = cpu_s(pids)
+        others = [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        before_s = [cpu_s([pid]), cpu_s(others)]
         result: dict[str, Any] = json.loads(client.stdout.readline())
-        spent_s = cpu_s(pids) - before_s
+        first_s, others_s = cpu_s([pid]) - before_s[0], cpu_s(others) - before_s[1]
     wrong = result.pop("wrong")
     if wrong:
         raise RuntimeError(f"{case.name}: wrong answers: {wrong}")
-    return Result(cpu_s=spent_s, **result)
+    return Result(first_cpu_s=first_s, others_cpu_s=others_s, **result)
 
 
 @contextlib.contextmanager
@@ -125,8 +136,11 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"{process.args!r} does not answer at {url}")
 
 
-def kvrelay_config(port: int, admin_port: int, control: str, stream_interval: int | None) -> dict[str, Any]:
+def kvrelay_config(
+    port: int, admin_port: int, control: str, stream_interval: int | None, workers: int
+) -> dict[str, Any]:
     router: dict[str, Any] = {"port": port, "admin_port": admin_port, "control": control, "max_queued_requests": 4096}
+    router["workers"] = workers
     if stream_interval is not None:
         router["stream_interval"] = stream_interval
     return {
@@ -138,12 +152,12 @@ def kvrelay_config(port: int, admin_port: int, control: str, stream_interval: in
 
 
 @contextlib.contextmanager
-def kvrelay(folder: Path, stream_interval: int | None = None) -> Iterator[tuple[int, int]]:
-    """Run our router with one node. Yields its port and pid."""
+def kvrelay(folder: Path, stream_interval: int | None, workers: int = 1) -> Iterator[tuple[int, int]]:
+    """Run our router, with so many ``workers``, and one node. Yields its port and pid."""
     port, admin_port, control_port = free_ports(3)
     control = f"tcp://127.0.0.1:{control_port}"
     config = folder / "cluster.yaml"
-    config.write_text(yaml.safe_dump(kvrelay_config(port, admin_port, control, stream_interval)))
+    config.write_text(yaml.safe_dump(kvrelay_config(port, admin_port, control, stream_interval, workers)))
     node = subprocess.Popen([sys.executable, str(SUPPORT / "router_node.py"), control])
     try:
         command = (sys.executable, "-m", "router", str(config))
@@ -188,6 +202,7 @@ def report(console: Console, results: dict[str, dict[str, Result]]) -> None:
             "added p99, ms": latency.latency_ms(99) - direct.latency_ms(99),
             "requests/s": found["requests"].requests / found["requests"].seconds,
             "per core": found["requests"].requests / found["requests"].cpu_s,
+            "chunks/s": found["chunks"].chunks / found["chunks"].seconds,
             "chunks/s per core": found["chunks"].chunks / found["chunks"].cpu_s,
             "tokens per chunk": found["chunks"].tokens / max(1, found["chunks"].chunks),
             "saturated tokens/s": found["saturated"].tokens / found["saturated"].seconds,
@@ -208,6 +223,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--stream-interval", type=int, default=None)
+    parser.add_argument("--workers", type=int, nargs="*", default=(), help="our router with so many workers too")
     parser.add_argument("--baselines", type=Path, default=None, help="a virtual environment with the other routers")
     parser.add_argument("--only", nargs="+", default=None, help="names of loads")
     options = parser.parse_args()
@@ -216,6 +232,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         servers = {"direct": mock(folder), "kvrelay": kvrelay(folder, options.stream_interval)}
+        for count in options.workers:
+            servers[f"kvrelay, {count} workers"] = kvrelay(folder, options.stream_interval, count)
         for other in ("vllm-router", "sglang-router"):
             if options.baselines is not None and (options.baselines / "bin" / other).exists():
                 servers[other] = baseline(other, options.baselines / "bin", folder)
@@ -231,6 +249,9 @@ def main() -> None:
                         per_core = [count / result.cpu_s for count in (result.requests, result.chunks, result.tokens)]
                         shown = " ".join(f"{value:,.0f}" for value in per_core)
                         console.print(f"{server_name} {case.name}: per core: requests, chunks, tokens {shown}")
+                        counts = {"request": result.requests, "chunk": result.chunks, "token": result.tokens}
+                        spent = ", ".join(f"{result.cpu_us(count)} per {what}" for what, count in counts.items())
+                        console.print(f"    CPU time: {spent}")
     if options.only is None:
         report(console, results)
 

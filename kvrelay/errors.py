@@ -25,6 +25,7 @@ KVRelayError
 ├── RegistryError               the registry cannot be reached, or does not answer in time
 ├── DeviceError                 a device, or what this process does with it, is broken for good
 ├── CheckpointError             the model's files cannot be loaded
+├── KernelsUnavailableError     these kernels are unavailable on this machine
 └── EngineError                 the engine could not compute a sequence (500)
 
 "No blocks now" and "refused" are values, not exceptions.
@@ -205,6 +206,12 @@ class CheckpointError(KVRelayError):
     """The model's files are missing, damaged or unsupported."""
 
     code = "checkpoint_error"
+
+
+class KernelsUnavailableError(KVRelayError):
+    """These kernels are unavailable on this machine."""
+
+    code = "kernels_unavailable"
 
 
 class EngineError(KVRelayError):

@@ -10,9 +10,9 @@ def cluster_status(service: RouterService, *, for_operators: bool) -> dict[str, 
     """Return the state as JSON data. Clients do not learn where nodes are and which start of them runs."""
     machine = service.machine
     describe = _for_operators if for_operators else _for_clients
-    missing = {"missing_nodes": _missing(service)} if for_operators else {}
+    more = {"missing_nodes": _missing(service), "http_workers": service.http_workers()} if for_operators else {}
     return {
-        **missing,
+        **more,
         "model": service.model.name,
         "ready": machine.unready_reason() is None,
         "not_ready_because": machine.unready_reason(),

@@ -1,4 +1,7 @@
-"""Events from the HTTP side and the registry to the router's machine, and the deliveries it returns."""
+"""Events from the HTTP side and the registry to the router's machine, and the deliveries it returns.
+
+Those that a worker process sends or gets (``router/workers``) are tagged: they are its messages.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from kvrelay.registry.node_entry import NodeEntry
 # ---------------------------------------------------------------- events
 
 
-class NewRequest(msgspec.Struct, frozen=True):
+class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     """One choice to generate: a prompt and its sampling params. The id can be reused once the request has ended.
 
     ``session``: the client's name for requests that share a prefix, or empty. ``answer_id``: the id of the answer that
@@ -39,7 +42,7 @@ class Submitted(msgspec.Struct, frozen=True):
     requests: tuple[NewRequest, ...]
 
 
-class ClientGone(msgspec.Struct, frozen=True):
+class ClientGone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The client of this request has disconnected."""
 
     request_id: RequestId
@@ -51,7 +54,7 @@ class CancelRequested(msgspec.Struct, frozen=True):
     request_id: RequestId
 
 
-class StopMatched(msgspec.Struct, frozen=True):
+class StopMatched(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The text of this request contains a stop string; no further tokens are needed."""
 
     request_id: RequestId
@@ -96,7 +99,7 @@ class RegistryLost(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- actions
 
 
-class TokensDelivered(msgspec.Struct, frozen=True):
+class TokensDelivered(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The next output tokens, in order, each delivered once. ``num_cached_tokens``: prompt tokens from prefix hits.
 
     If ``finish_reason`` is set, they are the last and the terminal delivery follows.
@@ -109,19 +112,19 @@ class TokensDelivered(msgspec.Struct, frozen=True):
     stop_token_id: int | None = None
 
 
-class PromptLogprobsDelivered(msgspec.Struct, frozen=True):
+class PromptLogprobsDelivered(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The next log probabilities of the prompt, in order, each delivered once and all before the first token."""
 
     logprobs: PromptLogprobs
 
 
-class RequestEnded(msgspec.Struct, frozen=True):
+class RequestEnded(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Terminal: all tokens are delivered, or the request was aborted or stopped."""
 
     finish_reason: FinishReason
 
 
-class RequestErrored(msgspec.Struct, frozen=True):
+class RequestErrored(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Terminal: the request failed or was refused. ``retry_after_s``: seconds after which the client may retry."""
 
     error: ErrorInfo
@@ -141,7 +144,7 @@ PARTS = (TokensDelivered, PromptLogprobsDelivered)
 """The kinds of deliveries that are not terminal."""
 
 
-class Deliver(msgspec.Struct, frozen=True):
+class Deliver(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Pass ``delivery`` to the submitter of this request."""
 
     request_id: RequestId

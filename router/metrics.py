@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -15,90 +15,28 @@ from kvrelay.metrics.buckets import cumulative
 from kvrelay.metrics.nodes import NodeLoad, node_families, words
 from kvrelay.metrics.vllm import VllmFamilies
 from kvrelay.protocol import histograms
+from router.client_metrics import ClientMetrics
 from router.machine import RouterMachine
 from router.node_table import Node
-from router.openai.choice import Choice
 from router.request import Status
 
 _SHORT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _LONG_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 
 
-class Metrics:
+class Metrics(ClientMetrics):
     """All metrics of one router. ``clock`` returns the time in seconds."""
 
     def __init__(self, machine: RouterMachine, clock: Callable[[], float]) -> None:
-        self._clock = clock
+        super().__init__(clock)
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "kvrelay_requests", "Choices answered, by API and outcome.", ["api", "outcome"], registry=self.registry
-        )
-        self.finished: dict[str, float] = {}
-        """Choices that have ended, by vLLM's reasons."""
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.output_tokens = 0
-        self.ttft = Histogram(histograms.FIRST_TOKEN_BOUNDS_S)
-        self.itl = Histogram(histograms.TOKEN_BOUNDS_S)
-        self.tpot = Histogram(histograms.TOKEN_BOUNDS_S)
-        self.e2e = Histogram(histograms.STAGE_BOUNDS_S)
-        self.registry.register(_Latencies(self))
+        self.registry.register(_ClientCollector(self))
         self.registry.register(_MachineCollector(machine))
-        self.registry.register(_VllmCollector(self, machine, clock))
-
-    def observer(self, api: str, arrival_s: float) -> RequestObserver:
-        """Return the observer of an HTTP request that arrived at ``arrival_s``."""
-        return RequestObserver(self, api, arrival_s, self._clock)
-
-    def refused(self, api: str, code: str) -> None:
-        """Count an HTTP request answered with an error before any choice was submitted."""
-        self.requests.labels(api, code).inc()
+        self.registry.register(_VllmCollector(self, machine))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-class RequestObserver:
-    """Records the latencies of one HTTP request's choices."""
-
-    def __init__(self, metrics: Metrics, api: str, arrival_s: float, clock: Callable[[], float]) -> None:
-        self._metrics = metrics
-        self._api = api
-        self._arrival_s = arrival_s
-        self._clock = clock
-        self._first_s: dict[int, float] = {}
-        self._last_s: dict[int, float] = {}
-
-    def tokens(self, choice: Choice, num_tokens: int) -> None:
-        """Record ``num_tokens`` tokens of ``choice`` delivered together."""
-        now = self._clock()
-        self._metrics.output_tokens += num_tokens
-        if choice.index in self._last_s:
-            self._metrics.itl.observe(now - self._last_s[choice.index])
-        else:
-            self._first_s[choice.index] = now
-            self._metrics.ttft.observe(now - self._arrival_s)
-            self._metrics.prompt_tokens += choice.num_prompt_tokens
-            self._metrics.cached_tokens += choice.num_cached_tokens
-        self._last_s[choice.index] = now
-
-    def ended(self, choice: Choice, outcome: str) -> None:
-        """Record the end of ``choice``. ``outcome``: ``ok``, ``aborted``, or an error code."""
-        metrics = self._metrics
-        metrics.requests.labels(self._api, outcome).inc()
-        reason = {"ok": str(choice.finish_reason), "aborted": "abort", "request_cancelled": "abort"}.get(
-            outcome, "error"
-        )
-        metrics.finished[reason] = metrics.finished.get(reason, 0) + 1
-        if outcome != "ok":
-            return
-        now = self._clock()
-        metrics.e2e.observe(now - self._arrival_s)
-        if not choice.num_tokens and choice.request.sampling.num_prompt_logprobs is not None:
-            metrics.prompt_tokens += choice.num_prompt_tokens  # computed, but no token came that tells
-        if choice.num_tokens > 1:
-            metrics.tpot.observe((now - self._first_s[choice.index]) / (choice.num_tokens - 1))
 
 
 class _NoDescriptions(Collector):
@@ -109,15 +47,21 @@ class _NoDescriptions(Collector):
         return ()
 
 
-class _Latencies(_NoDescriptions):
-    """What clients wait for, under kvrelay's names."""
+class _ClientCollector(_NoDescriptions):
+    """What clients got and waited for, under kvrelay's names."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ClientMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yield counters of tokens and histograms of latencies."""
+        """Yield counters of choices and tokens, and histograms of latencies."""
         metrics = self._metrics
+        answered = CounterMetricFamily(
+            "kvrelay_requests", "Choices answered, by API and outcome.", labels=["api", "outcome"]
+        )
+        for labels, count in metrics.requests.items():
+            answered.add_metric(labels, count)
+        yield answered
         yield CounterMetricFamily("kvrelay_prompt_tokens", "Tokens of prompts.", metrics.prompt_tokens)
         yield CounterMetricFamily(
             "kvrelay_cached_prompt_tokens", "Tokens of prompts no node had to compute.", metrics.cached_tokens
@@ -159,11 +103,10 @@ class _MachineCollector(_NoDescriptions):
 class _VllmCollector(_NoDescriptions):
     """The cluster as one vLLM server."""
 
-    def __init__(self, metrics: Metrics, machine: RouterMachine, clock: Callable[[], float]) -> None:
+    def __init__(self, metrics: ClientMetrics, machine: RouterMachine) -> None:
         self._metrics = metrics
         self._machine = machine
         self._families = VllmFamilies(machine.node_table.model)
-        self._clock = clock
 
     def collect(self) -> Iterator[Metric]:
         """Yield vLLM's families. What this router counts is exact; what nodes count is as of their last heartbeats."""
@@ -178,7 +121,7 @@ class _VllmCollector(_NoDescriptions):
         yield families.counter("prefix_cache_queries", metrics.prompt_tokens)
         yield families.counter("prefix_cache_hits", metrics.cached_tokens)
         yield families.counter("num_preemptions", totals.preemptions)
-        yield families.request_success(metrics.finished)
+        yield families.request_success(dict(metrics.finished))
         by_name: Mapping[str, Histogram] = {
             histograms.FIRST_TOKEN: metrics.ttft,
             histograms.INTER_TOKEN: metrics.itl,
@@ -204,7 +147,7 @@ class _VllmCollector(_NoDescriptions):
         num_used = sum(node.load.used_blocks for node in decoding)
         yield families.gauge("kv_cache_usage_perc", num_used / num_blocks if num_blocks else 0.0)
         yield families.cache_config_info(_block_size(decoding), num_blocks)
-        yield families.lora_requests_info(self._clock())
+        yield families.lora_requests_info(self._metrics.clock())
 
 
 def _block_size(nodes: Sequence[Node]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import resource
@@ -16,6 +15,7 @@ import setproctitle
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.runtime.parent import end_with_parent
 from router.model import load_model
 from router.openai import schemas
 from router.openai.errors import AnswerError
@@ -28,14 +28,12 @@ NICENESS = 5
 _MEMORY_BYTES, _MEMORY_PER_BODY_BYTE = 4 << 30, 256
 """Address space limit of a worker: a constant plus a multiple of ``max_body_bytes``. Beyond it the job fails."""
 
-_PR_SET_PDEATHSIG = 1
-
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Serve the parent process. The parent ends it by closing its input, so SIGINT and SIGTERM are ignored."""
-    _end_with_parent()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     setproctitle.setproctitle("kvrelay router preparation")
@@ -52,11 +50,6 @@ def main() -> None:
         _limit_memory(job.max_body_bytes)
         target.write(framed(encode(reply_to(preparation, job))))
         target.flush()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when the router dies, even during a job."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _claim_stdout() -> BinaryIO:

@@ -28,7 +28,6 @@ from router.events import (
     CancelRequested,
     ClientGone,
     Deliver,
-    Delivery,
     DrainRequested,
     DumpReported,
     NewRequest,
@@ -39,17 +38,13 @@ from router.events import (
 )
 from router.expected_nodes import expected_nodes
 from router.follower import following
+from router.frontend import STOPPING, Sink
 from router.limits import Limits
 from router.machine import RouterMachine, RouterSettings
 from router.model import ServedModel
 from router.node_dumps import NodeDumps
 from router.preparation_pool import Preparer
 from router.recording import ROUTER_EVENTS
-
-STOPPING = "the router is stopping"
-"""Why a router that ends serves nothing more."""
-
-Sink = Callable[[RequestId, Delivery], None]
 
 _EPOCH_SHARES, _EPOCHS_PER_SHARE = 31, 24
 """Bits of an epoch: each router start draws its high bits at random and counts up in the low bits."""
@@ -88,6 +83,7 @@ class RouterService:
         self.config = config
         self.model = model
         self.clock = clock
+        self.started_s = clock.now()
         self.preparer = Preparer(config, model)
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, clock.now)
         self._incarnation = new_incarnation()
@@ -101,6 +97,8 @@ class RouterService:
         self.ended = asyncio.Event()
         """Set when the machine takes no requests any more."""
         self.control_addresses: list[str] = []
+        self.http_workers: Callable[[], list[dict[str, object]]] = list
+        """Returns the worker processes that serve clients, for operators."""
 
     async def run(self) -> str:
         """Serve until stopped and drained; return the reason.
@@ -171,9 +169,13 @@ class RouterService:
             self._sinks[request.request_id] = deliver
         self._post(Submitted(tuple(requests)))
 
-    def is_in_progress(self, request_id: RequestId) -> bool:
-        """Return whether a request with this id has been submitted and has not ended."""
-        return request_id in self._sinks
+    async def any_in_progress(self, request_ids: Sequence[RequestId]) -> bool:
+        """Return whether a request with one of these ids has been submitted and has not ended."""
+        return self.has_any(request_ids)
+
+    def has_any(self, request_ids: Sequence[RequestId]) -> bool:
+        """See ``any_in_progress``."""
+        return any(request_id in self._sinks for request_id in request_ids)
 
     def stop_matched(self, request_id: RequestId) -> None:
         """Report that the text contains a stop string, so that no more tokens are needed."""

@@ -7,8 +7,8 @@ here, from the timelines that the nodes report, and are sent by a thread of the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -22,27 +22,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvrelay.protocol.ids import ROUTER, RequestId
 from kvrelay.protocol.phases import phases
 from router.http.request_span import SPAN
-from router.service import RouterService
+
+TimelineOf: TypeAlias = Callable[[RequestId], Awaitable[dict[str, Any] | None]]
 
 SETTLE_S = 2.0
 """Seconds after its end until the phases of a request are sent: nodes report when its blocks are free."""
-
-KEPT_TIMELINES = 4096
-"""Timelines kept while there are traces: they must outlive ``SETTLE_S``."""
 
 _NS_PER_S = 1_000_000_000
 
 
 class Tracing:
-    """Makes and sends spans. Of a trace without a parent a share of ``sample_ratio`` is sampled."""
+    """Makes and sends spans. Of a trace without a parent a share of ``sample_ratio`` is sampled.
 
-    def __init__(self, service: RouterService, endpoint: str, sample_ratio: float) -> None:
-        self._service = service
+    ``timeline_of`` returns the timeline of a request in progress or recently ended, if it is kept.
+    """
+
+    def __init__(self, timeline_of: TimelineOf, endpoint: str, sample_ratio: float) -> None:
+        self._timeline_of = timeline_of
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
         self._sampler = ParentBased(TraceIdRatioBased(sample_ratio))
         self._tracers: dict[str, Any] = {}
         self._pending: dict[asyncio.TimerHandle, tuple[Any, Sequence[RequestId]]] = {}
-        service.machine.requests.timelines.max_kept = KEPT_TIMELINES
+        self._sending: set[asyncio.Task[None]] = set()
 
     def tracer(self, node: str) -> Any:
         """Return the tracer whose spans are those of the process ``node``."""
@@ -55,14 +56,19 @@ class Tracing:
 
     def ended(self, context: Any, request_ids: Sequence[RequestId]) -> None:
         """Send the phases of ``request_ids`` below the span of ``context`` when the nodes have reported them."""
-        handle = asyncio.get_running_loop().call_later(SETTLE_S, self._settled, context, request_ids)
+        handle = asyncio.get_running_loop().call_later(SETTLE_S, self._begin_to_send, context, request_ids)
         for fired in [pending for pending in self._pending if pending.when() < handle.when() - SETTLE_S]:
             del self._pending[fired]
         self._pending[handle] = context, request_ids
 
-    def _settled(self, context: Any, request_ids: Sequence[RequestId]) -> None:
+    def _begin_to_send(self, context: Any, request_ids: Sequence[RequestId]) -> None:
+        task = asyncio.get_running_loop().create_task(self._send_phases(context, request_ids))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send_phases(self, context: Any, request_ids: Sequence[RequestId]) -> None:
         for request_id in request_ids:
-            timeline = self._service.machine.requests.timelines.get(request_id)
+            timeline = await self._timeline_of(request_id)
             if timeline is not None:
                 self._send(timeline, context)
 
@@ -87,7 +93,9 @@ class Tracing:
         for handle, (context, request_ids) in self._pending.items():
             if not handle.cancelled() and handle.when() > asyncio.get_running_loop().time():
                 handle.cancel()
-                self._settled(context, request_ids)
+                self._begin_to_send(context, request_ids)
+        if self._sending:
+            await asyncio.wait(self._sending)
         await asyncio.to_thread(self._processor.shutdown)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 from asyncio.subprocess import Process
@@ -13,10 +12,9 @@ from dataclasses import dataclass, field
 
 from kvrelay.config.faults import FaultsConfig
 from kvrelay.runtime.listening import LISTENER_FD
+from kvrelay.runtime.parent import end_with_parent
 from kvrelay.runtime.startup import READY, STAGES_FD
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _MAX_LINE_BYTES = 1 << 16
 
 
@@ -79,7 +77,7 @@ class Child:
                 stderr=output.write_end,
                 pass_fds=list(descriptors.values()),
                 process_group=0,
-                preexec_fn=_die_with_parent,
+                preexec_fn=end_with_parent,
             )
         except OSError:
             os.close(output.read_end)
@@ -121,10 +119,6 @@ class Child:
         """Kill the process and all processes it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 async def _read_lines(fd: int, on_line: OnText) -> None:

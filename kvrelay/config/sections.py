@@ -78,6 +78,13 @@ class RouterConfig(Section):
         description="Address of the HTTP server; :: (with IPv6) means all IPv4 and IPv6 addresses.",
     )
     port: Port = Field(8000, description="Port of the HTTP server.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that serve clients: HTTP, chat templates, tokens, text. 1: the router itself; more: "
+        "as many processes, started by the router, which keeps the nodes and the state of requests.",
+    )
     admin_host: Host | None = Field(
         None,
         description="Address of the operators' HTTP server; other than loopback it needs a key. Default: 127.0.0.1, or "
@@ -165,7 +172,8 @@ class RouterConfig(Section):
         ge=1024,
         le=1 << 40,
         description="Maximum memory for the bodies of all requests that are not tokenized yet, in bytes (also 512MiB), "
-        "at least max_body_bytes; bodies beyond it get 503. Bodies up to 16 KiB are always accepted.",
+        "at least max_body_bytes for each of workers, which share it equally; bodies beyond it get 503. Bodies up to "
+        "16 KiB are always accepted.",
     )
     max_header_bytes: SizeBytes = Field(
         64 << 10, ge=1024, le=1 << 24, description="Maximum request line plus headers; larger ones get 431."
@@ -177,7 +185,10 @@ class RouterConfig(Section):
         75.0, gt=0, le=86400, description="Seconds after which the router closes an idle connection."
     )
     preparation_workers: int = Field(
-        2, ge=1, le=64, description="Maximum processes that prepare long bodies; started when needed."
+        2,
+        ge=1,
+        le=64,
+        description="Maximum processes that prepare long bodies, but at least one per worker; started when needed.",
     )
     preparation_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="Seconds a worker may take to prepare a long body; then 503."
@@ -225,9 +236,12 @@ class RouterConfig(Section):
 
     @model_validator(mode="after")
     def _room_for_a_body(self) -> Self:
-        if self.max_total_body_bytes < self.max_body_bytes:
+        share = self.max_total_body_bytes // self.workers
+        if share < self.max_body_bytes:
+            shared = f", shared by {self.workers} workers," if self.workers > 1 else ""
             raise refuse(
-                f"{self.max_total_body_bytes} is below max_body_bytes ({self.max_body_bytes})", "max_total_body_bytes"
+                f"{self.max_total_body_bytes}{shared} is below max_body_bytes ({self.max_body_bytes})",
+                "max_total_body_bytes",
             )
         return self
 

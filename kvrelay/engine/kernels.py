@@ -18,7 +18,6 @@ from kvrelay.engine.batch import RaggedBatch
 from kvrelay.engine.prompt_logprobs import PromptRows
 from kvrelay.engine.rope import Rotation
 from kvrelay.engine.sequences import ScheduledSequence
-from kvrelay.errors import KVRelayError
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.protocol.messages.engine import SequenceOutcome
 from kvrelay.protocol.request import PromptLogprobs
@@ -31,12 +30,6 @@ PackedLinear: TypeAlias = Any
 
 StepContext: TypeAlias = Any
 """Data about one step that is computed once for all layers."""
-
-
-class KernelsUnavailableError(KVRelayError):
-    """These kernels are unavailable on this machine."""
-
-    code = "kernels_unavailable"
 
 
 class LayerKV(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay.engine.kernels import KernelsUnavailableError
+from kvrelay.errors import KernelsUnavailableError
 
 _MAJOR_VERSION = 3
 _CPU, _IN_ORDER, _INFERENCE = 1, 1, None

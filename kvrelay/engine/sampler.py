@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvrelay.engine.highest_allowed import highest_allowed
 from kvrelay.engine.sequences import ScheduledSequence
 from kvrelay.errors import EngineError
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed, SequenceOutcome
@@ -33,9 +34,6 @@ Float64 = npt.NDArray[np.float64]
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow."""
-
-_FEW_WORDS = 64
-"""Words of a mask up to which its tokens are listed, which is quicker than a pass over the vocabulary."""
 
 _SEED_MASK = (1 << 64) - 1
 _FLOAT32 = np.finfo(np.float32)
@@ -133,32 +131,20 @@ def changes_logits(sequence: TokenSequence) -> bool:
     )
 
 
-def _constrained(row: Float32, token: int, sequence: TokenSequence, constraint: Constraint) -> tuple[int, Float32]:
-    """Return the highest token that ``constraint`` allows, and ``row`` without the others; ``token`` is its highest.
+def _constrained(
+    row: Float32, token: int, sequence: TokenSequence, constraint: Constraint
+) -> tuple[int | None, Float32]:
+    """Return the highest token that ``constraint`` allows, or None, and ``row`` to draw from; its highest is ``token``.
 
     A greedy token that is allowed is the usual case, and needs no more than that bit.
     """
-    words = constraint.words(sequence.num_output_tokens)
-    is_greedy = sequence.sampling.temperature < GREEDY_BELOW
-    if is_greedy and words[token // 32] >> token % 32 & 1:
-        return token, row
-    if np.count_nonzero(words) <= _FEW_WORDS:
-        tokens = _few_tokens(words, len(row))
-        if tokens.size and is_greedy:
-            return int(tokens[np.argmax(row[tokens])]), row
-        allowed = np.full_like(row, -np.inf)
-        allowed[tokens] = row[tokens]
-    else:
+    if sequence.sampling.temperature >= GREEDY_BELOW:
         allowed = np.where(constraint.allowed(sequence.num_output_tokens), row, np.float32(-np.inf))
-    return int(np.argmax(allowed)), allowed
-
-
-def _few_tokens(words: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.intp]:
-    """Return the tokens of a mask in which few words are not 0."""
-    used = np.flatnonzero(words)
-    bits = np.unpackbits(words[used].view(np.uint8), bitorder="little").reshape(-1, 32)
-    tokens: npt.NDArray[np.intp] = (used[:, None] * 32 + np.arange(32))[bits == 1]
-    return tokens[tokens < vocab_size]
+        return int(np.argmax(allowed)), allowed
+    words = constraint.words(sequence.num_output_tokens)
+    if words[token // 32] >> token % 32 & 1:
+        return token, row
+    return highest_allowed(row, words), row
 
 
 def _sample_row(row: Float32, greedy: int, sequence: TokenSequence) -> SequenceOutcome:
@@ -179,7 +165,10 @@ def _sample_finite(row: Float32, greedy: int, sequence: TokenSequence) -> Sequen
         adjusted = _adjust(row, sequence)
         token = int(np.argmax(adjusted))
     if sequence.constraint is not None:
-        token, adjusted = _constrained(adjusted, token, sequence, sequence.constraint)
+        allowed, adjusted = _constrained(adjusted, token, sequence, sequence.constraint)
+        if allowed is None:
+            return none_left(sequence.num_output_tokens)
+        token = allowed
     if not math.isfinite(adjusted[token]):
         return none_left(sequence.num_output_tokens)
     if params.temperature >= GREEDY_BELOW:

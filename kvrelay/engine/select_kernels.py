@@ -9,13 +9,13 @@ from pathlib import Path
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.gemm_kernels import GemmKernels
 from kvrelay.engine.int8 import Quantization
-from kvrelay.engine.kernels import HeadShape, Kernels, KernelsUnavailableError
+from kvrelay.engine.kernels import HeadShape, Kernels
 from kvrelay.engine.native.library import GemmKind, NativeLibrary
 from kvrelay.engine.native_kernels import NativeKernels
 from kvrelay.engine.onednn import OneDNN
 from kvrelay.engine.paddle_runtime import paddle
 from kvrelay.engine.portable import PortableKernels
-from kvrelay.errors import CheckpointError, ConfigError
+from kvrelay.errors import CheckpointError, ConfigError, KernelsUnavailableError
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvrelay.protocol.messages.base import ErrorInfo
+from router.client_metrics import ClientMetrics
+from router.frontend import Frontend
 from router.http.admin import AdminEndpoints, TokenEndpoint
 from router.http.api_keys import ApiKeys
 from router.http.clients_only import ClientsOnly
 from router.http.error_format import error_body
 from router.http.generate import GenerateEndpoint
+from router.http.key_limits import KeyUses, Uses
 from router.http.openapi import with_document
 from router.http.unsupported import unsupported_routes
-from router.metrics import Metrics
 from router.openai.errors import AnswerError
-from router.service import RouterService
 
 
 class App:
@@ -54,21 +55,20 @@ def _untraced(app: ASGIApp) -> ASGIApp:
 
 
 def make_app(
-    service: RouterService,
-    metrics: Metrics,
+    service: Frontend,
+    metrics: ClientMetrics,
+    state: Sequence[Route],
     keys: ApiKeys | None = None,
+    uses: Uses | None = None,
     traced: Callable[[ASGIApp], ASGIApp] = _untraced,
 ) -> ASGIApp:
-    """Return the HTTP application; with ``keys`` for clients that have one. ``traced`` wraps what generates.
+    """Return the HTTP application. ``state``: the routes of what only the machine knows, see ``router.http.state``.
 
-    There is no middleware unless web pages may use the API or clients need keys: what it costs, it costs per token.
+    With ``keys`` it is for clients that have one, and ``uses`` is how much the keys use (default: what this application
+    counts). ``traced`` wraps what generates. There is no middleware unless web pages may use the API or clients need
+    keys: what it costs, it costs per token.
     """
     admin = AdminEndpoints(service)
-
-    async def exposition(_: Request) -> Response:
-        """``GET /metrics``: metrics in Prometheus' text format."""
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
     routes = [
         Route("/v1/completions", traced(GenerateEndpoint("completions", service, metrics)), methods=["POST"]),
         Route("/v1/chat/completions", traced(GenerateEndpoint("chat", service, metrics)), methods=["POST"]),
@@ -82,18 +82,14 @@ def make_app(
         Route("/v1/messages", traced(GenerateEndpoint("messages", service, metrics)), methods=["POST"]),
         Route("/v1/messages/count_tokens", TokenEndpoint("messages_tokens", service), methods=["POST"]),
         *[Route(path, admin.health) for path in ("/health", "/healthz", "/livez", "/ping")],
-        *[Route(path, admin.ready) for path in ("/ready", "/readyz")],
         Route("/version", admin.version),
-        Route("/load", admin.load),
-        Route("/metrics", exposition),
-        Route("/cluster", admin.cluster),
-        Route("/cluster/requests/{request_id}", admin.timeline),
+        *state,
         *unsupported_routes(),
     ]
 
     def guard(app: ASGIApp) -> ASGIApp:
         if keys is not None:
-            app = ClientsOnly(app, keys, service.clock.now)
+            app = ClientsOnly(app, keys, uses or KeyUses(service.clock.now))
         return _cors(app, service.config.router.cors_allow_origins)
 
     return App(with_document(routes, "kvrelay"), guard)

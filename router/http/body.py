@@ -9,14 +9,14 @@ from starlette.types import Receive, Scope
 from kvrelay.errors import NoNodeError
 from kvrelay.protocol.messages.base import ErrorInfo
 from router.body_memory import BodyShare
+from router.frontend import STOPPING, Frontend
 from router.http.asgi import Watching
 from router.openai.errors import AnswerError
 from router.openai.generation import ClientLeftError
 from router.preparation import Job, Outcome, Task, too_large
-from router.service import STOPPING, RouterService
 
 
-async def prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
+async def prepared(task: Task, service: Frontend, scope: Scope, receive: Receive) -> Outcome:
     """Return the prepared body of the request in ``scope``.
 
     Raises AnswerError or another KVRelayError if it cannot be served, ClientLeftError if the client disconnects.
@@ -27,7 +27,7 @@ async def prepared(task: Task, service: RouterService, scope: Scope, receive: Re
         raise AnswerError.of(NoNodeError(STOPPING)) from None
 
 
-async def _prepared(task: Task, service: RouterService, scope: Scope, receive: Receive) -> Outcome:
+async def _prepared(task: Task, service: Frontend, scope: Scope, receive: Receive) -> Outcome:
     router = service.config.router
     headers = dict(scope["headers"])
     _check_content_type(headers)
@@ -90,7 +90,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, max_body_byte
     return bytes(body)
 
 
-async def _in_worker(service: RouterService, job: Job, scope: Scope, receive: Receive) -> Outcome:
+async def _in_worker(service: Frontend, job: Job, scope: Scope, receive: Receive) -> Outcome:
     """Let a worker prepare ``job`` while the client is connected."""
     task = asyncio.current_task()
     assert task is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +12,7 @@ from kvrelay.protocol.messages.base import ErrorInfo
 from router.http.access_log import note_key
 from router.http.api_keys import ApiKey, ApiKeys
 from router.http.asgi import send_error
-from router.http.key_limits import KeyUse
+from router.http.key_limits import Use, Uses
 from router.openai.choice import Choice, num_prompt_tokens
 from router.openai.errors import AnswerError
 
@@ -25,13 +25,12 @@ _SCHEME = "bearer "
 
 
 class ClientsOnly:
-    """Middleware. ``now`` returns the time in seconds."""
+    """Middleware. ``uses``: what the keys use, of all processes that serve clients."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, now: Callable[[], float]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, uses: Uses) -> None:
         self._app = app
         self._keys = keys
-        self._now = now
-        self._uses: dict[str, KeyUse] = {}
+        self._uses = uses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: 401 without a valid key, 429 beyond the limits of the key."""
@@ -52,17 +51,15 @@ class ClientsOnly:
             await self._app(scope, receive, send)
 
     async def _generate(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
-        use = self._uses.setdefault(key.name, KeyUse(self._now()))
-        wait_s = use.wait_s(key, self._now())
-        if wait_s > 0:
-            await send_error(send, _too_much(key, wait_s), use.headers(key, self._now()), scope["path"])
+        use = await self._uses.begin(key)
+        if use.wait_s > 0:
+            await send_error(send, _too_much(key, use.wait_s), use.headers(), scope["path"])
             return
-        use.begin()
         scope[_USE] = use
 
         def with_limits(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *use.headers(key, self._now())]
+                message["headers"] = [*message["headers"], *use.headers()]
             return send(message)
 
         try:
@@ -73,7 +70,7 @@ class ClientsOnly:
 
 def charge(scope: Scope, choices: Sequence[Choice]) -> None:
     """Count the tokens of an answer for the client's key, if it has one."""
-    use: KeyUse | None = scope.get(_USE)
+    use: Use | None = scope.get(_USE)
     if use is not None:
         use.charge(sum(choice.num_tokens for choice in choices) + num_prompt_tokens(choices))
 

@@ -11,13 +11,14 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.errors import InvalidRequestError, KVRelayError
 from kvrelay.protocol.ids import RequestId
 from router.admission import TTFT_LIMIT_HEADER
+from router.client_metrics import ClientMetrics
 from router.events import NewRequest
+from router.frontend import Frontend
 from router.http.access_log import note_tokens
 from router.http.asgi import Headers, Watching, send_error, send_events, send_internal_error, send_pieces
 from router.http.body import prepared
 from router.http.clients_only import charge
 from router.http.request_span import note_requests
-from router.metrics import Metrics
 from router.openai.answer import AnswerHead
 from router.openai.choice import Choice
 from router.openai.errors import AnswerError
@@ -25,7 +26,6 @@ from router.openai.generation import ClientLeftError, Generation
 from router.openai.models import model_name
 from router.openai.sampling import RequestSampling, text_options
 from router.preparation import Api, PreparedRequest, Task
-from router.service import RouterService
 from router.text.output_text import NO_IDS
 
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -70,8 +70,8 @@ class GenerateEndpoint:
     def __init__(
         self,
         task: Task,
-        service: RouterService,
-        metrics: Metrics,
+        service: Frontend,
+        metrics: ClientMetrics,
         draw_seed: Callable[[], int] = _new_seed,
     ) -> None:
         self._task = task
@@ -83,12 +83,11 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")  # the last one if it is repeated
-        name = given.decode("latin-1")
-        if not _NAME.fullmatch(name):
-            name = _new_name()
+        is_named = _NAME.fullmatch(given.decode("latin-1")) is not None
+        name = given.decode("latin-1") if is_named else _new_name()
         headers = [(b"x-request-id", given if 0 < len(given) <= _MAX_ECHOED_BYTES else name.encode())]
         try:
-            await self._serve(name, scope, receive, send, headers)
+            await self._serve(name, is_named, scope, receive, send, headers)
         except ClientLeftError:
             return
         except AnswerError as error:
@@ -100,12 +99,14 @@ class GenerateEndpoint:
         except Exception:
             await send_internal_error(send, scope["path"], name, headers)
 
-    async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+    async def _serve(
+        self, name: str, is_named: bool, scope: Scope, receive: Receive, send: Send, headers: Headers
+    ) -> None:
         arrival_s = self._service.clock.now()
         outcome = await prepared(self._task, self._service, scope, receive)
         assert isinstance(outcome, PreparedRequest)
         request = outcome.request
-        answer_id, request_ids = self._ids(name, len(outcome.prompts) * request.num_choices)
+        answer_id, request_ids = await self._ids(name, is_named, len(outcome.prompts) * request.num_choices)
         note_requests(scope, request_ids)
         given = dict(scope["headers"])
         named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
@@ -135,13 +136,16 @@ class GenerateEndpoint:
             if not refused:
                 charge(scope, choices)
 
-    def _ids(self, name: str, count: int) -> tuple[str, Sequence[RequestId]]:
-        """Return the answer's id and the ids of its requests; from ``name``, unless a request in progress has it."""
+    async def _ids(self, name: str, is_named: bool, count: int) -> tuple[str, Sequence[RequestId]]:
+        """Return the answer's id and the ids of its requests, from ``name``.
+
+        A name that the client gave (``is_named``) is not used while a request in progress has it.
+        """
         answer_id = self._api.id_prefix + name
         names = [answer_id] if count == 1 else [f"{answer_id}-{index}" for index in range(count)]
         request_ids = [RequestId(name) for name in names]
-        if any(map(self._service.is_in_progress, request_ids)):
-            return self._ids(_new_name(), count)
+        if is_named and await self._service.any_in_progress(request_ids):
+            return await self._ids(_new_name(), False, count)
         return answer_id, request_ids
 
     def _choices(

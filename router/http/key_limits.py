@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 from router.http.api_keys import ApiKey
 
@@ -62,3 +64,66 @@ class KeyUse:
         elapsed_s, self._updated_s = now - self._updated_s, now
         self._spent_tokens = max(0.0, self._spent_tokens - elapsed_s * tokens_per_minute / _MINUTE_S)
         return self._spent_tokens
+
+
+class Use(Protocol):
+    """One request with a key. ``wait_s``: seconds until the client may try again; 0: the request has begun."""
+
+    wait_s: float
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that tell the client of its limits."""
+
+    def charge(self, num_tokens: int) -> None:
+        """Count the tokens of its answer."""
+
+    def end(self) -> None:
+        """Count it as ended. Called once, if it has begun."""
+
+
+class Uses(Protocol):
+    """How much the keys use."""
+
+    async def begin(self, key: ApiKey) -> Use:
+        """Begin a request with ``key`` if its limits allow."""
+
+
+class KeyUses:
+    """What all keys of a router use. ``now`` returns the time in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._by_name: dict[str, KeyUse] = {}
+
+    async def begin(self, key: ApiKey) -> Use:
+        """See Uses."""
+        return self.begin_now(key)
+
+    def begin_now(self, key: ApiKey) -> Use:
+        """Begin a request with ``key`` if its limits allow."""
+        now = self._now()
+        return CountedUse(self._by_name.setdefault(key.name, KeyUse(now)), key, self._now)
+
+
+class CountedUse:
+    """One request with ``key``, whose use is ``counts``. See Use."""
+
+    def __init__(self, counts: KeyUse, key: ApiKey, now: Callable[[], float]) -> None:
+        self._counts = counts
+        self._key = key
+        self._now = now
+        self.wait_s = counts.wait_s(key, now())
+        if self.wait_s == 0:
+            counts.begin()
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """See Use."""
+        return self._counts.headers(self._key, self._now())
+
+    def charge(self, num_tokens: int) -> None:
+        """See Use."""
+        self._counts.charge(num_tokens)
+
+    def end(self) -> None:
+        """See Use."""
+        self._counts.end()

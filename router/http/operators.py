@@ -26,6 +26,7 @@ from router.http.asgi import send_error
 from router.http.dashboard import PATH, Dashboard
 from router.http.dumps import DumpEndpoints
 from router.http.openapi import Queries, with_document
+from router.http.state import StateEndpoints
 from router.openai.errors import AnswerError
 from router.openai.field_types import shown
 from router.server_info import server_info
@@ -94,14 +95,15 @@ class OperatorsOnly:
 
 def make_operators_app(service: RouterService) -> App:
     """Return the application, which lets everybody in: see ``OperatorsOnly``."""
-    info, endpoints, dumps = AdminEndpoints(service), OperatorEndpoints(service), DumpEndpoints(service)
+    info, state, endpoints = AdminEndpoints(service), StateEndpoints(service), OperatorEndpoints(service)
+    dumps = DumpEndpoints(service)
     routes = [
         Route("/health", info.health),
-        Route("/ready", info.ready),
+        Route("/ready", state.ready),
         Route(PATH, Dashboard().page),
         Route("/cluster", endpoints.cluster),
         Route("/cluster/requests", endpoints.requests),
-        Route("/cluster/requests/{request_id}", info.timeline),
+        Route("/cluster/requests/{request_id}", state.timeline),
         Route("/cluster/requests/{request_id}", endpoints.cancel, methods=["DELETE"]),
         Route("/cluster/nodes/{node_id}/drain", endpoints.drain, methods=["POST"]),
         Route("/cluster/nodes/{node_id}/stop", endpoints.stop, methods=["POST"]),

@@ -87,13 +87,14 @@ class HttpProtocol(HttpToolsProtocol):
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel all timers."""
+        """Cancel all timers, and forget the last request, which refers to the connection: a cycle would be garbage."""
         for timer in (self._deadline, self._probe):
             if timer is not None:
                 timer.cancel()
         self._unset_keepalive_if_required()
         self._give_up_answers()
         super().connection_lost(exc)
+        self.cycle = self.scope = None  # type: ignore[assignment]
         self._is_lost = True
         self._tell_watchers()
 

@@ -183,6 +183,17 @@ def test_a_collector_that_is_down_costs_no_request_and_no_orderly_end(collector:
             assert cluster.http.post("/v1/completions", json=PROMPT).status_code == 200
 
 
+def test_workers_of_the_router_send_traces(collector: Collector, model: Path) -> None:
+    trace_id = TRACE_ID[3:] + "bbb"
+    router = {"otlp_endpoint": collector.url, "workers": 2}
+    with running(cluster_config(model, m(), engine=fake_engine(), router=router)) as cluster:
+        headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
+        assert cluster.http.post("/v1/completions", json=PROMPT, headers=headers).status_code == 200
+    # they end with what they have, without waiting until it is time to send it
+    names = {(span.node, span.name) for span in collector.of(trace_id, 4)}
+    assert {("router", "POST /v1/completions"), ("router", "request"), ("m0", "prefill"), ("m0", "decode")} <= names
+
+
 def test_without_an_endpoint_nothing_of_it_is_imported(fake_cluster: Cluster) -> None:
     code = "import sys, router.server; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)

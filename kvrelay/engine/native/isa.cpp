@@ -11,8 +11,8 @@
 
 namespace {
 
-const KernelTable table = {KVR_ISA_NAME,   embed,  rms_norm, silu_mul, heads,   attention_scratch,
-                           partial_floats, attend, merge,    multiply, quantize};
+const KernelTable table = {KVR_ISA_NAME,   embed,  rms_norm, silu_mul, heads,    attention_scratch,
+                           partial_floats, attend, merge,    multiply, quantize, highest_allowed};
 
 }  // namespace
 

@@ -72,6 +72,7 @@ struct KernelTable {
     bool (*multiply)(const KvrGemm *gemm, int64_t first_panel, int64_t last_panel, void *scratch);
     void (*quantize)(const void *x, int32_t bf16, uint8_t *out, float *scales, int64_t width, int64_t stride,
                      int64_t first, int64_t last);
+    int64_t (*highest_allowed)(const float *x, const uint32_t *words, int64_t width);
 };
 
 // Columns of a panel of weights; memory for the sums of 96 rows, and for 128 steps of a panel that are widened.

@@ -174,7 +174,7 @@ thread_local std::vector<Item> pieces;
 extern "C" {
 
 // Interface version: the Python side refuses a library of another one.
-int32_t kvr_version() { return 4; }
+int32_t kvr_version() { return 5; }
 
 // Compute with threads threads, run by gomp_parallel (see RunParallel).
 void kvr_set_threads(int32_t threads, void *gomp_parallel) {
@@ -230,6 +230,11 @@ void kvr_quantize(const void *x, int32_t bf16, uint8_t *out, float *scales, int6
     for_rows(rows, 2 * width, [&](int64_t first, int64_t last) {
         table->quantize(x, bf16, out, scales, width, stride, first, last);
     });
+}
+
+// The first of the highest logits whose bits in words are set; -1 if none is above minus infinity.
+int64_t kvr_highest_allowed(const float *logits, const uint32_t *words, int64_t width) {
+    return table->highest_allowed(logits, words, width);
 }
 
 void kvr_attention(const KvrAttention *attention) {

@@ -6,9 +6,9 @@ import ctypes
 from enum import IntEnum
 from pathlib import Path
 
-from kvrelay.engine.kernels import KernelsUnavailableError
+from kvrelay.errors import KernelsUnavailableError
 
-_INTERFACE_VERSION = 4
+_INTERFACE_VERSION = 5
 
 _Pointer, _Int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -93,6 +93,8 @@ class NativeLibrary:
         calls.kvr_rms_norm.argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, *row, eps, flag)
         calls.kvr_silu_mul.argtypes = (_Pointer, _Pointer, *row, flag)
         calls.kvr_quantize.argtypes = (_Pointer, flag, _Pointer, _Pointer, *row, _Int64)
+        calls.kvr_highest_allowed.argtypes = (_Pointer, _Pointer, _Int64)
+        calls.kvr_highest_allowed.restype = _Int64
         self._calls = calls
         self._openmp = openmp
         self.embed = calls.kvr_embed
@@ -102,6 +104,7 @@ class NativeLibrary:
         self.attention = calls.kvr_attention
         self.multiply = calls.kvr_multiply
         self.quantize = calls.kvr_quantize
+        self.highest_allowed = calls.kvr_highest_allowed
 
     @property
     def isa(self) -> str:

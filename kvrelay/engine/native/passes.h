@@ -134,4 +134,41 @@ void heads(const KvrHeads *h, int64_t first, int64_t last) {
         heads_rows<float>(h, first, last);
 }
 
+// The first column of the highest of x [width] whose bits in words are set; -1 if none is above minus infinity.
+int64_t highest_allowed(const float *x, const uint32_t *words, int64_t width) {
+    vi lane, bit;
+    for (int i = 0; i < W; i++) {
+        lane[i] = i;
+        bit[i] = 1 << i;
+    }
+    vf highest = splat(-INFINITY);
+    vi column = {};
+    const int64_t whole = width / 32 * 32;
+    for (int64_t first = 0; first < whole; first += 32) {
+        const uint32_t word = words[first / 32];
+        if (word == 0) continue;
+        for (int part = 0; part < 32; part += W) {
+            const vf v = load(x + first + part);
+            const vi higher = ((bit & (int32_t)(word >> part)) != 0) & (v > highest);
+            highest = higher ? v : highest;
+            column = higher ? lane + (int32_t)(first + part) : column;
+        }
+    }
+    float best = -INFINITY;
+    int64_t found = -1;
+    for (int i = 0; i < W; i++) {
+        if (highest[i] > best || (highest[i] == best && column[i] < found)) {
+            best = highest[i];
+            found = column[i];
+        }
+    }
+    for (int64_t i = whole; i < width; i++) {
+        if ((words[i / 32] >> (i % 32) & 1) && x[i] > best) {
+            best = x[i];
+            found = i;
+        }
+    }
+    return found;
+}
+
 }  // namespace

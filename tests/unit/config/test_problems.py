@@ -74,6 +74,14 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         GOOD + "router: {max_total_body_bytes: 8MiB}\n",
         ["6: router.max_total_body_bytes: 8388608 is below max_body_bytes (16777216)"],
     ),
+    "no room for one body in each worker": (
+        GOOD + "router: {workers: 4, max_total_body_bytes: 60MiB}\n",
+        ["6: router.max_total_body_bytes: 62914560, shared by 4 workers, is below max_body_bytes (16777216)"],
+    ),
+    "too many workers": (
+        GOOD + "router: {workers: 65}\n",
+        ["6: router.workers: should be less than or equal to 64, not 65"],
+    ),
     "below its bound": (GOOD.replace("16", "0"), ["2: cache.block_size: should be greater than or equal to 1, not 0"]),
     "above its bound": (
         GOOD.replace("8300", "83000"),

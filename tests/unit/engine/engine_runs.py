@@ -13,9 +13,9 @@ import pytest
 
 from kvrelay.config.cluster_config import ClusterConfig, NodeConfig
 from kvrelay.engine.interface import Engine
-from kvrelay.engine.kernels import KernelsUnavailableError
 from kvrelay.engine.load import load_engine
 from kvrelay.engine.sequences import EngineSequence
+from kvrelay.errors import KernelsUnavailableError
 from kvrelay.kv_pool.device_memory import DeviceMemory
 from kvrelay.kv_pool.host_memory import KVMemory
 from kvrelay.node.plans import Chunk, PlanWriter

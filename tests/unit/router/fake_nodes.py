@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import httpx
+from starlette.types import ASGIApp
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
@@ -27,10 +28,11 @@ from kvrelay.runtime.transport import Transport
 from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.protocol import HttpProtocol
+from router.http.server import HttpServer, http_limits, http_server, tls_files
+from router.http.state import state_routes
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
 from router.openai.generation import Generation
-from router.server import HttpServer, http_limits, http_server, tls_files
 from router.service import RouterService
 
 GEOMETRY = KVGeometry(
@@ -199,6 +201,12 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+def clients_app(service: RouterService, keys: ApiKeys | None = None) -> ASGIApp:
+    """Return the clients' application of a router without workers."""
+    metrics = Metrics(service.machine, service.clock.now)
+    return make_app(service, metrics, state_routes(service, metrics), keys)
+
+
 @dataclass
 class FakeCluster:
     service: RouterService
@@ -252,7 +260,7 @@ async def fake_cluster(
         node.num_taken = partial(_num_taken, service)
         node.join(service.control_addresses[0])
     beating = asyncio.create_task(_beat(nodes))
-    app = make_app(service, Metrics(service.machine, clock.now), ApiKeys.of(settings.router, clock.now, env={}))
+    app = clients_app(service, ApiKeys.of(settings.router, clock.now, env={}))
     tls = tls_files(settings.router)
     server = http_server(app, "127.0.0.1", 0, http_limits(settings.router), tls)
     with socket.create_server(("127.0.0.1", 0)) as listener:

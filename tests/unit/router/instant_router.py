@@ -16,11 +16,13 @@ from kvrelay.machine.clock import Clock
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 from router.events import Delivery, NewRequest, PromptLogprobsDelivered, RequestEnded, TokensDelivered
+from router.frontend import Sink
 from router.http.app import make_app
+from router.http.state import state_routes
 from router.metrics import Metrics
 from router.model import ServedModel, load_model
 from router.preparation_pool import Preparer
-from router.service import RouterService, Sink
+from router.service import RouterService
 
 MOST_TOKENS = 4
 
@@ -92,7 +94,7 @@ class InstantRouter:
         self._model = load_model(settings)
         self.service = InstantService(settings, self._model)
         self.metrics = Metrics(self.service.machine, self.service.clock.now)
-        self.app: ASGIApp = make_app(self.service, self.metrics)
+        self.app: ASGIApp = make_app(self.service, self.metrics, state_routes(self.service, self.metrics))
 
     @property
     def last(self) -> NewRequest:

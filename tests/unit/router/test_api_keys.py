@@ -18,7 +18,7 @@ from kvrelay.config.sections import RouterConfig
 from kvrelay.errors import ConfigError
 from router.http.api_keys import VARIABLE, ApiKey, ApiKeys, parse_api_keys
 from router.http.key_limits import KeyUse
-from router.server import tls_files
+from router.http.server import tls_files
 
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789"
 BODY = {"model": "demo", "prompt": "Hello", "max_tokens": 4, "temperature": 0}

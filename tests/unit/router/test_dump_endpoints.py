@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 from driver import Driver
-from fake_nodes import config, register
+from fake_nodes import clients_app, config, register
 from starlette.types import ASGIApp
 
 import router.node_dumps
@@ -20,10 +20,8 @@ from kvrelay.protocol.ids import NodeId, peer_id
 from kvrelay.protocol.messages.node_to_router import Dumped
 from kvrelay.protocol.messages.router_to_node import Dump
 from router.events import DumpReported, DumpRequested
-from router.http.app import make_app
 from router.http.operators import make_operators_app
 from router.machine import RouterMachine, RouterSettings
-from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
@@ -96,7 +94,7 @@ def test_the_routers_own_recording() -> None:
 
 def test_clients_have_no_such_endpoint() -> None:
     service = Service()
-    app = make_app(service, Metrics(service.machine, service.clock.now))
+    app = clients_app(service)
     assert {post(app, path).status_code for path in ("/cluster/dump", "/cluster/nodes/m0/dump")} == {404}
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_nodes import config
+from fake_nodes import clients_app, config
 from starlette.types import ASGIApp
 
 from kvrelay.machine.clock import Clock
-from router.http.app import make_app
-from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
@@ -27,7 +25,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
 def app() -> ASGIApp:
     settings, clock = config(max_body_bytes=4096, max_queued_requests=64), Clock()
     service = RouterService(settings, load_model(settings), clock)
-    return make_app(service, Metrics(service.machine, clock.now))
+    return clients_app(service)
 
 
 def answer(method: str, path: str, **options: Any) -> httpx.Response:

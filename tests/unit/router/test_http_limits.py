@@ -351,6 +351,27 @@ def test_slow_body_of_a_client_that_leaves_is_forgotten(num_bytes: int) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("body", [completion(), completion(stream=True)], ids=["whole", "stream"])
+def test_what_a_closed_connection_held_is_free_at_once(body: bytes) -> None:
+    """Without the cyclic garbage collector, which runs rarely and then delays all streams."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        gc.disable()
+        try:
+            async with connected(cluster) as (reader, writer):
+                writer.write(post(body))
+                await reader.readuntil(b"[DONE]" if b"stream" in body else b"usage")
+                [connection] = map(weakref.ref, cluster.connections)
+            await until(lambda: not cluster.connections and not cluster.http.server_state.tasks)
+            for _ in range(10):  # what the loop still has to call refers to the connection
+                await asyncio.sleep(0)
+            assert connection() is None
+        finally:
+            gc.enable()
+
+    run(scenario)
+
+
 # ---------------------------------------------------------------- memory for bodies
 
 KIB = 1 << 10

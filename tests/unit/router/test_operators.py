@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_nodes import config, register
+from fake_nodes import clients_app, config, register
 from pydantic import SecretStr
 from starlette.types import ASGIApp
 
@@ -22,9 +22,7 @@ from kvrelay.machine.contract import Received
 from kvrelay.protocol.ids import RequestId, peer_id
 from kvrelay.protocol.request import SamplingParams
 from router.events import CacheResetEnded, CacheResetRequested, DrainRequested, NewRequest, NodeReset, Submitted
-from router.http.app import make_app
 from router.http.operators import OperatorsOnly, make_operators_app
-from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 
@@ -60,7 +58,7 @@ def node_in(response: httpx.Response) -> dict[str, Any]:
 
 def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> None:
     service = Service()
-    clients = ask(make_app(service, Metrics(service.machine, service.clock.now)), "GET", "/cluster")
+    clients = ask(clients_app(service), "GET", "/cluster")
     operators = ask(make_operators_app(service), "GET", "/cluster")
     assert node_in(operators).keys() - node_in(clients).keys() == {"address", "pid", "incarnation"}
     assert node_in(operators)["incarnation"] == "a1b2"
@@ -71,7 +69,7 @@ def test_only_operators_learn_where_nodes_are_and_which_start_of_them_runs() -> 
 def test_a_node_is_drained_by_operators_and_not_by_clients(action: str, stay_down: bool) -> None:
     service = Service()
     path = f"/cluster/nodes/n0/{action}"
-    assert ask(make_app(service, Metrics(service.machine, service.clock.now)), "POST", path).status_code == 404
+    assert ask(clients_app(service), "POST", path).status_code == 404
     assert service.posted == []
     assert ask(make_operators_app(service), "POST", path).status_code == 202
     assert service.posted == [DrainRequested("n0", stay_down)]  # type: ignore[arg-type]
@@ -127,7 +125,7 @@ def test_the_info_for_operators_has_the_config_and_no_secret() -> None:
 
 def test_the_load_is_the_number_of_requests_in_progress() -> None:
     service = Service()
-    app = make_app(service, Metrics(service.machine, service.clock.now))
+    app = clients_app(service)
     assert ask(app, "GET", "/load").json() == {"server_load": 0}
     requests = tuple(NewRequest(RequestId(name), [1], SamplingParams(max_tokens=2, seed=0)) for name in "abc")
     service.machine.handle(Submitted(requests), 0.0)
