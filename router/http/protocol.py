@@ -144,7 +144,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._watch_progress()
 
     def on_message_begin(self) -> None:
-        """Called when a request starts. Raises HttpParserError, which ends the connection, if too many are unanswered."""
+        """Called when a request starts. Raises HttpParserError, which ends the connection, after too many."""
         if len(self._unanswered) >= MAX_PIPELINED and len(self._being_answered()) >= MAX_PIPELINED:
             raise HttpParserError(f"more than {MAX_PIPELINED} unanswered requests")
         self._is_receiving = True
