@@ -104,7 +104,7 @@ class Steps:
         """Take the outcome of each sequence; each router gets the tokens that are its own in one message."""
         ended = self._scheduler.in_flight.end(event)
         self.counters["steps"] += 1
-        step_s = self._measure(ended)
+        step_s = self._measure(event, ended)
         num_outputs = 0
         outputs: defaultdict[PeerId, list[RequestOutput]] = defaultdict(list)
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
@@ -121,13 +121,13 @@ class Steps:
             self.counters["decode_tokens"] += sum([len(output.token_ids) for output in its])
             self._outbox.send(router, TokensOut(outputs=its))
 
-    def _measure(self, ended: PlanInFlight[DecodeRequest]) -> float:
-        """Return the seconds of the step. Note how fast prompts were computed in it.
+    def _measure(self, event: StepDone | StepFailed, ended: PlanInFlight[DecodeRequest]) -> float:
+        """Return the seconds of the step. Note how fast prompts were computed in it, unless it failed, maybe at once.
 
         To compare computing with reading from the store, only steps count that computed hardly anything else.
         """
         prefilling, num_prefill = self._requests.prefilling, 0
-        if prefilling:
+        if prefilling and isinstance(event, StepDone):
             chunks = zip(ended.requests, ended.chunks, strict=True)
             num_prefill = sum(chunk.num_tokens for request, chunk in chunks if request in prefilling)
         seconds = ended.seconds(self._last_ended_s, self._outbox.now)

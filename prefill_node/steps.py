@@ -103,7 +103,7 @@ class Steps:
         """Take the outcome of each sequence; each router gets the first tokens that are its own in one message."""
         ended = self._in_flight.end(event)
         del self._spans[ended.plan.step]
-        self._measure(ended)
+        self._measure(event, ended)
         outputs: dict[PeerId, list[RequestOutput]] = {}
         self.counters["steps"] += 1
         for request, chunk, outcome in zip(ended.requests, ended.chunks, ended.outcomes(event), strict=True):
@@ -117,9 +117,11 @@ class Steps:
         for router, its in outputs.items():
             self._outbox.send(router, TokensOut(outputs=its))
 
-    def _measure(self, ended: PlanInFlight[PrefillRequest]) -> None:
-        num_tokens = sum(chunk.num_tokens for chunk in ended.chunks)
-        self.prefill_speed.add(num_tokens, ended.seconds(self._last_ended_s, self._outbox.now), self._outbox.now)
+    def _measure(self, event: StepDone | StepFailed, ended: PlanInFlight[PrefillRequest]) -> None:
+        """Note how fast prompts were computed. A step that failed may have failed at once, and is no measure."""
+        if isinstance(event, StepDone):
+            num_tokens = sum(chunk.num_tokens for chunk in ended.chunks)
+            self.prefill_speed.add(num_tokens, ended.seconds(self._last_ended_s, self._outbox.now), self._outbox.now)
         self._last_ended_s = self._outbox.now
 
     def _computed(self, request: PrefillRequest, chunk: Chunk, sampled: SampledTokens) -> RequestOutput | None:

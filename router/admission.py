@@ -42,7 +42,7 @@ class Admission:
         """Return the refusal if the first token of ``request`` is predicted to come later than it may.
 
         Each request is looked at as if it came alone. A node that has not measured its speed is no reason to refuse: it
-        would never be measured if all were. For the same reason prompts of any length are let in now and then.
+        would never be measured if all were. For the same reason prompts of any length are admitted now and then.
         """
         own_s = request.new.max_ttft_s
         limit_s = self._limits.ttft_slo_s if own_s is None else own_s

@@ -51,7 +51,7 @@ class Placement:
         request.predictions = None
         if raw is not None:
             request.predictions = raw, self.predictions.corrected(raw, now)
-            self.predictions.let_in(raw, now)
+            self.predictions.dispatched(raw, now)
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:

@@ -10,7 +10,7 @@ from kvrelay.protocol.histograms import FIRST_TOKEN_BOUNDS_S
 from kvrelay.protocol.prompt_lengths import NUM_LENGTH_CLASSES, length_class
 
 TRIED_AGAIN_S = 60.0
-"""Seconds after which a prompt is let in however late its first token is predicted, if no similar one was meanwhile."""
+"""Seconds without a dispatched prompt of similar length after which one is admitted, whatever is predicted for it."""
 
 
 class Prediction(NamedTuple):
@@ -39,13 +39,13 @@ class Predictions:
     has its own factor, and another for the prefill alone, which is too long if first tokens came before its end: the
     speed was measured on steps with few tokens. The histograms only grow.
 
-    Who refuses all prompts of a class learns nothing of them any more, so one is let in now and then (``may_refuse``).
+    Who refuses all prompts of a class learns nothing of them any more: one is admitted now and then (``may_refuse``).
     """
 
     def __init__(self) -> None:
         self._factors = [Speed() for _ in range(NUM_LENGTH_CLASSES)]
         self._prefill_factors = [Speed() for _ in range(NUM_LENGTH_CLASSES)]
-        self._let_in_s: list[float | None] = [None] * NUM_LENGTH_CLASSES
+        self._dispatched_s: list[float | None] = [None] * NUM_LENGTH_CLASSES
         self.errors = {direction: Histogram(FIRST_TOKEN_BOUNDS_S) for direction in ("late", "early")}
         """``late``: of first tokens that came later than predicted, or on time."""
 
@@ -59,17 +59,17 @@ class Predictions:
     def may_refuse(self, prediction: Prediction, now: float) -> bool:
         """Return whether a prompt may be refused at time ``now`` because of ``prediction``.
 
-        False if none of similar length was let in for ``TRIED_AGAIN_S``, counted from when the first was to be refused.
+        False if none of similar length was dispatched for ``TRIED_AGAIN_S``, or since the first one to be refused.
         """
         which = length_class(prediction.num_uncached)
-        let_in_s = self._let_in_s[which]
-        if let_in_s is None:
-            let_in_s = self._let_in_s[which] = now
-        return now - let_in_s < TRIED_AGAIN_S
+        dispatched_s = self._dispatched_s[which]
+        if dispatched_s is None:
+            dispatched_s = self._dispatched_s[which] = now
+        return now - dispatched_s < TRIED_AGAIN_S
 
-    def let_in(self, prediction: Prediction, now: float) -> None:
+    def dispatched(self, prediction: Prediction, now: float) -> None:
         """Note that a node gets a prompt with this prediction at time ``now``."""
-        self._let_in_s[length_class(prediction.num_uncached)] = now
+        self._dispatched_s[length_class(prediction.num_uncached)] = now
 
     def observe(self, raw: Prediction, corrected: Prediction, real_s: float, now: float) -> None:
         """Note a first token that came after ``real_s``. Predictions without a measured speed correct nothing."""

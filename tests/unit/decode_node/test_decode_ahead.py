@@ -200,6 +200,7 @@ def test_a_step_that_fails_as_a_whole_ends_its_requests_and_no_others() -> None:
     harness.post(StepFailed(harness.plans.popleft().step, "ValueError: broken"))
     [failed] = harness.sent(RequestFailed)
     assert (failed.request_id, failed.error.message, failed.error.retryable) == ("a", "ValueError: broken", True)
+    assert harness.machine.load().prefill_tokens_per_s == 0.0  # how fast a step fails says nothing
     harness.finish_step()
     harness.run_steps()
     assert [failure.request_id for failure in harness.sent(RequestFailed)] == ["a"]

@@ -67,6 +67,7 @@ def test_a_step_that_fails_ends_its_requests_once_and_the_plan_behind_it_is_drop
     harness.post(StepFailed(harness.plans.popleft().step, "ValueError: broken"))
     [failed] = harness.sent(RequestFailed, ROUTER)
     assert (failed.request_id, failed.error.retryable) == ("r0", True)
+    assert harness.machine.load().prefill_tokens_per_s == 0.0  # how fast a step fails says nothing
     harness.finish_step()
     assert [failure.request_id for failure in harness.sent(RequestFailed)] == ["r0"]
     assert planned(harness) == [[("r1", 0, 8)]]
