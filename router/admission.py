@@ -42,12 +42,14 @@ class Admission:
         """Return the refusal if the first token of ``request`` is predicted to come later than it may.
 
         Each request is looked at as if it came alone. A node that has not measured its speed is no reason to refuse: it
-        would never be measured if all were.
+        would never be measured if all were. For the same reason prompts of any length are let in now and then.
         """
         own_s = request.new.max_ttft_s
         limit_s = self._limits.ttft_slo_s if own_s is None else own_s
         prediction = self._placement.predict(request, now) if limit_s is not None else None
         if limit_s is None or prediction is None or not prediction.is_measured or prediction.ttft_s <= limit_s:
+            return None
+        if not self._placement.predictions.may_refuse(prediction, now):
             return None
         self._table.counters.refused_for_ttft += 1
         return TTFTLimitError(

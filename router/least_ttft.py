@@ -54,6 +54,13 @@ class LeastTTFT(Policy):
 
         Ties: the least recently chosen node.
         """
+        chosen = self.would_choose(candidates, request)
+        self._num_chosen += 1
+        self._last_chosen[chosen.node_id] = self._num_chosen
+        return chosen
+
+    def would_choose(self, candidates: Sequence[Node], request: RoutedRequest) -> Node:
+        """See Policy."""
         tokens_per_s = mean_tokens_per_s(self._nodes)
         if candidates[0].role is Role.DECODE:
             prefill = self._nodes.get(request.prefill)
@@ -66,10 +73,7 @@ class LeastTTFT(Policy):
             token_delay_s = (EVICTION_FACTOR * (1 + self._least_num_prompts()) - 1) / tokens_per_s
             costs = [_cost(node, request, receivers, tokens_per_s, token_delay_s) for node in candidates]
         turns = [self._last_chosen.get(node.node_id, 0) for node in candidates]
-        chosen = candidates[min(range(len(candidates)), key=lambda index: (costs[index], turns[index]))]
-        self._num_chosen += 1
-        self._last_chosen[chosen.node_id] = self._num_chosen
-        return chosen
+        return candidates[min(range(len(candidates)), key=lambda index: (costs[index], turns[index]))]
 
     def predict(self, node: Node, request: RoutedRequest) -> Prediction:
         """Return the time to first token if ``node`` computes the prompt."""

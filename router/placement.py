@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from kvrelay.config.cluster_config import Role
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId
@@ -10,6 +12,9 @@ from router.node_table import Node, NodeTable
 from router.policy import Policy
 from router.prediction import Prediction, Predictions
 from router.request import RoutedRequest, Status
+
+Choose: TypeAlias = Callable[[Sequence[Node], RoutedRequest], Node | None]
+"""How a routing policy chooses, or would choose."""
 
 
 class Placement:
@@ -39,11 +44,14 @@ class Placement:
         It is a mixed node, a prefill node if a decode node is available, or a decode node that also computes the
         prompt. Nodes that failed the request come last.
         """
-        chosen = self._entry(request)
+        chosen = self._entry(request, self._prefill_routing.choose)
         if chosen is None:
             return None
         raw = self._prefill_routing.predict(chosen, request)
-        request.predictions = None if raw is None else (raw, self.predictions.corrected(raw, now))
+        request.predictions = None
+        if raw is not None:
+            request.predictions = raw, self.predictions.corrected(raw, now)
+            self.predictions.let_in(raw, now)
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
         if self._prefill_routing.uses_prefixes:
@@ -62,11 +70,11 @@ class Placement:
 
         None if there is no node, or the policy predicts none.
         """
-        node = self._entry(request)
+        node = self._entry(request, self._prefill_routing.would_choose)
         raw = None if node is None else self._prefill_routing.predict(node, request)
         return None if raw is None else self.predictions.corrected(raw, now)
 
-    def _entry(self, request: RoutedRequest) -> Node | None:
+    def _entry(self, request: RoutedRequest, choose: Choose) -> Node | None:
         decode_nodes = self._node_table.available(Role.DECODE)
         nodes = self._node_table.available(Role.MIXED)
         if request.wants_one_token or decode_nodes:
@@ -77,8 +85,8 @@ class Placement:
         if not untried and (untried_helpers or not nodes):
             return min(untried_helpers or helpers, key=partial(self._helpfulness, request), default=None)
         nodes = untried or nodes
-        chosen = self._prefill_routing.choose(nodes, request)
-        if chosen.role is not Role.PREFILL:
+        chosen = choose(nodes, request)
+        if chosen is None or chosen.role is not Role.PREFILL:
             return chosen
         return min(
             self._ahead(request, nodes, untried_helpers), key=partial(self._helpfulness, request), default=chosen

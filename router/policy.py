@@ -22,6 +22,10 @@ class Policy(ABC):
     def choose(self, candidates: Sequence[Node], request: RoutedRequest) -> Node:
         """Return one of ``candidates`` (at least one, in the order they registered) for ``request``."""
 
+    def would_choose(self, candidates: Sequence[Node], request: RoutedRequest) -> Node | None:
+        """Return what ``choose`` would return, without a trace of it; None: this policy does not predict times."""
+        return None
+
     def backlog(self, request: RoutedRequest, node: Node) -> float:
         """Return how far ``node`` is behind if it has to compute the prompt, in prompt tokens."""
         return node.tokens_before(request.num_tokens)

@@ -70,17 +70,19 @@ def _require_whole(header: Header) -> None:
 def _replay(header: Header, records: Iterator[RawRecord], say: Callable[[str], None]) -> bool:
     codec = codec_of(header.role)
     shown: deque[str] = deque(maxlen=_CONTEXT + 1)
-    count = 0
+    count, has_no_end = 0, False
 
     def read() -> Iterator[RawRecord]:
-        nonlocal count
+        nonlocal count, has_no_end
         for count, record in enumerate(records, 1):
+            has_no_end = record.actions is None
             shown.append(_line(count - 1, record, codec))
             yield record
 
     difference = first_difference(machine_of(header.role, header.start), codec, read(), header.crash)
     if difference is None:
-        crash = f", and the same crash: {header.crash}" if header.crash is not None else ""
+        which = "the same crash" if has_no_end else "a crash outside the machine, which a replay does not repeat"
+        crash = f", and {which}: {header.crash}" if header.crash is not None else ""
         say(f"{header.process}: {count} events, the same actions{crash}")
         return True
     for line in shown:

@@ -65,7 +65,7 @@ class EventCodec:
             now, name, fields = record
             event = self._received(*fields) if name == "Received" else self._convert(fields, self._kinds[name])
             return RecordedEvent(float(now), event)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:  # msgspec's errors are ValueErrors
+        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:  # msgspec's are ValueErrors
             raise RemoteProtocolError(f"not an event of this role: {error!r:.300}") from error
 
     def encode_actions(self, actions: Sequence[Any]) -> bytes:

@@ -92,10 +92,17 @@ def write(recording: Recording, directory: Path, *, prompts: bool, crash: str | 
         crash=crash,
     )
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "wb") as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=_LEVEL) as packed:
-        packed.write(msgspec.msgpack.encode(header))
-        for record in recording.records:
-            packed.write(_packed(record if prompts else _redacted(record, recording)))
+    try:
+        with (
+            os.fdopen(descriptor, "wb") as file,
+            gzip.GzipFile(fileobj=file, mode="wb", compresslevel=_LEVEL) as packed,
+        ):
+            packed.write(msgspec.msgpack.encode(header))
+            for record in recording.records:
+                packed.write(_packed(record if prompts else _redacted(record, recording)))
+    except BaseException:  # half a file can be read by nobody, and is not counted below
+        path.unlink(missing_ok=True)
+        raise
     _remove_oldest(directory, recording.process)
     return path
 
@@ -145,10 +152,18 @@ def named(actions: list[Any]) -> str:
 
 def _remove_oldest(directory: Path, process: str) -> None:
     name = re.compile(rf"{re.escape(process)}-\d{{8}}T\d{{6}}-[0-9a-f]+{re.escape(SUFFIX)}")
-    files = [path for path in directory.iterdir() if name.fullmatch(path.name)]
-    files.sort(key=lambda path: path.stat().st_mtime_ns)
-    for path in files[:-MAX_KEPT]:
+    ages = [_written_ns(path) for path in directory.iterdir() if name.fullmatch(path.name)]
+    files = sorted(age for age in ages if age is not None)
+    for _, path in files[:-MAX_KEPT]:
         path.unlink(missing_ok=True)
+
+
+def _written_ns(path: Path) -> tuple[int, Path] | None:
+    """Return when a file was written, with its path; None if it is gone: another process removes files, too."""
+    try:
+        return path.lstat().st_mtime_ns, path
+    except FileNotFoundError:
+        return None
 
 
 def _objects(unpacker: msgpack.Unpacker, path: Path) -> Iterator[Any]:

@@ -117,6 +117,7 @@ def test_a_log_line_may_have_anything_in_it() -> None:
         [1.0, "Received", ["p0", "NoSuchMessage", {}, []]],
         [1.0, "Received", ["p0", "Abort", {"request_id": 7, "epoch": 1}, []]],
         [1.0, "Received", ["p0", "Abort", {"request_id": "r", "epoch": 1}, [-1]]],
+        [1.0, "Received", ["p0", "Abort", {"request_id": "r", "epoch": 1}, [1 << 62]]],
         [1.0, "PeerLost", {"peer": "p0"}],
         [1.0, "LayersComputed", {"step": 1, "layers": ["a"]}],
         ["now", "Started", {}],

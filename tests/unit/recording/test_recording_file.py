@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import pickle
@@ -18,7 +19,7 @@ from kvrelay.node.recording import NODE_EVENTS
 from kvrelay.protocol.ids import ROUTER, PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
 from kvrelay.recording.recorder import Recorder, Recording
-from kvrelay.recording.recording_file import MAX_KEPT, RawRecord, default_directory, opened, write
+from kvrelay.recording.recording_file import MAX_KEPT, SUFFIX, RawRecord, default_directory, opened, write
 from kvrelay.recording.settings import RecordingSettings
 
 
@@ -56,6 +57,24 @@ def test_only_the_newest_files_of_a_process_are_kept(tmp_path: Path) -> None:
         paths.append(write(recording(), tmp_path, prompts=True))
         os.utime(paths[-1], ns=(number, number))
     assert set(tmp_path.iterdir()) == {*paths[-MAX_KEPT:], other}
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_is_full(record: object) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvrelay.recording.recording_file._packed", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        write(recording(Started()), tmp_path, prompts=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_another_process_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / f"m0-20261127T170000-00c0ffee{SUFFIX}"
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([gone]))
+    assert write(recording(Started()), tmp_path, prompts=True).exists()
 
 
 def test_tokens_are_left_out_unless_wanted(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ HARMLESS: frozenset[str] = frozenset(
     KVGeometry.dtype KVGeometry.layout KVGeometry.model_digest LinkAccepted.handle LinkAccepted.kind
     LinkAccepted.passed_over LinkAddress.host_id LinkAddress.ipc LinkAddress.tcp LinkLost.reason
     LinkOffer.handle LinkOffer.kind LinkReady.handle LinkReady.kind LinkReady.reason LinkRefused.code
-    LinkRefused.reason Load.counters Load.gauges Load.prompt_tokens Mark.name Mark.node MessagerDumped.dump_id
+    LinkRefused.reason Load.counters Load.gauges Load.link_bytes_per_s Load.prompt_tokens Mark.name Mark.node
+    MessagerDumped.dump_id
     MessagerDumped.error MessagerDumped.path MessagerDumped.process MessagerStats.counters MessagerStats.gauges
+    MessagerStats.link_bytes_per_s
     NewRequest.answer_id NodeAddress.address NodeEntry.state PeerLost.reason PromptWait.counts
     ProtocolViolation.reason Register.address Register.incarnation Register.model Register.prefill_order
     Register.role Registered.router_incarnation RegistrationRefused.reason RegistryLost.reason

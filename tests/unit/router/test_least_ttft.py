@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from kvrelay.config.sections import RoutingPolicy
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
-from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
 from router.admission import TTFT_LIMIT_HEADER
-from router.events import NewRequest, RequestErrored
+from router.events import ClientGone, NewRequest, RequestErrored
 from router.least_ttft import EVICTION_FACTOR, LeastTTFT
 from router.limits import Limits
 from router.node_table import Node, NodeTable
@@ -334,6 +335,19 @@ def test_other_policies_predict_nothing_and_refuse_nothing() -> None:
     assert not any(sum(found.counts) for found in driver.machine.requests.prediction_errors.values())
 
 
+@pytest.mark.parametrize("policy", ["ttft", "round_robin", "least_loaded"])
+def test_equals_take_turns_whether_requests_have_limits_or_not(policy: RoutingPolicy) -> None:
+    driver = Driver("p0 p1 d0", policy=policy)
+    measured(driver, "p0", 100.0)
+    measured(driver, "p1", 100.0)
+    nodes = []
+    for number in range(4):
+        driver.submit(prompt(f"{number}", 10, first=100 * number, max_ttft_s=60.0))
+        nodes.append(driver.dispatched()[0])
+        driver.do(ClientGone(RequestId(f"{number}")))
+    assert sorted(nodes[:2]) == sorted(nodes[2:]) == [peer("p0"), peer("p1")]
+
+
 def test_requests_that_belong_together_are_refused_together() -> None:
     driver = cluster_of("p0 d0", slo_s=1.0)
     measured(driver, "p0", 100.0)
@@ -382,10 +396,15 @@ def test_predictions_are_corrected_by_what_came_of_those_for_prompts_of_similar_
     assert predictions.corrected(short, 71.5) == short  # so long ago that it may be otherwise now
 
 
-def test_a_correction_never_takes_the_time_of_the_prefill_away() -> None:
+def test_only_what_came_sooner_than_its_prefill_alone_corrects_the_time_of_a_prefill() -> None:
+    predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
+    predictions.observe(raw, raw, 0.6, 10.0)
+    assert predictions.corrected(raw._replace(queue_s=0.0), 10.0) == (0.0, 0.5, 100, True)
     predictions, raw = Predictions(), Prediction(0.5, 0.5, 100, True)
     predictions.observe(raw, raw, 0.1, 10.0)
-    assert predictions.corrected(raw, 10.0) == raw._replace(queue_s=0.0)
+    corrected = predictions.corrected(raw, 10.0)
+    assert corrected.queue_s == 0.0
+    assert corrected.prefill_s == pytest.approx(0.1)
 
 
 def test_what_was_predicted_from_defaults_corrects_nothing() -> None:
@@ -406,6 +425,31 @@ def test_limits_hold_for_corrected_predictions_and_no_longer_than_they_are_known
     measured(driver, "p0", 100.0)
     driver.submit(prompt("third", 150, first=2000))
     assert driver.endings("third") == []
+
+
+def test_short_prompts_that_measure_a_low_speed_do_not_lock_long_ones_out() -> None:
+    """A step costs something however few tokens it computes: steps of short prompts alone look slow."""
+    driver = cluster_of("p0 d0", slo_s=2.0)
+
+    def serve(name: str, num_tokens: int, epoch: int, *, real_s: float) -> bool:
+        driver.submit(prompt(name, num_tokens, first=1000 * epoch))
+        if driver.endings(name):
+            return False
+        driver.dispatched()
+        driver.now += real_s
+        driver.tokens("p0", 0, [1], request_id=name, epoch=epoch)
+        driver.do(ClientGone(RequestId(name)))
+        return True
+
+    epoch, served = 1, []
+    for number in range(20):
+        measured(driver, "p0", 100.0)
+        epoch += serve(f"short {number}", 10, epoch, real_s=0.1)
+        served.append(serve(f"long {number}", 800, epoch, real_s=0.5))
+        epoch += served[-1]
+        driver.now += 10.0
+    assert served[:6] == [False] * 6
+    assert all(served[6:])
 
 
 def test_of_a_request_that_was_retried_no_error_is_noted() -> None:

@@ -16,7 +16,17 @@ from kvrelay.cluster.replay import replay, show
 from kvrelay.config.cluster_config import Role
 from kvrelay.errors import ConfigError, LocalProtocolError
 from kvrelay.machine.clock import Clock
-from kvrelay.machine.contract import DumpWritten, Exit, Machine, Received, RunStep, Started, TimerFired, WriteDump
+from kvrelay.machine.contract import (
+    DumpWritten,
+    Exit,
+    Machine,
+    Received,
+    RunStep,
+    SetTimer,
+    Started,
+    TimerFired,
+    WriteDump,
+)
 from kvrelay.node.recording import NODE_EVENTS, NodeStart
 from kvrelay.protocol.ids import ROUTER, PeerId
 from kvrelay.protocol.messages.router_to_node import Generate
@@ -178,3 +188,18 @@ def test_a_recording_has_no_secret_of_the_config() -> None:
     assert b"hunter2" not in msgspec.json.encode(start)
     assert (start.node.storage.backend, start.node.registry.kind) == ("redis", "redis")
     assert start.node.scheduler == node.scheduler
+
+
+def test_a_replay_does_not_claim_to_repeat_a_crash_of_the_shell(tmp_path: Path) -> None:
+    fresh = DecodeMachine(node_config(Role.MIXED), registration(node_config(Role.MIXED)), 1)
+
+    def fail(_: object) -> None:
+        raise OSError("no more sockets")
+
+    with pytest.raises(OSError, match="no more sockets"):
+        drive(fresh, dumps(tmp_path, prompts=True), handlers={SetTimer: fail})
+    (path,) = tmp_path.iterdir()
+    same, (said,) = replayed(path)
+    assert same
+    assert "the same crash" not in said
+    assert "a crash outside the machine, which a replay does not repeat: OSError: no more sockets" in said
