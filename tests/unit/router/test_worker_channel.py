@@ -7,6 +7,7 @@ import random
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -175,7 +176,7 @@ def test_choices_with_many_bad_words_are_sent_in_parts_of_bounded_weight() -> No
     tokens = range(8192)
     words = [[token] for token in tokens[::2]] + [[token, token + 1] for token in tokens[:4096:2]]
     one = MAX_WEIGHT // 4 + 1
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "bad words": {"token_rules": TokenRules(None, BadWords.of([*words, [1]]))},
         "biases": {"logit_bias": dict.fromkeys(range(one - 1), 1.0)},
         "stop tokens": {"stop_token_ids": list(range(one - 1))},
