@@ -14,7 +14,7 @@ from router.request_table import RequestTable
 TTFT_LIMIT_HEADER = "x-llm-d-slo-ttft-ms"
 """The header in which a client gives the longest time to first token that it accepts, in milliseconds."""
 
-MAX_PREDICTED_AT_ONCE = 64
+MAX_PREDICTED_AT_ONCE = 8
 """Requests of one client's request whose times to first token are predicted, so that they do not hold the loop."""
 
 

@@ -11,7 +11,7 @@ from router.node_table import Node, NodeTable
 from router.policy import REQUEST_TOKENS, Policy
 from router.prediction import Prediction
 from router.request import RoutedRequest
-from router.speeds import exposed_transfer_s, link_bytes_per_s, mean_tokens_per_s, predict
+from router.speeds import exposed_transfer_s, link_speeds, mean_tokens_per_s, predict
 
 EVICTION_FACTOR = 3
 """Tokens to compute, in all, for each token computed on a node whose prefix cache lacks it.
@@ -66,7 +66,7 @@ class LeastTTFT(Policy):
             prefill = self._nodes.get(request.prefill)
             prefill_s = 0.0 if prefill is None else predict(prefill, request, tokens_per_s).prefill_s
             receivers = _receivers(candidates, request, tokens_per_s)
-            costs = [_wait_for_kv(prefill, receiver, prefill_s) for receiver in receivers]
+            costs = _waits_for_kv(prefill, receivers, prefill_s)
         else:
             decode_nodes = [] if request.wants_one_token else self._nodes.available(Role.DECODE)
             receivers = _receivers(decode_nodes, request, tokens_per_s)
@@ -112,14 +112,20 @@ def _receivers(decode_nodes: Sequence[Node], request: RoutedRequest, tokens_per_
     return receivers
 
 
-def _wait_for_kv(prefill: Node | None, receiver: _Receiver, prefill_s: float) -> tuple[bool, float]:
-    """Return whether ``receiver`` lacks blocks, and what it adds to the time until the second token, in seconds."""
+def _waits_for_kv(prefill: Node | None, receivers: Sequence[_Receiver], prefill_s: float) -> list[tuple[bool, float]]:
+    """Return of each receiver whether it lacks blocks, and what it adds to the time until the second token, in seconds.
+
+    For each request there are as many as pairs of nodes, so what depends on ``prefill`` alone is computed once.
+    """
     if prefill is None:
-        return receiver.lacks_blocks, receiver.busy_s
-    bytes_per_s = link_bytes_per_s(prefill, receiver.node)
-    num_layers = receiver.node.registration.geometry.num_layers
-    exposed_s = exposed_transfer_s(receiver.num_bytes, bytes_per_s, prefill_s, num_layers)
-    return receiver.lacks_blocks, exposed_s + receiver.busy_s
+        return [(receiver.lacks_blocks, receiver.busy_s) for receiver in receivers]
+    speeds, of_others = link_speeds(prefill)
+    num_layers = prefill.registration.geometry.num_layers
+    waits = []
+    for node, lacks_blocks, num_bytes, busy_s in receivers:
+        bytes_per_s = speeds.get(node.node_id, of_others)
+        waits.append((lacks_blocks, busy_s + exposed_transfer_s(num_bytes, bytes_per_s, prefill_s, num_layers)))
+    return waits
 
 
 def _cost(
@@ -135,6 +141,5 @@ def _cost(
     cost_s = prediction.ttft_s + others_s
     if node.role is not Role.PREFILL:
         return False, cost_s + REQUEST_TOKENS * node.num_requests / tokens_per_s
-    waits = [_wait_for_kv(node, receiver, prediction.prefill_s) for receiver in receivers]
-    lacks_blocks, wait_s = min(waits, default=(False, 0.0))
+    lacks_blocks, wait_s = min(_waits_for_kv(node, receivers, prediction.prefill_s), default=(False, 0.0))
     return lacks_blocks, cost_s + wait_s

@@ -46,7 +46,7 @@ from router.request import RequestTimer, RoutedRequest, Status, share_routed_blo
 from router.request_table import RequestTable
 from router.timeline import Timelines
 
-MAX_DISPATCHED_AT_ONCE = 64
+MAX_DISPATCHED_AT_ONCE = 16
 """Requests of one submission that are dispatched in one event. Each of the others has an event of its own."""
 
 

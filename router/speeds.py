@@ -8,7 +8,7 @@ defaults below. A node that restarts is another ``Node``, so that nothing of the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from router.node_table import Node
 from router.prediction import Prediction
@@ -39,13 +39,10 @@ def predict(node: Node, request: RoutedRequest, others_tokens_per_s: float) -> P
     return Prediction(queue_s, num_uncached / tokens_per_s, num_uncached, measured > 0)
 
 
-def link_bytes_per_s(prefill: Node, decode: Node) -> float:
-    """Return how fast KV moves between two nodes; if none has moved lately, how fast ``prefill`` moves it to others."""
+def link_speeds(prefill: Node) -> tuple[Mapping[str, float], float]:
+    """Return how fast ``prefill`` moves KV: bytes per second by decode node, and for the nodes that are not in it."""
     measured = prefill.load.link_bytes_per_s
-    known = measured.get(decode.node_id)
-    if known:
-        return known
-    return statistics.fmean(measured.values()) if measured else DEFAULT_BYTES_PER_S
+    return measured, statistics.fmean(measured.values()) if measured else DEFAULT_BYTES_PER_S
 
 
 def exposed_transfer_s(num_bytes: float, bytes_per_s: float, prefill_s: float, num_layers: int) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from kvrelay.protocol.ids import PeerId, peer_name
 from kvrelay.protocol.messages.base import Message
@@ -14,6 +16,8 @@ from kvrelay.runtime.message_faults import MessageFaults
 from kvrelay.runtime.transport import Transport
 
 ANY_MESSAGE = "*"
+
+_Delayed: TypeAlias = tuple[Message, tuple[memoryview, ...]]
 
 
 def open_transport(
@@ -52,7 +56,10 @@ class FaultyTransport(Transport):
         self._spared: set[PeerId] = set()
         self._later: set[asyncio.TimerHandle] = set()
         self._not_before_s: dict[PeerId, float] = {}
-        """Peers with a delayed message on its way, and when it is sent: others must not overtake it."""
+        """When the last delayed message of each peer is to be sent."""
+        self._in_order: dict[PeerId, deque[_Delayed]] = {}
+        """Messages that are sent late and not overtaken. Each has a timer, which sends the oldest of its peer: timers
+        themselves keep no order on a loop that is late."""
 
     def bind_private(self, peer: PeerId, address: str) -> None:
         """See Transport. Messages of this connection are spared."""
@@ -77,13 +84,15 @@ class FaultyTransport(Transport):
         now = self._loop.time()
         delay_s = self._rng.random() * self._faults.max_delay_s
         at_s = max(now, self._not_before_s.get(peer, now))
-        if "overtake" in kinds:
-            at_s = now + delay_s
-        elif "delay" in kinds:
+        if "delay" in kinds and "overtake" not in kinds:
             at_s = self._not_before_s[peer] = max(at_s, now + delay_s)
-        self._send_at(at_s, peer, message, payload)
-        if "duplicate" in kinds:
-            self._send_at(at_s, peer, message, payload)
+        for _ in range(2 if "duplicate" in kinds else 1):
+            if "overtake" in kinds:
+                self._send_alone(now + delay_s, peer, _delayed(message, payload))
+            elif at_s > now or peer in self._in_order:
+                self._send_in_order(at_s, peer, _delayed(message, payload))
+            else:
+                super().send(peer, message, payload)
 
     def _chance(self, message: str) -> set[str]:
         rates = self._faults.rates.get(message)
@@ -91,18 +100,27 @@ class FaultyTransport(Transport):
             rates = self._faults.rates.get(ANY_MESSAGE, {})
         return {kind for kind, rate in rates.items() if self._rng.random() < rate}
 
-    def _send_at(self, at_s: float, peer: PeerId, message: Message, payload: Sequence[memoryview]) -> None:
-        if at_s <= self._loop.time():
-            super().send(peer, message, payload)
-            return
-        # What is sent late must not read blocks that have been given to others meanwhile.
-        copied = tuple(memoryview(bytes(part)) for part in payload)
+    def _send_alone(self, at_s: float, peer: PeerId, delayed: _Delayed) -> None:
+        self._at(at_s, lambda: super(FaultyTransport, self).send(peer, *delayed))
 
-        def send() -> None:
+    def _send_in_order(self, at_s: float, peer: PeerId, delayed: _Delayed) -> None:
+        queue = self._in_order.setdefault(peer, deque())
+        queue.append(delayed)
+
+        def send_oldest() -> None:
+            oldest = queue.popleft()
+            if not queue:
+                del self._in_order[peer]
+            super(FaultyTransport, self).send(peer, *oldest)
+
+        self._at(at_s, send_oldest)
+
+    def _at(self, at_s: float, send: Callable[[], None]) -> None:
+        def fire() -> None:
             self._later.discard(handle)
-            super(FaultyTransport, self).send(peer, message, copied)
+            send()
 
-        handle = self._loop.call_at(at_s, send)
+        handle = self._loop.call_at(at_s, fire)
         self._later.add(handle)
 
     def disconnect(self, peer: PeerId) -> None:
@@ -116,6 +134,11 @@ class FaultyTransport(Transport):
             handle.cancel()
         self._later.clear()
         super().close()
+
+
+def _delayed(message: Message, payload: Sequence[memoryview]) -> _Delayed:
+    """Return what is sent late. It must not read blocks that have been given to others meanwhile: copied."""
+    return message, tuple(memoryview(bytes(part)) for part in payload)
 
 
 def corrupted(payload: Sequence[memoryview]) -> tuple[memoryview, ...]:

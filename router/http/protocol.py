@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import msgspec
+from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvrelay.machine.log_limit import LogLimit
@@ -22,6 +23,9 @@ from router.openai.errors import AnswerError
 
 LINGER_S = 1.0
 """Seconds for which a refused client may still send. Closing immediately would reset the connection."""
+
+MAX_PIPELINED = 64
+"""Unanswered requests of one connection. uvicorn stops reading at the second, but one read may have thousands."""
 
 FIRST_PROBE_S = 1.0
 """Seconds before a client that has half-closed the connection is probed."""
@@ -140,7 +144,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._watch_progress()
 
     def on_message_begin(self) -> None:
-        """Called when a request starts."""
+        """Called when a request starts. Raises HttpParserError, which ends the connection, after too many."""
+        if len(self._unanswered) >= MAX_PIPELINED and len(self._being_answered()) >= MAX_PIPELINED:
+            raise HttpParserError(f"more than {MAX_PIPELINED} unanswered requests")
         self._is_receiving = True
         super().on_message_begin()
 

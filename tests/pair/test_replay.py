@@ -49,6 +49,15 @@ SHAPES: dict[str, Callable[[int], World]] = {
         nodes={"d0": {"kv_events": {"endpoint": "tcp://127.0.0.1:5557"}}},
         record=True,
     ),
+    "predicted times": lambda seed: World(
+        seed,
+        prefill=2,
+        decode=2,
+        mixed=1,
+        router={"prefill_routing": "ttft", "decode_routing": "ttft", "local_prefill_tokens": 8},
+        limits={"ttft_slo_s": 0.05},
+        record=True,
+    ),
 }
 
 

@@ -297,12 +297,16 @@ def test_a_cluster_that_loses_a_node() -> None:
                     sizes.append(client.dbsize())
             assert sum(sizes) == 60
             assert min(sizes) > 5
+            # a node on a busy machine may be late too: then its blocks are there at another try
             with nodes[1].stopped():
-                assert len(await hits(store, 60)) == 60 - sizes[1]
+                while (found := len(await hits(store, 60))) != 60 - sizes[1]:
+                    assert found < 60 - sizes[1]
+                    clock.now_s += PAUSE_S
             nodes[2].kill()
-            assert len(await hits(store, 60)) == 60 - sizes[2]
-            outcomes = await store.put(HASHES[:60], views(planes(60)))
-            assert outcomes.count(PRESENT) == 60 - sizes[2]
+            while len(await hits(store, 60)) != 60 - sizes[2]:
+                clock.now_s += PAUSE_S
+            while (outcomes := await store.put(HASHES[:60], views(planes(60)))).count(PRESENT) != 60 - sizes[2]:
+                clock.now_s += PAUSE_S
             assert outcomes.count(FAILED) == sizes[2]
             await asyncio.to_thread(nodes[2].start)
             while FAILED in await store.put(HASHES[:60], views(planes(60))):

@@ -16,6 +16,7 @@ import pytest
 from fake_nodes import ANSWER, FakeCluster, Script, fake_cluster, until
 
 from router.http.body import read_body
+from router.http.protocol import MAX_PIPELINED
 from router.preparation import INLINE_BYTES, Job, Outcome
 
 COMPLETIONS = "/v1/completions"
@@ -215,6 +216,16 @@ def test_garbage_behind_requests_that_are_being_answered_ends_the_connection(
 
     run(scenario, Script(pace_s=0.01))
     assert "Exception" not in caplog.text
+
+
+def test_client_that_sends_many_requests_without_waiting_for_answers_is_disconnected() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with connected(cluster) as (reader, writer):
+            writer.write(post(completion(max_tokens=1000)) * (MAX_PIPELINED + 1))
+            assert await reader.read() == b""
+        await until(lambda: not cluster.http.server_state.tasks)
+
+    run(scenario, Script(pace_s=0.01))
 
 
 def test_client_that_waits_to_be_asked_and_sends_garbage_is_refused_once(caplog: pytest.LogCaptureFixture) -> None:

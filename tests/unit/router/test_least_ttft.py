@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
-from router.admission import TTFT_LIMIT_HEADER
+from router.admission import MAX_PREDICTED_AT_ONCE, TTFT_LIMIT_HEADER
 from router.events import ClientGone, NewRequest, RequestErrored
 from router.least_ttft import EVICTION_FACTOR, LeastTTFT
 from router.limits import Limits
@@ -27,7 +28,7 @@ from router.node_table import Node, NodeTable
 from router.policy import REQUEST_TOKENS
 from router.prediction import Prediction, Predictions
 from router.request import RoutedRequest
-from router.speeds import DEFAULT_TOKENS_PER_S, exposed_transfer_s, link_bytes_per_s, predict
+from router.speeds import DEFAULT_TOKENS_PER_S, exposed_transfer_s, link_speeds, predict
 
 BLOCK = GEOMETRY.block_size
 TOKEN_BYTES = GEOMETRY.block_bytes / BLOCK
@@ -120,9 +121,8 @@ def test_a_transfer_delays_the_second_token_by_what_the_prefill_does_not_hide(
 
 def test_a_link_that_moved_nothing_counts_as_being_like_the_others_of_the_node() -> None:
     cluster = Cluster()
-    p0, d0, d1 = cluster.add("p0", links={"d0": 100.0, "d2": 300.0}), cluster.add("d0"), cluster.add("d1")
-    assert (link_bytes_per_s(p0, d0), link_bytes_per_s(p0, d1)) == (100.0, 200.0)
-    assert link_bytes_per_s(cluster.add("p1"), d0) == 1e9
+    assert link_speeds(cluster.add("p0", links={"d0": 100.0, "d2": 300.0})) == ({"d0": 100.0, "d2": 300.0}, 200.0)
+    assert link_speeds(cluster.add("p1")) == ({}, 1e9)
 
 
 # ---------------------------------------------------------------- choices
@@ -355,6 +355,24 @@ def test_requests_that_belong_together_are_refused_together() -> None:
     assert {refusal(driver, name).error.code for name in ("short", "long")} == {"ttft_limit_exceeded"}
     assert driver.take_sent(Prefill) == []
     driver.machine.assert_quiescent()
+
+
+def test_of_many_that_belong_together_some_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes more than a millisecond with dozens of nodes, and the loop is held for all of them."""
+    driver = cluster_of("p0 d0", slo_s=60.0)
+    measured(driver, "p0", 100.0)
+    predicted: list[str] = []
+    would_choose = LeastTTFT.would_choose
+
+    def noted(policy: LeastTTFT, candidates: Sequence[Node], request: RoutedRequest) -> Node:
+        predicted.append(request.request_id)
+        return would_choose(policy, candidates, request)
+
+    monkeypatch.setattr(LeastTTFT, "would_choose", noted)
+    monkeypatch.setattr("router.requests.MAX_DISPATCHED_AT_ONCE", 0)
+    ids = [f"r{number}" for number in range(MAX_PREDICTED_AT_ONCE + 3)]
+    driver.submit(*(prompt(name, 10) for name in ids))
+    assert predicted == ids[:MAX_PREDICTED_AT_ONCE]
 
 
 def test_a_prefix_that_a_node_has_makes_the_difference() -> None:

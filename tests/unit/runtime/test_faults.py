@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -84,6 +85,33 @@ def test_some_messages_come_twice() -> None:
 
 def test_a_delayed_message_delays_all_that_follow_it() -> None:
     assert sent_with(delay=0.3) == list(range(NUM_MESSAGES))
+
+
+class HurryingLoop:
+    """A loop whose time goes on whenever somebody looks, while its timers wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ahead_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def time(self) -> float:
+        self._ahead_s += 0.01
+        return self._loop.time() + self._ahead_s
+
+    def call_at(self, at_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        return self._loop.call_later(at_s - self.time(), callback)
+
+
+def test_a_delayed_message_is_not_overtaken_when_the_loop_is_late() -> None:
+    async def scenario() -> list[int]:
+        async with connected(delay=0.3) as (client, inbox):
+            client._loop = HurryingLoop(client._loop)  # type: ignore[assignment]
+            return await arrived(client, inbox)
+
+    assert run(scenario()) == list(range(NUM_MESSAGES))
 
 
 def test_an_overtaken_message_comes_after_those_that_follow_it() -> None:
