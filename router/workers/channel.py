@@ -11,21 +11,23 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import msgspec
 
+from kvrelay.protocol.token_rules import TokenRules
 from kvrelay.runtime.time_slice import MAX_TIME_SLICE_S
+from router.events import NewRequest
 from router.workers.messages import Submission, WorkerMessage
 
 LENGTH = struct.Struct("<I")
 
 MAX_WEIGHT = 1 << 15
-"""Prompt tokens after which a frame ends: to decode them takes about a millisecond."""
+"""Tokens after which a frame ends: to decode them takes about a millisecond."""
 
 _WEIGHT = 128
-"""What every message weighs, besides its prompt tokens."""
+"""What every message weighs, besides its tokens."""
 
 MAX_UNSENT_BYTES = 64 << 20
 """Bytes that the other end has not read after which it is taken to hang."""
@@ -33,11 +35,25 @@ MAX_UNSENT_BYTES = 64 << 20
 _encoder = msgspec.msgpack.Encoder()
 
 
+def weights(requests: Iterable[NewRequest]) -> Iterator[int]:
+    """Yield how many tokens are in each of ``requests``: of its prompt, and those that its sampling params name.
+
+    Choices of one answer share their bad words, which are counted once.
+    """
+    rules: TokenRules | None = None
+    num_banned = 0
+    for request in requests:
+        params = request.sampling
+        if params.token_rules is not rules:
+            rules = params.token_rules
+            bad_words = None if rules is None else rules.bad_words
+            num_banned = 0 if bad_words is None else sum(1 for _ in bad_words.token_ids())
+        yield len(request.prompt_token_ids) + len(params.logit_bias) + len(params.stop_token_ids) + num_banned
+
+
 def weight(message: WorkerMessage) -> int:
     """Return about how many tokens as long ``message`` takes to encode and decode."""
-    if not isinstance(message, Submission):
-        return _WEIGHT
-    return _WEIGHT + sum(len(request.prompt_token_ids) for request in message.requests)
+    return _WEIGHT + (sum(weights(message.requests)) if isinstance(message, Submission) else 0)
 
 
 def take_batch(waiting: deque[WorkerMessage]) -> list[WorkerMessage]:

@@ -24,7 +24,7 @@ from router.http.api_keys import ApiKey
 from router.http.key_limits import Use
 from router.model import ServedModel
 from router.preparation_pool import Preparer
-from router.workers.channel import MAX_UNSENT_BYTES, MAX_WEIGHT, Channel
+from router.workers.channel import MAX_UNSENT_BYTES, MAX_WEIGHT, Channel, weights
 from router.workers.messages import (
     Answered,
     Asked,
@@ -56,12 +56,12 @@ def submissions(requests: Sequence[NewRequest]) -> Iterator[Submission]:
     """Yield messages with all ``requests``; only one with a single request has many more than ``MAX_WEIGHT`` tokens."""
     part: list[NewRequest] = []
     num_tokens = 0
-    for request in requests:
-        if part and num_tokens + len(request.prompt_token_ids) > MAX_WEIGHT:
+    for request, weight in zip(requests, weights(requests), strict=True):
+        if part and num_tokens + weight > MAX_WEIGHT:
             yield Submission(part, more=True)
             part, num_tokens = [], 0
         part.append(request)
-        num_tokens += len(request.prompt_token_ids)
+        num_tokens += weight
     yield Submission(part)
 
 

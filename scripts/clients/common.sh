@@ -8,6 +8,7 @@
 #   client [ARG ...]     runs the Python program on standard input, with URL in its environment
 #   node_client          runs the JavaScript program on standard input
 #   unpacked COMMAND ... runs a command of the packages that `debian` unpacked
+#   serve COMMAND ...    the same for a server: in the background, until the script ends; sets server_pid
 #   free_ports N         prints N free ports
 #
 # Environments are in .cache/clients/NAME and are used again. With KVRELAY_URL set no cluster is started, and that one is
@@ -83,8 +84,20 @@ debian() {
     done
 }
 
+become() { # replaces the shell by a command of the packages that `debian` unpacked
+    export LD_LIBRARY_PATH=$environment/debian/usr/lib/$(uname -m)-linux-gnu
+    PATH=$environment/debian/usr/sbin:$environment/debian/usr/bin:$PATH
+    exec "$@"
+}
+
 unpacked() {
-    LD_LIBRARY_PATH=$environment/debian/usr/lib/$(uname -m)-linux-gnu PATH=$environment/debian/usr/sbin:$environment/debian/usr/bin:$PATH command "$@"
+    (become "$@")
+}
+
+serve() {
+    become "$@" &
+    server_pid=$!
+    pids+=("$server_pid")
 }
 
 free_ports() {

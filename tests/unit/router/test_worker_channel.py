@@ -7,6 +7,7 @@ import random
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from fake_nodes import until
 from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, HistogramReport
 from kvrelay.protocol.request import FinishReason, Grammar, GrammarKind, PromptLogprobs, SamplingParams, TokenLogprobs
+from kvrelay.protocol.token_rules import BadWords, TokenRules
 from router.client_metrics import ClientReport
 from router.events import (
     ClientGone,
@@ -168,6 +170,24 @@ def test_long_prompts_are_sent_in_parts_of_bounded_weight(lengths: list[int]) ->
     assert [part.more for part in parts] == [True] * (len(parts) - 1) + [False]
     for part in parts:
         assert len(part.requests) <= 1 or sum(len(item.prompt_token_ids) for item in part.requests) <= MAX_WEIGHT
+
+
+def test_choices_with_many_bad_words_are_sent_in_parts_of_bounded_weight() -> None:
+    tokens = range(8192)
+    words = [[token] for token in tokens[::2]] + [[token, token + 1] for token in tokens[:4096:2]]
+    one = MAX_WEIGHT // 4 + 1
+    cases: dict[str, dict[str, Any]] = {
+        "bad words": {"token_rules": TokenRules(None, BadWords.of([*words, [1]]))},
+        "biases": {"logit_bias": dict.fromkeys(range(one - 1), 1.0)},
+        "stop tokens": {"stop_token_ids": list(range(one - 1))},
+    }
+    for name, fields in cases.items():
+        params = msgspec.structs.replace(PARAMS, **fields)
+        requests = [NewRequest(RequestId(f"r{number}"), [1], params) for number in range(20)]
+        parts = list(submissions(requests))
+        assert [request for part in parts for request in part.requests] == requests
+        assert {len(part.requests) for part in parts[:-1]} == {3}, name
+        assert all(weight(part) > MAX_WEIGHT // 2 for part in parts[:-1]), name
 
 
 def test_a_frame_ends_when_it_is_heavy_enough() -> None:
