@@ -59,7 +59,8 @@ class Predictions:
     def may_refuse(self, prediction: Prediction, now: float) -> bool:
         """Return whether a prompt may be refused at time ``now`` because of ``prediction``.
 
-        False if none of similar length was dispatched for ``TRIED_AGAIN_S``, or since the first one to be refused.
+        False if none of similar length was dispatched in the last ``TRIED_AGAIN_S``. Until the first one is, this time
+        begins with the first refusal.
         """
         which = length_class(prediction.num_uncached)
         dispatched_s = self._dispatched_s[which]
