@@ -61,6 +61,7 @@ class WorkerLink:
         self._answering: set[asyncio.Task[None]] = set()
         self._reports: dict[int, asyncio.Future[None]] = {}
         self._ask_ids = count(1)
+        self._num_unanswered = 0
         self.ready = asyncio.Event()
         """Set when the worker can serve."""
 
@@ -71,6 +72,7 @@ class WorkerLink:
 
     def receive(self, message: FromWorker) -> None:
         """Handle a message of the worker."""
+        self._num_unanswered = 0
         match message:
             case Submission(requests=requests, more=more):
                 self._submitted += requests
@@ -120,6 +122,13 @@ class WorkerLink:
         reported = self._reports[ask_id] = asyncio.get_running_loop().create_future()
         self._send(ReportWanted(ask_id))
         await reported
+
+    def probe(self) -> int:
+        """Ask the worker, if it is ready, to report; return how many times it was asked since it last sent anything."""
+        if self.ready.is_set():
+            self._num_unanswered += 1
+            self._send(ReportWanted(next(self._ask_ids)))
+        return self._num_unanswered
 
     def _told(self, ask_id: int) -> None:
         reported = self._reports.pop(ask_id, None)

@@ -32,6 +32,15 @@ RESTART_DELAY_S = 1.0
 REPORT_TIMEOUT_S = 1.0
 """Seconds to wait for the counters of workers before metrics are read without those of one that hangs."""
 
+PROBE_INTERVAL_S = 5.0
+"""Seconds after which each worker is asked whether it still answers."""
+
+MAX_UNANSWERED = 12
+"""Probes without any message of a worker after which it is taken to hang.
+
+They are counted, so that a long time in which the router itself does not run counts as one.
+"""
+
 _KILL_AFTER_S = FLUSH_TIMEOUT_S + 3.0
 _ANNOUNCE_INTERVAL_S = 0.2
 
@@ -75,13 +84,14 @@ class Workers:
         """
         self._listener.setblocking(False)
         keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
-        announcing = asyncio.create_task(self._announce())
+        watching = [asyncio.create_task(self._announce()), asyncio.create_task(self._probe())]
         try:
             await self._wait_until_ready(keepers)
             self._serving.set()  # they are told in a later turn of the loop, when the caller can take requests
             yield
         finally:
-            announcing.cancel()
+            for task in watching:
+                task.cancel()
             await self._stop(keepers)
 
     def status(self) -> list[dict[str, object]]:
@@ -162,6 +172,15 @@ class Workers:
                 for worker in self._running.values():
                     worker.send(MaxModelLen(self._announced))
             await asyncio.sleep(_ANNOUNCE_INTERVAL_S)
+
+    async def _probe(self) -> None:
+        """Kill workers that hang: their clients wait for nothing, and what nodes send for them stays in memory."""
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            for index, worker in self._running.items():
+                if worker.link.probe() > MAX_UNANSWERED:
+                    log_event("error", "router worker does not answer", {"worker": name_of(index)})
+                    worker.kill()
 
     # ------------------------------------------------------------ down
 

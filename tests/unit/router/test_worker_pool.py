@@ -13,12 +13,23 @@ from fake_nodes import config, until
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
+from router.client_metrics import ClientMetrics
 from router.metrics import Metrics
 from router.model import load_model
 from router.service import RouterService
 from router.workers import pool, process
 from router.workers.link import WorkerLink
-from router.workers.messages import Answered, FromWorker, MaxModelLen, Serve, Start, Stop, ToWorker
+from router.workers.messages import (
+    Answered,
+    FromWorker,
+    MaxModelLen,
+    Reported,
+    ReportWanted,
+    Serve,
+    Start,
+    Stop,
+    ToWorker,
+)
 from router.workers.pool import Workers, WorkersFailedError, worker_config
 from router.workers.process import MakeLink, Worker
 
@@ -32,17 +43,20 @@ class FakeProcess:
     pid: int = 1
     sent: list[ToWorker] = field(default_factory=list)
     obeys: bool = True
+    hangs: bool = False
 
     def __post_init__(self) -> None:
         self.end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.link: WorkerLink = self.make_link(self.send)
 
     def send(self, message: ToWorker) -> None:
+        if isinstance(message, ReportWanted) and not self.hangs:
+            self.link.receive(Reported(message.ask_id, ClientMetrics(lambda: 0.0).take_report()))
         self.sent.append(message)
 
     def stop(self) -> None:
         self.send(Stop())
-        if self.obeys:
+        if self.obeys and not self.end.done():
             self.end.set_result(0)
 
     def kill(self) -> None:
@@ -165,9 +179,32 @@ def test_metrics_do_not_wait_for_a_worker_that_hangs(processes: Processes, monke
         starting = asyncio.create_task(all_ready(processes, 3))
         async with workers.serving():
             await starting
+            processes.started[0].hangs = True
             await workers.collect()
 
     run(check)
+
+
+def test_a_worker_that_does_not_answer_is_killed_and_replaced(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool, "PROBE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pool, "MAX_UNANSWERED", 3)
+
+    async def check(workers: Workers) -> None:
+        starting = asyncio.create_task(all_ready(processes, 3))
+        async with workers.serving():
+            await starting
+            processes.started[1].hangs = True
+            await until(lambda: len(processes.started) == 4)
+            assert processes.started[1].end.result() == -9
+            processes.started[3].hangs = True  # but it is starting yet
+            before = len(processes.started[0].sent)
+            await until(lambda: len(processes.started[0].sent) > before + 2 * pool.MAX_UNANSWERED)
+            assert [one.end.done() for one in processes.started] == [False, True, False, False]
+
+    run(check)
+    assert "router worker does not answer" in caplog.text
 
 
 def test_a_worker_that_does_not_read_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
