@@ -87,7 +87,7 @@ class HttpProtocol(HttpToolsProtocol):
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel all timers, and forget the last request, which refers to the connection: a cycle would be garbage."""
+        """Cancel all timers, and forget all requests, which refer to the connection: a cycle would be garbage."""
         for timer in (self._deadline, self._probe):
             if timer is not None:
                 timer.cancel()
@@ -95,6 +95,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._give_up_answers()
         super().connection_lost(exc)
         self.cycle = self.scope = None  # type: ignore[assignment]
+        self._unanswered = []
+        self.pipeline.clear()
         self._is_lost = True
         self._tell_watchers()
 

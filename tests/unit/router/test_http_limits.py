@@ -351,15 +351,16 @@ def test_slow_body_of_a_client_that_leaves_is_forgotten(num_bytes: int) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("num_behind", [0, 3], ids=["alone", "others behind it"])
 @pytest.mark.parametrize("body", [completion(), completion(stream=True)], ids=["whole", "stream"])
-def test_what_a_closed_connection_held_is_free_at_once(body: bytes) -> None:
+def test_what_a_closed_connection_held_is_free_at_once(body: bytes, num_behind: int) -> None:
     """Without the cyclic garbage collector, which runs rarely and then delays all streams."""
 
     async def scenario(cluster: FakeCluster) -> None:
         gc.disable()
         try:
             async with connected(cluster) as (reader, writer):
-                writer.write(post(body))
+                writer.write(post(body) + post(completion(max_tokens=1000)) * num_behind)
                 await reader.readuntil(b"[DONE]" if b"stream" in body else b"usage")
                 [connection] = map(weakref.ref, cluster.connections)
             await until(lambda: not cluster.connections and not cluster.http.server_state.tasks)
