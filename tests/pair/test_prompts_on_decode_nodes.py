@@ -306,7 +306,8 @@ def test_faults_and_deaths_at_random(seed: int) -> None:
     rng = random.Random(seed)
     limits = {"request_timeout_s": 100.0, "max_attempts": 10}
     shape = {"prefill": rng.randint(1, 2), "decode": rng.randint(1, 2)}
-    with lending(seed, **shape, limits=limits, cache={"num_blocks": rng.randint(24, 64)}) as world:
+    lent: dict[str, Any] = {"local_prefill_tokens": 0}
+    with lending(seed, **shape, limits=limits, router=lent, cache={"num_blocks": rng.randint(24, 64)}) as world:
         world.link.disturb(drop=0.003, duplicate=0.02, overtake=0.02, delay=0.02)
         for _ in range(3):
             for _ in range(rng.randint(2, 6)):
