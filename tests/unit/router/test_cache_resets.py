@@ -9,7 +9,7 @@ import pytest
 from driver import Driver, peer
 from test_operators import Service
 
-from kvrelay.errors import NoNodeError
+from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import PeerLost, TimerFired
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Heartbeat
@@ -113,7 +113,7 @@ def test_resets_at_the_same_time_are_told_apart() -> None:
     router.answer("p", 2)
     router.answer("p", 7)
     assert [ended.reset for ended in router.ended] == [2]
-    with pytest.raises(Exception, match="1 resets of prefix caches are in progress"):
+    with pytest.raises(LocalProtocolError, match="1 resets of prefix caches are in progress"):
         router.machine.assert_quiescent()
 
 
