@@ -38,6 +38,7 @@ NOT_FOR_CLIENTS = {
     "storage_error",
     "storage_unavailable",
     "checkpoint_error",
+    "kernels_unavailable",
 }
 """Codes of errors that end a process, or that nodes and routers tell each other."""
 
