@@ -123,8 +123,7 @@ def test_rows_are_reused_when_more_sequences_come_than_there_are(make: Make) -> 
         for entry in runner.finish(one)[0]:
             tokens.extend(entry.token_ids)
     assert outputs == [output(one) for one in started]
-    alone = [sequence(prompt(3 + 9 * index), max_tokens=7) for index in range(0, 6, 4)]
-    for one, there in zip(alone, started[::4], strict=True):
+    for one, there in zip(sequences(6), started, strict=True):
         Runner(make()).finish(one)
         assert output(one) == output(there)
 
