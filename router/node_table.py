@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -171,6 +171,15 @@ class Node:
         self._foreign_tokens = max(0, load.queued_tokens - sum(self.pending.values()))
 
 
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A registration that waits since ``since_s`` for the name that a registered node has."""
+
+    peer: PeerId
+    registration: Register
+    since_s: float
+
+
 class NodeTable:
     """Nodes by peer, in the order of registration. All serve one model with one KV geometry.
 
@@ -189,10 +198,11 @@ class NodeTable:
         self.model = model
         self._expected = expected
         self._decode_alone = decode_alone
+        self._peer_timeout_s = peer_timeout_s
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
         self._expecting_since_s = -math.inf
-        self._rivals: dict[PeerId, tuple[PeerId, Register]] = {}
+        self._rivals: dict[PeerId, Rival] = {}
         self.totals = NodeTotals()
 
     def __iter__(self) -> Iterator[Node]:
@@ -261,12 +271,25 @@ class NodeTable:
         node = self.named(registration.node_id)
         return node if node is not None and node.registration.incarnation != registration.incarnation else None
 
-    def contest(self, holder: Node, peer: PeerId, registration: Register) -> None:
-        """Defer ``registration`` until ``holder``, which has the same name, sends a heartbeat or is lost."""
-        self._rivals[holder.peer] = (peer, registration)
+    def contest(self, holder: Node, peer: PeerId, registration: Register, now: float) -> None:
+        """Defer ``registration`` until ``holder``, which has the same name, is known to be alive or is lost."""
+        earlier = self._rivals.get(holder.peer)
+        since_s = earlier.since_s if earlier is not None and earlier.peer == peer else now
+        self._rivals[holder.peer] = Rival(peer, registration, since_s)
 
-    def settle(self, holder: PeerId) -> tuple[PeerId, Register] | None:
-        """Remove and return the peer and registration that wait for the name of ``holder``, or None."""
+    def beaten_by(self, holder: PeerId, now: float) -> Rival | None:
+        """Remove and return who waits for the name of ``holder``, which has sent a heartbeat, if that proves it alive.
+
+        It may be an old heartbeat of a process that has ended since: one connection is read after the other, and after
+        a pause there is much to read. What is read half of ``peer_timeout_s`` later was sent later.
+        """
+        rival = self._rivals.get(holder)
+        if rival is None or now - rival.since_s < self._peer_timeout_s / 2:
+            return None
+        return self._rivals.pop(holder)
+
+    def heir_of(self, holder: PeerId) -> Rival | None:
+        """Remove and return who waits for the name of ``holder``, which is lost."""
         return self._rivals.pop(holder, None)
 
     def add(self, peer: PeerId, registration: Register, now: float) -> Node:
@@ -294,8 +317,9 @@ class NodeTable:
         self._liveness.record_message(peer, now)
 
     def resumed(self, paused_s: float, now: float) -> None:
-        """This process did not run for ``paused_s``: no node is to blame for its silence."""
+        """This process did not run for ``paused_s``: no node is to blame for its silence, and no heartbeat is new."""
         self._liveness.resumed(paused_s, now)
+        self._rivals = {holder: replace(rival, since_s=now) for holder, rival in self._rivals.items()}
 
     def silent(self, now: float) -> list[PeerId]:
         """Return the nodes that sent nothing for ``peer_timeout_s``."""

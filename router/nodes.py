@@ -108,7 +108,7 @@ class Nodes:
             self.lose(rival.peer, "restarted")
             self._join(peer, message)
         else:
-            self._node_table.contest(rival, peer, message)
+            self._node_table.contest(rival, peer, message, self._outbox.now)
             # If its process has ended, this cannot be sent: it is lost at once, and the waiting node gets its name.
             self._outbox.send(rival.peer, Heartbeat())
 
@@ -161,11 +161,9 @@ class Nodes:
         self._refuse_rival_of(peer)
 
     def _refuse_rival_of(self, peer: PeerId) -> None:
-        """Refuse the waiting registration with the same name as ``peer``, which is alive."""
-        waiting = self._node_table.settle(peer)
-        if waiting is not None:
-            other, message = waiting
-            self._refuse(other, f"another live node is called {message.node_id}")
+        rival = self._node_table.beaten_by(peer, self._outbox.now)
+        if rival is not None:
+            self._refuse(rival.peer, f"another live node is called {rival.registration.node_id}")
 
     def _prefixes_changed(self, peer: PeerId, message: PrefixCacheChanged) -> None:
         node = self._node_table.get(peer)
@@ -205,9 +203,9 @@ class Nodes:
         for node in lost:
             self._requests.node_lost(node, reason)
         for node in lost:
-            waiting = self._node_table.settle(node.peer)
-            if waiting is not None:
-                self._register(*waiting)
+            heir = self._node_table.heir_of(node.peer)
+            if heir is not None:
+                self._register(heir.peer, heir.registration)
 
     def _remove(self, peer: PeerId, reason: str) -> Node | None:
         self._followed.forget(peer)

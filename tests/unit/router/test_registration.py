@@ -8,7 +8,7 @@ from driver import Driver, peer
 from fake_nodes import GEOMETRY, register
 from support.messages import EXAMPLES
 
-from kvrelay.machine.contract import Log, PeerLost, Received
+from kvrelay.machine.contract import Log, PeerLost, Received, Resumed, TimerFired
 from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Load, Message
 from kvrelay.protocol.messages.node_to_router import Register
@@ -21,6 +21,10 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from router.expected_nodes import ExpectedNode
+from router.nodes import LIVENESS
+
+PEER_TIMEOUT_S = 5.0
+"""RouterSettings' default."""
 
 
 def names(driver: Driver) -> list[str]:
@@ -106,6 +110,7 @@ def test_a_stranger_with_name_and_address_of_a_live_node_does_not_replace_it() -
     driver.submit()
     driver.take_sent(Prefill)
     driver.join("p0", "b")
+    driver.now += PEER_TIMEOUT_S / 2
     driver.receive(peer("p0"), Heartbeat())
     assert names(driver) == [peer("p0"), peer("d0")]
     assert driver.take_sent(Prefill) == []
@@ -118,10 +123,28 @@ def test_name_taken_by_a_live_node_elsewhere_is_refused_once_that_shows_life() -
     driver.join("p0", "b", address="tcp://elsewhere:1")
     assert driver.take_sent(Registered) == []
     assert driver.take_sent(RegistrationRefused) == []
+    driver.now += PEER_TIMEOUT_S / 2
+    driver.join("p0", "b", address="tcp://elsewhere:1")  # as it does with each heartbeat: it waits since the first time
     driver.receive(peer("p0"), Heartbeat())
     ((to, refusal),) = driver.take_sent(RegistrationRefused)
     assert (to, refusal.reason) == (peer("p0", "b"), "another live node is called p0")
     assert names(driver) == [peer("p0")]
+
+
+def test_old_heartbeats_of_a_node_that_was_killed_do_not_refuse_the_next_one() -> None:
+    """A router that was stopped reads them after the new registration. What was refused was never started again."""
+    driver = Driver("p0 d0")
+    driver.now += 3.0
+    driver.join("p0", "b")
+    driver.receive(peer("p0"), Heartbeat())
+    driver.now += 3.0
+    driver.do(Resumed(3.0))
+    driver.receive(peer("p0"), Heartbeat())
+    assert driver.take_sent(RegistrationRefused) == []
+    driver.now += PEER_TIMEOUT_S + 0.1
+    driver.do(TimerFired(LIVENESS))
+    assert peer("p0", "b") in names(driver)
+    assert peer("p0") not in names(driver)
 
 
 def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_lost() -> None:
