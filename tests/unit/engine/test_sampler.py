@@ -9,9 +9,10 @@ import pytest
 from engine_runs import sequence
 
 from kvrelay.engine.sampler import sample, uniform, verify
+from kvrelay.grammar.constraint import AllowedTokens
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceFailed
 from kvrelay.protocol.request import Sequence
-from kvrelay.protocol.token_rules import BadWords, TokenRules
+from kvrelay.protocol.token_rules import BadWords, TokenRules, token_mask
 
 GOLDEN_UNIFORM = 0.5351388454566608
 LOGITS = np.array([2.0, 1.0, 0.5, 1.5, -3.0, 0.0], np.float32)
@@ -147,6 +148,26 @@ def test_bad_words_after_drafts_that_are_right() -> None:
     rows = np.tile(LOGITS, (4, 1))
     assert verify(rows, asked, (0, 0, 3)) == SampledTokens([0, 0, 3, 0], [])
     assert verify(rows, asked, (0, 0, 0)) == SampledTokens([0, 0, 3], [])
+
+
+def test_only_allowed_tokens_are_drawn_and_chosen() -> None:
+    allowed = [1, 4, 5]
+    asked = [sequence([5], seed=seed, temperature=1.0) for seed in range(4000)]
+    greedy, biased = sequence([5]), sequence([5], logit_bias={4: 6.0})
+    for one_asked in (*asked, greedy, biased):
+        one_asked.constraint = AllowedTokens(token_mask(allowed, len(LOGITS)), len(LOGITS))
+    found = Counter(sampled.token_ids[0] for sampled in sampled_rows(np.tile(LOGITS, (4000, 1)), asked))
+    assert_distributed(found, expected(LOGITS, allowed))
+    assert (one(LOGITS, greedy), one(LOGITS, biased)) == (1, 4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_allowed_token_is_the_error_of_its_sequence(temperature: float) -> None:
+    asked = sequence([5], temperature=temperature)
+    asked.constraint = AllowedTokens(token_mask([], len(LOGITS)), len(LOGITS))
+    [failed] = sample(LOGITS[None], [asked])
+    assert isinstance(failed, SequenceFailed)
+    assert failed.invalid
 
 
 def test_min_tokens_masks_eos_and_stop_tokens_until_reached() -> None:
