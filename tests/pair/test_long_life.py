@@ -37,6 +37,7 @@ def num_objects(root: object) -> int:
 
 def sizes(world: World) -> Counter[str]:
     """Return how much each machine holds, at rest."""
+    gc.collect()  # until then, tuples of plain values count as containers
     return Counter({process.peer: num_objects(process.machine) for process in world.processes.values()})
 
 
@@ -90,5 +91,5 @@ def test_two_thousand_requests_change_no_probe_and_leave_nothing(monkeypatch: py
         assert len(answers) == NUM_REQUESTS // PROBE_EVERY
         assert all(answer == answers[0] for answer in answers)
         assert world.counted("preemptions", "d") > 0
-        grown = {peer: (warm[peer], size) for peer, size in sizes(world).items() if size > 1.2 * warm[peer] + 100}
+        grown = {peer: (warm[peer], size) for peer, size in sizes(world).items() if size > 1.1 * warm[peer] + 30}
         assert grown == {}

@@ -224,7 +224,9 @@ def test_two_live_nodes_of_one_name_are_one_too_many() -> None:
     assert len(find(driver, first, second)) == 2
     driver.join("m0")
     driver.join("m0", "b", address="tcp://elsewhere:1")
-    driver.receive(first.peer, Heartbeat())
+    for _ in range(6):  # the heartbeats of half a peer_timeout_s
+        driver.wait(0.5)
+        driver.receive(first.peer, Heartbeat())
     ((to, _),) = driver.take_sent(RegistrationRefused)
     assert to == second.peer
 
