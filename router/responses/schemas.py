@@ -44,8 +44,8 @@ _NOT_STORED = "answers are not stored; send the whole conversation as input"
 
 
 def _truncation(value: object) -> object:
-    if value != "disabled":
-        raise wrong("only 'disabled' is supported")
+    if value not in ("auto", "disabled"):
+        raise wrong("should be 'auto' or 'disabled'")
     return value
 
 
@@ -112,7 +112,9 @@ class ResponsesFields(Fields):
     text: TextOptions | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[Any] | None = None
-    truncation: Annotated[str, PlainValidator(_truncation, json_schema_input_type=Literal["disabled"])] | None = None
+    truncation: (
+        Annotated[str, PlainValidator(_truncation, json_schema_input_type=Literal["auto", "disabled"])] | None
+    ) = None
 
 
 class ResponsesRequest(ResponsesFields):
@@ -142,6 +144,7 @@ def read(body: dict[str, Any], model: ServedModel) -> Reading:
             **_chat_fields(request),
             "max_completion_tokens": request.max_output_tokens,
             "logprobs": with_logprobs or None,
+            "truncate_prompt_tokens": -1 if request.truncation == "auto" else None,
         },
     )
     return Reading(chat, msgspec.json.encode(_echo(request, body, model)))
@@ -162,6 +165,7 @@ def _chat_fields(request: ResponsesFields) -> dict[str, object]:
     return {
         "messages": messages or [{"role": "user", "content": ""}],
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
+        "verbosity": request.text.verbosity if request.text else None,
         "response_format": _response_format(request.text.format if request.text else None),
         "tools": [_tool(tool, f"tools.{index}") for index, tool in enumerate(request.tools or ())] or None,
         "tool_choice": _tool_choice(request.tool_choice),
@@ -221,11 +225,11 @@ def _echo(request: ResponsesRequest, body: dict[str, Any], model: ServedModel) -
         "service_tier": "default",
         "store": False,
         "temperature": sampled("temperature"),
-        "text": {"format": text.format or {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": text.format or {"type": "text"}, "verbosity": text.verbosity or "medium"},
         "tool_choice": request.tool_choice or "auto",
         "tools": request.tools or [],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": sampled("top_p"),
-        "truncation": "disabled",
+        "truncation": request.truncation or "disabled",
         "user": body.get("user"),
     }

@@ -354,7 +354,7 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
         ({"input": "a", "conversation": "c"}, "conversation", "conversation: answers are not stored"),
         ({"input": "a", "store": "true"}, "store", "store: should be true or false"),
         ({"input": "a", "background": True}, "background", "background: answers are not made in the background"),
-        ({"input": "a", "truncation": "auto"}, "truncation", "truncation: only 'disabled' is supported"),
+        ({"input": "a", "truncation": "left"}, "truncation", "truncation: should be 'auto' or 'disabled'"),
         ({"input": "a", "include": ["x"]}, "include", "include: 'x' is not supported"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: should be 1 or more, not 0"),
         ({"input": "a", "temperature": 3}, "temperature", "temperature: should be 2 or less, not 3"),
@@ -363,7 +363,7 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
         ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tools.0: name should be 1 to 128 letters"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice", "tool_choice: needs tools"),
         ({"input": "a", "tool_choice": {"type": "mcp"}}, "tool_choice", "tool_choice: type 'mcp' is not supported"),
-        ({"input": "a", "text": {"verbosity": "low"}}, "text", "text.verbosity: only 'medium' is supported"),
+        ({"input": "a", "text": {"verbosity": "terse"}}, "text", "text.verbosity: should be 'low', 'medium' or 'high'"),
         ({"input": "a", "text": {"format": {"type": "xml"}}}, "text", "text.format: type 'xml' is not supported"),
         (
             {"input": "a", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "strng"}}}},

@@ -68,7 +68,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     CHAT: {
         **BOTH,
-        "audio": Field("refused", {"format": "wav", "voice": "alloy"}),
+        "audio": Field("ignored", {"format": "wav", "voice": "alloy"}),
         "function_call": Field("ignored", "none"),
         "functions": Field("refused", [FUNCTION]),
         "logprobs": Field("honoured", True),
@@ -90,7 +90,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "tool_choice": Field("honoured", "none"),
         "tools": Field("honoured", [{"type": "function", "function": FUNCTION}]),
         "top_logprobs": Field("honoured", 2, {"logprobs": True}),
-        "verbosity": Field("refused", "low"),
+        "verbosity": Field("honoured", "low"),
         "web_search_options": Field("refused", {"search_context_size": "low"}),
     },
     RESPONSES: {
@@ -120,12 +120,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "store": Field("ignored", True),
         "stream_options": Field("honoured", {"include_obfuscation": True}, {"stream": True}),
         "temperature": Field("honoured", 0.5),
-        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "medium"}),
+        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "low"}),
         "tool_choice": Field("honoured", "none"),
         "tools": Field("honoured", [{"type": "function", **FUNCTION}]),
         "top_logprobs": Field("honoured", 2),
         "top_p": Field("honoured", 0.5),
-        "truncation": Field("refused", "auto"),
+        "truncation": Field("honoured", "auto"),
         "user": Field("echoed", "u"),
     },
 }
