@@ -49,6 +49,14 @@ def _truncation(value: object) -> object:
     return value
 
 
+def _cache_options(value: object) -> object:
+    if not isinstance(value, dict):
+        raise wrong("should be an object")
+    if value.get("prewarm"):
+        raise wrong("prewarm is not supported: a response always has output")
+    return value
+
+
 def _include(value: object) -> object:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise wrong("should be a list of strings")
@@ -97,6 +105,7 @@ class ResponsesFields(Fields):
         "max_completion_tokens": "the field is called max_output_tokens, not max_completion_tokens",
         "max_tokens": "the field is called max_output_tokens",
         "messages": "the field is called input, not messages",
+        "personality": "there are no styles to choose from: put it into instructions",
         "previous_response_id": _NOT_STORED,
         "prompt": "prompt templates are not stored; send instructions and input",
         "reasoning_effort": "the field is called reasoning.effort, not reasoning_effort",
@@ -124,6 +133,9 @@ class ResponsesRequest(ResponsesFields):
     max_output_tokens: Positive | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: (
+        Annotated[dict[str, Any], PlainValidator(_cache_options, json_schema_input_type=dict[str, Any])] | None
+    ) = None
     safety_identifier: str | None = None
     store: bool | None = None
     stream_options: StreamOptions | None = None

@@ -353,6 +353,12 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
         ),
         ({"input": "a", "conversation": "c"}, "conversation", "conversation: answers are not stored"),
         ({"input": "a", "store": "true"}, "store", "store: should be true or false"),
+        (
+            {"input": "a", "prompt_cache_options": {"prewarm": True}},
+            "prompt_cache_options",
+            "prompt_cache_options: prewarm is not supported",
+        ),
+        ({"input": "a", "personality": "friendly"}, "personality", "personality: there are no styles to choose from"),
         ({"input": "a", "background": True}, "background", "background: answers are not made in the background"),
         ({"input": "a", "truncation": "left"}, "truncation", "truncation: should be 'auto' or 'disabled'"),
         ({"input": "a", "include": ["x"]}, "include", "include: 'x' is not supported"),

@@ -10,6 +10,7 @@ import pytest
 from instant_router import InstantRouter
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
+from openai.types.responses import input_token_count_params as input_tokens_types
 from openai.types.responses import response_create_params as responses_types
 
 from router.openai.schemas import IGNORED_FIELDS
@@ -19,15 +20,18 @@ SDK_VERSION = "3.57.0"
 """The version of the package that these are the fields of."""
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+INPUT_TOKENS = "/v1/responses/input_tokens"
 BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "a", "seed": 0},
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "seed": 0},
     RESPONSES: {"input": "hi", "seed": 0},
+    INPUT_TOKENS: {"input": "hi"},
 }
 SDK_TYPES = {
     COMPLETIONS: completion_types.CompletionCreateParamsBase,
     CHAT: chat_types.CompletionCreateParamsBase,
     RESPONSES: responses_types.ResponseCreateParamsBase,
+    INPUT_TOKENS: input_tokens_types.InputTokenCountParams,
 }
 
 
@@ -127,6 +131,20 @@ FIELDS: dict[str, dict[str, Field]] = {
         "top_p": Field("honoured", 0.5),
         "truncation": Field("honoured", "auto"),
         "user": Field("echoed", "u"),
+    },
+    INPUT_TOKENS: {
+        "conversation": Field("refused", "conv_1"),
+        "input": Field("honoured", [{"role": "user", "content": "ho"}]),
+        "instructions": Field("honoured", "be brief"),
+        "model": Field("honoured", "demo"),
+        "parallel_tool_calls": Field("honoured", False),
+        "personality": Field("refused", "friendly"),
+        "previous_response_id": Field("refused", "resp_1"),
+        "reasoning": Field("honoured", {"effort": "low", "summary": "auto"}),
+        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "low"}),
+        "tool_choice": Field("honoured", "none"),
+        "tools": Field("honoured", [{"type": "function", **FUNCTION}]),
+        "truncation": Field("honoured", "auto"),
     },
 }
 """By endpoint: every field, with a value that is not its default."""
