@@ -33,6 +33,7 @@ class ResponseWriter:
         self._blocks = Blocks()
         self._reasoning_tokens = ReasoningTokens(token_bytes)
         self._logprobs: list[bytes] = []
+        self._num_streamed = 0
         self._finish_reason: str | None = None
         self._is_over = False
         self._sequence_number = 0
@@ -57,8 +58,8 @@ class ResponseWriter:
                 names = () if begun else ("created", "in_progress")
                 written = [self._life(name, "in_progress") for name in names]
                 begun = True
-                logprobs = self._take(delta)
-                written += [self._event(event, logprobs) for event in self._blocks.push(delta)]
+                self._take(delta)
+                written += [self._event(event) for event in self._blocks.push(delta)]
                 if written:
                     yield b"".join(written)
         except AnswerError as error:
@@ -67,7 +68,7 @@ class ResponseWriter:
             yield self._life("failed", "failed", {"code": "server_error", "message": error.error.message})
             return
         self._is_over = True
-        last = [self._event(event, _NO_LOGPROBS) for event in self._blocks.finish(needs_text=True)]
+        last = [self._event(event) for event in self._blocks.finish(needs_text=True)]
         yield b"".join([*last, self._life(self._status, self._status)])
 
     # ------------------------------------------------------------ the response
@@ -134,28 +135,31 @@ class ResponseWriter:
     def _all_logprobs(self) -> msgspec.Raw:
         return msgspec.Raw(b"[%s]" % b",".join(self._logprobs))
 
+    def _new_logprobs(self) -> msgspec.Raw:
+        """Return the logprobs that no delta had yet: also those of tokens that were no text when they came."""
+        new, self._num_streamed = self._logprobs[self._num_streamed :], len(self._logprobs)
+        return msgspec.Raw(b"[%s]" % b",".join(new))
+
     # ------------------------------------------------------------ events
 
-    def _take(self, delta: Delta) -> msgspec.Raw:
-        """Note the end, and return the logprobs of ``delta``."""
+    def _take(self, delta: Delta) -> None:
+        """Note the end, and the logprobs of ``delta``."""
         self._finish_reason = delta.finish_reason or self._finish_reason
         self._reasoning_tokens.add(delta)
         if not self._with_logprobs or not delta.token_ids:
-            return _NO_LOGPROBS
+            return
         entries = chat_logprobs(self._token_bytes, delta.token_ids, delta.logprobs)["content"]
-        encoded = msgspec.json.encode(entries)
-        self._logprobs.append(encoded[1:-1])
-        return msgspec.Raw(encoded)
+        self._logprobs.append(msgspec.json.encode(entries)[1:-1])
 
     def _life(self, name: str, status: str, error: dict[str, str] | None = None) -> bytes:
         return self._sent(f"response.{name}", {"response": msgspec.Raw(self._response(status, error))})
 
-    def _event(self, event: BlockEvent, logprobs: msgspec.Raw) -> bytes:
+    def _event(self, event: BlockEvent) -> bytes:
         match event:
             case BlockBegun(block):
                 return b"".join(self._begun(block))
             case BlockGrew(block, text):
-                return self._grew(block, text, logprobs)
+                return self._grew(block, text)
             case BlockEnded(block):
                 return b"".join(self._ended(block))
 
@@ -166,10 +170,10 @@ class ResponseWriter:
             part = self._part(block, is_empty=True)
             yield self._sent("response.content_part.added", {**self._place(block), "part": part})
 
-    def _grew(self, block: Block, text: str, logprobs: msgspec.Raw) -> bytes:
+    def _grew(self, block: Block, text: str) -> bytes:
         body = {**self._place(block), "delta": text}
         if block.kind is BlockKind.TEXT:
-            body["logprobs"] = logprobs
+            body["logprobs"] = self._new_logprobs()
         return self._sent(f"response.{_name(block)}.delta", body)
 
     def _ended(self, block: Block) -> Iterator[bytes]:

@@ -398,6 +398,19 @@ def test_logprobs_are_refused_where_the_output_is_parsed() -> None:
     run(scenario, tool_parser="hermes")
 
 
+def test_logprobs_of_tokens_without_text_come_with_the_next_text() -> None:
+    """Bytes of a character are no text before its last one."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"input": "a", "max_output_tokens": 16, "include": ["message.output_text.logprobs"]}
+        answer = rebuilt(await stream(cluster, **body))
+        [part] = answer["output"][0]["content"]
+        assert "🦊" in part["text"]
+        assert len(part["logprobs"]) == 16
+
+    run(scenario, Script(answer="a🦊b" * 3, in_step=True))
+
+
 def test_a_long_body_is_prepared_in_a_worker_and_says_the_same() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         [end] = cluster.model.tokenizer.encode(END)
