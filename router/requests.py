@@ -116,7 +116,7 @@ class Requests:
             self.refuse(requests, refusal)
             return
         for request in routed:
-            self._table.open(request, self._limits.request_timeout_s)
+            self._table.open(request, self._limits.request_timeout_s, self._attempts.next_epoch)
         for request in routed[:MAX_DISPATCHED_AT_ONCE]:
             self._attempts.dispatch(request)
         for request in routed[MAX_DISPATCHED_AT_ONCE:]:

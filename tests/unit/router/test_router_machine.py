@@ -634,6 +634,23 @@ def test_timeline_merges_what_nodes_tell_with_the_routers_own_marks() -> None:
     assert [layer["layer"] for layer in timeline["layers"]] == [0, 1]
 
 
+def test_what_nodes_tell_of_an_earlier_request_with_the_same_id_is_not_in_the_timeline_of_the_next() -> None:
+    driver = Driver("p0 d0", first_epoch=40)
+    for epoch in (41, 42):
+        driver.submit()
+        driver.tokens("p0", 0, [1], epoch=epoch, finish=STOP)
+        driver.now += 100.0
+    for epoch, at_s in ((41, 1000.0), (42, 1100.0)):
+        marks = [Mark("prefill", at_s, "p0")]
+        driver.receive(peer("p0"), RequestTimeline(request_id=RequestId("r"), epoch=epoch, marks=marks))
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
+    assert timeline is not None
+    assert isinstance(timeline["marks"], list)
+    assert [mark["at_s"] for mark in timeline["marks"] if mark["node"] == "p0"] == [1100.0]
+    inference = driver.machine.requests.timelines.inference
+    assert (sum(inference.counts), inference.total) == (1, 0.0)
+
+
 def test_timelines_are_forgotten_in_the_end() -> None:
     driver = Driver("m0")
     for i in range(300):
