@@ -151,6 +151,8 @@ class Requests:
             return
         for ready in request.output.take(output):
             self._deliver(request, ready)
+            if ready.finish_reason is not None:
+                return  # the request has ended, whatever its nodes say
         if peer == request.decode and request.prefill is not None and not request.output.has_gap:
             # All KV has arrived and been handed off, and so has the first token: nothing depends on P any more.
             self._placement.release_prefill(request)

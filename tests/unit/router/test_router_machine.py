@@ -614,6 +614,17 @@ def test_stopping_router_does_not_wait_for_ever(impatient: bool) -> None:
     assert driver.take_sent(Abort)
 
 
+def test_tokens_behind_the_last_one_are_dropped() -> None:
+    """No correct node sends any. They were delivered after the end, which ended the router."""
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.tokens("d0", 1, [2, 3])
+    driver.tokens("p0", 0, [1], finish=STOP)
+    assert driver.output() == [1]
+    assert isinstance(driver.delivered["r"][-1], RequestEnded)
+    driver.machine.assert_quiescent()
+
+
 # ---------------------------------------------------------------- for people
 
 
