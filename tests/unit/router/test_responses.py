@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
@@ -12,9 +14,17 @@ from instant_router import InstantRouter
 from test_http_generation import post, run
 from test_tool_calls import TOOLS, TWO_CALLS
 
-from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.request import SamplingParams, TokenLogprobs
+from router.events import NewRequest
+from router.openai.answer import AnswerHead
+from router.openai.choice import Choice, Delta
+from router.openai.errors import AnswerError
+from router.openai.json_pieces import PIECE_BYTES
 from router.responses.items import chat_messages
+from router.responses.writer import ResponseWriter
+from router.text.output_text import TextOptions
 
 RESPONSES = "/v1/responses"
 END = "\x00"
@@ -409,6 +419,37 @@ def test_logprobs_of_tokens_without_text_come_with_the_next_text() -> None:
         assert len(part["logprobs"]) == 16
 
     run(scenario, Script(answer="a🦊b" * 3, in_step=True))
+
+
+@pytest.mark.parametrize("how", ["stream", "whole", "failed"])
+def test_long_logprobs_are_written_in_pieces(how: str) -> None:
+    """Together they were a single one, four times as long, which took the loop almost a second for 32,000 tokens."""
+    count = 400
+    model = router().service.model
+    request = NewRequest(RequestId("r"), [1], SamplingParams(max_tokens=count, seed=0))
+    choice = Choice(0, 0, request, model.tokenizer.token_bytes, TextOptions())
+    writer = ResponseWriter(
+        AnswerHead("resp_r", 1, "m"), choice, b'{"user":null}', model.tokenizer.token_bytes, with_logprobs=True
+    )
+    entry = TokenLogprobs(-0.123456789, list(range(65, 85)), [-1.23456789] * 20)
+
+    async def deltas() -> AsyncIterator[Delta]:
+        for index in range(count):
+            if how == "failed" and index == count - 1:
+                raise AnswerError(ErrorInfo(code="engine_error", message="broken"))
+            yield Delta(0, "a", [65], [entry], finish_reason="length" if index == count - 1 else None)
+
+    async def pieces() -> list[bytes]:
+        return await writer.full(deltas()) if how == "whole" else [item async for item in writer.events(deltas())]
+
+    found = asyncio.run(pieces())
+    whole = b"".join(found).decode()
+    answer = json.loads(whole) if how == "whole" else events_of(whole)[-1]["response"]
+    [part] = answer["output"][0]["content"]
+    assert len(part["logprobs"]) == len(part["text"]) == count - (how == "failed")
+    if how == "stream":
+        rebuilt(events_of(whole))
+    assert max(map(len, found)) < 2 * PIECE_BYTES < len(json.dumps(part["logprobs"]))
 
 
 def test_a_long_body_is_prepared_in_a_worker_and_says_the_same() -> None:
