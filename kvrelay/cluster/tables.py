@@ -27,7 +27,9 @@ _NOT_OF_REQUESTS = frozenset({"self_checks"})
 def status_tables(status: dict[str, Any]) -> Group:
     """Return the status of a cluster: the nodes, the router's workers if it has several, a line about requests."""
     workers = status.get("http_workers")  # clients are not told
-    parts: list[RenderableType] = [nodes_table(status), *([Text(), _workers_table(workers)] if workers else [])]
+    parts: list[RenderableType] = [nodes_table(status)]
+    if workers:
+        parts += [Text(), _workers_table(workers)]
     return Group(*parts, Text(), _requests_line(status.get("requests", {})))
 
 
