@@ -100,7 +100,7 @@ def test_no_kv_survives_whatever_is_lost_or_late(seed: int) -> None:
             world.submit(world.rng.choice(prompts) + world.prompt(4), 8, ignore_eos=True)
             world.run_for(world.rng.choice([0.0, 0.002, 0.02]))
         world.run_until(lambda: all(client.nodes for client in world.clients.values()))
-        num_queued = sum(len(node.machine.requests.queued) for name, node in world.nodes.items() if name[0] == "p")
+        num_queued = sum(world.nodes[name].machine.load().num_waiting for name in ("p0", "p1"))
         ended = world.reset_prefix_caches()
         num_attempts = world.router.machine.requests.counters.attempts
         world.settle_clients()
