@@ -211,7 +211,8 @@ class Nodes:
         self._followed.forget(peer)
         node = self._node_table.remove(peer, self._outbox.now)
         if node is not None:
-            self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
+            level, event = ("info", "node left") if reason == "drained" else ("warning", "node lost")
+            self._log(level, event, node=peer, reason=reason)
             self._requests.counters.nodes_lost += reason != "drained"
         return node
 
