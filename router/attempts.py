@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from kvrelay.config.cluster_config import Role
-from kvrelay.machine.contract import SetTimer
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -55,7 +54,7 @@ class Attempts:
 
     def dispatch_soon(self, request: RoutedRequest) -> None:
         """Dispatch a waiting request in an event of its own: the loop runs other tasks between events."""
-        self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now))
+        self._table.set_timer(request, "retry", self._outbox.now)
 
     def begin(self, request: RoutedRequest) -> RequestSpec:
         """Begin an attempt under a new epoch; return the request spec for its node."""
@@ -67,7 +66,7 @@ class Attempts:
         if self._outbox.now - since_s >= self._limits.node_wait_s:
             self._table.fail(request, ErrorInfo.of(request.overdue(self._limits.node_wait_s)))
         else:
-            self._outbox.do(SetTimer(request.timer("retry"), since_s + self._limits.node_wait_s))
+            self._table.set_timer(request, "retry", since_s + self._limits.node_wait_s)
 
     # ------------------------------------------------------------ failures
 
@@ -96,7 +95,7 @@ class Attempts:
         request.lifecycle.move(Status.WAITING, self._outbox.now)
         self._table.counters.retries += 1
         if backoff_s > 0:
-            self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now + backoff_s))
+            self._table.set_timer(request, "retry", self._outbox.now + backoff_s)
         else:
             self.dispatch(request)
 
