@@ -6,7 +6,7 @@ import asyncio
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
@@ -36,5 +36,6 @@ async def launched(settings: MessagerSettings) -> AsyncIterator[Process]:
         try:
             await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         except TimeoutError:
-            process.kill()
+            with suppress(ProcessLookupError):  # it has ended just now
+                process.kill()
             await process.wait()

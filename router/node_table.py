@@ -173,11 +173,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A registration that waits since ``since_s`` for the name that a registered node has."""
+    """A registration that waits since ``since_s`` for the name that a registered node has; repeated at ``heard_s``."""
 
     peer: PeerId
     registration: Register
     since_s: float
+    heard_s: float
 
 
 class NodeTable:
@@ -235,7 +236,7 @@ class NodeTable:
         if self.can_serve({node.role for node in self if not node.leaving}):
             return None
         missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
-        return f"no {' and no '.join(missing)} node is registered, nor a mixed one"
+        return f"no {' and no '.join(missing)} node is registered (or a mixed node instead)"
 
     # ------------------------------------------------------------ registration
 
@@ -275,7 +276,7 @@ class NodeTable:
         """Defer ``registration`` until ``holder``, which has the same name, is known to be alive or is lost."""
         earlier = self._rivals.get(holder.peer)
         since_s = earlier.since_s if earlier is not None and earlier.peer == peer else now
-        self._rivals[holder.peer] = Rival(peer, registration, since_s)
+        self._rivals[holder.peer] = Rival(peer, registration, since_s, now)
 
     def beaten_by(self, holder: PeerId, now: float) -> Rival | None:
         """Remove and return who waits for the name of ``holder``, which has sent a heartbeat, if that proves it alive.
@@ -288,9 +289,10 @@ class NodeTable:
             return None
         return self._rivals.pop(holder)
 
-    def heir_of(self, holder: PeerId) -> Rival | None:
-        """Remove and return who waits for the name of ``holder``, which is lost."""
-        return self._rivals.pop(holder, None)
+    def heir_of(self, holder: PeerId, now: float) -> Rival | None:
+        """Remove and return who waits for the name of ``holder``, which is lost, unless it has fallen silent itself."""
+        rival = self._rivals.pop(holder, None)
+        return rival if rival is not None and now - rival.heard_s < self._peer_timeout_s else None
 
     def add(self, peer: PeerId, registration: Register, now: float) -> Node:
         """Add a node, or update the registration of a known one."""
@@ -319,14 +321,15 @@ class NodeTable:
     def resumed(self, paused_s: float, now: float) -> None:
         """This process did not run for ``paused_s``: no node is to blame for its silence, and no heartbeat is new."""
         self._liveness.resumed(paused_s, now)
-        self._rivals = {holder: replace(rival, since_s=now) for holder, rival in self._rivals.items()}
+        self._rivals = {holder: replace(rival, since_s=now, heard_s=now) for holder, rival in self._rivals.items()}
 
     def silent(self, now: float) -> list[PeerId]:
         """Return the nodes that sent nothing for ``peer_timeout_s``."""
         return self._liveness.lost(now)
 
     def remove(self, peer: PeerId, now: float) -> Node | None:
-        """Remove a node; return it, or None if it was not registered."""
+        """Remove a node; return it, or None if it was not registered. It waits for no name any more."""
+        self._rivals = {holder: rival for holder, rival in self._rivals.items() if rival.peer != peer}
         self._liveness.forget(peer)
         node = self._nodes.pop(peer, None)
         if node is not None:

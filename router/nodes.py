@@ -203,7 +203,7 @@ class Nodes:
         for node in lost:
             self._requests.node_lost(node, reason)
         for node in lost:
-            heir = self._node_table.heir_of(node.peer)
+            heir = self._node_table.heir_of(node.peer, self._outbox.now)
             if heir is not None:
                 self._register(heir.peer, heir.registration)
 

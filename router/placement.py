@@ -11,7 +11,7 @@ from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from router.node_table import Node, NodeTable
 from router.policy import Policy
 from router.prediction import Prediction, Predictions
-from router.request import RoutedRequest, Status
+from router.request import RoutedRequest
 
 Choose: TypeAlias = Callable[[Sequence[Node], RoutedRequest], Node | None]
 """How a routing policy chooses, or would choose."""
@@ -50,7 +50,7 @@ class Placement:
         raw = self._prefill_routing.predict(chosen, request)
         request.predictions = None
         if raw is not None:
-            request.predictions = raw, self.predictions.corrected(raw, now)
+            request.predictions = raw, self.predictions.corrected(raw, now), now
             self.predictions.dispatched(raw, now)
         chosen.pending[request.request_id] = request.num_tokens
         request.is_prompt_pending = True
@@ -165,8 +165,8 @@ class Placement:
     def first_token_came(self, request: RoutedRequest, now: float) -> None:
         """Compare the time to the first token with what was predicted, unless an earlier attempt had failed."""
         if request.predictions is not None and request.attempts == 1:
-            dispatched_s = next(at_s for status, at_s in request.lifecycle.history if status is Status.RUNNING)
-            self.predictions.observe(*request.predictions, now - dispatched_s, now)
+            raw, corrected, dispatched_s = request.predictions
+            self.predictions.observe(raw, corrected, now - dispatched_s, now)
 
     def prompt_is_computed(self, request: RoutedRequest) -> None:
         """Record that no prompt tokens are left to compute."""

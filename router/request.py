@@ -75,7 +75,7 @@ class RoutedRequest:
     that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
     that refused it. ``is_prompt_pending``: its nodes count prompt tokens of it that are still to compute.
     ``num_preempted_blocks``: blocks it waits for after a preemption, None if it is not known to wait.
-    ``predictions``: the raw and the corrected one of its current attempt, if the policy predicts.
+    ``predictions``: the raw and the corrected one of its current attempt, and when that began, if the policy predicts.
     """
 
     __slots__ = (
@@ -117,7 +117,7 @@ class RoutedRequest:
         self.refused_by: set[PeerId] = set()
         self.num_cached_tokens = 0
         self.num_preempted_blocks: int | None = None
-        self.predictions: tuple[Prediction, Prediction] | None = None
+        self.predictions: tuple[Prediction, Prediction, float] | None = None
         self._num_routed_blocks = MAX_ROUTED_BLOCKS
         self._prefix_keys: list[bytes] | None = None
 

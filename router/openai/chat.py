@@ -45,10 +45,12 @@ def chat_prompt(fields: ChatFields, model: ServedModel, max_model_len: int | Non
 
 def _variables(fields: ChatFields) -> dict[str, Any] | None:
     """Return the variables for the template: what ``chat_template_kwargs`` has goes before other fields."""
-    effort, tools = fields.reasoning_effort, fields.rendered_tools
-    if effort is None and not tools:
+    effort, tools, verbosity = fields.reasoning_effort, fields.rendered_tools, fields.verbosity
+    if effort is None and verbosity is None and not tools:
         return fields.chat_template_kwargs
     variables: dict[str, Any] = {"tools": tools} if tools else {}
+    if verbosity is not None:
+        variables["verbosity"] = verbosity
     if effort is not None:
         variables["reasoning_effort"] = effort
     if effort == "none":
@@ -81,9 +83,14 @@ class ChatCompletions:
         Raises what ``chat_prompt`` raises, and InvalidRequestError if it has tokens that the model does not have.
         """
         check_tool_use(request, self._model)
-        token_ids = chat_prompt(request, self._model, None if request.truncate_prompt_tokens else max_model_len)
+        token_ids = self.token_ids(request, max_model_len)
         check_text_ids(token_ids, self._model, "messages")
-        return [truncated(token_ids, request, max_model_len)]
+        return [token_ids]
+
+    def token_ids(self, request: ChatCompletionRequest, max_model_len: int) -> list[int]:
+        """Return the token ids of the chat, cut as the request asks for. Raises what ``chat_prompt`` raises."""
+        token_ids = chat_prompt(request, self._model, None if request.truncate_prompt_tokens else max_model_len)
+        return truncated(token_ids, request, max_model_len)
 
     def texts(self, request: ChatCompletionRequest) -> None:
         """Return nothing: a chat has no echo."""

@@ -124,9 +124,8 @@ def _only_text(value: object) -> object:
 
 
 def _verbosity(value: object) -> object:
-    """Accept what OpenAI's models do anyway: nothing tells the served model to write less or more."""
-    if value != "medium":
-        raise wrong("only 'medium' is supported")
+    if value not in ("low", "medium", "high"):
+        raise wrong("should be 'low', 'medium' or 'high'")
     return value
 
 
@@ -163,5 +162,5 @@ Prompt = Annotated[
 ]
 NoFunction = Annotated[str, PlainValidator(_no_function, json_schema_input_type=Literal["none", "auto"])]
 OnlyText = Annotated[list[str], PlainValidator(_only_text, json_schema_input_type=list[Literal["text"]])]
-Verbosity = Annotated[str, PlainValidator(_verbosity, json_schema_input_type=Literal["medium"])]
+Verbosity = Annotated[str, PlainValidator(_verbosity, json_schema_input_type=Literal["low", "medium", "high"])]
 JsonSchema = Annotated[object, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)]

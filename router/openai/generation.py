@@ -10,6 +10,7 @@ from kvrelay.protocol.ids import RequestId
 from kvrelay.protocol.request import FinishReason
 from kvrelay.runtime.time_slice import TimeSlice
 from router.events import (
+    PARTS,
     Delivery,
     NewRequest,
     PromptLogprobsDelivered,
@@ -68,6 +69,9 @@ class Observer(Protocol):
 class Generation:
     """The choices of one HTTP request. ``close`` aborts those that are still running.
 
+    The backend is told nothing of a choice that has ended there: what a slow client has not read yet does not keep its
+    id from the next request.
+
     Deliveries that wait until the client's turn comes are merged into one delta: where there is much to do, or the
     client is slow, deltas are fewer and larger. ``interval``: wait until a choice has this many new tokens, unless they
     are its first or last.
@@ -76,6 +80,7 @@ class Generation:
     def __init__(self, choices: Sequence[Choice], backend: Backend, observer: Observer, *, interval: int = 1) -> None:
         self._choices = {choice.request_id: choice for choice in choices}
         self._running = dict(self._choices)
+        self._submitted: set[RequestId] = set()
         self._backend = backend
         self._observer = observer
         self._interval = interval
@@ -88,12 +93,15 @@ class Generation:
         requests = [choice.request for choice in self._choices.values()]
         wanted = [request for request in requests if _is_computed(request)]
         if wanted:
+            self._submitted.update(request.request_id for request in wanted)
             self._backend.submit(wanted, self._deliver)
         for request in requests:
             if not _is_computed(request):
                 self._deliver(request.request_id, TokensDelivered([], finish_reason=FinishReason.LENGTH))
 
     def _deliver(self, request_id: RequestId, delivery: Delivery) -> None:
+        if not isinstance(delivery, PARTS):
+            self._submitted.discard(request_id)
         waiting = self._waiting.get(request_id)
         if waiting is None:
             waiting = self._waiting[request_id] = [delivery]
@@ -145,7 +153,8 @@ class Generation:
     def close(self) -> None:
         """Abort the choices that have not finished."""
         for choice in list(self._running.values()):
-            self._backend.client_disconnected(choice.request_id)
+            if choice.request_id in self._submitted:
+                self._backend.client_disconnected(choice.request_id)
             self._end(choice, "aborted")
 
     # ------------------------------------------------------------ deliveries
@@ -186,7 +195,7 @@ class Generation:
         delta = choice.take(tokens)
         if delta.token_ids:
             self._observer.tokens(choice, len(delta.token_ids))
-        if choice.stop_matched:
+        if choice.stop_matched and choice.request_id in self._submitted:
             self._backend.stop_matched(choice.request_id)
         if choice.finished:
             self._end(choice, "ok")

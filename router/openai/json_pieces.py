@@ -26,11 +26,14 @@ class JsonItems:
 
     def add(self, items: list[object]) -> None:
         """Add ``items``."""
-        if not items:
-            return
+        if items:
+            self.add_encoded(memoryview(msgspec.json.encode(items))[1:-1])
+
+    def add_encoded(self, items: bytes | memoryview) -> None:
+        """Add ``items``, one or more, which are encoded, with commas between them."""
         if self._pieces or self._last:
             self._last += b","
-        self._last += memoryview(msgspec.json.encode(items))[1:-1]
+        self._last += items
         if len(self._last) >= PIECE_BYTES:
             self._pieces.append(bytes(self._last))
             self._last.clear()
@@ -48,6 +51,15 @@ def object_pieces(body: Mapping[str, object]) -> list[bytes]:
         return [msgspec.json.encode(body)]
     head = msgspec.json.encode({name: value for name, value in body.items() if name not in long})[:-1]
     return list(_joined(_object(head, long)))
+
+
+def filled(encoded: bytes, place: bytes, items: JsonItems) -> list[bytes]:
+    """Return ``encoded`` in pieces, with the list of ``items`` wherever ``place`` is in it."""
+    before, *behind = encoded.split(place)
+    pieces = [before]
+    for part in behind:
+        pieces += [b"[", *items.pieces, b"]", part]
+    return [piece for piece in _joined(pieces) if piece]
 
 
 def _object(head: bytes, long: Mapping[str, JsonPieces]) -> Iterator[bytes]:

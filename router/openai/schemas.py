@@ -51,7 +51,6 @@ REFUSED_FIELDS = {
     "use_beam_search": "beam search is not supported",
     "chat_template": "only the model's own chat template is used",
     "documents": "documents are not supported",
-    "audio": "only text is supported",
     "moderation": "moderation is not supported",
     "web_search_options": "there is no web search",
     "lora_path": "LoRA adapters are not supported",
@@ -61,6 +60,7 @@ REFUSED_FIELDS = {
 
 IGNORED_FIELDS = frozenset(
     {
+        "audio",
         "guided_decoding_backend",
         "metadata",
         "prediction",
@@ -72,7 +72,10 @@ IGNORED_FIELDS = frozenset(
         "store",
     }
 )
-"""Fields that do not affect the answer. They are ignored without a log line."""
+"""Fields that do not affect the answer: ``audio`` is for audio output, which only ``modalities`` can ask for.
+
+They are ignored without a log line.
+"""
 
 unknown_fields = UnknownFields()
 
@@ -232,6 +235,7 @@ class ChatFields(Fields):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     tools: Tools | None = None
     reasoning_effort: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    verbosity: Verbosity | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     add_special_tokens: Flag = None
@@ -261,7 +265,6 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     include_reasoning: Flag = None
     function_call: NoFunction | None = None
     modalities: OnlyText | None = None
-    verbosity: Verbosity | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatCompletionRequest:

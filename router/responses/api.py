@@ -13,6 +13,7 @@ from router.openai.sampling import check_num_messages
 from router.openai.schemas import ChatCompletionRequest
 from router.openai.tokens import num_chat_tokens
 from router.responses import schemas
+from router.responses.truncation import prompt_that_fits
 from router.responses.writer import ResponseWriter
 
 
@@ -30,6 +31,11 @@ class Responses(ChatCompletions):
         if request.logprobs and self.parsing(request) is not None:
             refuse("include", "there are no logprobs where reasoning or tool calls are found in the output")
         return reading
+
+    def token_ids(self, request: ChatCompletionRequest, max_model_len: int) -> list[int]:
+        if request.truncate_prompt_tokens is None:
+            return super().token_ids(request, max_model_len)
+        return prompt_that_fits(request, self._model, max_model_len)
 
     def writer(
         self,

@@ -44,8 +44,16 @@ _NOT_STORED = "answers are not stored; send the whole conversation as input"
 
 
 def _truncation(value: object) -> object:
-    if value != "disabled":
-        raise wrong("only 'disabled' is supported")
+    if value not in ("auto", "disabled"):
+        raise wrong("should be 'auto' or 'disabled'")
+    return value
+
+
+def _cache_options(value: object) -> object:
+    if not isinstance(value, dict):
+        raise wrong("should be an object")
+    if value.get("prewarm"):
+        raise wrong("prewarm is not supported: a response always has output")
     return value
 
 
@@ -97,6 +105,7 @@ class ResponsesFields(Fields):
         "max_completion_tokens": "the field is called max_output_tokens, not max_completion_tokens",
         "max_tokens": "the field is called max_output_tokens",
         "messages": "the field is called input, not messages",
+        "personality": "there are no styles to choose from: put it into instructions",
         "previous_response_id": _NOT_STORED,
         "prompt": "prompt templates are not stored; send instructions and input",
         "reasoning_effort": "the field is called reasoning.effort, not reasoning_effort",
@@ -112,7 +121,9 @@ class ResponsesFields(Fields):
     text: TextOptions | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[Any] | None = None
-    truncation: Annotated[str, PlainValidator(_truncation, json_schema_input_type=Literal["disabled"])] | None = None
+    truncation: (
+        Annotated[str, PlainValidator(_truncation, json_schema_input_type=Literal["auto", "disabled"])] | None
+    ) = None
 
 
 class ResponsesRequest(ResponsesFields):
@@ -122,6 +133,9 @@ class ResponsesRequest(ResponsesFields):
     max_output_tokens: Positive | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: (
+        Annotated[dict[str, Any], PlainValidator(_cache_options, json_schema_input_type=dict[str, Any])] | None
+    ) = None
     safety_identifier: str | None = None
     store: bool | None = None
     stream_options: StreamOptions | None = None
@@ -142,6 +156,7 @@ def read(body: dict[str, Any], model: ServedModel) -> Reading:
             **_chat_fields(request),
             "max_completion_tokens": request.max_output_tokens,
             "logprobs": with_logprobs or None,
+            "truncate_prompt_tokens": -1 if request.truncation == "auto" else None,
         },
     )
     return Reading(chat, msgspec.json.encode(_echo(request, body, model)))
@@ -162,6 +177,7 @@ def _chat_fields(request: ResponsesFields) -> dict[str, object]:
     return {
         "messages": messages or [{"role": "user", "content": ""}],
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
+        "verbosity": request.text.verbosity if request.text else None,
         "response_format": _response_format(request.text.format if request.text else None),
         "tools": [_tool(tool, f"tools.{index}") for index, tool in enumerate(request.tools or ())] or None,
         "tool_choice": _tool_choice(request.tool_choice),
@@ -221,11 +237,11 @@ def _echo(request: ResponsesRequest, body: dict[str, Any], model: ServedModel) -
         "service_tier": "default",
         "store": False,
         "temperature": sampled("temperature"),
-        "text": {"format": text.format or {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": text.format or {"type": "text"}, "verbosity": text.verbosity or "medium"},
         "tool_choice": request.tool_choice or "auto",
         "tools": request.tools or [],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": sampled("top_p"),
-        "truncation": "disabled",
+        "truncation": request.truncation or "disabled",
         "user": body.get("user"),
     }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import msgspec
 
+from kvrelay.runtime.time_slice import TimeSlice
 from kvrelay.tokenizer.token_bytes import TokenBytes
 from router.openai.answer import AnswerHead
 from router.openai.blocks import Block, BlockBegun, BlockEnded, BlockEvent, BlockGrew, BlockKind, Blocks
 from router.openai.choice import Choice, Delta
 from router.openai.errors import AnswerError
+from router.openai.json_pieces import JsonItems, filled
 from router.openai.logprobs import chat_logprobs
 from router.responses.reasoning_tokens import ReasoningTokens
 
@@ -32,7 +35,10 @@ class ResponseWriter:
         self._with_logprobs = with_logprobs
         self._blocks = Blocks()
         self._reasoning_tokens = ReasoningTokens(token_bytes)
-        self._logprobs: list[bytes] = []
+        self._logprobs = JsonItems()
+        self._new_logprobs: list[bytes] = []
+        self._stand_in = b'"%s"' % secrets.token_hex(16).encode()
+        """Stands for all logprobs in what is encoded: they are put there in pieces, since they may be long."""
         self._finish_reason: str | None = None
         self._is_over = False
         self._sequence_number = 0
@@ -45,7 +51,7 @@ class ResponseWriter:
                 pass
         for _ in self._blocks.finish(needs_text=True):
             pass
-        return [self._response(self._status)]
+        return filled(self._response(self._status), self._stand_in, self._logprobs)
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """Yield server-sent events. An error after the first is an event; before, it is raised."""
@@ -57,18 +63,22 @@ class ResponseWriter:
                 names = () if begun else ("created", "in_progress")
                 written = [self._life(name, "in_progress") for name in names]
                 begun = True
-                logprobs = self._take(delta)
-                written += [self._event(event, logprobs) for event in self._blocks.push(delta)]
+                self._new_logprobs += self._take(delta)
+                written += [self._event(event) for event in self._blocks.push(delta)]
                 if written:
                     yield b"".join(written)
         except AnswerError as error:
             if not begun:
                 raise
-            yield self._life("failed", "failed", {"code": "server_error", "message": error.error.message})
-            return
-        self._is_over = True
-        last = [self._event(event, _NO_LOGPROBS) for event in self._blocks.finish(needs_text=True)]
-        yield b"".join([*last, self._life(self._status, self._status)])
+            last = [self._life("failed", "failed", {"code": "server_error", "message": error.error.message})]
+        else:
+            self._is_over = True
+            last = [self._event(event) for event in self._blocks.finish(needs_text=True)]
+            last.append(self._life(self._status, self._status))
+        time_slice = TimeSlice()
+        for piece in filled(b"".join(last), self._stand_in, self._logprobs):
+            await time_slice.pause()
+            yield piece
 
     # ------------------------------------------------------------ the response
 
@@ -132,30 +142,35 @@ class ResponseWriter:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def _all_logprobs(self) -> msgspec.Raw:
-        return msgspec.Raw(b"[%s]" % b",".join(self._logprobs))
+        return msgspec.Raw(self._stand_in) if self._with_logprobs else _NO_LOGPROBS
+
+    def _take_new_logprobs(self) -> msgspec.Raw:
+        """Return the logprobs that no delta had yet: also those of tokens that were no text when they came."""
+        new, self._new_logprobs = self._new_logprobs, []
+        return msgspec.Raw(b"[%s]" % b",".join(new))
 
     # ------------------------------------------------------------ events
 
-    def _take(self, delta: Delta) -> msgspec.Raw:
-        """Note the end, and return the logprobs of ``delta``."""
+    def _take(self, delta: Delta) -> list[bytes]:
+        """Note the end, and the logprobs of ``delta``; return these, encoded."""
         self._finish_reason = delta.finish_reason or self._finish_reason
         self._reasoning_tokens.add(delta)
         if not self._with_logprobs or not delta.token_ids:
-            return _NO_LOGPROBS
+            return []
         entries = chat_logprobs(self._token_bytes, delta.token_ids, delta.logprobs)["content"]
-        encoded = msgspec.json.encode(entries)
-        self._logprobs.append(encoded[1:-1])
-        return msgspec.Raw(encoded)
+        encoded = msgspec.json.encode(entries)[1:-1]
+        self._logprobs.add_encoded(encoded)
+        return [encoded]
 
     def _life(self, name: str, status: str, error: dict[str, str] | None = None) -> bytes:
         return self._sent(f"response.{name}", {"response": msgspec.Raw(self._response(status, error))})
 
-    def _event(self, event: BlockEvent, logprobs: msgspec.Raw) -> bytes:
+    def _event(self, event: BlockEvent) -> bytes:
         match event:
             case BlockBegun(block):
                 return b"".join(self._begun(block))
             case BlockGrew(block, text):
-                return self._grew(block, text, logprobs)
+                return self._grew(block, text)
             case BlockEnded(block):
                 return b"".join(self._ended(block))
 
@@ -166,10 +181,10 @@ class ResponseWriter:
             part = self._part(block, is_empty=True)
             yield self._sent("response.content_part.added", {**self._place(block), "part": part})
 
-    def _grew(self, block: Block, text: str, logprobs: msgspec.Raw) -> bytes:
+    def _grew(self, block: Block, text: str) -> bytes:
         body = {**self._place(block), "delta": text}
         if block.kind is BlockKind.TEXT:
-            body["logprobs"] = logprobs
+            body["logprobs"] = self._take_new_logprobs()
         return self._sent(f"response.{_name(block)}.delta", body)
 
     def _ended(self, block: Block) -> Iterator[bytes]:

@@ -12,7 +12,7 @@
 #   free_ports N         prints N free ports
 #
 # Environments are in .cache/clients/NAME and are used again. With KVRELAY_URL set no cluster is started, and that one is
-# asked.
+# asked. A script whose client cannot be installed says why in one line and ends with status 3.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 environment=$root/.cache/clients/$(basename "$0")
@@ -37,14 +37,18 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
+not_installed() { # not_installed WHAT: ends the script with status 3 and the installer's first error
+    echo "cannot be installed here: $1: $(grep -iE '^(npm )?error|because|^E:' "$work/install" | grep -m 1 -v 'npm error code')" >&2
+    exit 3
+}
+
 packages() {
     export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
     local python=$environment/bin/python
     if ! { { [ -x "$python" ] || "$root/.venv/bin/uv" venv --quiet --allow-existing "$environment"; } &&
         "$root/.venv/bin/uv" pip install --quiet --python "$python" "$@"; } 2>"$work/install"; then
-        cat "$work/install" >&2
         "$root/.venv/bin/python" -m venv --clear "$environment"
-        "$python" -m pip install --quiet --disable-pip-version-check "$@"
+        "$python" -m pip install --quiet --disable-pip-version-check "$@" 2>>"$work/install" || not_installed "$*"
     fi
     local package
     for package in "$@"; do
@@ -59,7 +63,8 @@ cpu_torch() { # torch's CPU build, for clients that need torch; PyPI has only a 
 
 node_packages() {
     mkdir -p "$environment"
-    npm install --silent --no-audit --no-fund --prefix "$environment" "$@"
+    npm install --loglevel error --no-audit --no-fund --prefix "$environment" "$@" > /dev/null 2> "$work/install" ||
+        not_installed "$*"
     local package
     for package in "$@"; do
         node -p "'version: $package ' + require('$environment/node_modules/$package/package.json').version"
@@ -71,9 +76,7 @@ debian() {
         mkdir -p "$work/archives/partial" "$environment/debian"
         local apt=(apt-get --quiet=2 -o Debug::NoLocking=1 -o "Dir::Cache::archives=$work/archives")
         "${apt[@]}" install --yes --no-install-recommends --download-only "$@" > "$work/install" 2>&1 || {
-            cat "$work/install" >&2
-            echo "apt-get cannot download $*; 'apt-get update' may help" >&2
-            return 1
+            not_installed "$* ('apt-get update' may help)"
         }
         # Those that this machine has installed are not downloaded; `unpacked` finds them too.
         find "$work/archives" -name '*.deb' -exec dpkg --extract {} "$environment/debian" \;

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from kvrelay.config.sections import RoutingPolicy
 from kvrelay.machine.contract import PeerLost
 from kvrelay.protocol.block_hash import PREFIX_KEY_BYTES, BlockHasher
-from kvrelay.protocol.ids import PeerId, RequestId
+from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Heartbeat, Load
-from kvrelay.protocol.messages.node_to_router import PrefixCacheChanged
+from kvrelay.protocol.messages.node_to_router import Leaving, PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
 from kvrelay.protocol.request import FinishReason
 from router.admission import MAX_PREDICTED_AT_ONCE, TTFT_LIMIT_HEADER
@@ -478,6 +478,23 @@ def test_of_a_request_that_was_retried_no_error_is_noted() -> None:
     driver.tokens_from(peer("p0", "b"), 0, [1], epoch=2)
     assert driver.output() == [1]
     assert errors(driver) == {"late": (0, 0.0), "early": (0, 0.0)}
+
+
+def test_of_a_request_that_a_draining_node_gave_back_only_the_last_attempt_counts() -> None:
+    """Before, all that it had waited on the first node made later predictions longer."""
+    driver = cluster_of("p0 p1 d0")
+    measured(driver, "p0", 100.0)
+    measured(driver, "p1", 100.0)
+    driver.submit(prompt("r", 100))
+    first, _, _ = driver.dispatched()
+    driver.now += 20.0
+    driver.receive(first, Leaving())
+    driver.fail(peer_name(PeerId(first)))
+    again, _, spec = driver.dispatched()
+    assert again != first
+    driver.now += 1.5
+    driver.tokens_from(again, 0, [1], epoch=spec.epoch)
+    assert errors(driver) == {"late": (1, pytest.approx(0.5)), "early": (0, 0.0)}
 
 
 # ---------------------------------------------------------------- decode nodes that compute prompts

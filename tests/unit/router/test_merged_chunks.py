@@ -180,6 +180,28 @@ def test_a_client_that_left_gets_nothing_more() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("stop", "told"), [("lo", ["5 of a", "ok a"]), ("not there", ["5 of a", "aborted a"])])
+def test_a_slow_client_ends_no_later_request_with_the_id_of_its_own(stop: str, told: list[str]) -> None:
+    async def scenario() -> None:
+        client = Client([choice(stop=StopStrings([stop]))], interval=2)
+        client.deliver(tokens("Hello"), RequestErrored.of(NoNodeError("all gone")))
+        await client.next()
+        client.generation.close()
+        assert client.backend.told == told
+
+    asyncio.run(scenario())
+
+
+def test_a_choice_that_no_node_computes_ends_nothing() -> None:
+    async def scenario() -> None:
+        request = NewRequest(RequestId("a"), letters("p"), SamplingParams(max_tokens=0, seed=0))
+        client = Client([Choice(0, 0, request, MODEL.tokenizer.token_bytes, TextOptions())])
+        client.generation.close()
+        assert client.backend.told == ["aborted a"]
+
+    asyncio.run(scenario())
+
+
 def test_an_interval_holds_back_all_but_the_first_and_the_last_tokens() -> None:
     async def scenario() -> None:
         client = Client([choice("a", 0), choice("b", 1)], interval=3)

@@ -141,7 +141,9 @@ def test_old_heartbeats_of_a_node_that_was_killed_do_not_refuse_the_next_one() -
     driver.do(Resumed(3.0))
     driver.receive(peer("p0"), Heartbeat())
     assert driver.take_sent(RegistrationRefused) == []
-    driver.now += PEER_TIMEOUT_S + 0.1
+    driver.now += PEER_TIMEOUT_S - 1.0
+    driver.join("p0", "b")  # as it does with each heartbeat
+    driver.now += 1.1
     driver.do(TimerFired(LIVENESS))
     assert peer("p0", "b") in names(driver)
     assert peer("p0") not in names(driver)
@@ -152,6 +154,19 @@ def test_node_restarted_at_a_new_address_gets_its_name_when_its_earlier_self_is_
     driver.join("p0", "b", address="tcp://elsewhere:1")
     driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     assert names(driver) == [peer("p0", "b")]
+
+
+@pytest.mark.parametrize("how", ["lost", "silent"])
+def test_a_waiting_node_that_has_ended_since_does_not_get_the_name(how: str) -> None:
+    """Prompts would have gone to it until it was missed."""
+    driver = Driver("p0")
+    driver.join("p0", "b")
+    if how == "lost":
+        driver.do(PeerLost(PeerId(peer("p0", "b")), "killed"))
+    else:
+        driver.now += PEER_TIMEOUT_S
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
+    assert names(driver) == []
 
 
 # ---------------------------------------------------------------- strangers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
@@ -12,9 +14,17 @@ from instant_router import InstantRouter
 from test_http_generation import post, run
 from test_tool_calls import TOOLS, TWO_CALLS
 
-from kvrelay.protocol.ids import NodeId
+from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
+from kvrelay.protocol.request import SamplingParams, TokenLogprobs
+from router.events import NewRequest
+from router.openai.answer import AnswerHead
+from router.openai.choice import Choice, Delta
+from router.openai.errors import AnswerError
+from router.openai.json_pieces import PIECE_BYTES
 from router.responses.items import chat_messages
+from router.responses.writer import ResponseWriter
+from router.text.output_text import TextOptions
 
 RESPONSES = "/v1/responses"
 END = "\x00"
@@ -353,8 +363,14 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
         ),
         ({"input": "a", "conversation": "c"}, "conversation", "conversation: answers are not stored"),
         ({"input": "a", "store": "true"}, "store", "store: should be true or false"),
+        (
+            {"input": "a", "prompt_cache_options": {"prewarm": True}},
+            "prompt_cache_options",
+            "prompt_cache_options: prewarm is not supported",
+        ),
+        ({"input": "a", "personality": "friendly"}, "personality", "personality: there are no styles to choose from"),
         ({"input": "a", "background": True}, "background", "background: answers are not made in the background"),
-        ({"input": "a", "truncation": "auto"}, "truncation", "truncation: only 'disabled' is supported"),
+        ({"input": "a", "truncation": "left"}, "truncation", "truncation: should be 'auto' or 'disabled'"),
         ({"input": "a", "include": ["x"]}, "include", "include: 'x' is not supported"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: should be 1 or more, not 0"),
         ({"input": "a", "temperature": 3}, "temperature", "temperature: should be 2 or less, not 3"),
@@ -363,7 +379,7 @@ def test_a_structured_response_has_the_grammar_of_the_same_chat() -> None:
         ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tools.0: name should be 1 to 128 letters"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice", "tool_choice: needs tools"),
         ({"input": "a", "tool_choice": {"type": "mcp"}}, "tool_choice", "tool_choice: type 'mcp' is not supported"),
-        ({"input": "a", "text": {"verbosity": "low"}}, "text", "text.verbosity: only 'medium' is supported"),
+        ({"input": "a", "text": {"verbosity": "terse"}}, "text", "text.verbosity: should be 'low', 'medium' or 'high'"),
         ({"input": "a", "text": {"format": {"type": "xml"}}}, "text", "text.format: type 'xml' is not supported"),
         (
             {"input": "a", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "strng"}}}},
@@ -390,6 +406,50 @@ def test_logprobs_are_refused_where_the_output_is_parsed() -> None:
         assert response.json()["error"]["param"] == "include"
 
     run(scenario, tool_parser="hermes")
+
+
+def test_logprobs_of_tokens_without_text_come_with_the_next_text() -> None:
+    """Bytes of a character are no text before its last one."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        body = {"input": "a", "max_output_tokens": 16, "include": ["message.output_text.logprobs"]}
+        answer = rebuilt(await stream(cluster, **body))
+        [part] = answer["output"][0]["content"]
+        assert "🦊" in part["text"]
+        assert len(part["logprobs"]) == 16
+
+    run(scenario, Script(answer="a🦊b" * 3, in_step=True))
+
+
+@pytest.mark.parametrize("how", ["stream", "whole", "failed"])
+def test_long_logprobs_are_written_in_pieces(how: str) -> None:
+    """Together they were a single one, four times as long, which took the loop almost a second for 32,000 tokens."""
+    count = 400
+    model = router().service.model
+    request = NewRequest(RequestId("r"), [1], SamplingParams(max_tokens=count, seed=0))
+    choice = Choice(0, 0, request, model.tokenizer.token_bytes, TextOptions())
+    writer = ResponseWriter(
+        AnswerHead("resp_r", 1, "m"), choice, b'{"user":null}', model.tokenizer.token_bytes, with_logprobs=True
+    )
+    entry = TokenLogprobs(-0.123456789, list(range(65, 85)), [-1.23456789] * 20)
+
+    async def deltas() -> AsyncIterator[Delta]:
+        for index in range(count):
+            if how == "failed" and index == count - 1:
+                raise AnswerError(ErrorInfo(code="engine_error", message="broken"))
+            yield Delta(0, "a", [65], [entry], finish_reason="length" if index == count - 1 else None)
+
+    async def pieces() -> list[bytes]:
+        return await writer.full(deltas()) if how == "whole" else [item async for item in writer.events(deltas())]
+
+    found = asyncio.run(pieces())
+    whole = b"".join(found).decode()
+    answer = json.loads(whole) if how == "whole" else events_of(whole)[-1]["response"]
+    [part] = answer["output"][0]["content"]
+    assert len(part["logprobs"]) == len(part["text"]) == count - (how == "failed")
+    if how == "stream":
+        rebuilt(events_of(whole))
+    assert max(map(len, found)) < 2 * PIECE_BYTES < len(json.dumps(part["logprobs"]))
 
 
 def test_a_long_body_is_prepared_in_a_worker_and_says_the_same() -> None:

@@ -10,6 +10,7 @@ import pytest
 from instant_router import InstantRouter
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
+from openai.types.responses import input_token_count_params as input_tokens_types
 from openai.types.responses import response_create_params as responses_types
 
 from router.openai.schemas import IGNORED_FIELDS
@@ -19,15 +20,18 @@ SDK_VERSION = "3.57.0"
 """The version of the package that these are the fields of."""
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+INPUT_TOKENS = "/v1/responses/input_tokens"
 BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "a", "seed": 0},
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "seed": 0},
     RESPONSES: {"input": "hi", "seed": 0},
+    INPUT_TOKENS: {"input": "hi"},
 }
 SDK_TYPES = {
     COMPLETIONS: completion_types.CompletionCreateParamsBase,
     CHAT: chat_types.CompletionCreateParamsBase,
     RESPONSES: responses_types.ResponseCreateParamsBase,
+    INPUT_TOKENS: input_tokens_types.InputTokenCountParams,
 }
 
 
@@ -68,7 +72,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     CHAT: {
         **BOTH,
-        "audio": Field("refused", {"format": "wav", "voice": "alloy"}),
+        "audio": Field("ignored", {"format": "wav", "voice": "alloy"}),
         "function_call": Field("ignored", "none"),
         "functions": Field("refused", [FUNCTION]),
         "logprobs": Field("honoured", True),
@@ -90,7 +94,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "tool_choice": Field("honoured", "none"),
         "tools": Field("honoured", [{"type": "function", "function": FUNCTION}]),
         "top_logprobs": Field("honoured", 2, {"logprobs": True}),
-        "verbosity": Field("refused", "low"),
+        "verbosity": Field("honoured", "low"),
         "web_search_options": Field("refused", {"search_context_size": "low"}),
     },
     RESPONSES: {
@@ -120,13 +124,27 @@ FIELDS: dict[str, dict[str, Field]] = {
         "store": Field("ignored", True),
         "stream_options": Field("honoured", {"include_obfuscation": True}, {"stream": True}),
         "temperature": Field("honoured", 0.5),
-        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "medium"}),
+        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "low"}),
         "tool_choice": Field("honoured", "none"),
         "tools": Field("honoured", [{"type": "function", **FUNCTION}]),
         "top_logprobs": Field("honoured", 2),
         "top_p": Field("honoured", 0.5),
-        "truncation": Field("refused", "auto"),
+        "truncation": Field("honoured", "auto"),
         "user": Field("echoed", "u"),
+    },
+    INPUT_TOKENS: {
+        "conversation": Field("refused", "conv_1"),
+        "input": Field("honoured", [{"role": "user", "content": "ho"}]),
+        "instructions": Field("honoured", "be brief"),
+        "model": Field("honoured", "demo"),
+        "parallel_tool_calls": Field("honoured", False),
+        "personality": Field("refused", "friendly"),
+        "previous_response_id": Field("refused", "resp_1"),
+        "reasoning": Field("honoured", {"effort": "low", "summary": "auto"}),
+        "text": Field("honoured", {"format": {"type": "text"}, "verbosity": "low"}),
+        "tool_choice": Field("honoured", "none"),
+        "tools": Field("honoured", [{"type": "function", **FUNCTION}]),
+        "truncation": Field("honoured", "auto"),
     },
 }
 """By endpoint: every field, with a value that is not its default."""

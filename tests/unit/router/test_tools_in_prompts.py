@@ -72,6 +72,19 @@ def test_a_template_for_chats_with_tools() -> None:
     assert TextTokenizer(byte_level(), {}, "plain").tool_template == "plain"
 
 
+def test_verbosity() -> None:
+    tokenizer = TextTokenizer(byte_level(), {}, "{{ verbosity }}|{{ reasoning_effort }}")
+    model = ServedModel("demo", "demo", tokenizer, tokenizer.vocab_size, 512)
+
+    def written(**fields: Any) -> str:
+        return tokenizer.decode(chat_prompt(parse(ChatCompletionRequest, {"messages": HI, **fields}), model))
+
+    assert written() == "|"
+    assert written(verbosity="low") == "low|"
+    assert written(verbosity="high", reasoning_effort="low") == "high|low"
+    assert written(verbosity="high", chat_template_kwargs={"verbosity": "low"}) == "low|"
+
+
 def test_reasoning_effort() -> None:
     assert rendered(reasoning_effort="low")[1:3] == ["low", ""]
     assert rendered(reasoning_effort="none")[1:3] == ["none", "False"]
