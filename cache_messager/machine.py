@@ -192,7 +192,7 @@ class MessagerMachine:
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:
         if peer == self._node:
-            self._leave(f"the node is lost: {reason}")
+            self._leave(f"the node has ended or is lost: {reason}")
         else:
             self._sender.peer_lost(peer, reason)
             self._receiver.peer_lost(peer, reason)

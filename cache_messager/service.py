@@ -74,4 +74,4 @@ def _log_offers(settings: MessagerSettings, offered: list[str]) -> None:
 def _on_lifeline(lifeline_fd: int, settings: MessagerSettings, shell: Shell) -> None:
     if not os.read(lifeline_fd, 1024):
         asyncio.get_running_loop().remove_reader(lifeline_fd)
-        shell.post(PeerLost(settings.node, "its process has ended"))
+        shell.post(PeerLost(settings.node, "its end of the pipe is closed"))

@@ -83,7 +83,7 @@ class MessagerSettings(msgspec.Struct, frozen=True, kw_only=True):
             keys=config.security.keys,
             self_check=config.cluster.self_check,
             faults=MessageFaults.of(config.faults),
-            recording=RecordingSettings.of(config.recording),
+            recording=RecordingSettings.of(config),
         )
 
 

@@ -236,7 +236,7 @@ class NodeTable:
         if self.can_serve({node.role for node in self if not node.leaving}):
             return None
         missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
-        return f"no {' and no '.join(missing)} node is registered, nor a mixed one"
+        return f"no {' and no '.join(missing)} node is registered (or a mixed node instead)"
 
     # ------------------------------------------------------------ registration
 

@@ -89,7 +89,7 @@ class RouterService:
         self._incarnation = new_incarnation()
         settings = router_settings(config, self._incarnation)
         self.machine = RouterMachine(settings)
-        self.dumps = Dumps(ROUTER, ROUTER, settings, ROUTER_EVENTS, RecordingSettings.of(config.recording))
+        self.dumps = Dumps(ROUTER, ROUTER, settings, ROUTER_EVENTS, RecordingSettings.of(config))
         self.node_dumps = NodeDumps(self._post)
         self._sinks: dict[RequestId, Sink] = {}
         self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}

@@ -91,11 +91,10 @@ def bench(
 
     The API key is in KVRELAY_API_KEY or OPENAI_API_KEY. Exits with 1 if a request fails.
     """
-    from rich.console import Console
-
     from kvrelay.bench.loads import Lengths, Load, MooncakeLoad, RandomLoad, ShareGPTLoad
     from kvrelay.bench.metrics import parse_goodput
     from kvrelay.bench.session import Settings, run_bench
+    from kvrelay.cluster.terminal import PlainConsole
 
     lengths = Lengths(input_len, range_ratio), Lengths(output_len or DEFAULT_OUTPUT_TOKENS, range_ratio)
     num_turns = turns or (3 if load is LoadName.CHATS else 1)
@@ -136,7 +135,7 @@ def bench(
         json_path=json_path,
         plot_path=plot,
     )
-    raise typer.Exit(run_bench(settings, Console()))
+    raise typer.Exit(run_bench(settings, PlainConsole()))
 
 
 def _base_url(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+import kvrelay
 from kvrelay.cluster.bench import bench
 from kvrelay.config.cluster_config import ClusterConfig, Role
 from kvrelay.errors import (
@@ -24,6 +25,7 @@ from kvrelay.errors import (
     ConfigError,
     KVRelayError,
 )
+from kvrelay.printable import printable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_ADMIN_URL = "http://127.0.0.1:8090"
@@ -34,7 +36,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="A cluster that serves language models with prefill and decode on different nodes.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check a config, or print its schema.")
 model_app = typer.Typer(no_args_is_help=True, help="Create checkpoints.")
@@ -44,6 +45,22 @@ app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(keys_app, name="keys")
 app.add_typer(store_app, name="store")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvrelay {kvrelay.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A cluster that serves language models with prefill and decode on different nodes."""
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The cluster's YAML file.")]
 Overrides = Annotated[
@@ -105,11 +122,16 @@ def main() -> None:
     try:
         app()
     except (ConfigError, CheckpointError) as error:
-        print(error, file=sys.stderr)
+        _complain(str(error))
         sys.exit(2)
     except KVRelayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    """Print an error, which may quote a file or a server."""
+    print(printable(text, keep="\n\t"), file=sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> ClusterConfig:
@@ -122,16 +144,15 @@ def _load(path: Path, overrides: list[str] | None) -> ClusterConfig:
 @app.command()
 def up(config: ConfigPath, overrides: Overrides = None) -> None:
     """Start all processes of a cluster on this host. Restart those that crash. Drain on Ctrl-C."""
-    from rich.console import Console
-
     from kvrelay.cluster.process import name_process, refuse_foreign_packages, require_checkpoint
+    from kvrelay.cluster.terminal import PlainConsole
     from kvrelay.cluster.up import up as run_cluster
 
     refuse_foreign_packages()
     cluster = _load(config, overrides)
     require_checkpoint(cluster.model)
     name_process("up", str(config))
-    raise typer.Exit(asyncio.run(run_cluster(cluster, config, overrides or [], Console())))
+    raise typer.Exit(asyncio.run(run_cluster(cluster, config, overrides or [], PlainConsole())))
 
 
 @app.command()
@@ -419,7 +440,8 @@ def init(
     from kvrelay.runtime.keys import make_keys
 
     made = make_keys(directory, ["router", *(node.name for node in _load(config, overrides).nodes)])
-    typer.echo(f"{directory}: new keys for {', '.join(made) or 'nobody'}; secret/NAME.key is for NAME's host only")
+    what = f"new keys for {', '.join(made)}" if made else "all keys exist already, none was made"
+    typer.echo(f"{directory}: {what}; secret/NAME.key is for NAME's host only")
 
 
 # ---------------------------------------------------------------- the KV store
@@ -428,11 +450,10 @@ def init(
 @store_app.command()
 def stats(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
     """Show the number of blocks, tokens and bytes of the model in the store."""
-    from rich.console import Console
-
     from kvrelay.cluster.store import show_stats
+    from kvrelay.cluster.terminal import PlainConsole
 
-    show_stats(_load(config, overrides), node, Console())
+    show_stats(_load(config, overrides), node, PlainConsole())
 
 
 @store_app.command()
@@ -443,23 +464,21 @@ def clear(
     overrides: Overrides = None,
 ) -> None:
     """Delete all KV of the model from the store."""
-    from rich.console import Console
-
     from kvrelay.cluster import store
+    from kvrelay.cluster.terminal import PlainConsole
 
     cluster = _load(config, overrides)
     sections = store.store_sections(cluster, node)
     if not yes:
         typer.confirm(f"Delete all KV of {sections.model.name} from the {sections.storage.backend} store?", abort=True)
-    store.clear(cluster, node, Console())
+    store.clear(cluster, node, PlainConsole())
 
 
 @store_app.command()
 def verify(config: ConfigPath, node: StoreOf = None, overrides: Overrides = None) -> None:
     """Read all KV of the model in the store and delete corrupt blocks. Exit with 1 if there was one."""
-    from rich.console import Console
-
     from kvrelay.cluster import store
+    from kvrelay.cluster.terminal import PlainConsole
 
-    if not store.verify(_load(config, overrides), node, Console()):
+    if not store.verify(_load(config, overrides), node, PlainConsole()):
         raise typer.Exit(1)

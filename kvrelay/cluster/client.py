@@ -57,12 +57,12 @@ class ClusterClient:
 
     def timeline(self, request_id: str) -> dict[str, Any]:
         """Return the timeline of one request."""
-        return self._get(f"/cluster/requests/{request_id}")
+        return self._get(f"/cluster/requests/{quote(request_id, safe='')}")
 
     def drain(self, node: str, *, stay_down: bool = False) -> None:
         """Have ``node`` finish its requests and end. It is started again by its ``kvrelay up`` unless ``stay_down``."""
         try:
-            response = self._http.post(f"/cluster/nodes/{node}/{'stop' if stay_down else 'drain'}")
+            response = self._http.post(f"/cluster/nodes/{quote(node, safe='')}/{'stop' if stay_down else 'drain'}")
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if not response.is_success:
@@ -140,7 +140,7 @@ class ClusterClient:
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachableError:
         return ClusterUnreachableError(
             f"no answer from {self.url} ({error}); start a cluster with 'kvrelay up CONFIG', or give the address of "
-            "another one as the first argument: http://HOST:PORT"
+            "another one, http://HOST:PORT: to status and chat as the first argument, to other commands with --url"
         )
 
 

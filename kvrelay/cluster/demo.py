@@ -22,6 +22,7 @@ from kvrelay.cluster.display import Display
 from kvrelay.cluster.process import name_process, refuse_foreign_packages
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import timeline_table
+from kvrelay.cluster.terminal import PlainConsole
 from kvrelay.cluster.up import AfterReady, up
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import ConfigError, KVRelayError
@@ -48,7 +49,7 @@ def main() -> int:
     arguments = parser.parse_args()
     exit_on_stop_signals()
     name_process("demo")
-    console = Console()
+    console = PlainConsole()
     try:
         refuse_foreign_packages()
         config, overrides = _runnable(arguments.config, console)

@@ -17,10 +17,13 @@ from kvrelay.runtime.startup import READY
 
 _COLOURS = ("cyan", "green", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta", "bright_blue")
 _LEVEL_STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
-_OUR_LINE = re.compile(r"\d{4}-\d\d-\d\dT(?P<time>[\d:.]+)Z (?P<level>[A-Z]+) \S+ (?P<text>.*)")
+_OUR_LINE = re.compile(r"\d{4}-\d\d-\d\dT(?P<time>[\d:.]+)Z (?P<level>[A-Z]+) (?P<process>\S+) (?P<text>.*)")
 
 _SILENCE_S = 1.5
 """Seconds without output after which a line says which processes are awaited, if there are no bars."""
+
+_MAX_SILENCE_S = 30.0
+"""The same line comes again after twice as long each time, up to this."""
 
 
 class _Bar(NamedTuple):
@@ -48,7 +51,9 @@ class Display:
         self._held: list[Text] | None = None
         self._num_shown = 0
         self._silence: tuple[int, float] | None = None
-        """Number of lines shown, and the time, at the last call of ``waiting``."""
+        """Number of lines shown, and the time, when silence began."""
+        self._awaited = ""
+        self._wait_s = _SILENCE_S
 
     def say(self, text: str) -> None:
         """Show a message of the supervisor."""
@@ -85,7 +90,8 @@ class Display:
         if match is None:
             self._print(name, Text(line))
         else:
-            text = f"{match['time']} {match['level'].lower():<7} {match['text']}"
+            whose = "" if match["process"] == name else f"{match['process']}: "  # a messager's, or a worker's
+            text = f"{match['time']} {match['level'].lower():<7} {whose}{match['text']}"
             self._print(name, Text(text, _LEVEL_STYLES.get(match["level"], "")))
 
     def stage(self, name: str, stage: str) -> None:
@@ -107,11 +113,16 @@ class Display:
         """Show which processes are not ready, or else ``reason``, if nothing has been shown for some time."""
         if self._console.is_terminal and self._bars:
             return
+        who = ", ".join(f"{name} ({stage})" for name, stage in stages.items())
+        text = f"waiting for {who}" if who else f"waiting: {reason}"
+        if text != self._awaited:
+            self._awaited, self._wait_s = text, _SILENCE_S
         if self._silence is None or self._silence[0] != self._num_shown:
             self._silence = (self._num_shown, now)
-        elif now - self._silence[1] >= _SILENCE_S:
-            who = ", ".join(f"{name} ({stage})" for name, stage in stages.items())
-            self.say(f"waiting for {who}" if who else f"waiting: {reason}")
+        elif now - self._silence[1] >= self._wait_s:
+            self._wait_s = min(2 * self._wait_s, _MAX_SILENCE_S)
+            self.say(text)
+            self._silence = (self._num_shown, now)
 
     @contextmanager
     def held(self) -> Iterator[None]:

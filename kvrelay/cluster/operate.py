@@ -40,7 +40,7 @@ def dump(cluster: ClusterClient, name: str, *, prompts: bool, say: Callable[[str
 def reset_prefix_cache(cluster: ClusterClient, *, say: Callable[[str], None]) -> None:
     """Have all nodes forget their prefix caches. Raises KVRelayError if one has not, or has not answered."""
     nodes = cluster.reset_prefix_cache()
-    for node in nodes:
+    for node in sorted(nodes, key=lambda node: str(node["name"])):
         say(f"{node['name']} {node['state'].replace('_', ' ')}, {node['blocks']} blocks")
     if any(node["state"] != "reset" for node in nodes):
         raise KVRelayError("not all prefix caches are reset")
@@ -51,7 +51,11 @@ def restart(cluster: ClusterClient, nodes: list[str], *, timeout_s: float, say: 
 
     Their supervisor starts them again. Raises KVRelayError if one is not back in time; the later ones are left alone.
     """
-    there = sorted(node["name"] for node in cluster.status()["nodes"])
+    status = cluster.status()
+    there = sorted(node["name"] for node in status["nodes"])
+    missing = [] if nodes else [node["name"] for node in status.get("missing_nodes", [])]
+    if missing:
+        say(f"left out, since not registered: {', '.join(missing)}")
     for name in nodes or there:
         started = _incarnation(cluster, name)
         if started is None:

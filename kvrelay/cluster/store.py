@@ -68,7 +68,7 @@ def store_sections(config: ClusterConfig, name: str | None) -> Sections:
 def stats_table(stats: StoreStats, geometry: KVGeometry) -> Table:
     """Return a table of a store's content; ``-``: the backend does not report it."""
     table = Table("backend", box=None, header_style="bold", pad_edge=False)
-    for title in ("blocks", "tokens", "used", "capacity", "a block"):
+    for title in ("blocks", "tokens", "used", "capacity", "block size"):
         table.add_column(title, justify="right")
     table.add_column("model")
     num_tokens = None if stats.num_blocks is None else stats.num_blocks * geometry.block_size

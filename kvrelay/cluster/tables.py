@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,14 +20,21 @@ _LOAD_COLUMNS = {
 }
 """Column titles and fields of a node's load: requests by state, blocks by use."""
 
+_NOT_OF_REQUESTS = frozenset({"self_checks"})
+"""Counters that are normal, and say nothing of requests."""
+
 
 def status_tables(status: dict[str, Any]) -> Group:
-    """Return the status of a cluster as a table and a line about requests."""
-    return Group(nodes_table(status), Text(), _requests_line(status.get("requests", {})))
+    """Return the status of a cluster: the nodes, the router's workers if it has several, a line about requests."""
+    workers = status.get("http_workers")  # clients are not told
+    parts: list[RenderableType] = [nodes_table(status)]
+    if workers:
+        parts += [Text(), _workers_table(workers)]
+    return Group(*parts, Text(), _requests_line(status.get("requests", {})))
 
 
 def nodes_table(status: dict[str, Any]) -> Table:
-    """Return a table of the nodes, with their requests and blocks."""
+    """Return a table of the nodes, with their requests and blocks, and of those that should be there."""
     table = Table("node", "role", "state", "address", box=None, header_style="bold", pad_edge=False)
     for title in _LOAD_COLUMNS:
         table.add_column(title, justify="right")
@@ -38,6 +45,17 @@ def nodes_table(status: dict[str, Any]) -> Table:
         address = str(node.get("address", "-")).removeprefix("tcp://")  # clients are not told
         counts = (f"{load[field]:g}" if heard else "-" for field in _LOAD_COLUMNS.values())
         table.add_row(node["name"], node["role"], state, address, *counts)
+    for node in status.get("missing_nodes", []):
+        table.add_row(node["name"], node["role"], Text("missing", "red"), *"-" * (1 + len(_LOAD_COLUMNS)))
+    return table
+
+
+def _workers_table(workers: list[dict[str, Any]]) -> Table:
+    table = Table("worker", "pid", "requests", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for worker in workers:
+        table.add_row(worker["name"], str(worker["pid"]), str(worker["num_requests"]))
     return table
 
 
@@ -57,5 +75,6 @@ def timeline_table(timeline: dict[str, Any]) -> Table:
 
 
 def _requests_line(requests: dict[str, Any]) -> Text:
-    counts = [f"{name.replace('_', ' ')} {value:g}" for name, value in requests.items() if value]
+    shown = {name: value for name, value in requests.items() if value and name not in _NOT_OF_REQUESTS}
+    counts = [f"{name.replace('_', ' ')} {value:,.0f}" for name, value in shown.items()]
     return Text("requests: " + (", ".join(counts) or "none yet"))

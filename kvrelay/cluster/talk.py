@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.cluster.tables import status_tables
+from kvrelay.cluster.terminal import PlainConsole
 from kvrelay.errors import KVRelayError
+from kvrelay.printable import printable
 
 _WATCH_INTERVAL_S = 1.0
 
 
 def show_status(url: str, key: str | None, *, watch: bool) -> None:
     """Print the cluster's status once, or refresh it until Ctrl-C."""
-    console = Console()
+    console = PlainConsole()
     with ClusterClient(url, key=key) as cluster:
         if watch:
             _watch(cluster, console)
@@ -27,7 +29,7 @@ def show_status(url: str, key: str | None, *, watch: bool) -> None:
                 console.print(f"not ready: {reason}", style="yellow")
 
 
-def _watch(cluster: ClusterClient, console: Console) -> None:
+def _watch(cluster: ClusterClient, console: PlainConsole) -> None:
     def picture() -> RenderableType:
         return status_tables(cluster.status())
 
@@ -62,7 +64,7 @@ def converse(url: str, max_tokens: int, *, key: str | None = None) -> None:
             except ClusterUnreachableError:
                 raise
             except KVRelayError as error:  # this question cannot be answered; another may be
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
             else:
                 history += [question, {"role": "assistant", "content": answer}]
 
@@ -71,7 +73,7 @@ def _answer(cluster: ClusterClient, messages: list[dict[str, str]], max_tokens: 
     parts: list[str] = []
     for _, text in cluster.chat(messages, max_tokens=max_tokens):
         parts.append(text)
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
         sys.stdout.flush()
     print()
     return "".join(parts)

@@ -29,5 +29,6 @@ class RecordingConfig(Section):
     directory: str | None = Field(
         None,
         min_length=1,
-        description="Directory of the files; default: kvrelay/recordings in XDG_STATE_HOME or in ~/.local/state.",
+        description="Directory of the files, with a directory for each cluster in it; default: kvrelay/recordings in "
+        "XDG_STATE_HOME or in ~/.local/state.",
     )

@@ -28,7 +28,7 @@ from kvrelay.node.machine import DRAINED, STOPPED, NodeMachine
 from kvrelay.node.metrics_server import MetricsServer
 from kvrelay.node.node_metrics import NodeMetrics
 from kvrelay.node.recording import NODE_EVENTS, NodeStart
-from kvrelay.node.storage import StorageIO
+from kvrelay.node.storage import StorageIO, injected_delay
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, new_incarnation, peer_id
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.recording.settings import RecordingSettings
@@ -76,7 +76,7 @@ async def _serve(node: NodeConfig, engine: Engine, make_machine: MakeMachine, la
     clock = Clock()
     machine = make_machine(registration, engine.max_plans_in_flight)
     start = NodeStart.of(node, registration, engine.max_plans_in_flight)
-    dumps = Dumps(node.name, node.role, start, NODE_EVENTS, RecordingSettings.of(node.recording))
+    dumps = Dumps(node.name, node.role, start, NODE_EVENTS, RecordingSettings.of(node))
     shell = Shell(machine, clock=clock, dumps=dumps)
     shell.listen_for_stop()
     startup.report("connecting")
@@ -154,13 +154,11 @@ async def _storage(node: NodeConfig, engine: Engine, shell: Shell, keys: Keys | 
         yield
         return
     clock = Clock()
-    store = make_store(node.storage, engine.geometry, clock, node.host, keys)
+    store = make_store(node.storage, engine.geometry, clock, node.host, keys, injected_delay(node.faults))
     num_slots = num_staging_slots(node.storage, engine.geometry.block_bytes)
     async with AsyncExitStack() as stack:
         try:
-            storage = await stack.enter_async_context(
-                StorageIO(store, engine.memory, num_slots, shell.post, clock, node.faults)
-            )
+            storage = await stack.enter_async_context(StorageIO(store, engine.memory, num_slots, shell.post, clock))
         except StorageUnavailableError:
             raise
         except StorageError as error:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,12 +26,27 @@ from kvstore.storage.interface import KVStore, PutOutcome
 logger = logging.getLogger(__name__)
 
 
+def injected_delay(faults: FaultsConfig) -> Callable[[], Awaitable[None]] | None:
+    """Return what makes some calls of a store late, as ``faults`` want it; None if they want none. Logs an error."""
+    if not faults.store_delay_rate:
+        return None
+    fields = {"store_delay_rate": faults.store_delay_rate, "store_delay_s": faults.store_delay_s}
+    log_event("error", "faults are injected on purpose", fields)
+    rng = random.Random(faults.seed)
+
+    async def delay() -> None:
+        if rng.random() < faults.store_delay_rate:
+            await asyncio.sleep(faults.store_delay_s)
+
+    return delay
+
+
 class StorageIO:
     """Moves blocks between one node's ``pool`` and its ``store``, with staging memory of ``num_slots`` blocks.
 
     ``async with`` opens the store; on exit it waits for pending calls and closes it.
-    ``faults`` make calls slow on purpose. Every action is answered by its
-    event, even on failure. All work runs on the loop or in its own threads and does not delay steps.
+    Every action is answered by its event, even on failure. All work runs on the loop or in its own threads and does not
+    delay steps.
     """
 
     def __init__(
@@ -42,17 +56,11 @@ class StorageIO:
         num_slots: int,
         post: Callable[[object], None],
         clock: Clock,
-        faults: FaultsConfig | None = None,
     ) -> None:
         self._store = store
         self._pool = pool
         self._post = post
         self._clock = clock
-        self._faults: FaultsConfig | None = faults if faults is not None and faults.store_delay_rate else None
-        if self._faults is not None:
-            fields = {"store_delay_rate": self._faults.store_delay_rate, "store_delay_s": self._faults.store_delay_s}
-            log_event("error", "faults are injected on purpose", fields)
-        self._rng = random.Random(faults.seed if faults is not None else 0)
         # The system allocates these pages on first write, so an idle node uses no memory for them.
         geometry = pool.geometry
         self._staging = np.empty((num_slots, geometry.num_layers, 2, geometry.plane_block_bytes), np.uint8)
@@ -106,21 +114,14 @@ class StorageIO:
         await asyncio.get_running_loop().run_in_executor(self._copying, copy)
         return KVStaged(action.key)
 
-    async def _injected_delay(self, limit_s: float) -> None:
-        """Wait as long as ``faults`` want a call to be late, at most ``limit_s``."""
-        if self._faults is not None and self._rng.random() < self._faults.store_delay_rate:
-            await asyncio.sleep(min(self._faults.store_delay_s, limit_s))
-
     async def _put(self, action: StoreKV) -> KVStored:
-        await self._injected_delay(math.inf)
         outcomes = await self._store.put(action.hashes, [self._staging[slot] for slot in action.slots])
         num_first = sum(1 for _ in takewhile(lambda outcome: outcome is not PutOutcome.FAILED, outcomes))
         return KVStored(action.key, num_first, outcomes.count(PutOutcome.WRITTEN))
 
     async def _get(self, action: LoadKV) -> KVLoaded:
         deadline = self._clock.now() + action.timeout_s
-        await self._injected_delay(action.timeout_s)
-        num_there = await self._store.longest_prefix(action.hashes, max(0.0, deadline - self._clock.now()))
+        num_there = await self._store.longest_prefix(action.hashes, action.timeout_s)
         left_s = deadline - self._clock.now()
         if num_there < action.min_blocks or left_s <= 0:
             return KVLoaded(action.key, 0)

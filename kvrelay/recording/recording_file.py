@@ -113,12 +113,16 @@ def opened(path: Path) -> Iterator[tuple[Header, Iterator[RawRecord]]]:
 
     Raises KVRelayError if it is no recording, here or while the records are read.
     """
+    with _unzipping(path) as file:
+        unpacker = msgpack.Unpacker(file, strict_map_key=False, max_buffer_size=_MAX_RECORD_BYTES)
+        objects = _objects(unpacker, path)
+        header = _header(next(objects, None), path)
+        yield header, (_record(item, path) for item in objects)
+
+
+def _unzipping(path: Path) -> gzip.GzipFile:
     try:
-        with gzip.open(path, "rb") as file:
-            unpacker = msgpack.Unpacker(file, strict_map_key=False, max_buffer_size=_MAX_RECORD_BYTES)
-            objects = _objects(unpacker, path)
-            header = _header(next(objects, None), path)
-            yield header, (_record(item, path) for item in objects)
+        return gzip.GzipFile(path, "rb")
     except OSError as error:
         raise KVRelayError(f"{path}: {error.strerror or error}") from error
 
@@ -171,6 +175,8 @@ def _objects(unpacker: msgpack.Unpacker, path: Path) -> Iterator[Any]:
         yield from unpacker
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, msgpack.UnpackException) as error:
         raise KVRelayError(f"{path}: no recording, or damaged: {error or type(error).__name__}") from error
+    except OSError as error:
+        raise KVRelayError(f"{path}: {error.strerror or error}") from error
 
 
 def _header(value: Any, path: Path) -> Header:

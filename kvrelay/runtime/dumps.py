@@ -79,7 +79,7 @@ class Dumps:
     def _write(self, recording: Recording, *, prompts: bool, crash: str | None = None) -> Path:
         given = self._settings.directory
         directory = Path(given) if given is not None else default_directory()
-        return write(recording, directory, prompts=prompts, crash=crash)
+        return write(recording, directory / self._settings.cluster, prompts=prompts, crash=crash)
 
 
 def describe(error: Exception) -> str:

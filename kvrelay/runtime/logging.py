@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal
 
+from kvrelay.printable import printable
+
 _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 PROGRESS_EVENT = "progress"
@@ -58,11 +60,11 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the line of ``record``, without its traceback."""
-        return redacted(super().formatMessage(record)).replace("\r", "\\r").replace("\n", "\\n")
+        return printable(redacted(super().formatMessage(record)))
 
     def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802
         """Return the traceback, indented so that its lines differ from events."""
-        return redacted("  " + super().formatException(ei).replace("\n", "\n  "))
+        return printable(redacted("  " + super().formatException(ei).replace("\n", "\n  ")), keep="\n")
 
 
 class JsonFormatter(logging.Formatter):

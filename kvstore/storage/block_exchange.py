@@ -112,8 +112,8 @@ class BlockExchange:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
-            self._lose(address, f"no answer within {timeout_s} s")
-            raise StorageUnavailableError(f"the store at {address} did not answer within {timeout_s} s") from error
+            self._lose(address, f"no answer within {timeout_s:.3g} s")
+            raise StorageUnavailableError(f"the store at {address} did not answer within {timeout_s:.3g} s") from error
         finally:
             del self._answers[fetch_id]
 

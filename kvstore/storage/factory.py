@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import assert_never
 
@@ -17,13 +18,19 @@ from kvstore.storage.store import Store
 
 
 def make_store(
-    config: StorageConfig, geometry: KVGeometry, clock: Clock, host: str = "127.0.0.1", keys: Keys | None = None
+    config: StorageConfig,
+    geometry: KVGeometry,
+    clock: Clock,
+    host: str = "127.0.0.1",
+    keys: Keys | None = None,
+    delay: Callable[[], Awaitable[None]] | None = None,
 ) -> KVStore:
     """Return the store that ``config`` describes, for the blocks of ``geometry``. Not open yet.
 
     ``host``: the address of this node for other nodes. ``keys``: its keys for connections to them.
+    ``delay``: as for ``Store``.
     """
-    return Store(_make_backend(config, geometry, clock, host, keys), geometry, config.timeout_s, clock)
+    return Store(_make_backend(config, geometry, clock, host, keys), geometry, config.timeout_s, clock, delay)
 
 
 def make_existing_store(config: StorageConfig, geometry: KVGeometry, clock: Clock, keys: Keys | None = None) -> KVStore:

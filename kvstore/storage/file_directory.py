@@ -106,7 +106,7 @@ def _share(path: Path, timeout_s: float) -> int:
             return lock_fd
         os.close(lock_fd)
         time.sleep(_RETRY_S)
-    raise StorageUnavailableError(f"{path} is being made or removed by another process for more than {timeout_s} s")
+    raise StorageUnavailableError(f"{path} is being made or removed by another process for more than {timeout_s:.3g} s")
 
 
 def _join(path: Path, wanted: Layout, timeout_s: float) -> int:
@@ -121,7 +121,7 @@ def _join(path: Path, wanted: Layout, timeout_s: float) -> int:
             return lock_fd
         os.close(lock_fd)
         time.sleep(_RETRY_S)
-    raise StorageUnavailableError(f"{path} is being made or removed by another process for more than {timeout_s} s")
+    raise StorageUnavailableError(f"{path} is being made or removed by another process for more than {timeout_s:.3g} s")
 
 
 def _open_lock(path: Path) -> int:

@@ -27,13 +27,24 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """KVStore on top of ``backend``. Every call to the backend ends after ``timeout_s`` at the latest."""
+    """KVStore on top of ``backend``. Every call to the backend ends after ``timeout_s`` at the latest.
 
-    def __init__(self, backend: Backend, geometry: KVGeometry, timeout_s: float, clock: Clock) -> None:
+    ``delay`` is awaited at the beginning of each call, within its deadline: a backend made slow on purpose.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        geometry: KVGeometry,
+        timeout_s: float,
+        clock: Clock,
+        delay: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._backend = backend
         self._format = BlockFormat(geometry)
         self._timeout_s = timeout_s
         self._clock = clock
+        self._delay = delay
         self._paused_until = 0.0
         self._failing = False
         self._closed = False
@@ -130,6 +141,8 @@ class Store:
         timeout_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
+                if self._delay is not None:
+                    await self._delay()
                 result = await operation()
             self._failing = False
             return result
@@ -156,7 +169,7 @@ class Store:
             async with asyncio.timeout(timeout_s):
                 return await operation()
         except TimeoutError as error:
-            raise StorageUnavailableError(f"KV storage did not answer within {timeout_s} s") from error
+            raise StorageUnavailableError(f"KV storage did not answer within {timeout_s:.3g} s") from error
 
     def _require_open(self) -> None:
         if self._closed:

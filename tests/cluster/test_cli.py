@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from kvrelay import __version__ as version
 from kvrelay.cluster.cli import main
 from kvrelay.machine.contract import Started, StopRequested
 from kvrelay.protocol.ids import ROUTER
@@ -131,6 +132,10 @@ def test_every_verb_of_the_design_is_there(kvrelay: Command) -> None:
         assert f" {verb} " in out
 
 
+def test_the_version(kvrelay: Command) -> None:
+    assert kvrelay("--version") == (0, f"kvrelay {version}\n", "")
+
+
 def test_the_command_starts_without_what_only_roles_need() -> None:
     script = "import sys, kvrelay.cluster.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
@@ -158,3 +163,13 @@ def test_replay_tells_by_its_exit_code_what_came_of_it(kvrelay: Command, tmp_pat
     code, out, _ = kvrelay("replay", public, "--show")
     assert (code, out.count("\n#")) == (0, 2)
     assert kvrelay("replay", tmp_path / "none") == (2, "", f"{tmp_path}/none: No such file or directory\n")
+
+
+def test_what_is_in_a_recording_is_no_command_for_the_terminal(kvrelay: Command, tmp_path: Path) -> None:
+    settings = RouterSettings("demo", "r1")
+    recorder = Recorder("router", ROUTER, settings, ROUTER_EVENTS)
+    recorder.begin(Started(), 1.0)
+    recorder.end(RouterMachine(settings).handle(Started(), 1.0))
+    crash = write(recorder.recording(), tmp_path, prompts=True, crash="ValueError: [bold]\x1b[31mred\nline")
+    for option in ((), ("--show",)):
+        assert r"ValueError: [bold]\x1b[31mred\nline" in kvrelay("replay", crash, *option).out

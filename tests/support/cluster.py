@@ -106,7 +106,13 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "XDG_RUNTIME_DIR": str(self._runtime_dir), "NO_COLOR": "1", "COLUMNS": "200"},
+                env={
+                    **os.environ,
+                    "XDG_RUNTIME_DIR": str(self._runtime_dir),
+                    "XDG_STATE_HOME": str(self.directory),
+                    "NO_COLOR": "1",
+                    "COLUMNS": "200",
+                },
                 start_new_session=True,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 (it calls nothing but the kernel)
             )

@@ -306,7 +306,7 @@ class NodeProcess(Process):
         """End; the messager sees its lifeline cut."""
         super().exit(reason)
         if self.messager is not None:
-            self.messager.post(PeerLost(self.peer, "its process has ended"))
+            self.messager.post(PeerLost(self.peer, "its end of the pipe is closed"))
 
 
 class MessagerProcess(Process):

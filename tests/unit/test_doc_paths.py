@@ -41,3 +41,12 @@ def _leads_somewhere(page: Path, link: str) -> bool:
 def _anchors(page: Path) -> set[str]:
     """Return the anchors of the headings of ``page``, as GitHub makes them."""
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in HEADING.findall(page.read_text())}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "adr").glob("*.md")), ids=lambda page: page.name[:4])
+def test_a_decision_has_its_number_and_its_status_at_the_top(page: Path) -> None:
+    title, blank, status, *_ = page.read_text().split("\n")
+
+    assert re.match(r"# (\d+)\. ", title)[1] == str(int(page.name[:4]))  # type: ignore[index]
+    assert blank == ""
+    assert status.startswith("**Status**: ")

@@ -555,7 +555,7 @@ def test_messager_ends_with_its_node(me: PeerId) -> None:
     with Pair() as pair:
         started(pair)
         pair.feed(me, PeerLost(P_NODE if me == P else D_NODE, "gone"))
-        assert pair.ends[me].exit_reason == "the node is lost: gone"
+        assert pair.ends[me].exit_reason == "the node has ended or is lost: gone"
 
 
 # ---------------------------------------------------------------- closing and cancelling

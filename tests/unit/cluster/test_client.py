@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
-from kvrelay.cluster.operate import reset_prefix_cache
+from kvrelay.cluster.operate import reset_prefix_cache, restart
 from kvrelay.errors import KVRelayError
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -87,6 +87,14 @@ def test_a_refusal_is_raised_in_the_router_s_words() -> None:
         list(client.chat([], max_tokens=1))
 
 
+def test_a_restart_of_all_nodes_says_which_are_missing() -> None:
+    status = {"nodes": [], "missing_nodes": [{"name": "d1", "role": "decode"}]}
+    said: list[str] = []
+    with client_of(lambda _: httpx.Response(200, json=status)) as client:
+        restart(client, [], timeout_s=1.0, say=said.append)
+    assert said == ["left out, since not registered: d1"]
+
+
 def test_a_reset_of_the_prefix_caches_names_each_node() -> None:
     nodes = [{"name": "p0", "state": "reset", "blocks": 7}, {"name": "d0", "state": "no_answer", "blocks": 0}]
     said: list[str] = []
@@ -96,7 +104,7 @@ def test_a_reset_of_the_prefix_caches_names_each_node() -> None:
     partly = httpx.Response(503, json={"error": {"message": "not reset: d0"}, "nodes": nodes})
     with client_of(lambda _: partly) as client, pytest.raises(KVRelayError, match="not all prefix caches are reset"):
         reset_prefix_cache(client, say=said.append)
-    assert said[1:] == ["p0 reset, 7 blocks", "d0 no answer, 0 blocks"]
+    assert said[1:] == ["d0 no answer, 0 blocks", "p0 reset, 7 blocks"]
     with client_of(lambda _: httpx.Response(502, text="<html>")) as client, pytest.raises(KVRelayError, match="502"):
         reset_prefix_cache(client, say=said.append)
 

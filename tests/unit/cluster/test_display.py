@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.tables import nodes_table, status_tables, timeline_table
+from kvrelay.cluster.terminal import PlainConsole
 from kvrelay.runtime.logging import LineFormatter, log_event, parse_progress, progress_log
 
 
@@ -37,6 +39,7 @@ def test_a_log_line_is_one_line_with_time_level_and_process() -> None:
 
     assert line.endswith("Z WARNING p0 registered router=r1")
     assert line_of("two\nlines").endswith("two\\nlines")
+    assert line_of("red \x1b[31m \x7f \u202e é").endswith(r"red \x1b[31m \x7f \u202e é")
 
 
 def test_fields_are_quoted_when_they_would_not_read_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -83,6 +86,8 @@ def test_progress_is_told_twice_a_second_and_at_the_end(caplog: pytest.LogCaptur
 def test_lines_carry_the_process_s_name_once() -> None:
     assert shown(line_of("registered")).split(" | ")[0] == "    p0"
     assert shown(line_of("registered")).endswith("warning registered\n")
+    of_another = line_of("registered").replace(" p0 ", " p0.messager ")
+    assert shown(of_another).endswith("warning p0.messager: registered\n")
     assert shown("Segmentation fault") == "    p0 | Segmentation fault\n"
     assert shown("[bold]no markup[/bold]") == "    p0 | [bold]no markup[/bold]\n"
 
@@ -139,6 +144,25 @@ def test_silence_is_broken_by_who_is_awaited_and_how_far_they_are() -> None:
     )
 
 
+def test_who_is_awaited_is_said_again_after_twice_as_long_each_time_until_it_changes() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    display = Display(console, ["p0"])
+    said: list[float] = []
+
+    def wait_until(until_s: float, stage: str, begin_s: float = 0.0) -> None:
+        for tenths in range(round(10 * begin_s), round(10 * until_s)):
+            size = console.file.tell()
+            display.waiting_for({"p0": stage}, "", tenths / 10)
+            if console.file.tell() > size:
+                said.append(tenths / 10)
+
+    wait_until(100.0, "importing Paddle")
+    assert said == [1.5, 4.5, 10.5, 22.5, 46.5, 76.5]
+    said.clear()
+    wait_until(105.0, "loading weights", begin_s=100.0)
+    assert said == [100.0, 103.0]
+
+
 LOAD = {
     "num_running": 41,
     "num_waiting": 0,
@@ -168,6 +192,36 @@ def test_status_shows_every_node_with_its_load() -> None:
     ]
     assert text.endswith("requests: running 17, kv bytes moved 3\n")
     assert nodes_table({}).row_count == 0
+
+
+def test_status_shows_missing_nodes_and_the_workers_of_the_router() -> None:
+    status = {
+        "nodes": [],
+        "missing_nodes": [{"name": "d0", "role": "decode"}],
+        "http_workers": [{"name": "router-0", "pid": 4711, "num_requests": 3}],
+        "requests": {"submitted": 7, "self_checks": 2, "kv_bytes_moved": 22_183_936},
+    }
+    console = Console(file=io.StringIO(), width=100)
+    console.print(status_tables(status))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+    assert lines[1] == ["d0", "decode", "missing", *"--------"]
+    assert lines[3:5] == [["worker", "pid", "requests"], ["router-0", "4711", "3"]]
+    assert " ".join(lines[6]) == "requests: submitted 7, kv bytes moved 22,183,936"
+
+
+def test_texts_of_others_are_no_markup_and_no_commands_for_the_terminal() -> None:
+    console = PlainConsole(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor")
+    console.print("[/red] :smile: \x1b[31m\x9b31m\ttab\nline", soft_wrap=True)
+    table = Table("a")
+    table.add_row("[bold]x[/bold]\x1b[2J")
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert r"[/red] :smile: \x1b[31m\x9b31m" in text
+    assert r"[bold]x[/bold]\x1b[2J" in text
+    assert "\x1b[31m" not in text
+    assert "\x1b[2J" not in text
 
 
 def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from support.loops import Inbox, run
 
 from kvrelay.config.cluster_config import FakeEngineConfig
@@ -12,7 +13,7 @@ from kvrelay.config.storage import StorageConfig
 from kvrelay.engine.fake import FakeEngine
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import KVLoaded, KVStaged, KVStored, LoadKV, StageKV, StoreCounted, StoreKV
-from kvrelay.node.storage import StorageIO
+from kvrelay.node.storage import StorageIO, injected_delay
 from kvrelay.protocol.ids import BlockId
 from kvstore.storage.factory import make_store
 
@@ -26,8 +27,9 @@ async def answers_to(*actions: StageKV | StoreKV | LoadKV, **faults: Any) -> lis
     inbox, clock = Inbox(), Clock()
     answers = []
     try:
-        store = make_store(StorageConfig(backend="memory"), engine.geometry, clock, "127.0.0.1", None)
-        async with StorageIO(store, engine.memory, 1, inbox, clock, FaultsConfig(**faults)) as storage:
+        config, delay = StorageConfig(backend="memory"), injected_delay(FaultsConfig(**faults))
+        store = make_store(config, engine.geometry, clock, delay=delay)
+        async with StorageIO(store, engine.memory, 1, inbox, clock) as storage:
             for action in actions:
                 storage.perform(action)
                 while isinstance(answer := await inbox.next(), StoreCounted):
@@ -51,6 +53,7 @@ def test_a_slow_call_succeeds_if_there_is_time_for_it() -> None:
     assert run(answers_to(*SAVE_AND_LOAD, store_delay_rate=1.0, store_delay_s=0.01)) == expected
 
 
-def test_a_read_is_answered_by_its_deadline() -> None:
-    load = LoadKV(2, HASHES, BLOCKS, min_blocks=1, timeout_s=0.05)
+def test_a_read_is_answered_by_its_deadline_and_the_log_names_it(caplog: pytest.LogCaptureFixture) -> None:
+    load = LoadKV(2, HASHES, BLOCKS, min_blocks=1, timeout_s=0.0501)
     assert run(answers_to(load, store_delay_rate=1.0, store_delay_s=3600.0)) == [KVLoaded(2, 0)]
+    assert "no answer within 0.0501 s" in caplog.text

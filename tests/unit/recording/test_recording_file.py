@@ -8,11 +8,13 @@ import os
 import pickle
 import stat
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
 from support.machines import spec
 
+from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import KVRelayError
 from kvrelay.machine.contract import Exit, PeerLost, Received, Started
 from kvrelay.node.recording import NODE_EVENTS
@@ -21,6 +23,7 @@ from kvrelay.protocol.messages.router_to_node import Abort, Generate
 from kvrelay.recording.recorder import Recorder, Recording
 from kvrelay.recording.recording_file import MAX_KEPT, SUFFIX, RawRecord, default_directory, opened, write
 from kvrelay.recording.settings import RecordingSettings
+from kvrelay.runtime.dumps import Dumps
 
 
 def recording(*events: object, process: str = "m0", actions: bool = False) -> Recording:
@@ -149,3 +152,23 @@ def test_a_file_that_is_missing_is_an_error_that_names_it(tmp_path: Path) -> Non
 )
 def test_default_directory(env: dict[str, str], directory: str) -> None:
     assert default_directory(env) == Path(directory)
+
+
+@pytest.mark.parametrize(
+    ("sections", "name"),
+    [
+        ({"router": {"control": "tcp://127.0.0.1:8100"}}, "127.0.0.1-8100"),
+        ({"router": {"control": "tcp://[::1]:8100"}}, "1-8100"),
+        ({"registry": {"kind": "redis", "url": "redis://h", "cluster": "blue"}}, "blue"),
+        ({"registry": {"kind": "redis", "url": "redis://h", "cluster": ".."}}, "cluster"),
+    ],
+)
+def test_each_cluster_has_a_directory_of_its_own(sections: dict[str, Any], name: str, tmp_path: Path) -> None:
+    node = {"name": "p0", "role": "mixed", "port": 1}
+    data = {**sections, "recording": {"directory": str(tmp_path)}, "model": {"path": "x"}, "nodes": [node]}
+    config = ClusterConfig.from_data(data)
+    settings = RecordingSettings.of(config)
+    assert settings == RecordingSettings.of(config.nodes[0])
+    dumps = Dumps("p0", "mixed", {}, NODE_EVENTS, settings)
+    dumps.write_crash(ValueError("x"))
+    assert [path.parent for path in tmp_path.rglob(f"*{SUFFIX}")] == [tmp_path / name]

@@ -236,7 +236,7 @@ def config(roles: str = "", /, **router: object) -> ClusterConfig:
     return ClusterConfig.from_data(
         {
             "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
-            "router": {"control": "tcp://127.0.0.1:0", **router},
+            "router": {"control": "tcp://127.0.0.1:0", "preparation_timeout_s": 3600.0, **router},
             "engine": {"kind": "fake", "fake": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}},
             "security": {"insecure": True},
             "nodes": [{"name": name, "role": role, "host": name, "port": 1} for name, role in names.items()],
@@ -269,7 +269,7 @@ async def fake_cluster(
         await until(lambda: len(list(service.machine.node_table)) == len(nodes))
         try:
             verify = ssl.create_default_context(cafile=tls[0]) if tls else False
-            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=verify) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=verify) as client:
                 yield FakeCluster(service, model, nodes, client, url, script, server)
         finally:
             service.stop()

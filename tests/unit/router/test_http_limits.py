@@ -405,7 +405,7 @@ def test_long_bodies_beyond_the_memory_for_them_are_503(caplog: pytest.LogCaptur
             short = await cluster.client.post(COMPLETIONS, content=completion())
             assert short.json()["choices"][0]["text"] == ANSWER[:5]
         await until(lambda: not cluster.service.body_memory.num_bytes)
-        assert (await cluster.client.post("/tokenize", content=long, timeout=None)).json()["count"] == 200 * KIB
+        assert (await cluster.client.post("/tokenize", content=long)).json()["count"] == 200 * KIB
 
     run(scenario, None, **TIGHT)
     assert caplog.text.count("too many long bodies") == 1
@@ -436,7 +436,7 @@ def test_bodies_count_until_they_are_prompts() -> None:
 
         cluster.service.preparer.prepare_in_worker = prepare_later  # type: ignore[method-assign]
         content = completion(prompt="a" * 200 * KIB)
-        asked = [asyncio.create_task(cluster.client.post("/tokenize", content=content, timeout=None)) for _ in range(2)]
+        asked = [asyncio.create_task(cluster.client.post("/tokenize", content=content)) for _ in range(2)]
         await until(lambda: cluster.service.body_memory.num_bytes == 2 * len(content))
         assert (await cluster.client.post("/tokenize", content=content)).status_code == 503
         go_on.set()
@@ -479,7 +479,7 @@ def test_streams_of_http_1_0_have_no_chunks() -> None:
 
 
 async def send(cluster: FakeCluster, content: bytes, encoding: str, path: str = COMPLETIONS) -> httpx.Response:
-    return await cluster.client.post(path, content=content, headers={"content-encoding": encoding}, timeout=60)
+    return await cluster.client.post(path, content=content, headers={"content-encoding": encoding})
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "identity"])
@@ -493,10 +493,11 @@ def test_gzip_body(encoding: str) -> None:
 
 
 def test_long_gzip_body() -> None:
-    content = gzip.compress(json.dumps({"prompt": "ab" * 500_000}).encode())
+    content = gzip.compress(json.dumps({"prompt": "ab" * 100_000}).encode())
+    assert len(content) < INLINE_BYTES
 
     async def scenario(cluster: FakeCluster) -> None:
-        assert (await send(cluster, content, "gzip", "/tokenize")).json()["count"] == 1_000_000
+        assert (await send(cluster, content, "gzip", "/tokenize")).json()["count"] == 200_000
 
     run(scenario)
 

@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, bytes, int, str | None, str]] = [
 )
 def test_long_body_is_refused(path: str, content: bytes, status: int, param: str | None, said: str) -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        response = await cluster.client.post(path, content=content, timeout=None)
+        response = await cluster.client.post(path, content=content)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (status, param), error["message"][:300]
         assert said in error["message"]
@@ -95,11 +95,11 @@ def test_long_text_there_and_back() -> None:
     content = body(prompt=text(2 * MIB), return_token_strs=True)
 
     async def scenario(cluster: FakeCluster) -> None:
-        response = await cluster.client.post("/tokenize", content=content, timeout=None)
+        response = await cluster.client.post("/tokenize", content=content)
         tokens: dict[str, Any] = response.json()
         assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"]) == 2 * MIB
         half = body(tokens=tokens["tokens"][:MIB])
-        response = await cluster.client.post("/detokenize", content=half, timeout=None)
+        response = await cluster.client.post("/detokenize", content=half)
         assert response.json() == {"prompt": text(MIB)}
 
     run(scenario)
@@ -110,7 +110,7 @@ def test_as_many_prompts_as_there_may_be_requests(streaming: bool) -> None:
     content = body(prompt=["a" * 60] * 500, max_tokens=2, stream=streaming, return_token_ids=True)
 
     async def scenario(cluster: FakeCluster) -> None:
-        response = await cluster.client.post(COMPLETIONS, content=content, timeout=None)
+        response = await cluster.client.post(COMPLETIONS, content=content)
         assert response.status_code == 200
         assert streaming or len(response.json()["choices"]) == 500
 
@@ -139,7 +139,7 @@ def test_long_fields_of_many_prompts(fields: dict[str, object], streaming: bool)
     content = body(**{"prompt": MANY, "max_tokens": 2, "seed": 0, "stream": streaming, **fields})
 
     async def scenario(cluster: FakeCluster) -> None:
-        response = await cluster.client.post(COMPLETIONS, content=content, timeout=None)
+        response = await cluster.client.post(COMPLETIONS, content=content)
         assert response.status_code == 200, response.text[:300]
         if streaming:
             assert response.text.endswith("data: [DONE]\n\n")
@@ -156,7 +156,7 @@ def test_long_answers_of_many_choices() -> None:
     )
 
     async def scenario(cluster: FakeCluster) -> None:
-        response = await cluster.client.post(CHAT, content=content, timeout=None)
+        response = await cluster.client.post(CHAT, content=content)
         choices = response.json()["choices"]
         assert [len(choice["logprobs"]["content"]) for choice in choices] == [200] * 100
 
@@ -167,7 +167,7 @@ def test_many_prompts_of_a_client_that_leaves() -> None:
     content = body(prompt=MANY, max_tokens=400, logit_bias=BIASES)
 
     async def scenario(cluster: FakeCluster) -> None:
-        asked = asyncio.create_task(cluster.client.post(COMPLETIONS, content=content, timeout=None))
+        asked = asyncio.create_task(cluster.client.post(COMPLETIONS, content=content))
         await until(lambda: len(cluster.service.machine.requests) == NUM_PROMPTS)
         asked.cancel()
         await until(lambda: not len(cluster.service.machine.requests))

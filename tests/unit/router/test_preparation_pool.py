@@ -47,7 +47,7 @@ def busy_workers() -> list[psutil.Process]:
 
 
 async def tokenize(cluster: FakeCluster, content: bytes) -> httpx.Response:
-    return await cluster.client.post("/tokenize", content=content, timeout=100)
+    return await cluster.client.post("/tokenize", content=content)
 
 
 def failure(response: httpx.Response) -> tuple[int, str]:
@@ -119,7 +119,7 @@ def test_worker_that_takes_too_long_is_ended() -> None:
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
 def test_client_that_leaves_ends_its_worker(path: str) -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        request = asyncio.create_task(cluster.client.post(path, content=LONG, timeout=100))
+        request = asyncio.create_task(cluster.client.post(path, content=LONG))
         await until(workers)
         request.cancel()
         await until(lambda: not workers())

@@ -42,7 +42,7 @@ async def serving(listener: socket.socket) -> AsyncIterator[SharingServer]:
 
 async def ask(listener: socket.socket) -> str:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    async with httpx.AsyncClient(timeout=20, trust_env=False) as http:
+    async with httpx.AsyncClient(timeout=None, trust_env=False) as http:
         return (await http.get(url)).text
 
 

@@ -87,7 +87,7 @@ async def two_workers(script: Script | None = None, **router: object) -> AsyncIt
             await link.ready.wait()
             keys = ApiKeys.of(config.router, service.clock.now, env={})
             app = make_app(service, service.metrics, asked_routes(service.ask_router), keys, service)
-            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", timeout=10)
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", timeout=None)
             workers.append(FakeWorker(link, service, client, [to_worker, service.channel]))
         try:
             yield TwoWorkers(cluster, *workers)
