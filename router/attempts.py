@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from kvrelay.config.cluster_config import Role
-from kvrelay.machine.contract import SetTimer
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.router_to_node import Abort, Generate, Prefill
@@ -29,6 +28,11 @@ class Attempts:
         self._outbox = outbox
         self._last_epoch = first_epoch
 
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the next attempt, of whichever request."""
+        return self._last_epoch + 1
+
     def dispatch(self, request: RoutedRequest) -> None:
         """Dispatch a waiting request to a node. If there is none, wait for one to register."""
         entry = self._placement.enter(request, self._outbox.now)
@@ -50,7 +54,7 @@ class Attempts:
 
     def dispatch_soon(self, request: RoutedRequest) -> None:
         """Dispatch a waiting request in an event of its own: the loop runs other tasks between events."""
-        self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now))
+        self._table.set_timer(request, "retry", self._outbox.now)
 
     def begin(self, request: RoutedRequest) -> RequestSpec:
         """Begin an attempt under a new epoch; return the request spec for its node."""
@@ -62,7 +66,7 @@ class Attempts:
         if self._outbox.now - since_s >= self._limits.node_wait_s:
             self._table.fail(request, ErrorInfo.of(request.overdue(self._limits.node_wait_s)))
         else:
-            self._outbox.do(SetTimer(request.timer("retry"), since_s + self._limits.node_wait_s))
+            self._table.set_timer(request, "retry", since_s + self._limits.node_wait_s)
 
     # ------------------------------------------------------------ failures
 
@@ -91,7 +95,7 @@ class Attempts:
         request.lifecycle.move(Status.WAITING, self._outbox.now)
         self._table.counters.retries += 1
         if backoff_s > 0:
-            self._outbox.do(SetTimer(request.timer("retry"), self._outbox.now + backoff_s))
+            self._table.set_timer(request, "retry", self._outbox.now + backoff_s)
         else:
             self.dispatch(request)
 

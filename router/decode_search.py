@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvrelay.machine.contract import SetTimer
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded
 from kvrelay.protocol.messages.router_to_node import AssignDecode
 from router.events import RouterOutbox
@@ -37,7 +36,7 @@ class DecodeSearch:
             request.lifecycle.move(Status.SEEKING_DECODE, self._outbox.now)
         if not self.seek(request):
             at_s = self._outbox.now + max(MIN_SEEK_S, message.retry_after_s)
-            self._outbox.do(SetTimer(request.timer("seek"), at_s))
+            self._table.set_timer(request, "seek", at_s)
 
     def seek(self, request: RoutedRequest) -> bool:
         """Assign a decode node that has not refused and send it to P. Return False if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -32,7 +32,6 @@ Their hashes take about 3 ms of the router's loop.
 """
 
 TimerKind: TypeAlias = Literal["deadline", "retry", "seek"]
-TIMER_KINDS: tuple[TimerKind, ...] = get_args(TimerKind)
 
 
 class RequestTimer(NamedTuple):
@@ -75,6 +74,7 @@ class RoutedRequest:
     that failed it. ``participants``: all nodes that were assigned in the current attempt. ``refused_by``: decode nodes
     that refused it. ``is_prompt_pending``: its nodes count prompt tokens of it that are still to compute.
     ``num_preempted_blocks``: blocks it waits for after a preemption, None if it is not known to wait.
+    ``timers``: those that were set, whether they have fired or not.
     ``predictions``: the raw and the corrected one of its current attempt, and when that began, if the policy predicts.
     """
 
@@ -97,6 +97,7 @@ class RoutedRequest:
         "prefill",
         "prompt",
         "refused_by",
+        "timers",
     )
 
     def __init__(self, new: NewRequest, now: float) -> None:
@@ -107,6 +108,7 @@ class RoutedRequest:
         self.prompt = WITHOUT_PROMPT_LOGPROBS
         if new.sampling.num_prompt_logprobs is not None:
             self.prompt = PromptOrder(len(new.prompt_token_ids))
+        self.timers: dict[TimerKind, RequestTimer] = {}
         self.attempts = 0
         self.epoch = 0
         self.prefill: PeerId | None = None
@@ -131,10 +133,6 @@ class RoutedRequest:
         """Its id, the id of its answer, and the client's own part of that."""
         answer_id = self.new.answer_id
         return self.request_id, answer_id, _PREFIX.sub("", answer_id)
-
-    def timer(self, kind: TimerKind) -> RequestTimer:
-        """Return the key of its timer of ``kind``."""
-        return RequestTimer(self.new.request_id, kind)
 
     @property
     def status(self) -> Status:

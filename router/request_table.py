@@ -12,7 +12,7 @@ from kvrelay.protocol.request import FinishReason
 from router.counters import Counters
 from router.events import Deliver, Delivery, RequestEnded, RequestErrored, RouterOutbox
 from router.placement import Placement
-from router.request import TIMER_KINDS, RoutedRequest, Status
+from router.request import RequestTimer, RoutedRequest, Status, TimerKind
 from router.timeline import Timelines
 
 
@@ -75,15 +75,20 @@ class RequestTable:
         """Add a mark to the request's timeline."""
         self.timelines.mark(request.request_id, name, self._outbox.now)
 
+    def set_timer(self, request: RoutedRequest, kind: TimerKind, at_s: float) -> None:
+        """Set the timer of ``request`` of this kind, or move it. It is cancelled when the request ends."""
+        timer = request.timers[kind] = RequestTimer(request.request_id, kind)
+        self._outbox.do(SetTimer(timer, at_s))
+
     # ------------------------------------------------------------ begin and end
 
-    def open(self, request: RoutedRequest, timeout_s: float) -> None:
-        """Admit a request, which must end within ``timeout_s``."""
+    def open(self, request: RoutedRequest, timeout_s: float, first_epoch: int) -> None:
+        """Admit a request, which must end within ``timeout_s``. Its attempts have epochs from ``first_epoch`` on."""
         self._requests[request.request_id] = request
         self.counters.submitted += 1
-        self.timelines.open(request.request_id)
+        self.timelines.open(request.request_id, first_epoch)
         self.mark(request, "received")
-        self._outbox.do(SetTimer(request.timer("deadline"), self._outbox.now + timeout_s))
+        self.set_timer(request, "deadline", self._outbox.now + timeout_s)
 
     def finish(self, request: RoutedRequest, reason: FinishReason) -> None:
         """End ``request`` successfully."""
@@ -105,8 +110,8 @@ class RequestTable:
         self._placement.release(request)
         self.mark(request, "done")
         self.timelines.close(request.request_id)
-        for kind in TIMER_KINDS:
-            self._outbox.do(CancelTimer(request.timer(kind)))
+        for timer in request.timers.values():
+            self._outbox.do(CancelTimer(timer))
         del self._requests[request.request_id]
         self.preempted.pop(request.request_id, None)
         self._outbox.do(Deliver(request.request_id, delivery))

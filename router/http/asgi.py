@@ -70,7 +70,7 @@ def in_single_lines(events: bytes) -> bytes:
 
     They end no line of an event stream, but they do for clients that use ``str.splitlines``, as httpx's ``iter_lines``.
     """
-    if b"\xc2\x85" in events or b"\xe2\x80" in events:
+    if not events.isascii():
         for separator, escape in _SEPARATORS:
             events = events.replace(separator, escape)
     return events

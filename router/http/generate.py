@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from starlette.types import Receive, Scope, Send
 
@@ -46,12 +46,12 @@ def _new_name() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def _max_ttft_s(scope: Scope) -> float | None:
+def _max_ttft_s(headers: Mapping[bytes, bytes]) -> float | None:
     """Return the longest time to first token that the client accepts, in seconds; None: it has not said.
 
     Raises InvalidRequestError if the header is no number, or out of bounds.
     """
-    given: bytes = dict(scope["headers"]).get(TTFT_LIMIT_HEADER.encode(), b"")
+    given = headers.get(TTFT_LIMIT_HEADER.encode(), b"")
     if not given:
         return None
     text = given.decode("latin-1")
@@ -108,10 +108,10 @@ class GenerateEndpoint:
         request = outcome.request
         answer_id, request_ids = await self._ids(name, is_named, len(outcome.prompts) * request.num_choices)
         note_requests(scope, request_ids)
-        given = dict(scope["headers"])
-        named: bytes = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
+        given: dict[bytes, bytes] = dict(scope["headers"])
+        named = given.get(b"x-session-id") or given.get(b"x-session-token", b"")
         session = named[:_MAX_SESSION_BYTES].decode("latin-1")
-        max_ttft_s = _max_ttft_s(scope)
+        max_ttft_s = _max_ttft_s(given)
         choices = list(self._choices(answer_id, request_ids, outcome, session, max_ttft_s))
         head = AnswerHead(answer_id, int(arrival_s), model_name(request.model, self._service.model))
         answer = self._api.writer(head, request, choices, outcome.texts, outcome.echo)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from httptools import HttpParserError
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kvrelay.machine.log_limit import LogLimit
 from kvrelay.protocol.messages.base import ErrorInfo
@@ -32,6 +33,7 @@ FIRST_PROBE_S = 1.0
 
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Called when the headers are complete."""
         self._num_bytes = 0
         super().on_headers_complete()
-        self.cycle.__class__ = CycleUntilClose if self.scope.get("http_version") == "1.0" else Cycle
+        self.cycle.__class__ = Cycle
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
         self._unanswered = [*self._being_answered(), self.cycle]
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
@@ -264,86 +266,76 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class Cycle(RequestResponseCycle):
-    """A request and its answer. An answer may end the connection before the request is here."""
+    """A request and its answer, which may end the connection before the request is here.
 
-    linger: Callable[[], None]
-
-    async def send(self, message: Any) -> None:
-        """Send a part of the answer. The head waits for the first part of the body."""
-        if message["type"] == "http.response.start":
-            self.transport = cast(asyncio.Transport, _HeldHead(self.transport))
-            await super().send(message)
-        elif self.chunked_encoding and message.get("more_body") and message["body"]:
-            await self._send_chunk(message["body"])
-        else:
-            await self._send_body(message)
-
-    async def _send_chunk(self, body: bytes) -> None:
-        """Send a part of a stream that has another. uvicorn does the same, and then checks what is always so here."""
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
-        if not self.disconnected:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-            self._release_head()
-
-    async def _send_body(self, message: Any) -> None:
-        lingers = not message.get("more_body", False) and self.more_body and not self.keep_alive
-        if lingers:
-            self.keep_alive = True  # the connection would be closed at once, and reset
-        await super().send(message)
-        self._release_head()
-        if lingers and not self.transport.is_closing():
-            self.linger()
-
-    def _release_head(self) -> None:
-        held = self.transport
-        if isinstance(held, _HeldHead):
-            self.transport = held.transport
-            if not self.disconnected:
-                held.release()
-
-
-class CycleUntilClose(Cycle):
-    """An HTTP/1.0 request and its answer, without chunked encoding. A stream ends with the connection."""
-
-    is_stream = False
-
-    async def send(self, message: Any) -> None:
-        """Send a part of the answer."""
-        if message["type"] == "http.response.start":
-            if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
-                self.chunked_encoding = False
-                self.is_stream = True
-        elif self.is_stream:
-            self.expected_content_length = len(message.get("body", b""))
-        await super().send(message)
-
-
-class _HeldHead:
-    """A connection that holds back what is written, the head of an answer, until the first part of the body follows.
-
-    So both cost one system call.
+    The head of an answer waits for the first part of the body, so that both cost one system call. A client of HTTP/1.0
+    knows no chunks: a stream ends with the connection.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        self._held: list[bytes] = []
+    linger: Callable[[], None]
+    _head = b""
+    _num_missing: int | None = None
+    """Bytes that are still to come of a body with a content-length."""
 
-    def write(self, data: bytes) -> None:
-        self._held.append(data)
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer. Raises RuntimeError if it does not follow from the parts before."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if message["type"] == "http.response.start":
+            self._begin(message["status"], message["headers"])
+        else:
+            self._send_body(message["body"], is_last=not message.get("more_body", False))
 
-    def release(self) -> None:
-        """Write what was held back."""
-        data, self._held = b"".join(self._held), []
+    def _begin(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        if self.response_started:
+            raise RuntimeError("the answer has begun")
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        lines = [b"%b: %b" % header for header in headers]
+        given = dict(headers)
+        if b"connection" in given:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines.append(b"connection: close")
+        if self.scope["method"] == "HEAD":
+            self._num_missing = 0
+        elif b"content-length" in given:
+            self._num_missing = int(given[b"content-length"])
+        elif self.scope["http_version"] != "1.0":
+            self.chunked_encoding = True
+            lines.append(b"transfer-encoding: chunked")
+        if _CONTROL_CHARACTER.search(b" ".join(lines)):
+            raise RuntimeError("a header has a control character")
+        self._head = STATUS_LINE[status] + b"\r\n".join([*lines, b"", b""])
+
+    def _send_body(self, body: bytes, *, is_last: bool) -> None:
+        if self.response_complete or not self.response_started:
+            raise RuntimeError("the answer has not begun, or it is complete")
+        if self.chunked_encoding:
+            chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            body = chunk + b"0\r\n\r\n" if is_last else chunk
+        elif self.scope["method"] == "HEAD":
+            body = b""
+        if self._num_missing is not None:
+            self._num_missing -= len(body)
+            if self._num_missing < 0 or (is_last and self._num_missing):
+                raise RuntimeError("the answer is not as long as its content-length")
+        data, self._head = self._head + body, b""
         if data:
             self.transport.write(data)
+        if is_last:
+            self._complete()
 
-    def close(self) -> None:
-        self.release()
-        self.transport.close()
-
-    def is_closing(self) -> bool:
-        return self.transport.is_closing()
+    def _complete(self) -> None:
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive and not self.more_body:
+            self.transport.close()
+        self.on_response()
+        if not self.keep_alive and not self.transport.is_closing():
+            self.linger()
 
 
 def _is_reset(transport: asyncio.Transport) -> bool:

@@ -143,13 +143,14 @@ def _parsed(delta: Delta, parser: OutputParser) -> Delta:
 
 def usage(choices: Sequence[Choice]) -> dict[str, object]:
     """Return the ``usage`` of an answer. Each prompt counts once, for any ``n``."""
-    num_prompt = num_prompt_tokens(choices)
+    prompts = _of_prompts(choices)
+    num_prompt = sum(choice.num_prompt_tokens for choice in prompts)
     num_tokens = sum(choice.num_tokens for choice in choices)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt + num_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in _of_prompts(choices))},
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)},
     }
 
 

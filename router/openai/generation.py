@@ -124,13 +124,13 @@ class Generation:
 
         Raises AnswerError when a choice fails, ClientLeftError when the client disconnects.
         """
-        time_slice = TimeSlice()
+        loop, time_slice = asyncio.get_running_loop(), TimeSlice()
         while self._running:
             if self._client_left:
                 raise ClientLeftError
             request_id = self._next_due()
             if request_id is None:
-                self._wakeup = asyncio.get_running_loop().create_future()
+                self._wakeup = loop.create_future()
                 await self._wakeup
                 self._wakeup = None
                 time_slice.begin()

@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant(
         "deadline",
         "router/request_table.py",
-        '        self._outbox.do(SetTimer(request.timer("deadline"), self._outbox.now + timeout_s))\n',
+        '        self.set_timer(request, "deadline", self._outbox.now + timeout_s)\n',
         "",
         f"{ROUTER}::test_request_timeout_ends_and_aborts",
     ),
