@@ -12,6 +12,7 @@ token to a list per request and builds a tuple: the minimum cost of touching a r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +30,20 @@ from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, RequestId, Se
 from kvrelay.protocol.messages.base import LinkAddress
 from kvrelay.protocol.messages.engine import SampledTokens, SequenceOutcome, StepPlan, StepResult
 from kvrelay.protocol.messages.messager_to_node import MessagerReady
-from kvrelay.protocol.messages.node_to_router import Register, TokensOut
+from kvrelay.protocol.messages.node_to_router import Register, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import RequestSpec, SamplingParams
-from kvrelay.runtime.dumps import Dumps, Handle
+from kvrelay.recording.recorder import Handle
+from kvrelay.runtime.dumps import Dumps
 from kvrelay.runtime.gc_tuning import tune_gc
 from prefill_node.machine import PrefillMachine
+from router.events import Deliver, TokensDelivered
+from router.recording import ROUTER_EVENTS
 
 PROMPT_TOKENS = 500
 STEPS = 200
 ROUNDS = 5
+RECORD_ROUNDS = 24
 BLOCK_SIZE = 16
 
 GEOMETRY = KVGeometry(1, 1, 8, BLOCK_SIZE, "uint8", "benchmark")
@@ -89,33 +94,81 @@ def plan_in(actions: Sequence[object]) -> StepPlan | None:
     return next((action.plan for action in actions if isinstance(action, RunStep)), None)
 
 
-def decode_cost_us(num_running: int, *, recorded: bool = False) -> tuple[float, float]:
-    """Return microseconds per running decode and step: of the machine, and of encoding its message.
-
-    ``recorded``: the events are recorded, as in every process.
-    """
+def running_decodes(num_running: int) -> tuple[Machine, StepPlan]:
+    """Return a machine with that many decodes, and its plan for the next step of them."""
     machine = DecodeMachine(node("mixed", num_running), register(node("mixed", num_running)))
     plan = None
     for index in range(num_running):
         plan = plan_in(machine.handle(Received(ROUTER, Generate(request=spec(index))), 0.0)) or plan
     while plan is None or len(plan.batch) < num_running or plan.num_tokens > num_running:
         plan = step(machine, plan)
+    return machine, plan
+
+
+def decode_cost_us(num_running: int) -> tuple[float, float]:
+    """Return microseconds per running decode and step: of the machine, and of encoding its message."""
+    machine, next_plan = running_decodes(num_running)
+    plan: StepPlan | None = next_plan
     spent_s = encoded_s = 0.0
-    handle: Handle = machine.handle
-    if recorded:
-        handle = Dumps("n0", "mixed", {}, NODE_EVENTS).recorded(handle)
     for _ in range(STEPS):
+        assert plan is not None
         done = StepDone(result_of(plan))
         start = time.thread_time()
-        actions = handle(done, 0.0)
+        actions = machine.handle(done, 0.0)
         spent_s += time.thread_time() - start
         plan = plan_in(actions)
-        assert plan is not None
         message = next(a.message for a in actions if isinstance(a, Send) and isinstance(a.message, TokensOut))
         start = time.thread_time()
         encode(message)
         encoded_s += time.thread_time() - start
     return (spent_s / STEPS / num_running * 1e6, encoded_s / STEPS / num_running * 1e6)
+
+
+def record_cost_us(num_running: int, *, cold: bool = False) -> tuple[float, float]:
+    """Return microseconds per step of the machine, and how much more they are if its events are recorded.
+
+    Of each step the least of some rounds counts, with a record and without: a record is less than the noise of a step.
+    ``cold``: 6 MiB are copied before each step, as a model uses the CPU's caches for itself.
+    """
+    dumps = Dumps("n0", "mixed", {}, NODE_EVENTS)
+    least_s = [[math.inf] * STEPS, [math.inf] * STEPS]
+    others = bytearray(6 << 20 if cold else 0)
+    for number in range(RECORD_ROUNDS):
+        machine, plan = running_decodes(num_running)
+        handles = (machine.handle, dumps.recorded(machine.handle))
+        for index in range(STEPS):
+            done = StepDone(result_of(plan))
+            bytes(others)
+            way = (number + index + index // 2) % 2
+            start = time.thread_time()
+            actions = handles[way](done, 0.0)
+            least_s[way][index] = min(least_s[way][index], time.thread_time() - start)
+            following = plan_in(actions)
+            assert following is not None
+            plan = following
+    machine_s, recorded_s = map(statistics.mean, least_s)
+    return machine_s * 1e6, (recorded_s - machine_s) * 1e6
+
+
+def message_record_us(num_tokens: int) -> float:
+    """Return microseconds that the record of a message of that many tokens costs a router, at best."""
+    outputs = [
+        RequestOutput(request_id=RequestId(f"cmpl-{index:032x}"), epoch=1, index=index, token_ids=[7000 + index])
+        for index in range(num_tokens)
+    ]
+    message = TokensOut(outputs=outputs)
+    event = Received(PeerId("d0#1"), message, (), encode(message))
+    actions = [Deliver(output.request_id, TokensDelivered(output.token_ids)) for output in outputs]
+    plain: Handle = lambda event, now: actions  # noqa: E731
+    recorded = Dumps(ROUTER, ROUTER, {}, ROUTER_EVENTS).recorded(plain)
+
+    def cost_us(handle: Handle) -> float:
+        start = time.thread_time()
+        for _ in range(1000):
+            handle(event, 0.0)
+        return (time.thread_time() - start) * 1e3
+
+    return best(lambda: cost_us(recorded))[0] - best(lambda: cost_us(plain))[0]
 
 
 def step(machine: Machine, plan: StepPlan | None) -> StepPlan:
@@ -171,7 +224,6 @@ def main() -> None:
         "running decodes",
         "machine, best",
         "machine, median",
-        "recorded, best",
         "encoding",
         "bare loop",
         "machine / bare loop",
@@ -179,14 +231,21 @@ def main() -> None:
         table.add_column(column, justify="right")
     for num_running in (1, 32, 64, 256, 1024):
         machine = best(lambda n=num_running: decode_cost_us(n)[0])  # type: ignore[misc]
-        recorded = best(lambda n=num_running: decode_cost_us(n, recorded=True)[0])[0]  # type: ignore[misc]
         encoding = decode_cost_us(num_running)[1]
         bare = best(lambda n=num_running: bare_loop_us(n))[0]  # type: ignore[misc]
-        cells = (*machine, recorded, encoding, bare, machine[0] / bare)
+        cells = (*machine, encoding, bare, machine[0] / bare)
         table.add_row(str(num_running), *(f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
     least, median = best(lambda: prefill_cost_us(256))
+    for num_running in (1, 32):
+        for cold in (False, True):
+            machine_us, more_us = record_cost_us(num_running, cold=cold)
+            console.print(
+                f"a step of {num_running}, {'cold' if cold else 'warm'}: {machine_us:.2f} us, with a record"
+                f" {more_us:.2f} more ({more_us / machine_us:.1%})"
+            )
+    console.print(f"record of a message with 32 tokens: {message_record_us(32):.2f} us")
     console.print(f"prefill_schedule, 256 prompts queued: {least:.1f} us a chunk (median {median:.1f})")
 
 

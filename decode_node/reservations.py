@@ -218,6 +218,8 @@ class Reservations:
             self.give_up(request, ErrorInfo.of(TransferError("handed off with another length than reserved")))
         elif not request.handed_off:
             request.hand_off(message)
+            if not message.may_be_shared:
+                self._kv.keep_back(request.block_table[request.num_cached_blocks :])
             request.mark("handed_off", self._outbox.now)
             self._begin_if_ready(request)
 

@@ -59,7 +59,7 @@ class PrefillMachine(NodeMachine[PrefillRequest, PrefillStatus]):
         self.requests = Requests(node.scheduler, kv, block_size)
         self._endings = PrefillEndings(node.name, self.requests, kv, plans, in_flight, outbox)
         self._admission = Admission(kv, block_size, self.requests, policy)
-        self._reservations = Reservations(node, self.requests, self._endings, outbox)
+        self._reservations = Reservations(node, kv, self.requests, self._endings, outbox)
         self._storage = Storage(node, registration.geometry.block_bytes, kv, self.requests, outbox)
         self._transfers = self._storage.transfers
         self._steps = Steps(

@@ -17,6 +17,7 @@ from kvrelay.protocol.messages.decode_to_prefill import BlocksReserved, Reservat
 from kvrelay.protocol.messages.node_to_messager import OpenTransfer
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded
 from kvrelay.protocol.messages.prefill_to_decode import CancelReservation, HandOff, RenewReservations, ReserveBlocks
+from kvstore.blocks.kv_cache import KVCache
 from prefill_node.endings import PrefillEndings
 from prefill_node.request import PrefillRequest, PrefillStatus, Reservation
 from prefill_node.requests import Requests
@@ -31,7 +32,10 @@ class Reservations:
     router's for another decode node. The machine calls ``overdue`` then, and ``renew`` at each heartbeat.
     """
 
-    def __init__(self, node: NodeConfig, requests: Requests, endings: PrefillEndings, outbox: Outbox) -> None:
+    def __init__(
+        self, node: NodeConfig, kv: KVCache, requests: Requests, endings: PrefillEndings, outbox: Outbox
+    ) -> None:
+        self._kv = kv
         self._requests = requests
         self._endings = endings
         self._outbox = outbox
@@ -157,7 +161,12 @@ class Reservations:
             return
         spec = msgspec.structs.replace(request.spec, output_token_ids=request.token_ids[request.num_prompt_tokens :])
         request.mark("hand_off", self._outbox.now)
-        self._outbox.send(request.target.peer, HandOff(request=spec, num_cached_tokens=request.num_cached_tokens))
+        hand_off = HandOff(
+            request=spec,
+            num_cached_tokens=request.num_cached_tokens,
+            may_be_shared=self._kv.may_be_published(request.block_table),
+        )
+        self._outbox.send(request.target.peer, hand_off)
 
     # ------------------------------------------------------------ leases and lost decode nodes
 

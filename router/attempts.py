@@ -28,6 +28,11 @@ class Attempts:
         self._outbox = outbox
         self._last_epoch = first_epoch
 
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the next attempt, of whichever request."""
+        return self._last_epoch + 1
+
     def dispatch(self, request: RoutedRequest) -> None:
         """Dispatch a waiting request to a node. If there is none, wait for one to register."""
         entry = self._placement.enter(request, self._outbox.now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay.config.cluster_config import Role
 from kvrelay.machine.laws import Laws, Violation
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.node_to_router import PrefixCacheReset
@@ -11,23 +12,32 @@ from router.node_table import NodeTable
 
 
 class _Reset:
-    """One reset. ``nodes``: what is known of each node, "no_answer" until it answers."""
+    """One reset. ``nodes``: what is known of each node, "no_answer" until it answers. ``later``: the decode nodes."""
 
-    __slots__ = ("deadline_s", "nodes", "number")
+    __slots__ = ("began_s", "later", "nodes", "number")
 
-    def __init__(self, number: int, deadline_s: float, nodes: dict[PeerId, NodeReset]) -> None:
+    def __init__(self, number: int, began_s: float, nodes: dict[PeerId, NodeReset], later: set[PeerId]) -> None:
         self.number = number
-        self.deadline_s = deadline_s
+        self.began_s = began_s
         self.nodes = nodes
+        self.later = later
 
     @property
     def silent(self) -> list[PeerId]:
         """The nodes that have not answered."""
         return [peer for peer, node in self.nodes.items() if node.state == "no_answer"]
 
+    @property
+    def first(self) -> list[PeerId]:
+        """The silent ones that are asked before the decode nodes."""
+        return [peer for peer in self.silent if peer not in self.later]
+
 
 class CacheResets:
     """Asks the nodes of the table, again with each beat until they answer: a lost message costs time.
+
+    Decode nodes are asked when all others have answered: what a prefill node hands off before its reset must be on the
+    decode node before that one's. If one of the others is silent for half of ``timeout_s`` they are asked all the same.
 
     A reset ends when every node has answered or is lost, and ``timeout_s`` after it began in any case.
     """
@@ -44,7 +54,8 @@ class CacheResets:
             node.peer: NodeReset(node.node_id, "no_answer" if node.registration.resets_prefix_cache else "unsupported")
             for node in self._node_table
         }
-        reset = self._resets[number] = _Reset(number, self._outbox.now + self._timeout_s, nodes)
+        later = {node.peer for node in self._node_table if node.role is Role.DECODE}
+        reset = self._resets[number] = _Reset(number, self._outbox.now, nodes, later)
         self._ask(reset)
         self._end_if_over(reset)
 
@@ -55,7 +66,10 @@ class CacheResets:
             node.prefixes.clear()
         reset = self._resets.get(message.reset)
         if reset is not None and peer in reset.nodes:
+            was_waited_for = peer in reset.first
             reset.nodes[peer] = NodeReset(reset.nodes[peer].node_id, "reset", message.num_blocks)
+            if was_waited_for and not reset.first:
+                self._ask(reset)
             self._end_if_over(reset)
 
     def beat(self) -> None:
@@ -73,10 +87,11 @@ class CacheResets:
             yield [Violation(f"{len(self._resets)} resets of prefix caches are in progress")]
 
     def _ask(self, reset: _Reset) -> None:
-        for peer in reset.silent:
+        is_late = self._outbox.now - reset.began_s >= self._timeout_s / 2
+        for peer in reset.silent if is_late else reset.first or reset.silent:
             self._outbox.send(peer, ResetPrefixCache(reset=reset.number))
 
     def _end_if_over(self, reset: _Reset) -> None:
-        if not reset.silent or self._outbox.now >= reset.deadline_s:
+        if not reset.silent or self._outbox.now - reset.began_s >= self._timeout_s:
             del self._resets[reset.number]
             self._outbox.do(CacheResetEnded(reset.number, tuple(reset.nodes.values())))

@@ -34,6 +34,11 @@ class FollowedNodes:
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._entries
 
+    @property
+    def num_foreign(self) -> int:
+        """Nodes of other models that the registry had last."""
+        return len(self._foreign)
+
     def take(self, entries: Iterable[NodeEntry], *, registered: Callable[[PeerId], bool]) -> list[PeerId]:
         """Connect to the new nodes in ``entries``; return the peers replaced by a later start at the same address.
 
@@ -105,13 +110,16 @@ class FollowedNodes:
             self._outbox.send(peer, Heartbeat())
 
     def _ours(self, entries: Iterable[NodeEntry]) -> list[NodeEntry]:
-        """Return the entries for this model; log each node of another model once."""
-        ours = []
+        """Return the entries for this model; log each node of another model once while it is there."""
+        ours: list[NodeEntry] = []
+        foreign: set[PeerId] = set()
         for entry in entries:
             if entry.registration.model == self._model:
                 ours.append(entry)
-            elif entry.peer not in self._foreign:
-                self._foreign.add(entry.peer)
+                continue
+            foreign.add(entry.peer)
+            if entry.peer not in self._foreign:
                 fields: dict[str, object] = {"node": entry.peer, "model": entry.registration.model}
                 self._outbox.do(Log("warning", "node of another model in the registry", fields))
+        self._foreign = foreign
         return ours

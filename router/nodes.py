@@ -211,8 +211,11 @@ class Nodes:
         self._followed.forget(peer)
         node = self._node_table.remove(peer, self._outbox.now)
         if node is not None:
-            self._log("info" if reason == "drained" else "warning", "node gone", node=peer, reason=reason)
-            self._requests.counters.nodes_lost += reason != "drained"
+            if reason == "drained":
+                self._log("info", "node left", node=peer, reason=reason)
+            else:
+                self._log("warning", "node lost", node=peer, reason=reason)
+                self._requests.counters.nodes_lost += 1
         return node
 
     def resumed(self, paused_s: float) -> None:

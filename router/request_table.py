@@ -82,11 +82,11 @@ class RequestTable:
 
     # ------------------------------------------------------------ begin and end
 
-    def open(self, request: RoutedRequest, timeout_s: float) -> None:
-        """Admit a request, which must end within ``timeout_s``."""
+    def open(self, request: RoutedRequest, timeout_s: float, first_epoch: int) -> None:
+        """Admit a request, which must end within ``timeout_s``. Its attempts have epochs from ``first_epoch`` on."""
         self._requests[request.request_id] = request
         self.counters.submitted += 1
-        self.timelines.open(request.request_id)
+        self.timelines.open(request.request_id, first_epoch)
         self.mark(request, "received")
         self.set_timer(request, "deadline", self._outbox.now + timeout_s)
 

@@ -116,7 +116,7 @@ class Requests:
             self.refuse(requests, refusal)
             return
         for request in routed:
-            self._table.open(request, self._limits.request_timeout_s)
+            self._table.open(request, self._limits.request_timeout_s, self._attempts.next_epoch)
         for request in routed[:MAX_DISPATCHED_AT_ONCE]:
             self._attempts.dispatch(request)
         for request in routed[MAX_DISPATCHED_AT_ONCE:]:
@@ -151,6 +151,8 @@ class Requests:
             return
         for ready in request.output.take(output):
             self._deliver(request, ready)
+            if ready.finish_reason is not None:
+                return  # the request has ended, whatever its nodes say
         if peer == request.decode and request.prefill is not None and not request.output.has_gap:
             # All KV has arrived and been handed off, and so has the first token: nothing depends on P any more.
             self._placement.release_prefill(request)

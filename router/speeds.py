@@ -7,6 +7,7 @@ defaults below. A node that restarts is another ``Node``, so that nothing of the
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -42,14 +43,16 @@ def predict(node: Node, request: RoutedRequest, others_tokens_per_s: float) -> P
 def link_speeds(prefill: Node) -> tuple[Mapping[str, float], float]:
     """Return how fast ``prefill`` moves KV: bytes per second by decode node, and for the nodes that are not in it."""
     measured = prefill.load.link_bytes_per_s
-    return measured, statistics.fmean(measured.values()) if measured else DEFAULT_BYTES_PER_S
+    speeds = [speed for speed in measured.values() if speed > 0]
+    return measured, statistics.fmean(speeds) if speeds else DEFAULT_BYTES_PER_S
 
 
 def exposed_transfer_s(num_bytes: float, bytes_per_s: float, prefill_s: float, num_layers: int) -> float:
     """Return for how many seconds the second token waits for the KV after the first token.
 
     The KV of a layer moves while later layers are computed, and that of the prefill node's prefix cache from the
-    beginning. What remains is the last layer, or what is more than moves during ``prefill_s``.
+    beginning. What remains is the last layer, or what is more than moves during ``prefill_s``. A link without any speed
+    is never done.
     """
-    transfer_s = num_bytes / bytes_per_s
+    transfer_s = num_bytes / bytes_per_s if bytes_per_s > 0 else math.inf
     return max(transfer_s / num_layers, transfer_s - prefill_s)

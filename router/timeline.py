@@ -20,11 +20,12 @@ MAX_PARTS = 64
 
 
 class Timeline:
-    """Marks and layer transfers of one request, over all attempts."""
+    """Marks and layer transfers of one request, over all attempts, the first of which has ``first_epoch`` or more."""
 
-    __slots__ = ("layers", "marks", "num_parts", "was_counted")
+    __slots__ = ("first_epoch", "layers", "marks", "num_parts", "was_counted")
 
-    def __init__(self) -> None:
+    def __init__(self, first_epoch: int) -> None:
+        self.first_epoch = first_epoch
         self.marks: list[Mark] = []
         self.layers: list[LayerTransfer] = []
         self.num_parts = 0
@@ -81,10 +82,10 @@ class Timelines:
         self.inference = Histogram(STAGE_BOUNDS_S)
         self.max_kept = MAX_KEPT
 
-    def open(self, request_id: RequestId) -> None:
-        """Begin the timeline of a new request."""
+    def open(self, request_id: RequestId, first_epoch: int) -> None:
+        """Begin the timeline of a new request, whose attempts have epochs from ``first_epoch`` on."""
         self._ended.pop(request_id, None)
-        self._open[request_id] = Timeline()
+        self._open[request_id] = Timeline(first_epoch)
 
     def mark(self, request_id: RequestId, name: str, now: float) -> None:
         """Add a mark of the router at time ``now``."""
@@ -99,9 +100,12 @@ class Timelines:
             self._ended.popitem(last=False)
 
     def merge(self, report: RequestTimeline) -> int:
-        """Add a node's report if the request is known; return the KV bytes it reports."""
+        """Add a node's report if the request is known; return the KV bytes it reports.
+
+        Not one of an earlier request with the same id, of which a node has only now freed the blocks.
+        """
         timeline = self._find(report.request_id)
-        if timeline is None or timeline.num_parts >= MAX_PARTS:
+        if timeline is None or report.epoch < timeline.first_epoch or timeline.num_parts >= MAX_PARTS:
             return 0
         timeline.num_parts += 1
         timeline.marks += report.marks

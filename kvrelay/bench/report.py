@@ -20,7 +20,7 @@ _TITLES = {
     "total_input_tokens": "input tokens",
     "total_output_tokens": "output tokens",
     "request_throughput": "requests/s",
-    "request_goodput": "requests/s within all SLOs",
+    "request_goodput": "goodput, requests/s within all SLOs",
     "slo_attainment": "share of requests within all SLOs",
     "output_throughput": "output tokens/s",
     "total_token_throughput": "input and output tokens/s",

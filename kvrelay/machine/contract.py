@@ -24,11 +24,15 @@ from kvrelay.protocol.messages.engine import StepPlan, StepResult
 
 
 class Received(msgspec.Struct, frozen=True):
-    """A decoded message came in. ``payload``: raw parts that followed it (KV frames only)."""
+    """A decoded message came in. ``payload``: raw parts that followed it (KV frames only).
+
+    ``encoded``: what ``message`` was decoded from, for the recording; empty if it came over no connection.
+    """
 
     peer: PeerId
     message: Message
     payload: tuple[memoryview, ...] = ()
+    encoded: bytes = b""
 
 
 class PeerLost(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ import msgspec
 
 from kvrelay.errors import KVRelayError, RemoteProtocolError, TransferError
 from kvrelay.machine.contract import Received, Send
+from kvrelay.protocol import codec
 from kvrelay.protocol.codec import MESSAGES
 from kvrelay.protocol.ids import PeerId
 from kvrelay.protocol.messages.base import Message
@@ -41,20 +42,16 @@ class EventCodec:
     def __init__(self, events: object, key: type[tuple[Any, ...]] | None = None) -> None:
         self._kinds: dict[str, type] = {kind.__name__: kind for kind in get_args(events)}
         self._key = key
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+        self.encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+        """Encodes what ``fields_of`` returns."""
 
     def encode(self, event: Any, now: float) -> bytes:
         """Return ``event``, handled at ``now``, as MessagePack: ``[time, type, fields]``."""
-        kind = type(event)
-        if kind is Received:
-            message = event.message
-            sizes = [part.nbytes for part in event.payload] if event.payload else ()
-            return self._encoder.encode((now, "Received", (event.peer, type(message).__name__, message, sizes)))
-        return self._encoder.encode((now, kind.__name__, event))
+        return self.encoder.encode((now, type(event).__name__, fields_of(event)))
 
-    def encode_unreadable(self, event: object, now: float) -> bytes:
+    def encode_text(self, event: object, now: float) -> bytes:
         """Return an event that ``encode`` cannot encode, as a text for people that ``decode`` refuses."""
-        return self._encoder.encode((now, type(event).__name__, ascii(event)[:_MAX_TEXT]))
+        return self.encoder.encode((now, type(event).__name__, ascii(event)[:_MAX_TEXT]))
 
     def decode(self, record: Any) -> RecordedEvent:
         """Return what ``encode`` was given, from its unpacked bytes.
@@ -63,17 +60,23 @@ class EventCodec:
         """
         try:
             now, name, fields = record
-            event = self._received(*fields) if name == "Received" else self._convert(fields, self._kinds[name])
+            event = self._received(fields) if name == "Received" else self._convert(fields, self._kinds[name])
             return RecordedEvent(float(now), event)
         except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:  # msgspec's are ValueErrors
             raise RemoteProtocolError(f"not an event of this role: {error!r:.300}") from error
 
     def encode_actions(self, actions: Sequence[Any]) -> bytes:
         """Return ``actions`` as MessagePack: ``[type, fields]`` each. To be compared and shown, not to be decoded."""
-        return self._encoder.encode([_named(action) for action in actions])
+        return self.encoder.encode([_named(action) for action in actions])
 
-    def _received(self, peer: str, name: str, fields: Any, sizes: list[int]) -> Received:
-        message = self._convert(fields, MESSAGES[name])
+    def _received(self, fields: Any) -> Received:
+        match fields:
+            case [peer, bytes() as encoded, sizes]:
+                message = codec.decode(encoded)
+            case [peer, name, parts, sizes]:
+                message = self._convert(parts, MESSAGES[name])
+            case _:
+                raise ValueError("neither the bytes of a message nor its type and fields")
         return Received(PeerId(peer), message, tuple(memoryview(bytes(size)) for size in sizes))
 
     def _convert(self, fields: Any, kind: type[Any]) -> Any:
@@ -90,12 +93,22 @@ class EventCodec:
         raise NotImplementedError(kind)
 
 
-def kinds_of(actions: Sequence[Any]) -> tuple[type, ...]:
+def fields_of(event: Any) -> Any:
+    """Return what a record has of ``event``. Of Received: peer, the message, and the sizes of the payload's parts.
+
+    The message is the bytes that came, or if it came over no connection its type and fields.
+    """
+    if type(event) is not Received:
+        return event
+    sizes = [part.nbytes for part in event.payload] if event.payload else ()
+    if event.encoded:
+        return event.peer, event.encoded, sizes
+    return event.peer, type(event.message).__name__, event.message, sizes
+
+
+def kinds_of(actions: Sequence[Any]) -> list[type]:
     """Return the types of ``actions`` in order; instead of Send the type of the message."""
-    kinds = tuple(map(type, actions))
-    if Send in kinds:
-        kinds = tuple([type(action.message) if type(action) is Send else type(action) for action in actions])
-    return kinds
+    return [type(action.message) if type(action) is Send else type(action) for action in actions]
 
 
 def names_of(kinds: Sequence[type]) -> str:

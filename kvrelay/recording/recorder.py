@@ -1,38 +1,52 @@
-"""The recording of one process: its last events, encoded at once, within a bound of bytes.
+"""The recording of one process: its last events, encoded, within a bound of bytes.
 
-References to the events would be cheaper to take and dearer to keep: the thousands of objects that then live longer
-cost a decode node 20 % of its machine's time, the bytes less than half of that (docs/adr/0022). What a machine does
-with an event after it was recorded changes nothing here, and no request's memory is held.
+What is kept is bytes in a row, and no object for each event: objects that live on, and memory here and there, cost a
+machine more than the encoding does (docs/adr/0022). No request's memory is held.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from kvrelay.recording.event_codec import EventCodec, kinds_of
+from kvrelay.machine.contract import Received, Send
+from kvrelay.recording.event_codec import EventCodec, fields_of, names_of
 from kvrelay.recording.settings import RecordingSettings
 
-_RECORD_BYTES = 200
-"""What a record takes beside its bytes, about."""
-
-_KIND_BYTES = 8
+_MAX_SEGMENT_BYTES = 1 << 16
+_MIN_SEGMENTS = 16
 
 _UNENCODABLE = (ValueError, OverflowError)
 """Raised for a text with half a surrogate pair, and for numbers beyond 64 bits. The machine decides what they mean."""
 
+Handle: TypeAlias = Callable[[Any, float], Sequence[object]]
+"""The method of a machine."""
 
-Record: TypeAlias = tuple[bytes, tuple[type, ...] | bytes | None]
-"""One event, encoded, and what it led to: the types of the actions, or the actions, encoded; None: it is not over."""
+
+class _Segment(NamedTuple):
+    """Events in a row, encoded."""
+
+    num_events: int
+    data: bytes
+
+
+class _Numbers(dict[type, int]):
+    """Numbers of types, in the order in which they are asked for."""
+
+    def __missing__(self, kind: type) -> int:
+        number = self[kind] = len(self)
+        return number
 
 
 class Recording(NamedTuple):
     """What a process remembers at one moment. ``first``: how many earlier events it has forgotten.
 
-    ``start``: what the role's machine was made from, as built-in types.
+    ``start``: what the role's machine was made from, as built-in types. ``segments``: MessagePack, for each event
+    ``[time, type, fields]`` and then its actions: numbers of names in ``kinds``, or type and fields of each. An event
+    that is still handled, or broke the machine, is the last and has none.
     """
 
     process: str
@@ -40,11 +54,12 @@ class Recording(NamedTuple):
     start: Any
     codec: EventCodec
     first: int
-    records: Sequence[Record]
+    kinds: Sequence[str]
+    segments: Sequence[bytes]
 
 
 class Recorder:
-    """Records what one machine handles: ``begin`` before each event and ``end`` after it.
+    """Records what one machine handles.
 
     ``process``: its name, for the file. ``start``: what the role's machine was made from.
     """
@@ -57,46 +72,61 @@ class Recorder:
         self._role = role
         self._start = msgspec.to_builtins(start, builtin_types=(bytes,))
         self._codec = codec
-        self._records: deque[Record] = deque()
+        self._numbers = _Numbers({Send: 0})
+        self._segments: deque[_Segment] = deque()
         self._size = 0
         self._num_forgotten = 0
-        self._begun: bytes | None = None
+        self._newest = bytearray()
+        """Events that are in no segment yet."""
+        self._num_newest = 0
+        self._segment_bytes = min(_MAX_SEGMENT_BYTES, self._settings.max_bytes // _MIN_SEGMENTS)
 
-    def begin(self, event: object, now: float) -> None:
-        """Record that ``event`` is handled at time ``now``."""
-        try:
-            self._begun = self._codec.encode(event, now)
-        except _UNENCODABLE:
-            self._begun = self._codec.encode_unreadable(event, now)
+    def recorded(self, handle: Handle) -> Handle:
+        """Return ``handle``, the method of the machine, with a record of each call.
 
-    def end(self, actions: Sequence[object]) -> None:
-        """Record what the event led to."""
-        event, self._begun = self._begun, None
-        if event is None:
-            return
-        record: Record = (event, self._encoded(actions) if self._settings.actions else kinds_of(actions))
-        self._records.append(record)
-        self._size += _size(record)
-        while self._size > self._settings.max_bytes:
-            self._size -= _size(self._records.popleft())
-            self._num_forgotten += 1
+        A machine that has raised an exception gets no other event.
+        """
+        newest, segment_bytes, numbers = self._newest, self._segment_bytes, self._numbers
+        encode_into, in_full = self._codec.encoder.encode_into, self._settings.actions
 
-    def _encoded(self, actions: Sequence[object]) -> tuple[type, ...] | bytes:
+        def handle_and_record(event: Any, now: float) -> Sequence[object]:
+            kind, start = type(event), len(newest)
+            try:
+                encode_into((now, kind.__name__, fields_of(event) if kind is Received else event), newest, start)
+            except _UNENCODABLE:
+                newest[start:] = self._codec.encode_text(event, now)
+            actions: Sequence[Any] = handle(event, now)
+            kinds = [numbers[type(action)] or numbers[type(action.message)] for action in actions]  # 0 is Send
+            if in_full:
+                newest.extend(self._in_full(actions, kinds))
+            else:
+                encode_into(kinds, newest, -1)
+            self._num_newest += 1
+            if len(newest) >= segment_bytes:
+                self._close_segment()
+            return actions
+
+        return handle_and_record
+
+    def _in_full(self, actions: Sequence[object], kinds: list[int]) -> bytes:
         try:
             return self._codec.encode_actions(actions)
         except _UNENCODABLE:
-            return kinds_of(actions)
+            return msgspec.msgpack.encode(kinds)
+
+    def _close_segment(self) -> None:
+        segment = _Segment(self._num_newest, bytes(self._newest))
+        self._newest.clear()
+        self._num_newest = 0
+        self._segments.append(segment)
+        self._size += len(segment.data)
+        while self._size > self._settings.max_bytes - self._segment_bytes:
+            oldest = self._segments.popleft()
+            self._size -= len(oldest.data)
+            self._num_forgotten += oldest.num_events
 
     def recording(self) -> Recording:
-        """Return what is remembered now. An event that is still handled, or broke the machine, is its last record."""
-        records = list(self._records)
-        if self._begun is not None:
-            records.append((self._begun, None))
-        return Recording(self._process, self._role, self._start, self._codec, self._num_forgotten, records)
-
-
-def _size(record: Record) -> int:
-    event, led_to = record
-    if type(led_to) is bytes:
-        return _RECORD_BYTES + len(event) + len(led_to)
-    return _RECORD_BYTES + len(event) + _KIND_BYTES * len(led_to or ())
+        """Return what is remembered now."""
+        segments = [*(segment.data for segment in self._segments), bytes(self._newest)]
+        kinds = [names_of([kind]) for kind in self._numbers]
+        return Recording(self._process, self._role, self._start, self._codec, self._num_forgotten, kinds, segments)

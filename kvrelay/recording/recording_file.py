@@ -1,4 +1,4 @@
-"""Files of recordings: MessagePack, compressed with gzip. A header, then ``[event, actions]`` for each event."""
+"""Files of recordings: MessagePack, compressed with gzip. A header, then each event and its actions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,11 @@ import msgspec
 
 import kvrelay
 from kvrelay.errors import KVRelayError, RemoteProtocolError
-from kvrelay.recording.event_codec import names_of
-from kvrelay.recording.recorder import Record, Recording
+from kvrelay.recording.recorder import Recording
 from kvrelay.recording.redaction import without_prompts
 
 SUFFIX = ".kvrec"
-FORMAT = 1
+FORMAT = 2
 
 MAX_KEPT = 8
 """Files kept of each process: one that crashes again and again must not fill the disk."""
@@ -33,16 +33,12 @@ _MAX_RECORD_BYTES = 256 << 20
 _LEVEL = 1
 """Of compression: a process that serves has little time."""
 
-_NONE = b"\xc0"
-_PAIR = b"\x92"
-"""MessagePack: nothing, and the beginning of a list of two."""
-
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The beginning of a file. ``first``: number of the first event in it, from 0; only with 0 it can be replayed.
 
     ``start``: what the machine was made from. ``prompts``: tokens are in it, and it can be replayed.
-    ``crash``: the exception for which it was written.
+    ``crash``: the exception for which it was written. ``kinds``: names of the types of actions, by their numbers.
     """
 
     format: int
@@ -54,6 +50,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     prompts: bool
     start: Any
+    kinds: Sequence[str]
     crash: str | None = None
 
 
@@ -89,6 +86,7 @@ def write(recording: Recording, directory: Path, *, prompts: bool, crash: str | 
         first=recording.first,
         prompts=prompts,
         start=recording.start,
+        kinds=recording.kinds,
         crash=crash,
     )
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -98,8 +96,8 @@ def write(recording: Recording, directory: Path, *, prompts: bool, crash: str | 
             gzip.GzipFile(fileobj=file, mode="wb", compresslevel=_LEVEL) as packed,
         ):
             packed.write(msgspec.msgpack.encode(header))
-            for record in recording.records:
-                packed.write(_packed(record if prompts else _redacted(record, recording)))
+            for segment in recording.segments:
+                packed.writelines([segment] if prompts else _redacted(segment, recording))
     except BaseException:  # half a file can be read by nobody, and is not counted below
         path.unlink(missing_ok=True)
         raise
@@ -117,7 +115,7 @@ def opened(path: Path) -> Iterator[tuple[Header, Iterator[RawRecord]]]:
         unpacker = msgpack.Unpacker(file, strict_map_key=False, max_buffer_size=_MAX_RECORD_BYTES)
         objects = _objects(unpacker, path)
         header = _header(next(objects, None), path)
-        yield header, (_record(item, path) for item in objects)
+        yield header, (_record(*pair, header.kinds, path) for pair in zip_longest(objects, objects))
 
 
 def _unzipping(path: Path) -> gzip.GzipFile:
@@ -127,31 +125,32 @@ def _unzipping(path: Path) -> gzip.GzipFile:
         raise KVRelayError(f"{path}: {error.strerror or error}") from error
 
 
-def _packed(record: Record) -> bytes:
-    event, actions = record
-    if isinstance(actions, tuple):
-        actions = msgspec.msgpack.encode(names_of(actions))
-    return _PAIR + event + (_NONE if actions is None else actions)
+def _redacted(segment: bytes, recording: Recording) -> Iterator[bytes]:
+    """Yield the records in ``segment`` without tokens. Of the actions only the types are left."""
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=len(segment))
+    unpacker.feed(segment)
+    for event, actions in zip_longest(unpacker, unpacker):
+        try:
+            now, decoded = recording.codec.decode(event)
+        except RemoteProtocolError:  # it could not be encoded, and is a text
+            now, kind, _ = event
+            yield msgspec.msgpack.encode((now, kind, ""))
+        else:
+            yield recording.codec.encode(without_prompts(decoded), now)
+        if actions is not None:
+            yield msgspec.msgpack.encode(named(actions, recording.kinds))
 
 
-def _redacted(record: Record, recording: Recording) -> Record:
-    """Return ``record`` without tokens. Of the actions only the types are left."""
-    encoded, actions = record
-    if isinstance(actions, bytes):
-        names = named(msgpack.unpackb(actions, strict_map_key=False))
-        actions = msgspec.msgpack.encode(names)
-    unpacked = msgpack.unpackb(encoded, strict_map_key=False)
-    try:
-        now, event = recording.codec.decode(unpacked)
-    except RemoteProtocolError:  # it could not be encoded, and is a text
-        now, kind, _ = unpacked
-        return msgspec.msgpack.encode((now, kind, "")), actions
-    return recording.codec.encode(without_prompts(event), now), actions
+def named(actions: list[Any], kinds: Sequence[str] = ()) -> str:
+    """Return the types of encoded actions, as ``names_of`` does. ``kinds``: names of those that are only numbers.
+
+    Raises IndexError if there is no such number.
+    """
+    return " ".join(kinds[item] if isinstance(item, int) else _name(item) for item in actions)
 
 
-def named(actions: list[Any]) -> str:
-    """Return the types of encoded actions, as ``names_of`` does."""
-    return " ".join(f"Send:{item[2]}" if item[0] == "Send" else item[0] for item in actions)
+def _name(action: list[Any]) -> str:
+    return f"Send:{action[2]}" if action[0] == "Send" else action[0]
 
 
 def _remove_oldest(directory: Path, process: str) -> None:
@@ -189,8 +188,12 @@ def _header(value: Any, path: Path) -> Header:
     return header
 
 
-def _record(value: Any, path: Path) -> RawRecord:
-    match value:
-        case [event, (str() | list() | None) as actions]:
-            return RawRecord(event, actions)
+def _record(event: Any, actions: Any, kinds: Sequence[str], path: Path) -> RawRecord:
+    try:
+        if isinstance(actions, list) and all(isinstance(action, int) for action in actions):
+            actions = named(actions, kinds)
+    except IndexError as error:
+        raise KVRelayError(f"{path}: damaged: an action without a name") from error
+    if isinstance(actions, str | list | None):
+        return RawRecord(event, actions)
     raise KVRelayError(f"{path}: damaged: not a record")

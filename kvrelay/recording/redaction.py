@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from kvrelay.machine.contract import Received
+
 SECRET = frozenset(
     {
         # tokens
@@ -27,6 +29,8 @@ SECRET = frozenset(
         "removed",
         "block_hashes",
         "digest",
+        # all of a message
+        "encoded",
         # texts of the client
         "text",
         "session",
@@ -44,6 +48,8 @@ def without_prompts(value: Any) -> Any:
 
 
 def _map(value: Any, *, secret: bool) -> Any:
+    if isinstance(value, Received):
+        value = msgspec.structs.replace(value, encoded=b"")  # zeros would be no message
     if isinstance(value, msgspec.Struct):
         changes = {name: _map(getattr(value, name), secret=secret or name in SECRET) for name in _fields(value)}
         return msgspec.structs.replace(value, **changes)

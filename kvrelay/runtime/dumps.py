@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from kvrelay.recording.event_codec import EventCodec
-from kvrelay.recording.recorder import Recorder, Recording
+from kvrelay.recording.recorder import Handle, Recorder, Recording
 from kvrelay.recording.recording_file import default_directory, write
 from kvrelay.recording.settings import RecordingSettings
 from kvrelay.runtime.logging import log_event
-
-Handle: TypeAlias = Callable[[Any, float], Sequence[object]]
-"""The method of a machine."""
 
 
 class Written(NamedTuple):
@@ -40,17 +36,7 @@ class Dumps:
 
     def recorded(self, handle: Handle) -> Handle:
         """Return ``handle`` with a record of each call."""
-        recorder = self._recorder
-        if recorder is None:
-            return handle
-
-        def handle_and_record(event: Any, now: float) -> Sequence[object]:
-            recorder.begin(event, now)
-            actions = handle(event, now)
-            recorder.end(actions)
-            return actions
-
-        return handle_and_record
+        return handle if self._recorder is None else self._recorder.recorded(handle)
 
     async def write(self, *, prompts: bool) -> Written:
         """Write what is remembered now to a file. A thread does it, so that the loop runs on."""

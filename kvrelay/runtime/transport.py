@@ -247,7 +247,8 @@ class Transport:
         try:
             if not frames:
                 raise RemoteProtocolError("empty message")
-            message = decode(frames[0].buffer)
+            encoded = frames[0].bytes
+            message = decode(encoded)
         except RemoteProtocolError as error:
             self._log_refused(peer, error.message)
             self.send(peer, ProtocolViolation(reason=error.message))
@@ -257,7 +258,7 @@ class Transport:
             self._log_refused(peer, f"it refuses what we sent: {message.reason}")
             self._deliver(PeerLost(peer, message.reason))
             return
-        self._deliver(Received(peer, message, tuple(frame.buffer for frame in frames[1:])))
+        self._deliver(Received(peer, message, tuple([frame.buffer for frame in frames[1:]]), encoded))
 
     def _log_refused(self, peer: PeerId, reason: str) -> None:
         if self._log_limit.permits(peer, time.monotonic()):

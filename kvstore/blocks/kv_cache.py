@@ -12,6 +12,7 @@ Use::
     cache.unpin(block_table)                            the request has ended and nothing uses its blocks any more
     cache.withdraw(hashes)                              a block of it is damaged: the next request computes it anew
     cache.clear()                                       so does every request from now on
+    cache.keep_back(block_ids)                          blocks with KV from another node that has cleared its cache
 """
 
 from __future__ import annotations
@@ -210,6 +211,18 @@ class KVCache:
         self._withdrawn.update(self._pool.referenced())
         self._recycle([block for block in removed if not self._pool.ref_count(block)])
         return len(removed)
+
+    def keep_back(self, block_ids: Sequence[BlockId]) -> None:
+        """Never publish these blocks while they are referenced, as they are now.
+
+        Raises LocalProtocolError if one is not.
+        """
+        self._pool.require("keep back", block_ids, min_refs=1)
+        self._withdrawn.update(block_ids)
+
+    def may_be_published(self, block_ids: Sequence[BlockId]) -> bool:
+        """Return whether none of these referenced blocks was withdrawn, cleared or kept back."""
+        return not self._withdrawn or self._withdrawn.isdisjoint(block_ids)
 
     def _recycle(self, blocks: list[BlockId]) -> None:
         self._pool.recycle(blocks)

@@ -2,6 +2,7 @@
 #
 #   packages NAME ...    installs packages of PyPI; prints their versions
 #   node_packages NAME   installs packages of npm; prints their versions
+#   download DIR ARG ... downloads a package of PyPI without those that it needs; arguments as `pip download` has them
 #   cpu_torch            installs torch's CPU build
 #   debian NAME ...      unpacks packages of Debian, with what they need; prints their versions
 #   cluster [KEY=VALUE]  starts 1P1D with the demo model on free ports, with these settings (as `--set` has them)
@@ -38,7 +39,9 @@ trap clean_up EXIT
 trap 'exit 130' INT TERM
 
 not_installed() { # not_installed WHAT: ends the script with status 3 and the installer's first error
-    echo "cannot be installed here: $1: $(grep -iE '^(npm )?error|because|^E:' "$work/install" | grep -m 1 -v 'npm error code')" >&2
+    local reason
+    reason=$(grep -i -m 1 'because' "$work/install" || grep -iE '^(npm )?error|^E:' "$work/install" | grep -m 1 -v 'npm error code') || true
+    echo "cannot be installed here: $1: $reason" >&2
     exit 3
 }
 
@@ -55,6 +58,14 @@ packages() {
         package=${package%%[<>=[]*}
         "$python" -c "import importlib.metadata as m; print('version:', '$package', m.version('$package'))"
     done
+}
+
+download() {
+    local python=$root/.venv/bin/python directory=$1
+    shift
+    "$python" -m pip --version > /dev/null 2>&1 || "$python" -m ensurepip > /dev/null
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$directory" "$@" 2> "$work/install" ||
+        not_installed "$*"
 }
 
 cpu_torch() { # torch's CPU build, for clients that need torch; PyPI has only a CUDA build of several GB

@@ -147,12 +147,10 @@ def test_replay_tells_by_its_exit_code_what_came_of_it(kvrelay: Command, tmp_pat
     settings = RouterSettings("demo", "r1")
     recorder = Recorder("router", ROUTER, settings, ROUTER_EVENTS)
     machine = RouterMachine(settings)
-    recorder.begin(Started(), 1.0)
-    recorder.end(machine.handle(Started(), 1.0))
+    recorder.recorded(machine.handle)(Started(), 1.0)
     same = write(recorder.recording(), tmp_path, prompts=True)
     assert kvrelay("replay", same) == (0, "router: 1 events, the same actions\n", "")
-    recorder.begin(StopRequested(), 2.0)
-    recorder.end([])
+    recorder.recorded(lambda event, now: [])(StopRequested(), 2.0)
     other = write(recorder.recording(), tmp_path, prompts=True)
     code, out, _ = kvrelay("replay", other)
     assert code == 1
@@ -168,8 +166,7 @@ def test_replay_tells_by_its_exit_code_what_came_of_it(kvrelay: Command, tmp_pat
 def test_what_is_in_a_recording_is_no_command_for_the_terminal(kvrelay: Command, tmp_path: Path) -> None:
     settings = RouterSettings("demo", "r1")
     recorder = Recorder("router", ROUTER, settings, ROUTER_EVENTS)
-    recorder.begin(Started(), 1.0)
-    recorder.end(RouterMachine(settings).handle(Started(), 1.0))
+    recorder.recorded(RouterMachine(settings).handle)(Started(), 1.0)
     crash = write(recorder.recording(), tmp_path, prompts=True, crash="ValueError: [bold]\x1b[31mred\nline")
     for option in ((), ("--show",)):
         assert r"ValueError: [bold]\x1b[31mred\nline" in kvrelay("replay", crash, *option).out

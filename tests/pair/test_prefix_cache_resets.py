@@ -52,6 +52,66 @@ def test_kv_of_requests_in_progress_is_not_found_later() -> None:
         assert all(client.error is None and len(client.token_ids) == 30 for client in clients)
 
 
+def test_kv_that_comes_to_a_decode_node_after_the_reset_is_not_found_later() -> None:
+    """It is from before the reset, and from a prefix cache that has been emptied."""
+    with World(3, cache={**CACHE, "num_blocks": 64}, nodes={"d0": {"cache": {"num_blocks": 24}}}) as world:
+        prompt = world.prompt(40)
+        world.submit(prompt, 2)
+        world.settle()
+        running = world.submit(world.prompt(60), 30, ignore_eos=True)
+        world.run_until(lambda: len(running.token_ids) > 2)
+        late = world.submit(prompt + world.prompt(8), 10, ignore_eos=True)
+        world.run_until_arrived("ReservationRefused")
+        world.reset_prefix_caches()
+        world.settle()
+        assert late.num_cached_tokens == 40
+        assert matched(world, late.prompt) == {"p0": 0, "d0": 0}
+        world.submit(late.prompt, 2)
+        world.settle()
+        assert matched(world, late.prompt) == {"p0": 12, "d0": 12}
+
+
+@pytest.mark.parametrize("message", ["ReserveBlocks", "BlocksReserved", "HandOff", "ResetPrefixCache"])
+@pytest.mark.parametrize("seconds", [0.001, 0.3])
+def test_a_message_that_is_late_lets_no_kv_survive(message: str, seconds: float) -> None:
+    """Nodes are reset over other connections than those over which prompts come and go."""
+    with World(4, cache=CACHE, scheduler={"max_num_batched_tokens": 16}) as world:
+        prompts = [world.prompt(40) for _ in range(3)]
+        for prompt in prompts:
+            world.submit(prompt, 2)
+        world.settle()
+        world.link.delay(message, seconds)
+        prompts = [prompt + world.prompt(8) for prompt in prompts]
+        for prompt in prompts:
+            world.submit(prompt, 10, ignore_eos=True)
+            world.run_for(0.001)
+        assert {node.state for node in world.reset_prefix_caches().nodes} == {"reset"}
+        world.link.heal()
+        world.settle()
+        assert not any(any(matched(world, prompt).values()) for prompt in prompts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_kv_survives_whatever_is_lost_or_late(seed: int) -> None:
+    with World(seed, prefill=2, decode=2, cache={**CACHE, "num_blocks": 40}) as world:
+        prompts = [world.prompt(40) for _ in range(4)]
+        for _ in range(8):
+            world.submit(world.rng.choice(prompts) + world.prompt(4), 8, ignore_eos=True)
+            world.run_until_arrived("Prefill")
+            world.link.disturb(drop=0.005, duplicate=0.03, overtake=0.05, delay=0.2)
+        num_waiting = sum(world.nodes[name].machine.load().num_waiting for name in ("p0", "p1"))
+        num_begun = world.link.arrived["Prefill"] + world.link.arrived["Generate"]
+        ended = world.reset_prefix_caches()
+        world.settle_clients()
+        world.link.heal()
+        world.settle()
+        was_begun_later = world.link.arrived["Prefill"] + world.link.arrived["Generate"] > num_begun
+        if num_waiting or was_begun_later or world.counted("preemptions", "d"):
+            return  # prompts were computed after the reset
+        if {node.state for node in ended.nodes} == {"reset"}:
+            assert not any(any(matched(world, prompt).values()) for prompt in prompts)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_subscribers_are_told_that_all_blocks_are_gone(seed: int) -> None:
     with World(seed, cache={"num_blocks": 24}, nodes=dict.fromkeys(("p0", "d0"), EVENTS)) as world:

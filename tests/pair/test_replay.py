@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 from support.world import World
 
@@ -158,12 +159,17 @@ def test_no_token_is_in_files_without_prompts(tmp_path: Path) -> None:
 
 
 def tokens_in(path: Path, tokens: set[int]) -> set[int]:
-    """Return which of ``tokens`` are in a file: as numbers, or in arrays."""
+    """Return which of ``tokens`` are in a file: as numbers, in arrays, or in messages as they came."""
     with opened(path) as (header, records):
         values = [*leaves(header.start), *leaves([[*record] for record in records])]
     arrays = [value for value in values if isinstance(value, bytes)]
     numbers = {value for value in values if isinstance(value, int)}
-    return {token for token in tokens if token in numbers or any(token.to_bytes(4, "little") in it for it in arrays)}
+
+    def is_there(token: int) -> bool:
+        forms = token.to_bytes(4, "little"), msgpack.packb(token)
+        return token in numbers or any(form in array for form in forms for array in arrays)
+
+    return {token for token in tokens if is_there(token)}
 
 
 def leaves(value: object) -> Iterator[object]:

@@ -228,7 +228,7 @@ EXAMPLES: list[Message] = [
         priority=3,
         router=PeerId("router#feed"),
     ),
-    HandOff(request=_SPEC, num_cached_tokens=16),
+    HandOff(request=_SPEC, num_cached_tokens=16, may_be_shared=False),
     RenewReservations(attempts=[Attempt(RequestId("cmpl-1"), 2), Attempt(RequestId("cmpl-2"), 1)]),
     CancelReservation(**_ID, reason="aborted"),
     BlocksReserved(**_ID, block_ids=block_ids(4, 5, 9), num_cached_blocks=1, link=_LINK, lease_s=30.0),

@@ -42,12 +42,13 @@ from kvrelay.machine.contract import (
     WriteDump,
 )
 from kvrelay.node.recording import NODE_EVENTS, NodeStart
+from kvrelay.protocol.codec import encode
 from kvrelay.protocol.ids import MESSAGER, ROUTER, NodeId, PeerId, peer_id, peer_name
 from kvrelay.protocol.messages.base import LinkAddress, Message
 from kvrelay.protocol.messages.engine import StepPlan, StepResult
 from kvrelay.protocol.messages.node_to_router import Register
 from kvrelay.recording.event_codec import EventCodec
-from kvrelay.recording.recorder import Recorder
+from kvrelay.recording.recorder import Handle, Recorder
 from kvrelay.recording.settings import RecordingSettings
 from prefill_node.machine import PrefillMachine
 from router.events import CacheResetEnded, Deliver, DumpReported
@@ -86,7 +87,7 @@ class Process:
         self._backlog: list[object] = []
         self._timers: dict[Hashable, int] = {}
         self._num_timers = 0
-        self._recorder: Recorder | None = None
+        self._handle: Handle = machine.handle
         self.handlers: dict[type, Callable[[Any], object]] = {
             Send: lambda action: self.send(action.peer, action.message),
             Connect: lambda action: self.connections.__setitem__(action.peer, action.address),
@@ -109,8 +110,9 @@ class Process:
         """Have all events and actions recorded, if this World wants that."""
         if self.world.recorders is not None:
             settings = RecordingSettings(max_bytes=1 << 30, actions=True)
-            self._recorder = Recorder(peer_name(self.peer), role, start, codec, settings)
-            self.world.recorders.append(self._recorder)
+            recorder = Recorder(peer_name(self.peer), role, start, codec, settings)
+            self._handle = recorder.recorded(self._handle)
+            self.world.recorders.append(recorder)
 
     def post(self, event: object) -> None:
         """Have ``event`` handled as soon as the present one is."""
@@ -124,12 +126,7 @@ class Process:
             self._backlog.append(event)
             return
         self.world.history.append((self.world.now, self.peer, event))
-        if self._recorder is not None:
-            self._recorder.begin(event, self.world.now)
-        actions = self.machine.handle(event, self.world.now)
-        if self._recorder is not None:
-            self._recorder.end(actions)
-        for action in actions:
+        for action in self._handle(event, self.world.now):
             self.handlers[type(action)](action)
         self.world.check(self)
 
@@ -176,7 +173,8 @@ class Process:
         if label is None and any(address in self.addresses for address in source.connections.values()):
             label = self.aliases.get(source.peer, source.peer)
         if label is not None:
-            self.handle(Received(label, message, payload))
+            encoded = b"" if self.world.recorders is None else encode(message)
+            self.handle(Received(label, message, payload, encoded))
 
     # ------------------------------------------------------------ timers
 

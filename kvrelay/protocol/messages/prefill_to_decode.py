@@ -30,11 +30,13 @@ class HandOff(Message, frozen=True, kw_only=True):
     The last of ``request.output_token_ids`` is that token. The reader owns the request from here on. It decodes when
     the KV has arrived too. It needs no other sampler state, because random numbers depend on seed and position only. A
     hand-off without a valid reservation is answered with ReservationEnded. D then also sends the router RequestFailed,
-    unless the reservation belongs to another P.
+    unless the reservation belongs to another P. If not ``may_be_shared``, the KV is from before a reset of P's prefix
+    cache: the reader does not publish it.
     """
 
     request: RequestSpec
     num_cached_tokens: int
+    may_be_shared: bool = True
 
 
 class RenewReservations(Message, frozen=True, kw_only=True):

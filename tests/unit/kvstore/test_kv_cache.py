@@ -196,6 +196,25 @@ def test_what_was_there_when_it_was_cleared_is_never_matched_again() -> None:
     assert len(run(cache, "abcdefg")) == len(cache.match(hashes_of("abcdefg"))) == 7
 
 
+def test_blocks_that_are_kept_back_are_published_when_somebody_else_has_them() -> None:
+    cache = KVCache(6)
+    cache.unpin(run(cache, "a"))
+    [shared] = cache.match(hashes_of("a"))
+    cache.pin([shared])
+    mine = [shared, *cache.allocate(2)]
+    assert cache.may_be_published(mine)
+    cache.keep_back(mine[1:])
+    assert cache.may_be_published([shared])
+    assert not cache.may_be_published(mine)
+    cache.publish(hashes_of("abc"), mine)
+    assert cache.match(hashes_of("abc")) == [shared]
+    cache.unpin(mine)
+    assert counts(cache) == (5, 1, 0)
+    assert len(run(cache, "abcdef")) == len(cache.match(hashes_of("abcdef"))) == 6
+    with pytest.raises(LocalProtocolError, match="keep back: block 5"):
+        KVCache(6).keep_back(block_ids(5))
+
+
 # ---------------------------------------------------------------- duplicates
 
 

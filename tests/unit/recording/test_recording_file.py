@@ -7,6 +7,7 @@ import gzip
 import os
 import pickle
 import stat
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,20 @@ from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import KVRelayError
 from kvrelay.machine.contract import Exit, PeerLost, Received, Started
 from kvrelay.node.recording import NODE_EVENTS
+from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import ROUTER, PeerId, RequestId
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
 from kvrelay.recording.recorder import Recorder, Recording
-from kvrelay.recording.recording_file import MAX_KEPT, SUFFIX, RawRecord, default_directory, opened, write
+from kvrelay.recording.recording_file import FORMAT, MAX_KEPT, SUFFIX, RawRecord, default_directory, opened, write
 from kvrelay.recording.settings import RecordingSettings
 from kvrelay.runtime.dumps import Dumps
 
 
 def recording(*events: object, process: str = "m0", actions: bool = False) -> Recording:
     it = Recorder(process, "mixed", {"handle": b"\x00"}, NODE_EVENTS, RecordingSettings(actions=actions))
+    handle = it.recorded(lambda event, now: [Exit("done")])
     for event in events:
-        it.begin(event, 1.0)
-        it.end([Exit("done")])
+        handle(event, 1.0)
     return it.recording()
 
 
@@ -63,12 +65,12 @@ def test_only_the_newest_files_of_a_process_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_is_full(record: object) -> bytes:
+    def disk_is_full(*_: object) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kvrelay.recording.recording_file._packed", disk_is_full)
+    monkeypatch.setattr("kvrelay.recording.recording_file._redacted", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
-        write(recording(Started()), tmp_path, prompts=True)
+        write(recording(Started()), tmp_path, prompts=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,17 +83,30 @@ def test_a_file_that_another_process_removes_meanwhile_is_no_error(
 
 
 def test_tokens_are_left_out_unless_wanted(tmp_path: Path) -> None:
-    event = Received(ROUTER, Generate(request=spec(prompt=[70_001, 70_002])))
-    for actions in (False, True):
+    message = Generate(request=spec(prompt=[70_001, 70_002]))
+    for encoded, actions in product((b"", encode(message)), (False, True)):
+        event = Received(ROUTER, message, (), encoded)
         whole = write(recording(event, actions=actions), tmp_path, prompts=True)
         public = write(recording(event, actions=actions), tmp_path, prompts=False)
-        assert "70001" in repr(read(whole))
+        assert any("70001" in repr(NODE_EVENTS.decode(record.event)) for record in read(whole))
         assert "70001" not in repr(read(public))
         decoded = NODE_EVENTS.decode(read(public)[0].event).event
         assert isinstance(decoded, Received)
         assert isinstance(decoded.message, Generate)
         assert decoded.message.request.prompt_token_ids == [0, 0]
         assert read(public)[0].actions == "Exit"
+
+
+def test_fields_that_a_later_version_adds_are_left_out_unless_prompts_are_wanted(tmp_path: Path) -> None:
+    fields = {"request_id": "r", "epoch": 1, "later": ["secret", {b"\xff": msgpack.ExtType(7, b"")}]}
+    encoded = msgpack.packb(["Abort", fields])
+    message = decode(encoded)
+    made = recording(Received(ROUTER, message, (), encoded))
+    whole, public = (write(made, tmp_path, prompts=prompts) for prompts in (True, False))
+    assert "secret" in repr(read(whole))
+    assert "secret" not in repr(read(public))
+    for path in (whole, public):
+        assert NODE_EVENTS.decode(read(path)[0].event).event == Received(ROUTER, message)
 
 
 def test_an_event_that_could_not_be_encoded_is_left_out_with_its_text(tmp_path: Path) -> None:
@@ -122,8 +137,8 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes, problem
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path = write(recording(), tmp_path, prompts=True)
     header = msgpack.unpackb(gzip.decompress(path.read_bytes()))
-    path.write_bytes(gzip.compress(msgpack.packb({**header, "format": 2})))
-    with pytest.raises(KVRelayError, match="format 2, this version reads 1"):
+    path.write_bytes(gzip.compress(msgpack.packb({**header, "format": FORMAT + 1})))
+    with pytest.raises(KVRelayError, match=f"format {FORMAT + 1}, this version reads {FORMAT}"):
         read(path)
 
 

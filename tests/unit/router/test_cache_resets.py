@@ -58,10 +58,11 @@ class Resetting(Driver):
 def test_it_ends_when_every_node_has_answered() -> None:
     router = Resetting()
     router.reset()
-    assert router.asked() == [(peer("p"), 1), (peer("d"), 1)]
-    router.answer("d", blocks=5)
-    assert router.ended == []
+    assert router.asked() == [(peer("p"), 1)]
     router.answer("p", blocks=0)
+    assert router.ended == []
+    assert router.asked() == [(peer("d"), 1)]  # not before: what p still hands off must be there when d is reset
+    router.answer("d", blocks=5)
     assert router.ended == [CacheResetEnded(1, (NodeReset("p", "reset", 0), NodeReset("d", "reset", 5)))]  # type: ignore[arg-type]
     router.machine.assert_quiescent()
 
@@ -79,6 +80,31 @@ def test_a_node_that_does_not_answer_is_asked_again_and_reported_in_the_end() ->
     router.machine.assert_quiescent()
     router.answer("p")
     assert len(router.ended) == 1
+
+
+def test_a_prefill_node_that_does_not_answer_keeps_no_decode_node_from_its_reset() -> None:
+    router = Resetting()
+    router.reset()
+    router.asked()
+    asked = []
+    for _ in range(3):
+        router.beat("p d")
+        asked.append(router.asked())
+    assert asked == [[(peer("p"), 1)], [(peer("p"), 1)], [(peer("p"), 1), (peer("d"), 1)]]
+    router.answer("d")
+    for _ in range(2):
+        router.beat("p d")
+    assert [node.state for node in router.ended[0].nodes] == ["no_answer", "reset"]
+
+
+def test_decode_nodes_are_asked_when_the_last_prefill_node_is_lost() -> None:
+    router = Resetting("p p1 d")
+    router.reset()
+    router.answer("p1")
+    router.asked()
+    router.do(PeerLost(PeerId(peer("p")), "it exited"))
+    router.beat("p1 d")
+    assert router.asked() == [(peer("d"), 1)]
 
 
 def test_a_node_that_is_lost_meanwhile_is_reported_so() -> None:

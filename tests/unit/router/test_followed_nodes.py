@@ -9,7 +9,7 @@ from driver import Driver, new_request, peer
 from fake_nodes import register
 
 from kvrelay.errors import RemoteProtocolError
-from kvrelay.machine.contract import Connect, Disconnect, PeerLost, Received
+from kvrelay.machine.contract import Connect, Disconnect, Log, PeerLost, Received
 from kvrelay.protocol.messages.base import Heartbeat
 from kvrelay.protocol.messages.node_to_router import Drained
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill, Registered, RegistrationRefused
@@ -68,6 +68,17 @@ def test_nodes_of_a_static_cluster_hear_no_heartbeats() -> None:
     driver = Driver("m0")
     driver.wait(1.0)
     assert driver.take_sent(Heartbeat) == []
+
+
+def test_nodes_of_another_model_are_logged_once_and_not_remembered_when_they_have_left() -> None:
+    """Each start of one was remembered for ever."""
+    driver = Driver()
+    logged = [
+        sum(isinstance(action, Log) for action in driver.do(NodesFound((entry("m0", incarnation, model="other"),))))
+        for incarnation in ("a", "a", "b", "b")
+    ]
+    assert logged == [1, 0, 1, 0]
+    assert driver.machine.followed.num_foreign == 1
 
 
 def test_nodes_of_another_model_are_left_alone() -> None:

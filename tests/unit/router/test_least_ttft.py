@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -495,6 +496,19 @@ def test_of_a_request_that_a_draining_node_gave_back_only_the_last_attempt_count
     driver.now += 1.5
     driver.tokens_from(again, 0, [1], epoch=spec.epoch)
     assert errors(driver) == {"late": (1, pytest.approx(0.5)), "early": (0, 0.0)}
+
+
+@pytest.mark.parametrize("speeds", [{"d0": 0.0}, {"d0": 0.0, "d1": 5e6}, {"d0": math.nan}])
+def test_a_link_that_is_said_to_have_no_speed_is_the_last_choice_and_not_the_routers_end(
+    speeds: dict[str, float],
+) -> None:
+    driver = cluster_of("p0 d0 d1")
+    measured(driver, "p0", 100.0, link_bytes_per_s=speeds)
+    for name in ("d0", "d1"):
+        measured(driver, name, 0.0)
+    for number in range(3):
+        driver.submit(prompt(f"r{number}", 100, first=1000 * number))
+        assert driver.dispatched()[1] == peer("d1")
 
 
 # ---------------------------------------------------------------- decode nodes that compute prompts

@@ -614,6 +614,17 @@ def test_stopping_router_does_not_wait_for_ever(impatient: bool) -> None:
     assert driver.take_sent(Abort)
 
 
+def test_tokens_behind_the_last_one_are_dropped() -> None:
+    """No correct node sends any. They were delivered after the end, which ended the router."""
+    driver = Driver("p0 d0")
+    driver.submit()
+    driver.tokens("d0", 1, [2, 3])
+    driver.tokens("p0", 0, [1], finish=STOP)
+    assert driver.output() == [1]
+    assert isinstance(driver.delivered["r"][-1], RequestEnded)
+    driver.machine.assert_quiescent()
+
+
 # ---------------------------------------------------------------- for people
 
 
@@ -632,6 +643,23 @@ def test_timeline_merges_what_nodes_tell_with_the_routers_own_marks() -> None:
     assert timeline["kv_bytes_moved"] == driver.machine.requests.counters.kv_bytes_moved == 200
     assert isinstance(timeline["layers"], list)
     assert [layer["layer"] for layer in timeline["layers"]] == [0, 1]
+
+
+def test_what_nodes_tell_of_an_earlier_request_with_the_same_id_is_not_in_the_timeline_of_the_next() -> None:
+    driver = Driver("p0 d0", first_epoch=40)
+    for epoch in (41, 42):
+        driver.submit()
+        driver.tokens("p0", 0, [1], epoch=epoch, finish=STOP)
+        driver.now += 100.0
+    for epoch, at_s in ((41, 1000.0), (42, 1100.0)):
+        marks = [Mark("prefill", at_s, "p0")]
+        driver.receive(peer("p0"), RequestTimeline(request_id=RequestId("r"), epoch=epoch, marks=marks))
+    timeline = driver.machine.requests.timelines.get(RequestId("r"))
+    assert timeline is not None
+    assert isinstance(timeline["marks"], list)
+    assert [mark["at_s"] for mark in timeline["marks"] if mark["node"] == "p0"] == [1100.0]
+    inference = driver.machine.requests.timelines.inference
+    assert (sum(inference.counts), inference.total) == (1, 0.0)
 
 
 def test_timelines_are_forgotten_in_the_end() -> None:

@@ -72,7 +72,7 @@ def crash(directory: Path, **settings: Any) -> Path:
     events = (Received(ROUTER, Generate(request=spec(prompt=[70_001, 70_002]))), TimerFired("lunch"))
     with pytest.raises(LocalProtocolError, match="lunch"):
         drive(fresh, dumps(directory, **settings), *events, handlers={RunStep: id})
-    (path,) = directory.iterdir()
+    (path,) = directory.rglob("*.kvrec")
     return path
 
 
@@ -114,7 +114,7 @@ def test_a_crash_of_the_shell_is_written_too(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="no more sockets"):
         drive(Failing(), dumps(tmp_path), handlers={Exit: fail})
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.rglob("*.kvrec")
     said: list[str] = []
     show(path, said.append)
     assert said[1:] == [said[1], "crash: OSError: no more sockets"]
@@ -198,7 +198,7 @@ def test_a_replay_does_not_claim_to_repeat_a_crash_of_the_shell(tmp_path: Path) 
 
     with pytest.raises(OSError, match="no more sockets"):
         drive(fresh, dumps(tmp_path, prompts=True), handlers={SetTimer: fail})
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.rglob("*.kvrec")
     same, (said,) = replayed(path)
     assert same
     assert "the same crash" not in said
