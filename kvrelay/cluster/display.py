@@ -33,6 +33,15 @@ class _Bar(NamedTuple):
     task: TaskID
 
 
+def is_log_line(line: str) -> bool:
+    """Return whether a process of the cluster has logged ``line``, as text or as JSON; others write lines too."""
+    return _is_object(line) or _OUR_LINE.fullmatch(line) is not None
+
+
+def _is_object(line: str) -> bool:
+    return line.startswith("{") and line.endswith("}")
+
+
 class Display:
     """Writes to one console: with colours and bars on a terminal, else in plain lines.
 
@@ -77,7 +86,7 @@ class Display:
     def line(self, name: str, line: str) -> None:
         """Show a line of process ``name``. A progress line moves its bar instead."""
         if self._as_json:
-            if line.startswith("{") and line.endswith("}"):
+            if _is_object(line):
                 self._write(line)
             else:
                 self._write_json("info", name, "output", {"text": line})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from kvrelay.cluster.child import Child, ProcessSpec
-from kvrelay.cluster.display import Display
+from kvrelay.cluster.display import Display, is_log_line
 from kvrelay.cluster.restarts import Life, RestartPolicy
 from kvrelay.cluster.stops import stop_now_and_then
 from kvrelay.config.cluster_config import ClusterSettings
@@ -25,6 +26,9 @@ EXIT_STOPPED = 3
 _PROBE_INTERVAL_S = 0.2
 _GRACE_S = 5.0
 """Seconds after the drain timeout for a process to clean up."""
+
+_MAX_LAST_WORDS = 20
+"""Lines of a refused process that the supervisor's warning repeats."""
 
 
 class Supervisor:
@@ -59,6 +63,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._starting: dict[str, str] = {}
         """Processes that are not ready, with their stage."""
+        self._last_words: dict[str, deque[str]] = {}
+        """What each process has written since its last log line: in the end, why it refuses its config."""
         self._stop_requests = StopRequests()
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -139,11 +145,12 @@ class Supervisor:
         """Run ``spec`` once, until it ends."""
         started_s = self._now()
         self._starting[spec.name] = "starting"
+        self._last_words[spec.name] = deque(maxlen=_MAX_LAST_WORDS)
         try:
             child = await Child.start(
                 spec,
                 self._env,
-                lambda line: self._display.line(spec.name, line),
+                lambda line: self._take_line(spec.name, line),
                 lambda stage: self._take_stage(spec.name, stage),
             )
         except OSError as error:  # too many processes, no memory, an executable that is gone: maybe only now
@@ -165,6 +172,13 @@ class Supervisor:
             del self._children[spec.name]
             self._display.ended(spec.name)
 
+    def _take_line(self, name: str, line: str) -> None:
+        if is_log_line(line):
+            self._last_words[name].clear()
+        else:
+            self._last_words[name].append(line)
+        self._display.line(name, line)
+
     def _take_stage(self, name: str, stage: str) -> None:
         self._starting[name] = stage
         if stage == READY:
@@ -174,9 +188,14 @@ class Supervisor:
     def _ended(self, spec: ProcessSpec, life: Life) -> None:
         """Handle a process that will not be restarted."""
         self._display.warn(f"{spec.name} {life.ending}; not restarting it")
-        if life.code == EXIT_REFUSED and not self._was_ready:
-            self._end_cluster(EXIT_REFUSED, f"{spec.name} cannot run with this config")
-        elif spec.role == "router":
+        if life.code == EXIT_REFUSED:
+            words = "; ".join(line.strip() for line in self._last_words[spec.name] if line)
+            reason = f"{spec.name} cannot run with this config" + (f": {words}" if words else "")
+            if not self._was_ready:
+                self._end_cluster(EXIT_REFUSED, reason)
+                return
+            self._display.warn(reason)
+        if spec.role == "router":
             self._end_cluster(life.code, "no cluster without its router")
 
     def _end_cluster(self, code: int, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 
 from kvrelay.errors import PromptTooLongError
 from router.model import ServedModel
@@ -33,7 +34,11 @@ def prompt_that_fits(request: ChatCompletionRequest, model: ServedModel, max_mod
         except PromptTooLongError:
             return False
 
-    fitting = bisect_left(starts, True, key=fits)
+    with suppress(PromptTooLongError):
+        whole = prompt(starts[0])  # most conversations fit: they are rendered once
+        if len(whole) <= longest:
+            return whole
+    fitting = bisect_left(starts, True, 1, key=fits)
     return prompt(starts[min(fitting, len(starts) - 1)])
 
 

@@ -313,6 +313,47 @@ async def test_a_process_refused_at_the_start_ends_the_cluster_with_2() -> None:
     assert "d0 cannot run with this config" in screen.lines
 
 
+REFUSED = """
+import sys
+sys.stderr.write("a library says something\\n")
+sys.stderr.write('{"time": "t", "level": "info", "process": "d0", "event": "stopped"}\\n')
+sys.stderr.write("2026-11-27T20:00:00.000Z INFO d0 stopped\\n")
+sys.stderr.write("nodes.d0.port: taken\\n  since long\\n\\nnodes.d0.cpus: no such CPU\\n")
+raise SystemExit(2)
+"""
+
+
+@pytest.mark.parametrize("was_ready", [False, True])
+@in_loop
+async def test_the_warning_about_a_refused_process_has_its_reasons(was_ready: bool) -> None:
+    """In a log of JSON objects they are else only in lines of level info."""
+    screen = Screen()
+    warning = "d0 cannot run with this config: nodes.d0.port: taken; since long; nodes.d0.cpus: no such CPU"
+    is_up = asyncio.Event()
+
+    async def probe() -> str | None:
+        return None if was_ready else await not_yet()
+
+    async def on_ready() -> None:
+        is_up.set()
+
+    gate = Path(os.environ["XDG_RUNTIME_DIR"]) / "gate"
+    os.mkfifo(gate)
+    d0 = spec("d0", f"open({str(gate)!r}).read()" + REFUSED)
+    supervisor = supervisor_of(d0, spec("d1", POLITE), screen=screen, time=Time(), probe=probe, on_ready=on_ready)
+    running = asyncio.create_task(supervisor.run(os.environ))
+
+    if was_ready:
+        await is_up.wait()
+    await asyncio.to_thread(gate.write_text, "open")
+    await screen.wait_for(warning)
+    gate.unlink()
+    supervisor.stop()
+
+    assert await running == (0 if was_ready else 2)
+    assert screen.lines.count(warning) == 1
+
+
 @in_loop
 async def test_a_cluster_that_never_serves_is_given_up_with_the_reason() -> None:
     screen = Screen()

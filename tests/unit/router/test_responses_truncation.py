@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 from instant_router import InstantRouter
 
+from router.model import ServedModel
+from router.openai.chat import chat_prompt
+from router.openai.schemas import ChatFields
+from router.responses import truncation
+
 RESPONSES = "/v1/responses"
 LENGTH = 512
 """The model's length; a character is a token."""
@@ -53,6 +58,20 @@ def test_auto_leaves_out_as_few_of_the_oldest_turns_as_make_room_for_the_output(
 
 def test_what_fits_is_left_as_it_is() -> None:
     assert prompt(numbered(1), truncation="auto") == prompt(numbered(1)) == prompt(numbered(1), truncation="disabled")
+
+
+def test_what_fits_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was rendered and tokenized once more for each doubling of the number of turns."""
+    rendered: list[int] = []
+
+    def counted(fields: ChatFields, model: ServedModel, max_model_len: int | None = None) -> list[int]:
+        rendered.append(len(fields.messages))
+        return chat_prompt(fields, model, max_model_len)
+
+    monkeypatch.setattr(truncation, "chat_prompt", counted)
+    items = [{"role": role, "content": "a"} for role in ("user", "assistant") * 10]
+    prompt([*items, LAST], truncation="auto")
+    assert rendered == [22]
 
 
 def test_messages_of_the_system_at_the_beginning_stay() -> None:
