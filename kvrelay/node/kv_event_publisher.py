@@ -170,7 +170,7 @@ class _Replays:
         self._reads_after_s = 0.0
         self._is_registered = False
 
-    def poll_ms(self, now: float) -> float:
+    def poll_ms(self, now: float) -> int:
         """Return after how many milliseconds there is something to do, whether or not a socket is readable."""
         if self._running:
             return _BUSY_POLL_MS
