@@ -179,13 +179,13 @@ def _objects(unpacker: msgpack.Unpacker, path: Path) -> Iterator[Any]:
 
 
 def _header(value: Any, path: Path) -> Header:
+    found = value.get("format") if isinstance(value, dict) else None
+    if isinstance(found, int) and found != FORMAT:  # first: its header may have other fields
+        raise KVRelayError(f"{path}: format {found}, this version reads {FORMAT}")
     try:
-        header = msgspec.convert(value, Header, builtin_types=(bytes,))
+        return msgspec.convert(value, Header, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise KVRelayError(f"{path}: no recording: {error}") from error
-    if header.format != FORMAT:
-        raise KVRelayError(f"{path}: format {header.format}, this version reads {FORMAT}")
-    return header
 
 
 def _record(event: Any, actions: Any, kinds: Sequence[str], path: Path) -> RawRecord:

@@ -12,6 +12,8 @@ from kvrelay.recording.recording_file import default_directory, write
 from kvrelay.recording.settings import RecordingSettings
 from kvrelay.runtime.logging import log_event
 
+_MAX_CRASH_TEXT = 1000
+
 
 class Written(NamedTuple):
     """The ``path`` of a file of ``process``, or an ``error``; the other is empty."""
@@ -47,6 +49,8 @@ class Dumps:
             path = await asyncio.to_thread(self._write, recording, prompts=prompts)
         except OSError as error:
             return Written(self._process, "", f"cannot write the recording: {error}")
+        except Exception as error:  # who asks is answered, and the type is all that is known to hold no prompt
+            return Written(self._process, "", f"cannot write the recording: {type(error).__name__}")
         log_event("info", "recording written", {"path": str(path), "prompts": prompts})
         return Written(self._process, str(path), "")
 
@@ -69,5 +73,6 @@ class Dumps:
 
 
 def describe(error: Exception) -> str:
-    """Return type and text of ``error``, as a file of a crash has them."""
-    return f"{type(error).__name__}: {error}"
+    """Return type and text of ``error``, as a file of a crash has them: what is no text is escaped, the rest cut."""
+    text = f"{type(error).__name__}: {error}"
+    return text.encode(errors="backslashreplace").decode()[:_MAX_CRASH_TEXT]

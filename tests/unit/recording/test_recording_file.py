@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import pytest
 from support.machines import spec
+from support.messages import EXAMPLES
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.errors import KVRelayError
@@ -21,9 +22,11 @@ from kvrelay.machine.contract import Exit, PeerLost, Received, Started
 from kvrelay.node.recording import NODE_EVENTS
 from kvrelay.protocol.codec import decode, encode
 from kvrelay.protocol.ids import ROUTER, PeerId, RequestId
+from kvrelay.protocol.messages.base import Message
 from kvrelay.protocol.messages.router_to_node import Abort, Generate
 from kvrelay.recording.recorder import Recorder, Recording
 from kvrelay.recording.recording_file import FORMAT, MAX_KEPT, SUFFIX, RawRecord, default_directory, opened, write
+from kvrelay.recording.redaction import without_prompts
 from kvrelay.recording.settings import RecordingSettings
 from kvrelay.runtime.dumps import Dumps
 
@@ -97,6 +100,15 @@ def test_tokens_are_left_out_unless_wanted(tmp_path: Path) -> None:
         assert read(public)[0].actions == "Exit"
 
 
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_bytes_of_every_message_are_redacted_in_a_file(message: Message, tmp_path: Path) -> None:
+    event = Received(ROUTER, message, (), encode(message))
+    path = write(recording(event), tmp_path, prompts=False)
+    assert NODE_EVENTS.decode(read(path)[0].event).event == without_prompts(Received(ROUTER, message))
+    if without_prompts(message) != message:
+        assert encode(message) not in gzip.decompress(path.read_bytes())
+
+
 def test_fields_that_a_later_version_adds_are_left_out_unless_prompts_are_wanted(tmp_path: Path) -> None:
     fields = {"request_id": "r", "epoch": 1, "later": ["secret", {b"\xff": msgpack.ExtType(7, b"")}]}
     encoded = msgpack.packb(["Abort", fields])
@@ -123,7 +135,7 @@ def test_an_event_that_could_not_be_encoded_is_left_out_with_its_text(tmp_path: 
         (gzip.compress(b""), "no recording"),
         (gzip.compress(b"text"), "no recording"),
         (gzip.compress(pickle.dumps({"format": 1})), "no recording"),
-        (gzip.compress(msgpack.packb({"format": 1})), "missing required field"),
+        (gzip.compress(msgpack.packb({"format": FORMAT})), "missing required field"),
     ],
     ids=["empty", "text", "nothing", "compressed text", "pickle", "half a header"],
 )
@@ -131,6 +143,16 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes, problem
     path = tmp_path / "x.kvrec"
     path.write_bytes(content)
     with pytest.raises(KVRelayError, match=problem):
+        read(path)
+
+
+def test_a_format_whose_header_is_another_is_named(tmp_path: Path) -> None:
+    """Before, a file of format 1 was called no recording, since it has no ``kinds``."""
+    path = write(recording(), tmp_path, prompts=True)
+    header = msgpack.unpackb(gzip.decompress(path.read_bytes()))
+    del header["kinds"]
+    path.write_bytes(gzip.compress(msgpack.packb({**header, "format": 1})))
+    with pytest.raises(KVRelayError, match=f"format 1, this version reads {FORMAT}"):
         read(path)
 
 

@@ -20,6 +20,7 @@ from kvrelay.protocol.ids import PeerId, RequestId, peer_name
 from kvrelay.protocol.messages.base import Heartbeat, Load
 from kvrelay.protocol.messages.node_to_router import Leaving, PrefixCacheChanged
 from kvrelay.protocol.messages.router_to_node import Prefill, Registered
+from kvrelay.protocol.quantities import MAX_DURATION_S
 from kvrelay.protocol.request import FinishReason
 from router.admission import MAX_PREDICTED_AT_ONCE, TTFT_LIMIT_HEADER
 from router.events import ClientGone, NewRequest, RequestErrored
@@ -278,6 +279,14 @@ def test_nothing_that_a_node_measured_counts_after_its_restart() -> None:
     assert (again.load.prefill_tokens_per_s, again.prefixes.num_cached_blocks(keys(list(range(100))))) == (0.0, 0)
     driver.submit(prompt("b", 100, first=1000))
     assert driver.dispatched()[0] == peer("p0", "b")
+
+
+def test_a_node_that_is_all_but_still_refuses_for_a_finite_time() -> None:
+    """Before, the header ``Retry-After`` of infinite seconds could not be written."""
+    driver = cluster_of("p0 d0", slo_s=2.0)
+    measured(driver, "p0", 5e-324)
+    driver.submit(prompt("late", 200))
+    assert refusal(driver, "late").retry_after_s == MAX_DURATION_S
 
 
 def test_a_late_first_token_is_refused_before_any_node_hears_of_it() -> None:

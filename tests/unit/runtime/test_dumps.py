@@ -172,6 +172,32 @@ def test_who_asks_is_told_the_file_or_why_there_is_none(
         assert said[1].endswith(f"{Started()!r} -> WriteDump")
 
 
+def test_who_asks_is_answered_whatever_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, only OSError was: an operator waited for a file that could not be made."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("70001")
+
+    monkeypatch.setattr("kvrelay.runtime.dumps.write", fail)
+    machine = Asking()
+    drive(machine, dumps(tmp_path))
+    assert machine.answer.error == "cannot write the recording: TypeError"
+
+
+def test_a_crash_with_an_endless_text_that_is_none_is_written(tmp_path: Path) -> None:
+    class Broken:
+        def handle(self, event: object, now: float) -> list[object]:
+            raise LocalProtocolError("\ud800" + "x" * 10_000)
+
+    with pytest.raises(LocalProtocolError):
+        drive(Broken(), dumps(tmp_path, prompts=True))
+    (path,) = tmp_path.rglob("*.kvrec")
+    said: list[str] = []
+    show(path, said.append)
+    assert said[-1].startswith(r"crash: LocalProtocolError: \ud800xxx")
+    assert len(said[-1]) < 1100
+
+
 def test_only_from_the_first_event_on_a_recording_can_be_replayed(tmp_path: Path) -> None:
     path = crash(tmp_path, prompts=True, max_bytes=300)
     with pytest.raises(ConfigError, match="the first 2 events of m0 are not in it"):
