@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvrelay.errors import KVRelayError, NoNodeError, QueueFullError, TTFTLimitError
+from kvrelay.protocol.quantities import MAX_DURATION_S
 from router.limits import Limits
 from router.node_table import NodeTable
 from router.placement import Placement
@@ -56,6 +57,6 @@ class Admission:
             f"the first token is predicted after {prediction.ttft_s:.3g} s: {prediction.queue_s:.3g} s for other "
             f"prompts and {prediction.prefill_s:.3g} s for this one; the limit is {limit_s:.3g} s "
             f"({'router.ttft_slo_s' if own_s is None else TTFT_LIMIT_HEADER})",
-            retry_after_s=prediction.ttft_s - limit_s,
+            retry_after_s=min(prediction.ttft_s - limit_s, MAX_DURATION_S),  # inf: of a node that is all but still
             param=None if own_s is None else TTFT_LIMIT_HEADER,
         )

@@ -171,6 +171,10 @@ class Node:
         self._foreign_tokens = max(0, load.queued_tokens - sum(self.pending.values()))
 
 
+MAX_RIVALS = 8
+"""Registrations that wait for the name of one node."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rival:
     """A registration that waits since ``since_s`` for the name that a registered node has; repeated at ``heard_s``."""
@@ -203,7 +207,8 @@ class NodeTable:
         self._liveness = Liveness(peer_timeout_s)
         self._nodes: dict[PeerId, Node] = {}
         self._expecting_since_s = -math.inf
-        self._rivals: dict[PeerId, Rival] = {}
+        self._rivals: dict[PeerId, dict[PeerId, Rival]] = {}
+        """By the node whose name they want, in the order in which they were heard last."""
         self.totals = NodeTotals()
 
     def __iter__(self) -> Iterator[Node]:
@@ -273,26 +278,39 @@ class NodeTable:
         return node if node is not None and node.registration.incarnation != registration.incarnation else None
 
     def contest(self, holder: Node, peer: PeerId, registration: Register, now: float) -> None:
-        """Defer ``registration`` until ``holder``, which has the same name, is known to be alive or is lost."""
-        earlier = self._rivals.get(holder.peer)
-        since_s = earlier.since_s if earlier is not None and earlier.peer == peer else now
-        self._rivals[holder.peer] = Rival(peer, registration, since_s, now)
+        """Defer ``registration`` until ``holder``, which has the same name, is known to be alive or is lost.
 
-    def beaten_by(self, holder: PeerId, now: float) -> Rival | None:
-        """Remove and return who waits for the name of ``holder``, which has sent a heartbeat, if that proves it alive.
+        Each of several rivals waits for itself. Beyond ``MAX_RIVALS`` it is ignored: who waits registers again.
+        """
+        rivals = self._rivals.setdefault(holder.peer, {})
+        for gone in [rival.peer for rival in rivals.values() if not self._is_heard(rival, now)]:
+            del rivals[gone]
+        earlier = rivals.pop(peer, None)
+        if len(rivals) < MAX_RIVALS:
+            rivals[peer] = Rival(peer, registration, earlier.since_s if earlier is not None else now, now)
+
+    def beaten_by(self, holder: PeerId, now: float) -> list[Rival]:
+        """Remove and return those that wait for the name of ``holder``, which has sent a heartbeat, if that proves it
+        alive.
 
         It may be an old heartbeat of a process that has ended since: one connection is read after the other, and after
         a pause there is much to read. What is read half of ``peer_timeout_s`` later was sent later.
         """
-        rival = self._rivals.get(holder)
-        if rival is None or now - rival.since_s < self._peer_timeout_s / 2:
-            return None
-        return self._rivals.pop(holder)
+        rivals = self._rivals.get(holder, {})
+        beaten = [rival for rival in rivals.values() if now - rival.since_s >= self._peer_timeout_s / 2]
+        for rival in beaten:
+            del rivals[rival.peer]
+        return beaten
 
     def heir_of(self, holder: PeerId, now: float) -> Rival | None:
-        """Remove and return who waits for the name of ``holder``, which is lost, unless it has fallen silent itself."""
-        rival = self._rivals.pop(holder, None)
-        return rival if rival is not None and now - rival.heard_s < self._peer_timeout_s else None
+        """Forget all that wait for the name of ``holder``, which is lost. Return the one that registered last, unless
+        it has fallen silent itself: the others will register again, and wait for the heir.
+        """
+        rivals = self._rivals.pop(holder, {})
+        return next((rival for rival in reversed(rivals.values()) if self._is_heard(rival, now)), None)
+
+    def _is_heard(self, rival: Rival, now: float) -> bool:
+        return now - rival.heard_s < self._peer_timeout_s
 
     def add(self, peer: PeerId, registration: Register, now: float) -> Node:
         """Add a node, or update the registration of a known one."""
@@ -321,7 +339,9 @@ class NodeTable:
     def resumed(self, paused_s: float, now: float) -> None:
         """This process did not run for ``paused_s``: no node is to blame for its silence, and no heartbeat is new."""
         self._liveness.resumed(paused_s, now)
-        self._rivals = {holder: replace(rival, since_s=now, heard_s=now) for holder, rival in self._rivals.items()}
+        for rivals in self._rivals.values():
+            for peer, rival in rivals.items():
+                rivals[peer] = replace(rival, since_s=now, heard_s=now)
 
     def silent(self, now: float) -> list[PeerId]:
         """Return the nodes that sent nothing for ``peer_timeout_s``."""
@@ -329,7 +349,8 @@ class NodeTable:
 
     def remove(self, peer: PeerId, now: float) -> Node | None:
         """Remove a node; return it, or None if it was not registered. It waits for no name any more."""
-        self._rivals = {holder: rival for holder, rival in self._rivals.items() if rival.peer != peer}
+        for rivals in self._rivals.values():
+            rivals.pop(peer, None)
         self._liveness.forget(peer)
         node = self._nodes.pop(peer, None)
         if node is not None:

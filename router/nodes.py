@@ -158,11 +158,10 @@ class Nodes:
         node.num_heartbeats += 1
         node.prefixes.count_heartbeat()
         self._requests.node_reported()
-        self._refuse_rival_of(peer)
+        self._refuse_rivals_of(peer)
 
-    def _refuse_rival_of(self, peer: PeerId) -> None:
-        rival = self._node_table.beaten_by(peer, self._outbox.now)
-        if rival is not None:
+    def _refuse_rivals_of(self, peer: PeerId) -> None:
+        for rival in self._node_table.beaten_by(peer, self._outbox.now):
             self._refuse(rival.peer, f"another live node is called {rival.registration.node_id}")
 
     def _prefixes_changed(self, peer: PeerId, message: PrefixCacheChanged) -> None:

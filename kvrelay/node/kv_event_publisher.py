@@ -7,6 +7,7 @@ take; it sees a gap in the sequence numbers and can ask for a replay.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -34,6 +35,12 @@ MAX_BUFFER_BYTES = 64 << 20
 
 MAX_REPLAYS = 4
 """Replays in progress. More requests wait in their socket."""
+
+MAX_REQUESTS_AT_ONCE = 8
+"""Requests for replays, valid or not, that are read before the next pause."""
+
+REQUEST_PAUSE_S = 0.05
+"""Seconds after a request in which no other is read: a flood of them costs the node next to nothing."""
 
 REPLAY_TIMEOUT_S = 5.0
 """Seconds without progress after which a replay is given up: its client does not read."""
@@ -125,9 +132,10 @@ class KVEventPublisher:
                 self._send_pending(encoder)
                 if is_last:
                     return
-                self._replays.serve(time.monotonic())
-                self._replays.register(poller)
-                poller.poll(_BUSY_POLL_MS if self._replays.in_progress else _POLL_MS)
+                now = time.monotonic()
+                self._replays.serve(now)
+                self._replays.register(poller, now)
+                poller.poll(self._replays.poll_ms(now))
                 self._clear_wake()
             except Exception:
                 logger.exception("error while publishing KV events")
@@ -159,18 +167,21 @@ class _Replays:
         self._kept: deque[tuple[int, bytes]] = deque()
         self._num_bytes = 0
         self._running: dict[bytes, _Replay] = {}
+        self._reads_after_s = 0.0
         self._is_registered = False
 
-    @property
-    def in_progress(self) -> bool:
-        """Whether a client is being served."""
-        return bool(self._running)
+    def poll_ms(self, now: float) -> int:
+        """Return after how many milliseconds there is something to do, whether or not a socket is readable."""
+        if self._running:
+            return _BUSY_POLL_MS
+        pause_ms = math.ceil(1000 * (self._reads_after_s - now))
+        return pause_ms if pause_ms > 0 else _POLL_MS
 
-    def register(self, poller: zmq.Poller) -> None:
-        """Have ``poller`` look for requests, unless there are as many replays as may be."""
+    def register(self, poller: zmq.Poller, now: float) -> None:
+        """Have ``poller`` look for requests, unless there are as many replays as may be, or a pause."""
         if self._socket is None:
             return
-        wanted = len(self._running) < MAX_REPLAYS
+        wanted = len(self._running) < MAX_REPLAYS and now >= self._reads_after_s
         if wanted and not self._is_registered:
             poller.register(self._socket, zmq.POLLIN)
         elif self._is_registered and not wanted:
@@ -190,11 +201,18 @@ class _Replays:
         """Take requests, and send each client its next batches."""
         if self._socket is None:
             return
-        while len(self._running) < MAX_REPLAYS and self._socket.poll(0):
-            self._begin(self._socket.recv_multipart(zmq.NOBLOCK), now)
+        if now >= self._reads_after_s:
+            self._read_requests(self._socket, now)
         for client, replay in list(self._running.items()):
             if replay.send(self._socket, now):
                 del self._running[client]
+
+    def _read_requests(self, socket: zmq.Socket[bytes], now: float) -> None:
+        for _ in range(MAX_REQUESTS_AT_ONCE):
+            if len(self._running) >= MAX_REPLAYS or not socket.poll(0):
+                return
+            self._begin(socket.recv_multipart(zmq.NOBLOCK), now)
+            self._reads_after_s = now + REQUEST_PAUSE_S
 
     def _begin(self, frames: list[bytes], now: float) -> None:
         if len(frames) != 3 or len(frames[2]) != 8:

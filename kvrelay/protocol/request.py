@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from kvrelay.protocol.ids import ROUTER, Attempt, BlockId, PeerId, RequestId
+from kvrelay.protocol.quantities import Moment
 from kvrelay.protocol.token_rules import TokenRules
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     priority: int = 0
-    arrival_s: float = 0.0
+    arrival_s: Moment = 0.0
     router: PeerId = ROUTER
 
     @property

@@ -124,9 +124,9 @@ class WorkerLink:
         await reported
 
     def probe(self) -> int:
-        """Ask the worker, if it is ready, to report; return how many times it was asked since it last sent anything."""
+        """Ask the worker, if it is ready, to report; return how many probes there were since it last sent anything."""
+        self._num_unanswered += 1
         if self.ready.is_set():
-            self._num_unanswered += 1
             self._send(ReportWanted(next(self._ask_ids)))
         return self._num_unanswered
 

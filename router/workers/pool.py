@@ -41,6 +41,12 @@ MAX_UNANSWERED = 12
 They are counted, so that a long time in which the router itself does not run counts as one.
 """
 
+MAX_UNANSWERED_AT_START = 120
+"""The same for a worker that is not ready yet: it loads its modules and the tokenizer, and says nothing meanwhile.
+
+Ten minutes: on a slow machine, with all workers starting at once, it takes a while.
+"""
+
 _KILL_AFTER_S = FLUSH_TIMEOUT_S + 3.0
 _ANNOUNCE_INTERVAL_S = 0.2
 
@@ -174,12 +180,17 @@ class Workers:
             await asyncio.sleep(_ANNOUNCE_INTERVAL_S)
 
     async def _probe(self) -> None:
-        """Kill workers that hang: their clients wait for nothing, and what nodes send for them stays in memory."""
+        """Kill workers that hang: their clients wait for nothing, and what nodes send for them stays in memory.
+
+        One that hangs while it starts would never be replaced, and one worker less would serve.
+        """
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S)
             for index, worker in self._running.items():
-                if worker.link.probe() > MAX_UNANSWERED:
-                    log_event("error", "router worker does not answer", {"worker": name_of(index)})
+                is_ready = worker.link.ready.is_set()
+                if worker.link.probe() > (MAX_UNANSWERED if is_ready else MAX_UNANSWERED_AT_START):
+                    event = "router worker does not answer" if is_ready else "router worker does not start"
+                    log_event("error", event, {"worker": name_of(index)})
                     worker.kill()
 
     # ------------------------------------------------------------ down

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,29 @@ def test_messages_are_frozen_and_say_who_tells_whom_and_what_to_do(kind: type[Me
     assert "The reader" in rest
 
 
+def unbounded_floats(kind: Any, path: str) -> Iterator[str]:
+    """Yield the paths of floats in ``kind`` that may be any."""
+    if kind is float:
+        yield path
+    elif typing.get_origin(kind) is typing.Annotated:
+        bounds = kind.__metadata__[0]
+        assert math.isfinite(bounds.ge) and math.isfinite(bounds.le)
+    elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in msgspec.structs.fields(kind):
+            yield from unbounded_floats(field.type, f"{kind.__name__}.{field.name}")
+    else:
+        for argument in typing.get_args(kind):
+            yield from unbounded_floats(argument, path)
+
+
+def test_every_float_is_bounded_or_known_to_be_no_time() -> None:
+    """One that becomes a timer must be finite: the event loop ends with an infinite one."""
+    found = {path for kind in ALL_TYPES for path in unbounded_floats(kind, kind.__name__)}
+    sampling = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    parameters = {f"SamplingParams.{name}" for name in (*sampling, "logit_bias")}
+    assert found == parameters | {"TokenLogprobs.logprob", "TokenLogprobs.top_logprobs"}
+
+
 def test_fields_of_a_later_version_are_passed_over() -> None:
     data = msgpack.packb(["Abort", {"request_id": "r", "epoch": 1, "added_later": {"x": [1]}}])
     assert decode(data) == Abort(request_id=RequestId("r"), epoch=1)
@@ -103,6 +129,24 @@ def refusal(data: bytes) -> str:
 def packed(*body: Any) -> bytes:
     data: bytes = msgpack.packb(list(body))
     return data
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, -1.0, 2**64 - 1])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("DecodeNeeded", "retry_after_s"), ("ReservationRefused", "retry_after_s"), ("BlocksReserved", "lease_s")],
+)
+def test_durations_that_no_timer_can_have_are_refused(name: str, field: str, value: float) -> None:
+    example = next(message for message in EXAMPLES if name_of(message) == name)
+    fields = {**msgspec.to_builtins(example), field: value}
+    assert f"at `$.{field}`" in refusal(packed(name, fields))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("field", ["prefill_tokens_per_s", "gauges", "link_bytes_per_s"])
+def test_loads_that_are_no_numbers_are_refused(field: str, value: float) -> None:
+    load = {field: value if field == "prefill_tokens_per_s" else {"d0": value}}
+    assert "Heartbeat: Expected `float`" in refusal(packed("Heartbeat", {"load": load}))
 
 
 @pytest.mark.parametrize(

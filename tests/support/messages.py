@@ -314,6 +314,8 @@ def random_values(kind: Any) -> st.SearchStrategy[Any]:
     kind = getattr(kind, "__supertype__", kind)
     if kind in _LEAVES:
         return _LEAVES[kind]
+    if origin is typing.Annotated:
+        return _within(*arguments)
     if origin in (list, Sequence):
         return st.lists(random_values(arguments[0]), max_size=3)
     if origin is dict:
@@ -335,3 +337,9 @@ def random_values(kind: Any) -> st.SearchStrategy[Any]:
         return st.builds(kind, *map(random_values, typing.get_type_hints(kind).values()))
     fields = {field.name: random_values(field.type) for field in msgspec.structs.fields(kind)}
     return st.builds(kind, **fields)
+
+
+def _within(kind: type[float], bounds: msgspec.Meta) -> st.SearchStrategy[float]:
+    """Return numbers with the bounds of ``kvrelay.protocol.quantities``."""
+    assert kind is float
+    return st.floats(bounds.ge, bounds.le)

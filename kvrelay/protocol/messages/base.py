@@ -6,6 +6,7 @@ import msgspec
 
 from kvrelay.errors import KVRelayError
 from kvrelay.protocol.ids import PeerId
+from kvrelay.protocol.quantities import Amount, Moment, Speed
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +47,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
     """One event of a request's timeline: ``name`` happened on ``node`` at wall-clock time ``at_s`` (seconds)."""
 
     name: str
-    at_s: float
+    at_s: Moment
     node: str
 
 
@@ -54,8 +55,8 @@ class LayerTransfer(msgspec.Struct, frozen=True, array_like=True):
     """Transfer of one layer: wall-clock times of the first frame sent and the last frame written, and payload bytes."""
 
     layer: int
-    first_sent_s: float
-    last_written_s: float
+    first_sent_s: Moment
+    last_written_s: Moment
     num_bytes: int
 
 
@@ -71,7 +72,7 @@ class PromptWait(msgspec.Struct, frozen=True, array_like=True):
     """
 
     counts: list[int]
-    total_s: float
+    total_s: Amount
 
 
 class HistogramReport(msgspec.Struct, frozen=True, array_like=True):
@@ -84,7 +85,7 @@ class HistogramReport(msgspec.Struct, frozen=True, array_like=True):
     name: str
     label: str
     counts: list[int]
-    total: float
+    total: Amount
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,16 +113,16 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     evictable_blocks: int = 0
     used_blocks: int = 0
     queued_tokens: int = 0
-    gauges: dict[str, float] = msgspec.field(default_factory=dict)
-    counters: dict[str, float] = msgspec.field(default_factory=dict)
+    gauges: dict[str, Amount] = msgspec.field(default_factory=dict)
+    counters: dict[str, Amount] = msgspec.field(default_factory=dict)
     prompt_tokens: list[int] = msgspec.field(default_factory=list)
     prompt_waits: list[PromptWait] = msgspec.field(default_factory=list)
     waiting_tokens: int = 0
     num_preempted: int = 0
     headroom_blocks: int = 0
     histograms: list[HistogramReport] = msgspec.field(default_factory=list)
-    prefill_tokens_per_s: float = 0.0
-    link_bytes_per_s: dict[str, float] = msgspec.field(default_factory=dict)
+    prefill_tokens_per_s: Speed = 0.0
+    link_bytes_per_s: dict[str, Speed] = msgspec.field(default_factory=dict)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

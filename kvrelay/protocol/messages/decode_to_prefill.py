@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvrelay.protocol.ids import BlockId, RequestId
 from kvrelay.protocol.messages.base import LinkAddress, Message
+from kvrelay.protocol.quantities import Duration
 
 
 class BlocksReserved(Message, frozen=True, kw_only=True):
@@ -20,7 +21,7 @@ class BlocksReserved(Message, frozen=True, kw_only=True):
     block_ids: list[BlockId]
     num_cached_blocks: int
     link: LinkAddress
-    lease_s: float
+    lease_s: Duration
 
 
 class ReservationRefused(Message, frozen=True, kw_only=True):
@@ -33,7 +34,7 @@ class ReservationRefused(Message, frozen=True, kw_only=True):
     request_id: RequestId
     epoch: int
     reason: str
-    retry_after_s: float | None
+    retry_after_s: Duration | None
 
 
 class ReservationEnded(Message, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import msgspec
 
 from kvrelay.protocol.ids import PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, LinkAddress, Message
+from kvrelay.protocol.quantities import Amount, Speed
 
 
 class MessagerReady(Message, frozen=True, kw_only=True):
@@ -104,9 +105,9 @@ class MessagerStats(Message, frozen=True, kw_only=True):
     The reader includes all in its ``Load``. ``link_bytes_per_s``: see there.
     """
 
-    counters: dict[str, float]
-    gauges: dict[str, float] = msgspec.field(default_factory=dict)
-    link_bytes_per_s: dict[str, float] = msgspec.field(default_factory=dict)
+    counters: dict[str, Amount]
+    gauges: dict[str, Amount] = msgspec.field(default_factory=dict)
+    link_bytes_per_s: dict[str, Speed] = msgspec.field(default_factory=dict)
 
 
 class MessagerDumped(Message, frozen=True, kw_only=True):

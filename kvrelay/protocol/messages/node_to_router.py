@@ -9,6 +9,7 @@ import msgspec
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
+from kvrelay.protocol.quantities import Duration
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
 
 
@@ -120,7 +121,7 @@ class DecodeNeeded(Message, frozen=True, kw_only=True):
     epoch: int
     refused_by: PeerId
     reason: str
-    retry_after_s: float
+    retry_after_s: Duration
 
 
 class RequestTimeline(Message, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zmq
@@ -17,7 +17,7 @@ from kvrelay.config.kv_events import KVEventsConfig
 from kvrelay.errors import ConfigError
 from kvrelay.machine.contract import PublishKVEvents
 from kvrelay.node import kv_event_publisher
-from kvrelay.node.kv_event_publisher import REPLAY_END, KVEventPublisher
+from kvrelay.node.kv_event_publisher import MAX_REQUESTS_AT_ONCE, REPLAY_END, REQUEST_PAUSE_S, KVEventPublisher
 from kvrelay.protocol.kv_events import BlockRemoved, BlockStored, KVEvent
 
 PATIENCE_MS = 60_000
@@ -177,6 +177,37 @@ def test_anything_else_is_no_request(frames: list[bytes]) -> None:
             socket.send_multipart(frames)
             until("both are sent", lambda: len(node.replay(0)) == 2)
             assert not socket.poll(0)
+
+
+class Flood:
+    """The socket of clients that never stop asking."""
+
+    def __init__(self, frames: list[bytes]) -> None:
+        self.frames = frames
+        self.num_read = 0
+
+    def poll(self, _: int) -> int:
+        return zmq.POLLIN
+
+    def recv_multipart(self, _: int) -> list[bytes]:
+        self.num_read += 1
+        assert self.num_read < 1000
+        return [b"%d" % self.num_read, *self.frames]
+
+    def send_multipart(self, *_: object) -> None:
+        """Take a batch."""
+
+
+@pytest.mark.parametrize("frames", [[b"x"], [b"", bytes(8)]], ids=["malformed", "valid"])
+def test_a_flood_of_requests_is_read_bit_by_bit(frames: list[bytes]) -> None:
+    """Before, malformed ones were read until there were none left, and no event was sent meanwhile."""
+    flood = Flood(frames)
+    replays = kv_event_publisher._Replays(cast(Any, flood), 10)
+    for step in range(100):
+        now = step * REQUEST_PAUSE_S / 10
+        replays.serve(now)
+        assert replays.poll_ms(now) > 0
+    assert 10 <= flood.num_read <= 11 * MAX_REQUESTS_AT_ONCE
 
 
 @pytest.mark.parametrize("which", ["endpoint", "replay_endpoint"])

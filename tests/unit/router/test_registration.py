@@ -21,6 +21,7 @@ from kvrelay.protocol.messages.router_to_node import (
     RegistrationRefused,
 )
 from router.expected_nodes import ExpectedNode
+from router.node_table import MAX_RIVALS
 from router.nodes import LIVENESS
 
 PEER_TIMEOUT_S = 5.0
@@ -167,6 +168,45 @@ def test_a_waiting_node_that_has_ended_since_does_not_get_the_name(how: str) -> 
         driver.now += PEER_TIMEOUT_S
     driver.do(PeerLost(PeerId(peer("p0")), "killed"))
     assert names(driver) == []
+
+
+def test_two_live_nodes_that_register_in_turn_for_one_name_are_both_refused() -> None:
+    """Before, each began the wait of the other anew, and neither was refused."""
+    driver = Driver("p0")
+    driver.take_sent(Registered)
+    for _ in range(6):
+        for rival in ("b", "c"):
+            driver.join("p0", rival)
+            driver.now += PEER_TIMEOUT_S / 10
+        driver.receive(peer("p0"), Heartbeat())
+    refused = [to for to, _ in driver.take_sent(RegistrationRefused)]
+    assert set(refused) == {peer("p0", "b"), peer("p0", "c")}
+    assert names(driver) == [peer("p0")]
+
+
+def test_the_wait_of_an_earlier_rival_proves_nothing_about_a_later_one() -> None:
+    """The holder may have ended in between: the later one may be its restart."""
+    driver = Driver("p0")
+    driver.take_sent(Registered)
+    driver.join("p0", "b")
+    driver.now += PEER_TIMEOUT_S / 2
+    driver.join("p0", "c")
+    driver.receive(peer("p0"), Heartbeat())
+    assert [to for to, _ in driver.take_sent(RegistrationRefused)] == [peer("p0", "b")]
+    driver.do(PeerLost(PeerId(peer("p0")), "killed"))
+    assert names(driver) == [peer("p0", "c")]
+
+
+def test_rivals_for_one_name_are_bounded_and_one_that_registers_again_keeps_its_place() -> None:
+    driver = Driver("p0")
+    for number in range(100):
+        driver.join("p0", f"x{number}")
+    driver.join("p0", "x1")
+    driver.now += PEER_TIMEOUT_S / 2
+    driver.receive(peer("p0"), Heartbeat())
+    refused = [to for to, _ in driver.take_sent(RegistrationRefused)]
+    assert len(refused) == MAX_RIVALS
+    assert peer("p0", "x1") in refused
 
 
 # ---------------------------------------------------------------- strangers

@@ -190,6 +190,7 @@ def test_a_worker_that_does_not_answer_is_killed_and_replaced(
 ) -> None:
     monkeypatch.setattr(pool, "PROBE_INTERVAL_S", 0.0)
     monkeypatch.setattr(pool, "MAX_UNANSWERED", 3)
+    monkeypatch.setattr(pool, "MAX_UNANSWERED_AT_START", 1 << 30)
 
     async def check(workers: Workers) -> None:
         starting = asyncio.create_task(all_ready(processes, 3))
@@ -205,6 +206,42 @@ def test_a_worker_that_does_not_answer_is_killed_and_replaced(
 
     run(check)
     assert "router worker does not answer" in caplog.text
+
+
+def test_a_worker_that_never_gets_ready_is_killed_and_replaced(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, only workers that had been ready were asked, and one worker less served."""
+    monkeypatch.setattr(pool, "PROBE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pool, "MAX_UNANSWERED_AT_START", 1 << 30)
+
+    async def check(workers: Workers) -> None:
+        starting = asyncio.create_task(all_ready(processes, 3))
+        async with workers.serving():
+            await starting
+            monkeypatch.setattr(pool, "MAX_UNANSWERED_AT_START", 3)
+            processes.started[1].kill()
+            await until(lambda: len(processes.started) >= 5)  # the fourth is never ready
+            assert processes.started[3].end.result() == -9
+            assert not any(isinstance(message, ReportWanted) for message in processes.started[3].sent)
+            assert [one.end.done() for one in processes.started[:3]] == [False, True, False]
+
+    run(check)
+    assert "router worker does not start" in caplog.text
+
+
+def test_a_worker_that_never_gets_ready_ends_a_router_that_starts(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "PROBE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pool, "MAX_UNANSWERED_AT_START", 3)
+
+    async def check(workers: Workers) -> None:
+        with pytest.raises(WorkersFailedError, match="exited with -9"):
+            async with workers.serving():
+                pass
+
+    run(check)
 
 
 def test_a_worker_that_does_not_read_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
