@@ -134,6 +134,11 @@ def _complain(text: str) -> None:
     print(printable(text, keep="\n\t"), file=sys.stderr)
 
 
+def _say(text: str) -> None:
+    """Print a line, which may quote a file or a server."""
+    typer.echo(printable(text))
+
+
 def _load(path: Path, overrides: list[str] | None) -> ClusterConfig:
     return ClusterConfig.load(path, overrides or [])
 
@@ -244,7 +249,7 @@ def drain(
     from kvrelay.cluster.client import ClusterClient
 
     with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
-        operate.drain(cluster, node, stay_down=stop, timeout_s=timeout_s, say=typer.echo)
+        operate.drain(cluster, node, stay_down=stop, timeout_s=timeout_s, say=_say)
 
 
 @app.command()
@@ -263,7 +268,7 @@ def restart(
     if bool(nodes) is rolling:
         raise typer.BadParameter("name nodes, or give --rolling for all")
     with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
-        operate.restart(cluster, nodes or [], timeout_s=timeout_s, say=typer.echo)
+        operate.restart(cluster, nodes or [], timeout_s=timeout_s, say=_say)
 
 
 @app.command()
@@ -274,7 +279,7 @@ def reset_prefix_cache(url: AdminURL = DEFAULT_ADMIN_URL, key_file: KeyFile = No
     from kvrelay.cluster.client import ClusterClient
 
     with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
-        operate.reset_prefix_cache(cluster, say=typer.echo)
+        operate.reset_prefix_cache(cluster, say=_say)
 
 
 @app.command()
@@ -289,7 +294,7 @@ def cancel(
     from kvrelay.cluster.client import ClusterClient
 
     with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
-        operate.cancel(cluster, request_id, say=typer.echo)
+        operate.cancel(cluster, request_id, say=_say)
 
 
 @app.command()
@@ -307,7 +312,7 @@ def dump(
     from kvrelay.cluster.client import ClusterClient
 
     with ClusterClient(_router_url(url), key=read_admin_key(key_file)) as cluster:
-        operate.dump(cluster, name, prompts=prompts, say=typer.echo)
+        operate.dump(cluster, name, prompts=prompts, say=_say)
 
 
 @app.command()
@@ -319,8 +324,8 @@ def replay(
     from kvrelay.cluster import replay as recordings
 
     if show:
-        recordings.show(file, typer.echo)
-    elif not recordings.replay(file, typer.echo):
+        recordings.show(file, _say)
+    elif not recordings.replay(file, _say):
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from kvrelay.printable import printable
 from kvrelay.runtime.logging import Event, JsonFormatter, parse_progress
 from kvrelay.runtime.startup import READY
 
@@ -69,14 +70,14 @@ class Display:
         if self._as_json:
             self._write_json("info", "kvrelay", text, {})
         else:
-            self._print("kvrelay", Text(text, "bold"))
+            self._print("kvrelay", text, "bold")
 
     def warn(self, text: str) -> None:
         """Show a warning of the supervisor."""
         if self._as_json:
             self._write_json("warning", "kvrelay", text, {})
         else:
-            self._print("kvrelay", Text(text, "bold yellow"))
+            self._print("kvrelay", text, "bold yellow")
 
     def show(self, renderable: RenderableType) -> None:
         """Show a renderable, such as a table, but not as JSON."""
@@ -97,18 +98,18 @@ class Display:
             return
         match = _OUR_LINE.fullmatch(line)
         if match is None:
-            self._print(name, Text(line))
+            self._print(name, line)
         else:
             whose = "" if match["process"] == name else f"{match['process']}: "  # a messager's, or a worker's
             text = f"{match['time']} {match['level'].lower():<7} {whose}{match['text']}"
-            self._print(name, Text(text, _LEVEL_STYLES.get(match["level"], "")))
+            self._print(name, text, _LEVEL_STYLES.get(match["level"], ""))
 
     def stage(self, name: str, stage: str) -> None:
         """Show the start-up stage of process ``name``: as a bar until it is ready, or as one line per stage."""
         if self._as_json:
             self._write_json("info", name, "stage", {"stage": stage})
         elif not self._console.is_terminal:
-            self._print(name, Text(stage))
+            self._print(name, stage)
         elif stage == READY:
             self._remove_bar(name)
         elif self._held is None:
@@ -158,13 +159,14 @@ class Display:
         self._console.file.write(line + "\n")
         self._console.file.flush()
 
-    def _print(self, name: str, text: Text) -> None:
+    def _print(self, name: str, text: str, style: str = "") -> None:
         self._num_shown += 1
         prefix = Text(f"{name:>{self._width}} | ", self._styles.get(name, "bold"))
+        line = prefix + Text(printable(text, keep="\t"), style)
         if self._held is not None:
-            self._held.append(prefix + text)
+            self._held.append(line)
         else:
-            self._console.print(prefix + text, soft_wrap=True, highlight=False)
+            self._console.print(line, soft_wrap=True, highlight=False)
 
     def _move_bar(self, name: str, what: str, done: int, total: int) -> None:
         if self._held is None:

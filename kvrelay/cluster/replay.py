@@ -13,7 +13,6 @@ import kvrelay
 from kvrelay.cluster.recorded_machine import codec_of, machine_of
 from kvrelay.errors import ConfigError, KVRelayError, RemoteProtocolError
 from kvrelay.machine.contract import Machine
-from kvrelay.printable import printable
 from kvrelay.recording.event_codec import EventCodec, kinds_of, names_of
 from kvrelay.recording.recording_file import Header, RawRecord, named, opened
 from kvrelay.runtime.dumps import describe
@@ -39,7 +38,6 @@ def replay(path: Path, say: Callable[[str], None]) -> bool:
     ``say`` gets the lines for people. Raises ConfigError if the file cannot be replayed: damaged, or made without
     prompts, or without the first events.
     """
-    say = _escaping(say)
     try:
         with opened(path) as (header, records):
             _require_whole(header)
@@ -142,7 +140,6 @@ def _in_full(number: int, recorded: list[Any], replayed: list[Any]) -> Differenc
 
 def show(path: Path, say: Callable[[str], None]) -> None:
     """Print the events of a file. Raises ConfigError if it is damaged."""
-    say = _escaping(say)
     try:
         with opened(path) as (header, records):
             codec = codec_of(header.role)
@@ -153,11 +150,6 @@ def show(path: Path, say: Callable[[str], None]) -> None:
                 say(f"crash: {header.crash}")
     except KVRelayError as error:
         raise ConfigError([str(error)]) from error
-
-
-def _escaping(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return ``say`` for texts of a file, which may be from anybody: they are no commands for the terminal."""
-    return lambda text: say(printable(text))
 
 
 def _line(number: int, record: RawRecord, codec: EventCodec) -> str:

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvrelay.printable import printable
+
 _STATE_STYLES = {"ready": "green", "draining": "yellow"}
 _LOAD_COLUMNS = {
     "run": "num_running",
@@ -41,7 +43,7 @@ def nodes_table(status: dict[str, Any]) -> Table:
     for node in sorted(status.get("nodes", []), key=lambda node: str(node["name"])):
         load = node.get("load") or {}
         heard = any(load.get(field) for field in ("used_blocks", "evictable_blocks", "free_blocks"))
-        state = Text(node["state"], _STATE_STYLES.get(node["state"], "red"))
+        state = Text(printable(str(node["state"])), _STATE_STYLES.get(node["state"], "red"))
         address = str(node.get("address", "-")).removeprefix("tcp://")  # clients are not told
         counts = (f"{load[field]:g}" if heard else "-" for field in _LOAD_COLUMNS.values())
         table.add_row(node["name"], node["role"], state, address, *counts)
@@ -74,7 +76,7 @@ def timeline_table(timeline: dict[str, Any]) -> Table:
     return table
 
 
-def _requests_line(requests: dict[str, Any]) -> Text:
+def _requests_line(requests: dict[str, Any]) -> str:
     shown = {name: value for name, value in requests.items() if value and name not in _NOT_OF_REQUESTS}
     counts = [f"{name.replace('_', ' ')} {value:,.0f}" for name, value in shown.items()]
-    return Text("requests: " + (", ".join(counts) or "none yet"))
+    return "requests: " + (", ".join(counts) or "none yet")

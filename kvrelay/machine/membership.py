@@ -124,8 +124,8 @@ class Membership:
         self._registered[peer] = self._last_incarnation = incarnation
         if not self._is_static:
             self._alive.watch(peer, self._outbox.now)
-            if self._leaving:
-                self._outbox.send(peer, Leaving())
+        if self._leaving:  # a router that lost this node meanwhile takes it for a new one
+            self._outbox.send(peer, Leaving())
         return changed
 
     # ------------------------------------------------------------ losing routers

@@ -168,8 +168,9 @@ class Store:
         try:
             async with asyncio.timeout(timeout_s):
                 return await operation()
-        except TimeoutError as error:
-            raise StorageUnavailableError(f"KV storage did not answer within {timeout_s:.3g} s") from error
+        except TimeoutError as error:  # without a deadline it is one of the system's, such as of a network file system
+            limit = "in time" if timeout_s is None else f"within {timeout_s:.3g} s"
+            raise StorageUnavailableError(f"KV storage did not answer {limit}") from error
 
     def _require_open(self) -> None:
         if self._closed:

@@ -379,6 +379,25 @@ def test_a_drain_that_takes_too_long_hands_requests_back() -> None:
         assert client.nodes[0] not in world.nodes
 
 
+@pytest.mark.fault("F20")
+def test_a_node_that_is_lost_and_found_again_while_it_drains_gets_no_prompts() -> None:
+    with World(engine={"eos_every": 0, "step_s": 20.0}) as world:
+        client = world.submit(PROMPT_LEN, 2)
+        world.run_for(1.0)
+        for message in ("Heartbeat", "Leaving"):
+            world.link.drop(message, source="p0", target="router")
+        world.stop("p0")
+        world.run_until(lambda: not any(node.node_id == "p0" for node in world.router.machine.node_table), 8.0)
+        world.link.heal()
+        for name in ("d1", "d2", "d3"):  # each is a reason to try again
+            world.start(name, Role.DECODE)
+            world.run_for(1.0)
+        world.run_until(lambda: "p0" not in world.nodes)
+        world.start("p0", Role.PREFILL)
+        world.settle()
+        assert client.error is None
+
+
 # ---------------------------------------------------------------- the router
 
 

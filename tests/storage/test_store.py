@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from support.loops import run
 from kvrelay.errors import StorageUnavailableError
 from kvstore.storage.block_format import BlockFormat, Value
 from kvstore.storage.calls import Delivery, GetCall, Loan, PutCall
-from kvstore.storage.interface import PutOutcome, StoreStats
+from kvstore.storage.interface import PutOutcome, StoreStats, VerifyReport
 from kvstore.storage.none import NoBackend
 from kvstore.storage.store import PAUSE_S, Store
 
@@ -88,6 +89,13 @@ def scripted(timeout_s: float = 10.0) -> tuple[Store, Scripted, HandClock]:
     return Store(backend, GEOMETRY, timeout_s, clock), backend, clock
 
 
+class SlowDisk(NoBackend):
+    """The system gives up a read, as those of network file systems."""
+
+    async def verify(self) -> VerifyReport:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+
 async def let_go(backend: Scripted) -> None:
     """Let the thread go on that a call left behind, and wait for it."""
     backend.go.set()
@@ -95,6 +103,12 @@ async def let_go(backend: Scripted) -> None:
 
 
 # ---------------------------------------------------------------- deadlines
+
+
+def test_a_time_out_of_the_system_is_an_error_of_the_store_without_a_deadline_too() -> None:
+    store = Store(SlowDisk(), GEOMETRY, 10.0, HandClock())
+    with pytest.raises(StorageUnavailableError, match="did not answer in time"):
+        run(store.verify())
 
 
 def test_a_get_ends_at_its_deadline_and_nothing_is_written_afterwards() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from kvrelay.cluster.cli import app
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.cluster.operate import reset_prefix_cache, restart
 from kvrelay.errors import KVRelayError
@@ -129,3 +130,12 @@ def test_something_else_is_there(response: httpx.Response) -> None:
         for ask in (client.status, lambda: list(client.chat([], max_tokens=1))):
             with pytest.raises(ClusterUnreachableError, match="at http://router is not a kvrelay router: it has no /"):
                 ask()
+
+
+def test_what_a_server_says_of_its_nodes_is_no_command_for_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = {"name": "d0\x1b[2J", "state": "reset", "blocks": 3}
+    monkeypatch.setattr(ClusterClient, "reset_prefix_cache", lambda _: [node])
+    app(["reset-prefix-cache"], standalone_mode=False)
+    assert capsys.readouterr().out == "d0\\x1b[2J reset, 3 blocks\n"

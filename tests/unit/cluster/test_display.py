@@ -224,6 +224,21 @@ def test_texts_of_others_are_no_markup_and_no_commands_for_the_terminal() -> Non
     assert "\x1b[2J" not in text
 
 
+def test_lines_of_processes_and_texts_of_a_server_are_no_commands_for_the_terminal() -> None:
+    """Those of libraries, and tracebacks, come as they are."""
+    command = "\x1b[2J\u202e"
+    assert shown(f"a {command}").endswith("| a \\x1b[2J\\u202e\n")
+    console = PlainConsole(file=io.StringIO(), width=200)
+    display = Display(console, ["p0"])
+    display.warn(command)
+    display.stage("p0", command)
+    node = {"name": command, "role": command, "state": command, "address": command}
+    console.print(status_tables({"nodes": [node], "missing_nodes": [node], "requests": {command: 3}}))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count(r"\x1b[2J\u202e") == 9
+    assert not set(command[:1] + command[-1:]) & set(text)
+
+
 def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("kvrelay")
     handler = logging.StreamHandler(sys.stderr)

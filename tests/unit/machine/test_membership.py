@@ -186,6 +186,17 @@ def test_a_router_that_is_not_known_is_obeyed_in_nothing_but_registering() -> No
     assert not membership.is_authorized(PeerId("x#1"), abort)
 
 
+@pytest.mark.parametrize(("kind", "router"), [("static", ROUTER), ("redis", PeerId(A))])
+def test_a_leaving_node_says_so_to_a_router_that_registers_it_again(kind: str, router: PeerId) -> None:
+    membership = membership_of(kind)
+    membership.join()
+    membership.receive(router, Registered(router_incarnation="a"), 0.0)
+    membership.leave()
+    membership.receive(router, RegisterAgain(), 0.0)
+    actions, _ = membership.receive(router, Registered(router_incarnation="a"), 0.0)
+    assert sent(actions, router) == [Leaving()]
+
+
 def test_a_leaving_node_tells_all_routers_those_to_come_too() -> None:
     membership = membership_of("redis")
     registered(membership, PeerId(A))
