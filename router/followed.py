@@ -34,11 +34,6 @@ class FollowedNodes:
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._entries
 
-    @property
-    def num_foreign(self) -> int:
-        """Nodes of other models that the registry had last."""
-        return len(self._foreign)
-
     def take(self, entries: Iterable[NodeEntry], *, registered: Callable[[PeerId], bool]) -> list[PeerId]:
         """Connect to the new nodes in ``entries``; return the peers replaced by a later start at the same address.
 
