@@ -8,6 +8,8 @@ import pytest
 from support.world import World
 from test_kv_events import EVENTS, check_events
 
+from router.events import CacheResetRequested
+
 CACHE = {"block_size": 4, "num_blocks": 200}
 AWARE = {"prefill_routing": "cache_aware", "decode_routing": "cache_aware"}
 
@@ -110,6 +112,28 @@ def test_no_kv_survives_whatever_is_lost_or_late(seed: int) -> None:
             return  # prompts were computed after the reset
         if {node.state for node in ended.nodes} == {"reset"}:
             assert not any(any(matched(world, prompt).values()) for prompt in prompts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_reset_ends_once_whatever_restarts_or_drains(seed: int) -> None:
+    with World(seed, prefill=2, decode=2, mixed=1, cache={**CACHE, "num_blocks": 40}) as world:
+        world.link.disturb(drop=0.003, duplicate=0.05, overtake=0.05, delay=0.2)
+        prompts = [world.prompt(40) for _ in range(3)]
+        for step in range(25):
+            world.submit(world.rng.choice(prompts) + world.prompt(4), 12, ignore_eos=True)
+            world.run_for(world.rng.choice([0.0, 0.002, 0.02, 0.3]))
+            if step % 4 == 0:
+                world.router.handle(CacheResetRequested(step))
+            elif step % 7 == 0:
+                world.restart(world.rng.choice(list(world.nodes)))
+            elif step == 15:
+                world.stop(world.rng.choice(list(world.nodes)))
+        world.settle_clients()
+        world.link.heal()
+        world.settle()
+        assert sorted(ended.reset for ended in world.cache_resets) == list(range(0, 25, 4))
+        world.reset_prefix_caches()
+        assert not any(any(matched(world, prompt).values()) for prompt in prompts)
 
 
 @pytest.mark.parametrize("seed", range(4))
