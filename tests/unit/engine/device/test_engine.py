@@ -279,7 +279,7 @@ def test_sequences_that_break_a_limit_fail_and_leave_the_others_as_they_are(make
     fails("leaves the pool of 64", block_ids(1, -1))
     fails("positions 0 to 21", block_ids(1, 2), count=21)
     fails("token id 384 is not in the vocabulary", block_ids(1, 2), [384] * 20)
-    fails("cannot be sampled: token ids 384", block_ids(1, 2), logit_bias={384: 1.0})
+    fails("cannot be sampled: token ids leave the vocabulary of 384", block_ids(1, 2), logit_bias={384: 1.0})
     fails("cannot be sampled", block_ids(1, 2), logit_bias={1 << 40: 1.0})
     fails("21 log probabilities are more than 20", block_ids(1, 2), num_logprobs=21)
     banned: dict[str, Any] = {
