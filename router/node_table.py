@@ -241,7 +241,7 @@ class NodeTable:
         if self.can_serve({node.role for node in self if not node.leaving}):
             return None
         missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
-        return f"no {' and no '.join(missing)} node is registered (or a mixed node instead)"
+        return f"no {' and no '.join(missing)} node is registered, and no mixed node"
 
     # ------------------------------------------------------------ registration
 

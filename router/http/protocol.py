@@ -33,6 +33,7 @@ FIRST_PROBE_S = 1.0
 
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 _CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 logger = logging.getLogger(__name__)
@@ -269,7 +270,7 @@ class Cycle(RequestResponseCycle):
     """A request and its answer, which may end the connection before the request is here.
 
     The head of an answer waits for the first part of the body, so that both cost one system call. A client of HTTP/1.0
-    knows no chunks: a stream ends with the connection.
+    knows no chunks: a stream ends with the connection. Answers to HEAD, and those with status 204 or 304, have no body.
     """
 
     linger: Callable[[], None]
@@ -299,7 +300,7 @@ class Cycle(RequestResponseCycle):
             self.keep_alive = False
         elif not self.keep_alive:
             lines.append(b"connection: close")
-        if self.scope["method"] == "HEAD":
+        if self.scope["method"] == "HEAD" or status in _WITHOUT_BODY:
             self._num_missing = 0
         elif b"content-length" in given:
             self._num_missing = int(given[b"content-length"])
