@@ -8,8 +8,6 @@ from typing import Any
 
 import msgspec
 
-from kvrelay.machine.contract import Received
-
 SECRET = frozenset(
     {
         # tokens
@@ -48,8 +46,6 @@ def without_prompts(value: Any) -> Any:
 
 
 def _map(value: Any, *, secret: bool) -> Any:
-    if isinstance(value, Received):
-        value = msgspec.structs.replace(value, encoded=b"")  # zeros would be no message
     if isinstance(value, msgspec.Struct):
         changes = {name: _map(getattr(value, name), secret=secret or name in SECRET) for name in _fields(value)}
         return msgspec.structs.replace(value, **changes)
