@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.cluster.tables import nodes_table
 from kvrelay.config.cluster_config import OVERRIDES, ClusterConfig
+from kvrelay.errors import KVRelayError
 from kvrelay.runtime.listening import CONNECTION_BACKLOG
 from kvrelay.runtime.logging import resolved_format
 from kvrelay.runtime.runtime_dir import VARIABLE, runtime_dir
@@ -48,15 +50,16 @@ async def up(
     display = Display(console, [spec.name for spec in specs], as_json=log_format == "json")
 
     async def probe() -> str | None:
-        return await asyncio.to_thread(_not_up_because, client, config)
+        return await asyncio.to_thread(readiness.not_up_because)
 
     async def on_ready() -> None:
-        display.show(nodes_table(await asyncio.to_thread(client.status)))
+        display.show(nodes_table(readiness.status))
         display.say(f"ready: {config.router.url}/v1 serves {config.model.name}")
         if after_ready is not None:
             await after_ready(supervisor, display)
 
     with ClusterClient(config.router.admin_url, key=read_admin_key(config.router.admin_key_file)) as client:
+        readiness = Readiness(client, [node.name for node in config.nodes])
         supervisor = Supervisor(
             specs, config.cluster, display, probe=probe, on_ready=on_ready, on_stopping=listener.close
         )
@@ -68,14 +71,27 @@ async def up(
             ignore_stop_signals()
 
 
-def _not_up_because(client: ClusterClient, config: ClusterConfig) -> str | None:
-    """Return why the cluster is not ready, or None if it can serve and every node is registered."""
-    reason = client.not_ready_because()
-    if reason is not None:
-        return reason
-    there = {node["name"] for node in client.status()["nodes"]}
-    missing = [node.name for node in config.nodes if node.name not in there]
-    return f"{', '.join(missing)} not registered yet" if missing else None
+class Readiness:
+    """Tells whether a cluster is up: its router can serve, and every node of the config is registered."""
+
+    def __init__(self, client: ClusterClient, nodes: Sequence[str]) -> None:
+        self._client = client
+        self._nodes = nodes
+        self.status: dict[str, Any] = {}
+        """The status of the cluster when it was asked for last."""
+
+    def not_up_because(self) -> str | None:
+        """Return why the cluster is not up, or None if it is. A router that ends meanwhile is a reason to wait."""
+        reason = self._client.not_ready_because()
+        if reason is not None:
+            return reason
+        try:
+            self.status = self._client.status()
+        except KVRelayError as error:
+            return str(error)
+        there = {node["name"] for node in self.status["nodes"]}
+        missing = [name for name in self._nodes if name not in there]
+        return f"{', '.join(missing)} not registered yet" if missing else None
 
 
 def process_specs(config: ClusterConfig, path: Path, listener: int | None = None) -> list[ProcessSpec]:

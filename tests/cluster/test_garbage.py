@@ -222,8 +222,9 @@ def addresses(cluster: Cluster, ports: Sequence[int], files: Sequence[Path]) -> 
 
 def say_all(where: Sequence[str], sent: Sequence[Sequence[bytes]], name: str | None = None) -> None:
     """Send each message to each address from a stranger of its own, or all from strangers that use ``name``."""
-    with zmq.Context() as context:
-        for address in where:
+    for address in where:
+        # A context for each: closed sockets count against its limit while they linger.
+        with zmq.Context() as context:
             for number, parts in enumerate(sent):
                 with context.socket(zmq.DEALER) as dealer:
                     dealer.setsockopt(zmq.ROUTING_ID, (name or f"stranger#{number}").encode())

@@ -255,8 +255,11 @@ class Cluster:
 
     @staticmethod
     def title(pid: int) -> str:
-        """Return what ``ps`` shows of a process."""
-        return " ".join(psutil.Process(pid).cmdline()).strip()
+        """Return what ``ps`` shows of a process; nothing if it has ended, perhaps since it was listed."""
+        try:
+            return " ".join(psutil.Process(pid).cmdline()).strip()
+        except psutil.NoSuchProcess:
+            return ""
 
     def incarnations(self) -> dict[str, str]:
         """Return which start of each node is registered: its pid, because the incarnation itself is not public."""

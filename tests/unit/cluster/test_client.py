@@ -11,6 +11,7 @@ import pytest
 from kvrelay.cluster.cli import app
 from kvrelay.cluster.client import ClusterClient, ClusterUnreachableError
 from kvrelay.cluster.operate import reset_prefix_cache, restart
+from kvrelay.cluster.up import Readiness
 from kvrelay.errors import KVRelayError
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -52,6 +53,26 @@ def chat_router(stream: str, requests: list[httpx.Request] | None = None) -> Han
 def test_readiness(handler: Handler, reason: str | None) -> None:
     with client_of(handler) as client:
         assert client.not_ready_because() == reason
+
+
+def test_cluster_is_up_when_all_nodes_are_there_and_a_router_that_ends_meanwhile_is_waited_for() -> None:
+    answers: list[Handler] = [
+        lambda _: httpx.Response(200, json={"nodes": [{"name": "p0"}]}),
+        refused,
+        lambda _: httpx.Response(503, json={"error": {"message": "not now"}}),
+        lambda _: httpx.Response(200, json={"nodes": [{"name": "d0"}, {"name": "p0"}]}),
+    ]
+
+    def router(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200) if request.url.path == "/ready" else answers.pop(0)(request)
+
+    with client_of(router) as client:
+        readiness = Readiness(client, ["p0", "d0"])
+        assert readiness.not_up_because() == "d0 not registered yet"
+        assert "no answer from http://router" in str(readiness.not_up_because())
+        assert readiness.not_up_because() == "not now"
+        assert readiness.not_up_because() is None
+        assert len(readiness.status["nodes"]) == 2
 
 
 def test_chat_streams_the_text_and_names_the_request() -> None:

@@ -37,13 +37,20 @@ def children_of_the_session() -> None:
 
 
 def workers() -> list[psutil.Process]:
-    children = set(psutil.Process().children()) - OTHERS
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in set(psutil.Process().children()) - OTHERS if memory_of(child) > 0]
 
 
 def busy_workers() -> list[psutil.Process]:
     """Return the workers that have begun: their imports take a tenth of that."""
-    return [worker for worker in workers() if worker.memory_info().rss > 120 << 20]
+    return [worker for worker in workers() if memory_of(worker) > 120 << 20]
+
+
+def memory_of(process: psutil.Process) -> int:
+    """Return the resident bytes of ``process``; none if it has ended, perhaps since it was listed, as a zombie has."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 async def tokenize(cluster: FakeCluster, content: bytes) -> httpx.Response:
