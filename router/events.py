@@ -54,6 +54,10 @@ class CancelRequested(msgspec.Struct, frozen=True):
     request_id: RequestId
 
 
+class ClientsFinished(msgspec.Struct, frozen=True):
+    """After ``FinishClients``: all connections of clients have ended."""
+
+
 class StopMatched(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The text of this request contains a stop string; no further tokens are needed."""
 
@@ -151,6 +155,10 @@ class Deliver(msgspec.Struct, frozen=True, tag=True, array_like=True):
     delivery: Delivery
 
 
+class FinishClients(msgspec.Struct, frozen=True):
+    """Accept no more connections, and let those that there are end with their next answer: ClientsFinished follows."""
+
+
 class DumpReported(msgspec.Struct, frozen=True):
     """Tell the operator who asked for ``dump_id``: ``process`` has written its recording to ``path``, or the error."""
 
@@ -178,7 +186,7 @@ class CacheResetEnded(msgspec.Struct, frozen=True):
     nodes: tuple[NodeReset, ...]
 
 
-RouterAction: TypeAlias = Deliver | DumpReported | CacheResetEnded
+RouterAction: TypeAlias = Deliver | FinishClients | DumpReported | CacheResetEnded
 """Actions of the router's own."""
 
 RouterOutbox: TypeAlias = RoleOutbox[RouterAction]

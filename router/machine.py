@@ -45,9 +45,11 @@ from router.events import (
     CacheResetRequested,
     CancelRequested,
     ClientGone,
+    ClientsFinished,
     DrainRequested,
     DumpReported,
     DumpRequested,
+    FinishClients,
     NewRequest,
     NodesFound,
     RegistryLost,
@@ -73,6 +75,7 @@ RouterEvent: TypeAlias = (
     | Started
     | Resumed
     | StopRequested
+    | ClientsFinished
     | Submitted
     | ClientGone
     | CancelRequested
@@ -88,6 +91,12 @@ RouterMessage: TypeAlias = NodeToRouter | Heartbeat
 
 DRAIN = "drain"
 """Key of the drain timer: when it fires, all remaining requests fail."""
+
+LAST_CLIENTS = "last_clients"
+"""Key of the timer of ``LAST_CLIENTS_S``."""
+
+LAST_CLIENTS_S = 5.0
+"""Seconds a router that stops waits for clients when it has no request: one that does not read might stay for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,10 @@ class RouterMachine:
         self._outbox = RouterOutbox()
         self._unexpected = UnexpectedMessages(self._outbox)
         self._stopping = False
+        self._clients_gone = False
+        """Whether a router that stops waits for clients no more. What they submit all the same is refused."""
+        self._awaits_last_clients = False
+        """Whether the timer ``LAST_CLIENTS`` is set."""
         decode_alone = settings.local_prefill_tokens is not None
         self.node_table = NodeTable(
             settings.model, settings.peer_timeout_s, decode_alone=decode_alone, expected=settings.expected_nodes
@@ -150,7 +163,7 @@ class RouterMachine:
         self._outbox.now = now
         self._on_event(event)
         if self._stopping and not self.requests:
-            self._outbox.do(Exit("stopped"))
+            self._end()
         return self._outbox.take()
 
     def unready_reason(self) -> str | None:
@@ -192,6 +205,8 @@ class RouterMachine:
                 self._nodes.resumed(paused_s)
             case StopRequested():
                 self._stop()
+            case ClientsFinished():
+                self._clients_gone = True
             case _:
                 assert_never(event)
 
@@ -257,19 +272,33 @@ class RouterMachine:
             self._cache_resets.beat()
             self._self_check.beat(None if self.requests else self.requests.counters.submitted)
         elif key == DRAIN:
-            self.requests.fail_all(NoNodeError("the router is stopping"))
+            self._stop_now()
+        elif key == LAST_CLIENTS:
+            self._awaits_last_clients, self._clients_gone = False, not self.requests
         else:
             raise LocalProtocolError(f"the router has no timer {key!r}")
 
     def _submit(self, requests: tuple[NewRequest, ...]) -> None:
-        if self._stopping:
+        if self._clients_gone:
             self.requests.refuse(requests, NoNodeError("the router is stopping"))
         else:
             self.requests.submit(requests)
 
     def _stop(self) -> None:
         if self._stopping:
-            self.requests.fail_all(NoNodeError("the router is stopping"))
+            self._stop_now()
             return
         self._stopping = True
-        self._outbox.do(SetTimer(DRAIN, self._outbox.now + self._drain_timeout_s))
+        self._outbox.do(FinishClients(), SetTimer(DRAIN, self._outbox.now + self._drain_timeout_s))
+
+    def _stop_now(self) -> None:
+        self._clients_gone = True
+        self.requests.fail_all(NoNodeError("the router is stopping"))
+
+    def _end(self) -> None:
+        """Exit, or let clients that still write a request or read an answer do so."""
+        if self._clients_gone:
+            self._outbox.do(Exit("stopped"))
+        elif not self._awaits_last_clients:
+            self._awaits_last_clients = True
+            self._outbox.do(SetTimer(LAST_CLIENTS, self._outbox.now + LAST_CLIENTS_S))

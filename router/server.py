@@ -24,12 +24,12 @@ from router.http.api_keys import ApiKeys
 from router.http.app import make_app
 from router.http.operators import OperatorsOnly, make_operators_app
 from router.http.protocol import HttpLimits
-from router.http.server import http_limits, http_server, tls_files
+from router.http.server import HttpServer, http_limits, http_server, tls_files
 from router.http.state import state_routes
 from router.memory import return_large_blocks
 from router.metrics import Metrics
 from router.model import load_model
-from router.service import RouterService
+from router.service import Clients, RouterService
 from router.traces import KEPT_TIMELINES, open_tracing, require_library
 from router.workers.pool import Workers
 
@@ -73,16 +73,16 @@ async def serve(config: ClusterConfig) -> str:
     limits = http_limits(config.router)
     in_workers = config.router.workers > 1
     async with (
-        _serving_in_workers(service, metrics) if in_workers else _serving_here(service, metrics, keys),
+        _serving_in_workers(service, metrics) if in_workers else _serving_here(service, metrics, keys) as clients,
         _serving(operators, "router.admin_port", config.router.admin_address, limits),
     ):
         tune_gc()
         startup.report(READY)
-        return await service.run()
+        return await service.run(clients)
 
 
 @contextlib.asynccontextmanager
-async def _serving_here(service: RouterService, metrics: Metrics, keys: ApiKeys | None) -> AsyncIterator[None]:
+async def _serving_here(service: RouterService, metrics: Metrics, keys: ApiKeys | None) -> AsyncIterator[Clients]:
     """Serve clients in this process for the context."""
     router, timelines = service.config.router, service.machine.requests.timelines
 
@@ -94,16 +94,16 @@ async def _serving_here(service: RouterService, metrics: Metrics, keys: ApiKeys 
     app: ASGIApp = make_app(service, metrics, state_routes(service, metrics), keys, None, *traced)
     if router.access_log:
         app = AccessLog(app, service.clock.now)
-    async with _serving(app, CLIENTS, (router.host, router.port), http_limits(router), tls_files(router)):
+    async with _serving(app, CLIENTS, (router.host, router.port), http_limits(router), tls_files(router)) as server:
         try:
-            yield
+            yield server
         finally:
             if tracing is not None:
                 await tracing.close()
 
 
 @contextlib.asynccontextmanager
-async def _serving_in_workers(service: RouterService, metrics: Metrics) -> AsyncIterator[None]:
+async def _serving_in_workers(service: RouterService, metrics: Metrics) -> AsyncIterator[Clients]:
     """Serve clients in worker processes for the context."""
     router = service.config.router
     tls_files(router)  # if they are wrong, the router says so and not each worker
@@ -112,19 +112,19 @@ async def _serving_in_workers(service: RouterService, metrics: Metrics) -> Async
         workers = Workers(service, metrics, listener)
         service.http_workers = workers.status
         async with workers.serving():
-            yield
+            yield workers
 
 
 @contextlib.asynccontextmanager
 async def _serving(
     app: ASGIApp, key: str, address: tuple[str, int], limits: HttpLimits, tls: tuple[str, str] | None = None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[HttpServer]:
     """Serve ``app`` at ``address`` for the context. Raises ConfigError that names ``key`` if it is in use."""
     server = http_server(app, *address, limits, tls)
     with _listen(key, *address) as listener:
         task = asyncio.create_task(server.serve([listener]))
         try:
-            yield
+            yield server
         finally:
             server.should_exit = True
             await task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import zmq
 
@@ -27,9 +28,11 @@ from router.events import (
     CacheResetRequested,
     CancelRequested,
     ClientGone,
+    ClientsFinished,
     Deliver,
     DrainRequested,
     DumpReported,
+    FinishClients,
     NewRequest,
     NodeReset,
     RequestErrored,
@@ -76,6 +79,13 @@ def router_settings(config: ClusterConfig, incarnation: str) -> RouterSettings:
     )
 
 
+class Clients(Protocol):
+    """What serves clients: an HTTP server, or the worker processes that have one each."""
+
+    async def finish(self) -> None:
+        """Accept no more connections; return when those that there are have ended."""
+
+
 class RouterService:
     """The machine, its shell, and the sink of each request. All methods are called from the loop's thread."""
 
@@ -94,14 +104,15 @@ class RouterService:
         self._sinks: dict[RequestId, Sink] = {}
         self._resets: dict[int, asyncio.Future[tuple[NodeReset, ...]]] = {}
         self._shell: Shell | None = None
+        self._finishing: asyncio.Task[None] | None = None
         self.ended = asyncio.Event()
         """Set when the machine takes no requests any more."""
         self.control_addresses: list[str] = []
         self.http_workers: Callable[[], list[dict[str, object]]] = list
         """Returns the worker processes that serve clients, for operators."""
 
-    async def run(self) -> str:
-        """Serve until stopped and drained; return the reason.
+    async def run(self, clients: Clients) -> str:
+        """Serve ``clients`` until stopped and drained; return the reason.
 
         Raises ConfigError if it cannot listen for nodes, its keys cannot be read, or the registry's URL is invalid.
         """
@@ -111,6 +122,7 @@ class RouterService:
             dumps=self.dumps,
             handlers={
                 Deliver: self._deliver,
+                FinishClients: lambda _: self._finish(clients),
                 CacheResetEnded: self._reset_ended,
                 DumpReported: self.node_dumps.take,
             },
@@ -126,9 +138,18 @@ class RouterService:
                 return await shell.run(transport)
         finally:
             self.ended.set()
+            if self._finishing is not None:
+                self._finishing.cancel()
             self._end_all()
             transport.close()
             await self.preparer.close()
+
+    def _finish(self, clients: Clients) -> None:
+        async def finish() -> None:
+            await clients.finish()
+            self._post(ClientsFinished())
+
+        self._finishing = asyncio.create_task(finish())
 
     def _end_all(self) -> None:
         """End what was submitted too late for the machine to take it."""
@@ -207,7 +228,7 @@ class RouterService:
         self._post(DrainRequested(NodeId(node_id), stay_down))
 
     def stop(self) -> None:
-        """Accept nothing new, finish the running requests, then exit."""
+        """Accept no more connections, finish what clients have asked and ask on those there are, then exit."""
         self._post(StopRequested())
 
     def _post(self, event: object) -> None:

@@ -70,6 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_bytes = 0
         self._is_receiving = False
         self._is_refused = False
+        self._is_last = False
         self._deadline: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
         self._watchers: set[Callable[[], None]] = set()
@@ -102,6 +103,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._is_lost = True
         self._tell_watchers()
+
+    def finish(self, *, close_if_idle: bool) -> None:
+        """Close the connection after its present answer; if it is idle, after the next one, or now."""
+        self._is_last = True
+        if self._is_answering:
+            self.cycle.keep_alive = False
+        elif close_if_idle and not self._is_receiving:
+            self.transport.close()
 
     def watch(self, on_disconnect: Callable[[], None]) -> None:
         """Call ``on_disconnect`` when the client disconnects, at once if it has."""
@@ -160,6 +169,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_bytes = 0
         super().on_headers_complete()
         self.cycle.__class__ = Cycle
+        if self._is_last:
+            self.cycle.keep_alive = False
         self.cycle.linger = self.linger  # type: ignore[attr-defined]
         self._unanswered = [*self._being_answered(), self.cycle]
         self.scope[CONNECTION] = self  # type: ignore[literal-required]

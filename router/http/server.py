@@ -19,14 +19,37 @@ from router.http.protocol import HttpLimits, HttpProtocol
 FLUSH_TIMEOUT_S = 5
 """Seconds clients may take to read the rest of their responses when the router stops."""
 
+IDLE_GRACE_S = 1.0
+"""Seconds for which a server that finishes leaves idle connections open: their next request may be on its way."""
+
+_POLL_S = 0.05
+
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers; the shell installs its own."""
+    """uvicorn without its signal handlers, as the shell installs its own, and with an end that loses no request."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Install no signal handlers."""
         yield
+
+    async def finish(self) -> None:
+        """Accept nothing more, answer what comes on the open connections, and return when all have ended.
+
+        Each ends with its present answer, or with the next one; an idle one after ``IDLE_GRACE_S``. There is no limit
+        for answers: ``should_exit`` sets one.
+        """
+        if not self.started:
+            return
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            server.close()
+        idle_until_s = loop.time() + IDLE_GRACE_S
+        # Connections whose TLS handshake is not over are not among these.
+        while self.server_state.connections or (self.config.is_ssl and loop.time() < idle_until_s):
+            for connection in list(self.server_state.connections):
+                cast(HttpProtocol, connection).finish(close_if_idle=loop.time() >= idle_until_s)
+            await asyncio.sleep(_POLL_S)
 
 
 def http_server(

@@ -73,10 +73,12 @@ async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket,
     reporting = asyncio.create_task(service.report_regularly())
     channel.send(Ready())
     await service.serving.wait()
-    serving = asyncio.create_task(server.serve([listener]))
-    await service.stopping.wait()
-    server.should_exit = True
-    await serving
+    if not service.stopping.is_set():  # another worker could not start, and nobody is to be served
+        serving = asyncio.create_task(server.serve([listener]))
+        await service.stopping.wait()
+        await server.finish()
+        server.should_exit = True
+        await serving
     await service.preparer.close()
     if tracing is not None:
         await tracing.close()

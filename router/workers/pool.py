@@ -78,6 +78,7 @@ class Workers:
         self._config = msgspec.Raw(worker_config(service.config).model_dump_json(include=SECTIONS).encode())
         self._count = service.config.router.workers
         self._running: dict[int, Worker] = {}
+        self._keepers: Sequence[asyncio.Task[None]] = ()
         self._num_ready = 0
         self._all_ready, self._serving, self._stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._announced = service.max_model_len
@@ -89,7 +90,7 @@ class Workers:
         Raises WorkersFailedError if a worker cannot start.
         """
         self._listener.setblocking(False)
-        keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
+        keepers = self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
         watching = [asyncio.create_task(self._announce()), asyncio.create_task(self._probe())]
         try:
             await self._wait_until_ready(keepers)
@@ -98,7 +99,7 @@ class Workers:
         finally:
             for task in watching:
                 task.cancel()
-            await self._stop(keepers)
+            await self._end(keepers)
 
     def status(self) -> list[dict[str, object]]:
         """Return the processes that run, for operators."""
@@ -195,11 +196,20 @@ class Workers:
 
     # ------------------------------------------------------------ down
 
-    async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+    async def finish(self) -> None:
+        """Have all workers finish as ``HttpServer.finish`` says, and return when they have ended."""
+        self._stop()
+        await asyncio.wait(self._keepers)
+
+    def _stop(self) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            for worker in self._running.values():
+                worker.stop()
+
+    async def _end(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         """Let all workers finish, kill those that take too long, and return when none is left."""
-        self._stopping.set()
-        for worker in self._running.values():
-            worker.stop()
+        self._stop()
         await asyncio.wait(keepers, timeout=_KILL_AFTER_S)
         for worker in self._running.values():
             worker.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.asking import CONNECTION_LOST, Ask, answers, answers_while, assert_right, random_asks
+from support.asking import Ask, answers, answers_while, assert_right, random_asks
 from support.cluster import PATIENCE_S, Cluster, running, until
 from support.cluster_config import cluster_config, d, fake_engine, p
 
@@ -110,16 +110,22 @@ def test_connections_that_come_while_the_router_restarts_wait_for_the_next_one(m
             connection.close()
 
 
-def test_a_router_that_was_told_to_end_alone_comes_back(model: Path) -> None:
-    """What it has is finished, the nodes stay, and the cluster does not end."""
-    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.005))
-    asks = long_asks(73, 16)
+@pytest.mark.parametrize("keep_alive", [False, True], ids=["new connections", "kept connections"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_router_is_restarted_under_load(model: Path, workers: int, keep_alive: bool) -> None:
+    """What it has is finished, what comes meanwhile waits for the next one, and the nodes stay."""
+    config = cluster_config(model, p(), d(), engine=fake_engine(step_s=0.005), router={"workers": workers})
+    asks = [Ask(ask.prompt, 100, ask.temperature, ask.seed) for ask in random_asks(73, 96)]
     with running(config) as cluster:
         pid, before = cluster.pid("router"), cluster.incarnations()
-        given = answers_while(cluster, asks, lambda: os.kill(pid, signal.SIGTERM), limit=8, first=2)
-        assert assert_right(cluster, asks, given, CONNECTION_LOST, (503, "no_node_available")) >= 8
-        until("another router runs", lambda: not psutil.pid_exists(pid))
+
+        def restart() -> None:
+            os.kill(pid, signal.SIGTERM)
+            until("another router runs", lambda: not psutil.pid_exists(pid))
+
+        given = answers_while(cluster, asks, restart, limit=16, first=2, keep_alive=keep_alive)
+        assert assert_right(cluster, asks, given) == len(asks)
+        assert cluster.pid("router") != pid
         cluster.wait_until_up()
         assert cluster.incarnations() == before
-        assert assert_right(cluster, asks, answers(cluster, asks)) == len(asks)
         cluster.wait_until_quiescent()

@@ -184,11 +184,11 @@ async def lines(response: httpx.Response) -> AsyncIterator[str]:
     assert not rest, f"the stream ended within a line: {rest!r}"
 
 
-def play(cluster: Cluster, scenario: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:
-    """Run ``scenario`` with a client of ``cluster``."""
+def play(cluster: Cluster, scenario: Callable[[Asker], Coroutine[Any, Any, T]], *, keep_alive: bool = False) -> T:
+    """Run ``scenario`` with a client of ``cluster``, which may keep its connections."""
 
     async def bounded() -> T:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=PATIENCE_S, trust_env=False, limits=limits) as http:
             return await asyncio.wait_for(scenario(Asker(http)), 2 * PATIENCE_S)
 
@@ -213,7 +213,13 @@ def answers(cluster: Cluster, asks: Sequence[Ask], *, limit: int = 16) -> list[A
 
 
 def answers_while(
-    cluster: Cluster, asks: Sequence[Ask], act: Callable[[], object], *, limit: int = 16, first: int = 0
+    cluster: Cluster,
+    asks: Sequence[Ask],
+    act: Callable[[], object],
+    *,
+    limit: int = 16,
+    first: int = 0,
+    keep_alive: bool = False,
 ) -> list[Answer]:
     """Return the answers to ``asks``, ``limit`` at once; when ``first`` of them are there, ``act`` takes its course."""
 
@@ -238,7 +244,7 @@ def answers_while(
         finally:
             load.cancel()
 
-    return play(cluster, scenario)
+    return play(cluster, scenario, keep_alive=keep_alive)
 
 
 def assert_right(cluster: Cluster, asks: Sequence[Ask], given: Sequence[Answer], *ends: Ends) -> int:

@@ -15,7 +15,16 @@ from kvrelay.protocol.messages.base import ErrorInfo, Message
 from kvrelay.protocol.messages.node_to_router import DecodeNeeded, RequestFailed, RequestOutput, TokensOut
 from kvrelay.protocol.messages.router_to_node import Generate, Prefill
 from kvrelay.protocol.request import FinishReason, RequestSpec, SamplingParams
-from router.events import Deliver, Delivery, NewRequest, RequestEnded, RequestErrored, Submitted, TokensDelivered
+from router.events import (
+    Deliver,
+    Delivery,
+    FinishClients,
+    NewRequest,
+    RequestEnded,
+    RequestErrored,
+    Submitted,
+    TokensDelivered,
+)
 from router.expected_nodes import ExpectedNode
 from router.limits import Limits
 from router.machine import RouterEvent, RouterMachine, RouterSettings
@@ -58,6 +67,8 @@ class Driver:
         self.sent: list[tuple[str, Message]] = []
         self.delivered: dict[str, list[Delivery]] = defaultdict(list)
         self.timers: dict[Hashable, float] = {}
+        self.num_finishes = 0
+        """How often clients were to finish."""
         self.exited = False
         self.do(Started())
         for name in nodes.split():
@@ -77,6 +88,8 @@ class Driver:
                     self.timers[key] = at_s
                 case CancelTimer(key=key):
                     self.timers.pop(key, None)
+                case FinishClients():
+                    self.num_finishes += 1
                 case Exit():
                     self.exited = True
         return actions

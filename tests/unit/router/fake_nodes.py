@@ -252,7 +252,10 @@ async def fake_cluster(
     settings, clock = config(roles, **router), Clock()
     model = load_model(settings)
     service = RouterService(settings, model, clock)
-    running = asyncio.create_task(service.run())
+    app = clients_app(service, ApiKeys.of(settings.router, clock.now, env={}))
+    tls = tls_files(settings.router)
+    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router), tls)
+    running = asyncio.create_task(service.run(server))
     await until(lambda: service.control_addresses)
     nodes = [FakeNode(f"n{i}", role, script, model.tokenizer.encode) for i, role in enumerate(roles.split())]
     for node in nodes:
@@ -260,9 +263,6 @@ async def fake_cluster(
         node.num_taken = partial(_num_taken, service)
         node.join(service.control_addresses[0])
     beating = asyncio.create_task(_beat(nodes))
-    app = clients_app(service, ApiKeys.of(settings.router, clock.now, env={}))
-    tls = tls_files(settings.router)
-    server = http_server(app, "127.0.0.1", 0, http_limits(settings.router), tls)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         http = asyncio.create_task(server.serve([listener]))

@@ -523,34 +523,6 @@ def test_retryable_failure_is_not_seen_by_the_client() -> None:
     run(scenario, Script(fail_with=error, fail_times=1))
 
 
-def test_stopping_router_finishes_the_stream_and_refuses_what_is_new() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        body = {"prompt": "a", "max_tokens": 40}
-        running = asyncio.create_task(cluster.client.post("/v1/completions", json=body))
-        await until(lambda: len(cluster.service.machine.requests) == 1)
-        cluster.service.stop()
-        await until(cluster.service.machine.unready_reason)
-        late = await cluster.client.post("/v1/completions", json=body)
-        assert late.status_code == 503
-        assert (await running).json()["usage"]["completion_tokens"] == 40
-
-    run(scenario, Script(pace_s=0.005))
-
-
-def test_a_request_that_comes_when_the_router_has_ended_is_refused_like_others() -> None:
-    """Its connection may be open still: clients are given time to read."""
-
-    async def scenario(cluster: FakeCluster) -> None:
-        ended = asyncio.create_task(cluster.service.ended.wait())
-        cluster.service.stop()
-        await ended
-        for stream in (False, True):
-            late = await cluster.client.post("/v1/completions", json={"prompt": "a", "stream": stream})
-            assert (late.status_code, late.json()["error"]["code"]) == (503, "no_node_available")
-
-    run(scenario)
-
-
 def test_a_body_that_is_not_whole_when_the_server_ends_is_refused_like_others() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(cluster.url.rpartition(":")[2]))

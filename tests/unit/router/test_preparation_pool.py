@@ -146,10 +146,11 @@ def test_too_many_long_bodies_are_429() -> None:
     run(scenario, preparation_workers=1)
 
 
-def test_router_that_stops_ends_busy_workers() -> None:
+def test_router_that_stops_at_once_ends_busy_workers() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         lost = asyncio.create_task(tokenize(cluster, LONG))
         await until(workers)
+        cluster.service.stop()
         cluster.service.stop()
         assert failure(await lost) == (503, "preparation_failed")
 

@@ -14,6 +14,7 @@ from kvrelay.protocol.request import FinishReason
 from router.events import (
     CancelRequested,
     ClientGone,
+    ClientsFinished,
     DrainRequested,
     RequestEnded,
     RequestErrored,
@@ -21,6 +22,7 @@ from router.events import (
     TokensDelivered,
 )
 from router.limits import Limits
+from router.machine import LAST_CLIENTS_S
 from router.requests import MAX_DISPATCHED_AT_ONCE
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -586,15 +588,47 @@ def test_node_that_leaves_gets_nothing_new_and_finishes_what_it_has(how: str) ->
     assert driver.machine.requests.counters.nodes_lost == 0
 
 
-def test_stopping_router_finishes_what_runs_and_exits() -> None:
+def test_stopping_router_finishes_what_its_clients_ask_and_exits_when_they_have_left() -> None:
     driver = Driver("m0")
     driver.submit()
     driver.do(StopRequested())
-    assert not driver.exited
+    assert driver.num_finishes == 1
     assert driver.machine.unready_reason() == "the router is stopping"
     driver.submit(new_request("late"))
-    assert driver.error_code("late") == "no_node_available"
     driver.tokens("m0", 0, [1], finish=STOP)
+    driver.tokens("m0", 0, [2], finish=STOP, request_id="late", epoch=2)
+    assert driver.output("late") == [2]
+    assert not driver.exited
+    driver.do(ClientsFinished())
+    assert driver.num_finishes == 1
+    assert driver.exited
+
+
+def test_stopping_router_finishes_its_requests_when_all_connections_have_ended() -> None:
+    driver = Driver("m0")
+    driver.submit()
+    driver.do(StopRequested())
+    driver.do(ClientsFinished())
+    assert not driver.exited
+    driver.tokens("m0", 0, [1], finish=STOP)
+    assert driver.exited
+
+
+def test_stopping_router_waits_some_seconds_for_clients_that_have_no_request() -> None:
+    """They write one, or read an answer. One that does neither would hold up the next router for ever."""
+    driver = Driver("m0")
+    driver.do(StopRequested())
+    driver.wait(LAST_CLIENTS_S - 0.1)
+    driver.join("m0")
+    driver.submit()
+    driver.wait(0.2)
+    assert not driver.exited
+    driver.tokens("m0", 0, [1], finish=STOP)
+    driver.wait(LAST_CLIENTS_S - 0.1)
+    assert not driver.exited
+    driver.wait(0.2)
+    driver.submit(new_request("late"))
+    assert driver.error_code("late") == "no_node_available"
     assert driver.exited
 
 

@@ -231,10 +231,9 @@ def test_a_router_that_ends_ends_the_requests_of_its_workers() -> None:
         asked = asyncio.create_task(complete(workers.a, max_tokens=400))
         await until(lambda: len(workers.router.service.machine.requests) == 1)
         workers.router.service.stop()
-        refused = await complete(workers.b)
+        late = asyncio.create_task(complete(workers.b, max_tokens=400))
         workers.router.service.stop()
-        answer = await asked
-        for one in (answer, refused):
+        for one in await asyncio.gather(asked, late):
             assert (one.status_code, one.json()["error"]["code"]) == (503, "no_node_available")
 
     run(check, Script(pace_s=0.002))
