@@ -1,14 +1,15 @@
 """Routing policies: time to first token and prefix hits of a multi-turn load on 4 prefill and 4 decode nodes.
 
-    python benchmarks/routing.py [--seeds 3] [--policies cache_aware least_loaded ...]
+    python benchmarks/routing.py [--seeds 3] [--policies cache_aware least_loaded ...] [--baseline random]
 
 The real state machines of router, nodes and messagers run in virtual time on a simulated network, so the result does
 not depend on this machine. Steps take the time of an 8B model on a 40 GB accelerator (``support/cost_model.py``); pools
 have 2,000 blocks, so that prefix caches evict. The load (``support/chats.py``): chats of 2 to 8 turns, 72 at once, each
 turn with the whole history before it and 1 s after the answer on average; answers of 16 tokens. Chats of one group
 begin with the same system prompt of 1,000 tokens; there are 4 groups of 30. Every policy gets the same chats and
-chooses prefill and decode nodes. Ratios are to ``random``, medians over the seeds. ``late`` and ``early``: how much
-later and earlier than predicted first tokens came, divided by the number of all; only for a policy that predicts.
+chooses prefill and decode nodes. Ratios are to ``--baseline``: their median over the seeds, and their quartiles.
+``late`` and ``early``: how much later and earlier than predicted first tokens came, divided by the number of all; only
+for a policy that predicts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from router.events import Deliver
 
 NUM_GROUPS, CHATS_PER_GROUP, NUM_AT_ONCE, ANSWER_TOKENS, THINK_S = 4, 30, 72, 16, 1.0
 NUM_BLOCKS = 2_000
+MIN_FOR_QUARTILES = 4
 
 
 @dataclass(frozen=True)
@@ -143,27 +145,27 @@ def measure(policy: RoutingPolicy, seed: int) -> Result:
         return world.result
 
 
-def report(results: dict[RoutingPolicy, list[Result]]) -> Table:
+def report(results: dict[RoutingPolicy, list[Result]], baseline: RoutingPolicy) -> Table:
     table = Table(
         "policy",
         "mean TTFT ms",
         "P50",
         "P90",
         "P99",
-        "mean / random",
+        f"mean / {baseline}",
         "prompt tokens cached",
         "total s",
         "late ms",
         "early ms",
     )
-    base = results.get("random")
+    base = results.get(baseline)
     for policy, runs in results.items():
         ratios = [run.mean_ms / other.mean_ms for run, other in zip(runs, base or [], strict=False)]
         columns = [statistics.median(run.mean_ms for run in runs)]
         columns += [statistics.median(run.percentile_ms(percent) for run in runs) for percent in (50, 90, 99)]
         share = statistics.median(run.num_cached_tokens / run.num_prompt_tokens for run in runs)
         total = statistics.median(run.total_s for run in runs)
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+        ratio = _with_quartiles(ratios) if base is not runs else ""
         errors = [
             statistics.median(1e3 * seconds / len(run.ttft_s) for run, seconds in zip(runs, sums, strict=True))
             for sums in ([run.late_s for run in runs], [run.early_s for run in runs])
@@ -173,17 +175,28 @@ def report(results: dict[RoutingPolicy, list[Result]]) -> Table:
     return table
 
 
+def _with_quartiles(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    median = f"{statistics.median(ratios):.2f}"
+    if len(ratios) < MIN_FOR_QUARTILES:
+        return median
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"{median} ({low:.2f} to {high:.2f})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     names = get_args(RoutingPolicy)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--baseline", choices=names, default="random")
     options = parser.parse_args(arguments)
     runs = [(policy, seed) for seed in range(options.seeds) for policy in options.policies]
     results: dict[RoutingPolicy, list[Result]] = {policy: [] for policy in options.policies}
     for policy, seed in track(runs, "running", console=Console(stderr=True)):
         results[policy].append(measure(policy, seed))
-    Console(width=140).print(report(results))
+    Console(width=140).print(report(results, options.baseline))
 
 
 if __name__ == "__main__":
