@@ -19,7 +19,7 @@ from support.ports import free_ports
 from kvrelay.addresses import netloc
 
 CAPACITY_BYTES = 64 << 20
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 def why_no_mooncake() -> str | None:

@@ -21,6 +21,7 @@ from kvrelay.runtime.transport import Transport
 from kvstore.storage.interface import KVStore, PutOutcome
 
 WRITTEN, PRESENT = PutOutcome.WRITTEN, PutOutcome.PRESENT
+POLL_S = 0.05
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_host_nobody_knows_the_address_of(hosts: OwnerRoom) -> None:
 
 def test_a_host_that_does_not_answer_and_then_does(hosts: OwnerRoom, monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
-        async with opened(hosts, 1, timeout_s=0.3) as reader, opened(hosts, 2) as owner:
+        async with opened(hosts, 1, timeout_s=3.0) as reader, opened(hosts, 2) as owner:
             await owner.put(HASHES[:3], views(planes(3)))
             hang = asyncio.Event()
             local = backend_of(owner)._local
@@ -117,7 +118,8 @@ def test_a_host_that_does_not_answer_and_then_does(hosts: OwnerRoom, monkeypatch
             assert await hits(reader, 3) == []
             assert reader.counters.errors == 1
             hang.set()
-            assert await hits(reader, 3) == [0, 1, 2]
+            while await hits(reader, 3) != [0, 1, 2]:  # noqa: ASYNC110 (on a busy machine an answer may be late)
+                await asyncio.sleep(POLL_S)
 
     run(check())
 
@@ -155,7 +157,7 @@ def test_what_is_spoilt_at_its_owner_is_deleted_there(hosts: OwnerRoom) -> None:
 @pytest.mark.parametrize("spoilt", ["a byte", "short", "too few"])
 def test_what_is_spoilt_on_the_way_is_not_delivered(hosts: OwnerRoom, spoilt: str) -> None:
     async def check() -> None:
-        async with opened(hosts, 1, timeout_s=2.0) as reader, opened(hosts, 2) as owner:
+        async with opened(hosts, 1) as reader, opened(hosts, 2) as owner:
             await owner.put(HASHES[:3], views(planes(3)))
             values = [await hosts.read(owner, block_hash) for block_hash in HASHES[:3]]
             match spoilt:

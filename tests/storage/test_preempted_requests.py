@@ -39,7 +39,7 @@ from kvstore.storage.interface import KVStore
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 128
-PATIENCE_S = 60.0
+PATIENCE_S = 200.0
 EVERY = 3
 STORED = {"backend": "file", "resume": "storage", "min_read_tokens": 1, "timeout_s": 10.0, "read_timeout_s": 10.0}
 """For the node, which need not know what kind of store it has been given."""

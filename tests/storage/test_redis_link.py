@@ -16,7 +16,7 @@ from kvstore.storage.redis_link import RedisLink
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="no redis-server here")
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 120.0
 _MOST_TURNS = 60
 """Turns of the loop until a call has been answered, and more."""
 

@@ -253,7 +253,7 @@ def test_a_failure_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_operators_are_told() -> None:
     async def check() -> None:
-        store, backend, _ = scripted(SOON_S)
+        store, backend, _ = scripted()
         backend.error = StorageUnavailableError("down")
         with pytest.raises(StorageUnavailableError, match="down"):
             await store.stats()

@@ -60,6 +60,7 @@ def store(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def written(tmp_path: Path, *nodes: dict[str, Any], **storage: Any) -> Path:
     """Return the config file of a cluster with fake engines."""
     path = tmp_path / "cluster.yaml"
+    storage = {"timeout_s": 60.0, **storage}  # on a busy machine things take long
     config = cluster_config(tmp_path, *(nodes or (p(), d())), storage=storage, engine=fake_engine())
     path.write_text(yaml.safe_dump(config))
     return path
@@ -208,7 +209,7 @@ def test_redis_with_a_password_is_seen_and_when_it_is_gone_said_so(
         pytest.skip("no redis-server on this machine")
     with redis_server("--requirepass", PASSWORD) as server:
         url = f"redis://:{PASSWORD}@127.0.0.1:{server.port}/0"
-        config = written(tmp_path, backend="redis", url=url, timeout_s=5.0)
+        config = written(tmp_path, backend="redis", url=url)
         fill(config, 5)
         assert numbers(store("stats", config)) == ["redis", "5", "80"]
         assert store("verify", config).out == "5 blocks read, none corrupt\n"

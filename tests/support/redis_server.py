@@ -17,7 +17,7 @@ import redis
 
 from support.ports import free_ports
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 NUM_SLOTS = 16384
 
 
