@@ -34,11 +34,7 @@ NUM_CONNECTIONS = 20
 @pytest.fixture
 def ports(fake_cluster: Cluster) -> list[int]:
     """Every port a process of the cluster listens at."""
-    found = set()
-    for pid in fake_cluster.pids():
-        for connection in psutil.Process(pid).net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.port)
+    found = fake_cluster.listening()
     # The router's three, one of each node and one of each messager.
     assert len(found) == 3 + 4 + 4
     return sorted(found)
@@ -49,7 +45,7 @@ def files(fake_cluster: Cluster) -> list[Path]:
     """Every ipc socket a process of the cluster listens at; those of killed ones lie about until the cluster ends."""
     bound = {
         str(connection.laddr)
-        for pid in fake_cluster.pids()
+        for pid in fake_cluster.lasting()
         for connection in psutil.Process(pid).net_connections("unix")
     }
     found = [path for path in fake_cluster.runtime_files() if str(path) in bound]
@@ -60,9 +56,9 @@ def files(fake_cluster: Cluster) -> list[Path]:
 @pytest.fixture(autouse=True)
 def same_processes(fake_cluster: Cluster) -> Iterator[None]:
     """Fail a test that costs a process its life, or lets one grow."""
-    before = {pid: psutil.Process(pid).memory_info().rss for pid in fake_cluster.pids()}
+    before = fake_cluster.memory()
     yield
-    after = {pid: psutil.Process(pid).memory_info().rss for pid in fake_cluster.pids()}
+    after = fake_cluster.memory()
     assert after.keys() == before.keys()
     assert all(after[pid] - before[pid] < 64 << 20 for pid in before)
 

@@ -67,7 +67,7 @@ def test_tokens_are_right_and_kv_moves(cluster: Cluster) -> None:
 def test_nothing_listens_at_ipv4(cluster: Cluster) -> None:
     listening = [
         connection.laddr
-        for pid in cluster.pids()
+        for pid in cluster.lasting()
         for connection in psutil.Process(pid).net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]

@@ -15,12 +15,10 @@ from support.cluster_config import Config, cluster_config, d, fake_engine, m, p
 
 
 def test_ps_shows_role_and_name_of_each_process(fake_cluster: Cluster) -> None:
-    titles = {fake_cluster.title(pid) for pid in fake_cluster.pids()}
-
     nodes = {"kvrelay prefill p0", *(f"kvrelay decode d{index}" for index in range(3))}
     messagers = {f"kvrelay messager {name}" for name in ("p0", "d0", "d1", "d2")}
     supervisor = f"kvrelay up {fake_cluster.config_path}"
-    assert titles == {supervisor, "kvrelay router", *nodes, *messagers}
+    assert sorted(fake_cluster.lasting().values()) == sorted([supervisor, "kvrelay router", *nodes, *messagers])
 
 
 @pytest.mark.fault("F27")

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from support.cluster import until
+from support.cluster import has_ended, until
 from support.ports import free_ports
 
 MIB = 1 << 20
@@ -131,7 +131,7 @@ def test_worker_does_not_outlive_a_router_that_is_killed(tmp_path: Path) -> None
         (worker,) = until("a worker has begun", router.process.children)
         router.process.kill()
         router.process.wait()
-        worker.wait(60)
+        until("the worker has ended", lambda: has_ended(worker.pid))
 
 
 def test_soft_limit_of_descriptors_is_raised(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from support.asking import answers, assert_right, random_asks
-from support.cluster import PATIENCE_S, START_PATIENCE_S, Cluster, assert_ended_well, running, until
+from support.cluster import GONE_S, PATIENCE_S, START_PATIENCE_S, Cluster, assert_ended_well, has_ended, running, until
 from support.cluster_config import Config, cluster_config, d, fake_engine, m, p
 from support.cluster_fixtures import WriteCheckpoint
 
@@ -76,8 +77,7 @@ def test_a_node_is_told_to_end_in_each_stage_of_its_start(
         assert node.wait(PATIENCE_S) == 0
         assert not crash_reports(cluster)
         assert not cluster.runtime_files()
-        with pytest.raises(ProcessLookupError):
-            os.killpg(node.pid, 0)
+        until("nothing is left of its group", lambda: not group_of(node.pid), GONE_S)
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=["once", "twice"])
@@ -98,11 +98,9 @@ def test_a_cluster_is_told_to_end_while_it_starts(
 
 
 def test_a_cluster_says_what_it_waits_for(fake_cluster: Cluster) -> None:
-    shown = fake_cluster.log()
-
-    assert "kvrelay | starting router, p0, d0, d1, d2" in shown
-    for name in ("router", "p0", "d0", "d1", "d2"):
-        assert f"{name} | ready" in shown
+    names = ("router", "p0", "d0", "d1", "d2")
+    for line in (f"kvrelay | starting {', '.join(names)}", *(f"{name} | ready" for name in names)):
+        until(f"it says: {line}", lambda line=line: line in fake_cluster.log())  # type: ignore[misc]
 
 
 # ------------------------------------------------------------ what cannot start
@@ -176,9 +174,21 @@ def crash(pid: int) -> None:
     os.kill(pid, signal.SIGSEGV)
 
 
+def group_of(leader: int) -> list[int]:
+    """Return the processes that run of the group that ``leader`` led."""
+
+    def belongs(pid: int) -> bool:
+        with suppress(ProcessLookupError):  # it has ended since it was listed
+            return os.getpgid(pid) == leader and not has_ended(pid)
+        return False
+
+    return [pid for pid in psutil.pids() if belongs(pid)]
+
+
 def leftovers(cluster: Cluster) -> list[object]:
     """Return what is left of the processes of ``cluster``, the words of a crash included."""
-    return [*cluster.pids(), *cluster.runtime_files(), *crash_reports(cluster)]
+    until("the last processes are gone", lambda: not cluster.pids(), GONE_S)
+    return [*cluster.runtime_files(), *crash_reports(cluster)]
 
 
 def crash_reports(cluster: Cluster) -> list[str]:

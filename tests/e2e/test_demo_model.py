@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,10 @@ def pool(cluster: Cluster, node: str) -> KVMemory:
     geometry = geometry_of(cluster, node)
     pid = cluster.pid(node)
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:kvrelay-kv" in str(path.readlink()):
+        is_pool = False
+        with suppress(FileNotFoundError):  # it has been closed since it was listed
+            is_pool = "memfd:kvrelay-kv" in str(path.readlink())
+        if is_pool:
             content = path.read_bytes()
             num_blocks = (len(content) - TAG_BYTES) // geometry.block_bytes
             return KVMemory.attach(

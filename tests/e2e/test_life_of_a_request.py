@@ -53,10 +53,9 @@ def any_load(cluster: Cluster, *names: str) -> bool:
 
 
 def test_only_nodes_have_loaded_paddle(real_cluster: Cluster) -> None:
-    titles = {pid: real_cluster.title(pid) for pid in real_cluster.pids()}
+    titles = real_cluster.lasting()
     with_paddle = {title for pid, title in titles.items() if "paddle" in Path(f"/proc/{pid}/maps").read_text()}
 
     assert with_paddle == {"kvrelay prefill p0", *(f"kvrelay decode d{index}" for index in range(3))}
-    preparing = "kvrelay router preparation"  # there for a while after a long body
-    assert len([title for title in titles.values() if title != preparing]) == 2 + 4 + 4, titles
+    assert len(titles) == 2 + 4 + 4, titles
     assert all(psutil.Process(pid).children() for pid in (real_cluster.pid("p0"), real_cluster.pid("d0")))

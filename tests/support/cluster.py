@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import yaml
 
 from kvrelay.config.cluster_config import ClusterConfig, FakeEngineConfig
 from support.cluster_config import Config
+from support.leaks import files_below
 
 T = TypeVar("T")
 
@@ -30,6 +31,9 @@ PATIENCE_S = 120.0
 """What has not happened by then never will; on a busy machine things take long."""
 
 START_PATIENCE_S = 240.0
+GONE_S = 10.0
+"""A process that has closed its pipes is there until the kernel is done with it: on a busy machine, for a moment."""
+
 POLL_S = 0.02
 SETTLED_HEARTBEATS = 3
 """Heartbeats after which a node's load tells of everything, its messager's report included, that was when asked."""
@@ -51,6 +55,14 @@ def until(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_
             return seen
         assert time.monotonic() < deadline_s, f"not within {patience_s:g} s: {what}"
         time.sleep(POLL_S)
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process runs no more. In some containers nobody ever takes note of the end of an orphan."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _end_with_parent() -> None:
@@ -146,9 +158,34 @@ class Cluster:
                 continue
         return found
 
+    def lasting(self) -> dict[int, str]:
+        """Return the processes that run until somebody ends them, by pid, with what ``ps`` shows of each.
+
+        Those that prepare long requests come and go by themselves.
+        """
+        titles = {pid: self.title(pid) for pid in self.pids()}
+        return {pid: title for pid, title in titles.items() if title and "preparation" not in title}
+
+    def memory(self) -> dict[int, int]:
+        """Return the resident bytes of each lasting process."""
+        found = {}
+        for pid in self.lasting():
+            with suppress(psutil.NoSuchProcess):
+                found[pid] = int(psutil.Process(pid).memory_info().rss)
+        return found
+
+    def listening(self) -> set[int]:
+        """Return every TCP port at which a lasting process listens."""
+        return {
+            connection.laddr.port
+            for pid in self.lasting()
+            for connection in psutil.Process(pid).net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
     def runtime_files(self) -> list[Path]:
         """Return the sockets and directories the processes keep."""
-        return list(self._runtime_dir.rglob("*"))
+        return files_below(self._runtime_dir)
 
     def log(self) -> str:
         """Return what the processes have written so far."""
@@ -156,14 +193,17 @@ class Cluster:
 
     def close(self) -> None:
         """Kill what is left and forget it; a clean end comes before."""
+        self.http.close()
+        self.admin.close()
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.kill()
                 self._process.wait()
             for pid in self.pids():
-                os.kill(pid, signal.SIGKILL)
-        self.http.close()
-        self.admin.close()
+                with suppress(ProcessLookupError):  # it has ended since it was listed
+                    os.kill(pid, signal.SIGKILL)
+            # What they still remove must not be in the way of removing the directory.
+            until("the killed processes have ended", lambda: not self.pids())
         if self._log_path.exists():
             print(self.log()[-8000:])
         shutil.rmtree(self.directory)
@@ -245,8 +285,11 @@ class Cluster:
     def pid(self, name: str) -> int:
         """Return the process of a node, or of the router."""
         if name == "router":
-            return next(pid for pid in self.pids() if self.title(pid) == "kvrelay router")
+            return until("the router runs", self._router_pid)
         return int(self.node(name)["pid"])
+
+    def _router_pid(self) -> int | None:
+        return next((pid for pid in self.pids() if self.title(pid) == "kvrelay router"), None)
 
     def messager_pid(self, node: str) -> int:
         """Return the process of a node's messager."""
@@ -295,6 +338,6 @@ def running(config: Config, prefix: Sequence[str] = ()) -> Iterator[Cluster]:
 def assert_ended_well(cluster: Cluster) -> None:
     """Wait for the end of ``cluster``; nothing may be left of it, and nothing may have broken in its life."""
     assert cluster.process.wait(PATIENCE_S) == 0
-    assert not cluster.pids()
+    until("the last processes are gone", lambda: not cluster.pids(), GONE_S)
     assert not cluster.runtime_files()
     assert "Traceback" not in cluster.log()

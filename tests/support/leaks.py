@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-SETTLE_S = 2.0
+SETTLE_S = 10.0
 """What is being torn down already (a thread past its last statement, a child just killed) may take this long to go."""
 
 _SELF = Path("/proc/self")
@@ -86,7 +87,12 @@ def _mappings() -> list[str]:
 
 def _files() -> list[str]:
     shared_memory = [path for path in _SHARED_MEMORY.iterdir() if _is_ours(path.name)]
-    return [f"file {path}" for path in (*shared_memory, *Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*"))]
+    return [f"file {path}" for path in (*shared_memory, *files_below(Path(os.environ["XDG_RUNTIME_DIR"])))]
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Return all files and directories in ``directory``, while processes may remove some of them."""
+    return [Path(where, name) for where, *names in os.walk(directory) for name in itertools.chain(*names)]
 
 
 def _is_ours(name: str) -> bool:
