@@ -127,9 +127,9 @@ def test_every_choice_of_an_answer_is_cancelled_by_its_id(cluster: Cluster) -> N
 
 
 def test_requests_end_at_their_deadline_in_whatever_phase_they_are(model: Path) -> None:
-    """Three prompts at once: one is decoded, one is computed and one waits when two seconds are over."""
+    """Three prompts at once: one is decoded, one is computed and one waits when five seconds are over."""
     engine = fake_engine(step_s=0.005, prefill_token_s=0.02, decode_token_s=0.02)
-    config = cluster_config(model, *nodes(), router={"request_timeout_s": 2.0}, engine=engine)
+    config = cluster_config(model, *nodes(), router={"request_timeout_s": 5.0}, engine=engine)
     rng = random.Random(5)
     with running(config) as cluster:
         given = answers(cluster, [ask_of(rng) for _ in range(3)])

@@ -16,14 +16,17 @@ from support.cluster import PATIENCE_S, Cluster
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 PER_KIND = 4
+NUM_TOKENS = 800
+"""So many that the killed node still writes when the last of the streams has begun, on a busy machine too."""
+
 COMMON: dict[str, Any] = {"model": "demo", "temperature": 0.9, "ignore_eos": True}
 
 
 def body_of(path: str, number: int) -> dict[str, Any]:
-    """Return a request for 160 tokens, drawn by its seed."""
+    """Return a request for ``NUM_TOKENS`` tokens, drawn by its seed."""
     if path == RESPONSES:
-        return {**COMMON, "input": f"question {number}", "max_output_tokens": 160, "seed": number}
-    return {**COMMON, "messages": [{"role": "user", "content": f"{number}?"}], "max_tokens": 160, "seed": number}
+        return {**COMMON, "input": f"question {number}", "max_output_tokens": NUM_TOKENS, "seed": number}
+    return {**COMMON, "messages": [{"role": "user", "content": f"{number}?"}], "max_tokens": NUM_TOKENS, "seed": number}
 
 
 def text_of(path: str, answer: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def test_a_full_queue_is_429_with_retry_after(fake_cluster: Cluster) -> None:
 
 
 def test_an_id_in_use_is_replaced_and_free_again_afterwards(fake_cluster: Cluster) -> None:
-    asks = [Ask([1, 2, 3], 400), Ask([4, 5], 5), Ask([6], 5)]
+    asks = [Ask([1, 2, 3], 1500), Ask([4, 5], 5), Ask([6], 5)]
     same = {"X-Request-Id": "the-same"}
 
     async def twice(asker: Asker) -> list[Answer]:

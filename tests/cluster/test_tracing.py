@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -20,6 +22,7 @@ from support.cluster_config import cluster_config, d, fake_engine, m, p
 from kvrelay.cluster.cli import main
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PHASES = ("prefill", "receive", "decode", "transfer")
 PROMPT = {"model": "demo", "prompt": [7] * 40, "max_tokens": 6, "ignore_eos": True}
 
 
@@ -56,14 +59,15 @@ class Collector:
             self._server.server_close()
             thread.join()
 
-    def of(self, trace_id: str, count: int) -> list[Span]:
-        """Return the spans of a trace when there are at least ``count``."""
+    def of(self, trace_id: str, *names: str) -> list[Span]:
+        """Return the spans of a trace when those called ``names`` are there; they may come in several parts."""
+        wanted = Counter(names)
 
         def look() -> list[Span] | None:
             found = [span for span in self.spans if span.trace_id == trace_id]
-            return found if len(found) >= count else None
+            return found if wanted <= Counter(span.name for span in found) else None
 
-        return until(f"{count} spans of {trace_id}", look)
+        return until(f"spans of {trace_id}: {', '.join(names)}", look)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -73,10 +77,12 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                for of_process in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    resource = _plain(of_process.resource.attributes)
-                    for scope in of_process.scope_spans:
-                        spans.extend(_span(span, resource["service.instance.id"]) for span in scope.spans)
+                spans.extend(
+                    _span(span, _plain(of_process.resource.attributes)["service.instance.id"])
+                    for of_process in ExportTraceServiceRequest.FromString(body).resource_spans
+                    for scope in of_process.scope_spans
+                    for span in scope.spans
+                )
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -115,7 +121,7 @@ def test_a_span_for_each_phase_hangs_below_the_clients(traced: Cluster, collecto
     headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01", "tracestate": "vendor=1"}
     response = traced.http.post("/v1/completions", json={**PROMPT, "n": 2}, headers=headers)
     assert response.status_code == 200, response.text
-    spans = collector.of(TRACE_ID, 1 + 2 * 10)
+    spans = collector.of(TRACE_ID, "POST /v1/completions", *("request", *PHASES) * 2)
 
     [served] = [span for span in spans if span.name == "POST /v1/completions"]
     assert (served.node, served.parent_id) == ("router", PARENT_ID)
@@ -140,11 +146,11 @@ def test_a_span_for_each_phase_hangs_below_the_clients(traced: Cluster, collecto
 def test_what_is_not_sampled_sends_nothing(traced: Cluster, collector: Collector, given: str | None) -> None:
     before = {span.trace_id for span in collector.spans}
     response = traced.http.post("/v1/completions", json=PROMPT, headers={"traceparent": given} if given else {})
-    marker = TRACE_ID[1:] + "7"
+    marker = uuid4().hex
     traced.http.post(
         "/v1/completions", json=PROMPT, headers={"traceparent": f"00-{marker}-{PARENT_ID}-01"}
     ).raise_for_status()
-    collector.of(marker, 10)
+    collector.of(marker, "POST /v1/completions", "request", *PHASES)
 
     flags = int(response.headers["traceparent"].rpartition("-")[2], 16)
     assert not flags & 1  # not sampled
@@ -163,7 +169,7 @@ def test_every_endpoint_that_generates_is_traced(traced: Cluster, collector: Col
         headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
         response = traced.http.post(path, json={"model": "demo", **body}, headers=headers)
         assert response.status_code == 200, response.text
-        names = {span.name for span in collector.of(trace_id, 10)}
+        names = {span.name for span in collector.of(trace_id, f"POST {path}", "request", "prefill")}
         assert {f"POST {path}", "request", "prefill"} <= names
 
 
@@ -171,7 +177,7 @@ def test_a_request_that_is_refused_has_its_span(traced: Cluster, collector: Coll
     trace_id = TRACE_ID[2:] + "aa"
     headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
     assert traced.http.post("/v1/completions", json={**PROMPT, "n": -1}, headers=headers).status_code == 400
-    [span] = collector.of(trace_id, 1)
+    [span] = collector.of(trace_id, "POST /v1/completions")
 
     assert span.attributes["http.response.status_code"] == "400"
 
@@ -190,7 +196,10 @@ def test_workers_of_the_router_send_traces(collector: Collector, model: Path) ->
         headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
         assert cluster.http.post("/v1/completions", json=PROMPT, headers=headers).status_code == 200
     # they end with what they have, without waiting until it is time to send it
-    names = {(span.node, span.name) for span in collector.of(trace_id, 4)}
+    names = {
+        (span.node, span.name)
+        for span in collector.of(trace_id, "POST /v1/completions", "request", "prefill", "decode")
+    }
     assert {("router", "POST /v1/completions"), ("router", "request"), ("m0", "prefill"), ("m0", "decode")} <= names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -96,6 +97,7 @@ def test_openai_client_sees_typed_errors(client: openai.OpenAI) -> None:
     assert "This model's maximum context length is" in str(too_long.value)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_curl(real_cluster: Cluster) -> None:
     body = {"model": "demo", "messages": MESSAGES, "max_tokens": 8}
     command = [

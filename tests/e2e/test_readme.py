@@ -104,7 +104,7 @@ class Shell:
 
     def output(self) -> str:
         """Return what has been printed so far."""
-        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")  # it may end within a character
 
     def wait_for(self, text: str) -> None:
         """Wait until ``text`` has been printed."""

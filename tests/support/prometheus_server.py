@@ -16,13 +16,14 @@ import yaml
 from support.ports import free_ports
 
 STOP_S = 60.0
+ANSWER_S = 60.0
 
 
 class Prometheus:
     """A running server."""
 
     def __init__(self, port: int) -> None:
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_S, trust_env=False)
 
     def _get(self, path: str, **params: str) -> Any:
         """Return the data of an answer; None while the server does not answer."""
