@@ -62,7 +62,8 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection.
 
     Bytes are counted from the last that was part of a body, so one limit holds for headers, trailers and whatever else
-    a client puts between chunks. A request has one deadline, from its first byte to its last.
+    a client puts between chunks. A request has one deadline, from its first byte to its last; if the router has paused
+    reading before it, the client gets another.
     """
 
     def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
@@ -72,6 +73,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = limits
         self._num_bytes = 0
         self._is_receiving = False
+        self._was_paused = False
         self._is_refused = False
         self._is_last = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -164,6 +166,7 @@ class HttpProtocol(HttpToolsProtocol):
             piece, data = data[:room], data[room:]
             self._num_bytes += len(piece)
             super().data_received(piece)
+        self._was_paused |= self.flow.read_paused
         if not self._is_refused:
             self._watch_progress()
 
@@ -231,9 +234,10 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _overdue(self) -> None:
-        """The deadline of a request passed. Ignored if the router has paused reading or is still answering."""
+        """The deadline of a request passed. Ignored if the router paused reading before it, or is still answering."""
         self._deadline = None
-        if self.flow.read_paused or (self._is_answering and not self.cycle.more_body):
+        was_paused, self._was_paused = self._was_paused, self.flow.read_paused
+        if was_paused or (self._is_answering and not self.cycle.more_body):
             self._watch_progress()
         else:
             limit = f"{self._limits.request_read_timeout_s:g} s (router.request_read_timeout_s)"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-SETTLE_S = 2.0
+SETTLE_S = 10.0
 """What is being torn down already (a thread past its last statement, a child just killed) may take this long to go."""
 
 _SELF = Path("/proc/self")
@@ -86,7 +86,12 @@ def _mappings() -> list[str]:
 
 def _files() -> list[str]:
     shared_memory = [path for path in _SHARED_MEMORY.iterdir() if _is_ours(path.name)]
-    return [f"file {path}" for path in (*shared_memory, *Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*"))]
+    return [f"file {path}" for path in (*shared_memory, *_below(os.environ["XDG_RUNTIME_DIR"]))]
+
+
+def _below(directory: str) -> list[Path]:
+    """Return all there is below ``directory``; ``rglob`` raises if one that it has listed is removed meanwhile."""
+    return [Path(parent, name) for parent, folders, names in os.walk(directory) for name in (*folders, *names)]
 
 
 def _is_ours(name: str) -> bool:

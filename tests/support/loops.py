@@ -14,7 +14,7 @@ from kvrelay.protocol.codec import decode
 
 T = TypeVar("T")
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """What does not happen within this time will never happen."""
 
 

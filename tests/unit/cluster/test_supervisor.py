@@ -130,6 +130,19 @@ class Time:
         await asyncio.sleep(0)
 
 
+class TimeWith(Time):
+    """No restart comes before ``screen`` shows ``line``."""
+
+    def __init__(self, screen: Screen, line: str) -> None:
+        super().__init__()
+        self._screen = screen
+        self._line = line
+
+    async def sleep(self, delay_s: float) -> None:
+        await self._screen.wait_for(self._line)
+        await super().sleep(delay_s)
+
+
 async def ready() -> str | None:
     return None
 
@@ -248,7 +261,8 @@ async def test_a_process_killed_by_its_own_fault_again_and_again_ends_the_cluste
     number: signal.Signals, when: str
 ) -> None:
     """The others are ended well, and the last words name the process, the signal and the likely cause."""
-    screen, time = Screen(), Time()
+    screen = Screen()
+    time = TimeWith(screen, "d1: running")
     faulty = spec("d0", (SAY_READY if when == "serving" else "") + killed_by(number))
 
     async def probe() -> str | None:
@@ -464,13 +478,13 @@ asyncio.run(main())
         assert supervisor.stdout is not None
         child = psutil.Process(int(supervisor.stdout.readline().split()[-1]))
         supervisor.kill()
-    assert not psutil.wait_procs([child], timeout=10)[1]
+    assert not psutil.wait_procs([child], timeout=60)[1]
 
 
 def gone(pid: int) -> bool:
     """Tell whether a process ends; one that is killed takes a moment to be reaped."""
     try:
-        return not psutil.wait_procs([psutil.Process(pid)], timeout=10)[1]
+        return not psutil.wait_procs([psutil.Process(pid)], timeout=60)[1]
     except psutil.NoSuchProcess:
         return True
 

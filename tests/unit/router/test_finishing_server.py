@@ -119,8 +119,9 @@ def test_an_idle_connection_is_closed_after_a_while_and_a_request_on_its_way_is_
     run(scenario)
 
 
-def test_a_connection_whose_stream_had_begun_takes_one_more_request() -> None:
+def test_a_connection_whose_stream_had_begun_takes_one_more_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client has not been told that it is the last: it may ask again as soon as the stream ends, or before."""
+    monkeypatch.setattr(server, "IDLE_GRACE_S", 3600.0)
 
     async def scenario(cluster: FakeCluster) -> None:
         client = await Client.connect(cluster)
@@ -218,8 +219,9 @@ def test_what_has_come_is_read_before_an_idle_connection_is_closed() -> None:
     run(scenario)
 
 
-def test_a_request_that_comes_when_the_router_has_ended_is_refused_like_others() -> None:
+def test_a_request_that_comes_when_the_router_has_ended_is_refused_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection may be open still: clients are given time to read."""
+    monkeypatch.setattr(server, "IDLE_GRACE_S", 3600.0)
 
     async def scenario(cluster: FakeCluster) -> None:
         clients = [await Client.connect(cluster) for _ in range(2)]
@@ -240,6 +242,6 @@ def test_a_server_that_has_not_begun_has_nothing_to_finish() -> None:
     async def finish() -> None:
         with socket.create_server(("127.0.0.1", 0)):
             unstarted = server.http_server(None, "127.0.0.1", 0)  # type: ignore[arg-type]
-            await asyncio.wait_for(unstarted.finish(), 10)
+            await asyncio.wait_for(unstarted.finish(), 60)
 
     uvloop.run(finish())

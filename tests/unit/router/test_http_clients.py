@@ -149,4 +149,4 @@ def test_cluster_tells_nodes_and_requests() -> None:
 
 def test_router_imports_neither_paddle_nor_redis() -> None:
     code = "import sys, router.__main__; sys.exit(any(name in sys.modules for name in ('paddle', 'redis', 'fastapi')))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
