@@ -230,7 +230,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _abort_idle(self) -> None:
         """TLS waits for the client to close its side too, which one that does not read does not."""
-        if not self.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
+            self._deadline = self.loop.call_later(LINGER_S, self._abort_idle)
+        else:
             self.transport.abort()
 
     def _overdue(self) -> None:
