@@ -13,13 +13,13 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec, cast
 
 import psutil
 import pytest
 from rich.console import Console
 
-from kvrelay.cluster.child import ProcessSpec
+from kvrelay.cluster.child import Child, ProcessSpec, _Pipe
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.config.cluster_config import ClusterSettings
@@ -460,6 +460,23 @@ async def test_what_a_crashed_process_had_started_ends_with_it() -> None:
     time.now_s += 1.1
     supervisor.stop()
     assert await running == 0
+
+
+def test_signals_to_a_process_that_has_just_ended_leave_its_exit_status_to_who_waits_for_it() -> None:
+    async def signal_it() -> None:
+        output, stages = _Pipe(), _Pipe()
+        child = Child(cast(Any, process), output, stages, print, print)
+        for act in (child.pause, child.resume, child.terminate):
+            act()
+        for pipe in (output, stages):
+            os.close(pipe.write_end)
+        await asyncio.gather(*child._readers)
+
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        asyncio.run(signal_it())
+        assert process.returncode is None
+    assert process.returncode == 2
 
 
 def test_nothing_outlives_a_killed_supervisor() -> None:
