@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import uvloop
 import zmq
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support.faults import FAULTS
 from support.leaks import Belongings
 
@@ -17,8 +17,11 @@ pytest_plugins = ["support.cluster_fixtures"]
 
 os.environ.setdefault("KVRELAY_CLUSTER__LOG_FORMAT", "text")  # tests read what processes write
 
-# Reproducible, and no files: a failing example belongs into the test as an @example.
-settings.register_profile("kvrelay", derandomize=True, database=None, deadline=None)
+# Reproducible, and no files: a failing example belongs into the test as an @example. How long examples take to be made
+# or to run depends on what else this machine does.
+settings.register_profile(
+    "kvrelay", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("kvrelay")
 
 

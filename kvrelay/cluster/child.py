@@ -101,19 +101,26 @@ class Child:
 
     def terminate(self) -> None:
         """Send SIGTERM. The process drains, and stops its own children."""
-        if self._process.returncode is None:
-            self._process.terminate()
-            self.resume()  # a stopped process would not notice
+        self._signal(signal.SIGTERM)
+        self.resume()  # a stopped process would not notice
 
     def pause(self) -> None:
         """Send SIGSTOP to the process, but not to those it started."""
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Send SIGCONT to the process."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send ``number``, unless the process is known to have ended.
+
+        Not by asyncio: in many versions of Python, its ``send_signal`` takes the exit status of a process that has
+        just ended from whoever waits for it, who then gets 255.
+        """
         if self._process.returncode is None:
-            self._process.send_signal(signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         """Kill the process and all processes it started."""

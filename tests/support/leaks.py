@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import re
 import threading
@@ -87,12 +86,12 @@ def _mappings() -> list[str]:
 
 def _files() -> list[str]:
     shared_memory = [path for path in _SHARED_MEMORY.iterdir() if _is_ours(path.name)]
-    return [f"file {path}" for path in (*shared_memory, *files_below(Path(os.environ["XDG_RUNTIME_DIR"])))]
+    return [f"file {path}" for path in (*shared_memory, *files_below(os.environ["XDG_RUNTIME_DIR"]))]
 
 
-def files_below(directory: Path) -> list[Path]:
-    """Return all files and directories in ``directory``, while processes may remove some of them."""
-    return [Path(where, name) for where, *names in os.walk(directory) for name in itertools.chain(*names)]
+def files_below(directory: str | Path) -> list[Path]:
+    """Return all there is below ``directory``; ``rglob`` raises if one that it has listed is removed meanwhile."""
+    return [Path(parent, name) for parent, folders, names in os.walk(directory) for name in (*folders, *names)]
 
 
 def _is_ours(name: str) -> bool:

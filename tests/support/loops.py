@@ -14,8 +14,8 @@ from kvrelay.protocol.codec import decode
 
 T = TypeVar("T")
 
-PATIENCE_S = 120.0
-"""What does not happen within this time will never happen; on a busy machine things take long."""
+PATIENCE_S = 60.0
+"""What does not happen within this time will never happen."""
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

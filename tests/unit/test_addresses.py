@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.ipv6 import NAME, needs_ipv6, with_name
 from support.loops import PATIENCE_S, Inbox, run
+from support.ports import free_ports
 
 from kvrelay.addresses import has_only_ipv6, is_ipv6, listen_at, netloc, resolve, split_tcp_address, tcp_address
 from kvrelay.machine.contract import Received
@@ -64,7 +65,7 @@ def test_what_is_no_address(address: str) -> None:
 def test_listening_at_ipv6(host: str, reached_at: list[str]) -> None:
     with listen_at(host, 0, 8) as listening:
         for reached in reached_at:
-            socket.create_connection((reached, listening.getsockname()[1]), timeout=10).close()
+            socket.create_connection((reached, listening.getsockname()[1]), timeout=PATIENCE_S).close()
             listening.accept()[0].close()
 
 
@@ -181,8 +182,7 @@ def test_messages_over_ipv6_and_ipv4_at_once() -> None:
 @needs_ipv6
 def test_a_client_that_reaches_out_before_anybody_listens_at_ipv6_is_heard() -> None:
     async def check() -> None:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
-            address = tcp_address("::1", probe.getsockname()[1])
+        address = tcp_address("::1", free_ports(1)[0])
         at_server = Inbox()
         client, server = Transport(PeerId("p0#1"), Inbox()), Transport(PeerId("d0#1"), at_server)
         try:

@@ -30,7 +30,7 @@ FORBIDDEN = {
 @pytest.mark.parametrize("module", FORBIDDEN)
 def test_a_module_loads_only_what_it_may(module: str) -> None:
     script = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert not {name for name in loaded for bad in FORBIDDEN[module] if name == bad or name.startswith(bad + ".")}

@@ -148,7 +148,7 @@ def test_killed_receiver_fails_the_transfer_and_the_blocks_come_back(directory: 
         failed = await p.hears(TransferFailed)
         assert failed.error.code == "peer_lost"
 
-    run(scenario, directory, leftovers=1, peer_timeout_s=1.0, on_device=on_device)
+    run(scenario, directory, leftovers=1, peer_timeout_s=2.0, on_device=on_device)
 
 
 @pytest.mark.fault("F09")
@@ -168,7 +168,7 @@ def test_stopped_receiver_holds_p_blocks_until_it_is_given_up(directory: Path) -
         finally:
             os.kill(d.process.pid, signal.SIGCONT)
 
-    run(scenario, directory, timeout_s=0.5)
+    run(scenario, directory, timeout_s=3.0)
 
 
 def test_node_that_lets_go_of_the_lifeline_ends_its_messager(directory: Path) -> None:

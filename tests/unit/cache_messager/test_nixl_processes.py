@@ -82,7 +82,7 @@ def test_a_killed_receiver_fails_its_transfer_and_no_other(directory: Path) -> N
         await d.process.wait()
         await move_to_both(p, d, other)
 
-    run(scenario, directory, names=("p0", "d0", "d1"), leftovers=1, links=("nixl",), peer_timeout_s=1.0)
+    run(scenario, directory, names=("p0", "d0", "d1"), leftovers=1, links=("nixl",), peer_timeout_s=2.0)
 
 
 def test_a_frozen_receiver_fails_its_transfer_and_no_other(directory: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_frozen_receiver_fails_its_transfer_and_no_other(directory: Path) -> N
         d.pool.planes[:] = 0
         assert await transfer(p, d, block_ids(11, 12), block_ids(13, 14), request_id="d") == "nixl"
 
-    run(scenario, directory, names=("p0", "d0", "d1"), links=("nixl",), peer_timeout_s=1.5)
+    run(scenario, directory, names=("p0", "d0", "d1"), links=("nixl",), peer_timeout_s=2.5)
 
 
 def test_a_killed_sender_fails_the_expectation_and_the_receiver_serves_others(directory: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_killed_sender_fails_the_expectation_and_the_receiver_serves_others(di
         d.pool.planes[:] = 0
         assert await transfer(other, d, block_ids(7, 8), block_ids(5, 6), request_id="c") == "nixl"
 
-    run(scenario, directory, names=("p0", "d0", "p1"), leftovers=1, links=("nixl",), peer_timeout_s=1.0)
+    run(scenario, directory, names=("p0", "d0", "p1"), leftovers=1, links=("nixl",), peer_timeout_s=2.0)
 
 
 def test_frames_of_an_epoch_that_is_over_leave_the_blocks_alone(directory: Path) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from rich.console import Console
 from support.ipv6 import needs_ipv6
+from support.ports import free_ports
 
 from kvrelay.addresses import listen_at, tcp_address
 from kvrelay.cluster.demo import _other_ports
 from kvrelay.config.cluster_config import ClusterConfig
 
 
-def config(host: str, port: int, control_port: int, node_port: int) -> ClusterConfig:
+def config(host: str, port: int, control_port: int, node_port: int, admin_port: int | None = None) -> ClusterConfig:
     return ClusterConfig.from_data(
         {
-            "router": {"host": host, "port": port, "control": tcp_address(host, control_port)},
+            "router": {
+                "host": host,
+                "port": port,
+                "control": tcp_address(host, control_port),
+                "admin_port": admin_port,
+            },
             "engine": {"kind": "fake"},
             "nodes": [{"name": "m0", "role": "mixed", "host": host, "port": node_port}],
         }
@@ -40,9 +44,4 @@ def test_taken_ports_are_replaced_by_free_ones(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 def test_free_ports_are_kept(host: str) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    probes = [socket.create_server((host, 0), family=family) for _ in range(3)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    assert _other_ports(config(host, *ports), Console(quiet=True)) == []
+    assert _other_ports(config(host, *free_ports(4)), Console(quiet=True)) == []

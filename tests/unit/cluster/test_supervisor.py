@@ -13,13 +13,13 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec, cast
 
 import psutil
 import pytest
 from rich.console import Console
 
-from kvrelay.cluster.child import ProcessSpec
+from kvrelay.cluster.child import Child, ProcessSpec, _Pipe
 from kvrelay.cluster.display import Display
 from kvrelay.cluster.supervisor import Supervisor
 from kvrelay.config.cluster_config import ClusterSettings
@@ -128,6 +128,19 @@ class Time:
         self.waits.append(delay_s)
         self.now_s += delay_s
         await asyncio.sleep(0)
+
+
+class TimeWith(Time):
+    """No restart comes before ``screen`` shows ``line``."""
+
+    def __init__(self, screen: Screen, line: str) -> None:
+        super().__init__()
+        self._screen = screen
+        self._line = line
+
+    async def sleep(self, delay_s: float) -> None:
+        await self._screen.wait_for(self._line)
+        await super().sleep(delay_s)
 
 
 async def ready() -> str | None:
@@ -248,7 +261,8 @@ async def test_a_process_killed_by_its_own_fault_again_and_again_ends_the_cluste
     number: signal.Signals, when: str
 ) -> None:
     """The others are ended well, and the last words name the process, the signal and the likely cause."""
-    screen, time = Screen(), Time()
+    screen = Screen()
+    time = TimeWith(screen, "d1: running")
     faulty = spec("d0", (SAY_READY if when == "serving" else "") + killed_by(number))
 
     async def probe() -> str | None:
@@ -448,6 +462,23 @@ async def test_what_a_crashed_process_had_started_ends_with_it() -> None:
     assert await running == 0
 
 
+def test_signals_to_a_process_that_has_just_ended_leave_its_exit_status_to_who_waits_for_it() -> None:
+    async def signal_it() -> None:
+        output, stages = _Pipe(), _Pipe()
+        child = Child(cast(Any, process), output, stages, print, print)
+        for act in (child.pause, child.resume, child.terminate):
+            act()
+        for pipe in (output, stages):
+            os.close(pipe.write_end)
+        await asyncio.gather(*child._readers)
+
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        asyncio.run(signal_it())
+        assert process.returncode is None
+    assert process.returncode == 2
+
+
 def test_nothing_outlives_a_killed_supervisor() -> None:
     script = f"""
 import asyncio, sys
@@ -464,13 +495,13 @@ asyncio.run(main())
         assert supervisor.stdout is not None
         child = psutil.Process(int(supervisor.stdout.readline().split()[-1]))
         supervisor.kill()
-    assert not psutil.wait_procs([child], timeout=10)[1]
+    assert not psutil.wait_procs([child], timeout=60)[1]
 
 
 def gone(pid: int) -> bool:
     """Tell whether a process ends; one that is killed takes a moment to be reaped."""
     try:
-        return not psutil.wait_procs([psutil.Process(pid)], timeout=10)[1]
+        return not psutil.wait_procs([psutil.Process(pid)], timeout=60)[1]
     except psutil.NoSuchProcess:
         return True
 

@@ -25,7 +25,7 @@ write_tiny_checkpoint(Path(sys.argv[1]), "llama", tokenizer=False)
 
 
 def test_engine_links_and_checkpoints_need_no_other_package(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], check=True, timeout=240)
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -46,4 +46,4 @@ assert "torch" not in sys.modules
 
 
 def test_all_processes_of_a_cluster_can_be_imported_without_paddle_and_redis() -> None:
-    subprocess.run([sys.executable, "-c", CLUSTER], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", CLUSTER], check=True, timeout=240)

@@ -137,7 +137,13 @@ def test_client_that_leaves_ends_its_worker(path: str) -> None:
 
 def test_too_many_long_bodies_are_429() -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        responses = await asyncio.gather(*(tokenize(cluster, MEDIUM) for _ in range(20)))
+        assert (await tokenize(cluster, MEDIUM)).status_code == 200
+        (worker,) = workers()
+        worker.suspend()  # or it may have ended one before the last has come
+        asked = [asyncio.create_task(tokenize(cluster, MEDIUM)) for _ in range(20)]
+        await until(lambda: sum(one.done() for one in asked) >= 20 - 9)
+        worker.resume()
+        responses = await asyncio.gather(*asked)
         refused = [response for response in responses if response.status_code != 200]
         assert len(refused) == 20 - 9
         assert {failure(response) for response in refused} == {(429, "queue_full")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from support.loops import Inbox, run
@@ -150,7 +151,7 @@ def test_one_bit_of_a_payload_is_changed() -> None:
     assert corrupted([]) == ()
 
 
-def test_private_connections_are_spared() -> None:
+def test_private_connections_are_spared(tmp_path: Path) -> None:
     async def scenario(address: str) -> None:
         faults = MessageFaults({"*": {"drop": 1.0}}, 0.05, 0)
         inbox = Inbox()
@@ -164,7 +165,7 @@ def test_private_connections_are_spared() -> None:
             messager.close()
             node.close()
 
-    run(scenario("ipc://@kvrelay-test-faults"))
+    run(scenario(f"ipc://{tmp_path}/node"))
 
 
 def test_what_is_delayed_when_the_transport_closes_is_lost() -> None:

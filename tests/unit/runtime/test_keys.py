@@ -165,7 +165,7 @@ def _refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
 def _wait_until(condition: Any) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as nothing:
         nothing.bind("inproc://nothing")
-        for _ in range(1000):
+        for _ in range(5000):
             if condition():
                 return
             nothing.poll(10)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.loops import run
+from support.loops import PATIENCE_S, run
 
 from kvrelay.machine.clock import Clock
 from kvrelay.machine.contract import (
@@ -109,16 +109,23 @@ def test_others_have_the_loop_between_the_actions_of_one_event(monkeypatch: pyte
 
 
 class StoppedClock(Clock):
-    """A clock that jumps when told to, as for a process that was stopped."""
+    """A clock that jumps when told to, as for a process that was stopped, and else stands still."""
 
     def __init__(self) -> None:
         super().__init__()
         self.paused_s = 0.0
 
     def now(self) -> float:
-        return super().now() + self.paused_s
+        return self.paused_s
 
 
+@pytest.fixture
+def pauses(no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have shells tell of pauses."""
+    monkeypatch.setattr("kvrelay.machine.liveness.PAUSE_S", PAUSE_S)
+
+
+@pytest.mark.usefixtures("pauses")
 def test_after_a_pause_the_machine_is_told_first_and_timers_wait_until_messages_are_read() -> None:
     clock = StoppedClock()
 
@@ -142,9 +149,10 @@ def test_after_a_pause_the_machine_is_told_first_and_timers_wait_until_messages_
     drive(machine, {Work: stop_for_a_while}, shells.append, clock)
     assert [type(event) for event in machine.events] == [Started, Resumed, Work, TimerFired]
     (resumed,) = [event for event in machine.events if isinstance(event, Resumed)]
-    assert resumed.paused_s == pytest.approx(7.0, abs=0.5)
+    assert resumed.paused_s == 7.0
 
 
+@pytest.mark.usefixtures("pauses")
 def test_timers_fire_in_a_loop_that_is_always_slow() -> None:
     clock = StoppedClock()
 
@@ -166,7 +174,7 @@ def test_timers_fire_in_a_loop_that_is_always_slow() -> None:
 
         loop = asyncio.get_running_loop()
         loop.call_later(0.04, pause)
-        loop.call_later(1.5, shells[0].post, Work(2))
+        loop.call_later(PATIENCE_S / 2, shells[0].post, Work(2))
 
     shells: list[Shell] = []
     assert drive(Scripted(answer), {Work: be_slow}, shells.append, clock) == "fired"
@@ -195,7 +203,15 @@ def test_an_event_posted_while_another_is_handled_waits_its_turn() -> None:
     assert handled == [Started(), Work(1), Work(2), Work(3)]
 
 
-def test_timers_fire_in_order_move_and_are_forgotten() -> None:
+class StandingClock(Clock):
+    """However loaded the machine, no time passes between two actions, or two signals."""
+
+    def now(self) -> float:
+        return 0.0
+
+
+def test_timers_fire_in_order_move_and_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvrelay.runtime.shell.time", SimpleNamespace(monotonic=lambda: 0.0))  # all are set in one turn
     fired: list[object] = []
 
     def answer(event: object, now: float) -> list[object]:
@@ -216,7 +232,7 @@ def test_timers_fire_in_order_move_and_are_forgotten() -> None:
                 return [Exit()] if key == "late" else []
         raise AssertionError(event)
 
-    drive(Scripted(answer))
+    drive(Scripted(answer), clock=StandingClock())
     assert fired == ["past", "early", "moved", "late"]
 
 
@@ -309,13 +325,6 @@ def test_signals_ask_the_machine_to_stop(number: signal.Signals) -> None:
         return [Exit("asked")] if isinstance(event, StopRequested) else []
 
     assert drive(Scripted(answer)) == "asked"
-
-
-class StandingClock(Clock):
-    """However loaded the machine, no time passes between two signals."""
-
-    def now(self) -> float:
-        return 0.0
 
 
 def test_a_second_signal_at_once_is_the_same_request() -> None:

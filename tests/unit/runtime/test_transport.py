@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zmq
 from support.loops import Inbox, run
+from support.ports import free_ports
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received
@@ -137,8 +138,8 @@ def test_large_payload_is_not_copied_when_it_is_queued() -> None:
 
 def test_what_is_sent_before_the_peer_is_there_waits_for_it() -> None:
     async def check() -> None:
-        async with transport("d0#1") as (probe, _):
-            [address] = probe.bind(ANY)
+        (port,) = free_ports(1)
+        address = f"tcp://127.0.0.1:{port}"
         async with transport("p0#1") as (client, _), transport("d0#1") as (server, at_server):
             client.connect(PeerId("d0#1"), address)
             client.send(PeerId("d0#1"), abort(1))

@@ -203,7 +203,7 @@ def test_layers_are_announced_while_later_layers_are_launched(make: Make, monkey
         nonlocal launching
         launching = threading.get_ident()
         if next(calls) == 3:
-            in_time.append(first_announced.wait(20))
+            in_time.append(first_announced.wait(60))
         return attention(*arguments)
 
     def digest(*arguments: Any, **named: Any) -> Any:

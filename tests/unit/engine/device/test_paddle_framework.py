@@ -281,7 +281,7 @@ def run_alone(code: str) -> None:
     """Run ``code`` in a process of its own: modules imported with the proxy stay as they are."""
     path = f"import sys; sys.path[:0] = {sys.path!r}\n"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", path + code], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-W", "ignore", "-c", path + code], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
