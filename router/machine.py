@@ -10,6 +10,7 @@ from kvrelay.config.sections import RoutingPolicy
 from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
+    CancelTimer,
     CoreAction,
     Exit,
     PeerLost,
@@ -162,8 +163,8 @@ class RouterMachine:
         """Handle ``event`` at time ``now`` (seconds); return the actions to perform, in order."""
         self._outbox.now = now
         self._on_event(event)
-        if self._stopping and not self.requests:
-            self._end()
+        if self._stopping:
+            self._end_if_done()
         return self._outbox.take()
 
     def unready_reason(self) -> str | None:
@@ -274,7 +275,7 @@ class RouterMachine:
         elif key == DRAIN:
             self._stop_now()
         elif key == LAST_CLIENTS:
-            self._awaits_last_clients, self._clients_gone = False, not self.requests
+            self._clients_gone = self._clients_gone or self._awaits_last_clients
         else:
             raise LocalProtocolError(f"the router has no timer {key!r}")
 
@@ -295,9 +296,13 @@ class RouterMachine:
         self._clients_gone = True
         self.requests.fail_all(NoNodeError("the router is stopping"))
 
-    def _end(self) -> None:
-        """Exit, or let clients that still write a request or read an answer do so."""
-        if self._clients_gone:
+    def _end_if_done(self) -> None:
+        """Exit when there is no request, and let clients that still write one or read an answer do so before."""
+        if self.requests:
+            if self._awaits_last_clients:
+                self._awaits_last_clients = False
+                self._outbox.do(CancelTimer(LAST_CLIENTS))
+        elif self._clients_gone:
             self._outbox.do(Exit("stopped"))
         elif not self._awaits_last_clients:
             self._awaits_last_clients = True

@@ -31,6 +31,9 @@ MAX_PIPELINED = 64
 FIRST_PROBE_S = 1.0
 """Seconds before a client that has half-closed the connection is probed."""
 
+_READ_S = 0.001
+"""Seconds until a timer that the loop can only call after it has read from all connections."""
+
 _TCP_CLOSE = 7
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
@@ -106,13 +109,20 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_lost = True
         self._tell_watchers()
 
-    def finish(self, *, close_if_idle: bool) -> None:
-        """Close the connection after its present answer; if it is idle, after the next one, or now."""
+    def finish(self, idle_s: float) -> None:
+        """Close the connection after the next answer that can say so, or when it has been idle for ``idle_s``.
+
+        An answer that has begun and has not said so is not that: its client may use the connection again at once.
+        """
+        if self._is_last:
+            return
         self._is_last = True
+        self.timeout_keep_alive = min(self.timeout_keep_alive, idle_s)  # type: ignore[assignment]  # see above
         if self._is_answering:
-            self.cycle.keep_alive = False
-        elif close_if_idle and not self._is_receiving:
-            self.transport.close()
+            self.cycle.keep_alive = self.cycle.keep_alive and self.cycle.response_started
+        elif self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+            self._expect_request()
 
     def watch(self, on_disconnect: Callable[[], None]) -> None:
         """Call ``on_disconnect`` when the client disconnects, at once if it has."""
@@ -205,6 +215,25 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _expect_request(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Called when the connection has been idle for too long: by the clock, which may have gone on without the loop.
+
+        So what has come meanwhile is read first.
+        """
+        self.timeout_keep_alive_task = self.loop.call_later(_READ_S, self._close_idle)
+
+    def _close_idle(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self._is_last and self.transport.get_extra_info("ssl_object") is not None:
+            self._deadline = self.loop.call_later(LINGER_S, self._abort_idle)
+
+    def _abort_idle(self) -> None:
+        """TLS waits for the client to close its side too, which one that does not read does not."""
+        if self.transport.get_write_buffer_size():
+            self._deadline = self.loop.call_later(LINGER_S, self._abort_idle)
+        else:
+            self.transport.abort()
 
     def _overdue(self) -> None:
         """The deadline of a request passed. Ignored if the router paused reading before it, or is still answering."""

@@ -36,7 +36,7 @@ class HttpServer(uvicorn.Server):
     async def finish(self) -> None:
         """Accept nothing more, answer what comes on the open connections, and return when all have ended.
 
-        Each ends with its present answer, or with the next one; an idle one after ``IDLE_GRACE_S``. There is no limit
+        Each ends with the next answer that says so, or when it has been idle for ``IDLE_GRACE_S``. There is no limit
         for answers: ``should_exit`` sets one.
         """
         if not self.started:
@@ -44,11 +44,11 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for server in self.servers:
             server.close()
-        idle_until_s = loop.time() + IDLE_GRACE_S
-        # Connections whose TLS handshake is not over are not among these.
-        while self.server_state.connections or (self.config.is_ssl and loop.time() < idle_until_s):
+        # Not among the connections: those whose TLS handshake is not over, and in the first turns those just accepted.
+        until_s = loop.time() + (IDLE_GRACE_S if self.config.is_ssl else _POLL_S)
+        while self.server_state.connections or loop.time() < until_s:
             for connection in list(self.server_state.connections):
-                cast(HttpProtocol, connection).finish(close_if_idle=loop.time() >= idle_until_s)
+                cast(HttpProtocol, connection).finish(IDLE_GRACE_S)
             await asyncio.sleep(_POLL_S)
 
 

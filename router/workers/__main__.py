@@ -76,7 +76,10 @@ async def serve(start: Start, config: ClusterConfig, channel_end: socket.socket,
     if not service.stopping.is_set():  # another worker could not start, and nobody is to be served
         serving = asyncio.create_task(server.serve([listener]))
         await service.stopping.wait()
-        await server.finish()
+        finishing = asyncio.create_task(server.finish()), asyncio.create_task(service.ending.wait())
+        await asyncio.wait(finishing, return_when=asyncio.FIRST_COMPLETED)
+        for task in finishing:
+            task.cancel()
         server.should_exit = True
         await serving
     await service.preparer.close()

@@ -31,7 +31,7 @@ class Serve(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Router -> worker, once: accept nothing more, finish, report and end."""
+    """Router -> worker: accept nothing more, finish, report and end. The second time: do not wait for clients."""
 
 
 class MaxModelLen(msgspec.Struct, frozen=True, tag=True, array_like=True):

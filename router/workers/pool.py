@@ -204,12 +204,15 @@ class Workers:
     def _stop(self) -> None:
         if not self._stopping.is_set():
             self._stopping.set()
+            self._listener.close()  # or what is in its queue is lost when the last worker ends; others may have it too
             for worker in self._running.values():
                 worker.stop()
 
     async def _end(self, keepers: Sequence[asyncio.Task[None]]) -> None:
-        """Let all workers finish, kill those that take too long, and return when none is left."""
+        """End all workers, kill those that take too long, and return when none is left."""
         self._stop()
+        for worker in self._running.values():
+            worker.stop()
         await asyncio.wait(keepers, timeout=_KILL_AFTER_S)
         for worker in self._running.values():
             worker.kill()

@@ -72,7 +72,7 @@ class Worker:
         self._channel.send(message)
 
     def stop(self) -> None:
-        """Ask it to accept nothing more and to end."""
+        """Ask it to accept nothing more, to finish and to end; the second time, to end at once."""
         self.send(Stop())
 
     def kill(self) -> None:

@@ -76,8 +76,8 @@ class RemoteService:
         self.preparer = Preparer(config, model)
         self.body_memory = BodyMemory(config.router.max_total_body_bytes, self.clock.now)
         self.metrics = ClientMetrics(self.clock.now)
-        self.serving, self.stopping = asyncio.Event(), asyncio.Event()
-        """Set by ``Serve`` and ``Stop``, which may come first: another worker could not start."""
+        self.serving, self.stopping, self.ending = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        """Set by ``Serve``, by ``Stop``, which may come first (another worker could not start), and by its second."""
         self._max_model_len = start.max_model_len
         self.channel = Channel(ToWorker, self.receive)
         """The way to the router, to be opened."""
@@ -177,6 +177,8 @@ class RemoteService:
             case Serve():
                 self.serving.set()
             case Stop():
+                if self.stopping.is_set():
+                    self.ending.set()
                 self.stopping.set()
                 self.serving.set()  # what waits for it goes on and finds that it is to stop
             case _:

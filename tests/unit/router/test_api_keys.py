@@ -6,8 +6,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import httpx
@@ -335,19 +333,6 @@ def test_the_log_names_the_key_and_does_not_show_it(keys_file: str, caplog: pyte
 
 
 # ---------------------------------------------------------------- TLS
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[str, str]:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl")
-    files = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    options = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = [openssl, "req", *options, *subject, "-out", files[0], "-keyout", files[1]]
-    subprocess.run(command, check=True, capture_output=True)
-    return files
 
 
 def test_answers_and_streams_over_tls(certificate: tuple[str, str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import ssl
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
 
@@ -12,7 +14,8 @@ import pytest
 import uvloop
 from fake_nodes import FakeCluster, Script, fake_cluster, until
 
-from router.http import server
+from router import machine
+from router.http import protocol, server
 
 BODY = {"prompt": "a", "max_tokens": 40, "seed": 0}
 
@@ -23,6 +26,12 @@ def run(scenario: Callable[[FakeCluster], Awaitable[None]], pace_s: float = 0.0)
             await scenario(cluster)
 
     uvloop.run(bounded())
+
+
+def request(path: str, body: object = None) -> bytes:
+    content = json.dumps(body).encode() if body else b""
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
 class Client:
@@ -37,9 +46,11 @@ class Client:
         return cls(*await asyncio.open_connection("127.0.0.1", int(cluster.url.rpartition(":")[2])))
 
     def say(self, path: str, body: object = None) -> None:
-        content = json.dumps(body).encode() if body else b""
-        head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-        self.writer.write(head.encode() + content)
+        self.writer.write(request(path, body))
+
+    async def until(self, end: bytes) -> bytes:
+        """Return what comes up to ``end``."""
+        return await self._reader.readuntil(end)
 
     async def answer(self) -> tuple[bytes, bytes]:
         """Return head and body of the next answer."""
@@ -104,6 +115,106 @@ def test_an_idle_connection_is_closed_after_a_while_and_a_request_on_its_way_is_
         assert head.startswith(b"HTTP/1.1 200")
         await late.assert_closed()
         await ended
+
+    run(scenario)
+
+
+def test_a_connection_whose_stream_had_begun_takes_one_more_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client has not been told that it is the last: it may ask again as soon as the stream ends, or before."""
+    monkeypatch.setattr(server, "IDLE_GRACE_S", 3600.0)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        client = await Client.connect(cluster)
+        client.say("/v1/completions", BODY | {"stream": True})
+        head = await client.until(b"\r\n\r\n")
+        assert b"connection: close" not in head
+        ended = await stopping(cluster)
+        await until(lambda: cluster.connections[0]._is_last)
+        await client.until(b"0\r\n\r\n")
+        client.say("/v1/completions", BODY)
+        head, body = await client.answer()
+        assert json.loads(body)["usage"]["completion_tokens"] == 40
+        assert b"connection: close" in head
+        await client.assert_closed()
+        await ended
+
+    run(scenario, pace_s=0.005)
+
+
+def test_a_request_behind_a_stream_that_had_begun_is_answered() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        client = await Client.connect(cluster)
+        client.say("/v1/completions", BODY | {"stream": True})
+        await client.until(b"\r\n\r\n")
+        ended = await stopping(cluster)
+        await until(lambda: cluster.connections[0]._is_last)
+        client.say("/v1/completions", BODY)
+        await client.until(b"0\r\n\r\n")
+        head, body = await client.answer()
+        assert json.loads(body)["usage"]["completion_tokens"] == 40
+        assert b"connection: close" in head
+        await client.assert_closed()
+        await ended
+
+    run(scenario, pace_s=0.005)
+
+
+def test_a_connection_that_is_accepted_as_the_router_stops_is_served() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        with socket.socket() as late:
+
+            def ask() -> None:
+                late.connect(("127.0.0.1", int(cluster.url.rpartition(":")[2])))
+                late.sendall(request("/v1/completions", BODY))
+                late.setblocking(False)
+
+            # The loop accepts it after the router has begun to stop, and before the server has.
+            cluster.service.stop()
+            loop = asyncio.get_running_loop()
+            loop.call_soon(ask)
+            await cluster.service.ended.wait()
+            assert (await loop.sock_recv(late, 1 << 16)).startswith(b"HTTP/1.1 200 ")
+
+    run(scenario)
+
+
+def test_an_idle_client_of_tls_that_does_not_read_does_not_hold_up_the_router(
+    certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a connection in its pool, and looks at it when it asks next."""
+    monkeypatch.setattr(server, "IDLE_GRACE_S", 0.0)
+    monkeypatch.setattr(protocol, "LINGER_S", 0.0)
+    monkeypatch.setattr(machine, "LAST_CLIENTS_S", 3600.0)
+    context = ssl.create_default_context(cafile=certificate[0])
+
+    def connect(port: int) -> ssl.SSLSocket:
+        client = context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="127.0.0.1")
+        client.sendall(request("/health"))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        return client
+
+    async def bounded() -> None:
+        tls_certificate, tls_key = certificate
+        async with asyncio.timeout(60), fake_cluster(tls_certificate=tls_certificate, tls_key=tls_key) as cluster:
+            with await asyncio.to_thread(connect, int(cluster.url.rpartition(":")[2])):
+                await (await stopping(cluster))
+                assert not cluster.connections
+
+    uvloop.run(bounded())
+
+
+def test_what_has_come_is_read_before_an_idle_connection_is_closed() -> None:
+    """The loop may not have run since: then the time is over before it has read."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        client = await Client.connect(cluster)
+        await until(lambda: cluster.connections)
+        own = client.writer.get_extra_info("socket").fileno()
+        os.write(own, request("/v1/completions", BODY))
+        cluster.connections[0].timeout_keep_alive_handler()
+        head, _ = await client.answer()
+        assert head.startswith(b"HTTP/1.1 200 ")
+        client.writer.close()
 
     run(scenario)
 

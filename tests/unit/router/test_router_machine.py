@@ -625,6 +625,10 @@ def test_stopping_router_waits_some_seconds_for_clients_that_have_no_request() -
     assert not driver.exited
     driver.tokens("m0", 0, [1], finish=STOP)
     driver.wait(LAST_CLIENTS_S - 0.1)
+    driver.join("m0")
+    driver.submit(new_request("short"))
+    driver.tokens("m0", 0, [1], finish=STOP, request_id="short", epoch=2)
+    driver.wait(LAST_CLIENTS_S - 0.1)
     assert not driver.exited
     driver.wait(0.2)
     driver.submit(new_request("late"))

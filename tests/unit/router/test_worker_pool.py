@@ -126,7 +126,7 @@ def test_none_serves_before_all_can(processes: Processes) -> None:
         assert not any(one.sent for one in processes.started)
         processes.started[2].link.ready.set()
         await serving
-        assert [kinds(one) for one in processes.started] == [[MaxModelLen, Serve, Stop]] * 3
+        assert [kinds(one) for one in processes.started] == [[MaxModelLen, Serve, Stop, Stop]] * 3
 
     run(check)
 
@@ -155,6 +155,30 @@ def test_a_worker_that_cannot_start_ends_the_router(processes: Processes) -> Non
             async with workers.serving():
                 pass
         assert all(one.end.done() for one in processes.started)
+
+    run(check)
+
+
+def test_workers_that_finish_are_told_again_when_the_router_ends_and_connections_are_refused(
+    processes: Processes,
+) -> None:
+    async def check(workers: Workers) -> None:
+        workers._listener.bind(("127.0.0.1", 0))
+        workers._listener.listen()
+        address = workers._listener.getsockname()
+        starting = asyncio.create_task(all_ready(processes, 3))
+        async with workers.serving():
+            await starting
+            processes.started[0].obeys = False
+            finishing = asyncio.create_task(workers.finish())
+            await asyncio.gather(*(one.end for one in processes.started[1:]))
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*address)
+            assert kinds(processes.started[0]).count(Stop) == 1
+            processes.started[0].obeys = True
+        await finishing
+        assert kinds(processes.started[0]).count(Stop) == 2
+        assert [one.end.result() for one in processes.started] == [0, 0, 0]
 
     run(check)
 
