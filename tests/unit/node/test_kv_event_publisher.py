@@ -42,6 +42,8 @@ class Node:
         """Return a subscriber that gets what is published from now on."""
         socket = self.context.socket(zmq.SUB)
         socket.set_hwm(hwm)
+        if hwm == 1:
+            socket.setsockopt(zmq.RCVBUF, 1 << 16)  # some systems would hold all of a test's batches
         socket.setsockopt(zmq.RCVTIMEO, PATIENCE_MS)
         socket.setsockopt(zmq.SUBSCRIBE, b"kv@")
         socket.connect(str(self.config.endpoint))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from support import loop_stalls
 from support.loop_stalls import MAX_INLINE_LENGTH, MAX_INLINE_TOTAL, LoopStalls, watching_for_stalls
 
 from router.text.plain_tokenizer import plain_tokenizer
@@ -47,9 +48,26 @@ def stalls_of(act: Callable[[], object]) -> list[str]:
     return stalls.found
 
 
+@pytest.fixture
+def usual_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this machine for one of usual speed: how long it computes is told to it as a time."""
+    monkeypatch.setattr(loop_stalls, "slowness", lambda: 1.0)
+
+
+@pytest.mark.usefixtures("usual_speed")
 def test_computing_on_the_loop_is_found() -> None:
     (found,) = stalls_of(lambda: compute(0.08))
     assert "router.own" in found
+
+
+def test_a_slow_machine_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual_s = loop_stalls._USUAL_S
+    monkeypatch.setattr(loop_stalls, "_sample_s", lambda: 4 * usual_s)
+    assert loop_stalls.slowness() == 4.0
+    assert stalls_of(lambda: compute(0.08)) == []
+    monkeypatch.setattr(loop_stalls, "_sample_s", lambda: usual_s / 4)
+    assert loop_stalls.slowness() == 1.0
+    assert len(stalls_of(lambda: compute(0.08))) == 1
 
 
 def test_waiting_is_no_work() -> None:
@@ -65,6 +83,7 @@ def test_computing_of_tests_does_not_count() -> None:
     assert stalls.found == []
 
 
+@pytest.mark.usefixtures("usual_speed")
 def test_collecting_garbage_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def collect() -> None:
         stalls.collecting("start", {})
