@@ -154,7 +154,7 @@ def test_replay_tells_by_its_exit_code_what_came_of_it(kvrelay: Command, tmp_pat
     other = write(recorder.recording(), tmp_path, prompts=True)
     code, out, _ = kvrelay("replay", other)
     assert code == 1
-    assert "router: event 1 leads to something else\n  - recorded: \n  + replayed: SetTimer" in out
+    assert "router: event 1 leads to something else\n  - recorded: \n  + replayed: FinishClients" in out
     public = write(recorder.recording(), tmp_path, prompts=False)
     code, _, err = kvrelay("replay", public)
     assert (code, "prompts were left out" in err) == (2, True)
