@@ -168,7 +168,7 @@ class RouterMachine:
         return self._outbox.take()
 
     def unready_reason(self) -> str | None:
-        """Return why a new request would be refused now, or None."""
+        """Return why this router should get no new requests now, or None. One that stops still takes what comes."""
         return "the router is stopping" if self._stopping else self.node_table.unready_reason()
 
     def assert_quiescent(self) -> None:

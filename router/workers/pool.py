@@ -79,6 +79,7 @@ class Workers:
         self._count = service.config.router.workers
         self._running: dict[int, Worker] = {}
         self._keepers: Sequence[asyncio.Task[None]] = ()
+        """A task for each worker; see ``_keep``."""
         self._num_ready = 0
         self._all_ready, self._serving, self._stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._announced = service.max_model_len
@@ -90,16 +91,16 @@ class Workers:
         Raises WorkersFailedError if a worker cannot start.
         """
         self._listener.setblocking(False)
-        keepers = self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
+        self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
         watching = [asyncio.create_task(self._announce()), asyncio.create_task(self._probe())]
         try:
-            await self._wait_until_ready(keepers)
+            await self._wait_until_ready()
             self._serving.set()  # they are told in a later turn of the loop, when the caller can take requests
             yield
         finally:
             for task in watching:
                 task.cancel()
-            await self._end(keepers)
+            await self._end()
 
     def status(self) -> list[dict[str, object]]:
         """Return the processes that run, for operators."""
@@ -116,11 +117,11 @@ class Workers:
 
     # ------------------------------------------------------------ up
 
-    async def _wait_until_ready(self, keepers: Sequence[asyncio.Task[None]]) -> None:
-        """Return when all workers are ready. Raises what has ended one of ``keepers`` before."""
+    async def _wait_until_ready(self) -> None:
+        """Return when all workers are ready. Raises what has ended one of the keepers before."""
         ready = asyncio.create_task(self._all_ready.wait())
         try:
-            done, _ = await asyncio.wait([ready, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([ready, *self._keepers], return_when=asyncio.FIRST_COMPLETED)
             if ready not in done:
                 done.pop().result()
         finally:
@@ -208,12 +209,12 @@ class Workers:
             for worker in self._running.values():
                 worker.stop()
 
-    async def _end(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+    async def _end(self) -> None:
         """End all workers, kill those that take too long, and return when none is left."""
         self._stop()
         for worker in self._running.values():
             worker.stop()
-        await asyncio.wait(keepers, timeout=_KILL_AFTER_S)
+        await asyncio.wait(self._keepers, timeout=_KILL_AFTER_S)
         for worker in self._running.values():
             worker.kill()
-        await asyncio.gather(*keepers, return_exceptions=True)
+        await asyncio.gather(*self._keepers, return_exceptions=True)

@@ -119,37 +119,24 @@ def test_an_idle_connection_is_closed_after_a_while_and_a_request_on_its_way_is_
     run(scenario)
 
 
-def test_a_connection_whose_stream_had_begun_takes_one_more_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_early", [False, True], ids=["after its end", "before its end"])
+def test_a_connection_whose_stream_had_begun_takes_one_more_request(
+    is_early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its client has not been told that it is the last: it may ask again as soon as the stream ends, or before."""
     monkeypatch.setattr(server, "IDLE_GRACE_S", 3600.0)
 
     async def scenario(cluster: FakeCluster) -> None:
         client = await Client.connect(cluster)
         client.say("/v1/completions", BODY | {"stream": True})
-        head = await client.until(b"\r\n\r\n")
-        assert b"connection: close" not in head
+        assert b"connection: close" not in await client.until(b"\r\n\r\n")
         ended = await stopping(cluster)
         await until(lambda: cluster.connections[0]._is_last)
+        if is_early:
+            client.say("/v1/completions", BODY)
         await client.until(b"0\r\n\r\n")
-        client.say("/v1/completions", BODY)
-        head, body = await client.answer()
-        assert json.loads(body)["usage"]["completion_tokens"] == 40
-        assert b"connection: close" in head
-        await client.assert_closed()
-        await ended
-
-    run(scenario, pace_s=0.005)
-
-
-def test_a_request_behind_a_stream_that_had_begun_is_answered() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        client = await Client.connect(cluster)
-        client.say("/v1/completions", BODY | {"stream": True})
-        await client.until(b"\r\n\r\n")
-        ended = await stopping(cluster)
-        await until(lambda: cluster.connections[0]._is_last)
-        client.say("/v1/completions", BODY)
-        await client.until(b"0\r\n\r\n")
+        if not is_early:
+            client.say("/v1/completions", BODY)
         head, body = await client.answer()
         assert json.loads(body)["usage"]["completion_tokens"] == 40
         assert b"connection: close" in head
