@@ -10,7 +10,6 @@ from kvrelay.config.sections import RoutingPolicy
 from kvrelay.config.self_check_mode import SelfCheckMode
 from kvrelay.errors import LocalProtocolError, NoNodeError
 from kvrelay.machine.contract import (
-    CancelTimer,
     CoreAction,
     Exit,
     PeerLost,
@@ -136,7 +135,7 @@ class RouterMachine:
         self._clients_gone = False
         """Whether a router that stops waits for clients no more. What they submit all the same is refused."""
         self._awaits_last_clients = False
-        """Whether the timer ``LAST_CLIENTS`` is set."""
+        """Whether the timer ``LAST_CLIENTS`` counts; one that was set before the last request does not."""
         decode_alone = settings.local_prefill_tokens is not None
         self.node_table = NodeTable(
             settings.model, settings.peer_timeout_s, decode_alone=decode_alone, expected=settings.expected_nodes
@@ -299,9 +298,7 @@ class RouterMachine:
     def _end_if_done(self) -> None:
         """Exit when there is no request, and let clients that still write one or read an answer do so before."""
         if self.requests:
-            if self._awaits_last_clients:
-                self._awaits_last_clients = False
-                self._outbox.do(CancelTimer(LAST_CLIENTS))
+            self._awaits_last_clients = False
         elif self._clients_gone:
             self._outbox.do(Exit("stopped"))
         elif not self._awaits_last_clients:
