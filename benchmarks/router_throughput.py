@@ -7,6 +7,8 @@ One router, a node without an engine (``support/router_node.py``) and a load cli
 processes, so they hardly depend on what else runs on the machine; rates per second do. Baselines, in the same run:
 the load client at a bare mock server (``direct``), and through ``vllm-router`` and ``sglang-router`` in front of it,
 if DIRECTORY is a virtual environment with those packages from PyPI. The ratio is to the first of them that is there.
+Neighbours on the machine also make a CPU second worth less, by up to 1.6 here. So the time per request and chunk is
+taken in windows of half a second too: the median, and the least, which hardly depends on neighbours.
 ``--workers``: our router again, with so many (``router.workers``). CPU time per request and chunk is that of the
 router's own process, and that of its workers.
 
@@ -22,12 +24,14 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,8 @@ class Result:
     chunks: int
     tokens: int
     latencies_ms: Sequence[float]
+    windows: Sequence[Mapping[str, float]]
+    """Of each half second: CPU seconds of all processes, and the requests, chunks and tokens."""
 
     @property
     def cpu_s(self) -> float:
@@ -78,6 +84,11 @@ class Result:
         """CPU time of the first process, and of the others if there are any, per one of ``count``."""
         first, others = (spent_s / max(1, count) * 1e6 for spent_s in (self.first_cpu_s, self.others_cpu_s))
         return f"{first:,.1f} + {others:,.1f} us" if others else f"{first:,.1f} us"
+
+    def windows_us(self, name: str) -> str:
+        """CPU time of all processes per one of ``name``: the median and the least of the windows."""
+        spent = [window["cpu_s"] / window[name] * 1e6 for window in self.windows if window[name]]
+        return f"{statistics.median(spent):,.1f}, least {min(spent):,.1f} us" if spent else "none"
 
     def latency_ms(self, percent: int) -> float:
         return self.latencies_ms[percent - 1]
@@ -98,15 +109,27 @@ def measure(case: Case, port: int, pid: int, seconds: float) -> Result:
     command = [sys.executable, str(SUPPORT / "router_client.py"), *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
-        client.stdout.readline()
         others = [child.pid for child in psutil.Process(pid).children(recursive=True)]
-        before_s = [cpu_s([pid]), cpu_s(others)]
-        result: dict[str, Any] = json.loads(client.stdout.readline())
-        first_s, others_s = cpu_s([pid]) - before_s[0], cpu_s(others) - before_s[1]
-    wrong = result.pop("wrong")
+        samples: list[dict[str, Any]] = []
+        for line in client.stdout:
+            spent_s = {"first_cpu_s": cpu_s([pid]), "others_cpu_s": cpu_s(others)}
+            samples.append({**json.loads(line), **spent_s, "cpu_s": sum(spent_s.values())})
+    first, result = samples[0], samples[-1]
+    wrong = result["wrong"]
     if wrong:
         raise RuntimeError(f"{case.name}: wrong answers: {wrong}")
-    return Result(first_cpu_s=first_s, others_cpu_s=others_s, **result)
+    counted = ("cpu_s", "requests", "chunks", "tokens")
+    windows = [{name: after[name] - before[name] for name in counted} for before, after in pairwise(samples)]
+    return Result(
+        seconds=result["seconds"],
+        first_cpu_s=result["first_cpu_s"] - first["first_cpu_s"],
+        others_cpu_s=result["others_cpu_s"] - first["others_cpu_s"],
+        requests=result["requests"],
+        chunks=result["chunks"],
+        tokens=result["tokens"],
+        latencies_ms=result["latencies_ms"],
+        windows=windows,
+    )
 
 
 @contextlib.contextmanager
@@ -252,6 +275,11 @@ def main() -> None:
                         counts = {"request": result.requests, "chunk": result.chunks, "token": result.tokens}
                         spent = ", ".join(f"{result.cpu_us(count)} per {what}" for what, count in counts.items())
                         console.print(f"    CPU time: {spent}")
+                        windows = ", ".join(f"{result.windows_us(f'{what}s')} per {what}" for what in counts)
+                        console.print(f"    in windows: {windows}")
+                        if result.latencies_ms:
+                            median, late = result.latency_ms(50), result.latency_ms(99)
+                            console.print(f"    latency: {median:.2f} ms, 99th percentile {late:.2f} ms")
     if options.only is None:
         report(console, results)
 

@@ -1,8 +1,9 @@
 """The load client of ``benchmarks/router_throughput.py``: keep-alive connections that ask over and over.
 
-``python router_client.py PORT CONNECTIONS MAX_TOKENS PACE_US STREAM SECONDS`` prints one line of JSON: requests, chunks
-and tokens in the measured time, and percentiles 1 to 99 of the latency of requests that ended in it. Tokens are counted
-as letters of ``text``. The first connection of a stream compares the text of its answers with what the node said.
+``python router_client.py PORT CONNECTIONS MAX_TOKENS PACE_US STREAM SECONDS`` prints lines of JSON: when the measured
+time begins and each half second of it, the requests, chunks and tokens so far; and at its end those too, with
+percentiles 1 to 99 of the latency of requests that ended in it. Tokens are counted as letters of ``text``. The first
+connection of a stream compares the text of its answers with what the node said.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import httptools
 import uvloop
 
 WARM_UP_S = 1.0
+WINDOW_S = 0.5
 _TEXT = re.compile(rb'"text":"([a-z]*)"')
 
 
@@ -38,6 +40,11 @@ class Load:
     num_tokens: int = 0
     latencies_s: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, object]:
+        """What has come so far."""
+        return {"requests": self.num_requests, "chunks": self.num_chunks, "tokens": self.num_tokens}
 
     @property
     def request(self) -> bytes:
@@ -114,9 +121,10 @@ async def _run(port: int, load: Load, seconds: float) -> float:
         checks = load.stream and index == 0
         await loop.create_connection(partial(Connection, load, checks=checks), "127.0.0.1", port)
     await asyncio.sleep(WARM_UP_S)
-    print("measuring", flush=True)
     load.measuring, began_s = True, time.perf_counter()
-    await asyncio.sleep(seconds)
+    for window in range(round(seconds / WINDOW_S)):
+        print(json.dumps(load.counts), flush=True)
+        await asyncio.sleep(began_s + (window + 1) * WINDOW_S - time.perf_counter())
     load.measuring = False
     return time.perf_counter() - began_s
 
@@ -131,10 +139,8 @@ def main() -> None:
     load = Load(connections, max_tokens, pace_us, bool(stream))
     took_s = uvloop.run(_run(port, load, float(sys.argv[6])))
     result = {
+        **load.counts,
         "seconds": took_s,
-        "requests": load.num_requests,
-        "chunks": load.num_chunks,
-        "tokens": load.num_tokens,
         "latencies_ms": _percentiles_ms(load.latencies_s),
         "wrong": load.wrong[:3],
     }
