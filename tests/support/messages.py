@@ -71,6 +71,7 @@ from kvrelay.protocol.messages.node_to_messager import (
     StopMessager,
 )
 from kvrelay.protocol.messages.node_to_router import (
+    AttemptsHeld,
     DecodeNeeded,
     Drained,
     Dumped,
@@ -212,6 +213,7 @@ EXAMPLES: list[Message] = [
     TokensOut(outputs=[_OUTPUT]),
     PromptLogprobsOut(**_ID, logprobs=_PROMPT_LOGPROBS),
     PrefixCacheChanged(number=3, added=b"12345678", removed=b"abcdefgh"),
+    AttemptsHeld(attempts=[Attempt(RequestId("cmpl-1"), 2), Attempt(RequestId("cmpl-2"), 1)]),
     RequestFailed(**_ID, error=_ERROR),
     RequestPreempted(**_ID, num_blocks=7),
     DecodeNeeded(**_ID, refused_by=PeerId("d0#0a1b2c3d"), reason="full", retry_after_s=0.1),
