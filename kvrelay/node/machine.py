@@ -211,7 +211,8 @@ class NodeMachine(RoleContract[R, S]):
         if self._membership.registered(router, message.router_incarnation):
             self._close_all_of(router)
         self._prefix_reports.registered(router, wanted=message.wants_prefixes)
-        if is_new and (held := [request.attempt for request in self._open_of(router)]):
+        held = [request.attempt for request in self._open_of(router)] if is_new and message.wants_attempts else []
+        if held:
             self._outbox.send(router, AttemptsHeld(attempts=held))
 
     def _on_messager_message(self, message: MessagerReady | MessagerStats | MessagerDumped) -> None:

@@ -182,7 +182,7 @@ _LOAD = Load(
 EXAMPLES: list[Message] = [
     Heartbeat(load=_LOAD),
     ProtocolViolation(reason="unknown message 'Hello'"),
-    Registered(router_incarnation="feed", wants_prefixes=True),
+    Registered(router_incarnation="feed", wants_prefixes=True, wants_attempts=True),
     RegistrationRefused(reason="block_size: 16 != 32"),
     RegisterAgain(),
     PrefillNodes(peers=[PeerId("p0#0a1b2c3d"), PeerId("p1#0a1b2c3d")]),

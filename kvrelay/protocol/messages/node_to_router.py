@@ -43,7 +43,7 @@ class Register(Message, frozen=True, kw_only=True):
 
 
 class AttemptsHeld(Message, frozen=True, kw_only=True):
-    """Node -> router that has registered it anew, if the node has requests of that router.
+    """Node -> router that wants it and has registered it anew, if the node has requests of that router.
 
     A router that lost the node and found it again has begun these requests elsewhere, and the node knows nothing of it:
     it may have stood still. The reader answers Abort for each of ``attempts`` that is over or not the sender's.

@@ -739,16 +739,20 @@ def test_a_router_that_is_gone_leaves_nothing_behind(how: str) -> None:
 
 def test_a_router_that_finds_it_again_is_told_what_it_holds() -> None:
     harness = prefill_harness()
-    assert not sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld)
+    registered = Registered(router_incarnation="a", wants_attempts=True)
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld)
     prefill(harness)
-    assert not sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld), "it was registered"
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld), "it was registered"
     harness.receive(ROUTER, RegisterAgain())
-    [held] = sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld, ROUTER)
-    harness.receive(ROUTER, Abort(request_id=held.attempts[0].request_id, epoch=held.attempts[0].epoch))
+    assert not sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld), "it could not read that"
+    harness.receive(ROUTER, RegisterAgain())
+    [held] = sent(harness.receive(ROUTER, registered), AttemptsHeld, ROUTER)
+    [(request_id, epoch)] = held.attempts
+    harness.receive(ROUTER, Abort(request_id=request_id, epoch=epoch))
     harness.finish_step()
     harness.machine.assert_quiescent()
     harness.receive(ROUTER, RegisterAgain())
-    assert not sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld), "it holds nothing"
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld), "it holds nothing"
 
 
 def test_quiescence_tells_what_is_left() -> None:
