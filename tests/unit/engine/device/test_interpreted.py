@@ -28,7 +28,7 @@ def run(path: Path) -> Done:
 def runs(request: pytest.FixtureRequest) -> dict[Path, Done]:
     """What came of each file whose test is wanted. They run beside each other, as many at a time as there are cores."""
     tests = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    paths = [test.callspec.params["path"] for test in tests]
+    paths = [path for test in tests if isinstance(path := test.callspec.params["path"], Path)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(paths, pool.map(run, paths), strict=True))
 
