@@ -107,7 +107,7 @@ class BlockMover:
                 handle = link.accept(action.link_id, offer.handle)
             except DeviceError:
                 raise
-            except (KVRelayError, MsgspecError, OSError, ValueError) as error:
+            except (KVRelayError, MsgspecError, OSError, ValueError, RecursionError) as error:
                 reasons.append(f"{offer.kind}: {error}")
                 log_event("warning", "link not possible", {"kind": offer.kind, "reason": error})
                 continue

@@ -26,6 +26,7 @@ from kvrelay.machine.unexpected import COUNTER, UnexpectedMessages
 from kvrelay.protocol.ids import NodeId, PeerId
 from kvrelay.protocol.messages.base import Heartbeat, Message
 from kvrelay.protocol.messages.node_to_router import (
+    AttemptsHeld,
     DecodeNeeded,
     Drained,
     Dumped,
@@ -255,6 +256,8 @@ class RouterMachine:
                 self._cache_resets.take(peer, message)
             case RequestFailed():
                 self.requests.take_failure(peer, message)
+            case AttemptsHeld(attempts=attempts):
+                self.requests.take_held(peer, attempts)
             case DecodeNeeded():
                 self.requests.take_decode_needed(peer, message)
             case RequestPreempted():

@@ -54,7 +54,9 @@ class Nodes:
         self._followed = followed
         self._requests = requests
         self._outbox = outbox
-        self._registered = Registered(router_incarnation=incarnation, wants_prefixes=wants_prefixes)
+        self._registered = Registered(
+            router_incarnation=incarnation, wants_prefixes=wants_prefixes, wants_attempts=True
+        )
         self._heartbeat_s = heartbeat_s
         self._peer_timeout_s = peer_timeout_s
         self._may_have_lost_us: set[PeerId] = set()

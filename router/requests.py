@@ -14,7 +14,7 @@ from kvrelay.errors import (
 )
 from kvrelay.machine.histogram import Histogram
 from kvrelay.machine.laws import Laws
-from kvrelay.protocol.ids import PeerId, RequestId
+from kvrelay.protocol.ids import Attempt, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo
 from kvrelay.protocol.messages.node_to_router import (
     DecodeNeeded,
@@ -194,6 +194,13 @@ class Requests:
             self._attempts.dropped(request, peer)  # it hands back what it cannot finish in time
         else:
             self._attempts.failed(request, failure.error, peer)
+
+    def take_held(self, peer: PeerId, attempts: Sequence[Attempt]) -> None:
+        """Abort those of ``attempts`` that are over, or in which ``peer`` has no part."""
+        for request_id, epoch in attempts:
+            request = self._table.current(request_id, epoch)
+            if request is None or peer not in request.participants:
+                self._attempts.abort(peer, request_id, epoch)
 
     def take_decode_needed(self, peer: PeerId, needed: DecodeNeeded) -> None:
         """Find another decode node, unless the request is already decoding."""

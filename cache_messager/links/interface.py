@@ -78,7 +78,7 @@ class KVLink(Protocol):
     def accept(self, link_id: int, offer: bytes) -> bytes:
         """Prepare to receive over ``link_id``; return the data that the sender's ``open`` needs.
 
-        Raises KVRelayError, MsgspecError, OSError or ValueError if that is not possible.
+        Raises KVRelayError, MsgspecError, OSError, ValueError or RecursionError if that is not possible.
         """
 
     def write(self, link_id: int, frame: KVFrame, payload: tuple[memoryview, ...]) -> None:

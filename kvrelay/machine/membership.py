@@ -23,8 +23,8 @@ REFUSED = "registration refused"
 READY: NodeState = "ready"
 DRAINING: NodeState = "draining"
 
-RegistrationMessage: TypeAlias = Registered | RegisterAgain | RegistrationRefused | Heartbeat
-"""Messages that Membership takes."""
+RegistrationMessage: TypeAlias = RegisterAgain | RegistrationRefused | Heartbeat
+"""Messages that Membership takes, besides Registered."""
 
 
 class Membership:
@@ -92,17 +92,11 @@ class Membership:
         """Note that a message of ``peer`` arrived, if it is a router."""
         self._alive.record_message(peer, self._outbox.now)
 
-    def receive(self, peer: PeerId, message: RegistrationMessage) -> bool:
-        """Take one of a router's registration messages, or anybody's heartbeat.
-
-        Returns whether the router is another than ``peer`` was before: then nobody waits for what this node still holds
-        for it.
-        """
+    def receive(self, peer: PeerId, message: RegistrationMessage) -> None:
+        """Take one of a router's other messages about registration, or anybody's heartbeat."""
         match message:
             case Heartbeat():
                 self._on_router_found(peer)
-            case Registered(router_incarnation=incarnation):
-                return self._registered_with(peer, incarnation)
             case RegisterAgain():
                 self._forget(peer)
                 self._outbox.send(peer, self._registration)
@@ -110,14 +104,18 @@ class Membership:
                 self._outbox.do(Log("error", REFUSED, {"reason": reason}), Exit(REFUSED))
             case _:
                 assert_never(message)
-        return False
 
     def _on_router_found(self, peer: PeerId) -> None:
         """Tell a router that has found this node, and does not know it yet, what it is."""
         if not self._is_static and self.has_joined and self.is_router(peer) and peer not in self._registered:
             self._outbox.send(peer, self._registration)
 
-    def _registered_with(self, peer: PeerId, incarnation: str) -> bool:
+    def registered(self, peer: PeerId, incarnation: str) -> bool:
+        """Note that the router ``peer`` has registered this node.
+
+        Returns whether it is another router than ``peer`` was before: then nobody waits for what this node still holds
+        for it.
+        """
         changed = self._is_static and self._last_incarnation not in (None, incarnation)
         if self._registered.get(peer) != incarnation:
             self._outbox.do(Log("info", "registered", {"router": incarnation}))

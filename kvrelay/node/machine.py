@@ -47,7 +47,7 @@ from kvrelay.protocol.ids import MESSAGER, Attempt, PeerId
 from kvrelay.protocol.messages.base import ErrorInfo, Heartbeat, Message
 from kvrelay.protocol.messages.messager_to_node import MessagerDumped, MessagerReady, MessagerStats
 from kvrelay.protocol.messages.node_to_messager import StopMessager
-from kvrelay.protocol.messages.node_to_router import Register
+from kvrelay.protocol.messages.node_to_router import AttemptsHeld, Register
 from kvrelay.protocol.messages.router_to_node import (
     Abort,
     Drain,
@@ -185,11 +185,10 @@ class NodeMachine(RoleContract[R, S]):
 
     def _on_common_message(self, peer: PeerId, message: CommonMessage) -> None:
         match message:
-            case Registered() | RegisterAgain() | RegistrationRefused() | Heartbeat():
-                if self._membership.receive(peer, message):
-                    self._close_all_of(peer)
-                if isinstance(message, Registered):
-                    self._prefix_reports.registered(peer, wanted=message.wants_prefixes)
+            case Registered():
+                self._registered(peer, message)
+            case RegisterAgain() | RegistrationRefused() | Heartbeat():
+                self._membership.receive(peer, message)
             case MessagerReady() | MessagerStats() | MessagerDumped():
                 self._on_messager_message(message)
             case Dump():
@@ -206,6 +205,15 @@ class NodeMachine(RoleContract[R, S]):
                 self._prefix_reports.reset(peer, reset)
             case _:
                 assert_never(message)
+
+    def _registered(self, router: PeerId, message: Registered) -> None:
+        is_new = router not in self._membership.routers
+        if self._membership.registered(router, message.router_incarnation):
+            self._close_all_of(router)
+        self._prefix_reports.registered(router, wanted=message.wants_prefixes)
+        held = [request.attempt for request in self._open_of(router)] if is_new and message.wants_attempts else []
+        if held:
+            self._outbox.send(router, AttemptsHeld(attempts=held))
 
     def _on_messager_message(self, message: MessagerReady | MessagerStats | MessagerDumped) -> None:
         match message:
@@ -247,9 +255,12 @@ class NodeMachine(RoleContract[R, S]):
 
     def _close_all_of(self, router: PeerId) -> None:
         """End the requests of ``router``, which does not wait for them any more; those of others go on."""
-        for request in self.requests.open():
-            if request.spec.router == router:
-                self._endings.close(request, "the router that sent it is lost")
+        for request in self._open_of(router):
+            self._endings.close(request, "the router that sent it is lost")
+
+    def _open_of(self, router: PeerId) -> list[R]:
+        """Return the requests of ``router`` that are not over."""
+        return [request for request in self.requests.open() if request.spec.router == router]
 
     # ------------------------------------------------------------ routers and peers
 

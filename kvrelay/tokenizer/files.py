@@ -159,7 +159,10 @@ class _Files:
     def _naming_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+        except BaseException as error:
+            # tokenizers raises bare Exception for a file it cannot read, and this BaseException if its own code fails
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(f"{self.directory / _TOKENIZER} cannot be read: {error}") from error
 
     def special_tokens(self, defaults: Mapping[str, str], extra: Iterable[str] = ()) -> _Specials:

@@ -21,7 +21,7 @@ LONG = 150
 """Tokens of a prompt that takes P three seconds."""
 
 ENDLESS = 2000
-"""Output tokens that take D some minutes."""
+"""Output tokens that take D longer than tests wait for the cluster to be quiescent: a test fails if D goes on."""
 
 CANCELLED = (410, "request_cancelled")
 
@@ -42,7 +42,7 @@ def nodes() -> list[Config]:
 
 @pytest.fixture(scope="module")
 def cluster(model: Path) -> Iterator[Cluster]:
-    engine = fake_engine(step_s=0.005, prefill_token_s=0.02, decode_token_s=0.02)
+    engine = fake_engine(step_s=0.005, prefill_token_s=0.02, decode_token_s=0.08)
     with running(cluster_config(model, *nodes(), engine=engine)) as cluster:
         yield cluster
 
@@ -67,7 +67,7 @@ def ask_of(rng: random.Random, max_tokens: int = ENDLESS) -> Ask:
 def cancelled_in(cluster: Cluster, phase: str, cancel: Callable[[Cluster, str], None]) -> Answer:
     """Return what the client of a request gets that is cancelled in ``phase``, while another is served."""
     rng = random.Random(phase)
-    ask, other = ask_of(rng), ask_of(rng, 12)
+    ask, other = ask_of(rng), ask_of(rng, 6)
 
     async def scenario(asker: Asker) -> Answer:
         before = [asyncio.create_task(asker.ask(other))] if phase == "queued on P" else []

@@ -18,10 +18,12 @@ from support.asking import answers, answers_while, assert_right, random_asks
 from support.cluster import Cluster
 from support.messages import EXAMPLES
 
+from kvrelay.engine.fake import fake_geometry
 from kvrelay.protocol.codec import encode
 from kvrelay.protocol.geometry import KVGeometry
 from kvrelay.protocol.ids import NodeId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, ProtocolViolation
+from kvrelay.protocol.messages.messager_to_messager import LinkHello, LinkOffer
 from kvrelay.protocol.messages.node_to_router import Drained, Leaving, Register
 from kvrelay.protocol.messages.prefill_to_decode import ReserveBlocks
 from kvrelay.protocol.messages.router_to_node import Abort
@@ -134,6 +136,27 @@ def test_messages_that_are_none(fake_cluster: Cluster, ports: list[int], files: 
 def test_every_message_from_somebody_unknown(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
     """Each is right in itself, and nobody's business where it arrives."""
     sent = [[encode(message)] for message in EXAMPLES]
+
+    assert_unmoved(fake_cluster, lambda: say_all(addresses(fake_cluster, ports, files), sent))
+
+
+def test_strangers_that_offer_links(fake_cluster: Cluster, ports: list[int], files: list[Path]) -> None:
+    """The geometry is right, so that D's messager looks at the offers: of no kind, or with handles that are none."""
+    geometry = fake_geometry(fake_cluster.fake(), 16)
+    handles = [
+        b"",
+        b"\xff",
+        b"host",
+        b'{"type": "host", "pid": 1, "fd": 0, "tag": "x", "num_blocks": 4}',
+        b'{"type": "device", "pid": 1, "memory": "", "num_blocks": -1}',
+        b'{"x": ' + b"[" * 30_000,
+        b"\x81\xa1x" + b"\x91" * 30_000,
+    ]
+    sent = [
+        [encode(LinkHello(geometry=geometry, offers=[LinkOffer(kind, handle)]))]
+        for kind in ("shm", "cuda", "tcp", "nixl", "x")
+        for handle in handles
+    ]
 
     assert_unmoved(fake_cluster, lambda: say_all(addresses(fake_cluster, ports, files), sent))
 

@@ -22,6 +22,9 @@ PROMPT_LEN, MAX_TOKENS = 30, 24
 GONE_S = 1.0
 """Within this time nobody may know of a cancelled request."""
 
+STEP_S = 0.1
+"""So slow that a request which nobody stops goes on for longer than GONE_S."""
+
 CAUSES: dict[str, tuple[Callable[[World, Client], None], str | None]] = {
     "client gone": (World.abort, None),
     "operator": (World.cancel, "request_cancelled"),
@@ -58,14 +61,23 @@ def on_p(status: PrefillStatus, reservation: Reservation | None = None) -> Calla
     return is_there
 
 
-def on_d(status: DecodeStatus, *, arrived: bool | None = None) -> Callable[[World, Client], bool]:
+def on_d(
+    status: DecodeStatus, *, arrived: bool | None = None, handed_off: bool | None = None, letter: str = "d"
+) -> Callable[[World, Client], bool]:
     def is_there(world: World, client: Client) -> bool:
         return any(
-            isinstance(request, DecodeRequest) and request.status is status and arrived in (None, request.kv_arrived)
-            for request in on_nodes(world, client, "d")
+            isinstance(request, DecodeRequest)
+            and request.status is status
+            and arrived in (None, request.kv_arrived)
+            and handed_off in (None, request.handed_off)
+            for request in on_nodes(world, client, letter)
         )
 
     return is_there
+
+
+def on_m(status: DecodeStatus) -> Callable[[World, Client], bool]:
+    return on_d(status, letter="m")
 
 
 def no_preparation(world: World) -> list[int]:
@@ -77,6 +89,22 @@ def without_prefill_node(world: World) -> list[int]:
     world.kill("p0")
     world.run_for(8.0)  # it is given up
     world.after(3.0, lambda: start_again(world))
+    return world.prompt(PROMPT_LEN)
+
+
+def late(message: str) -> Callable[[World], list[int]]:
+    """Have every ``message`` come late."""
+
+    def prepare(world: World) -> list[int]:
+        world.link.delay(message, 0.1)
+        return no_preparation(world)
+
+    return prepare
+
+
+def lent(world: World) -> list[int]:
+    """Have the decode node say that it has room for prompts."""
+    world.run_until(lambda: all(node.num_heartbeats for node in world.router.machine.node_table))
     return world.prompt(PROMPT_LEN)
 
 
@@ -110,6 +138,17 @@ SMALL_D: dict[str, Any] = {
 }
 """Two requests fit beside each other when they come to D, and not when they end."""
 
+LENT: dict[str, Any] = {"router": {"local_prefill_tokens": 0}}
+"""D computes every prompt for which it has room."""
+
+MIXED: dict[str, Any] = {"prefill": 0, "decode": 0, "mixed": 1}
+SMALL_MIXED: dict[str, Any] = {**MIXED, "nodes": {"m0": {"cache": {"num_blocks": 20}}}}
+STORING_MIXED: dict[str, Any] = {
+    **MIXED,
+    "storage": STORE,
+    "nodes": {"m0": {"cache": {"num_blocks": 20}, "scheduler": {"reserve_policy": "none", "watermark": 0.0}}},
+}
+
 PHASES: dict[str, Phase] = {
     "waits at the router": Phase(on_router(Status.WAITING), without_prefill_node, num_others=0),
     "queued on P": Phase(on_p(PrefillStatus.QUEUED), options=SMALL_P),
@@ -120,10 +159,22 @@ PHASES: dict[str, Phase] = {
     "computed with blocks reserved": Phase(on_p(PrefillStatus.RUNNING_PREFILL, Reservation.GRANTED)),
     "layers arrive": Phase(on_d(DecodeStatus.RECEIVING, arrived=False)),
     "first token, last layers under way": Phase(on_p(PrefillStatus.SENDING)),
+    "first token, no layer yet": Phase(
+        on_d(DecodeStatus.RECEIVING, arrived=False, handed_off=True), late("KVFrame"), num_others=0
+    ),
+    "all layers, no first token yet": Phase(
+        on_d(DecodeStatus.RECEIVING, arrived=True, handed_off=False), late("HandOff"), num_others=0
+    ),
     "decoding": Phase(on_d(DecodeStatus.RUNNING_DECODE)),
     "preempted, KV is saved": Phase(on_d(DecodeStatus.PREEMPTED), options={"storage": STORE, **SMALL_D}, num_others=1),
     "read from the store on D": Phase(on_d(DecodeStatus.LOADING), options={"storage": STORE, **SMALL_D}, num_others=1),
     "computed again on D": Phase(on_d(DecodeStatus.RUNNING_PREFILL), options=SMALL_D, num_others=1),
+    "queued on D, which computes it": Phase(on_d(DecodeStatus.WAITING), lent, LENT),
+    "computed on D alone": Phase(on_d(DecodeStatus.RUNNING_PREFILL), lent, LENT),
+    "queued on a mixed node": Phase(on_m(DecodeStatus.WAITING), options=SMALL_MIXED),
+    "read from the store on a mixed node": Phase(on_m(DecodeStatus.LOADING), options=STORING_MIXED, num_others=1),
+    "computed on a mixed node": Phase(on_m(DecodeStatus.RUNNING_PREFILL), options=MIXED),
+    "decoded on a mixed node": Phase(on_m(DecodeStatus.RUNNING_DECODE), options=MIXED),
 }
 
 
@@ -136,12 +187,12 @@ def test_a_request_is_cancelled_and_nothing_is_left(phase: str, cause: str) -> N
     cancel, code = CAUSES[cause]
     if cause == "deadline" and phase in ("waits at the router", "seeks another D"):
         code = "no_node_available"
-    for seed in range(6):
-        engine = {"eos_every": 0, "max_plans_in_flight": 1 + seed % 2, "step_s": 0.01}
+    for seed in range(4):
+        engine = {"eos_every": 0, "max_plans_in_flight": 1 + seed % 2, "step_s": STEP_S}
         with World(
             seed, careful=True, scheduler={"max_num_batched_tokens": 16}, engine=engine, **there.options
         ) as world:
-            check(world, there, cancel, code, 0.0 if seed < 3 else world.rng.random() * 0.005)
+            check(world, there, cancel, code, 0.0 if seed < 2 else world.rng.random() * STEP_S / 2)
 
 
 def check(
@@ -156,7 +207,7 @@ def check(
     world.run_for(delay_s)
     cancel(world, client)
     gone_s = world.now + GONE_S
-    world.run_until(lambda: not [request for letter in "pd" for request in on_nodes(world, client, letter)])
+    world.run_until(lambda: not [request for letter in "pdm" for request in on_nodes(world, client, letter)])
     assert world.now <= gone_s
     others.append(world.submit(prompt, MAX_TOKENS))
     world.settle(60.0)

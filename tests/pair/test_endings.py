@@ -255,6 +255,30 @@ def test_a_process_that_stopped_blames_nobody_else(name: str, seed: int) -> None
         assert name != "router" or world.router.machine.requests.counters.retries == 0
 
 
+@pytest.mark.fault("F09")
+@pytest.mark.parametrize(("name", "seed"), [("p0", 1), ("p0", 7), ("p0", 8), ("d0", 0)])
+def test_a_node_that_was_lost_and_is_found_holds_no_old_attempts(name: str, seed: int) -> None:
+    """SIGSTOP for longer than the peer timeout. It gives up what it still held long before ``transfer.timeout_s``.
+
+    Of these attempts a prefill node asks for another decode node before the router knows it again.
+    """
+    with World(seed, prefill=2, decode=2, engine={"eos_every": 0}, transfer={"timeout_s": 60.0}) as world:
+        for _ in range(24):
+            world.submit(world.rng.randrange(20, 60), 8)
+        node = world.nodes[name]
+        assert node.messager is not None
+        world.run_until(lambda: len(node.machine.requests) > 1)
+        world.run_for(world.rng.uniform(0.0, 0.02))
+        for process in (node, node.messager):
+            process.pause()
+        world.run_for(7.0)
+        world.settle_clients()
+        assert node.machine.requests
+        for process in (node, node.messager):
+            process.resume()
+        world.settle(4.0)
+
+
 # ---------------------------------------------------------------- failing steps, draining
 
 

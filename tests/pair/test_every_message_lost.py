@@ -93,11 +93,16 @@ def let_a_lease_run_out(world: World) -> None:
 
 
 def silence_a_node(world: World) -> None:
-    """The router takes a node for lost, and is asked by it to be registered again."""
-    node = world.nodes["d1"]
-    node.pause()
+    """The router takes nodes for lost, and is asked by them to be registered again. One has requests by then."""
+    nodes = [world.nodes["d1"], world.nodes["p1"]]
+    for _ in range(8):
+        world.submit(40, 4)
+    world.run_for(0.01)
+    for node in nodes:
+        node.pause()
     world.run_for(7.0)
-    node.resume()
+    for node in nodes:
+        node.resume()
     world.run_for(2.0)
 
 

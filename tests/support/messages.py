@@ -71,6 +71,7 @@ from kvrelay.protocol.messages.node_to_messager import (
     StopMessager,
 )
 from kvrelay.protocol.messages.node_to_router import (
+    AttemptsHeld,
     DecodeNeeded,
     Drained,
     Dumped,
@@ -181,7 +182,7 @@ _LOAD = Load(
 EXAMPLES: list[Message] = [
     Heartbeat(load=_LOAD),
     ProtocolViolation(reason="unknown message 'Hello'"),
-    Registered(router_incarnation="feed", wants_prefixes=True),
+    Registered(router_incarnation="feed", wants_prefixes=True, wants_attempts=True),
     RegistrationRefused(reason="block_size: 16 != 32"),
     RegisterAgain(),
     PrefillNodes(peers=[PeerId("p0#0a1b2c3d"), PeerId("p1#0a1b2c3d")]),
@@ -212,6 +213,7 @@ EXAMPLES: list[Message] = [
     TokensOut(outputs=[_OUTPUT]),
     PromptLogprobsOut(**_ID, logprobs=_PROMPT_LOGPROBS),
     PrefixCacheChanged(number=3, added=b"12345678", removed=b"abcdefgh"),
+    AttemptsHeld(attempts=[Attempt(RequestId("cmpl-1"), 2), Attempt(RequestId("cmpl-2"), 1)]),
     RequestFailed(**_ID, error=_ERROR),
     RequestPreempted(**_ID, num_blocks=7),
     DecodeNeeded(**_ID, refused_by=PeerId("d0#0a1b2c3d"), reason="full", retry_after_s=0.1),

@@ -191,6 +191,14 @@ MUTANTS = [
         f"{ROUTER}::test_cancelled_request_is_aborted_on_both_nodes_at_once_and_ends_with_an_error",
     ),
     Mutant(
+        "nodes heed the router's Abort",
+        "kvrelay/node/machine.py",
+        '                    self._endings.close(request, "aborted")\n',
+        "                    pass\n",
+        "tests/pair/test_cancelled_requests.py"
+        "::test_a_request_is_cancelled_and_nothing_is_left[computed with blocks reserved-operator]",
+    ),
+    Mutant(
         "deadline",
         "router/request_table.py",
         '        self.set_timer(request, "deadline", self._outbox.now + timeout_s)\n',

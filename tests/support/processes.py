@@ -12,7 +12,7 @@ from cache_messager.machine import MessagerMachine
 from cache_messager.mover import BlockMover
 from cache_messager.recording import MESSAGER_EVENTS, MessagerStart
 from cache_messager.settings import MessagerSettings
-from cache_messager.work import WriteBlocks
+from cache_messager.work import DropLink, Work, WriteBlocks
 from decode_node.machine import DecodeMachine
 from kvrelay.config.cluster_config import NodeConfig
 from kvrelay.engine.fake import FakeEngine, step_seconds
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from support.world import World
 
 CONTROL = "tcp://router:8100"
-WRITE_S = 0.0001
-"""How long a messager takes to write a frame's blocks."""
+MAX_WRITE_S = 0.0002
+"""How long a messager takes at most to write a frame's blocks; half as long at least."""
 
 
 class Process:
@@ -335,20 +335,25 @@ class MessagerProcess(Process):
         self.record(MESSAGER, MessagerStart.of(settings, link, self.mover.offers), MESSAGER_EVENTS)
         self.connections[node.peer] = f"ipc:///{node.peer}"
         self.mover.serve(self, self)
-        write_now = self.handlers[WriteBlocks]
-        self.handle_with(WriteBlocks, lambda action: self._write_later(action, write_now))
+        write_now, drop_now = self.handlers[WriteBlocks], self.handlers[DropLink]
+        self.handle_with(WriteBlocks, lambda action: self._later(self._write_s(), action, write_now))
+        # After the writes in progress, as of every link.
+        self.handle_with(DropLink, lambda action: self._later(MAX_WRITE_S, action, drop_now))
         self.post(Started())
 
     def call_threadsafe(self, call: Callable[[], None]) -> None:
         """Call at once: everything is on one thread here."""
         call()
 
-    def _write_later(self, action: WriteBlocks, write_now: Callable[[Any], object]) -> None:
-        def write() -> None:
-            if self.alive:
-                write_now(action)
+    def _write_s(self) -> float:
+        return MAX_WRITE_S / 2 * (1 + self.world.link.rng.random())
 
-        self.world.after(WRITE_S * (1 + self.world.link.rng.random()), write)
+    def _later(self, delay_s: float, action: Work, perform: Callable[[Any], object]) -> None:
+        def perform_if_alive() -> None:
+            if self.alive:
+                perform(action)
+
+        self.world.after(delay_s, perform_if_alive)
 
     def exit(self, reason: str) -> None:
         """End; the node sees its child end."""

@@ -19,6 +19,7 @@ NUM_INPUTS = 15
 DEEP = b"[" * 30_000
 NAMES = b"abcdefghijklm"
 KEPT: dict[str, list[bytes]] = {
+    "offer of a link": [b'{"x": ' + DEEP],
     "key": [b"#" * 40],
     "config": [
         b"a: &a [x]\n"
@@ -44,6 +45,10 @@ KEPT: dict[str, list[bytes]] = {
         b'{"tokenizer_class": 7}',
         b'{"pad_token": "\\ud800"}',
         b'{"chat_template": "{{ %b }}"}' % (b"(" * 300),
+    ],
+    "tokenizer.json": [
+        b'{"model": {"type": "BPE", "continuing_subword_prefix": "###", "vocab": {"a": 0, "b": 1}, '
+        b'"merges": [["a", "b"]]}}'
     ],
     "special_tokens_map.json": [b'{"additional_special_tokens": ["\\ud800"]}'],
     "added_tokens.json": [b'{"<x>": Infinity}'],

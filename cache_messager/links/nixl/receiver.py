@@ -93,10 +93,13 @@ class FrameReader:
                     self._host.post(BlocksWritten(link_id, frame, late))
 
     def _take(self, notice: bytes) -> None:
-        link_id, slot, digest = msgspec.structs.astuple(msgspec.msgpack.decode(notice, type=Notice))
-        link = self._links.get(link_id)
+        try:
+            told = msgspec.msgpack.decode(notice, type=Notice)
+        except (msgspec.MsgspecError, ValueError, RecursionError):  # no write of a sender: a frame waits in vain
+            return
+        link = self._links.get(told.link_id)
         if link is not None:
-            link.arrived[slot] = digest
+            link.arrived[told.slot] = told.digest
 
     def _end_all(self, error: TransferError) -> None:
         for link_id, link in self._links.items():

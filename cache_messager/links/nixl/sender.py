@@ -65,7 +65,7 @@ class FrameWriter:
             target = msgspec.msgpack.decode(handle, type=AreaHandle)
             remote = self._agent.connect(target.metadata)
             self._sessions[peer] = _Session(remote, self._areas.take(), target)
-        except (TransferError, msgspec.MsgspecError, OSError) as error:
+        except (TransferError, msgspec.MsgspecError, ValueError, RecursionError, OSError) as error:
             self._host.post(LinkLost(peer, str(error)))
 
     def leave(self, peer: PeerId) -> None:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvrelay.protocol.geometry import KVGeometry
-from kvrelay.protocol.ids import NodeId, PeerId, RequestId
+from kvrelay.protocol.ids import Attempt, NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import ErrorInfo, LayerTransfer, Mark, Message
 from kvrelay.protocol.quantities import Duration
 from kvrelay.protocol.request import FinishReason, PromptLogprobs, TokenLogprobs
@@ -40,6 +40,16 @@ class Register(Message, frozen=True, kw_only=True):
     prefill_order: str = "fifo"
     resets_prefix_cache: bool = False
     can_dump: bool = False
+
+
+class AttemptsHeld(Message, frozen=True, kw_only=True):
+    """Node -> router that wants it and has registered it anew, if the node has requests of that router.
+
+    A router that lost the node and found it again has begun these requests elsewhere, and the node knows nothing of it:
+    it may have stood still. The reader answers Abort for each of ``attempts`` that is over or not the sender's.
+    """
+
+    attempts: list[Attempt]
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,7 +159,7 @@ class PrefixCacheChanged(Message, frozen=True, kw_only=True):
     ``added`` and ``removed`` are prefix keys, ``PREFIX_KEY_BYTES`` each, one after another. ``number`` is 0 in the
     first message after a registration or a reset, which has the keys of all published blocks, and rises by one with
     each message. The reader routes prompts by it. If it misses a message, it knows nothing of the node's prefix cache
-    any more and answers RegisterAgain.
+    any more and answers Registered.
     """
 
     number: int
@@ -191,6 +201,7 @@ NodeToRouter: TypeAlias = (
     TokensOut
     | PromptLogprobsOut
     | Register
+    | AttemptsHeld
     | RequestFailed
     | RequestPreempted
     | DecodeNeeded

@@ -13,11 +13,13 @@ class Registered(Message, frozen=True, kw_only=True):
     The reader sends heartbeats from now on. With a static registry, another ``router_incarnation`` than before means
     that the router was restarted and its clients are disconnected. The reader then ends all its requests.
 
-    ``wants_prefixes``: the reader reports its prefix cache in PrefixCacheChanged.
+    ``wants_prefixes``: the reader reports its prefix cache in PrefixCacheChanged. ``wants_attempts``: it reports the
+    router's requests that it already has in AttemptsHeld, if it was not registered with this router.
     """
 
     router_incarnation: str
     wants_prefixes: bool = False
+    wants_attempts: bool = False
 
 
 class RegistrationRefused(Message, frozen=True, kw_only=True):

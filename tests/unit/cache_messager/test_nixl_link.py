@@ -38,6 +38,9 @@ OTHER = PeerId("d1.messager#1")
 TIMEOUT_S = 5.0
 SOURCES, TARGETS = block_ids(5, 1, 2), block_ids(0, 7, 4)
 
+DEEP = b"\x91" * 30_000
+"""Lists in lists, more than can be read."""
+
 
 class Host:
     """A messager that keeps what its links send and post."""
@@ -154,6 +157,16 @@ def test_the_notice_of_an_earlier_frame_in_the_slot_is_not_enough(ends: tuple[En
     d.agent.is_frozen = True
     write(d, p.last_sent())
     assert d.host.events == []
+
+
+@pytest.mark.parametrize("notice", [b"", b"\xc0", b"\x93\x01\x00\xa1x", b"\x94\x01\x00\x00" + DEEP])
+def test_a_notice_that_is_none_does_not_matter(ends: tuple[End, End], notice: bytes) -> None:
+    p, d = ends
+    p.send(D)
+    d.agent.incoming.append(FakeWrite(0, 0, 0, notice))
+    p.writer.advance(0.0)
+    write(d, p.last_sent())
+    assert d.host.events == [BlocksWritten(1, p.last_sent())]
 
 
 def _flip(address: int) -> None:
@@ -337,7 +350,7 @@ def test_frames_that_no_slot_holds_are_refused_at_both_ends(ends: tuple[End, End
     assert "broke the protocol" in event.error.message
 
 
-@pytest.mark.parametrize("handle", [b"", b"\xc0", b"\x81\xa1x\x01"])
+@pytest.mark.parametrize("handle", [b"", b"\xc0", b"\x81\xa1x\x01", b"\x81\xa1x" + DEEP, b"\x81\xa1\xff\x01"])
 def test_a_handle_that_is_none_loses_the_link(ends: tuple[End, End], handle: bytes) -> None:
     p, _ = ends
     p.writer.open(D, handle)

@@ -57,10 +57,16 @@ class Driver:
         self.outbox.now = now
         return self.membership.silent()
 
-    def receive(self, peer: PeerId, message: RegistrationMessage, now: float) -> tuple[list[CoreAction], bool]:
+    def receive(
+        self, peer: PeerId, message: RegistrationMessage | Registered, now: float
+    ) -> tuple[list[CoreAction], bool]:
         """Return, beside the actions, whether the router has changed."""
         self.outbox.now = now
-        changed = self.membership.receive(peer, message)
+        changed = False
+        if isinstance(message, Registered):
+            changed = self.membership.registered(peer, message.router_incarnation)
+        else:
+            self.membership.receive(peer, message)
         return self.outbox.take(), changed
 
 

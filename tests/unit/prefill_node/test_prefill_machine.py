@@ -46,6 +46,7 @@ from kvrelay.protocol.messages.node_to_messager import (
     StopMessager,
 )
 from kvrelay.protocol.messages.node_to_router import (
+    AttemptsHeld,
     DecodeNeeded,
     Drained,
     Leaving,
@@ -734,6 +735,24 @@ def test_a_router_that_is_gone_leaves_nothing_behind(how: str) -> None:
     assert not sent(actions, RequestFailed)
     harness.finish_step()
     harness.machine.assert_quiescent()
+
+
+def test_a_router_that_finds_it_again_is_told_what_it_holds() -> None:
+    harness = prefill_harness()
+    registered = Registered(router_incarnation="a", wants_attempts=True)
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld)
+    prefill(harness)
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld), "it was registered"
+    harness.receive(ROUTER, RegisterAgain())
+    assert not sent(harness.receive(ROUTER, Registered(router_incarnation="a")), AttemptsHeld), "it could not read that"
+    harness.receive(ROUTER, RegisterAgain())
+    [held] = sent(harness.receive(ROUTER, registered), AttemptsHeld, ROUTER)
+    [(request_id, epoch)] = held.attempts
+    harness.receive(ROUTER, Abort(request_id=request_id, epoch=epoch))
+    harness.finish_step()
+    harness.machine.assert_quiescent()
+    harness.receive(ROUTER, RegisterAgain())
+    assert not sent(harness.receive(ROUTER, registered), AttemptsHeld), "it holds nothing"
 
 
 def test_quiescence_tells_what_is_left() -> None:

@@ -34,7 +34,7 @@ def names(driver: Driver) -> list[str]:
 
 def test_node_is_told_that_it_is_registered() -> None:
     driver = Driver("p0")
-    assert driver.take_sent(Registered) == [(peer("p0"), Registered(router_incarnation="r1"))]
+    assert driver.take_sent(Registered) == [(peer("p0"), Registered(router_incarnation="r1", wants_attempts=True))]
     driver.join("p0")
     assert len(driver.take_sent(Registered)) == 1
     assert names(driver) == [peer("p0")]

@@ -6,9 +6,9 @@ from msgspec import structs
 
 from kvrelay.errors import LocalProtocolError
 from kvrelay.machine.contract import PeerLost, Received, Resumed, StopRequested
-from kvrelay.protocol.ids import NodeId, PeerId, RequestId
+from kvrelay.protocol.ids import Attempt, NodeId, PeerId, RequestId
 from kvrelay.protocol.messages.base import Heartbeat, LayerTransfer, Mark
-from kvrelay.protocol.messages.node_to_router import Drained, Leaving, RequestTimeline
+from kvrelay.protocol.messages.node_to_router import AttemptsHeld, Drained, Leaving, RequestTimeline
 from kvrelay.protocol.messages.router_to_node import Abort, AssignDecode, Drain, Generate, Registered
 from kvrelay.protocol.request import FinishReason
 from router.events import (
@@ -129,6 +129,24 @@ def test_tokens_of_an_ended_request_are_answered_with_abort() -> None:
     driver.tokens("d0", 2, [4], finish=LENGTH)
     assert driver.take_sent(Abort) == [(peer("d0"), Abort(request_id=RequestId("r"), epoch=1))]
     assert driver.machine.requests.counters.stale_messages == 2
+
+
+@pytest.mark.fault("F09")
+def test_a_node_that_was_lost_is_told_which_of_its_attempts_are_over() -> None:
+    driver = Driver("p0 d0")
+    driver.submit(new_request("a"), new_request("b"))
+    driver.do(PeerLost(PeerId(peer("p0")), "it stood still"))
+    driver.join("p0")
+    driver.take_sent(Abort)
+    held = [Attempt(RequestId(name), epoch) for name, epoch in (("a", 1), ("a", 3), ("b", 4), ("c", 5))]
+    driver.receive(peer("p0"), AttemptsHeld(attempts=held))
+    assert driver.take_sent(Abort) == [
+        (peer("p0"), Abort(request_id=RequestId("a"), epoch=1)),
+        (peer("p0"), Abort(request_id=RequestId("c"), epoch=5)),
+    ]
+    driver.join("p1")
+    driver.receive(peer("p1"), AttemptsHeld(attempts=held[1:2]))
+    assert driver.take_sent(Abort) == [(peer("p1"), Abort(request_id=RequestId("a"), epoch=3))], "it has no part in it"
 
 
 @pytest.mark.fault("F14")
