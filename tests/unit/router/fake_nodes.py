@@ -7,7 +7,7 @@ import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -201,6 +201,15 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_refused(host: str, port: int) -> None:
+    """Return when connections are refused there: a socket is closed some turns of the loop after it was told to be."""
+    with suppress(ConnectionRefusedError):
+        while True:
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            await asyncio.sleep(0.001)
+
+
 def clients_app(service: RouterService, keys: ApiKeys | None = None) -> ASGIApp:
     """Return the clients' application of a router without workers."""
     metrics = Metrics(service.machine, service.clock.now)
@@ -222,6 +231,10 @@ class FakeCluster:
         await until(lambda: not self.service.machine.requests)
         self.service.machine.assert_quiescent()
         await until(lambda: not self.service.body_memory.num_bytes)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     @property
     def connections(self) -> list[HttpProtocol]:

@@ -8,7 +8,7 @@ import socket
 import msgspec
 import pytest
 import uvloop
-from fake_nodes import config, until
+from fake_nodes import config, until, until_refused
 
 from router.workers import __main__ as worker
 from router.workers.channel import Channel
@@ -40,8 +40,7 @@ def test_a_worker_waits_for_its_clients_until_it_is_told_again(monkeypatch: pyte
         writer.write(REQUEST[:-2])  # and never the rest
         router.send(Stop())
         await until(lambda: listener.fileno() < 0)
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection(*address)
+        await until_refused(*address)
         assert not ended.done()
         router.send(Stop())
         await reader.read()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
-from fake_nodes import config, until
+from fake_nodes import config, until, until_refused
 
 from kvrelay.config.cluster_config import ClusterConfig
 from kvrelay.machine.clock import Clock
@@ -172,8 +172,7 @@ def test_workers_that_finish_are_told_again_when_the_router_ends_and_connections
             processes.started[0].obeys = False
             finishing = asyncio.create_task(workers.finish())
             await asyncio.gather(*(one.end for one in processes.started[1:]))
-            with pytest.raises(ConnectionRefusedError):
-                await asyncio.open_connection(*address)
+            await until_refused(*address)
             assert kinds(processes.started[0]).count(Stop) == 1
             processes.started[0].obeys = True
         await finishing
