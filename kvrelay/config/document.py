@@ -163,8 +163,9 @@ class Document:
         names = [str(name).lower() for name in self._node_names()]
         if path[1].lower() in names:
             return ("nodes", names.index(path[1].lower()), *path[2:])
-        if path[1].isdecimal() and int(path[1]) < len(names):
-            return ("nodes", int(path[1]), *path[2:])
+        indices = [str(index) for index in range(len(names))]
+        if path[1] in indices:
+            return ("nodes", indices.index(path[1]), *path[2:])
         self.problems.append(f"{place}: no node is called {path[1]!r}")
         return None
 

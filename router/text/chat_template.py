@@ -40,7 +40,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # the optimizer takes seconds for an expression with hundreds of levels
+            extensions=[jinja2.ext.loopcontrols, _GenerationBlock],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception

@@ -30,6 +30,7 @@ KEPT: dict[str, list[bytes]] = {
     ],
     "override of a config": [
         b"9" * 5000,
+        b"nodes." + b"9" * 5000 + b"=1",
         b"\xff=1",
         b"a.b=!!timestamp x",
         b"a" + b".n" * 20_000 + b"=1",
@@ -52,7 +53,11 @@ KEPT: dict[str, list[bytes]] = {
     ],
     "special_tokens_map.json": [b'{"additional_special_tokens": ["\\ud800"]}'],
     "added_tokens.json": [b'{"<x>": Infinity}'],
-    "chat_template.jinja": [b"{{ " + b"-" * 3000 + b"1 }}", b"{{ " + b"1" * 5000 + b" }}"],
+    "chat_template.jinja": [
+        b"{{ " + b"-" * 3000 + b"1 }}",
+        b"{{ " + b"1" * 5000 + b" }}",
+        b"{{ 'x' + m" + b".c" * 300 + b" }}",
+    ],
     "header of safetensors": [DEEP, b'{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'],
     "job of a preparation worker": [b"", b"\x91" * 30_000],
     "reply of a preparation worker": [b"", b"\x82\xa7outcome\xa1\xff\xaeunknown_fields\x90", b"\x91" * 30_000],
