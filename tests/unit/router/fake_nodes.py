@@ -251,6 +251,7 @@ def config(roles: str = "", /, **router: object) -> ClusterConfig:
             "model": {"path": "nowhere", "served_name": "demo", "max_model_len": 512},
             "router": {"control": "tcp://127.0.0.1:0", "preparation_timeout_s": 3600.0, **router},
             "engine": {"kind": "fake", "fake": {"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}},
+            "cluster": {"drain_timeout_s": 3600.0},
             "security": {"insecure": True},
             "nodes": [{"name": name, "role": role, "host": name, "port": 1} for name, role in names.items()],
         }

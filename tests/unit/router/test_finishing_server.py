@@ -73,6 +73,7 @@ async def stopping(cluster: FakeCluster) -> asyncio.Task[object]:
 
 def test_what_comes_on_open_connections_is_answered_and_new_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "IDLE_GRACE_S", 3600.0)
+    monkeypatch.setattr(machine, "LAST_CLIENTS_S", 3600.0)
 
     async def scenario(cluster: FakeCluster) -> None:
         busy, kept, fresh, slow = [await Client.connect(cluster) for _ in range(4)]
@@ -214,6 +215,9 @@ def test_a_request_that_comes_when_the_router_has_ended_is_refused_like_others(m
         await until(lambda: len(cluster.connections) == 2)
         cluster.service.stop()
         await (await stopping(cluster))
+        finishing = cluster.service._finishing
+        assert finishing is not None
+        await until(finishing.done)
         for client, stream in zip(clients, (False, True), strict=True):
             client.say("/v1/completions", BODY | {"stream": stream})
             head, body = await client.answer()
