@@ -8,7 +8,8 @@ encoded and decoded as between processes. What is missing are system calls: abou
 
 CPU time is measured in windows of 0.08 s. Neighbours make a window dearer and never cheaper, so the least of many
 hardly depends on them. ``together``: 16 requests that come at once, from the first byte until one has been sent to its
-node (mean and last of the 16), and from the first answer of the node until one has been written to its client.
+node (mean and last of the 16), and from the first answer of the node until one has been written to its client; the mean
+of the best tenth of all rounds, and the median.
 
 To compare two versions, set PYTHONPATH to one checkout and the other in turn.
 """
