@@ -33,7 +33,7 @@ class Admission:
         most, num_open = self._limits.max_queued_requests, len(self._table)
         if num_open + len(requests) > most:
             return QueueFullError(f"{num_open} requests are in progress and {len(requests)} came; the limit is {most}")
-        reason = self._node_table.unready_reason
+        reason = self._node_table.unready_reason()
         if reason is not None and not self._node_table.may_come(now, self._limits.node_wait_s):
             return NoNodeError(reason)
         too_late = (self._too_late(request, now) for request in requests[:MAX_PREDICTED_AT_ONCE])

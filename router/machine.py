@@ -169,7 +169,7 @@ class RouterMachine:
 
     def unready_reason(self) -> str | None:
         """Return why this router should get no new requests now, or None. One that stops still takes what comes."""
-        return "the router is stopping" if self._stopping else self.node_table.unready_reason
+        return "the router is stopping" if self._stopping else self.node_table.unready_reason()
 
     def assert_quiescent(self) -> None:
         """Raise LocalProtocolError unless no request is held."""

@@ -210,7 +210,6 @@ class NodeTable:
         self._rivals: dict[PeerId, dict[PeerId, Rival]] = {}
         """By the node whose name they want, in the order in which they were heard last."""
         self.totals = NodeTotals()
-        self._changed()
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
@@ -227,24 +226,18 @@ class NodeTable:
         """Return the nodes of these roles that accept new requests."""
         return [node for node in self if node.role in roles and not node.leaving]
 
-    def leave(self, node: Node) -> None:
-        """Note that ``node`` accepts no new requests any more."""
-        node.leaving = True
-        self._changed()
-
-    def _changed(self) -> None:
-        """Compute anew what follows from the nodes that there are, and each request asks for."""
-        self.max_model_len = min((node.registration.max_model_len for node in self), default=None)
+    @property
+    def max_model_len(self) -> int | None:
         """The longest sequence in tokens that every node can serve; None without nodes."""
-        self.unready_reason = self._reason_why_unready()
-        """Why no request can be served now, or None."""
+        return min((node.registration.max_model_len for node in self), default=None)
 
     def can_serve(self, roles: Set[Role]) -> bool:
         """Return whether nodes of ``roles`` together can serve a request."""
         with_decode = Role.DECODE in roles and (Role.PREFILL in roles or self._decode_alone)
         return with_decode or Role.MIXED in roles
 
-    def _reason_why_unready(self) -> str | None:
+    def unready_reason(self) -> str | None:
+        """Return why no request can be served now, or None."""
         if self.can_serve({node.role for node in self if not node.leaving}):
             return None
         missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self.available(role)]
@@ -323,7 +316,6 @@ class NodeTable:
         """Add a node, or update the registration of a known one."""
         node = self._nodes.setdefault(peer, Node(peer, registration))
         node.registration = registration
-        self._changed()
         self._liveness.watch(peer, now)
         self._liveness.record_message(peer, now)
         return node
@@ -362,7 +354,6 @@ class NodeTable:
         self._liveness.forget(peer)
         node = self._nodes.pop(peer, None)
         if node is not None:
-            self._changed()
             self.expect_nodes(now)
         return node
 

@@ -91,8 +91,7 @@ class Nodes:
         for peer in self._followed.take(event.entries, registered=lambda peer: self._node_table.get(peer) is not None):
             self.lose(peer, "restarted")
         for node in self._node_table:
-            if self._followed.is_draining(node.peer):
-                self._node_table.leave(node)
+            node.leaving |= self._followed.is_draining(node.peer)
 
     def _register(self, peer: PeerId, message: Register) -> None:
         if peer in self._followed and peer != peer_id(message.node_id, message.incarnation):
@@ -179,7 +178,7 @@ class Nodes:
         """Send the node nothing new and tell it to drain, and to stay down if ``stay_down``."""
         node = self._node_table.named(node_id)
         if node is not None and (stay_down or not node.leaving):
-            self._node_table.leave(node)
+            node.leaving = True
             self._outbox.send(node.peer, Drain(stay_down=stay_down))
 
     def dump(self, wanted: DumpRequested) -> None:
@@ -191,7 +190,7 @@ class Nodes:
     def _leave(self, peer: PeerId) -> None:
         node = self._node_table.get(peer)
         if node is not None:
-            self._node_table.leave(node)
+            node.leaving = True
 
     def lose(self, peer: PeerId, reason: str) -> None:
         """Remove a node and retry its requests on other nodes."""
