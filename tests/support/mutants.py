@@ -199,6 +199,13 @@ MUTANTS = [
         "::test_a_request_is_cancelled_and_nothing_is_left[computed with blocks reserved-operator]",
     ),
     Mutant(
+        "a node found again is told what is over",
+        "router/machine.py",
+        "                self.requests.take_held(peer, attempts)\n",
+        "                del attempts\n",
+        "tests/pair/test_endings.py::test_a_node_that_was_lost_and_is_found_holds_no_old_attempts",
+    ),
+    Mutant(
         "deadline",
         "router/request_table.py",
         '        self.set_timer(request, "deadline", self._outbox.now + timeout_s)\n',
