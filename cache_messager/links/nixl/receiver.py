@@ -94,12 +94,12 @@ class FrameReader:
 
     def _take(self, notice: bytes) -> None:
         try:
-            told = msgspec.msgpack.decode(notice, type=Notice)
-        except (msgspec.MsgspecError, ValueError, RecursionError):  # no write of a sender: a frame waits in vain
-            return
-        link = self._links.get(told.link_id)
+            link_id, slot, digest = msgspec.structs.astuple(msgspec.msgpack.decode(notice, type=Notice))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return  # no link sends such a notice; a frame that waits for it fails when its time is over
+        link = self._links.get(link_id)
         if link is not None:
-            link.arrived[told.slot] = told.digest
+            link.arrived[slot] = digest
 
     def _end_all(self, error: TransferError) -> None:
         for link_id, link in self._links.items():
